@@ -1,0 +1,1 @@
+"""Binary Spherical Quantization tokenizers, trained and served on Ray."""
