@@ -350,9 +350,10 @@ def _merge(base: Any, changes: Any) -> Keys:
     merged: Keys = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        sections = isinstance(old, dict) and isinstance(value, dict)
-        same_section = sections and value.get("kind", old.get("kind")) == old.get("kind")
-        merged[key] = _merge(old, value) if same_section else value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 

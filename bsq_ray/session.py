@@ -1,0 +1,66 @@
+"""Starting or joining Ray, in one place, with the settings this package relies on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Read by Ray when it is imported, so they are set before; what the user set stays.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
+    """Joins the cluster at `address`, or the one a job runs on, or starts a local one for the time of the block.
+
+    Args:
+        address: a cluster ("auto" or host:port); None starts a Ray of this machine alone, unless the process is
+            already connected or runs inside `ray job submit`.
+        cpus: logical CPUs of the Ray that is started; None is the number of cores, at least 4, because reading
+            tasks must find room beside the workers.
+
+    Raises:
+        ValueError: no cluster answers at `address`.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        ray.init(
+            address="local",
+            num_cpus=cpus or max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=512 * 2**20,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _loopback_interface() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), names[0])

@@ -1,0 +1,103 @@
+"""The one way to open a path: local files, `s3://` and whatever else fsspec knows, with errors a user can act on."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+
+@contextmanager
+def explained(url: str, action: str) -> Iterator[None]:
+    """Turns what a file system raises about `url` into one ValueError sentence; `action` completes "cannot …"."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"cannot {action} {url}: it does not exist") from error
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"cannot {action} {url}: {reason}") from error
+        raise
+
+
+_STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path inside it.
+
+    Raises:
+        ValueError: the URL's scheme is unknown or needs a package that is not installed.
+    """
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot use {url}: {error}") from error
+
+
+def join(url: str, *parts: str) -> str:
+    """Path or URL of something inside the folder `url`."""
+    return posixpath.join(url.rstrip("/") or "/", *parts)
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL names a path on this machine."""
+    protocol = filesystem(url)[0].protocol
+    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, path = filesystem(url)
+    with explained(url, "look at"):
+        return bool(fs.exists(path))
+
+
+@contextmanager
+def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
+    """Opens a file for reading ("r", "rb") or writing ("w", "wb", folders are made as needed)."""
+    action = "write" if "w" in mode else "read"
+    with explained(url, action):
+        fs, path = filesystem(url)
+        if action == "write":
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        handle = fsspec.open(url, mode).open()
+    try:
+        yield handle
+    finally:
+        with explained(url, action):
+            handle.close()
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file."""
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        return bytes(fs.cat_file(path))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Writes a whole file aside and then makes it visible in one step, so a reader never sees half of it."""
+    with explained(url, "write"):
+        fs, path = filesystem(url)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        if is_local(url):
+            fs.pipe_file(path + ".partial", data)
+            fs.mv(path + ".partial", path)
+        else:
+            fs.pipe_file(path, data)
+
+
+def list_folder(url: str) -> list[str]:
+    """Names of what lies directly in a folder, sorted; an absent folder is empty."""
+    fs, path = filesystem(url)
+    with explained(url, "list"):
+        if not fs.exists(path):
+            return []
+        fs.invalidate_cache(path)
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
