@@ -1,0 +1,1 @@
+"""Plain PyTorch models, usable without Ray."""
