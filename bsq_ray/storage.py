@@ -101,3 +101,11 @@ def list_folder(url: str) -> list[str]:
             return []
         fs.invalidate_cache(path)
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+
+
+def remove(url: str) -> None:
+    """Deletes a file, if it is there."""
+    with explained(url, "delete"):
+        fs, path = filesystem(url)
+        if fs.exists(path):
+            fs.rm_file(path)

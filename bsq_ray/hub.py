@@ -1,0 +1,222 @@
+"""A trained model as a folder, local or behind any fsspec URL:
+
+config.yaml               the configuration of the run
+model.safetensors         the weights, averaged (EMA) if the training averaged them
+model.plain.safetensors   beside averaged weights: the weights as the optimiser left them
+README.md                 the model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from bsq_ray import config, storage
+
+Weights = Literal["ema", "plain"]
+
+_MAIN, _PLAIN = "model.safetensors", "model.plain.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder holds.
+
+    Attributes:
+        config: the configuration the model was trained with.
+        weights: tensors by name, on the CPU.
+        id: SHA-256 (hexadecimal) over the model section of the configuration and the weights.
+    """
+
+    config: config.TokenizerConfig
+    weights: dict[str, Tensor]
+    id: str
+
+
+def write_model_folder(
+    url: str,
+    config_text: str,
+    weights: Mapping[str, Tensor],
+    plain_weights: Mapping[str, Tensor] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> str:
+    """Writes a model folder, replacing what an earlier call left there.
+
+    Args:
+        url: path or fsspec URL of the folder.
+        config_text: the configuration as YAML; it is stored with every key written out.
+        weights: the weights to use by default.
+        plain_weights: the weights as the optimiser left them, if `weights` are averaged.
+        metrics: measured values for the model card, by name.
+        facts: further rows of the model card, for example the data set and its hash.
+
+    Returns:
+        The id of the model.
+
+    Raises:
+        ValueError: the configuration is not valid or the folder cannot be written.
+    """
+    run = config.parse_config(config_text, "the configuration of the model")
+    text = config.dump_config(run)
+    model_id = _write_weights(storage.join(url, _MAIN), text, weights, "plain" if plain_weights is None else "ema")
+    if plain_weights is None:
+        storage.remove(storage.join(url, _PLAIN))
+    else:
+        _write_weights(storage.join(url, _PLAIN), text, plain_weights, "plain")
+    storage.write_bytes(storage.join(url, "README.md"), _card(run, model_id, metrics or {}, facts or {}).encode())
+    storage.write_bytes(storage.join(url, "config.yaml"), text.encode())
+    return model_id
+
+
+def read_model_folder(url: str, weights: Weights = "ema") -> ModelFolder:
+    """Reads a model folder from a path, any fsspec URL, or a model hub id such as `someone/bsq-18`.
+
+    Args:
+        weights: "ema" for the folder's main weights, "plain" for the weights as the optimiser left them.
+
+    Raises:
+        ValueError: there is no such folder, a part is missing or damaged, or weights and configuration do not belong
+            together.
+    """
+    folder = _locate(url)
+    text = storage.read_bytes(storage.join(folder, "config.yaml")).decode()
+    run = config.parse_config(text, storage.join(folder, "config.yaml"))
+    has_plain = weights == "plain" and storage.exists(storage.join(folder, _PLAIN))
+    path = storage.join(folder, _PLAIN if has_plain else _MAIN)
+    tensors, header = _read_weights(path)
+    if weights == "plain" and header["weights"] != "plain":
+        raise ValueError(f"{url} holds no plain weights: {_PLAIN} is missing and {_MAIN} holds averaged ones")
+    model_id = _identity(text, tensors)
+    if model_id != header["id"]:
+        raise ValueError(
+            f"{path} and {storage.join(folder, 'config.yaml')} do not belong together: one of them was changed or "
+            f"replaced after the model was written (its id is {header['id'][:12]}, what lies there has {model_id[:12]})"
+        )
+    return ModelFolder(run, tensors, model_id)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads every tensor of a module, or none.
+
+    Raises:
+        ValueError: keys are missing or left over or shapes differ; the message lists them and names their `source`.
+    """
+    expected = module.state_dict()
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected.keys() & weights.keys()
+        if weights[key].shape != expected[key].shape
+    ]
+    faults = {
+        "missing": expected.keys() - weights.keys(),
+        "unexpected": weights.keys() - expected.keys(),
+        "of another shape": shapes,
+    }
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {_shortened(sorted(keys))}" for fault, keys in faults.items() if keys)
+        raise ValueError(f"the weights of {source} are not those of this model ({told})")
+    module.load_state_dict(dict(weights))
+
+
+def _locate(url: str) -> str:
+    """The folder to read: `url` itself, or where the model hub's client put its copy."""
+    if storage.exists(storage.join(url, "config.yaml")):
+        return url
+    if storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
+        raise ValueError(f"{url} is not a model folder: it has no config.yaml")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"there is no model folder {url}; to read it as a model hub id, install huggingface_hub"
+        ) from None
+    try:
+        return str(snapshot_download(url, allow_patterns=["config.yaml", _MAIN, _PLAIN]))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no model folder {url}, and the model hub gives none either: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _write_weights(url: str, config_text: str, weights: Mapping[str, Tensor], kind: str) -> str:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    model_id = _identity(config_text, tensors)
+    storage.write_bytes(url, safetensors.torch.save(tensors, {"format": "pt", "id": model_id, "weights": kind}))
+    return model_id
+
+
+def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    data = storage.read_bytes(url)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{url} is damaged or not a safetensors file: {error}") from error
+    if not {"id", "weights"} <= header.keys():
+        raise ValueError(f"{url} was not written as part of a model folder: its header does not name a model id")
+    return tensors, header
+
+
+def _identity(config_text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over what decides the tokens: the model section as it is written, and every tensor."""
+    model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
+    model.pop("gradient_checkpointing", None)
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shortened(keys: list[str], shown: int = 5) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
+
+
+def _card(run: config.TokenizerConfig, model_id: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
+    """The model card: front matter for model hubs, how to use it, what it is, what was measured."""
+    model = run.model
+    rows = {
+        "model id": f"`{model_id}`",
+        "input": f"{model.image_size} x {model.image_size} pixels"
+        + (f", up to {model.frames} frames" if model.frames > 1 else ""),
+        "tokens": f"{(model.image_size // model.patch_size) ** 2} per image, one for {model.patch_size} x "
+        f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
+        "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
+        **facts,
+    }
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if metrics:
+        table += ["", "| measured | |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in metrics.items())]
+    return "\n".join(
+        [
+            "---",
+            "library_name: bsq_ray",
+            "tags: [image-tokenizer, binary-spherical-quantization]",
+            "---",
+            f"# {run.name}",
+            "",
+            *([run.description, ""] if run.description else []),
+            "```python",
+            "from bsq_ray import Tokenizer",
+            "",
+            'tokenizer = Tokenizer.from_pretrained("path or URL of this folder")',
+            f"tokens = tokenizer.encode(images)  # floats in [-1, 1], (B, 3, {model.image_size}, {model.image_size})",
+            "images = tokenizer.decode(tokens)",
+            "```",
+            "",
+            *table,
+            "",
+        ]
+    )
