@@ -1,0 +1,46 @@
+"""The configuration: one checked object made from a preset or file and `key.path=value` overrides."""
+
+from bsq_ray.config.reading import dump_config, load_config, parse_config, preset_names
+from bsq_ray.config.schema import (
+    BSQ,
+    FSQ,
+    LFQ,
+    VQ,
+    Adversarial,
+    Data,
+    Decoder,
+    Engine,
+    Entropy,
+    Optimizer,
+    Quantizer,
+    Schedule,
+    TokenizerConfig,
+    TokenizerLoss,
+    TokenizerModel,
+    Training,
+    Transformer,
+)
+
+__all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
+    "VQ",
+    "Adversarial",
+    "Data",
+    "Decoder",
+    "Engine",
+    "Entropy",
+    "Optimizer",
+    "Quantizer",
+    "Schedule",
+    "TokenizerConfig",
+    "TokenizerLoss",
+    "TokenizerModel",
+    "Training",
+    "Transformer",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "preset_names",
+]
