@@ -1,0 +1,68 @@
+"""Entropies of soft binary quantisation in O(N·L), or O(N·2^g) for groups of g bits (paper equations 4, 7, 8, 9).
+
+A coordinate takes its positive code with probability sigmoid(logit), independently of the others, so the entropy of one
+token is the sum over its bits. The entropy of the whole batch is that of the averaged distribution: bit by bit
+("analytical", an upper bound), or jointly over groups of bits.
+
+Shape suffixes: N tokens, L bits, G groups, K codes of a group or of half a group. Entropies are in nats, fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def per_sample_entropy(logits_NL: Tensor) -> Tensor:
+    """Mean over tokens of the summed entropy of their bits; exact, in [0, L·ln 2]. Scalar."""
+    # H(sigmoid(x)) = softplus(x) - x·sigmoid(x) holds for every x without a logarithm of a probability.
+    entropy_NL = F.softplus(logits_NL) - logits_NL * torch.sigmoid(logits_NL)
+    return entropy_NL.sum(-1).mean()
+
+
+def bitwise_codebook_entropy(logits_NL: Tensor, across_workers: bool = False) -> Tensor:
+    """Entropy of the batch-averaged bits, summed over bits: the paper's upper bound of the code entropy. Scalar."""
+    mean_L = worker_mean(torch.sigmoid(logits_NL).mean(0), across_workers)
+    return (_entropy_terms(mean_L) + _entropy_terms(1 - mean_L)).sum()
+
+
+def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers: bool = False) -> Tensor:
+    """Entropy of the batch-averaged distribution over the 2^g codes of each group, summed over groups. Scalar.
+
+    The distribution over a group is the outer product of those over its two halves, and the average of outer products
+    is one matrix product, so N·2^g numbers are never held.
+    """
+    probability_GNg = torch.sigmoid(logits_NL).unflatten(-1, (-1, group_size)).transpose(0, 1)
+    half = group_size // 2
+    low_GNK = _joint(probability_GNg[..., :half])
+    high_GNK = _joint(probability_GNg[..., half:])
+    mean_GKK = torch.bmm(low_GNK.transpose(1, 2), high_GNK) / logits_NL.shape[0]
+    return _entropy_terms(worker_mean(mean_GKK, across_workers)).sum()
+
+
+def worker_mean(local: Tensor, across_workers: bool) -> Tensor:
+    """The average over all workers, with the gradient of this worker's part alone.
+
+    Gradients are averaged over workers afterwards, which makes the whole exactly the gradient of the joined batch.
+    """
+    if not (across_workers and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return local
+    joined = local.detach().clone()
+    dist.all_reduce(joined)
+    return local + (joined / dist.get_world_size() - local.detach())
+
+
+def _entropy_terms(p: Tensor) -> Tensor:
+    """-p·ln p, with a finite gradient at p = 0."""
+    return torch.special.entr(p.clamp_min(torch.finfo(p.dtype).tiny))
+
+
+def _joint(probability_GNb: Tensor) -> Tensor:
+    """Distribution over the 2^b patterns of b independent bits, (G, N, 2^b)."""
+    joint_GNK = probability_GNb.new_ones(*probability_GNb.shape[:2], 1)
+    for p_GN in probability_GNb.unbind(-1):
+        p_GN1 = p_GN.unsqueeze(-1)
+        joint_GNK = torch.cat([joint_GNK * (1 - p_GN1), joint_GNK * p_GN1], dim=-1)
+    return joint_GNK

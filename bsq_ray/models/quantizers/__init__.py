@@ -1,0 +1,23 @@
+"""Quantisers behind one interface: vectors in, straight-through codes and bits out."""
+
+from __future__ import annotations
+
+from bsq_ray import config
+from bsq_ray.models.quantizers.base import Quantized, Quantizer
+from bsq_ray.models.quantizers.bsq import BinarySphericalQuantizer
+from bsq_ray.models.quantizers.fsq import FiniteScalarQuantizer
+from bsq_ray.models.quantizers.lfq import LookupFreeQuantizer
+from bsq_ray.models.quantizers.vq import VectorQuantizer
+
+__all__ = ["Quantized", "Quantizer", "build_quantizer"]
+
+
+def build_quantizer(section: config.BSQ | config.LFQ | config.FSQ | config.VQ) -> Quantizer:
+    """The quantiser that a configuration section describes."""
+    if isinstance(section, config.BSQ):
+        return BinarySphericalQuantizer(section)
+    if isinstance(section, config.LFQ):
+        return LookupFreeQuantizer(section)
+    if isinstance(section, config.FSQ):
+        return FiniteScalarQuantizer(section)
+    return VectorQuantizer(section)

@@ -1,0 +1,59 @@
+"""What BSQ and LFQ share: the sign of each coordinate, and the entropy penalty.
+
+    u_BNC ─▶ sign ─▶ · scale ─▶ codes          penalty = weight · (γ0 · E[H] - γ · H(E)) / τ' + commit
+
+τ' is the inverse temperature: a coordinate takes its positive code with probability sigmoid(4 · scale · τ' · u).
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import torch
+from torch import Tensor
+
+from bsq_ray import config
+from bsq_ray.losses.entropy import bitwise_codebook_entropy, grouped_codebook_entropy, per_sample_entropy
+from bsq_ray.models.quantizers.base import Quantized, Quantizer, straight_through
+
+
+class BinaryQuantizer(Quantizer):
+    """Keeps the sign of each coordinate; `scale` is the magnitude of a code's coordinates."""
+
+    def __init__(self, section: config.BSQ | config.LFQ, scale: float) -> None:
+        super().__init__()
+        self.bits = self.channels = section.bits
+        self.entropy = section.entropy
+        self.commit_weight = section.commit_weight
+        self.scale = scale
+
+    def codes(self, bits_BNL: Tensor) -> Tensor:
+        """±scale for each bit."""
+        plus = torch.tensor(self.scale, device=bits_BNL.device)
+        return torch.where(bits_BNL, plus, -plus)
+
+    def quantize_coordinates(self, u_BNC: Tensor) -> Quantized:
+        """Quantises coordinates that are already on the sphere (BSQ) or free (LFQ)."""
+        bits_BNL = u_BNC >= 0  # the paper's sign(0) = +1
+        codes_BNC = self.codes(bits_BNL)
+        penalty, stats = self._penalty(u_BNC)
+        if self.commit_weight:
+            commit = (codes_BNC - u_BNC).square().sum(-1).mean()
+            penalty = penalty + self.commit_weight * commit
+            stats["commit"] = commit.detach()
+        return Quantized(straight_through(codes_BNC, u_BNC * self.scale), bits_BNL, penalty, stats)
+
+    def _penalty(self, u_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        section = self.entropy
+        logits_NL = (4 * self.scale * section.inverse_temperature) * u_BNC.flatten(0, 1)
+        per_sample = per_sample_entropy(logits_NL)
+        if section.estimate == "analytical":
+            codebook = bitwise_codebook_entropy(logits_NL, section.across_workers)
+        else:
+            codebook = grouped_codebook_entropy(logits_NL, section.group_size, section.across_workers)
+        difference = section.per_sample_weight * per_sample - section.dataset_weight * codebook
+        stats = {
+            "per_sample_entropy": per_sample.detach() / log(2),
+            "codebook_entropy": codebook.detach() / log(2),
+        }
+        return section.weight * difference / section.inverse_temperature, stats

@@ -1,0 +1,20 @@
+"""Look-up free quantisation (MAGVIT-v2), the paper's comparison: BSQ without the sphere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bsq_ray import config
+from bsq_ray.models.quantizers.base import Quantized
+from bsq_ray.models.quantizers.binary import BinaryQuantizer
+
+
+class LookupFreeQuantizer(BinaryQuantizer):
+    """code = sign(v), with gradient 1; the quantisation error is not bounded."""
+
+    def __init__(self, section: config.LFQ) -> None:
+        super().__init__(section, scale=1.0)
+
+    def quantize(self, v_BNC: Tensor) -> Quantized:
+        """Keeps the signs of the free vector."""
+        return self.quantize_coordinates(v_BNC)

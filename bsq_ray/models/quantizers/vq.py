@@ -1,0 +1,55 @@
+"""Vector quantisation with a learned codebook (VQ-VAE; with l2-normalised codes as in ViT-VQGAN)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray import config
+from bsq_ray.models.quantizers.base import Quantized, Quantizer, straight_through
+from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
+
+# Distances held at once: bounds the memory of the search, whatever the codebook.
+_TILE = 2**24
+
+
+class VectorQuantizer(Quantizer):
+    """The nearest row of the codebook. penalty = |sg(v) - e|² + commit_weight · |v - sg(e)|², mean over tokens."""
+
+    def __init__(self, section: config.VQ) -> None:
+        super().__init__()
+        self.bits = section.bits
+        self.channels = section.code_width
+        self.normalised = section.normalised
+        self.commit_weight = section.commit_weight
+        self.codebook = nn.Parameter(torch.empty(section.codebook_size, section.code_width))
+        nn.init.uniform_(self.codebook, -1 / section.codebook_size, 1 / section.codebook_size)
+
+    def quantize(self, v_BNC: Tensor) -> Quantized:
+        """Searches the codebook and copies the gradient of the code to the vector."""
+        v_BNC = self._metric(v_BNC)
+        codebook_KC = self._metric(self.codebook)
+        index_BN = _nearest(v_BNC.detach().flatten(0, 1), codebook_KC.detach()).view(v_BNC.shape[:2])
+        codes_BNC = F.embedding(index_BN, codebook_KC)
+        codebook_loss = (v_BNC.detach() - codes_BNC).square().sum(-1).mean()
+        commit = (v_BNC - codes_BNC.detach()).square().sum(-1).mean()
+        loss = codebook_loss + self.commit_weight * commit
+        bits_BNL = integers_to_bits(index_BN.unsqueeze(-1), self.bits)
+        return Quantized(straight_through(codes_BNC, v_BNC), bits_BNL, loss, {"commit": commit.detach()})
+
+    def codes(self, bits_BNL: Tensor) -> Tensor:
+        """Rows of the codebook."""
+        index_BN = bits_to_integers(bits_BNL, self.bits).squeeze(-1)
+        return F.embedding(index_BN, self._metric(self.codebook))
+
+    def _metric(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.normalised else x
+
+
+def _nearest(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:
+    """Index of the nearest row for each vector, searched in tiles of tokens."""
+    square_K = codebook_KC.square().sum(-1)
+    tiles = v_NC.split(max(1, _TILE // codebook_KC.shape[0]))
+    found = [torch.addmm(square_K, tile, codebook_KC.t(), alpha=-2).argmin(-1) for tile in tiles]
+    return torch.cat(found)
