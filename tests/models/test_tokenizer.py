@@ -1,0 +1,183 @@
+"""The tokenizer: sizes, exactness of the bit path, what it refuses."""
+
+import pytest
+import torch
+
+from bsq_ray import Tokenizer, config
+from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
+
+SIZES = {"width": 32, "layers": 2, "heads": 4}
+
+
+def small_model(**changes):
+    keys = {
+        "image_size": 32,
+        "patch_size": 8,
+        "encoder": SIZES,
+        "decoder": SIZES | {"head_width": 64},
+        "quantizer": {"bits": 10},
+    }
+    return config.TokenizerModel.model_validate(keys | changes)
+
+
+def small_tokenizer(**changes):
+    torch.manual_seed(0)
+    return Tokenizer(small_model(**changes))
+
+
+def images(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("image_size", "bits", "total", "encoder", "decoder", "to_code", "from_code"),
+    [
+        (128, 18, 173_636_562, 85_401_600, 88_206_528, 13_842, 14_592),
+        (256, 18, 174_816_210, 85_991_424, 88_796_352, 13_842, 14_592),
+        (256, 36, 174_843_876, 85_991_424, 88_796_352, 27_684, 28_416),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_models(
+    image_size, bits, total, encoder, decoder, to_code, from_code
+):
+    with torch.device("meta"):
+        model = Tokenizer(config.TokenizerModel(image_size=image_size, quantizer=config.BSQ(bits=bits)))
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    parts = (model, model.encoder, model.decoder, model.to_code, model.from_code)
+    assert tuple(map(count, parts)) == (total, encoder, decoder, to_code, from_code)
+
+
+def test_a_patch_lists_its_values_by_channel_then_row_then_column():
+    clip = torch.arange(3 * 2 * 4 * 6).reshape(1, 3, 2, 4, 6)
+    patches = patchify(clip, 2)
+    assert patches.shape == (1, 12, 12)
+    token = 1 * 6 + 1 * 3 + 2  # second frame, second row of patches, third column
+    assert torch.equal(patches[0, token], clip[0, :, 1, 2:4, 4:6].flatten())
+    assert torch.equal(unpatchify(patches, (2, 2, 3), 2), clip)
+
+
+def test_decoding_the_tokens_gives_exactly_what_training_reconstructs_clamped():
+    tokenizer = small_tokenizer().eval()
+    with torch.no_grad():
+        tokenizer.decoder.head[-1].weight.mul_(200)
+    x = images(3, 3, 32, 32)
+    output = tokenizer(x)
+    tokens = tokenizer.encode(x)
+    assert tokens.grid == (1, 4, 4)
+    assert tokens.bits_BNL.shape == (3, 16, 10)
+    assert tokens.bits_BNL.dtype == torch.bool
+    assert torch.equal(tokens.bits_BNL, output.quantized.bits_BNL)
+    assert output.images.abs().max() > 1
+    decoded = tokenizer.decode(tokens)
+    torch.testing.assert_close(decoded, output.images.clamp(-1, 1), rtol=0, atol=1e-4)
+    assert torch.equal(decoded, tokenizer.reconstruct(x))
+
+
+def test_encoding_and_decoding_record_no_gradients_and_leave_the_mode_alone():
+    tokenizer = small_tokenizer().train()
+    tokens = tokenizer.encode(images(1, 3, 32, 32).requires_grad_())
+    decoded = tokenizer.decode(tokens)
+    assert not decoded.requires_grad
+    assert tokenizer.training
+
+
+def test_every_parameter_receives_a_gradient_from_a_training_step():
+    tokenizer = small_tokenizer(frames=2)
+    output = tokenizer(images(2, 3, 2, 32, 32))
+    (output.images.square().mean() + output.quantized.loss).backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert without == []
+    assert tokenizer.last_layer is tokenizer.decoder.head[2].weight
+
+
+def test_a_causal_video_tokenizer_makes_tokens_from_the_present_and_the_past_only():
+    tokenizer = small_tokenizer(frames=3)
+    clips = images(2, 3, 3, 32, 32)
+    changed = clips.clone()
+    changed[:, :, 1] = images(2, 3, 32, 32, seed=1)
+    before, after = tokenizer.encode(clips).bits_BNL, tokenizer.encode(changed).bits_BNL
+    assert torch.equal(before[:, :16], after[:, :16])
+    assert not torch.equal(before[:, 16:32], after[:, 16:32])
+
+    tokens = tokenizer.encode(clips)
+    bits = tokens.bits_BNL.clone()
+    bits[:, 16:] = ~bits[:, 16:]
+    other = tokenizer.decode(Tokens(bits, tokens.grid))
+    assert torch.equal(tokenizer.decode(tokens)[:, :, 0], other[:, :, 0])
+
+
+def test_an_image_is_a_clip_of_one_frame():
+    tokenizer = small_tokenizer(frames=3)
+    x = images(2, 3, 32, 32)
+    assert tokenizer.encode(x).grid == (1, 4, 4)
+    assert torch.equal(tokenizer.encode(x).bits_BNL, tokenizer.encode(x[:, :, None]).bits_BNL)
+    assert tokenizer.reconstruct(x).shape == (2, 3, 32, 32)
+    assert tokenizer.reconstruct(x[:, :, None]).shape == (2, 3, 1, 32, 32)
+    assert tokenizer(x).images.shape == (2, 3, 32, 32)
+
+
+def test_new_biases_are_zero_and_weights_small():
+    tokenizer = small_tokenizer()
+    assert tokenizer.encoder.patch_embedding.bias is None
+    for name, p in tokenizer.named_parameters():
+        if "norm" not in name and name.endswith("bias") and not name.startswith(("to_code", "from_code")):
+            assert p.abs().max() == 0, name
+    assert tokenizer.decoder.head[0].weight.detach().std() == pytest.approx(0.02, rel=0.1)
+    assert tokenizer.encoder.transformer.spatial_position.detach().std() == pytest.approx(0.02, rel=0.2)
+
+
+def test_compiling_the_blocks_in_place_keeps_the_names_of_the_weights_and_the_result():
+    tokenizer = small_tokenizer()
+    x = images(1, 3, 32, 32)
+    names, expected = list(tokenizer.state_dict()), tokenizer(x).images
+    assert len(tokenizer.blocks) == 4
+    for block in tokenizer.blocks:
+        block.compile(backend="aot_eager")
+    torch.testing.assert_close(tokenizer(x).images, expected)
+    assert list(tokenizer.state_dict()) == names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_come_back_in_fp32_under_autocast_and_from_weights_of_lower_precision(dtype):
+    tokenizer = small_tokenizer().to(dtype)
+    x = images(1, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tokenizer(x)
+    assert output.images.dtype == torch.float32
+    assert output.quantized.codes_BNC.dtype == torch.float32
+    assert tokenizer.reconstruct(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 30, 32), "32 x 30 pixels, which is not a multiple of 8, but this model takes 32 x 32"),
+        ((1, 3, 64, 64), "64 x 64 pixels but this model takes 32 x 32"),
+        ((1, 1, 32, 32), r"shape \(B, 3, H, W\)"),
+        ((3, 32, 32), r"shape \(B, 3, H, W\)"),
+        ((1, 3, 2, 32, 32), "clips have 2 frames, but this model takes 1 to 1"),
+    ],
+)
+def test_images_of_another_shape_are_refused(shape, message):
+    tokenizer = small_tokenizer()
+    for call in (tokenizer, tokenizer.encode, tokenizer.reconstruct):
+        with pytest.raises(ValueError, match=message):
+            call(torch.zeros(shape))
+
+
+def test_images_of_integers_are_refused():
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
+        small_tokenizer().encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_tokens_of_another_model_are_refused():
+    tokenizer = small_tokenizer()
+    with pytest.raises(ValueError, match=r"grid \(1, 8, 8\), but this model takes \(1 to 1, 4, 4\)"):
+        tokenizer.decode(Tokens(torch.zeros(1, 64, 10, dtype=torch.bool), (1, 8, 8)))
+    with pytest.raises(ValueError, match=r"booleans of shape \(B, 16, 10\), got torch.bool \(1, 16, 18\)"):
+        tokenizer.decode(Tokens(torch.zeros(1, 16, 18, dtype=torch.bool), (1, 4, 4)))
+    with pytest.raises(ValueError, match=r"got torch\.float32"):
+        tokenizer.decode(Tokens(torch.zeros(1, 16, 10), (1, 4, 4)))

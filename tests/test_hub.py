@@ -1,0 +1,187 @@
+"""A model folder: what is written is what is read, and nothing else is accepted."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from bsq_ray import Tokenizer, config, hub
+
+SIZES = {"width": 16, "layers": 1, "heads": 2}
+
+
+def small_tokenizer(seed=0, bits=6):
+    torch.manual_seed(seed)
+    keys = {
+        "image_size": 16,
+        "patch_size": 8,
+        "encoder": SIZES,
+        "decoder": SIZES | {"head_width": 16},
+        "quantizer": {"bits": bits},
+    }
+    return Tokenizer(config.TokenizerModel.model_validate(keys))
+
+
+IMAGES = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    url = str(tmp_path / "small")
+    plain = small_tokenizer(seed=1).state_dict()
+    small_tokenizer().save_pretrained(
+        url, plain_weights=plain, metrics={"psnr": 21.5}, facts={"data": "12 photographs"}
+    )
+    return url
+
+
+@pytest.mark.parametrize("scheme", ["path", "file", "memory"])
+def test_a_saved_tokenizer_reconstructs_alike_after_reading_from_any_url(tmp_path, scheme):
+    url = {"path": f"{tmp_path}/m", "file": f"file://{tmp_path}/m", "memory": "memory://models/m"}[scheme]
+    saved = small_tokenizer()
+    model_id = saved.save_pretrained(url)
+    read = Tokenizer.from_pretrained(url)
+    assert not read.training
+    assert read.config == saved.config
+    assert read.model_id == model_id
+    assert len(model_id) == 64
+    assert torch.equal(read.reconstruct(IMAGES), saved.reconstruct(IMAGES))
+
+
+def test_plain_weights_lie_beside_the_averaged_ones_and_are_another_model(folder):
+    averaged, plain = Tokenizer.from_pretrained(folder), Tokenizer.from_pretrained(folder, weights="plain")
+    assert torch.equal(averaged.to_code.weight, small_tokenizer(seed=0).to_code.weight)
+    assert torch.equal(plain.to_code.weight, small_tokenizer(seed=1).to_code.weight)
+    assert averaged.model_id != plain.model_id
+
+
+def test_without_averaging_the_main_weights_are_the_plain_ones_and_older_plain_weights_vanish(folder):
+    small_tokenizer(seed=2).save_pretrained(folder)
+    for weights in ("ema", "plain"):
+        read = Tokenizer.from_pretrained(folder, weights=weights)
+        assert torch.equal(read.to_code.weight, small_tokenizer(seed=2).to_code.weight)
+
+
+def test_asking_for_plain_weights_that_were_not_kept_is_an_error(folder, tmp_path):
+    (tmp_path / "small" / "model.plain.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no plain weights"):
+        hub.read_model_folder(folder, "plain")
+
+
+def test_the_id_depends_on_weights_and_model_but_not_on_training_or_memory_saving():
+    def written_id(weights, **keys):
+        run = config.TokenizerConfig.model_validate({"name": "m"} | keys)
+        return hub.write_model_folder("memory://ids/m", config.dump_config(run), weights)
+
+    weights = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.tensor(3)}
+    same = written_id(weights)
+    assert written_id(dict(reversed(weights.items())), training={"steps": 7}, description="another") == same
+    assert written_id(weights, model={"gradient_checkpointing": True}) == same
+    assert written_id(weights, model={"patch_size": 16}) != same
+    assert written_id(weights | {"a": torch.arange(4.0).reshape(2, 2)}) != same
+    assert written_id(weights | {"a": torch.arange(4.0) + 1e-6}) != same
+
+
+def test_the_card_tells_size_rate_id_facts_and_metrics(folder, tmp_path):
+    card = (tmp_path / "small" / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "bsq_ray"
+    assert "# small" in text
+    assert Tokenizer.from_pretrained(folder).model_id in text
+    assert "16 x 16 pixels" in text
+    assert "4 per image" in text
+    assert "0.09375 bits per pixel" in text
+    assert "| data | 12 photographs |" in text
+    assert "| psnr | 21.5 |" in text
+
+
+def test_the_stored_configuration_writes_out_every_key(folder, tmp_path):
+    stored = yaml.safe_load((tmp_path / "small" / "config.yaml").read_text())
+    assert stored["model"]["quantizer"]["entropy"]["estimate"] == "analytical"
+    assert stored["training"]["optimizer"]["betas"] == [0.9, 0.99]
+
+
+def test_a_changed_weight_is_noticed(folder, tmp_path):
+    file = tmp_path / "small" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors and .*config.yaml do not belong together"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_a_changed_model_section_is_noticed_and_a_changed_training_section_is_not(folder, tmp_path):
+    file = tmp_path / "small" / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("steps: 1000000", "steps: 5"))
+    assert hub.read_model_folder(folder).config.training.steps == 5
+    file.write_text(text.replace("causal: true", "causal: false"))
+    with pytest.raises(ValueError, match="do not belong together"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_a_truncated_file_and_one_of_another_format_are_refused(folder, tmp_path):
+    file = tmp_path / "small" / "model.safetensors"
+    data = file.read_bytes()
+    for damaged in (data[:-10], b"", b"not a model at all"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+            hub.read_model_folder(folder)
+    file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
+    with pytest.raises(ValueError, match="does not name a model id"):
+        hub.read_model_folder(folder)
+
+
+def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
+    target = small_tokenizer(bits=8)
+    weights = dict(target.state_dict())
+    before = target.to_code.bias.clone()
+    weights["to_code.bias"] = torch.zeros(6)
+    weights["surplus"] = torch.zeros(1)
+    del weights["encoder.patch_embedding.weight"]
+    with pytest.raises(ValueError) as error:
+        hub.load_weights(target, weights, "model M")
+    assert "weights of model M are not those of this model" in str(error.value)
+    assert "missing: encoder.patch_embedding.weight" in str(error.value)
+    assert "unexpected: surplus" in str(error.value)
+    assert "to_code.bias is (6,) instead of (8,)" in str(error.value)
+    assert torch.equal(target.to_code.bias, before)
+
+
+def test_a_long_list_of_keys_is_shortened():
+    target = small_tokenizer()
+    with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
+        hub.load_weights(target, {}, "nothing")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a model folder: it has no config.yaml"):
+        Tokenizer.from_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="is not a model folder"):
+        Tokenizer.from_pretrained(str(tmp_path / "absent"))
+
+
+def test_a_hub_id_without_the_hub_client_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"no model folder someone/bsq-18; .* install huggingface_hub"):
+        Tokenizer.from_pretrained("someone/bsq-18")
+
+
+def test_a_hub_id_is_read_through_the_hub_client(folder, tmp_path, monkeypatch):
+    def snapshot_download(repo_id, allow_patterns):
+        if repo_id != "someone/bsq-18":
+            raise OSError("404 no such repository")
+        for name in allow_patterns:
+            shutil.copy(f"{folder}/{name}", tmp_path)
+        return str(tmp_path)
+
+    client = types.ModuleType("huggingface_hub")
+    client.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+    assert Tokenizer.from_pretrained("someone/bsq-18").model_id == Tokenizer.from_pretrained(folder).model_id
+    with pytest.raises(ValueError, match="the model hub gives none either: 404 no such repository"):
+        Tokenizer.from_pretrained("someone/else")
