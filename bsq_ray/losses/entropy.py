@@ -46,8 +46,10 @@ def worker_mean(local: Tensor, across_workers: bool) -> Tensor:
     """The average over all workers, with the gradient of this worker's part alone.
 
     Gradients are averaged over workers afterwards, which makes the whole exactly the gradient of the joined batch.
+    Without gradients nothing is exchanged, so that one worker alone may encode while the others do something else.
     """
-    if not (across_workers and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    joining = across_workers and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+    if not joining or dist.get_world_size() == 1:
         return local
     joined = local.detach().clone()
     dist.all_reduce(joined)
