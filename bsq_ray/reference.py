@@ -1,0 +1,209 @@
+"""Imports checkpoints of the BSQ-ViT authors' published code as model folders.
+
+Such a file is a dictionary with the weights (`state_dict`), averaged weights (`ema_state_dict`, may be None), the
+discriminator's (`state_dict_discriminator`), and pickled Python objects of the training script. It is read without
+running anything of it: objects of the script become inert stand-ins, and a file that asks for anything else is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bsq_ray import config, hub, storage
+from bsq_ray.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """What came out of a checkpoint.
+
+    Attributes:
+        id: of the model folder that was written.
+        iteration: training step of the checkpoint, if it says so.
+        has_discriminator: whether the checkpoint held a discriminator, now `discriminator.safetensors` in the folder.
+    """
+
+    id: str
+    iteration: int | None
+    has_discriminator: bool
+
+
+def import_reference(
+    checkpoint_url: str, config_name: str, out_url: str, weights: hub.Weights = "ema"
+) -> ImportedModel:
+    """Converts a checkpoint of the published reference code into a model folder.
+
+    Args:
+        checkpoint_url: path or fsspec URL of `checkpoint.pt`.
+        config_name: the preset or configuration file of the same model.
+        out_url: the folder to write.
+        weights: "ema" makes the averaged weights the model and keeps the plain ones beside them; "plain" takes only
+            the plain ones.
+
+    Raises:
+        ValueError: the file is damaged, asks for code to be run, or holds other tensors than this model has.
+    """
+    run = config.load_config(config_name)
+    with _local_copy(checkpoint_url) as path:
+        checkpoint = read_checkpoint(path, checkpoint_url)
+        plain = _tokenizer_weights(run.model, checkpoint, "state_dict", checkpoint_url)
+        averaged = None
+        if weights == "ema":
+            if not checkpoint.get("ema_state_dict"):
+                raise ValueError(f"{checkpoint_url} holds no averaged weights; import its plain ones instead")
+            averaged = _tokenizer_weights(run.model, checkpoint, "ema_state_dict", checkpoint_url)
+        discriminator = None
+        if checkpoint.get("state_dict_discriminator"):
+            discriminator = _tensors(checkpoint, "state_dict_discriminator", checkpoint_url)
+        iteration = checkpoint.get("iter")
+        facts = {"imported from": checkpoint_url.rsplit("/", 1)[-1]}
+        if isinstance(iteration, int):
+            facts["training steps"] = str(iteration)
+        model_id = hub.write_model_folder(
+            out_url,
+            config.dump_config(run),
+            plain if averaged is None else averaged,
+            None if averaged is None else plain,
+            facts=facts,
+        )
+        if discriminator is not None:
+            data = safetensors.torch.save(discriminator, {"format": "pt"})
+            storage.write_bytes(storage.join(out_url, "discriminator.safetensors"), data)
+    return ImportedModel(model_id, iteration if isinstance(iteration, int) else None, discriminator is not None)
+
+
+# Packages whose objects the training script leaves in its checkpoints.
+_EXPECTED_PACKAGES = {"argparse", "collections", "numpy", "omegaconf", "pathlib", "typing"}
+_EXPECTED_BUILTINS = {"bool", "bytes", "dict", "float", "int", "list", "object", "set", "str", "tuple"}
+
+
+class _Inert:
+    """Stands in for an object whose class is not to be imported: takes any arguments and state and keeps none."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Dictionary:
+    """Stands in for a subclass of dict, which the unpickler would not fill: making one gives a plain dict."""
+
+    def __new__(cls, *args: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
+
+
+def read_checkpoint(path: str, source: str) -> dict[str, Any]:
+    """Reads a file of `torch.save` without running anything that it asks for.
+
+    Args:
+        path: a local file.
+        source: what to call it in messages.
+
+    Raises:
+        ValueError: the file is damaged or refers to Python objects that such a checkpoint has no use for.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{source} is not a checkpoint as torch.save writes it, or it is damaged")
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        refused = sorted(name for name in names if not _is_expected(name))
+        if refused:
+            raise ValueError(f"{source} is refused: reading it would run or import {', '.join(refused)}")
+        with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(f"cannot read the checkpoint {source}: {' '.join(str(error).split())}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
+    return checkpoint
+
+
+def _is_expected(name: str) -> bool:
+    package, _, rest = name.partition(".")
+    return package in _EXPECTED_PACKAGES or (package == "builtins" and rest in _EXPECTED_BUILTINS)
+
+
+def _stand_in(name: str) -> type:
+    module, _, class_name = name.rpartition(".")
+    base = _Dictionary if name == "collections.defaultdict" else _Inert
+    return type(class_name, (base,), {"__module__": module})
+
+
+@contextmanager
+def _local_copy(url: str) -> Iterator[str]:
+    """A local path of the file, so that its tensors can be mapped instead of loaded."""
+    if storage.is_local(url):
+        if not storage.exists(url):
+            raise ValueError(f"cannot read {url}: it does not exist")
+        yield storage.filesystem(url)[1]
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pt") as copy:
+        with storage.open_url(url) as remote:
+            shutil.copyfileobj(remote, copy, 16 * 2**20)
+        copy.flush()
+        yield copy.name
+
+
+# Reference names, as patterns, and ours. Patterns apply one after another.
+_TOKENIZER_NAMES = [
+    (r"^(encoder|decoder)\.(positional_embedding|temporal_positional_embedding|ln_pre|ln_post)", r"\1.transformer.\2"),
+    (r"\.positional_embedding$", ".spatial_position"),
+    (r"\.temporal_positional_embedding$", ".temporal_position"),
+    (r"\.ln_pre\.", ".input_norm."),
+    (r"\.ln_post\.", ".output_norm."),
+    (r"^encoder\.conv1\.", "encoder.patch_embedding."),
+    (r"\.resblocks\.", ".blocks."),
+    (r"\.ln_1\.", ".attention_norm."),
+    (r"\.ln_2\.", ".mlp_norm."),
+    (r"\.attn\.in_proj_", ".attention.qkv."),
+    (r"\.attn\.out_proj\.", ".attention.out."),
+    (r"\.mlp\.c_fc\.", ".mlp.0."),
+    (r"\.mlp\.c_proj\.", ".mlp.2."),
+    (r"^decoder\.ffn\.0\.", "decoder.head.0."),
+    (r"^decoder\.conv_out\.", "decoder.head.2."),
+    (r"^quant_embed\.", "to_code."),
+    (r"^post_quant_embed\.", "from_code."),
+]
+# Powers of two from which the reference makes integer indices; they say nothing about the model.
+_INDEX_TABLES = {"quantize.basis", "quantize.group_basis"}
+
+
+def _tokenizer_weights(
+    model: config.TokenizerModel, checkpoint: Mapping[str, Any], part: str, source: str
+) -> dict[str, Tensor]:
+    reference = _tensors(checkpoint, part, source)
+    weights = {_renamed(name, _TOKENIZER_NAMES): reference[name] for name in reference.keys() - _INDEX_TABLES}
+    tokenizer = Tokenizer(model)
+    hub.load_weights(tokenizer, weights, f"{source} ({part})")
+    return tokenizer.state_dict()
+
+
+def _tensors(checkpoint: Mapping[str, Any], part: str, source: str) -> dict[str, Tensor]:
+    """The tensors of a part by name, without the prefixes of the wrappers (`module.`) they were saved through."""
+    tensors = checkpoint.get(part)
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{source} holds no weights called {part}; its keys are {', '.join(map(str, checkpoint))}")
+    tensors = dict(tensors)
+    while tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name

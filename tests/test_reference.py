@@ -1,0 +1,277 @@
+"""Importing checkpoints of the published reference code.
+
+`ReferenceTokenizer` states that code's forward pass and its names of weights independently, with PyTorch's own
+attention module, from their description; no file of it is at hand here.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bsq_ray import Tokenizer, config, hub
+from bsq_ray.reference import import_reference, read_checkpoint
+
+WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
+CONFIG = f"""
+base: imagenet128-bsq18
+name: small
+model:
+  image_size: {SIDE}
+  encoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}}}
+  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_width: 3072}}
+  quantizer: {{bits: {BITS}}}
+loss: {{adversarial: {{channel_base: 512, channel_max: 32}}}}
+"""
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
+        self.ln_2 = nn.LayerNorm(WIDTH)
+        parts = {"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * WIDTH, WIDTH)}
+        self.mlp = nn.Sequential(collections.OrderedDict(parts))
+
+    def forward(self, x):
+        sequence_first = self.ln_1(x).transpose(0, 1)
+        x = x + self.attn(sequence_first, sequence_first, sequence_first, need_weights=False)[0].transpose(0, 1)
+        return x + self.mlp(self.ln_2(x))
+
+
+class ReferenceHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.empty((SIDE // PATCH) ** 2, WIDTH))
+        self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(ReferenceBlock() for _ in range(LAYERS))
+
+    def body(self, x):
+        x = self.ln_pre(x + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_post(x)
+
+
+class ReferenceTokenizer(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.encoder, self.decoder = ReferenceHalf(), ReferenceHalf()
+        self.encoder.conv1 = nn.Linear(3 * PATCH**2, WIDTH, bias=False)
+        self.decoder.ffn = nn.Sequential(nn.Linear(WIDTH, 3072), nn.Tanh())
+        self.decoder.conv_out = nn.Linear(3072, 3 * PATCH**2)
+        self.quant_embed, self.post_quant_embed = nn.Linear(WIDTH, BITS), nn.Linear(BITS, WIDTH)
+        self.quantize = nn.Module()
+        self.quantize.register_buffer("basis", 2 ** torch.arange(BITS - 1, -1, -1))
+        self.quantize.register_buffer("group_basis", 2 ** torch.arange(8, -1, -1))
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.2, generator=generator)
+
+    def forward(self, images):
+        grid = SIDE // PATCH
+        patches = nn.functional.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+        v = self.quant_embed(self.encoder.body(self.encoder.conv1(patches)))
+        u = v / v.norm(dim=-1, keepdim=True)
+        code = torch.where(u > 0, 1.0, -1.0) / BITS**0.5
+        x = self.decoder.body(self.post_quant_embed(code))
+        patches = self.decoder.conv_out(self.decoder.ffn(x))
+        assert patches.shape[1] == grid * grid
+        return nn.functional.fold(patches.transpose(1, 2), SIDE, PATCH, stride=PATCH).clamp(-1, 1)
+
+
+def prefixed(prefix, tensors):
+    return collections.OrderedDict((prefix + name, tensor) for name, tensor in tensors.items())
+
+
+def contents(prefix="module.", **changes):
+    """A checkpoint's dictionary: plain weights of seed 0, averaged ones of seed 1, objects of the training script."""
+    arguments = argparse.Namespace(resume="", output_dir=pathlib.PurePosixPath("/out"), lr=np.float64(4e-7))
+    parts = {
+        "iter": 7000,
+        "state_dict": prefixed(prefix, ReferenceTokenizer(0).state_dict()),
+        "ema_state_dict": prefixed(prefix * 2, ReferenceTokenizer(1).state_dict()),
+        "optimizer_generator": {"state": {0: {"step": torch.tensor(7000.0)}}, "param_groups": [{"lr": 1e-4}]},
+        "optimizer_discriminator": {"state": {}, "param_groups": []},
+        "state_dict_discriminator": None,
+        "scaler": {},
+        "config": configuration_object(),
+        "args": arguments,
+        "best_fid": np.float64(1.5),
+    }
+    return parts | changes
+
+
+def configuration_object():
+    """An object of a package that is absent where the checkpoint is read, with the structure OmegaConf's have."""
+    package, container = types.ModuleType("omegaconf"), types.ModuleType("omegaconf.dictconfig")
+    container.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
+    sys.modules |= {"omegaconf": package, "omegaconf.dictconfig": container}
+    instance = container.DictConfig()
+    instance.__dict__ |= {
+        "_content": {"width": 32},
+        "_parent": None,
+        "flags": collections.defaultdict(dict, a={"b": 1}),
+    }
+    return instance
+
+
+@pytest.fixture
+def save(tmp_path, monkeypatch):
+    def save_checkpoint(parts):
+        torch.save(parts, tmp_path / "checkpoint.pt")
+        for name in ("omegaconf", "omegaconf.dictconfig"):
+            sys.modules.pop(name, None)
+        return str(tmp_path / "checkpoint.pt")
+
+    return save_checkpoint
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    return str(tmp_path / "small.yaml")
+
+
+IMAGES = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_reconstructions_agree_with_the_reference_for_averaged_and_plain_weights(save, small_config, tmp_path, prefix):
+    out = str(tmp_path / "model")
+    imported = import_reference(save(contents(prefix)), small_config, out)
+    for weights, seed in (("ema", 1), ("plain", 0)):
+        ours = Tokenizer.from_pretrained(out, weights).reconstruct(IMAGES)
+        reference = ReferenceTokenizer(seed)(IMAGES)
+        assert reference.std() > 0.3
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
+    assert imported.iteration == 7000
+    assert not imported.has_discriminator
+    assert imported.id == hub.read_model_folder(out).id
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| imported from | checkpoint.pt |" in card
+    assert "| training steps | 7000 |" in card
+
+
+def test_plain_weights_alone_are_imported_on_request_and_when_there_are_no_others(save, small_config, tmp_path):
+    out = str(tmp_path / "model")
+    checkpoint = save(contents(ema_state_dict=None))
+    with pytest.raises(ValueError, match="holds no averaged weights; import its plain ones instead"):
+        import_reference(checkpoint, small_config, out)
+    assert not os.path.exists(out)
+    import_reference(checkpoint, small_config, out, weights="plain")
+    torch.testing.assert_close(
+        Tokenizer.from_pretrained(out).reconstruct(IMAGES), ReferenceTokenizer(0)(IMAGES), rtol=0, atol=1e-4
+    )
+
+
+def test_a_checkpoint_behind_a_url_is_imported_alike(save, small_config, tmp_path):
+    import fsspec
+
+    with fsspec.open("memory://reference/checkpoint.pt", "wb") as file:
+        file.write(pathlib.Path(save(contents())).read_bytes())
+    remote = import_reference("memory://reference/checkpoint.pt", small_config, "memory://reference/model")
+    local = import_reference(str(tmp_path / "checkpoint.pt"), small_config, str(tmp_path / "model"))
+    assert remote == local
+
+
+def test_bits_keep_their_place_so_that_tokens_can_be_compared_dimension_by_dimension(save, small_config, tmp_path):
+    import_reference(save(contents()), small_config, str(tmp_path / "model"))
+    reference = ReferenceTokenizer(1)
+    patches = nn.functional.unfold(IMAGES, PATCH, stride=PATCH).transpose(1, 2)
+    v = reference.quant_embed(reference.encoder.body(reference.encoder.conv1(patches)))
+    bits = Tokenizer.from_pretrained(str(tmp_path / "model")).encode(IMAGES).bits_BNL
+    assert torch.equal(bits, v > 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("module.quant_embed.bias"), r"missing: to_code\.bias"),
+        (lambda t: t.update({"module.quant_embed.scale": torch.ones(1)}), r"unexpected: to_code\.scale"),
+        (lambda t: t.update({"module.loss.logvar": torch.ones(1)}), r"unexpected: loss\.logvar"),
+        (lambda t: t.update({"stray": torch.ones(1)}), r"missing: .*unexpected: module\.decoder"),
+        (lambda t: t.clear(), r"missing: "),
+    ],
+)
+def test_missing_and_surplus_weights_are_errors_and_nothing_is_written(save, small_config, tmp_path, change, message):
+    parts = contents()
+    change(parts["state_dict"])
+    with pytest.raises(ValueError, match=message):
+        import_reference(save(parts), small_config, str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_checkpoint_of_another_size_is_refused_with_both_shapes(save, small_config, tmp_path):
+    checkpoint = save(contents())
+    (tmp_path / "other.yaml").write_text(CONFIG.replace(f"bits: {BITS}", "bits: 18"))
+    with pytest.raises(ValueError, match=r"to_code\.bias is \(12,\) instead of \(18,\)"):
+        import_reference(checkpoint, str(tmp_path / "other.yaml"), str(tmp_path / "model"))
+
+
+class Attack:
+    """An object whose unpickling would run a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, "posix.system"), (os.makedirs, "os.makedirs"), (eval, "builtins.eval"), (getattr, "builtins.getattr")],
+)
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(save, small_config, tmp_path, function, name):
+    evidence = tmp_path / "evidence"
+    argument = {os.system: f"touch {evidence}", os.makedirs: str(evidence)}.get(
+        function, f"open({str(evidence)!r}, 'w')"
+    )
+    checkpoint = save(contents(args=Attack(function, argument)))
+    with pytest.raises(ValueError, match=f"is refused: reading it would run or import {name}"):
+        import_reference(checkpoint, small_config, str(tmp_path / "model"))
+    assert not evidence.exists()
+
+
+def test_objects_of_the_training_script_are_never_imported(save):
+    checkpoint = save(contents())
+    parts = read_checkpoint(checkpoint, "checkpoint.pt")
+    assert "omegaconf" not in sys.modules
+    assert not isinstance(parts["args"], argparse.Namespace)
+    assert vars(parts["config"]) == {}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80\x02}."])
+def test_a_damaged_or_foreign_file_is_refused(save, small_config, tmp_path, damage):
+    path = pathlib.Path(save(contents()))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint as torch\.save writes it"):
+        import_reference(str(path), small_config, str(tmp_path / "model"))
+
+
+def test_files_without_the_expected_parts_are_refused(save, small_config, tmp_path):
+    with pytest.raises(ValueError, match="holds a list, not the dictionary of a checkpoint"):
+        import_reference(save([1, 2]), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no weights called state_dict; its keys are model, epoch"):
+        import_reference(save({"model": {}, "epoch": 1}), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no weights called state_dict"):
+        import_reference(save({"state_dict": {"a": 1}}), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"cannot read /nowhere/checkpoint\.pt: it does not exist"):
+        import_reference("/nowhere/checkpoint.pt", small_config, str(tmp_path / "model"))
+
+
+def test_the_small_configuration_is_that_of_the_reference_statement(small_config):
+    model = config.load_config(small_config).model
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in Tokenizer(model).parameters())
+    assert ours == sum(p.numel() for p in ReferenceTokenizer(0).parameters())
