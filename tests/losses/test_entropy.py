@@ -64,9 +64,11 @@ def test_gradients_agree_with_finite_differences(logits_NL):
     assert torch.autograd.gradcheck(lambda x: grouped_codebook_entropy(x, 4), logits_NL)
 
 
-@pytest.mark.parametrize(
-    "estimate", [bitwise_codebook_entropy, lambda x, across: grouped_codebook_entropy(x, 4, across)]
-)
+def by_fours(logits_NL, across_workers):
+    return grouped_codebook_entropy(logits_NL, 4, across_workers)
+
+
+@pytest.mark.parametrize("estimate", [bitwise_codebook_entropy, by_fours])
 def test_two_workers_get_value_and_averaged_gradient_of_the_joined_batch(logits_NL, estimate, tmp_path):
     joined_NL = logits_NL.clone().requires_grad_()
     value = estimate(joined_NL, False)

@@ -1,0 +1,134 @@
+"""The manifest beside the shards: what they hold, and where in them each sample lies.
+
+`manifest.parquet` has a row per shard. With the place of every image in it, a reader fetches the samples it needs by
+ranged reads, in any order, and a truncated or replaced shard is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bsq_ray import storage
+
+MANIFEST = "manifest.parquet"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of samples.
+
+    Attributes:
+        name: file name inside the data set's folder.
+        bytes, sha256: of the whole file.
+        keys: names of the samples, in the order of the tar.
+        labels: class of each sample, an index into the manifest's classes.
+        offsets, sizes: where each sample's image lies in the file, in bytes.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    keys: tuple[str, ...]
+    labels: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A packed data set.
+
+    Attributes:
+        url: the folder of the shards.
+        shards: in the order of the file.
+        classes: names of the labels.
+        kind: "images" or "videos".
+    """
+
+    url: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...]
+    kind: str = "images"
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of samples before each shard, and the total last: int64 (shards + 1,)."""
+        return np.concatenate([[0], np.cumsum([len(shard.keys) for shard in self.shards])]).astype(np.int64)
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards together."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the shards' names, contents and order: what a result names as its data set."""
+        text = json.dumps([[shard.name, shard.sha256] for shard in self.shards])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def locate(self, sample: int) -> tuple[Shard, int]:
+        """The shard that holds a sample (numbered through all shards), and its place there."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        return self.shards[shard], int(sample - self.starts[shard])
+
+
+def read_manifest(url: str) -> Manifest:
+    """Reads the manifest of a packed data set.
+
+    Raises:
+        ValueError: the folder holds no manifest, or it is damaged or of a newer version.
+    """
+    path = storage.join(url, MANIFEST)
+    if not storage.exists(path):
+        raise ValueError(
+            f"{url} is not a packed data set: it has no {MANIFEST}. "
+            f"Pack a folder of images with `bsq-ray data pack FOLDER {url}`, or index shards that are already there "
+            f"with `bsq-ray data index {url}`"
+        )
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        facts = json.loads((table.schema.metadata or {})[b"bsq_ray"])
+    except (pa.ArrowException, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
+    if facts["version"] > _VERSION:
+        raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this data set")
+    shards = tuple(
+        Shard(
+            row["name"],
+            row["bytes"],
+            row["sha256"],
+            tuple(row["keys"]),
+            tuple(row["labels"]),
+            tuple(row["offsets"]),
+            tuple(row["sizes"]),
+        )
+        for row in table.to_pylist()
+    )
+    return Manifest(url, shards, tuple(facts["classes"]), facts["kind"])
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Writes `manifest.parquet` in one step, after the shards it speaks of are there."""
+    columns: dict[str, pa.Array] = {
+        "name": pa.array([shard.name for shard in manifest.shards], pa.string()),
+        "bytes": pa.array([shard.bytes for shard in manifest.shards], pa.int64()),
+        "sha256": pa.array([shard.sha256 for shard in manifest.shards], pa.string()),
+        "keys": pa.array([shard.keys for shard in manifest.shards], pa.list_(pa.string())),
+        "labels": pa.array([shard.labels for shard in manifest.shards], pa.list_(pa.int64())),
+        "offsets": pa.array([shard.offsets for shard in manifest.shards], pa.list_(pa.int64())),
+        "sizes": pa.array([shard.sizes for shard in manifest.shards], pa.list_(pa.int64())),
+    }
+    facts = {"version": _VERSION, "classes": manifest.classes, "kind": manifest.kind}
+    table = pa.table(columns).replace_schema_metadata({"bsq_ray": json.dumps(facts)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write_bytes(storage.join(manifest.url, MANIFEST), buffer.getvalue())

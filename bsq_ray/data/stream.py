@@ -1,0 +1,229 @@
+"""Shards to batches, in the order of `order.py`, executed by Ray Data or by threads of this process.
+
+    position ─order─▶ samples of this worker ─cut─▶ chunks ─read, decode, crop─▶ blocks of uint8 crops ─▶ batches
+
+What is read when is decided by pure functions; an executor only carries out the chunks it is given, in their order. No
+JPEG bytes travel: a chunk is fetched, decoded and cropped in one place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bsq_ray import config
+from bsq_ray.data.images import Filter, evaluation_image, training_crop
+from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.order import Order, worker_positions
+from bsq_ray.data.read import Samples, decode, fetch, read_samples
+
+Executor = Literal["ray", "local"]
+
+# Samples read by one task: large enough to hide a task's cost, small enough to keep memory low.
+_CHUNK = 128
+# Chunks of one Ray Data execution; the next execution is planned when these are used up.
+_CHUNKS_PER_EXECUTION = 512
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a batch.
+
+    Attributes:
+        images_BCHW: uint8.
+        labels_B: int64.
+        keys: names of the samples.
+    """
+
+    images_BCHW: Tensor
+    labels_B: Tensor
+    keys: list[str]
+
+
+@dataclass
+class Damage:
+    """Samples that could not be read, and how many are tolerated."""
+
+    limit: int
+    found: list[str] = field(default_factory=list)
+
+    def add(self, reports: list[str]) -> None:
+        """Counts damaged samples.
+
+        Raises:
+            RuntimeError: there are more than the limit; the message names the newest.
+        """
+        self.found.extend(reports)
+        if len(self.found) > self.limit:
+            raise RuntimeError(
+                f"{len(self.found)} damaged samples are more than data.max_damaged = {self.limit}; "
+                f"the last one: {self.found[-1]}"
+            )
+
+
+def training_batches(
+    manifest: Manifest,
+    section: config.Data,
+    image_size: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    seed: int,
+    position: int = 0,
+    executor: Executor = "local",
+    damage: Damage | None = None,
+) -> Iterator[Batch]:
+    """This worker's share of each global batch, endlessly, from a position on.
+
+    Args:
+        manifest: the data set.
+        section: the data section of the configuration.
+        image_size: side of the crops, pixels.
+        batch_size: images of a global batch.
+        rank, world: this worker and how many there are.
+        seed: seed of order and crops.
+        position: samples that all workers together have consumed so far.
+        executor: who reads: Ray Data's tasks, or threads of this process. The batches are the same.
+        damage: collects damaged samples; by default a new one with the configured limit.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+        RuntimeError: more samples are damaged than allowed.
+    """
+    damage = damage or Damage(section.max_damaged)
+    share = batch_size // world
+    chunk = share * max(1, _CHUNK // share)
+    order = Order(tuple(len(s.keys) for s in manifest.shards), seed, section.lanes, section.shuffle_window)
+    worker_positions(position, position, batch_size, rank, world)  # refuses an uneven share before anything starts
+    read = partial(_read_chunk, manifest, order, section, image_size, (position, chunk, batch_size, rank, world))
+    ahead = max(1, -(-section.prefetch_batches * share // chunk))
+    blocks = _ray_blocks(read, ahead) if executor == "ray" else _local_blocks(read, ahead)
+    for block in blocks:
+        damage.add(block.damaged)
+        for first in range(0, len(block.keys), share):
+            part = slice(first, first + share)
+            images_BCHW = torch.from_numpy(np.array(block.images_PCHW[part]))
+            yield Batch(images_BCHW, torch.from_numpy(np.array(block.labels_P[part])), block.keys[part])
+
+
+def evaluation_batches(
+    manifest: Manifest,
+    size: int,
+    resize_filter: Filter,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    limit: int | None = None,
+    damage: Damage | None = None,
+) -> Iterator[Batch]:
+    """Every sample once over all workers, in manifest order; each worker has a contiguous part.
+
+    Args:
+        limit: only the first so many samples of the data set.
+        damage: collects samples that cannot be read; they are left out. By default none is tolerated.
+    """
+    damage = damage or Damage(0)
+    total = min(manifest.samples, limit or manifest.samples)
+    samples = range(rank * total // world, (rank + 1) * total // world)
+
+    def read(chunk: int) -> Samples:
+        return _read_for_evaluation(
+            manifest, samples[chunk * batch_size : (chunk + 1) * batch_size], size, resize_filter
+        )
+
+    for block in _local_blocks(read, 2, -(-len(samples) // batch_size)):
+        damage.add(block.damaged)
+        if block.keys:
+            yield Batch(torch.from_numpy(block.images_PCHW), torch.from_numpy(block.labels_P), block.keys)
+
+
+def _read_chunk(
+    manifest: Manifest,
+    order: Order,
+    section: config.Data,
+    image_size: int,
+    place: tuple[int, int, int, int, int],
+    chunk: int,
+) -> Samples:
+    """The `chunk`-th run of this worker's samples after the start position."""
+    position, length, batch_size, rank, world = place
+    first = position + chunk * length * world
+    epochs_P, samples_P = order.at(worker_positions(first, first + length * world, batch_size, rank, world))
+
+    def crop(image: Any, p: int) -> np.ndarray:
+        rng = np.random.default_rng((order.seed, int(epochs_P[p]), int(samples_P[p])))
+        return training_crop(image, image_size, section.crop_scale, section.flip, rng)
+
+    return read_samples(manifest, samples_P.tolist(), round(image_size * section.crop_scale[1]), crop)
+
+
+def _read_for_evaluation(manifest: Manifest, samples: range, size: int, resize_filter: Filter) -> Samples:
+    block = Samples(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
+    images, labels = [], []
+    for sample, blob in zip(samples, fetch(manifest, samples), strict=True):
+        shard, index = manifest.locate(sample)
+        try:
+            images.append(evaluation_image(decode(blob, shard.sizes[index], None), size, resize_filter))
+        except ValueError as error:
+            block.damaged.append(f"{shard.name}: {shard.keys[index]}: {error}")
+            continue
+        labels.append(shard.labels[index])
+        block.keys.append(shard.keys[index])
+    if images:
+        block.images_PCHW, block.labels_P = np.stack(images), np.array(labels, np.int64)
+    return block
+
+
+def _local_blocks(read: Callable[[int], Samples], ahead: int, chunks: int | None = None) -> Iterator[Samples]:
+    """Chunks read by threads, `ahead` of the consumer; without `chunks`, endlessly."""
+    threads = min(4, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    todo = iter(range(chunks)) if chunks is not None else count()
+    pending: deque[Future[Samples]] = deque(pool.submit(read, chunk) for chunk in islice(todo, ahead + threads - 1))
+    try:
+        while pending:
+            block = pending.popleft().result()
+            pending.extend(pool.submit(read, chunk) for chunk in islice(todo, 1))
+            yield block
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ray_blocks(read: Callable[[int], Samples], ahead: int) -> Iterator[Samples]:
+    """Chunks read by Ray Data's tasks, in order, endlessly."""
+    import ray
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    reader = ray.put(read)
+
+    def run(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        [chunk] = rows["id"]
+        block = ray.get(reader)(int(chunk))
+        # One row per chunk: a block is handed over whole, without per-sample bookkeeping.
+        return {
+            "images": block.images_PCHW[None],
+            "labels": block.labels_P[None],
+            "keys": ["\n".join(block.keys)],
+            "damaged": ["\n".join(block.damaged)],
+        }
+
+    for execution in count():
+        first = execution * _CHUNKS_PER_EXECUTION
+        ids = [{"id": first + i} for i in range(_CHUNKS_PER_EXECUTION)]
+        chunks = ray.data.from_items(ids, override_num_blocks=len(ids)).map_batches(run, batch_size=1)
+        for row in chunks.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
+            damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
+            yield Samples(row["images"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)

@@ -1,0 +1,110 @@
+"""What the tests share: one Ray session, real photographs, packed shards, an S3 server on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+# Before anything imports Ray.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    AWS_EC2_METADATA_DISABLED="true",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """The one Ray session of a test run."""
+    from bsq_ray.session import ray_session
+
+    with ray_session(cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def photo_folders(tmp_path_factory):
+    """(train, held_out): folders of real photographs."""
+    from bsq_ray.data.samples import collect_samples
+
+    return collect_samples(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="session")
+def photos(photo_folders):
+    """Held-out photographs as RGB PIL images."""
+    from PIL import Image
+
+    return [Image.open(path).convert("RGB") for path in sorted(photo_folders[1].iterdir())]
+
+
+@pytest.fixture(scope="session")
+def photo_shards(photo_folders, tmp_path_factory):
+    """URL of the training photographs, packed in several shards."""
+    from bsq_ray.data.pack import pack_images
+
+    url = str(tmp_path_factory.mktemp("shards"))
+    pack_images(str(photo_folders[0]), url, shard_mb=0.3, max_side=192, workers=0)
+    return url
+
+
+@pytest.fixture(scope="session")
+def held_out_shards(photo_folders, tmp_path_factory):
+    """URL of the held-out photographs, packed."""
+    from bsq_ray.data.pack import pack_images
+
+    url = str(tmp_path_factory.mktemp("held_out"))
+    pack_images(str(photo_folders[1]), url, shard_mb=0.3, max_side=192, workers=0)
+    return url
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Endpoint of an S3 server on loopback; credentials and endpoint stand in the environment as users have them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    endpoint = f"http://127.0.0.1:{port}"
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"{endpoint}/moto-api/", timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="testing", AWS_SECRET_ACCESS_KEY="testing")
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    yield endpoint
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def bucket(s3_server):
+    """A fresh bucket, as s3:// URL."""
+    import uuid
+
+    import boto3
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; there is none"))

@@ -1,0 +1,159 @@
+"""Packing folders, and reading back what was packed."""
+
+import io
+import tarfile
+
+import pytest
+import s3fs
+import webdataset
+from PIL import Image
+
+from bsq_ray import storage
+from bsq_ray.data.inspect import inspect_shards
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.pack import index_shards, pack_images
+from bsq_ray.data.read import fetch
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    """Two classes, three photographs each."""
+    for number, photo in enumerate(photos[:6]):
+        path = tmp_path / "photos" / ("cats" if number < 3 else "dogs") / f"photo.{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(path)
+    return tmp_path / "photos"
+
+
+def test_every_image_is_in_a_shard_with_its_class(folder, tmp_path):
+    report = pack_images(str(folder), str(tmp_path / "out"), shard_mb=0.08, workers=0)
+    manifest = read_manifest(str(tmp_path / "out"))
+    assert manifest == report.manifest
+    assert manifest.samples == 6
+    assert len(manifest.shards) > 1
+    assert manifest.classes == ("cats", "dogs")
+    labels = {key: label for shard in manifest.shards for key, label in zip(shard.keys, shard.labels, strict=True)}
+    assert sorted(labels.values()) == [0, 0, 0, 1, 1, 1]
+    assert not any("." in key for key in labels)
+    originals = {path.read_bytes() for path in folder.rglob("*.jpg")}
+    assert set(fetch(manifest, range(6))) == originals
+
+
+def test_shards_are_webdataset_shards(folder, tmp_path):
+    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out/shard-000000.tar"), shardshuffle=False))
+    assert len(samples) == 6
+    assert all({"jpg", "cls"} <= sample.keys() for sample in samples)
+
+
+def test_packing_through_ray_gives_the_same_shards(folder, tmp_path, ray_local):
+    here = pack_images(str(folder), str(tmp_path / "here"), shard_mb=0.08, workers=0)
+    there = pack_images(str(folder), str(tmp_path / "there"), shard_mb=0.08)
+    assert there.manifest.shards == here.manifest.shards
+
+
+def test_the_longest_side_can_be_limited(folder, tmp_path):
+    report = pack_images(str(folder), str(tmp_path / "out"), max_side=100, workers=0)
+    sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch(report.manifest, range(6))]
+    assert {max(size) for size in sizes} == {100}
+
+
+def test_what_cannot_be_decoded_is_listed_and_the_rest_is_packed(folder, tmp_path):
+    (folder / "cats" / "text.jpg").write_text("no image at all")
+    whole = (folder / "dogs" / "photo.3.jpg").read_bytes()
+    (folder / "dogs" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.txt").write_text("not counted as damaged")
+    report = pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    assert report.manifest.samples == 6
+    assert report.ignored == 1
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["text.jpg", "half.jpg"]
+    assert "text.jpg" in (tmp_path / "out" / "damaged.txt").read_text()
+
+
+def test_a_folder_without_classes_has_one_class(photos, tmp_path):
+    photos[0].save(tmp_path / "a.png")
+    assert pack_images(str(tmp_path), str(tmp_path / "out"), workers=0).manifest.classes == ("all",)
+
+
+def test_packing_to_and_reading_from_an_object_store(folder, bucket):
+    report = pack_images(str(folder), f"{bucket}/set", workers=0)
+    manifest = read_manifest(f"{bucket}/set")
+    assert manifest == report.manifest
+    assert set(fetch(manifest, range(6))) == {path.read_bytes() for path in folder.rglob("*.jpg")}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda f: f / "missing", "does not exist"),
+        (lambda f: (f / "empty").mkdir() or f / "empty", "holds no images"),
+        (lambda f: (f / "file.txt").write_text("x") and f / "file.txt", "is not a folder"),
+        (lambda f: (f / "text.jpg").write_text("x") and f, r"none of the 1 images in .* can be decoded"),
+    ],
+)
+def test_a_wrong_source_is_named_in_one_sentence(tmp_path, prepare, message):
+    with pytest.raises(ValueError, match=message):
+        pack_images(str(prepare(tmp_path)), str(tmp_path / "out"), workers=0)
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_a_data_set_is_not_overwritten(folder, tmp_path):
+    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    with pytest.raises(ValueError, match="already holds a packed data set"):
+        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+
+
+def test_images_beside_class_folders_are_refused(folder, photos, tmp_path):
+    photos[0].save(folder / "stray.png")
+    with pytest.raises(ValueError, match="both in class folders"):
+        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+
+
+def test_a_folder_that_was_not_packed_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a packed data set: it has no manifest"):
+        read_manifest(str(tmp_path))
+    (tmp_path / "manifest.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(ValueError, match="damaged or not a manifest"):
+        read_manifest(str(tmp_path))
+
+
+def test_shards_made_elsewhere_are_indexed(photos, tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
+        for number, photo in enumerate(photos[:3]):
+            writer.write({"__key__": f"n{number}", "jpg": photo, "cls": number})
+    manifest = index_shards(str(tmp_path))
+    assert manifest.samples == 3
+    assert manifest.shards[0].labels == (0, 1, 2)
+    assert all(Image.open(io.BytesIO(blob)).size for blob in fetch(manifest, range(3)))
+    with pytest.raises(ValueError, match=r"no \.tar shards"):
+        index_shards(str(tmp_path / "nothing"))
+
+
+def test_inspection_counts_and_notices_a_changed_shard(folder, tmp_path):
+    url = str(tmp_path / "out")
+    pack_images(str(folder), url, workers=0)
+    inspection = inspect_shards(url, str(tmp_path / "sheet.png"))
+    assert inspection.per_class == {"cats": 3, "dogs": 3}
+    assert inspection.measured == 6
+    assert inspection.faults == []
+    assert Image.open(tmp_path / "sheet.png").size == (604, 104)
+    shard = tmp_path / "out" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-30000])
+    assert any("not the file that was packed" in fault for fault in inspect_shards(url).faults)
+
+
+def test_an_unreachable_object_store_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(ValueError, match="cannot look at s3://nowhere/set"):
+        storage.exists("s3://nowhere/set")
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_tar_members_of_a_sample_are_adjacent(folder, tmp_path):
+    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        keys = [name.split(".")[0] for name in tar.getnames()]
+    assert keys[0::2] == keys[1::2]
