@@ -39,9 +39,10 @@ def folder(tmp_path):
     return url
 
 
-@pytest.mark.parametrize("scheme", ["path", "file", "memory"])
-def test_a_saved_tokenizer_reconstructs_alike_after_reading_from_any_url(tmp_path, scheme):
-    url = {"path": f"{tmp_path}/m", "file": f"file://{tmp_path}/m", "memory": "memory://models/m"}[scheme]
+@pytest.mark.parametrize("scheme", ["path", "file", "s3"])
+def test_a_saved_tokenizer_reconstructs_alike_after_reading_from_any_url(request, tmp_path, scheme):
+    parent = request.getfixturevalue("bucket") if scheme == "s3" else str(tmp_path)
+    url = f"file://{parent}/m" if scheme == "file" else f"{parent}/m"
     saved = small_tokenizer()
     model_id = saved.save_pretrained(url)
     read = Tokenizer.from_pretrained(url)
@@ -163,6 +164,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         Tokenizer.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="is not a model folder"):
         Tokenizer.from_pretrained(str(tmp_path / "absent"))
+
+
+def test_writing_again_to_s3_replaces_weights_and_drops_older_plain_ones(bucket):
+    small_tokenizer().save_pretrained(f"{bucket}/m", plain_weights=small_tokenizer(seed=1).state_dict())
+    small_tokenizer(seed=2).save_pretrained(f"{bucket}/m")
+    read = Tokenizer.from_pretrained(f"{bucket}/m", weights="plain")
+    assert torch.equal(read.to_code.weight, small_tokenizer(seed=2).to_code.weight)
 
 
 def test_a_hub_id_without_the_hub_client_says_what_to_install(monkeypatch):
