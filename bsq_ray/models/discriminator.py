@@ -1,0 +1,200 @@
+"""Discriminators: StyleGAN2's residual one and PatchGAN, written from their published descriptions.
+
+    images ─fromrgb─▶ [ conv ─ blur ─ conv/2 ] + [ blur/2 ─ 1x1 ]  …until 4 x 4 ─▶ batch deviation ─ conv ─ fc ─▶ logit
+
+One call may carry several batches (real and reconstructed): the convolutions run on all of them at once, while batch
+statistics stay inside each. Shape suffixes: B images, C channels, H and W pixels, g members of a group, M groups.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import gcd, log2, sqrt
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray import config
+
+_SLOPE = 0.2
+_GAIN = sqrt(2)
+_GROUP = 4
+
+
+def build_discriminator(section: config.Adversarial, image_size: int) -> nn.Module:
+    """The discriminator of a configuration.
+
+    Raises:
+        ValueError: StyleGAN2's needs an image size that is a power of two.
+    """
+    if section.discriminator == "patchgan":
+        return PatchDiscriminator(section.channel_max)
+    return StyleDiscriminator(image_size, section.channel_base, section.channel_max)
+
+
+class EqualizedConv(nn.Module):
+    """A convolution whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time (Karras et al., 2018).
+
+    Args:
+        down: halve the size: [1, 3, 3, 1] low-pass filter, then stride 2.
+        gain: factor on the output; with `activate` it multiplies the leaky ReLU's own gain of sqrt(2).
+    """
+
+    filter_HW: Tensor
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, down: bool = False, activate: bool = True, gain: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, size, size))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if activate else None
+        self.down = down
+        self.size = size
+        self.scale = 1 / sqrt(inputs * size**2)
+        self.gain = gain
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("filter_HW", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Convolves; the size stays, or is halved."""
+        # Without a bias the gain can ride on the weights, which are small.
+        weight = self.weight * (self.scale if self.bias is not None else self.scale * self.gain)
+        if not self.down:
+            x_BCHW = F.conv2d(x_BCHW, weight, padding=self.size // 2)
+        elif self.size == 1:
+            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=2, pad=(1, 1)), weight)
+        else:
+            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=1, pad=(2, 2)), weight, stride=2)
+        if self.bias is None:
+            return x_BCHW
+        return F.leaky_relu(x_BCHW + self.bias.to(x_BCHW.dtype)[:, None, None], _SLOPE) * (_GAIN * self.gain)
+
+    def _blur(self, x_BCHW: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
+        channels = x_BCHW.shape[1]
+        taps_C1HW = self.filter_HW.to(x_BCHW.dtype).expand(channels, 1, -1, -1)
+        return F.conv2d(x_BCHW, taps_C1HW, stride=stride, padding=pad, groups=channels)
+
+
+class EqualizedLinear(nn.Module):
+    """A linear layer with run-time weight scaling, optionally followed by the scaled leaky ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, activate: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.scale = 1 / sqrt(inputs)
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, inputs) to (…, outputs)."""
+        x = F.linear(x, self.weight * self.scale, self.bias)
+        return F.leaky_relu(x, _SLOPE) * _GAIN if self.activate else x
+
+
+class StyleBlock(nn.Module):
+    """Residual block that halves the size; the sum keeps unit variance."""
+
+    def __init__(self, inputs: int, outputs: int, from_rgb: bool) -> None:
+        super().__init__()
+        self.fromrgb = EqualizedConv(3, inputs, 1) if from_rgb else None
+        self.conv0 = EqualizedConv(inputs, inputs, 3)
+        self.conv1 = EqualizedConv(inputs, outputs, 3, down=True, gain=sqrt(0.5))
+        self.skip = EqualizedConv(inputs, outputs, 1, down=True, activate=False, gain=sqrt(0.5))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, inputs, H, W), or RGB in the first block, to (B, outputs, H/2, W/2)."""
+        if self.fromrgb is not None:
+            x_BCHW = self.fromrgb(x_BCHW)
+        return cast(Tensor, self.skip(x_BCHW) + self.conv1(self.conv0(x_BCHW)))
+
+
+class StyleEpilogue(nn.Module):
+    """From 4 x 4 features and the deviation within the batch to one logit per image."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = EqualizedConv(channels + 1, channels, 3)
+        self.fc = EqualizedLinear(channels * 16, channels, activate=True)
+        self.out = EqualizedLinear(channels, 1, activate=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C + 1, 4, 4) to (B, 1)."""
+        return cast(Tensor, self.out(self.fc(self.conv(x_BCHW).flatten(1))))
+
+
+class StyleDiscriminator(nn.Module):
+    """StyleGAN2's residual discriminator (Karras et al., CVPR 2020).
+
+    Args:
+        image_size: side of the images, a power of two.
+        channel_base, channel_max: channels at resolution r are channel_base / r, at most channel_max.
+    """
+
+    def __init__(self, image_size: int, channel_base: int, channel_max: int) -> None:
+        super().__init__()
+        if image_size < 8 or image_size & (image_size - 1):
+            raise ValueError(
+                f"the stylegan2 discriminator needs image_size to be a power of two, at least 8, not {image_size}; "
+                "or choose loss.adversarial.discriminator=patchgan"
+            )
+        sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
+        channels = {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
+        self.image_size = image_size
+        self.names = [f"b{size}" for size in sizes[:-1]]
+        for size in sizes[:-1]:
+            block = StyleBlock(channels[size], channels[size // 2], from_rgb=size == image_size)
+            self.add_module(f"b{size}", block)
+        self.b4 = StyleEpilogue(channels[4])
+
+    def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, 1), fp32, of each batch of images in [-1, 1]."""
+        lengths = [len(batch) for batch in batches_BCHW]
+        x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
+        for name in self.names:
+            x_BCHW = self.get_submodule(name)(x_BCHW)
+        with_deviation = [_with_batch_deviation(part) for part in x_BCHW.split(lengths)]
+        return tuple(self.b4(torch.cat(with_deviation)).float().split(lengths))
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (Isola et al., CVPR 2017): a logit for each patch. Group norm, so images do not see each other.
+
+    Args:
+        channel_max: channels double from 64 to 512, but stay at or below this.
+    """
+
+    def __init__(self, channel_max: int) -> None:
+        super().__init__()
+        widths = [min(width, channel_max) for width in (64, 128, 256, 512)]
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(_SLOPE)]
+        for number, (inputs, outputs) in enumerate(pairwise(widths)):
+            stride = 2 if number < 2 else 1
+            layers += [
+                nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False),
+                nn.GroupNorm(gcd(outputs, 32), outputs),
+                nn.LeakyReLU(_SLOPE),
+            ]
+        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, 1, h, w), fp32, of each batch of images in [-1, 1]."""
+        lengths = [len(batch) for batch in batches_BCHW]
+        x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
+        return tuple(self.layers(x_BCHW).float().split(lengths))
+
+
+def _with_batch_deviation(x_BCHW: Tensor) -> Tensor:
+    """Appends a channel with the mean deviation within groups of images i, i + M, i + 2M, … (Karras et al., 2018).
+
+    Workers hold every N-th image of a batch, so such groups are the same for any number of workers.
+    """
+    batch, channels, height, width = x_BCHW.shape
+    members = max(size for size in range(1, _GROUP + 1) if batch % size == 0)
+    grouped_gMCHW = x_BCHW.float().reshape(members, -1, channels, height, width)
+    deviation_MCHW = (grouped_gMCHW.var(0, unbiased=False) + 1e-8).sqrt()
+    deviation_M = deviation_MCHW.mean((1, 2, 3))
+    deviation_B1HW = deviation_M.repeat(members)[:, None, None, None].expand(-1, 1, height, width)
+    return torch.cat([x_BCHW, deviation_B1HW.to(x_BCHW.dtype)], 1)

@@ -1,0 +1,38 @@
+"""Adversarial losses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+
+
+@pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
+def test_generator_wants_high_logits_and_discriminator_tells_them_apart(objective):
+    low, high = torch.full((4, 1), -2.0), torch.full((4, 1), 2.0)
+    assert generator_loss(high, objective) < generator_loss(low, objective)
+    assert discriminator_loss(high, low, objective) < discriminator_loss(low, high, objective)
+
+
+def test_values_are_the_published_ones():
+    logits = torch.tensor([[0.5], [-1.5]])
+    assert generator_loss(logits, "non_saturating") == F.softplus(-logits).mean()
+    assert generator_loss(logits, "hinge") == 0.5
+    expected = 0.5 * (F.softplus(-logits).mean() + F.softplus(logits).mean())
+    assert discriminator_loss(logits, logits, "non_saturating") == expected
+    assert discriminator_loss(logits, logits, "hinge") == 0.5 * ((0.5 + 2.5) / 2 + (1.5 + 0) / 2)
+
+
+def test_r1_of_a_linear_discriminator_is_its_squared_weight():
+    weight = torch.randn(3 * 4 * 4)
+    x = torch.randn(5, 3, 4, 4, requires_grad=True)
+    penalty = r1_penalty(x.flatten(1) @ weight, x)
+    torch.testing.assert_close(penalty, weight.square().sum())
+
+
+def test_adaptive_weight_is_the_ratio_of_gradient_norms():
+    layer = nn.Linear(3, 2)
+    y = layer(torch.randn(7, 3)).sum()
+    assert adaptive_weight(6 * y, 2 * y, layer.weight).item() == pytest.approx(3, rel=1e-3)
+    assert adaptive_weight(6 * y, 0 * y, layer.weight).item() == 1e4
