@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
+from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 
 
@@ -64,9 +65,7 @@ def import_reference(
             if not checkpoint.get("ema_state_dict"):
                 raise ValueError(f"{checkpoint_url} holds no averaged weights; import its plain ones instead")
             averaged = _tokenizer_weights(run.model, checkpoint, "ema_state_dict", checkpoint_url)
-        discriminator = None
-        if checkpoint.get("state_dict_discriminator"):
-            discriminator = _tensors(checkpoint, "state_dict_discriminator", checkpoint_url)
+        discriminator = _discriminator_weights(run, checkpoint, checkpoint_url)
         iteration = checkpoint.get("iter")
         facts = {"imported from": checkpoint_url.rsplit("/", 1)[-1]}
         if isinstance(iteration, int):
@@ -190,6 +189,25 @@ def _tokenizer_weights(
     tokenizer = Tokenizer(model)
     hub.load_weights(tokenizer, weights, f"{source} ({part})")
     return tokenizer.state_dict()
+
+
+def _discriminator_weights(
+    run: config.TokenizerConfig, checkpoint: Mapping[str, Any], source: str
+) -> dict[str, Tensor] | None:
+    """The discriminator's weights, whose names are the reference's, or None if the checkpoint has none."""
+    part = "state_dict_discriminator"
+    if not checkpoint.get(part):
+        return None
+    reference = _tensors(checkpoint, part, source)
+    filters = {name for name in reference if name.endswith(".resample_filter")}
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    for name in sorted(filters):
+        if not torch.equal(reference[name].float(), torch.outer(taps, taps)):
+            raise ValueError(f"{source} ({part}): {name} is another low-pass filter than [1, 3, 3, 1] / 8")
+    discriminator = build_discriminator(run.loss.adversarial, run.model.image_size)
+    weights = {name: reference[name] for name in reference.keys() - filters}
+    hub.load_weights(discriminator, weights, f"{source} ({part})")
+    return discriminator.state_dict()
 
 
 def _tensors(checkpoint: Mapping[str, Any], part: str, source: str) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ import types
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bsq_ray import Tokenizer, config, hub
+from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.reference import import_reference, read_checkpoint
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
@@ -87,6 +89,49 @@ class ReferenceTokenizer(nn.Module):
         patches = self.decoder.conv_out(self.decoder.ffn(x))
         assert patches.shape[1] == grid * grid
         return nn.functional.fold(patches.transpose(1, 2), SIDE, PATCH, stride=PATCH).clamp(-1, 1)
+
+
+def discriminator_tensors(seed=2):
+    """Weights of the reference's residual discriminator under its names: 32 px, channel base 512, at most 32."""
+    channels = {32: 16, 16: 32, 8: 32, 4: 32}
+    shapes = {"b32.fromrgb.weight": (16, 3, 1, 1), "b32.fromrgb.bias": (16,)}
+    for size in (32, 16, 8):
+        inputs, outputs = channels[size], channels[size // 2]
+        shapes |= {f"b{size}.conv0.weight": (inputs, inputs, 3, 3), f"b{size}.conv0.bias": (inputs,)}
+        shapes |= {f"b{size}.conv1.weight": (outputs, inputs, 3, 3), f"b{size}.conv1.bias": (outputs,)}
+        shapes |= {f"b{size}.skip.weight": (outputs, inputs, 1, 1)}
+    shapes |= {"b4.conv.weight": (32, 33, 3, 3), "b4.conv.bias": (32,), "b4.fc.weight": (32, 512), "b4.fc.bias": (32,)}
+    shapes |= {"b4.out.weight": (1, 32), "b4.out.bias": (1,)}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    convolutions = [name.removesuffix("weight") for name, shape in shapes.items() if len(shape) == 4]
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return tensors | {f"{name}resample_filter": torch.outer(taps, taps) for name in convolutions}
+
+
+def discriminator_logits(tensors, images):
+    """What the reference's discriminator makes of a batch of at most four images."""
+
+    def convolution(name, x, gain=2**0.5, **how):
+        weight = tensors[f"{name}.weight"]
+        x = nn.functional.conv2d(x, weight / weight[0].numel() ** 0.5, **how)
+        return nn.functional.leaky_relu(x + tensors[f"{name}.bias"][:, None, None], 0.2) * gain
+
+    def low_pass(name, x, pad):
+        x = nn.functional.pad(x, [pad] * 4).flatten(0, 1).unsqueeze(1)
+        return nn.functional.conv2d(x, tensors[f"{name}.resample_filter"][None, None]).unflatten(0, (len(images), -1))
+
+    x = convolution("b32.fromrgb", images)
+    for block in ("b32", "b16", "b8"):
+        weight = tensors[f"{block}.skip.weight"]
+        skipped = low_pass(f"{block}.skip", x, 1).squeeze(2)[..., ::2, ::2]
+        skipped = nn.functional.conv2d(skipped, weight / weight[0].numel() ** 0.5) * 0.5**0.5
+        x = convolution(f"{block}.conv0", x, padding=1)
+        x = convolution(f"{block}.conv1", low_pass(f"{block}.conv1", x, 2).squeeze(2), gain=1.0, stride=2) + skipped
+    deviation = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
+    x = convolution("b4.conv", torch.cat([x, deviation.expand(len(x), 1, 4, 4)], 1), padding=1).flatten(1)
+    x = nn.functional.leaky_relu(x @ tensors["b4.fc.weight"].T / 512**0.5 + tensors["b4.fc.bias"], 0.2) * 2**0.5
+    return x @ tensors["b4.out.weight"].T / 32**0.5 + tensors["b4.out.bias"]
 
 
 def prefixed(prefix, tensors):
@@ -160,6 +205,39 @@ def test_reconstructions_agree_with_the_reference_for_averaged_and_plain_weights
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| imported from | checkpoint.pt |" in card
     assert "| training steps | 7000 |" in card
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_discriminator_is_imported_too_and_gives_the_same_logits(save, small_config, tmp_path, prefix):
+    tensors = discriminator_tensors()
+    checkpoint = save(contents(state_dict_discriminator=prefixed(prefix, tensors)))
+    imported = import_reference(checkpoint, small_config, str(tmp_path / "model"))
+    assert imported.has_discriminator
+    ours = build_discriminator(config.load_config(small_config).loss.adversarial, SIDE)
+    ours.load_state_dict(load_file(tmp_path / "model" / "discriminator.safetensors"))
+    expected = discriminator_logits(tensors, IMAGES)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(ours(IMAGES)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("b8.conv1.bias"), r"checkpoint\.pt \(state_dict_discriminator\) .*missing: b8\.conv1\.bias"),
+        (lambda t: t.update({"b8.conv2.bias": torch.ones(1)}), r"unexpected: b8\.conv2\.bias"),
+        (
+            lambda t: t.update({"b4.out.weight": torch.ones(2, 32)}),
+            r"b4\.out\.weight is \(2, 32\) instead of",
+        ),
+        (lambda t: t["b16.skip.resample_filter"].mul_(2), r"b16\.skip\.resample_filter is another low-pass filter"),
+    ],
+)
+def test_another_discriminator_is_refused(save, small_config, tmp_path, change, message):
+    tensors = discriminator_tensors()
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        import_reference(save(contents(state_dict_discriminator=tensors)), small_config, str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_plain_weights_alone_are_imported_on_request_and_when_there_are_no_others(save, small_config, tmp_path):
