@@ -109,3 +109,26 @@ def remove(url: str) -> None:
         fs, path = filesystem(url)
         if fs.exists(path):
             fs.rm_file(path)
+
+
+def copy_in(local: str, url: str) -> None:
+    """Copies a local file to a URL."""
+    with explained(url, "write"):
+        fs, path = filesystem(url)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        fs.put_file(local, path)
+
+
+def copy_out(url: str, local: str) -> None:
+    """Copies a file to a local path."""
+    with explained(url, "read"):
+        fs, path = filesystem(url)
+        fs.get_file(path, local)
+
+
+def remove_folder(url: str) -> None:
+    """Removes a folder and what lies in it; an absent one is fine."""
+    fs, path = filesystem(url)
+    with explained(url, "remove"):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)

@@ -1,0 +1,231 @@
+"""Engines: who holds a module's gradients, optimiser state and their partition over workers.
+
+A stage has an engine for each module it optimises. Two engines in one process are right only in one way: a module that
+another engine's loss runs through is frozen and called as `engine.module(...)`; the module being optimised is called
+once, as `engine(...)`, before `engine.backward(loss)`; graphs for `autograd.grad` run through `engine.module` too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bsq_ray import config
+
+
+class Engine(ABC):
+    """A module under optimisation.
+
+    Attributes:
+        module: the bare module.
+    """
+
+    module: nn.Module
+
+    @abstractmethod
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The module's forward pass, the one that `backward` belongs to."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of this micro batch's loss."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float | None:
+        """Ends a micro batch; after the last one of a step, averages over workers, clips and optimises.
+
+        Returns:
+            The gradient norm before clipping after the last micro batch, else None.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes this worker's part of the state; every worker calls it."""
+
+    @abstractmethod
+    def load(self, folder: Path, same_world: bool) -> None:
+        """Reads the state written by `save` of as many workers (`same_world`) or of another number."""
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, `module`'s parameters are whole on every worker, whatever the partition; every worker calls it."""
+        yield
+
+
+def build_engine(
+    module: nn.Module, section: config.Training, micro_batch: int, accumulation: int, device: torch.device
+) -> Engine:
+    """The engine of a configuration.
+
+    Args:
+        module: on `device`, with the same weights on every worker.
+        micro_batch: images of one worker's micro batch.
+        accumulation: micro batches of a step.
+    """
+    settings = section.optimizer
+    optimizer = torch.optim.AdamW(
+        module.parameters(),
+        lr=settings.learning_rate_per_256,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+        fused=True,
+    )
+    if section.engine.kind == "ddp":
+        return DataParallelEngine(module, optimizer, settings.gradient_clip, accumulation)
+    return DeepSpeedEngine(module, optimizer, section, micro_batch, accumulation, device)
+
+
+class DataParallelEngine(Engine):
+    """Plain data parallelism: one all-reduce of all gradients at the end of a step."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float, accumulation: int) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.clip = clip
+        self.accumulation = accumulation
+        self._micro_batches = 0
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self, learning_rate: float) -> float | None:
+        self._micro_batches += 1
+        if self._micro_batches % self.accumulation:
+            return None
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        _average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def save(self, folder: Path) -> None:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, folder / "state.pt")
+
+    def load(self, folder: Path, same_world: bool) -> None:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO 0 to 3 around a module with fp32 weights; half precision comes from autocast around the losses."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        section: config.Training,
+        micro_batch: int,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        import deepspeed
+
+        join_process_group(device)
+        self._settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            # Always said: DeepSpeed's own default clips at 1.
+            "gradient_clipping": section.optimizer.gradient_clip,
+            "zero_optimization": {"stage": section.engine.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": sys.maxsize,
+        }
+        self._stage = section.engine.zero_stage
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._settings)
+        self.module = module
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float | None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        last = bool(self._engine.is_gradient_accumulation_boundary())
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if last else None
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag="state")
+
+    def load(self, folder: Path, same_world: bool) -> None:
+        tag = "state"
+        if not same_world and self._stage > 0:
+            tag = "universal"
+            if not (folder / tag).exists():
+                _make_universal(folder / "state", folder / tag)
+            self._engine._config.load_universal_checkpoint = True
+            self._engine._config.checkpoint_config["load_universal"] = True
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        self._engine._config.load_universal_checkpoint = False
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(self.module.parameters())):
+            yield
+
+
+def join_process_group(device: torch.device) -> None:
+    """Makes DeepSpeed use the process group that is there, or one of this process alone."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # The shared-memory operator is compiled on first use and serves only DeepSpeed's own launcher.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _make_universal(source: Path, target: Path) -> None:
+    """Converts a checkpoint for another number of workers, in a process of its own."""
+    import subprocess
+
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target), "--num_extract_workers", "1"]
+    command += ["--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the checkpoint cannot be converted for another number of workers: {done.stderr[-500:]}")

@@ -1,0 +1,98 @@
+"""What a person sees while a run goes on: one line that changes on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+_SHOWN = {
+    "loss": "loss",
+    "reconstruction": "rec",
+    "perceptual": "lpips",
+    "generator": "gan",
+    "discriminator": "disc",
+    "code_usage": "codes used",
+}
+# Without a terminal, lines come at most this often.
+_QUIET_SECONDS = 10.0
+
+
+class ProgressLine:
+    """Turns a run's records into lines on stderr; a context manager, so that the terminal is left in order."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, highlight=False)
+        self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
+        self._said = 0.0
+
+    def __enter__(self) -> ProgressLine:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, soft_wrap=True)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """One record of the run."""
+        line = _LINES.get(record["kind"], lambda _: "")(record)
+        if not line:
+            return
+        if record["kind"] != "training":
+            self.say(line)
+        elif self._live:
+            self._live.update(Text(line))
+        elif time.monotonic() - self._said > _QUIET_SECONDS or record["progress"] >= 1:
+            self._said = time.monotonic()
+            self.say(line)
+
+
+def _start(record: dict[str, Any]) -> str:
+    accumulated = f" x {record['accumulation']} accumulated" if record["accumulation"] > 1 else ""
+    return (
+        f"{record['parameters'] / 1e6:.1f} M parameters, {record['samples']} training images, "
+        f"{record['workers']} worker{'s' * (record['workers'] > 1)} x {record['micro_batch_size']} images{accumulated} "
+        f"= batch {record['batch_size']}, learning rate {record['learning_rate']:.3g}, {record['precision']} on "
+        f"{record['device']}"
+    )
+
+
+def _training(record: dict[str, Any]) -> str:
+    terms = "  ".join(f"{name} {record[key]:.3g}" for key, name in _SHOWN.items() if key in record)
+    left = record["seconds"] * (1 / max(record["progress"], 1e-9) - 1)
+    return (
+        f"step {record['step']}  {terms}  {record['images_per_second']:.1f} images/s  "
+        f"{100 * record['progress']:.0f} %, {duration(left)} left"
+    )
+
+
+def _evaluation(record: dict[str, Any]) -> str:
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("kind", "step", "images"))
+    return f"step {record['step']}  evaluated on {record['images']} images: {figures}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3.4 h, 5.1 days."""
+    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * length or (unit == "min" and seconds >= 90):
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+_LINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "start": _start,
+    "training": _training,
+    "evaluation": _evaluation,
+    "warning": lambda record: f"warning: {record['text']}",
+}

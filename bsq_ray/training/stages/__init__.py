@@ -1,0 +1,16 @@
+"""Stages: what differs between the models that the one loop trains."""
+
+from __future__ import annotations
+
+import torch
+
+from bsq_ray import config
+from bsq_ray.training.stages.base import Stage
+from bsq_ray.training.stages.tokenizer import TokenizerStage
+
+__all__ = ["Stage", "build_stage"]
+
+
+def build_stage(run: config.TokenizerConfig, device: torch.device) -> Stage:
+    """The stage that a configuration names, with its modules on the device."""
+    return TokenizerStage(run, device)

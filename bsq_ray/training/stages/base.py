@@ -1,0 +1,51 @@
+"""What the loop asks of a stage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bsq_ray.data.stream import Batch
+from bsq_ray.training.engine import Engine
+
+Engines = Mapping[str, Engine]
+
+
+class Stage(ABC):
+    """Builds the modules of a model and turns batches into losses; everything else is the loop's.
+
+    Attributes:
+        modules: what is optimised, by name; each gets an engine. The first is the model that is kept, averaged and
+            published.
+    """
+
+    modules: dict[str, nn.Module]
+
+    @abstractmethod
+    def phases(self, step: int) -> list[str]:
+        """Names of the modules to optimise in this step, in order."""
+
+    @abstractmethod
+    def loss(
+        self, phase: str, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a phase on a micro batch.
+
+        Args:
+            phase: the module being optimised; the others are frozen.
+            carry: passes values between the phases of a micro batch; starts empty.
+
+        Returns:
+            The scalar loss, and detached scalars for the log.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
+        """Figures of a held-out batch, and a picture of it as uint8 (3, H, W); every worker calls it."""
+
+    @abstractmethod
+    def summarise(self) -> dict[str, float]:
+        """Figures gathered since the last call, such as code usage."""

@@ -1,0 +1,147 @@
+"""The tokenizer's stage: generator (encoder, quantiser, decoder) against discriminator.
+
+    x ─generator─▶ x̂   generator: |x - x̂| + LPIPS + softplus(-D(x̂)) + quantiser's penalty     (paper equation 2)
+    x, sg(x̂) ─D─▶       discriminator: softplus(-D(x)) + softplus(D(x̂)), every 16th step + R1
+
+Shape suffixes: B images, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray import config
+from bsq_ray.data.images import to_float, to_uint8
+from bsq_ray.data.stream import Batch
+from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+from bsq_ray.losses.perceptual import PerceptualLoss
+from bsq_ray.models.discriminator import build_discriminator
+from bsq_ray.models.quantizers.usage import CodeUsage
+from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
+from bsq_ray.training.schedule import ramp
+from bsq_ray.training.stages.base import Engines, Stage
+
+_PICTURED = 8
+
+
+class TokenizerStage(Stage):
+    """Trains a `Tokenizer`, with a discriminator if its weight is not zero."""
+
+    def __init__(self, run: config.TokenizerConfig, device: torch.device) -> None:
+        self.section = run.loss
+        self.device = device
+        tokenizer = Tokenizer(run.model).to(device)
+        if run.training.engine.compile:
+            for block in tokenizer.blocks:
+                block.compile()
+        self.modules: dict[str, nn.Module] = {"generator": tokenizer}
+        if self.section.adversarial.weight:
+            discriminator = build_discriminator(self.section.adversarial, run.model.image_size)
+            self.modules["discriminator"] = discriminator.to(device)
+        self.perceptual: PerceptualLoss | None = None
+        if self.section.perceptual_weight:
+            self.perceptual = PerceptualLoss(self.section.perceptual_network).to(device)
+        self.bits = run.model.quantizer.bits
+        self._seen: list[Tensor] = []
+
+    def phases(self, step: int) -> list[str]:
+        """The generator, and the discriminator from its first step on."""
+        return ["generator", "discriminator"] if self._adversarial(step) else ["generator"]
+
+    def loss(
+        self, phase: str, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Stage.loss`."""
+        if phase == "generator":
+            return self._generator_loss(batch, engines, carry, step)
+        return self._discriminator_loss(engines, carry, step)
+
+    def _generator_loss(
+        self, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        section, adversarial = self.section, self.section.adversarial
+        real_BCHW = to_float(batch.images_BCHW.to(self.device, non_blocking=True))
+        adaptive = adversarial.adaptive_weight and self._adversarial(step)
+        # A graph that autograd.grad walks must not run through an engine.
+        generator = engines["generator"].module if adaptive else engines["generator"]
+        output: TokenizerOutput = generator(real_BCHW)
+        fake_BCHW = output.images.clamp(-1, 1)
+        pixel_loss = F.l1_loss if section.reconstruction == "l1" else F.mse_loss
+        reconstruction = pixel_loss(output.images, real_BCHW)
+        scalars = {"reconstruction": reconstruction, "quantizer": output.quantized.loss}
+        total = section.reconstruction_weight * reconstruction
+        if self.perceptual is not None:
+            scalars["perceptual"] = self.perceptual(fake_BCHW, real_BCHW).mean()
+            total = total + section.perceptual_weight * scalars["perceptual"]
+        if self._adversarial(step):
+            [logits] = engines["discriminator"].module(fake_BCHW)
+            scalars["generator"] = generator_loss(logits, adversarial.objective)
+            weight: float | Tensor = adversarial.weight
+            if adaptive:
+                tokenizer = cast(Tokenizer, engines["generator"].module)
+                scalars["adaptive_weight"] = adaptive_weight(total, scalars["generator"], tokenizer.last_layer)
+                weight = weight * scalars["adaptive_weight"]
+            total = total + weight * scalars["generator"]
+        quantizer_weight = section.quantizer_weight * ramp(
+            step, section.quantizer_ramp_steps, section.quantizer_ramp_from
+        )
+        total = total + quantizer_weight * output.quantized.loss
+        carry["real"], carry["fake"] = real_BCHW, fake_BCHW.detach()
+        self._seen.append(output.quantized.bits_BNL.detach())
+        scalars = {"loss": total, **scalars, **output.quantized.stats}
+        return total, {name: value.detach() for name, value in scalars.items()}
+
+    def _discriminator_loss(
+        self, engines: Engines, carry: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        adversarial = self.section.adversarial
+        penalised = adversarial.r1_gamma > 0 and (step + 1) % adversarial.r1_every == 0
+        real_BCHW, fake_BCHW = carry["real"], carry["fake"]
+        if penalised:
+            real_BCHW = real_BCHW.detach().requires_grad_()
+        discriminator = engines["discriminator"].module if penalised else engines["discriminator"]
+        real, fake = discriminator(real_BCHW, fake_BCHW)
+        total = discriminator_loss(real, fake, adversarial.objective)
+        scalars = {"discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        if penalised:
+            scalars["r1"] = r1_penalty(real, real_BCHW)
+            # Weighted by the number of steps it stands for.
+            total = total + adversarial.r1_gamma / 2 * adversarial.r1_every * scalars["r1"]
+        return total, {name: value.detach() for name, value in scalars.items()}
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
+        """PSNR and, if it is part of the loss, LPIPS; the picture has originals over reconstructions."""
+        real_BCHW = to_float(batch.images_BCHW.to(self.device))
+        output: TokenizerOutput = engines["generator"](real_BCHW)
+        fake_BCHW = output.images.clamp(-1, 1)
+        original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
+        error_B = (original.float() - reconstruction.float()).square().mean((1, 2, 3))
+        figures = {"psnr": float((10 * torch.log10(255**2 / error_B.clamp_min(1e-6))).mean())}
+        if self.perceptual is not None:
+            figures["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
+        rows = [torch.cat(list(images[:_PICTURED]), dim=2) for images in (original, reconstruction)]
+        return figures, torch.cat(rows, dim=1).cpu()
+
+    def summarise(self) -> dict[str, float]:
+        """Code usage of the images since the last call."""
+        if not self._seen:
+            return {}
+        usage = CodeUsage(self.bits)
+        for bits_BNL in self._seen:
+            usage.update(bits_BNL)
+        self._seen.clear()
+        figures = usage.compute()
+        possible = min(2**usage.sub_bits, figures["tokens"])
+        # Of the codes that so few tokens could show, how many they do show.
+        return {
+            "code_usage": figures["code_usage"] * 2**usage.sub_bits / possible,
+            "bit_entropy": figures["bit_entropy"],
+        }
+
+    def _adversarial(self, step: int) -> bool:
+        return "discriminator" in self.modules and step >= self.section.adversarial.start_step

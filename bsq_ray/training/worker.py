@@ -1,0 +1,94 @@
+"""One worker of a run: who it is among the others, and what all of them must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+
+from bsq_ray.data.stream import Executor
+
+
+class Reporter(Protocol):
+    """Where a run tells what it does, and hears that it should stop. Only rank 0's is used."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One record of the log: `kind` says what it is."""
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asked the run to save and stop."""
+
+
+@dataclass
+class Worker:
+    """A process of the run.
+
+    Attributes:
+        rank, world: its number and how many there are.
+        device: where it computes.
+        executor: who reads its data.
+        reporter: see `Reporter`.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    executor: Executor
+    reporter: Reporter
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes for all."""
+        return self.rank == 0
+
+    def greatest(self, values: Sequence[float]) -> list[float]:
+        """The greatest of each value over all workers."""
+        if self.world == 1:
+            return list(values)
+        joined = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(joined, dist.ReduceOp.MAX)
+        return [float(value) for value in joined.tolist()]
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """The mean of each value over all workers."""
+        if self.world == 1:
+            return list(values)
+        joined = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(joined)
+        return [float(value) / self.world for value in joined.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all workers."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def local_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch.device) -> Literal["bf16", "fp32"]:
+    """What "auto" means on this hardware: bf16 where it has instructions for it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
