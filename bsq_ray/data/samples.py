@@ -30,7 +30,7 @@ _FRAMES_BETWEEN = 25
 
 
 def collect_samples(destination: Path) -> tuple[Path, Path]:
-    """Writes the photographs as PNG into `destination/train` and `destination/held_out` and returns the two folders.
+    """Writes the photographs into `destination/train` (JPEG) and `destination/held_out` (PNG); returns the two folders.
 
     All frames of a clip are on the training side, so no subject is on both.
 
@@ -41,8 +41,11 @@ def collect_samples(destination: Path) -> tuple[Path, Path]:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     for name, image in _photographs():
-        folder = folders[name in _HELD_OUT]
-        image.save(folder / f"{Path(name).stem}.png")
+        if name in _HELD_OUT:
+            image.save(folders[1] / f"{Path(name).stem}.png")
+        else:
+            # Decodes several times faster than PNG, at a quality that training does not notice.
+            image.save(folders[0] / f"{Path(name).stem}.jpg", quality=95, subsampling=0)
     return folders
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +31,8 @@ Executor = Literal["ray", "local"]
 
 # Samples read by one task: large enough to hide a task's cost, small enough to keep memory low.
 _CHUNK = 128
-# Chunks of one Ray Data execution; the next execution is planned when these are used up.
-_CHUNKS_PER_EXECUTION = 512
+# Chunks of one Ray Data execution; two executions are in memory at most.
+_CHUNKS_PER_EXECUTION = 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def training_batches(
     position: int = 0,
     executor: Executor = "local",
     damage: Damage | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This worker's share of each global batch, endlessly, from a position on.
 
     Args:
@@ -107,7 +107,10 @@ def training_batches(
     worker_positions(position, position, batch_size, rank, world)  # refuses an uneven share before anything starts
     read = partial(_read_chunk, manifest, order, section, image_size, (position, chunk, batch_size, rank, world))
     ahead = max(1, -(-section.prefetch_batches * share // chunk))
-    blocks = _ray_blocks(read, ahead) if executor == "ray" else _local_blocks(read, ahead)
+    if executor == "ray":
+        blocks = _ray_blocks(read, _reading_tasks(world))
+    else:
+        blocks = _local_blocks(read, ahead)
     for block in blocks:
         damage.add(block.damaged)
         for first in range(0, len(block.keys), share):
@@ -199,19 +202,34 @@ def _local_blocks(read: Callable[[int], Samples], ahead: int, chunks: int | None
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ray_blocks(read: Callable[[int], Samples], ahead: int) -> Iterator[Samples]:
-    """Chunks read by Ray Data's tasks, in order, endlessly."""
-    import ray
-    from ray.data import DataContext
+def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]:
+    """Chunks read by Ray Data's tasks, in order, endlessly.
 
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    Ray Data is given a few chunks at a time and runs them to their end, one execution ahead of the consumer: while it
+    waits for a slow consumer its scheduling loop would spin, on a core that trains.
+    """
+    import ray
+    from ray.data.block import BlockAccessor
+
     reader = ray.put(read)
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        ahead = pool.submit(_execute, reader, 0, tasks)
+        for execution in count(1):
+            blocks = ahead.result()
+            ahead = pool.submit(_execute, reader, execution, tasks)
+            for block in blocks:
+                row = BlockAccessor.for_block(ray.get(block)).to_numpy()
+                damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
+                yield Samples(row["images"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
+
+
+def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
+    """Runs one execution of Ray Data to its end; references to its blocks, one per chunk, in order."""
+    import ray
+    from ray.data import DataContext, TaskPoolStrategy
 
     def run(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        [chunk] = rows["id"]
-        block = ray.get(reader)(int(chunk))
+        block = ray.get(reader)(int(rows["id"][0]))
         # One row per chunk: a block is handed over whole, without per-sample bookkeeping.
         return {
             "images": block.images_PCHW[None],
@@ -220,10 +238,18 @@ def _ray_blocks(read: Callable[[int], Samples], ahead: int) -> Iterator[Samples]
             "damaged": ["\n".join(block.damaged)],
         }
 
-    for execution in count():
-        first = execution * _CHUNKS_PER_EXECUTION
-        ids = [{"id": first + i} for i in range(_CHUNKS_PER_EXECUTION)]
-        chunks = ray.data.from_items(ids, override_num_blocks=len(ids)).map_batches(run, batch_size=1)
-        for row in chunks.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=ahead):
-            damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
-            yield Samples(row["images"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    ids = [{"id": execution * _CHUNKS_PER_EXECUTION + chunk} for chunk in range(_CHUNKS_PER_EXECUTION)]
+    chunks = ray.data.from_items(ids, override_num_blocks=len(ids))
+    return list(
+        chunks.map_batches(run, batch_size=1, compute=TaskPoolStrategy(size=tasks)).materialize().to_arrow_refs()
+    )
+
+
+def _reading_tasks(world: int) -> int:
+    """Tasks that read for one worker: its share of the cluster's CPUs, less the one that computes."""
+    import ray
+
+    return max(1, min(8, int(ray.cluster_resources()["CPU"]) // world - 1))

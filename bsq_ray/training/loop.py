@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +171,7 @@ class _Run:
             if self.step % section.checkpoint_every == 0 or stopped:
                 self._save()
         seconds = max(time.monotonic() - began, 1e-9)
+        batches.close()
         self._export()
         if self.log:
             self.log.close()
@@ -228,7 +229,7 @@ class _Run:
             share = max(share, self.elapsed / (60 * self.job.minutes))
         return min(1.0, share)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         run = self.job.config
         return training_batches(
             self.manifest,
