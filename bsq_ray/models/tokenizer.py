@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ class Tokens:
     grid: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class TokenizerOutput:
+class TokenizerOutput(NamedTuple):
     """What a training step needs: unclamped fp32 images of the input's shape, and what the quantiser returned."""
 
     images: Tensor

@@ -7,6 +7,7 @@ once, as `engine(...)`, before `engine.backward(loss)`; graphs for `autograd.gra
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -56,13 +57,23 @@ class Engine(ABC):
         """Reads the state written by `save` of as many workers (`same_world`) or of another number."""
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        """Inside, `module`'s parameters are whole on every worker, whatever the partition; every worker calls it."""
+    def whole_parameters(self, change: bool = False) -> Iterator[None]:
+        """Inside, `module`'s parameters are whole on every worker, whatever the partition; every worker calls it.
+
+        Args:
+            change: what the first worker writes into them stays, and all workers have it; the optimiser's own copy
+                does not follow, so this is for the end of a training.
+        """
         yield
 
 
 def build_engine(
-    module: nn.Module, section: config.Training, micro_batch: int, accumulation: int, device: torch.device
+    module: nn.Module,
+    section: config.Training,
+    micro_batch: int,
+    accumulation: int,
+    device: torch.device,
+    half: bool = False,
 ) -> Engine:
     """The engine of a configuration.
 
@@ -70,6 +81,7 @@ def build_engine(
         module: on `device`, with the same weights on every worker.
         micro_batch: images of one worker's micro batch.
         accumulation: micro batches of a step.
+        half: compute in bf16; the weights stay fp32.
     """
     settings = section.optimizer
     optimizer = torch.optim.AdamW(
@@ -82,6 +94,9 @@ def build_engine(
     )
     if section.engine.kind == "ddp":
         return DataParallelEngine(module, optimizer, settings.gradient_clip, accumulation)
+    if half:
+        # DeepSpeed switches an outer autocast off around the forward passes of its engines, so it is put inside.
+        module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
     return DeepSpeedEngine(module, optimizer, section, micro_batch, accumulation, device)
 
 
@@ -94,6 +109,9 @@ class DataParallelEngine(Engine):
         self.clip = clip
         self.accumulation = accumulation
         self._micro_batches = 0
+        if dist.is_initialized():
+            for value in module.state_dict().values():
+                dist.broadcast(value, 0)
 
     def __call__(self, *inputs: Tensor) -> Any:
         return self.module(*inputs)
@@ -107,13 +125,15 @@ class DataParallelEngine(Engine):
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         _average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-        if torch.isfinite(norm):
+        norm = _gradient_norm(parameters)
+        if math.isfinite(norm):
+            if 0 < self.clip < norm:
+                nn.utils.clip_grads_with_norm_(parameters, self.clip, torch.tensor(norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def save(self, folder: Path) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -165,8 +185,14 @@ class DeepSpeedEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         last = bool(self._engine.is_gradient_accumulation_boundary())
+        norm: float | None = None
+        if last and self._stage == 0:
+            # Stage 0 does not tell its norm, nor does it stop at one that is not finite.
+            norm = _gradient_norm([p for p in self.module.parameters() if p.grad is not None])
+            if not math.isfinite(norm):
+                return norm
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if last else None
+        return norm if norm is not None or not last else float(self._engine.get_global_grad_norm())
 
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag="state")
@@ -185,13 +211,13 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
 
     @contextmanager
-    def whole_parameters(self) -> Iterator[None]:
+    def whole_parameters(self, change: bool = False) -> Iterator[None]:
         if self._stage < 3:
             yield
             return
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(self.module.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if change else None):
             yield
 
 
@@ -217,6 +243,10 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _make_universal(source: Path, target: Path) -> None:

@@ -21,7 +21,8 @@ from bsq_ray import config, storage
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints
-from bsq_ray.training.loop import Job, NonFinite, Result, run, split_batch
+from bsq_ray.training.job import Job, NonFinite, Result, split_batch
+from bsq_ray.training.loop import run
 from bsq_ray.training.progress import ProgressLine
 from bsq_ray.training.worker import Worker, local_device
 

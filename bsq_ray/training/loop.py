@@ -1,7 +1,7 @@
 """The one training loop. Stages differ; schedule, engines, EMA, log, checkpoints and resuming are here.
 
     batch ─▶ for each micro batch, for each phase: freeze the others ─▶ loss ─▶ engine.backward ─▶ engine.step
-          ─▶ EMA ─▶ log, pictures, evaluation, checkpoint
+          ─▶ EMA ─▶ log, checkpoint, evaluation, pictures
 
 Knows nothing of Ray: `Worker` says who this process is, its reporter whom to tell.
 """
@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,61 +23,18 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
-from bsq_ray.data.manifest import Manifest, read_manifest
+from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import Batch, Damage, evaluation_batches, training_batches
 from bsq_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
+from bsq_ray.training.job import Job, NonFinite, Result, check_same_run, split_batch
 from bsq_ray.training.log import Log
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
 from bsq_ray.training.worker import Worker, autocast_precision
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to train, on what, and where the results go.
-
-    Attributes:
-        config: the run's configuration.
-        data_url: packed training images.
-        out_url: folder of the run.
-        held_out_url: packed images for the evaluations along the way; None takes training images.
-        minutes: time limit of the training; the schedule then follows the clock. None trains all steps.
-    """
-
-    config: config.TokenizerConfig
-    data_url: str
-    out_url: str
-    held_out_url: str | None = None
-    minutes: float | None = None
-
-
-@dataclass
-class Result:
-    """How a run, or a part of it, ended.
-
-    Attributes:
-        step: steps taken.
-        finished: whether it came to its end, rather than being asked to stop.
-        seconds: time in training steps over all parts of the run.
-        images_per_second: of this part, all workers together.
-        data_wait: share of this part's time spent waiting for data, 0 to 1.
-        damaged: samples that could not be read, as this worker saw them.
-        figures: the last evaluation.
-    """
-
-    step: int
-    finished: bool
-    seconds: float
-    images_per_second: float
-    data_wait: float
-    damaged: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient that is not a finite number; the weights were not touched by it."""
+_Sums = dict[str, list[Tensor | float]]
 
 
 def run(job: Job, worker: Worker) -> Result:
@@ -87,10 +44,19 @@ def run(job: Job, worker: Worker) -> Result:
 
     Raises:
         ValueError: batch and workers do not fit, the data set is missing, or the checkpoint is of another run.
-        NonFinite: naming the step, the term and the samples.
+        NonFinite: naming the step, the term and the samples; all workers raise it together.
         RuntimeError: too many samples are damaged.
     """
     return _Run(job, worker).train()
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The loss of a phase on one micro batch."""
+
+    total: Tensor
+    scalars: dict[str, Tensor]
+    keys: list[str]
 
 
 class _Run:
@@ -105,7 +71,9 @@ class _Run:
         self.stage: Stage = build_stage(job.config, worker.device)
         self.main = next(iter(self.stage.modules))
         self.engines = {
-            name: build_engine(module, self.section, self.micro_batch, self.accumulation, worker.device)
+            name: build_engine(
+                module, self.section, self.micro_batch, self.accumulation, worker.device, self.precision == "bf16"
+            )
             for name, module in self.stage.modules.items()
         }
         self.ema: EMA | None = None
@@ -121,113 +89,118 @@ class _Run:
         self.damage = Damage(job.config.data.max_damaged)
 
     def train(self) -> Result:
-        section, worker = self.section, self.worker
-        rate = learning_rate(section.optimizer, section.batch_size)
-        self._say(
-            kind="start",
-            workers=worker.world,
-            batch_size=section.batch_size,
-            micro_batch_size=self.micro_batch,
-            accumulation=self.accumulation,
-            learning_rate=rate,
-            precision=self.precision,
-            device=str(worker.device),
-            parameters=sum(p.numel() for p in self.stage.modules[self.main].parameters()),
-            samples=self.manifest.samples,
-            steps=section.steps,
-        )
+        section = self.section
+        peak = learning_rate(section.optimizer, section.batch_size)
+        self._say_start(peak)
         if self.step == 0:
             # What would fail after an hour fails now: the evaluation, its networks, and writing to the folder.
-            self._evaluate()
+            self._evaluate("plain")
         batches = self._batches()
-        sums: dict[str, list[Tensor | float]] = defaultdict(list)
+        sums: _Sums = defaultdict(list)
         began, first_step, waited = time.monotonic(), self.step, 0.0
-        logged = began
+        logged, logged_step = began, self.step
         before = self.elapsed
-        finished = stopped = self._progress() >= 1
+        _, progress = self._agree()
+        stopped = progress >= 1
         while not stopped:
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
-            stop_wanted = worker.first and worker.reporter.stop_requested()
-            [stop, progress] = worker.greatest([float(stop_wanted), self._progress() if worker.first else 0.0])
-            factor = schedule_factor(section.schedule, self.step, section.steps, progress)
-            self._optimise(batch, rate * factor, sums)
+            rate = peak * schedule_factor(section.schedule, self.step, section.steps, progress)
+            self._optimise(batch, rate, sums)
             self.step += 1
             self.elapsed = before + time.monotonic() - began
-            [clock] = worker.greatest([self._progress() if worker.first else 0.0])
-            finished = clock >= 1
-            stopped = finished or bool(stop)
+            stop, progress = self._agree()
+            stopped = stop or progress >= 1
             if self.step % section.log_every == 0 or stopped:
                 now = time.monotonic()
-                speed = section.batch_size * len(sums["loss"]) / self.accumulation / (now - logged)
-                logged = now
-                self._log_training(sums, rate * factor, speed, waited / (now - began), clock)
+                speed = section.batch_size * (self.step - logged_step) / (now - logged)
+                logged, logged_step = now, self.step
+                self._log_training(sums, rate, speed, waited / (now - began), progress)
                 sums.clear()
-            if self.step % section.evaluate_every == 0 or stopped:
-                self._evaluate()
-            elif self.step % section.sample_every == 0:
-                self._picture()
             if self.step % section.checkpoint_every == 0 or stopped:
                 self._save()
+            if self.step % section.evaluate_every == 0 and not stopped:
+                self._evaluate("plain")
+            elif self.step % section.sample_every == 0 and not stopped:
+                self._picture()
         seconds = max(time.monotonic() - began, 1e-9)
         batches.close()
         self._export()
         if self.log:
             self.log.close()
-        speed = section.batch_size * (self.step - first_step) / seconds
         return Result(
-            self.step, finished, self.elapsed, speed, waited / seconds, list(self.damage.found), dict(self.figures)
+            step=self.step,
+            finished=progress >= 1,
+            seconds=self.elapsed,
+            images_per_second=section.batch_size * (self.step - first_step) / seconds,
+            data_wait=waited / seconds,
+            damaged=list(self.damage.found),
+            figures=dict(self.figures),
         )
 
-    def _optimise(self, batch: Batch, rate: float, sums: dict[str, list[Tensor | float]]) -> None:
-        phases = self.stage.phases(self.step)
-        norms: dict[str, float | None] = {}
-        for micro in _micro_batches(batch, self.micro_batch):
+    def _optimise(self, batch: Batch, rate: float, sums: _Sums) -> None:
+        """One step of every engine whose phase it is."""
+        losses: dict[str, list[_Loss]] = defaultdict(list)
+        for number, micro in enumerate(micro_batches(batch, self.accumulation)):
             carry: dict[str, Any] = {}
-            for phase in phases:
-                with self._only(phase), self._autocast():
-                    loss, scalars = self.stage.loss(phase, micro, self.engines, carry, self.step)
-                    self._refuse_non_finite(loss, scalars, micro)
-                    self.engines[phase].backward(loss)
-                    norms[phase] = self.engines[phase].step(rate)
+            for phase in self.stage.phases(self.step):
+                engine = self.engines[phase]
+                with self._only(phase):
+                    with self._autocast():
+                        loss, scalars = self.stage.loss(phase, micro, self.engines, carry, self.step)
+                    losses[phase].append(_Loss(loss.detach(), scalars, micro.keys))
+                    engine.backward(loss)
+                    if number == self.accumulation - 1:
+                        self._refuse_non_finite(losses[phase])
+                    norm = engine.step(rate)
                 for name, value in scalars.items():
                     sums[name].append(value)
-        for phase, norm in norms.items():
-            if norm is not None:
-                sums[f"gradient_{phase}"].append(norm)
-                if not torch.isfinite(torch.tensor(norm)):
-                    self._stop_on(f"the gradient of the {phase}", batch.keys)
+                if norm is not None:
+                    sums[f"gradient_{phase}"].append(norm)
+                    if norm != norm or norm == float("inf"):
+                        self._stop_on(f"the gradient of the {phase}", batch.keys)
         if self.ema is not None:
             with self.engines[self.main].whole_parameters():
                 self.ema.update(self.stage.modules[self.main])
 
-    def _refuse_non_finite(self, loss: Tensor, scalars: dict[str, Tensor], batch: Batch) -> None:
-        bad = not bool(torch.isfinite(loss.detach()))
+    def _refuse_non_finite(self, losses: list[_Loss]) -> None:
+        """Stops all workers together if the loss of any of them is not finite."""
+        bad = not bool(torch.isfinite(torch.stack([loss.total for loss in losses])).all())
         [anywhere] = self.worker.greatest([float(bad)])
         if not anywhere:
             return
-        terms = [name for name, value in scalars.items() if not bool(torch.isfinite(value))]
-        self._stop_on(f"the loss ({', '.join(terms) or 'its sum'})" if bad else "another worker's loss", batch.keys)
+        found = [loss for loss in losses if not bool(torch.isfinite(loss.total))]
+        terms = {
+            name for loss in found for name, value in loss.scalars.items() if not bool(torch.isfinite(value).all())
+        }
+        told = sorted({term for part in self.worker.gather(sorted(terms)) for term in part})
+        self._stop_on(f"the loss ({', '.join(told)})", [key for loss in found for key in loss.keys])
 
     def _stop_on(self, what: str, keys: list[str]) -> None:
-        """Every worker comes here at the same step."""
-        everyone = [key for part in self.worker.gather(keys) for key in part]
+        """Every worker comes here at the same step, with the keys it suspects."""
+        suspected = [key for part in self.worker.gather(keys) for key in part]
+        url = storage.join(self.job.out_url, "nonfinite.json")
         if self.worker.first:
-            record = {"step": self.step, "what": what, "keys": everyone}
-            storage.write_bytes(storage.join(self.job.out_url, "nonfinite.json"), json.dumps(record, indent=1).encode())
-        named = ", ".join(everyone[:4]) + (f" and {len(everyone) - 4} more" if len(everyone) > 4 else "")
+            record = {"step": self.step + 1, "what": what, "keys": suspected}
+            storage.write_bytes(url, json.dumps(record, indent=1).encode())
+        named = ", ".join(suspected[:4]) + (f" and {len(suspected) - 4} more" if len(suspected) > 4 else "")
         raise NonFinite(
-            f"step {self.step}: {what} is not finite; the batch was {named} (all in "
-            f"{storage.join(self.job.out_url, 'nonfinite.json')}). The last checkpoint is untouched; try a lower "
-            "training.optimizer.learning_rate_per_256, a training.optimizer.gradient_clip, or precision=fp32"
+            f"step {self.step + 1}: {what} is not finite; the batch was {named} (all in {url}). The weights were not "
+            "changed by it; try a lower training.optimizer.learning_rate_per_256, a training.optimizer.gradient_clip, "
+            "or training.engine.precision=fp32"
         )
 
-    def _progress(self) -> float:
-        share = self.step / self.section.steps
-        if self.job.minutes is not None:
-            share = max(share, self.elapsed / (60 * self.job.minutes))
-        return min(1.0, share)
+    def _agree(self) -> tuple[bool, float]:
+        """Whether to stop, and how far the run is: the first worker decides, so that all do the same."""
+        stop, progress = 0.0, 0.0
+        if self.worker.first:
+            stop = float(self.worker.reporter.stop_requested())
+            progress = self.step / self.section.steps
+            if self.job.minutes is not None:
+                progress = max(progress, self.elapsed / (60 * self.job.minutes))
+        stop, progress = self.worker.greatest([stop, min(1.0, progress)])
+        return stop > 0, progress
 
     def _batches(self) -> Generator[Batch, None, None]:
         run = self.job.config
@@ -247,16 +220,18 @@ class _Run:
     def _held_out(self, batches: int) -> Iterator[Batch]:
         """The same held-out images each time; every worker sees all of them, so that no engine waits for another."""
         run = self.job.config
-        manifest: Manifest = self.manifest
-        if self.job.held_out_url is not None:
-            manifest = read_manifest(self.job.held_out_url)
-        size = max(1, self.section.batch_size // self.worker.world)
-        limit = batches * size
+        manifest = self.manifest if self.job.held_out_url is None else read_manifest(self.job.held_out_url)
+        limit = batches * self.micro_batch
         return evaluation_batches(
-            manifest, run.model.image_size, run.data.evaluation_filter, size, limit=limit, damage=Damage(limit)
+            manifest,
+            run.model.image_size,
+            run.data.evaluation_filter,
+            self.micro_batch,
+            limit=limit,
+            damage=Damage(limit),
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, weights: hub.Weights) -> None:
         sums: dict[str, float] = defaultdict(float)
         images, picture = 0, None
         with self._autocast():
@@ -269,7 +244,7 @@ class _Run:
         if not images:
             raise ValueError(f"{self.job.held_out_url or self.job.data_url} has no readable image to evaluate on")
         self.figures = {name: value / images for name, value in sums.items()}
-        self._say(kind="evaluation", images=images, **self.figures)
+        self._say(kind="evaluation", weights=weights, images=images, **self.figures)
         if self.log and picture is not None:
             self.log.picture(f"step-{self.step:07d}", picture)
 
@@ -280,9 +255,22 @@ class _Run:
                 if self.log:
                     self.log.picture(f"step-{self.step:07d}", pixels)
 
-    def _log_training(
-        self, sums: dict[str, list[Tensor | float]], rate: float, speed: float, data_wait: float, progress: float
-    ) -> None:
+    def _say_start(self, peak: float) -> None:
+        self._say(
+            kind="start",
+            workers=self.worker.world,
+            batch_size=self.section.batch_size,
+            micro_batch_size=self.micro_batch,
+            accumulation=self.accumulation,
+            learning_rate=peak,
+            precision=self.precision,
+            device=str(self.worker.device),
+            parameters=sum(value.numel() for value in self.stage.modules[self.main].parameters()),
+            samples=self.manifest.samples,
+            steps=self.section.steps,
+        )
+
+    def _log_training(self, sums: _Sums, rate: float, speed: float, data_wait: float, progress: float) -> None:
         names = sorted(sums)
         local = [float(torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in sums[n]]).mean()) for n in names]
         figures = dict(zip(names, self.worker.mean(local), strict=True))
@@ -317,9 +305,9 @@ class _Run:
         )
         began = time.monotonic()
         save_checkpoint(self.job.out_url, progress, self.worker, self._write, self.section.keep_checkpoints)
+        self._say(kind="checkpoint", seconds=time.monotonic() - began)
         if self.log:
             self.log.flush()
-        self._say(kind="checkpoint", seconds=time.monotonic() - began)
 
     def _write(self, folder: Path) -> None:
         for name, engine in self.engines.items():
@@ -341,11 +329,12 @@ class _Run:
                 return
             check_same_run(progress, self.job.config, self.manifest, self.job.out_url)
             folder = Path(scratch) / "checkpoint"
+            same_world = progress.world == self.worker.world
             for name, engine in self.engines.items():
-                engine.load(folder / name, progress.world == self.worker.world)
+                engine.load(folder / name, same_world)
             if self.ema is not None:
                 self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-            if progress.world == self.worker.world:
+            if same_world:
                 self._restore_generators(folder / f"rng-{self.worker.rank}.pt")
             self.step, self.elapsed = progress.step, progress.elapsed
 
@@ -360,18 +349,21 @@ class _Run:
         states: dict[str, dict[str, Tensor]] = {}
         for name, engine in self.engines.items():
             with engine.whole_parameters():
-                if self.worker.first:
-                    states[name] = {key: value.detach().cpu() for key, value in engine.module.state_dict().items()}
+                states[name] = {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}
+        plain = averaged = states.pop(self.main)
+        if self.ema is not None:
+            averaged = {key: self.ema.average[key].to(value) for key, value in plain.items()}
+            # Training is over, so the engine can show what the averaged weights are worth.
+            with self.engines[self.main].whole_parameters(change=True):
+                self.stage.modules[self.main].load_state_dict(averaged)
+        self._evaluate("plain" if self.ema is None else "ema")
         if self.worker.first:
             url = storage.join(self.job.out_url, "model")
-            plain = states.pop(self.main)
-            averaged = {key: self.ema.average[key].to(value) for key, value in plain.items()} if self.ema else plain
             facts = {"trained on": f"{self.job.data_url} ({self.manifest.hash[:12]})", "steps": str(self.step)}
             text = config.dump_config(self.job.config)
             hub.write_model_folder(url, text, averaged, plain if self.ema else None, self.figures, facts)
             for name, state in states.items():
-                data = safetensors.torch.save({key: value.contiguous() for key, value in state.items()})
-                storage.write_bytes(storage.join(url, f"{name}.safetensors"), data)
+                storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
         self.worker.barrier()
 
     @contextmanager
@@ -385,51 +377,8 @@ class _Run:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-def split_batch(section: config.Training, world: int) -> tuple[int, int]:
-    """Micro batch and number of accumulations that make up each worker's share of the global batch.
-
-    Raises:
-        ValueError: the numbers do not divide; the message says what to change.
-    """
-    if section.batch_size % world:
-        raise ValueError(
-            f"training.batch_size {section.batch_size} cannot be shared evenly by {world} workers; "
-            f"choose a multiple of {world} or another number of workers"
-        )
-    share = section.batch_size // world
-    micro = min(section.micro_batch_size or share, share)
-    if share % micro:
-        raise ValueError(
-            f"each of {world} workers takes {share} of {section.batch_size} images, which is not a multiple of "
-            f"training.micro_batch_size {micro}"
-        )
-    return micro, share // micro
-
-
-def check_same_run(progress: Progress, run: config.TokenizerConfig, manifest: Manifest, out_url: str) -> None:
-    """Refuses to go on with a checkpoint of another model, another data set or another order of the data."""
-    if progress.dataset != manifest.hash:
-        raise ValueError(
-            f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {manifest.url} has "
-            f"{manifest.hash[:12]}); give the same --data, or another --out"
-        )
-    before = config.parse_config(progress.config, f"the checkpoint in {out_url}").model_dump()
-    now = run.model_dump()
-    decisive = {"model": None, "training": ("batch_size", "seed", "engine"), "data": ("lanes", "shuffle_window")}
-    different = []
-    for section, keys in decisive.items():
-        for key in keys or now[section]:
-            if before[section][key] != now[section][key] and key not in ("engine", "gradient_checkpointing"):
-                different.append(f"{section}.{key} was {before[section][key]!r} and is {now[section][key]!r}")
-    for key in ("kind", "zero_stage"):
-        old, new = before["training"]["engine"][key], now["training"]["engine"][key]
-        if old != new:
-            different.append(f"training.engine.{key} was {old!r} and is {new!r}")
-    if different:
-        raise ValueError(f"{out_url} holds a run with another configuration: {'; '.join(different)}")
-
-
-def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    for first in range(0, len(batch.keys), size):
-        part = slice(first, first + size)
+def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
+    """Every count-th sample each, as workers take theirs, so that the discriminator's groups stay as they are."""
+    for first in range(count):
+        part = slice(first, None, count)
         yield Batch(batch.images_BCHW[part], batch.labels_B[part], batch.keys[part])

@@ -78,8 +78,9 @@ def _training(record: dict[str, Any]) -> str:
 
 
 def _evaluation(record: dict[str, Any]) -> str:
-    figures = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("kind", "step", "images"))
-    return f"step {record['step']}  evaluated on {record['images']} images: {figures}"
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("kind", "step", "images", "weights"))
+    averaged = " with averaged weights" if record["weights"] == "ema" else ""
+    return f"step {record['step']}  evaluated on {record['images']} images{averaged}: {figures}"
 
 
 def duration(seconds: float) -> str:

@@ -9,15 +9,14 @@ Shape suffixes: B batch, N tokens, C channels the encoder projects to, L bits of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """The result of quantising a batch.
+class Quantized(NamedTuple):
+    """The result of quantising a batch. A tuple, because ZeRO-3 hooks onto tensors that it finds in tuples.
 
     Attributes:
         codes_BNC: what the decoder sees, fp32, with the straight-through gradient.
@@ -29,7 +28,7 @@ class Quantized:
     codes_BNC: Tensor
     bits_BNL: Tensor
     loss: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor]
 
 
 class Quantizer(nn.Module, ABC):

@@ -43,7 +43,7 @@ class FiniteScalarQuantizer(Quantizer):
         centre_C = self.levels_C // 2
         level_BNC = (bounded_BNC.detach().round().long() + centre_C).clamp(min=0).minimum(self.levels_C - 1)
         codes_BNC = straight_through(self._values(level_BNC), bounded_BNC / centre_C)
-        return Quantized(codes_BNC, self._level_bits(level_BNC), v_BNC.new_zeros(()))
+        return Quantized(codes_BNC, self._level_bits(level_BNC), v_BNC.new_zeros(()), {})
 
     def codes(self, bits_BNL: Tensor) -> Tensor:
         """The values of the levels; bits beyond a channel's last level name the last level."""

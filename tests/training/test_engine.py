@@ -1,0 +1,89 @@
+"""Every engine takes the same steps: ZeRO 0 to 3 and plain data parallelism, on one worker or two.
+
+Two engines in one process go wrong in silence when they are called the wrong way, so whole GAN steps of the real loop
+are compared, one of them with the R1 penalty, which runs a graph for autograd.grad through the discriminator.
+"""
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from process_group import in_group
+from small_runs import train_several
+
+ENGINES = {
+    "zero 0": ["training.engine.zero_stage=0"],
+    "zero 1": ["training.engine.zero_stage=1"],
+    "zero 2": ["training.engine.zero_stage=2"],
+    "zero 3": ["training.engine.zero_stage=3"],
+    "ddp": ["training.engine.kind=ddp"],
+}
+
+
+def weights(out, name, which="model.plain"):
+    return safetensors.numpy.load_file(f"{out}/{name}/model/{which}.safetensors")
+
+
+# Not the same by nature: clocks, words, and what is counted by each worker alone.
+UNCOMPARED = {"kind", "images_per_second", "data_wait", "seconds", "code_usage", "bit_entropy"}
+
+
+def assert_same_run(out, losses, one, other, tolerance=1e-5, uncompared=frozenset()):
+    """Losses and gradient norms of each step, and weights after the last one."""
+    for left, right in zip(losses[one], losses[other], strict=True):
+        for key in left.keys() - UNCOMPARED - uncompared:
+            assert left[key] == pytest.approx(right[key], rel=tolerance, abs=tolerance), (one, other, left["step"], key)
+    for which in ("model.plain", "model", "discriminator"):
+        left, right = weights(out, one, which), weights(out, other, which)
+        assert left.keys() == right.keys()
+        for key in left:
+            np.testing.assert_allclose(left[key], right[key], atol=tolerance, err_msg=f"{one} {other} {which} {key}")
+
+
+@pytest.fixture(scope="module")
+def runs(photo_shards, tmp_path_factory):
+    """(folder, losses by name) of the same training by every engine, on two workers and on one."""
+    out = str(tmp_path_factory.mktemp("engines"))
+    [two, _] = in_group(2, train_several, photo_shards, out, ENGINES)
+    accumulated = {
+        "accumulated ddp": [*ENGINES["ddp"], "training.micro_batch_size=4"],
+        "accumulated zero 1": ["training.micro_batch_size=4"],
+        "accumulated zero 2": ["training.engine.zero_stage=2", "training.micro_batch_size=4"],
+        "clipped ddp": [*ENGINES["ddp"], "training.optimizer.gradient_clip=0.01"],
+        "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.gradient_clip=0.01"],
+        "clipped zero 1": ["training.optimizer.gradient_clip=0.01"],
+        "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.gradient_clip=0.01"],
+    }
+    # The entropy of a batch is not the mean of its parts' entropies, so it is left out where parts are compared.
+    no_codebook = ["model.quantizer.entropy.dataset_weight=0"]
+    accumulated = {name: [*overrides, *no_codebook] for name, overrides in accumulated.items()}
+    accumulated["whole ddp"] = [*ENGINES["ddp"], *no_codebook]
+    [more, _] = in_group(2, train_several, photo_shards, out, accumulated)
+    alone = train_several(0, 1, photo_shards, out, {"alone ddp": ENGINES["ddp"], "alone zero 1": []})
+    return out, {**two, **more, **alone}
+
+
+@pytest.mark.parametrize("engine", ["zero 0", "zero 1", "zero 2", "zero 3"])
+def test_deepspeed_takes_the_steps_that_plain_data_parallelism_takes(runs, engine):
+    assert_same_run(*runs, "ddp", engine)
+
+
+def test_the_compared_steps_include_the_r1_penalty(runs):
+    _, losses = runs
+    assert ["r1" in record for record in losses["ddp"]] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero 1"])
+def test_two_workers_take_the_steps_of_one_worker_at_the_same_global_batch(runs, engine):
+    assert_same_run(*runs, f"alone {engine}", engine)
+
+
+@pytest.mark.parametrize("engine", ["accumulated ddp", "accumulated zero 1", "accumulated zero 2"])
+def test_accumulated_micro_batches_are_one_whole_batch(runs, engine):
+    assert_same_run(*runs, "whole ddp", engine, uncompared={"codebook_entropy"})
+
+
+@pytest.mark.parametrize("engine", ["clipped zero 0", "clipped zero 1", "clipped zero 3"])
+def test_clipping_is_the_same_for_every_engine_and_does_something(runs, engine):
+    out, losses = runs
+    assert_same_run(out, losses, "clipped ddp", engine)
+    assert losses["clipped ddp"][-1]["loss"] != losses["whole ddp"][-1]["loss"]
