@@ -1,6 +1,9 @@
-"""LPIPS as a metric, with the AlexNet features that papers report."""
+"""LPIPS as a metric."""
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,17 +13,22 @@ from bsq_ray.losses.perceptual import PerceptualLoss
 
 
 class LPIPS:
-    """Mean LPIPS (AlexNet, v0.1 heads) over images; lower is better."""
+    """Mean LPIPS (v0.1 heads) over images; lower is better.
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.network = PerceptualLoss("alex").to(device)
+    Args:
+        network: "alex", which papers report, or "vgg", which most train with.
+    """
+
+    def __init__(self, network: Literal["alex", "vgg"] = "alex", device: torch.device | str = "cpu") -> None:
+        self.name = "lpips" if network == "alex" else f"lpips_{network}"
+        self._network, self._device = network, device
         self._sum = 0.0
         self._count = 0
 
     @torch.no_grad()
     def each(self, original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
         """LPIPS of each pair of images in [-1, 1], (B,)."""
-        distance_B: Tensor = self.network(reconstruction_BCHW, original_BCHW)
+        distance_B: Tensor = _network(self._network, str(self._device))(reconstruction_BCHW, original_BCHW)
         return distance_B
 
     def update(self, original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
@@ -40,5 +48,11 @@ class LPIPS:
         self._count += int(state["count"])
 
     def compute(self) -> dict[str, float]:
-        """lpips, the mean."""
-        return {"lpips": self._sum / self._count}
+        """lpips or lpips_vgg, the mean."""
+        return {self.name: self._sum / self._count}
+
+
+@cache
+def _network(name: Literal["alex", "vgg"], device: str) -> PerceptualLoss:
+    """One copy of each network in a process, whoever measures with it."""
+    return PerceptualLoss(name).to(device)

@@ -1,0 +1,267 @@
+"""The `bsq-ray` command: parses, calls one function, prints.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 the work failed, 2 the input or the call was
+wrong, 130 interrupted after saving. What a command needs is imported when it runs, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, and look at what is packed.")
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
+app.add_typer(data_app, name="data")
+app.add_typer(evaluate_app, name="evaluate")
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one on this machine, for the call.")]
+Weights = Annotated[str, typer.Option(help="ema or plain weights of the model folder.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Train and use Binary Spherical Quantization tokenizers, on a laptop or on a Ray cluster."""
+
+
+@app.command()
+def quickstart(
+    images: Annotated[Path | None, typer.Option(help="Your own folder of photographs.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 5.0,
+) -> None:
+    """Train a small tokenizer on real photographs and show what it can do."""
+    from bsq_ray.quickstart import run_quickstart
+
+    done = run_quickstart(images, out, minutes)
+    print(done.summary)
+
+
+@data_app.command("pack")
+def data_pack(
+    src: Annotated[str, typer.Argument(help="Folder or URL of images; its first level of folders names the classes.")],
+    dest: Annotated[str, typer.Argument(help="Folder or URL for the shards.")],
+    kind: Annotated[str, typer.Option(help="images.")] = "images",
+    shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
+    max_side: Annotated[int | None, typer.Option(help="Shrink images with a longer side to it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle over shards.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Tasks at once; 0 packs without Ray.")] = None,
+    address: Address = None,
+) -> None:
+    """Pack a folder of images into WebDataset shards with a manifest."""
+    from bsq_ray.data.pack import pack_images
+
+    if kind != "images":
+        raise ValueError(f"--kind {kind} is not known; this version packs images")
+    with _bar("packing") as bar:
+        report = pack_images(src, dest, shard_mb, max_side, seed, workers, address, bar)
+    manifest = report.manifest
+    print(f"{manifest.samples} images in {len(manifest.shards)} shards of {len(manifest.classes)} classes in {dest}")
+    if report.damaged:
+        print(f"{len(report.damaged)} files could not be decoded; they are listed in {dest}/damaged.txt")
+    if report.ignored:
+        print(f"{report.ignored} files are no images and were left out")
+
+
+@data_app.command("index")
+def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
+    """Write the manifest for WebDataset shards that were made elsewhere."""
+    from bsq_ray.data.pack import index_shards
+
+    with _bar("indexing") as bar:
+        manifest = index_shards(url, bar)
+    print(f"{manifest.samples} images in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    dest: Annotated[str, typer.Argument(help="Folder or URL of packed shards.")],
+    sheet: Annotated[str, typer.Option(help="Where the contact sheet goes.")] = "contact-sheet.png",
+) -> None:
+    """Count, check and show a packed data set."""
+    from bsq_ray.data.inspect import inspect_shards
+
+    found = inspect_shards(dest, sheet)
+    manifest = found.manifest
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(f"{manifest.samples} images, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}")
+    for name, count in sorted(found.per_class.items(), key=lambda item: -item[1])[:20]:
+        print(f"  {name}: {count}")
+    if len(found.per_class) > 20:
+        print(f"  and {len(found.per_class) - 20} more classes")
+    for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
+        print(f"{side} {low} to {high} px, median {middle} ({found.measured} images measured)")
+    print(f"contact sheet: {sheet}")
+    for fault in found.faults:
+        print(f"fault: {fault}")
+    if found.faults:
+        raise RuntimeError(f"{dest} has {len(found.faults)} faults, listed above")
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="tokenizer.")],
+    config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
+    data: Annotated[str, typer.Option(help="Packed training images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
+    workers: Annotated[int, typer.Option(help="Training processes; 0 trains without Ray.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    held_out: Annotated[str | None, typer.Option(help="Packed images for evaluations along the way.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit; the schedule then follows the clock.")] = None,
+    address: Address = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, any key of the configuration.")] = None,
+) -> None:
+    """Train a model."""
+    from bsq_ray.config import load_config
+    from bsq_ray.training.launch import train as launch
+
+    run = load_config(config, overrides or [])
+    if stage != run.stage:
+        raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
+    result = launch(run, data, out, workers, resume, address, held_out, minutes)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+    print(f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {figures}")
+    print(f"model: {out.rstrip('/')}/model")
+
+
+@evaluate_app.command("reconstruction")
+def evaluate_reconstruction(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[str, typer.Option(help="Packed images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
+    workers: Annotated[int, typer.Option(help="Measuring processes; 0 measures without Ray.")] = 1,
+    weights: Weights = "ema",
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    max_damaged: Annotated[int, typer.Option(help="Images that may be unreadable.")] = 0,
+    published: Annotated[bool, typer.Option("--published", help="Show published figures beside.")] = False,
+    address: Address = None,
+) -> None:
+    """PSNR, SSIM, LPIPS, rFID, KID and code usage, beside the trivial codec at the same bits."""
+    from bsq_ray.evaluation.reconstruction import evaluate_reconstruction as evaluate
+
+    kind = _weights(weights)
+    with _bar("measuring") as bar:
+        evaluate(model, data, out, workers, address, kind, batch_size, limit, published, max_damaged, bar)
+    from bsq_ray import storage
+
+    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, reconstructions.png")
+
+
+@app.command()
+def reconstruct(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    image: Annotated[str, typer.Argument(metavar="IN", help="An image file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.png", help="Where the reconstruction goes.")],
+    weights: Weights = "ema",
+) -> None:
+    """Encode and decode one image."""
+    from bsq_ray.evaluation.single import reconstruct_file
+
+    print(reconstruct_file(model, image, out, _weights(weights)))
+
+
+@app.command("import-reference")
+def import_reference(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of the published reference code.")],
+    config: Annotated[str, typer.Option(help="Preset of the same model.")],
+    out: Annotated[str, typer.Option(help="Model folder to write.")],
+    weights: Weights = "ema",
+) -> None:
+    """Turn a checkpoint of the published reference code into a model folder, without running what it pickles."""
+    from bsq_ray.reference import import_reference as convert
+
+    imported = convert(checkpoint, config, out, _weights(weights))
+    steps = f", {imported.iteration} steps" if imported.iteration is not None else ""
+    print(f"imported model {imported.id[:12]}{steps} to {out}")
+
+
+@app.command()
+def info(
+    what: Annotated[str, typer.Argument(metavar="M", help="Model folder, run folder, packed data set or preset.")],
+) -> None:
+    """Say what a folder or preset is."""
+    from bsq_ray.evaluation.single import describe
+
+    print(describe(what))
+
+
+def _weights(name: str) -> Literal["ema", "plain"]:
+    if name not in ("ema", "plain"):
+        raise ValueError(f"--weights {name} is not known; choose ema or plain")
+    return "plain" if name == "plain" else "ema"
+
+
+class _Bar:
+    """A progress bar on stderr, called with done and total."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(file=sys.stderr), transient=True)
+        self._task = self._progress.add_task(label, total=None)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def _bar(label: str) -> _Bar:
+    return _Bar(label)
+
+
+def main() -> None:
+    """Entry point: runs the command and turns what goes wrong into a line and an exit status."""
+    arguments = sys.argv[1:]
+    # Accepted anywhere, because it is added to a command that has just failed.
+    debug = "--debug" in arguments
+    status, message = _run([argument for argument in arguments if argument != "--debug"], debug)
+    if message:
+        print(f"bsq-ray: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _run(arguments: list[str], debug: bool) -> tuple[int, str]:
+    command: Any = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="bsq-ray", standalone_mode=False)
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except Exception as error:
+        # By name: typer's own click and the click package have the same classes twice.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "NoArgsIsHelpError" in kinds:
+            print(error)
+            return 2, ""
+        if "ClickException" in kinds:
+            return 2, str(error)
+        if "Abort" in kinds:
+            return 130, "interrupted"
+        if debug:
+            raise
+        return _explain(error, kinds)
+    return (code if isinstance(code, int) else 0), ""
+
+
+def _explain(error: Exception, kinds: set[str]) -> tuple[int, str]:
+    """Exit status and one line for what a command raised."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "Interrupted" in kinds:
+        return 130, text
+    if isinstance(error, ValueError):
+        return 2, text
+    hint = "" if isinstance(error, RuntimeError) else f" ({type(error).__name__}; --debug shows where)"
+    return 1, text + hint

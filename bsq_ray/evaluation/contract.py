@@ -1,0 +1,43 @@
+"""What a figure needs beside it to be compared with another: the contract every result carries."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from bsq_ray.data.manifest import Manifest
+from bsq_ray.metrics.weights import resolve_once
+
+# With fewer images FID says more about their number than about the model.
+_FID_IMAGES = 2048
+
+
+def contract(manifest: Manifest, images: int, size: int, resize_filter: str, networks: list[str]) -> dict[str, Any]:
+    """Conditions of a measurement, as plain data.
+
+    Args:
+        images: how many images were measured.
+        size: side of the images, pixels.
+        networks: names of the metric networks whose weights were used.
+    """
+    weights = {name: resolve_once(name) for name in networks}
+    conditions: dict[str, Any] = {
+        "data": manifest.url,
+        "data_hash": manifest.hash,
+        "images": images,
+        "size": size,
+        "resize": f"short side to {size} px ({resize_filter}), centre crop",
+        "pixels": "originals and reconstructions rounded to 8 bits",
+        "weights": {name: {"source": w.source, "sha256": w.sha256} for name, w in weights.items()},
+        "versions": {
+            "bsq_ray": metadata.version("bsq-ray"),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "ray", "lpips", "pytorch-msssim", "pillow")},
+        },
+    }
+    if "fid-inception" in networks and images < _FID_IMAGES:
+        conditions["warning"] = (
+            f"rFID of {images} images is biased upwards; compare it only with rFID of the same images, or use KID"
+        )
+    return conditions

@@ -1,0 +1,52 @@
+"""Published figures on ImageNet validation at 256 px, to be shown beside measured ones; none of them was measured here.
+
+PSNR moves by more than 2 dB with the resize filter: compare rows of one filter only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of a published table; a missing figure is None."""
+
+    method: str
+    data: str
+    resize_filter: str
+    bits: int
+    psnr: float | None
+    ssim: float | None
+    lpips: float | None
+    rfid: float | None
+
+
+_IMAGENET, _COCO = "ImageNet val 256", "COCO val 2017 256"
+
+ROWS = (
+    Published("SDXL-VAE", _IMAGENET, "lanczos", 64, 25.38, 0.7276, 0.0666, 0.72),
+    Published("SD-VAE 2.x", _IMAGENET, "lanczos", 64, None, None, None, 0.78),
+    Published("ViT-VQGAN", _IMAGENET, "lanczos", 13, None, None, None, 1.55),
+    Published("MaskGIT (p = 16)", _IMAGENET, "lanczos", 10, None, None, None, 2.23),
+    Published("BSQ-ViT", _IMAGENET, "lanczos", 18, 25.36, 0.7578, 0.0761, 1.14),
+    Published("BSQ-ViT, EMA", _IMAGENET, "lanczos", 18, 25.80, 0.7680, 0.0729, 1.30),
+    Published("BSQ-ViT", _IMAGENET, "lanczos", 36, 27.88, 0.8410, 0.0432, 0.41),
+    Published("BSQ-ViT, EMA", _IMAGENET, "lanczos", 36, 28.14, 0.8448, 0.0400, 0.45),
+    Published("SDXL-VAE", _IMAGENET, "bilinear", 64, 27.37, 0.7814, None, 0.67),
+    Published("BSQ-ViT", _IMAGENET, "bilinear", 18, 27.78, 0.8171, None, 0.99),
+    Published("BSQ-ViT", _IMAGENET, "bilinear", 36, 30.12, 0.8803, 0.0355, 0.36),
+    Published("SDXL-VAE", _COCO, "lanczos", 64, None, None, None, 4.23),
+    Published("BSQ-ViT", _COCO, "lanczos", 18, 25.08, 0.7662, 0.0744, 5.81),
+    Published("BSQ-ViT", _COCO, "lanczos", 36, 27.64, 0.8485, 0.0412, 3.42),
+    Published("BSQ-ViT, EMA", _COCO, "lanczos", 36, 27.92, 0.8526, 0.0380, 3.34),
+)
+
+
+def markdown() -> str:
+    """The rows as a Markdown table."""
+    lines = ["| published | data | filter | bits | PSNR | SSIM | LPIPS | rFID |", "|---|---|---|---|---|---|---|---|"]
+    for row in ROWS:
+        figures = ("–" if value is None else f"{value:g}" for value in (row.psnr, row.ssim, row.lpips, row.rfid))
+        lines.append(f"| {row.method} | {row.data} | {row.resize_filter} | {row.bits} | {' | '.join(figures)} |")
+    return "\n".join(lines)

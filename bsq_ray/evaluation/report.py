@@ -1,0 +1,101 @@
+"""The report of a run: one HTML file that needs nothing else, with pictures, figures, curves and the configuration."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from typing import Any
+
+import jinja2
+
+from bsq_ray import config, storage
+from bsq_ray.evaluation.reconstruction import COLUMNS
+from bsq_ray.training.progress import duration
+
+# Curves of the report: title, unit, and the records and names they are drawn from.
+_CURVES = (
+    ("Reconstruction and perceptual loss", "loss", "training", ("reconstruction", "perceptual")),
+    ("Generator and discriminator", "loss", "training", ("generator", "discriminator")),
+    ("Held-out PSNR", "dB", "evaluation", ("psnr",)),
+    ("Entropy of the codes", "bits", "training", ("codebook_entropy", "per_sample_entropy")),
+)
+
+
+def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
+    """Writes the report of a finished run and its evaluation.
+
+    Args:
+        run_url: folder of the run (config.yaml, metrics.jsonl, summary.json).
+        evaluation_url: folder of `evaluate_reconstruction`.
+        out_url: the HTML file.
+    """
+    results = json.loads(storage.read_bytes(storage.join(evaluation_url, "results.json")))
+    records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
+    text = storage.read_bytes(storage.join(run_url, "config.yaml")).decode()
+    summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
+    picture = storage.read_bytes(storage.join(evaluation_url, "reconstructions.png"))
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)
+    html = environment.get_template("report.html").render(
+        run=config.parse_config(text, storage.join(run_url, "config.yaml")),
+        config_text=text,
+        contract=results["contract"],
+        model_id=results["model_id"],
+        header=[spec[0] for spec in _shown(results).values()],
+        rows=_table(results),
+        picture=f"data:image/png;base64,{base64.b64encode(picture).decode()}",
+        curves=[curve for spec in _CURVES if (curve := _curve(records, *spec))],
+        figures=results["rows"]["model"],
+        summary=summary,
+        duration=duration(summary["seconds"]),
+        run_url=run_url,
+        contract_text=json.dumps(results["contract"], indent=2),
+    )
+    storage.write_bytes(out_url, html.encode())
+
+
+def _shown(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: spec for key, spec in COLUMNS.items() if any(key in row for row in results["rows"].values())}
+
+
+def _table(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Rows of (name, [(text, whether it is the better one)])."""
+    rows = []
+    for name, figures in results["rows"].items():
+        cells = []
+        for key, (_, digits, better) in _shown(results).items():
+            values = [row[key] for row in results["rows"].values() if key in row]
+            best = better is not None and key in figures and len(values) > 1 and figures[key] == better(values)
+            cells.append((f"{figures[key]:.{digits}f}" if key in figures else "–", best))
+        rows.append((name, cells))
+    return rows
+
+
+def _curve(
+    records: list[dict[str, Any]], title: str, unit: str, kind: str, names: tuple[str, ...]
+) -> dict[str, str] | None:
+    """A plot as inline SVG with its description; None if the run has nothing to draw."""
+    drawn = {name: [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r] for name in names}
+    drawn = {name: points for name, points in drawn.items() if len(points) > 1}
+    if not drawn:
+        return None
+    from matplotlib.figure import Figure
+
+    # Greys that read on white and on black.
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, points), colour in zip(drawn.items(), ("#2a78c2", "#d0742c"), strict=False):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=name.replace("_", " "), color=colour, linewidth=1.6)
+    axes.set_xlabel("step", color="#808080")
+    axes.set_ylabel(unit, color="#808080")
+    axes.tick_params(colors="#808080")
+    axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.legend(frameon=False, labelcolor="#808080")
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in drawn.items())
+    text = svg.getvalue()
+    return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over steps: {last}."}

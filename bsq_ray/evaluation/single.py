@@ -1,0 +1,91 @@
+"""One image through a model, and what a folder or preset is, in words."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bsq_ray import config, hub, storage
+from bsq_ray.data.images import DECODE_ERRORS, decode_image, evaluation_image, to_float, to_uint8
+from bsq_ray.data.manifest import MANIFEST, read_manifest
+from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.training.checkpoint import list_checkpoints
+
+
+def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal["ema", "plain"] = "ema") -> str:
+    """Writes original and reconstruction side by side as PNG; returns a sentence with bits and PSNR.
+
+    The image is resized to the model's size as in the evaluation (short side, centre crop).
+
+    Raises:
+        ValueError: the model or the image cannot be read.
+    """
+    tokenizer = Tokenizer.from_pretrained(model_url, weights)
+    run = hub.read_model_folder(model_url, weights).config
+    try:
+        image = decode_image(storage.read_bytes(image_url))
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{image_url} cannot be read as an image: {' '.join(str(error).split())}") from error
+    size = run.model.image_size
+    original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
+    tokens = tokenizer.encode(to_float(original[None]))
+    [reconstruction] = to_uint8(tokenizer.decode(tokens))
+    beside = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
+    png = io.BytesIO()
+    Image.fromarray(beside).save(png, "PNG")
+    storage.write_bytes(str(out), png.getvalue())
+    error_squared = float((original.float() - reconstruction.float()).square().mean())
+    psnr = 10 * np.log10(255**2 / max(error_squared, 1e-6))
+    count = tokens.bits_BNL[0].numel()
+    return (
+        f"{image_url}: {size} x {size} px in {count} bits ({count / size**2:g} bits per pixel), PSNR {psnr:.2f} dB; "
+        f"original and reconstruction are side by side in {out}"
+    )
+
+
+def describe(what: str) -> str:
+    """What a model folder, run folder, packed data set or preset is.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if what in config.preset_names():
+        return f"preset {what}\n{_describe_run(config.load_config(what))}"
+    if storage.exists(storage.join(what, "model.safetensors")):
+        folder = hub.read_model_folder(what)
+        parameters = sum(tensor.numel() for tensor in folder.weights.values())
+        return f"model folder {what}\nid {folder.id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
+    if storage.exists(storage.join(what, MANIFEST)):
+        manifest = read_manifest(what)
+        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        return (
+            f"packed data set {what}\n{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, "
+            f"{size:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
+        )
+    if storage.exists(storage.join(what, "checkpoints")):
+        checkpoints = list_checkpoints(what)
+        run = config.load_config(storage.join(what, "config.yaml"))
+        return f"run folder {what}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_describe_run(run)}"
+    raise ValueError(
+        f"{what} is not a model folder, a run folder, a packed data set or a preset; "
+        f"presets are {', '.join(config.preset_names())}"
+    )
+
+
+def _describe_run(run: config.TokenizerConfig) -> str:
+    model = run.model
+    tokens = (model.image_size // model.patch_size) ** 2
+    return (
+        f"{run.name}: {run.description}\n"
+        f"{model.image_size} px images, {tokens} tokens of {model.quantizer.bits} bits ({model.quantizer.kind}), "
+        f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel\n"
+        f"encoder {model.encoder.layers} x {model.encoder.width}, "
+        f"decoder {model.decoder.layers} x {model.decoder.width}\n"
+        f"{run.training.steps} steps of {run.training.batch_size} images, {run.training.engine.kind} "
+        f"(ZeRO {run.training.engine.zero_stage}), {run.training.engine.precision}"
+    )

@@ -1,0 +1,101 @@
+"""Fréchet and kernel Inception distance between two sets of images, from features that stream through.
+
+FID (Heusel et al., 2017) needs mean and covariance: sums over features. KID (Bińkowski et al., 2018) needs pairs: it
+keeps the features of the first images of each worker, up to a limit.
+
+Shape suffixes: N images, D features.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Features kept for KID by each worker: 2,000 x 2,048 doubles are 32 MB.
+_KEPT = 2000
+
+
+class FeatureStatistics:
+    """Sums of features for FID and a bounded part of the features for KID; states can be merged."""
+
+    def __init__(self, width: int = 2048) -> None:
+        self.count = 0
+        self._sum_D = np.zeros(width)
+        self._products_DD = np.zeros((width, width))
+        self._kept: list[np.ndarray] = []
+
+    def update(self, features_ND: np.ndarray) -> None:
+        """Adds the features of a batch."""
+        features_ND = features_ND.astype(np.float64)
+        self._sum_D += features_ND.sum(0)
+        self._products_DD += features_ND.T @ features_ND
+        room = _KEPT - sum(map(len, self._kept))
+        if room > 0:
+            self._kept.append(features_ND[:room])
+        self.count += len(features_ND)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything gathered so far."""
+        return {
+            "count": np.array(self.count),
+            "sum": self._sum_D,
+            "products": self._products_DD,
+            "kept": self.kept(),
+        }
+
+    def merge(self, state: dict[str, np.ndarray]) -> None:
+        """Adds what another worker gathered."""
+        self.count += int(state["count"])
+        self._sum_D += state["sum"]
+        self._products_DD += state["products"]
+        self._kept.append(state["kept"])
+
+    def kept(self) -> np.ndarray:
+        """The kept features (N, D)."""
+        return np.concatenate(self._kept) if self._kept else np.zeros((0, len(self._sum_D)))
+
+    def mean(self) -> np.ndarray:
+        """Mean (D,)."""
+        return self._sum_D / self.count
+
+    def covariance(self) -> np.ndarray:
+        """Unbiased covariance (D, D)."""
+        mean_D = self.mean()
+        centred_DD = self._products_DD - self.count * np.outer(mean_D, mean_D)
+        return centred_DD / (self.count - 1)
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), with the root's trace from eigenvalues, so few images are no problem.
+
+    Raises:
+        ValueError: a set has fewer than two images.
+    """
+    if min(first.count, second.count) < 2:
+        raise ValueError("FID needs at least two images in each set")
+    difference_D = first.mean() - second.mean()
+    first_DD, second_DD = first.covariance(), second.covariance()
+    # Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive.
+    values_D, vectors_DD = np.linalg.eigh(first_DD)
+    root_DD = (vectors_DD * np.sqrt(values_D.clip(0))) @ vectors_DD.T
+    trace_root = np.sqrt(np.linalg.eigvalsh(root_DD @ second_DD @ root_DD).clip(0)).sum()
+    return float(difference_D @ difference_D + np.trace(first_DD) + np.trace(second_DD) - 2 * trace_root)
+
+
+def kernel_distance(first_ND: np.ndarray, second_ND: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³; can be slightly negative.
+
+    Raises:
+        ValueError: a set has fewer than two images.
+    """
+    n, m, width = len(first_ND), len(second_ND), first_ND.shape[1]
+    if min(n, m) < 2:
+        raise ValueError("KID needs at least two images in each set")
+
+    def kernel(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+        values: np.ndarray = (a_ND @ b_ND.T / width + 1) ** 3
+        return values
+
+    own_first, own_second = kernel(first_ND, first_ND), kernel(second_ND, second_ND)
+    within = (own_first.sum() - np.trace(own_first)) / (n * (n - 1))
+    within += (own_second.sum() - np.trace(own_second)) / (m * (m - 1))
+    return float(within - 2 * kernel(first_ND, second_ND).mean())
