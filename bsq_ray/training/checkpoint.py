@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,35 @@ def save_checkpoint(out_url: str, progress: Progress, worker: Worker, write: Cal
     worker.barrier()
 
 
-def load_checkpoint(out_url: str, folder: Path, warn: Callable[[str], None]) -> Progress | None:
-    """Copies the newest whole checkpoint into a local folder and checks every file; None if there is none.
+def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[str]]:
+    """Copies the newest whole checkpoint into a local folder and checks every file.
 
-    Args:
-        warn: called with one sentence for each damaged checkpoint that is passed over.
+    Returns:
+        How far it is, None if there is none; and one sentence for each damaged checkpoint that was passed over.
     """
+    warnings: list[str] = []
     for name in reversed(list_checkpoints(out_url)):
         url = storage.join(out_url, "checkpoints", name)
         try:
-            index = json.loads(storage.read_bytes(storage.join(url, _INDEX)))
-            for file in index["files"]:
-                _fetch(url, folder / name, file)
-            progress = Progress(**index["progress"])
-        except (ValueError, KeyError, TypeError) as error:
-            warn(f"the checkpoint {url} is damaged and is passed over: {error}")
+            progress, files = _read_index(url)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(4) as pool:
+                list(pool.map(partial(_fetch, url, Path(scratch)), files))
+                for path in Path(scratch).iterdir():
+                    path.rename(folder / path.name)
+        except ValueError as error:
+            warnings.append(f"the checkpoint {url} is damaged and is passed over: {error}")
             continue
-        (folder / name).rename(folder / "checkpoint")
-        return progress
+        return progress, warnings
+    return None, warnings
+
+
+def newest_progress(out_url: str) -> Progress | None:
+    """How far the newest checkpoint with a readable index is, without reading its files."""
+    for name in reversed(list_checkpoints(out_url)):
+        try:
+            return _read_index(storage.join(out_url, "checkpoints", name))[0]
+        except ValueError:
+            continue
     return None
 
 
@@ -105,17 +117,34 @@ def _url(out_url: str, step: int) -> str:
     return storage.join(out_url, "checkpoints", f"step-{step:07d}")
 
 
+def _read_index(url: str) -> tuple[Progress, list[dict[str, Any]]]:
+    """What a checkpoint's index says.
+
+    Raises:
+        ValueError: it is not an index.
+    """
+    try:
+        index = json.loads(storage.read_bytes(storage.join(url, _INDEX)))
+        return Progress(**index["progress"]), list(index["files"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{_INDEX} is not the index of a checkpoint ({error})") from error
+
+
 def _describe(path: Path, folder: Path) -> dict[str, Any]:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"name": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _fetch(url: str, folder: Path, file: dict[str, Any]) -> None:
     target = folder / file["name"]
     target.parent.mkdir(parents=True, exist_ok=True)
     storage.copy_out(storage.join(url, file["name"]), str(target))
-    if hashlib.sha256(target.read_bytes()).hexdigest() != file["sha256"]:
+    if _sha256(target) != file["sha256"]:
         raise ValueError(f"{file['name']} is not the file that was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove_old(out_url: str, keep: int) -> None:

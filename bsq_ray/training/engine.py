@@ -53,8 +53,12 @@ class Engine(ABC):
         """Writes this worker's part of the state; every worker calls it."""
 
     @abstractmethod
+    def convert(self, folder: Path) -> None:
+        """Makes what `save` wrote loadable for another number of workers; one worker of a machine calls it."""
+
+    @abstractmethod
     def load(self, folder: Path, same_world: bool) -> None:
-        """Reads the state written by `save` of as many workers (`same_world`) or of another number."""
+        """Reads the state written by `save` of as many workers, or of another number and then converted."""
 
     @contextmanager
     def whole_parameters(self, change: bool = False) -> Iterator[None]:
@@ -141,6 +145,9 @@ class DataParallelEngine(Engine):
             state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, folder / "state.pt")
 
+    def convert(self, folder: Path) -> None:
+        """Nothing to do: the state is the same for any number of workers."""
+
     def load(self, folder: Path, same_world: bool) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["module"])
@@ -197,16 +204,14 @@ class DeepSpeedEngine(Engine):
     def save(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag="state")
 
+    def convert(self, folder: Path) -> None:
+        if self._stage > 0:
+            _make_universal(folder / "state", folder / "universal")
+
     def load(self, folder: Path, same_world: bool) -> None:
-        tag = "state"
-        if not same_world and self._stage > 0:
-            tag = "universal"
-            if not (folder / tag).exists():
-                _make_universal(folder / "state", folder / tag)
-            self._engine._config.load_universal_checkpoint = True
-            self._engine._config.checkpoint_config["load_universal"] = True
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        self._engine._config.load_universal_checkpoint = False
+        universal = not same_world and self._stage > 0
+        self._engine._config.load_universal_checkpoint = universal
+        path, _ = self._engine.load_checkpoint(str(folder), tag="universal" if universal else "state")
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
 

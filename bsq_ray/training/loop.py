@@ -9,7 +9,6 @@ Knows nothing of Ray: `Worker` says who this process is, its reporter whom to te
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -320,22 +319,29 @@ class _Run:
             safetensors.torch.save_file(self.ema.state_dict(), folder / "ema.safetensors")
 
     def _resume(self) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            warnings: list[str] = []
-            progress = load_checkpoint(self.job.out_url, Path(scratch), warnings.append)
+        worker = self.worker
+        with worker.node_folder() as (folder, filler):
+            found = load_checkpoint(self.job.out_url, folder) if worker.rank == filler else (None, [])
+            loaded = worker.gather(found)
+            progress, warnings = loaded[filler]
+            if progress != loaded[0][0]:
+                raise RuntimeError("the machines do not read the same newest checkpoint; is the folder shared by all?")
             for warning in warnings:
                 self._say(kind="warning", text=warning)
             if progress is None:
                 return
             check_same_run(progress, self.job.config, self.manifest, self.job.out_url)
-            folder = Path(scratch) / "checkpoint"
-            same_world = progress.world == self.worker.world
+            same_world = progress.world == worker.world
+            if not same_world and worker.rank == filler:
+                for name, engine in self.engines.items():
+                    engine.convert(folder / name)
+            worker.barrier()
             for name, engine in self.engines.items():
                 engine.load(folder / name, same_world)
             if self.ema is not None:
                 self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
             if same_world:
-                self._restore_generators(folder / f"rng-{self.worker.rank}.pt")
+                self._restore_generators(folder / f"rng-{worker.rank}.pt")
             self.step, self.elapsed = progress.step, progress.elapsed
 
     def _restore_generators(self, path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -73,6 +77,16 @@ class Worker:
         """Waits for all workers."""
         if self.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def node_folder(self) -> Iterator[tuple[Path, int]]:
+        """A temporary folder shared by the workers of a machine, and the rank of the one that is to fill it."""
+        with tempfile.TemporaryDirectory() as own:
+            host = socket.gethostname()
+            everyone = self.gather((host, own))
+            filler = next(rank for rank, (other, _) in enumerate(everyone) if other == host)
+            yield Path(everyone[filler][1]), filler
+            self.barrier()
 
 
 def local_device() -> torch.device:

@@ -44,15 +44,34 @@ class Listener:
         self.records.append(record)
 
     def stop_requested(self):
-        return self.last is not None and any(r["step"] >= self.last for r in self.records)
+        return self.last is not None and self.steps + 1 >= self.last
+
+    @property
+    def steps(self):
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def training(self):
+        return [record for record in self.records if record["kind"] == "training"]
 
 
-def train_several(rank, world, shards, out, runs):
-    """Trains each of `runs`, name → overrides, one after the other; returns the losses of each step."""
+def small_job(shards, out, overrides=(), **settings):
+    return Job(load_config("demo", [*SMALL, *overrides]), shards, str(out), **settings)
+
+
+def in_this_process(listener):
+    return Worker(0, 1, torch.device("cpu"), "local", listener)
+
+
+def train_several(rank, world, shards, out, runs, last=None):
+    """Trains each of `runs`, name → overrides, one after the other; returns the records of each one's steps.
+
+    Those in `last` are asked to stop after that step.
+    """
     losses = {}
     for name, overrides in runs.items():
-        listener = Listener()
-        job = Job(load_config("demo", [*SMALL, *overrides]), shards, f"{out}/{name}")
+        listener = Listener((last or {}).get(name))
+        job = small_job(shards, f"{out}/{name}", overrides)
         run(job, Worker(rank, world, torch.device("cpu"), "local", listener))
-        losses[name] = [record for record in listener.records if record["kind"] == "training"]
+        losses[name] = listener.training
     return losses
