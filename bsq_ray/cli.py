@@ -33,7 +33,7 @@ def options(
 def quickstart(
     images: Annotated[Path | None, typer.Option(help="Your own folder of photographs.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
 ) -> None:
     """Train a small tokenizer on real photographs and show what it can do."""
     from bsq_ray.quickstart import run_quickstart
@@ -247,7 +247,7 @@ def _run(arguments: list[str], debug: bool) -> tuple[int, str]:
             print(error)
             return 2, ""
         if "ClickException" in kinds:
-            return 2, str(error)
+            return 2, error.format_message()  # type: ignore[attr-defined]
         if "Abort" in kinds:
             return 130, "interrupted"
         if debug:

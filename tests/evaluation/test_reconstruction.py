@@ -1,0 +1,127 @@
+"""Measuring a tokenizer: the same numbers for any number of workers, with a contract and a baseline."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from bsq_ray import config
+from bsq_ray.evaluation.baseline import MeanColourCodec
+from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.single import describe, reconstruct_file
+from bsq_ray.models.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained tokenizer of 36 bits at 32 px."""
+    torch.manual_seed(0)
+    small = config.Decoder(width=32, layers=1, heads=2, head_width=32)
+    section = config.TokenizerModel(
+        image_size=32,
+        encoder=config.Transformer(width=32, layers=1, heads=2),
+        decoder=small,
+        quantizer=config.BSQ(bits=36),
+    )
+    url = str(tmp_path_factory.mktemp("model"))
+    Tokenizer(section).save_pretrained(url)
+    return url
+
+
+@pytest.fixture(scope="module")
+def results(model, held_out_shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    return evaluate_reconstruction(model, held_out_shards, str(out), workers=0, batch_size=5), out
+
+
+def test_two_ray_workers_measure_what_one_process_does(model, held_out_shards, results, tmp_path, ray_local):
+    there = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=2)
+    for name, figures in results[0]["rows"].items():
+        for key, value in figures.items():
+            if key != "images_per_second":
+                assert there["rows"][name][key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
+    assert there["model_id"] == results[0]["model_id"]
+
+
+def test_the_trivial_codec_is_better_than_an_untrained_model(results):
+    rows = results[0]["rows"]
+    assert rows["mean colour"]["psnr"] > rows["model"]["psnr"] + 3
+    assert rows["mean colour"]["lpips"] < rows["model"]["lpips"]
+    assert rows["model"]["bits_per_pixel"] == 36 / 64
+    assert 0 < rows["model"]["code_usage"] < 1
+    assert len(results[0]["bit_entropies"]) == 36
+
+
+def test_results_carry_their_contract(results, held_out_shards):
+    terms = results[0]["contract"]
+    assert terms["data"] == held_out_shards
+    assert terms["images"] == 12
+    assert "lanczos" in terms["resize"]
+    assert "8 bits" in terms["pixels"]
+    assert terms["weights"].keys() == {"lpips-alex", "lpips-vgg", "fid-inception"}
+    assert all(len(weights["sha256"]) == 64 for weights in terms["weights"].values())
+    assert "biased" in terms["warning"]
+    assert "not defined for images of 32 px" in terms["ms_ssim"]
+
+
+def test_results_are_written_as_data_table_and_picture(results):
+    written, out = results
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(written))
+    table = (out / "results.md").read_text()
+    assert table.startswith("| | bits/pixel | PSNR | SSIM | LPIPS (alex) |")
+    assert "**" in table
+    assert Image.open(out / "reconstructions.png").size == (6 * 198 + 6, 3 * 198 + 36)
+
+
+def test_a_part_can_be_measured_with_published_rows_beside(model, held_out_shards, tmp_path):
+    found = evaluate_reconstruction(
+        model, held_out_shards, str(tmp_path), workers=0, limit=3, published_rows=True, weights="plain"
+    )
+    assert found["contract"]["images"] == 3
+    assert (
+        "| SDXL-VAE | ImageNet val 256 | lanczos | 64 | 25.38 | 0.7276 | 0.0666 | 0.72 |"
+        in (tmp_path / "results.md").read_text()
+    )
+
+
+def test_what_cannot_be_measured_is_said(model, held_out_shards, tmp_path):
+    with pytest.raises(ValueError, match="is not a model folder"):
+        evaluate_reconstruction(held_out_shards, held_out_shards, str(tmp_path), workers=0)
+    with pytest.raises(ValueError, match="is not a packed data set"):
+        evaluate_reconstruction(model, model, str(tmp_path), workers=0)
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, limit=1)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(18, [63, 63, 63]), (10, [7, 15, 7]), (2, [1, 1, 0]), (128, [65535] * 3)])
+def test_the_trivial_codec_shares_its_bits_among_the_channels(bits, levels):
+    codec = MeanColourCodec(8, bits)
+    assert codec.levels.tolist() == levels
+    ramp = torch.linspace(-1, 1, 8 * 4096).expand(1, 3, 8, -1)
+    seen = codec.reconstruct(ramp)[0, :, 0, ::8]
+    assert [min(len(channel.unique()), 512) for channel in seen] == [min(level + 1, 512) for level in levels]
+
+
+def test_the_trivial_codec_keeps_each_patchs_mean():
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    patches = MeanColourCodec(8, 48).reconstruct(images)
+    assert torch.allclose(patches[:, :, :8, :8].mean((2, 3)), images[:, :, :8, :8].mean((2, 3)), atol=1e-4)
+    assert patches[0, 0, :8, :8].unique().numel() == 1
+
+
+def test_one_image_is_reconstructed_beside_its_original(model, photo_folders, tmp_path):
+    told = reconstruct_file(model, str(photo_folders[1] / "coffee.png"), tmp_path / "out.png")
+    assert Image.open(tmp_path / "out.png").size == (64, 32)
+    assert "576 bits (0.5625 bits per pixel), PSNR" in told
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="text.jpg cannot be read as an image"):
+        reconstruct_file(model, str(tmp_path / "text.jpg"), tmp_path / "out.png")
+
+
+def test_folders_and_presets_are_described(model, held_out_shards, tmp_path):
+    assert "16 tokens of 36 bits (bsq)" in describe(model)
+    assert "12 images" in describe(held_out_shards)
+    assert "1024 tokens of 18 bits" in describe("imagenet256-bsq18")
+    with pytest.raises(ValueError, match="is not a model folder, a run folder"):
+        describe(str(tmp_path))

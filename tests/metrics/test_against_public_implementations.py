@@ -1,0 +1,153 @@
+"""Every metric against a public implementation of it, on real photographs and their distortions."""
+
+import numpy as np
+import pytest
+import torch
+
+from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
+from bsq_ray.metrics.inception import Inception
+from bsq_ray.metrics.lpips import LPIPS
+from bsq_ray.metrics.psnr import PSNR
+from bsq_ray.metrics.ssim import SSIM
+from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+
+
+@pytest.fixture(scope="module")
+def originals(photos):
+    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, 176, "lanczos") for photo in photos[:6]])))
+
+
+@pytest.fixture(scope="module")
+def distorted(originals):
+    noise = torch.randn(originals.shape, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.avg_pool2d(originals, 3, 1, 1)
+    return to_float(to_uint8(smooth + 0.1 * noise))
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return Inception()
+
+
+def test_psnr_is_that_of_torchmetrics(originals, distorted):
+    prepare_torchvision()
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    metric = PSNR()
+    each = metric.update(originals, distorted)
+    expected = [
+        peak_signal_noise_ratio((d + 1) / 2, (o + 1) / 2, data_range=1.0).item()
+        for o, d in zip(originals, distorted, strict=True)
+    ]
+    assert each.tolist() == pytest.approx(expected, rel=1e-5)
+    assert metric.compute()["psnr"] == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_identical_images_have_a_finite_psnr(originals):
+    assert PSNR().update(originals, originals).tolist() == pytest.approx([100.0] * 6)
+
+
+def test_ssim_and_ms_ssim_are_those_of_pytorch_msssim(originals, distorted):
+    from pytorch_msssim import ms_ssim, ssim
+
+    metric = SSIM()
+    metric.update(originals, distorted)
+    a, b = (originals + 1) * 127.5, (distorted + 1) * 127.5
+    figures = metric.compute()
+    assert figures["ssim"] == pytest.approx(ssim(a, b, data_range=255).item(), abs=1e-6)
+    assert figures["ms_ssim"] == pytest.approx(ms_ssim(a, b, data_range=255).item(), abs=1e-6)
+
+
+def test_ms_ssim_is_left_out_for_small_images(originals, distorted):
+    metric = SSIM()
+    metric.update(originals[..., :64, :64], distorted[..., :64, :64])
+    assert metric.compute().keys() == {"ssim"}
+
+
+@pytest.mark.parametrize("network", ["alex", "vgg"])
+def test_lpips_is_that_of_the_lpips_package(originals, distorted, network):
+    metric = LPIPS(network)
+    metric.update(originals, distorted)
+    from bsq_ray.metrics.lpips import _network
+
+    with torch.no_grad():
+        expected = _network(network, "cpu").lpips(originals, distorted).mean().item()
+    name = "lpips" if network == "alex" else "lpips_vgg"
+    assert metric.compute() == {name: pytest.approx(expected, abs=1e-5)}
+
+
+def test_inception_features_are_those_of_pytorch_fid(originals, inception, monkeypatch):
+    """The public wrapper, given the same weights instead of its download."""
+    import pytorch_fid.inception as public
+
+    state = {}
+    for name, module in inception.network.named_modules():
+        if type(module).__name__ == "BasicConv2d":
+            # Pool branches stand one level deeper here.
+            name = name.replace("branch_pool.1", "branch_pool")
+            state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    monkeypatch.setattr(public, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    network = public.InceptionV3([3], resize_input=True, normalize_input=True).eval()
+    with torch.no_grad():
+        [expected] = network((originals + 1) / 2)
+    torch.testing.assert_close(inception(originals), expected.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+def features(count, seed, width=64):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + seed
+
+
+def statistics(features_ND):
+    result = FeatureStatistics(features_ND.shape[1])
+    result.update(features_ND)
+    return result
+
+
+@pytest.mark.parametrize("count", [30, 500])
+def test_frechet_distance_is_that_of_pytorch_fid(count):
+    """Also with fewer images than features, where the covariance is singular."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    a, b = features(count, 1), features(count, 2)
+    expected = calculate_frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(expected, rel=1e-5)
+    assert frechet_distance(statistics(a), statistics(a)) == pytest.approx(0, abs=1e-6 * expected)
+
+
+def test_kernel_distance_is_that_of_torchmetrics():
+    prepare_torchvision()
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = features(40, 1), features(40, 2)
+    expected = poly_mmd(torch.from_numpy(a), torch.from_numpy(b), degree=3, gamma=None, coef=1.0)
+    assert kernel_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_merged_parts_equal_the_whole(originals, distorted):
+    features_ND = features(60, 3)
+    for build, updates in [
+        (PSNR, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
+        (SSIM, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
+        (LPIPS, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
+    ]:
+        whole, first, second = build(), build(), build()
+        whole.update(originals, distorted)
+        first.update(*updates[0])
+        second.update(*updates[1])
+        first.merge(second.state())
+        assert first.compute() == pytest.approx(whole.compute(), rel=1e-6)
+    parts = statistics(features_ND[:17])
+    parts.merge(statistics(features_ND[17:]).state())
+    other = statistics(features(60, 4))
+    assert frechet_distance(parts, other) == pytest.approx(frechet_distance(statistics(features_ND), other))
+    assert np.array_equal(parts.kept(), features_ND)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="at least two images"):
+        frechet_distance(statistics(features(1, 0)), statistics(features(5, 1)))
+    with pytest.raises(ValueError, match="at least two images"):
+        kernel_distance(features(1, 0), features(5, 1))

@@ -1,0 +1,113 @@
+"""The command line: what it offers, and what it says when something is wrong."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bsq_ray import cli
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bsq-ray", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_the_commands_are_exactly_these(call):
+    """A command is part of the contract: it is added or removed on purpose."""
+    top = {name for line in call("--help")[1].splitlines() if line.startswith("  ") and (name := line.split()[0])}
+    commands = {"quickstart", "train", "reconstruct", "import-reference", "info", "data", "evaluate"}
+    assert commands <= top
+    assert {name for name in top if name.isidentifier() and name in dir(cli)} <= commands | {"data_app", "evaluate_app"}
+    assert all(name in call("data", "--help")[1] for name in ("pack", "index", "inspect"))
+    assert "reconstruction" in call("evaluate", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["train"], "Missing argument 'STAGE'"),
+        (["train", "tokenizer", "--config", "demmo", "--data", "x", "--out", "y"], "did you mean demo?"),
+        (["train", "prior", "--config", "demo", "--data", "x", "--out", "y"], "stage 'prior' is not that of demo"),
+        (
+            ["train", "tokenizer", "--config", "demo", "--data", "x", "--out", "y", "model.encoder.widht=3"],
+            "unknown key model.encoder.widht; did you mean model.encoder.width?",
+        ),
+        (["train", "tokenizer", "--config", "demo", "--data", "/none", "--out", "y"], "is not a packed data set"),
+        (["data", "pack", "/none", "y"], "/none does not exist"),
+        (["data", "pack", "/none", "y", "--kind", "sounds"], "--kind sounds is not known"),
+        (["data", "inspect", "/none"], "is not a packed data set"),
+        (["data", "index", "/none"], "holds no .tar shards"),
+        (["evaluate", "reconstruction", "--model", "/none", "--data", "x", "--out", "y"], "/none"),
+        (["reconstruct", "--model", "/none", "a.png", "b.png"], "/none"),
+        (["reconstruct", "--model", "/none", "a.png", "b.png", "--weights", "other"], "choose ema or plain"),
+        (["import-reference", "/none.pt", "--config", "demo", "--out", "y"], "/none.pt"),
+        (["info", "/none"], "is not a model folder"),
+        (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
+        (["quickstart", "--minutes", "x"], "Invalid value for '--minutes'"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_wrong_call_ends_with_two_and_one_line(call, arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = call(*arguments)
+    assert status == 2
+    assert said in error
+    assert "Traceback" not in error
+    assert out == ""
+
+
+def test_work_that_fails_ends_with_one_and_debug_shows_where(call, monkeypatch):
+    def fail(what):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("bsq_ray.evaluation.single.describe", fail)
+    status, _, error = call("info", "demo")
+    assert status == 1
+    assert "the disk is full (OSError; --debug shows where)" in error
+    monkeypatch.setattr(sys, "argv", ["bsq-ray", "info", "demo", "--debug"])
+    with pytest.raises(OSError, match="the disk is full"):
+        cli.main()
+
+
+def test_an_interrupt_has_its_own_status(call, monkeypatch):
+    def interrupt(what):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bsq_ray.evaluation.single.describe", interrupt)
+    assert call("info", "demo")[0] == 130
+
+
+def test_packing_inspecting_and_describing_a_folder(call, photo_folders, tmp_path):
+    status, out, _ = call("data", "pack", photo_folders[1], tmp_path / "set", "--workers", "0", "--max-side", "96")
+    assert status == 0
+    assert out.startswith("12 images in 1 shards of 1 classes")
+    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    assert status == 0
+    assert "12 images measured" in out
+    assert (tmp_path / "sheet.png").exists()
+    assert "packed data set" in call("info", tmp_path / "set")[1]
+    (tmp_path / "set" / "shard-000000.tar").write_bytes(b"")
+    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    assert status == 1
+    assert "fault: shard-000000.tar is not the file that was packed" in out
+
+
+def test_help_does_not_wait_for_torch_or_ray():
+    began = time.monotonic()
+    script = "import sys; from bsq_ray import cli; sys.argv = ['bsq-ray', '--help']\ntry: cli.main()\nfinally: "
+    script += "print([name for name in ('torch', 'ray', 'deepspeed', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    print(f"help took {time.monotonic() - began:.2f} s")
