@@ -6,6 +6,7 @@ wrong, 130 interrupted after saving. What a command needs is imported when it ru
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -118,12 +119,19 @@ def train(
 ) -> None:
     """Train a model."""
     from bsq_ray.config import load_config
+    from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.launch import train as launch
 
     run = load_config(config, overrides or [])
     if stage != run.stage:
         raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
-    result = launch(run, data, out, workers, resume, address, held_out, minutes)
+    try:
+        result = launch(run, data, out, workers, resume, address, held_out, minutes)
+    except Interrupted as stop:
+        again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        told = str(stop).split(";")[0]
+        command = shlex.join(["bsq-ray", *again, "--resume"])
+        raise Interrupted(f"{told}; checkpoint and model are saved in {out}. Go on with: {command}") from None
     figures = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
     print(f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {figures}")
     print(f"model: {out.rstrip('/')}/model")

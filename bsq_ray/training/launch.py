@@ -6,12 +6,13 @@ this process: progress line, Ctrl-C ──stop──▶ Board (actor) ◀──r
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 from bsq_ray import config, storage
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.session import ray_session
-from bsq_ray.training.checkpoint import list_checkpoints
-from bsq_ray.training.job import Job, NonFinite, Result, split_batch
+from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
+from bsq_ray.training.job import Job, NonFinite, Result, check_same_run, split_batch
 from bsq_ray.training.loop import run
 from bsq_ray.training.progress import ProgressLine
 from bsq_ray.training.worker import Worker, local_device
@@ -59,7 +60,9 @@ def train(
         Interrupted: it was stopped by Ctrl-C or SIGTERM, after saving.
         RuntimeError: the training failed; the message says why.
     """
-    job = Job(run_config, data_url, out_url, held_out_url, minutes)
+    # Workers may run in another folder.
+    data_url, out_url = _absolute(data_url), _absolute(out_url)
+    job = Job(run_config, data_url, out_url, held_out_url and _absolute(held_out_url), minutes)
     _check(job, workers, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
     with _display(show) as say, _stop_on_signal() as stop:
@@ -85,15 +88,23 @@ def _check(job: Job, workers: int, resume: bool) -> None:
     if job.minutes is not None and job.minutes <= 0:
         raise ValueError(f"minutes {job.minutes} must be positive")
     split_batch(job.config.training, max(1, workers))
-    for url in filter(None, (job.data_url, job.held_out_url)):
-        if not read_manifest(url).samples:
-            raise ValueError(f"{url} holds no samples")
+    manifest = read_manifest(job.data_url)
+    for each in (manifest, read_manifest(job.held_out_url) if job.held_out_url else manifest):
+        if not each.samples:
+            raise ValueError(f"{each.url} holds no samples")
     checkpoints = list_checkpoints(job.out_url)
     if checkpoints and not resume:
         raise ValueError(
             f"{job.out_url} already holds a run (checkpoint {checkpoints[-1]}); go on with it by --resume, "
             "or choose another --out"
         )
+    progress = newest_progress(job.out_url)
+    if progress:
+        check_same_run(progress, job.config, manifest, job.out_url)
+
+
+def _absolute(url: str) -> str:
+    return os.path.abspath(storage.filesystem(url)[1]) if storage.is_local(url) else url
 
 
 @contextmanager
@@ -139,14 +150,37 @@ class _Board:
         self._records: list[dict[str, Any]] = []
         self._stop = False
         self._starts = 0
+        self._step = 0
+        self._failed_start = -1
+        self._failure: tuple[Exception, int] | None = None
+        self._hopeless = False
 
-    def started(self) -> int:
-        """A first worker began; returns how many did before it."""
+    def start(self) -> None:
+        """The first worker of a group begins."""
         self._starts += 1
-        return self._starts - 1
 
     def add(self, record: dict[str, Any]) -> None:
         self._records.append(record)
+        self._step = max(self._step, record.get("step", 0))
+
+    def fail(self, error: Exception, final: bool) -> None:
+        """A worker failed. What fails twice at the same step in the same way will fail again.
+
+        Of the failures of one group only the first counts; the others follow from it.
+        """
+        if self._failed_start == self._starts:
+            return
+        self._failed_start = self._starts
+        failure = (error, self._step)
+        again = self._failure is not None and (str(self._failure[0]), self._failure[1]) == (str(error), self._step)
+        self._hopeless = final or again
+        self._failure = failure
+
+    def hopeless(self) -> bool:
+        return self._hopeless
+
+    def failure(self) -> Exception | None:
+        return self._failure[0] if self._failure else None
 
     def take(self) -> tuple[list[dict[str, Any]], int]:
         """Records since the last call, and how often workers were started."""
@@ -210,13 +244,38 @@ def _run_on_ray(
             **_storage(job.out_url),
         ),
     )
-    outcome: dict[str, Any] = {}
+    errors: list[Exception] = []
     # A thread fits, so that this one can show progress and hear Ctrl-C.
-    fitting = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
+    fitting = threading.Thread(target=_fit, args=(trainer, errors), daemon=True)
     fitting.start()
+    try:
+        result, starts = _follow(fitting, board, say, stop)
+        failure = ray.get(board.failure.remote())
+    finally:
+        ray.kill(board)
+        storage.remove_folder(storage.join(job.out_url, "ray"))
+    if result is None:
+        raise failure or RuntimeError(_last_line(errors))
+    return result, max(0, starts - 1)
+
+
+def _fit(trainer: Any, errors: list[Exception]) -> None:
+    try:
+        trainer.fit()
+    except Exception as error:
+        errors.append(error)
+
+
+def _follow(
+    fitting: threading.Thread, board: Any, say: Callable[[dict[str, Any]], None], stop: threading.Event
+) -> tuple[Result | None, int]:
+    """Passes records and the wish to stop on, until the workers are done."""
+    import ray
+
     result: Result | None = None
     starts, asked = 0, False
     while True:
+        # Asked before the records are taken, so that none is left behind.
         alive = fitting.is_alive()
         records, now_started = ray.get(board.take.remote())
         if now_started > max(1, starts):
@@ -225,53 +284,43 @@ def _run_on_ray(
         for record in records:
             if record["kind"] == "result":
                 result = record["result"]
-            elif record["kind"] == "failure":
-                outcome["cause"] = record["error"]
             else:
                 say(record)
         if not alive:
-            break
+            return result, starts
         if stop.is_set() and not asked:
             asked = True
             ray.get(board.ask_to_stop.remote())
             say({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
         fitting.join(_POLL_SECONDS)
-    ray.kill(board)
-    if result is None:
-        raise outcome.get("cause") or RuntimeError(_first_line(outcome.get("error")))
-    return result, max(0, starts - 1)
-
-
-def _fit(trainer: Any, outcome: dict[str, Any]) -> None:
-    try:
-        trainer.fit()
-    except Exception as error:
-        outcome["error"] = error
 
 
 def _worker_main(settings: dict[str, Any]) -> None:
     """What each Ray worker runs."""
-    import os
-
     import ray
     from ray import train as ray_train
 
     context, job, board = ray_train.get_context(), settings["job"], settings["board"]
+    if ray.get(board.hopeless.remote()):
+        return
     rank, world = context.get_world_rank(), context.get_world_size()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
     if rank == 0:
-        ray.get(board.started.remote())
-    worker = Worker(rank, world, local_device(), "ray", _RayReporter(board))
+        ray.get(board.start.remote())
     try:
-        result = run(job, worker)
-    except (ValueError, NonFinite) as error:
-        # Trying again would end the same way, so the workers end quietly and the starter tells.
-        if rank == 0:
-            ray.get(board.add.remote({"kind": "failure", "error": error}))
+        result = run(job, Worker(rank, world, local_device(), "ray", _RayReporter(board)))
+    except NonFinite as error:
+        # All workers come here together.
+        ray.get(board.fail.remote(error, True))
         return
+    except Exception as error:
+        told = ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(_named(error))
+        ray.get(board.fail.remote(told, False))
+        # Raised, so that the workers that wait for this one are stopped too.
+        raise
     if rank == 0:
-        ray.get(board.add.remote({"kind": "result", "result": replace(result)}))
+        ray.get(board.add.remote({"kind": "result", "result": result}))
 
 
 def _storage(out_url: str) -> dict[str, Any]:
@@ -285,8 +334,11 @@ def _storage(out_url: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
-def _first_line(error: BaseException | None) -> str:
+def _named(error: Exception) -> str:
+    return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+
+
+def _last_line(errors: list[Exception]) -> str:
     """The cause of a failed fit, in one line."""
-    text = str(error or "the workers ended without a result")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "unknown cause")
+    lines = [line.strip() for error in errors for line in str(error).splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "the workers were lost")

@@ -1,0 +1,230 @@
+"""Starting a run: what is refused, what a run leaves behind, and that Ray, faults and Ctrl-C change nothing else."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import safetensors.numpy
+from process_group import in_group
+from small_runs import SMALL, STEPS, Listener, in_this_process, small_job, train_several
+from test_resume import assert_identical, numbers, weights
+
+from bsq_ray.config import load_config
+from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
+from bsq_ray.training.launch import Interrupted, train
+from bsq_ray.training.loop import run
+
+
+def launch(shards, out, workers, overrides=(), **settings):
+    listener = Listener()
+    settings = {"show": listener.record, **settings}
+    return train(load_config("demo", [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
+
+
+@pytest.fixture(scope="module")
+def local(photo_shards, held_out_shards, tmp_path_factory):
+    """(folder, result, listener) of a run in this process."""
+    out = tmp_path_factory.mktemp("local") / "run"
+    overrides = ["training.evaluate_every=2", "training.sample_every=3"]
+    return out, *launch(photo_shards, out, 0, overrides, held_out_url=held_out_shards)
+
+
+def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
+    out, result, _ = local
+    assert load_config(str(out / "config.yaml")).training.steps == STEPS
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "training"] == [1, 2, 3, 4]
+    assert [(r["step"], r["weights"]) for r in records if r["kind"] == "evaluation"] == [
+        (0, "plain"),
+        (2, "plain"),
+        (4, "ema"),
+    ]
+    pictures = ["step-0000000.png", "step-0000002.png", "step-0000003.png", "step-0000004.png"]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == pictures
+    assert list_checkpoints(str(out)) == ["step-0000004"]
+    assert list((out / "tensorboard").iterdir())
+    assert json.loads((out / "summary.json").read_text())["step"] == result.step == STEPS
+    Tokenizer.from_pretrained(str(out / "model"), weights="plain")
+    assert safetensors.numpy.load_file(out / "model" / "discriminator.safetensors")
+
+
+def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local, held_out_shards):
+    import torch
+
+    from bsq_ray.data.images import to_float, to_uint8
+    from bsq_ray.data.manifest import read_manifest
+    from bsq_ray.data.stream import evaluation_batches
+
+    out, result, _ = local
+    [batch] = evaluation_batches(read_manifest(held_out_shards), 16, "lanczos", 16, limit=16)
+    rebuilt = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.images_BCHW))
+    error_B = (to_uint8(rebuilt).float() - batch.images_BCHW.float()).square().mean((1, 2, 3))
+    psnr = float((10 * torch.log10(255**2 / error_B)).mean())
+    assert result.figures["psnr"] == pytest.approx(psnr, abs=1e-4)
+    assert f"| psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()
+
+
+def test_the_learning_rate_scales_with_the_batch_and_is_told(local):
+    _, _, listener = local
+    [start] = [record for record in listener.records if record["kind"] == "start"]
+    per_256 = load_config("demo", SMALL).training.optimizer.learning_rate_per_256
+    assert start["learning_rate"] == pytest.approx(per_256 * 16 / 256)
+    assert (start["batch_size"], start["workers"]) == (16, 1)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(local, photo_shards):
+    with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
+        launch(photo_shards, local[0], 0)
+
+
+def test_another_configuration_is_refused_before_anything_starts(local, photo_shards):
+    before = (local[0] / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="model.patch_size was 4 and is 8"):
+        launch(photo_shards, local[0], 2, ["model.patch_size=8"], resume=True)
+    assert (local[0] / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("workers", "settings", "overrides", "message"),
+    [
+        (3, {}, [], "batch_size 16 cannot be shared evenly by 3 workers; choose a multiple of 3"),
+        (2, {}, ["training.micro_batch_size=16", "training.batch_size=48"], "24 of 48 images, which is not a multiple"),
+        (-1, {}, [], "workers -1 must be 0"),
+        (0, {"minutes": 0.0}, [], "minutes 0.0 must be positive"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(
+    photo_shards, tmp_path, workers, settings, overrides, message
+):
+    with pytest.raises(ValueError, match=message):
+        launch(photo_shards, tmp_path / "run", workers, overrides, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_time_limit_ends_the_run_with_the_schedule_at_its_end(photo_shards, tmp_path):
+    overrides = ["training.steps=1000000", "training.engine.kind=ddp"]
+    result, listener = launch(photo_shards, tmp_path / "run", 0, overrides, minutes=0.05)
+    assert result.finished
+    assert 3 <= result.seconds < 6
+    rates = [record["learning_rate"] for record in listener.training]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.05 * rates[0]
+
+
+def test_ctrl_c_saves_checkpoint_and_model_and_the_run_goes_on_from_there(photo_shards, tmp_path):
+    def interrupt(record):
+        if record["kind"] == "training" and record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped after step 3; checkpoint and model are saved"):
+        launch(photo_shards, tmp_path, 0, ["training.steps=6"], show=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    Tokenizer.from_pretrained(str(tmp_path / "model"))
+    result, listener = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
+    assert result.finished
+    assert [record["step"] for record in listener.training] == [4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(photo_shards, tmp_path):
+    from bsq_ray.training.job import NonFinite
+
+    # A learning rate this absurd overflows within a few steps.
+    overrides = ["training.optimizer.learning_rate_per_256=1e30", "training.steps=40"]
+    with pytest.raises(
+        NonFinite, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
+    ):
+        run(small_job(photo_shards, tmp_path, overrides), in_this_process(Listener()))
+    record = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert len(record["keys"]) == 16
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_ray_worker_takes_the_steps_of_this_process(local, photo_shards, held_out_shards, tmp_path, ray_local):
+    result, listener = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
+    assert result.finished
+    for record, expected in zip(listener.training, local[2].training, strict=True):
+        for key, value in numbers(expected).items():
+            assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    assert not (tmp_path / "ray").exists()
+
+
+LONG = ["training.steps=150", "training.log_every=5", "training.checkpoint_every=20"]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(photo_shards, tmp_path, ray_local):
+    in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
+    killed = []
+    warnings = []
+
+    def kill_one(record):
+        if record["kind"] == "warning":
+            warnings.append(record["text"])
+        if record["kind"] == "training" and record["step"] >= 40 and not killed:
+            workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in p.name()]
+            killed.append(workers[-1].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    result, _ = launch(photo_shards, tmp_path / "disturbed", 2, LONG, show=kill_one)
+    assert result.finished
+    assert killed
+    assert warnings == ["workers were lost and are replaced (1 times)"]
+    assert json.loads((tmp_path / "disturbed" / "summary.json").read_text())["restarts"] == 1
+    records = [json.loads(line) for line in (tmp_path / "disturbed" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "training"] == list(range(5, 151, 5))
+    assert_identical(weights(tmp_path, "disturbed"), weights(tmp_path, "undisturbed"))
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_worker_ends_the_run_and_is_told(photo_shards, tmp_path, ray_local):
+    import shutil
+
+    shards = tmp_path / "shards"
+    shutil.copytree(photo_shards, shards)
+    for tar in sorted(shards.glob("*.tar"))[1:]:
+        tar.unlink()
+    with pytest.raises((ValueError, RuntimeError), match=r"\.tar"):
+        launch(str(shards), tmp_path / "run", 2, ["data.lanes=2", "data.max_damaged=0"])
+
+
+@pytest.mark.slow
+def test_the_command_stops_at_ctrl_c_and_says_how_to_go_on(photo_shards, tmp_path):
+    out = tmp_path / "run"
+    long = [*SMALL, *LONG, "training.steps=100000"]
+    command = [
+        sys.executable,
+        "-c",
+        "from bsq_ray.cli import main; main()",
+        "train",
+        "tokenizer",
+        "--config",
+        "demo",
+        "--data",
+        photo_shards,
+    ]
+    command += ["--out", str(out), "--workers", "2", *long]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    lines = []
+    reading = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reading.start()
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(str(out)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.5)
+    # As a terminal does it: to everything that belongs to the command.
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    reading.join()
+    told = lines[-1]
+    step = int(re.search(r"stopped after step (\d+)", told)[1])
+    assert newest_progress(str(out)).step == step
+    assert f"--out {out} --workers 2" in told
+    assert told.rstrip().endswith("--resume")
+    Tokenizer.from_pretrained(str(out / "model"))
