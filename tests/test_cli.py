@@ -37,7 +37,7 @@ def test_the_commands_are_exactly_these(call):
     ("arguments", "said"),
     [
         (["nonsense"], "No such command 'nonsense'"),
-        (["train"], "Missing argument 'STAGE'"),
+        (["train"], "Missing argument 'stage'"),
         (["train", "tokenizer", "--config", "demmo", "--data", "x", "--out", "y"], "did you mean demo?"),
         (["train", "prior", "--config", "demo", "--data", "x", "--out", "y"], "stage 'prior' is not that of demo"),
         (

@@ -9,22 +9,49 @@ Shape suffixes: N tokens, L bits, G groups, K codes of a group or of half a grou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def per_sample_entropy(logits_NL: Tensor) -> Tensor:
-    """Mean over tokens of the summed entropy of their bits; exact, in [0, L·ln 2]. Scalar."""
-    # H(sigmoid(x)) = softplus(x) - x·sigmoid(x) holds for every x without a logarithm of a probability.
-    entropy_NL = F.softplus(logits_NL) - logits_NL * torch.sigmoid(logits_NL)
-    return entropy_NL.sum(-1).mean()
+def bit_statistics(logits_NL: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample entropy (scalar) and the mean probability of each bit (L,), in one pass over the logits.
+
+    The entropy is the mean over tokens of the summed entropy of their bits: exact, in [0, L·ln 2].
+    """
+    return _BitStatistics.apply(logits_NL)
 
 
-def bitwise_codebook_entropy(logits_NL: Tensor, across_workers: bool = False) -> Tensor:
-    """Entropy of the batch-averaged bits, summed over bits: the paper's upper bound of the code entropy. Scalar."""
-    mean_L = worker_mean(torch.sigmoid(logits_NL).mean(0), across_workers)
+class _BitStatistics(torch.autograd.Function):
+    """One sigmoid serves both values and both gradients; written out, autograd would keep six arrays instead of two."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NL: Tensor) -> tuple[Tensor, Tensor]:
+        probability_NL = torch.sigmoid(logits_NL)
+        ctx.save_for_backward(logits_NL, probability_NL)
+        # H(sigmoid(x)) = softplus(x) - x·sigmoid(x) holds for every x without a logarithm of a probability.
+        entropy_NL = F.softplus(logits_NL).addcmul_(logits_NL, probability_NL, value=-1)
+        return entropy_NL.sum() / len(logits_NL), probability_NL.mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, entropy_gradient: Tensor, mean_gradient_L: Tensor) -> Tensor:
+        logits_NL, probability_NL = ctx.saved_tensors
+        # dH/dx = -x·p·(1 - p) and dp/dx = p·(1 - p).
+        slope_NL = torch.addcmul(probability_NL, probability_NL, probability_NL, value=-1)
+        inner_NL = (logits_NL * -entropy_gradient).add_(mean_gradient_L)
+        return slope_NL.mul_(inner_NL).div_(len(logits_NL))
+
+
+def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Tensor:
+    """Entropy of the batch-averaged bits, summed over bits: the paper's upper bound of the code entropy. Scalar.
+
+    Args:
+        mean_L: mean probability of each bit over this worker's batch.
+    """
+    mean_L = worker_mean(mean_L, across_workers)
     return (_entropy_terms(mean_L) + _entropy_terms(1 - mean_L)).sum()
 
 

@@ -8,7 +8,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bsq_ray.losses.entropy import bitwise_codebook_entropy, grouped_codebook_entropy, per_sample_entropy
+from bsq_ray.losses.entropy import bit_statistics, grouped_codebook_entropy
+from bsq_ray.losses.entropy import bitwise_codebook_entropy as entropy_of_means
+
+
+def per_sample_entropy(logits_NL):
+    return bit_statistics(logits_NL)[0]
+
+
+def bitwise_codebook_entropy(logits_NL, across_workers=False):
+    return entropy_of_means(bit_statistics(logits_NL)[1], across_workers)
 
 
 def explicit_distribution(logits_NL):

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.losses.entropy import bitwise_codebook_entropy, grouped_codebook_entropy, per_sample_entropy
-from bsq_ray.models.quantizers.base import Quantized, Quantizer, straight_through
+from bsq_ray.losses.entropy import bit_statistics, bitwise_codebook_entropy, grouped_codebook_entropy
+from bsq_ray.models.quantizers.base import Quantized, Quantizer
 
 
 class BinaryQuantizer(Quantizer):
@@ -29,26 +30,26 @@ class BinaryQuantizer(Quantizer):
 
     def codes(self, bits_BNL: Tensor) -> Tensor:
         """±scale for each bit."""
-        plus = torch.tensor(self.scale, device=bits_BNL.device)
-        return torch.where(bits_BNL, plus, -plus)
+        # Twice as fast on a CPU as choosing between two numbers, and as exact.
+        return bits_BNL.float().mul_(2 * self.scale).sub_(self.scale)
 
     def quantize_coordinates(self, u_BNC: Tensor) -> Quantized:
         """Quantises coordinates that are already on the sphere (BSQ) or free (LFQ)."""
         bits_BNL = u_BNC >= 0  # the paper's sign(0) = +1
-        codes_BNC = self.codes(bits_BNL)
+        codes_BNC: Tensor = _SignCode.apply(u_BNC, self.codes(bits_BNL), self.scale)
         penalty, stats = self._penalty(u_BNC)
         if self.commit_weight:
-            commit = (codes_BNC - u_BNC).square().sum(-1).mean()
+            commit = (codes_BNC.detach() - u_BNC).square().sum(-1).mean()
             penalty = penalty + self.commit_weight * commit
             stats["commit"] = commit.detach()
-        return Quantized(straight_through(codes_BNC, u_BNC * self.scale), bits_BNL, penalty, stats)
+        return Quantized(codes_BNC, bits_BNL, penalty, stats)
 
     def _penalty(self, u_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         section = self.entropy
         logits_NL = (4 * self.scale * section.inverse_temperature) * u_BNC.flatten(0, 1)
-        per_sample = per_sample_entropy(logits_NL)
+        per_sample, mean_L = bit_statistics(logits_NL)
         if section.estimate == "analytical":
-            codebook = bitwise_codebook_entropy(logits_NL, section.across_workers)
+            codebook = bitwise_codebook_entropy(mean_L, section.across_workers)
         else:
             codebook = grouped_codebook_entropy(logits_NL, section.group_size, section.across_workers)
         difference = section.per_sample_weight * per_sample - section.dataset_weight * codebook
@@ -57,3 +58,16 @@ class BinaryQuantizer(Quantizer):
             "codebook_entropy": codebook.detach() / log(2),
         }
         return section.weight * difference / section.inverse_temperature, stats
+
+
+class _SignCode(torch.autograd.Function):
+    """The codes, with the straight-through gradient: that of u · scale."""
+
+    @staticmethod
+    def forward(ctx: Any, u_BNC: Tensor, codes_BNC: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return codes_BNC
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BNC: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_BNC * ctx.scale, None, None

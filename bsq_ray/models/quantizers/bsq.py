@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from bsq_ray import config
@@ -22,4 +24,22 @@ class BinarySphericalQuantizer(BinaryQuantizer):
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
         """Projects on the sphere, then keeps the signs."""
-        return self.quantize_coordinates(F.normalize(v_BNC, dim=-1))
+        u_BNC: Tensor = _OnSphere.apply(v_BNC)
+        return self.quantize_coordinates(u_BNC)
+
+
+class _OnSphere(torch.autograd.Function):
+    """u = v / |v| with du/dv = (1 - u uᵀ) / |v|; the null vector stays where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, v_BNC: Tensor) -> Tensor:
+        norm_BN1 = torch.linalg.vector_norm(v_BNC, dim=-1, keepdim=True).clamp_min_(1e-12)
+        u_BNC = v_BNC / norm_BN1
+        ctx.save_for_backward(u_BNC, norm_BN1)
+        return u_BNC
+
+    @staticmethod
+    def backward(ctx: Any, gradient_BNC: Tensor) -> Tensor:
+        u_BNC, norm_BN1 = ctx.saved_tensors
+        along_BN1 = (gradient_BNC * u_BNC).sum(-1, keepdim=True)
+        return torch.addcmul(gradient_BNC, u_BNC, along_BN1, value=-1).div_(norm_BN1)

@@ -1,0 +1,68 @@
+"""Loading: images per second from the same shards to the same crops, beside webdataset's own loader."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from bsq_ray import config
+from bsq_ray.data.images import training_crop
+from bsq_ray.data.pack import pack_images
+from bsq_ray.data.stream import training_batches
+
+pytestmark = pytest.mark.benchmark
+_COUNT, _CROP, _BATCH = 2000, 128, 32
+
+
+@pytest.fixture(scope="module", params=[256, 512], ids=lambda side: f"{side} px")
+def shards(request, photos, tmp_path_factory):
+    """2,000 JPEGs cut from real photographs, in eight shards."""
+    side = request.param
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(_COUNT):
+        photo = photos[number % len(photos)].resize((side + 60, side + 40))
+        left, top = rng.integers(60), rng.integers(40)
+        photo.crop((left, top, left + side, top + side)).save(folder / f"{number}.jpg", quality=90)
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    return pack_images(str(folder), str(tmp_path_factory.mktemp("shards")), shard_mb=total / 7.5e6, workers=0).manifest
+
+
+def rate(batches, count=_COUNT):
+    """Images per second after the first batch, over `count` images."""
+    iterator = iter(batches)
+    next(iterator)
+    seen, began = 0, time.perf_counter()
+    while seen < count:
+        seen += len(next(iterator))
+    return seen / (time.perf_counter() - began)
+
+
+def ours(manifest, executor):
+    stream = training_batches(manifest, config.Data(), _CROP, _BATCH, 0, 1, seed=0, executor=executor)
+    for batch in stream:
+        yield batch.images_BCHW
+
+
+def webdatasets(manifest, processes):
+    def crop(sample):
+        image = sample["jpg"].convert("RGB")
+        return torch.from_numpy(training_crop(image, _CROP, (1.0, 1.0), False, np.random.default_rng(0)))
+
+    urls = [f"{manifest.url}/{shard.name}" for shard in manifest.shards]
+    data = webdataset.WebDataset(urls, shardshuffle=True, resampled=True).decode("pil").map(crop)
+    return webdataset.WebLoader(data.batched(_BATCH), batch_size=None, num_workers=processes)
+
+
+def test_loader_speed(shards, ray_local):
+    neighbour = rate(webdatasets(shards, 2))
+    rows = {
+        "webdataset, 2 processes": neighbour,
+        "bsq_ray, threads of this process": rate(ours(shards, "local")),
+        "bsq_ray, Ray Data": rate(ours(shards, "ray")),
+    }
+    print(f"\n{_COUNT} JPEGs to {_CROP} px crops")
+    for name, value in rows.items():
+        print(f"  {name:36s} {value:8.0f} images/s   {value / neighbour:5.2f} x webdataset")
