@@ -104,6 +104,10 @@ def bucket(s3_server):
     return f"s3://{name}"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden/ anew from what is measured")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -15,7 +15,7 @@ from torch import Tensor
 from bsq_ray import storage
 
 # Remote files are rewritten whole, so not at every record.
-_REMOTE_SECONDS = 30.0
+_FLUSH_SECONDS = 30.0
 
 
 class Log:
@@ -32,19 +32,28 @@ class Log:
         self.out_url = out_url
         self._local = storage.is_local(out_url)
         self._url = storage.join(out_url, "metrics.jsonl")
-        self._lines = [line for line in _read_lines(self._url) if json.loads(line)["step"] <= step]
+        self._lines = _lines_until(self._url, step)
+        self._write_lines()
         self._written = 0.0
         self._scratch = tempfile.TemporaryDirectory()
         folder = storage.filesystem(storage.join(out_url, "tensorboard"))[1] if self._local else self._scratch.name
-        self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        # Named by the step too: a run that is resumed within a second must not overwrite its own file.
+        self._tensorboard = SummaryWriter(
+            folder, purge_step=step + 1 if step else None, filename_suffix=f".step-{step:07d}"
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; its numbers go to TensorBoard under `kind/name`."""
-        self._lines.append(json.dumps(record))
+        line = json.dumps(record)
+        if self._local:
+            with open(storage.filesystem(self._url)[1], "a") as file:
+                file.write(f"{line}\n")
+        else:
+            self._lines.append(line)
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        if self._local or time.monotonic() - self._written > _REMOTE_SECONDS:
+        if time.monotonic() - self._written > _FLUSH_SECONDS:
             self.flush()
 
     def picture(self, name: str, pixels_3HW: Tensor) -> None:
@@ -55,9 +64,9 @@ class Log:
 
     def flush(self) -> None:
         """Makes everything written so far visible."""
-        storage.write_bytes(self._url, "".join(f"{line}\n" for line in self._lines).encode())
         self._tensorboard.flush()
         if not self._local:
+            self._write_lines()
             for path in Path(self._scratch.name).iterdir():
                 storage.copy_in(str(path), storage.join(self.out_url, "tensorboard", path.name))
         self._written = time.monotonic()
@@ -68,6 +77,12 @@ class Log:
         self._tensorboard.close()
         self._scratch.cleanup()
 
+    def _write_lines(self) -> None:
+        storage.write_bytes(self._url, "".join(f"{line}\n" for line in self._lines).encode())
 
-def _read_lines(url: str) -> list[str]:
-    return storage.read_bytes(url).decode().splitlines() if storage.exists(url) else []
+
+def _lines_until(url: str, step: int) -> list[str]:
+    """The records of an earlier part of the run; a last line cut off by a crash is not one."""
+    lines = storage.read_bytes(url).decode().splitlines(keepends=True) if storage.exists(url) else []
+    whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
+    return [line for line in whole if json.loads(line)["step"] <= step]

@@ -8,6 +8,7 @@ from bsq_ray.training.loop import run
 from bsq_ray.training.worker import Worker
 
 STEPS = 4
+PRESET = "imagenet128-bsq18"
 SMALL = [
     "model.image_size=16",
     "model.patch_size=4",
@@ -23,10 +24,15 @@ SMALL = [
     "loss.adversarial.channel_base=128",
     "loss.adversarial.channel_max=8",
     "loss.adversarial.r1_every=2",
+    "data.lanes=4",
+    "data.flip=true",
+    "data.crop_scale=[1.0, 1.5]",
     "data.shuffle_window=32",
     "training.batch_size=16",
     f"training.steps={STEPS}",
     "training.schedule.warmup_steps=0",
+    "training.optimizer.learning_rate_per_256=0.016",
+    "training.ema_decay=0.9",
     "training.engine.precision=fp32",
     "training.log_every=1",
     "training.evaluate_batches=1",
@@ -56,7 +62,7 @@ class Listener:
 
 
 def small_job(shards, out, overrides=(), **settings):
-    return Job(load_config("demo", [*SMALL, *overrides]), shards, str(out), **settings)
+    return Job(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), **settings)
 
 
 def in_this_process(listener):

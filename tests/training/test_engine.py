@@ -7,8 +7,12 @@ are compared, one of them with the R1 penalty, which runs a graph for autograd.g
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from process_group import in_group
-from small_runs import train_several
+from small_runs import Listener, in_this_process, small_job, train_several
+
+from bsq_ray.training.loop import run
+from bsq_ray.training.worker import autocast_precision
 
 ENGINES = {
     "zero 0": ["training.engine.zero_stage=0"],
@@ -87,3 +91,33 @@ def test_clipping_is_the_same_for_every_engine_and_does_something(runs, engine):
     out, losses = runs
     assert_same_run(out, losses, "clipped ddp", engine)
     assert losses["clipped ddp"][-1]["loss"] != losses["whole ddp"][-1]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
+def test_bf16_reaches_the_forward_pass_of_an_engine(photo_shards, tmp_path, monkeypatch, kind):
+    # As on a GPU, where DeepSpeed sees the outer autocast and switches it off inside its engines.
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device) if device else asked("cpu"))
+    seen = set()
+    forward = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        y = forward(x, weight, bias)
+        seen.add(y.dtype)
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    overrides = [f"training.engine.kind={kind}", "training.engine.precision=bf16", "training.steps=1"]
+    job = small_job(photo_shards, tmp_path, [*overrides, "loss.adversarial.weight=0"])
+    run(job, in_this_process(Listener()))
+    assert seen == {torch.bfloat16}
+    weights = safetensors.numpy.load_file(tmp_path / "model" / "model.plain.safetensors")
+    assert {value.dtype for value in weights.values()} == {np.dtype(np.float32)}
+
+
+def test_automatic_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)  # noqa: B023
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert autocast_precision("auto", torch.device("cpu")) == ("bf16" if has else "fp32")
+    assert autocast_precision("bf16", torch.device("cpu")) == "bf16"

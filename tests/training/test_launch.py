@@ -13,7 +13,7 @@ import psutil
 import pytest
 import safetensors.numpy
 from process_group import in_group
-from small_runs import SMALL, STEPS, Listener, in_this_process, small_job, train_several
+from small_runs import PRESET, SMALL, STEPS, Listener, in_this_process, small_job, train_several
 from test_resume import assert_identical, numbers, weights
 
 from bsq_ray.config import load_config
@@ -26,7 +26,7 @@ from bsq_ray.training.loop import run
 def launch(shards, out, workers, overrides=(), **settings):
     listener = Listener()
     settings = {"show": listener.record, **settings}
-    return train(load_config("demo", [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
+    return train(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local,
 def test_the_learning_rate_scales_with_the_batch_and_is_told(local):
     _, _, listener = local
     [start] = [record for record in listener.records if record["kind"] == "start"]
-    per_256 = load_config("demo", SMALL).training.optimizer.learning_rate_per_256
+    per_256 = load_config(PRESET, SMALL).training.optimizer.learning_rate_per_256
     assert start["learning_rate"] == pytest.approx(per_256 * 16 / 256)
     assert (start["batch_size"], start["workers"]) == (16, 1)
 

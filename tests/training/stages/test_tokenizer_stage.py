@@ -1,0 +1,136 @@
+"""What the tokenizer's stage makes of a batch: which terms, with which weights, and gradients for whom."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bsq_ray.config import load_config
+from bsq_ray.data.images import to_float
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.stream import evaluation_batches
+from bsq_ray.training.engine import build_engine
+from bsq_ray.training.stages import build_stage
+
+CPU = torch.device("cpu")
+SMALL = [
+    "model.image_size=32",
+    "model.encoder.width=16",
+    "model.encoder.layers=1",
+    "model.encoder.heads=2",
+    "model.decoder.width=16",
+    "model.decoder.layers=1",
+    "model.decoder.heads=2",
+    "model.decoder.head_width=32",
+    "loss.perceptual_weight=0",
+    "loss.adversarial.channel_base=256",
+    "loss.adversarial.channel_max=8",
+    "training.engine.kind=ddp",
+]
+
+
+@pytest.fixture(scope="module")
+def batch(photo_shards):
+    return next(evaluation_batches(read_manifest(photo_shards), 32, "lanczos", 8))
+
+
+def build(*overrides):
+    run = load_config("imagenet128-bsq18", [*SMALL, *overrides])
+    torch.manual_seed(0)
+    stage = build_stage(run, CPU)
+    return stage, {name: build_engine(module, run.training, 8, 1, CPU) for name, module in stage.modules.items()}
+
+
+def losses(batch, *overrides, step=0):
+    """Totals and scalars of the phases of one step."""
+    stage, engines = build(*overrides)
+    carry, results = {}, {}
+    for phase in stage.phases(step):
+        for name, module in stage.modules.items():
+            module.requires_grad_(name == phase)
+        results[phase] = stage.loss(phase, batch, engines, carry, step)
+    return stage, results
+
+
+def test_the_generator_minimises_the_weighted_sum_of_its_terms(batch):
+    _, results = losses(batch, "loss.perceptual_weight=0.3", "loss.perceptual_network=alex")
+    total, terms = results["generator"]
+    # At step 0 the quantiser's weight of 0.1 is three times as large.
+    expected = terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("l1", F.l1_loss), ("l2", F.mse_loss)])
+def test_the_reconstruction_loss_is_the_configured_one(batch, kind, loss):
+    stage, results = losses(batch, f"loss.reconstruction={kind}", "loss.reconstruction_weight=2")
+    real = to_float(batch.images_BCHW)
+    with torch.no_grad():
+        rebuilt = stage.modules["generator"](real).images
+    total, terms = results["generator"]
+    assert float(terms["reconstruction"]) == pytest.approx(float(loss(rebuilt, real)), rel=1e-6)
+    rest = 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    assert float(total) == pytest.approx(float(2 * terms["reconstruction"] + rest), rel=1e-6)
+
+
+@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan"])
+@pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
+def test_each_phase_has_gradients_for_its_own_module_alone(batch, discriminator, objective):
+    stage, engines = build(f"loss.adversarial.discriminator={discriminator}", f"loss.adversarial.objective={objective}")
+    carry = {}
+    for phase in ("generator", "discriminator"):
+        for name, module in stage.modules.items():
+            module.requires_grad_(name == phase)
+            module.zero_grad()
+        stage.loss(phase, batch, engines, carry, 0)[0].backward()
+        for name, module in stage.modules.items():
+            has = [parameter.grad is not None for parameter in module.parameters()]
+            assert all(has) if name == phase else not any(has), (phase, name)
+
+
+def test_the_penalty_joins_every_sixteenth_step_with_the_weight_of_sixteen(batch):
+    without = losses(batch, step=14)[1]["discriminator"]
+    total, terms = losses(batch, step=15)[1]["discriminator"]
+    assert "r1" not in without[1]
+    assert float(total) == pytest.approx(float(terms["discriminator"] + 10 / 2 * 16 * terms["r1"]), rel=1e-6)
+    assert "r1" not in losses(batch, "loss.adversarial.r1_gamma=0", step=15)[1]["discriminator"][1]
+
+
+def test_the_adversary_waits_for_its_first_step(batch):
+    stage, results = losses(batch, "loss.adversarial.start_step=5", step=4)
+    assert stage.phases(4) == ["generator"]
+    assert stage.phases(5) == ["generator", "discriminator"]
+    assert "generator" not in results["generator"][1]
+
+
+def test_without_an_adversarial_weight_there_is_no_discriminator(batch):
+    stage, results = losses(batch, "loss.adversarial.weight=0")
+    assert list(stage.modules) == ["generator"]
+    assert list(results) == ["generator"]
+
+
+def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer(batch):
+    stage, engines = build("loss.adversarial.adaptive_weight=true", "loss.quantizer_weight=0")
+    stage.modules["discriminator"].requires_grad_(False)
+    total, terms = stage.loss("generator", batch, engines, {}, 0)
+    [whole] = torch.autograd.grad(total, stage.modules["generator"].last_layer)
+    stage, engines = build("loss.adversarial.weight=0", "loss.quantizer_weight=0")
+    [pixels] = torch.autograd.grad(
+        stage.loss("generator", batch, engines, {}, 0)[0], stage.modules["generator"].last_layer
+    )
+    # With weight 0.1, the adversary's share has a tenth of the reconstruction's norm.
+    assert float((whole - pixels).norm() / pixels.norm()) == pytest.approx(0.1, rel=0.02)
+    assert float(terms["adaptive_weight"]) > 0
+
+
+def test_code_usage_is_counted_since_the_last_summary(batch):
+    stage, _ = losses(batch)
+    summary = stage.summarise()
+    assert 0 < summary["code_usage"] <= 1
+    assert 0 < summary["bit_entropy"] <= 1
+    assert stage.summarise() == {}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_loss(batch):
+    eager = losses(batch)[1]["generator"][0]
+    compiled = losses(batch, "training.engine.compile=true")[1]["generator"][0]
+    assert float(compiled) == pytest.approx(float(eager), rel=1e-4)
