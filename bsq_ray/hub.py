@@ -131,6 +131,9 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 def _locate(url: str) -> str:
     """The folder to read: `url` itself, or where the model hub's client put its copy."""
+    inner = storage.join(url, "model")
+    if storage.exists(storage.join(inner, _MAIN)) and not storage.exists(storage.join(url, _MAIN)):
+        raise ValueError(f"{url} is the folder of a run; its model folder is {inner}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
     if storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):

@@ -193,3 +193,10 @@ def test_a_hub_id_is_read_through_the_hub_client(folder, tmp_path, monkeypatch):
     assert Tokenizer.from_pretrained("someone/bsq-18").model_id == Tokenizer.from_pretrained(folder).model_id
     with pytest.raises(ValueError, match="the model hub gives none either: 404 no such repository"):
         Tokenizer.from_pretrained("someone/else")
+
+
+def test_the_folder_of_a_run_is_told_from_the_model_folder_in_it(tmp_path):
+    small_tokenizer().save_pretrained(str(tmp_path / "run" / "model"))
+    (tmp_path / "run" / "config.yaml").write_text("stage: tokenizer\n")
+    with pytest.raises(ValueError, match="run is the folder of a run; its model folder is .*run/model"):
+        Tokenizer.from_pretrained(str(tmp_path / "run"))

@@ -20,6 +20,13 @@ _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BI
 DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
 
 
+def decode_fault(error: Exception) -> str:
+    """Why an image could not be decoded, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def decode_image(data: bytes, short_side: int | None = None) -> Image.Image:
     """Decodes an image file to RGB, upright as its EXIF orientation says.
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, to_rgb
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, to_rgb
 from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, write_manifest
 from bsq_ray.session import ray_session
 
@@ -151,7 +151,8 @@ def _plan(source: str, shard_bytes: float, seed: int) -> tuple[list[list[Source]
             plan.append([])
             filled = 0
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(path))[0])[:40]
-        plan[-1].append(Source(fs.unstrip_protocol(path), f"{number:08d}_{slug}", label))
+        url = path if storage.is_local(source) else fs.unstrip_protocol(path)
+        plan[-1].append(Source(url, f"{number:08d}_{slug}", label))
         filled += files[path]
     return plan, classes, len(files) - len(images)
 
@@ -190,7 +191,7 @@ def _pack_shard(
             try:
                 data, suffix = _prepared(storage.read_bytes(source.url), max_side)
             except DECODE_ERRORS as error:
-                damaged.append(f"{source.url}: {' '.join(str(error).split())[:160]}")
+                damaged.append(f"{source.url}: {decode_fault(error)}")
                 continue
             offsets.append(archive.tell() + _ARCHIVE_BLOCK)
             _add(tar, f"{source.key}.{suffix}", data)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, decode_image
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image
 from bsq_ray.data.manifest import Manifest, Shard
 
 
@@ -105,7 +105,7 @@ def decode(blob: bytes | Exception, size: int, short_side: int | None) -> Image.
     try:
         return decode_image(blob, short_side)
     except DECODE_ERRORS as error:
-        raise ValueError(f"not a readable image: {' '.join(str(error).split())[:120]}") from error
+        raise ValueError(decode_fault(error)) from error
 
 
 def _first_readable(

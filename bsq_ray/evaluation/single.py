@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from bsq_ray import config, hub, storage
-from bsq_ray.data.images import DECODE_ERRORS, decode_image, evaluation_image, to_float, to_uint8
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
 from bsq_ray.data.manifest import MANIFEST, read_manifest
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints
@@ -30,7 +30,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     try:
         image = decode_image(storage.read_bytes(image_url))
     except DECODE_ERRORS as error:
-        raise ValueError(f"{image_url} cannot be read as an image: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{image_url} cannot be read as an image: {decode_fault(error)}") from error
     size = run.model.image_size
     original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
     tokens = tokenizer.encode(to_float(original[None]))

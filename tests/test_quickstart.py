@@ -1,0 +1,60 @@
+"""The quickstart: from photographs to a report."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from bsq_ray.quickstart import run_quickstart
+
+_SMALL = (
+    "model.image_size=32", "model.encoder.width=32", "model.encoder.layers=1", "model.encoder.heads=2",
+    "model.decoder.width=32", "model.decoder.layers=1", "model.decoder.heads=2", "model.decoder.head_width=64",
+    "loss.adversarial.start_step=4", "loss.adversarial.channel_base=256", "loss.adversarial.channel_max=16",
+    "training.steps=12", "training.log_every=4", "training.evaluate_every=6", "training.checkpoint_every=6",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_own_photographs_end_in_a_report_and_a_second_call_goes_on(photos, tmp_path, ray_local):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, photo in enumerate(photos):
+        photo.save(folder / f"{number}.jpg")
+    photos[0].save(folder / "copy of the first.png")
+    (folder / "broken.jpg").write_text("no image")
+    done = run_quickstart(folder, tmp_path / "out", minutes=5, overrides=_SMALL)
+    html = done.report.read_text()
+    assert "Images it has never seen" in html
+    assert not re.search(r'(src|href)="(?!data:)', html), "the report needs nothing from elsewhere"
+    assert html.count("<svg") >= 3
+    assert "training.batch" not in html
+    assert "batch_size: 16" in html
+    assert (done.model / "model.safetensors").exists()
+    assert json.loads((tmp_path / "out/run/summary.json").read_text())["workers"] == 2
+    assert Image.open(tmp_path / "out/evaluation/reconstructions.png").width > 100
+    assert "mean colours" in done.summary
+    again = run_quickstart(folder, tmp_path / "out", minutes=5, overrides=_SMALL)
+    assert again.results["model_id"] == done.results["model_id"]
+    with pytest.raises(ValueError, match="was made from .*mine; choose another --out"):
+        run_quickstart(None, tmp_path / "out", minutes=5)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda f: f / "missing", "does not exist"),
+        (lambda f: (f / "empty").mkdir() or f / "empty", "holds 0 images; the quickstart needs at least 10"),
+        (lambda f: (f / "file").write_text("x") and f / "file", "is not a folder"),
+    ],
+)
+def test_a_wrong_folder_is_named(tmp_path, prepare, message):
+    with pytest.raises(ValueError, match=message):
+        run_quickstart(prepare(tmp_path), tmp_path / "out", minutes=1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot write to"):
+        run_quickstart(None, tmp_path / "file" / "out", minutes=1)

@@ -1,0 +1,63 @@
+"""The README's commands and its Python run as printed, shrunk by overrides where they would take hours."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bsq_ray import config
+
+_README = (Path(__file__).parent.parent / "README.md").read_text()
+_SHRUNK = {
+    "imagenet256-bsq18": "demo",
+    "--workers 16": "--workers 0",
+    "--workers 2": "--workers 0",
+}
+_STEPS = ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", _README, re.S)
+
+
+def commands():
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("bsq-ray ")]
+
+
+def test_the_readme_names_only_presets_and_files_that_exist():
+    root = Path(__file__).parent.parent
+    for preset in re.findall(r"`(imagenet[\w-]+)`", _README):
+        assert preset in config.preset_names(), preset
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", _README):
+        assert (root / path).exists(), path
+
+
+@pytest.mark.slow
+def test_commands_run_as_printed(tmp_path, photo_folders, monkeypatch):
+    """In the order of the README, in one folder that holds `photos/` and `held-out/`."""
+    (tmp_path / "photos").symlink_to(photo_folders[0])
+    (tmp_path / "held-out").symlink_to(photo_folders[1])
+    (tmp_path / "photo.png").symlink_to(photo_folders[1] / "coffee.png")
+    ran = 0
+    for command in commands():
+        if any(word in command for word in ("quickstart", "--address", "import-reference", "s3://")):
+            continue
+        for long, short in _SHRUNK.items():
+            command = command.replace(long, short)
+        words = shlex.split(command)[1:]
+        if words[0] == "train":
+            words += _STEPS
+        done = subprocess.run(
+            [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+        ran += 1
+    assert ran >= 6
+    monkeypatch.chdir(tmp_path)
+    [python] = blocks("python")
+    exec(compile(python, "README.md", "exec"), {})
