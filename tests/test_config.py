@@ -211,7 +211,7 @@ def test_a_configuration_written_out_reads_back_the_same(name):
         ("data.crop_scale=[0.5, 1]", "crop_scale [0.5, 1.0] is not a range"),
         ("model.encoder.heads=7", "width 256 is not a multiple of heads 7"),
         ("model.patch_size=7", "image_size 64 is not a multiple of patch_size 7"),
-        ("training.micro_batch_size=5", "batch_size 32 is not a multiple of micro_batch_size 5"),
+        ("training.micro_batch_size=5", "batch_size 16 is not a multiple of micro_batch_size 5"),
         ("model.quantizer.bits=129", "model.quantizer.bits: Input should be less than or equal to 128"),
     ],
 )
