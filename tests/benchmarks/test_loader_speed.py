@@ -52,8 +52,8 @@ def webdatasets(manifest, processes):
         return torch.from_numpy(training_crop(image, _CROP, (1.0, 1.0), False, np.random.default_rng(0)))
 
     urls = [f"{manifest.url}/{shard.name}" for shard in manifest.shards]
-    data = webdataset.WebDataset(urls, shardshuffle=True, resampled=True).decode("pil").map(crop)
-    return webdataset.WebLoader(data.batched(_BATCH), batch_size=None, num_workers=processes)
+    data = webdataset.WebDataset(urls, shardshuffle=False, resampled=True).decode("pil").map(crop)
+    return webdataset.WebLoader(data.batched(_BATCH, collation_fn=torch.stack), batch_size=None, num_workers=processes)
 
 
 def test_loader_speed(shards, ray_local):
