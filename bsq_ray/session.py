@@ -40,6 +40,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
+        _refuse_unreachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -59,6 +60,17 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would try for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _loopback_interface() -> str:

@@ -7,6 +7,7 @@ once, as `engine(...)`, before `engine.backward(loss)`; graphs for `autograd.gra
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -166,6 +167,8 @@ class DeepSpeedEngine(Engine):
         accumulation: int,
         device: torch.device,
     ) -> None:
+        # Otherwise it tells on stdout that there is no GPU and no tensor parallelism.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
         import deepspeed
 
         join_process_group(device)
