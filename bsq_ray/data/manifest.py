@@ -95,7 +95,8 @@ def read_manifest(url: str) -> Manifest:
             f"with `bsq-ray data index {url}`"
         )
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        # Reading threads that are still there when the process ends abort it.
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)), use_threads=False, pre_buffer=False)
         facts = json.loads((table.schema.metadata or {})[b"bsq_ray"])
     except (pa.ArrowException, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
