@@ -148,8 +148,8 @@ def test_numbers_in_scientific_notation_are_numbers(write, text):
 
 def test_a_base_file_is_found_beside_the_file_that_names_it(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write("shared/base.yaml", "base: demo\nname: base\ntraining: {steps: 3, seed: 5}")
-    write("runs/child.yaml", "base: ../shared/base.yaml\nname: child\ntraining: {steps: 4}")
+    write("bases/base.yaml", "base: demo\nname: base\ntraining: {steps: 3, seed: 5}")
+    write("runs/child.yaml", "base: ../bases/base.yaml\nname: child\ntraining: {steps: 4}")
     for source in ("runs/child.yaml", str(tmp_path / "runs/child.yaml"), f"file://{tmp_path}/runs/child.yaml"):
         loaded = load_config(source)
         assert (loaded.name, loaded.training.steps, loaded.training.seed) == ("child", 4, 5)
