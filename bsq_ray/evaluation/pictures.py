@@ -1,4 +1,4 @@
-"""Pictures of reconstructions beside their originals: the best, the median and the worst."""
+"""Pictures of reconstructions beside their originals: from the best over the median to the worst."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from bsq_ray.metrics.fid import sampling_ranks
 
 _KEPT = 64
 _TILE, _GAP, _CAPTION = 192, 6, 30
@@ -28,25 +30,50 @@ class Comparison:
     psnr: list[float]
 
 
-def pick(comparisons: list[Comparison], count: int = _KEPT) -> list[Comparison]:
-    """At most `count` of them, evenly spread from the best to the worst LPIPS of the model, sorted."""
-    ranked = sorted(comparisons, key=lambda c: (c.lpips[0], c.key))
-    if len(ranked) <= count:
-        return ranked
-    return [ranked[place] for place in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
+def keep(comparisons: list[Comparison]) -> list[Comparison]:
+    """The best, the worst, and a sample of the others: at most 66, the same ones for any number of workers."""
+    if len(comparisons) <= _KEPT:
+        return comparisons
+    ranked = sorted(comparisons, key=_quality)
+    ranks_N = sampling_ranks([comparison.key for comparison in ranked])
+    places = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:_KEPT].tolist()}
+    return [ranked[place] for place in sorted(places)]
 
 
-def draw(comparisons: list[Comparison], columns: int = 6) -> bytes:
-    """PNG: columns from the best to the worst; rows are original, model, and mean colours at the same bits."""
-    shown = pick(comparisons, columns)
+def pick(comparisons: list[Comparison], scores: list[float], columns: int) -> list[Comparison]:
+    """Those nearest to evenly spaced quantiles of LPIPS, best first.
+
+    Args:
+        comparisons: the kept ones.
+        scores: the model's LPIPS of all images, kept or not.
+    """
+    wanted = np.quantile(scores, np.linspace(0, 1, columns), method="nearest")
+    ranked = sorted(comparisons, key=_quality)
+    nearest = (min(ranked, key=lambda c: abs(c.lpips[0] - quantile)) for quantile in wanted)
+    return list({comparison.key: comparison for comparison in nearest}.values())
+
+
+def _quality(comparison: Comparison) -> tuple[float, str]:
+    return comparison.lpips[0], comparison.key
+
+
+def draw(comparisons: list[Comparison], scores: list[float], columns: int = 7) -> bytes:
+    """PNG: columns from the best to the worst; rows are original, model, and mean colours at the same bits.
+
+    An odd number of columns has the median in the middle.
+    """
+    shown = pick(comparisons, scores, columns)
+    [median] = pick(shown, [float(np.quantile(scores, 0.5, method="nearest"))], 1)
+    roles = {median.key: "median", shown[-1].key: "worst", shown[0].key: "best"}
     width = len(shown) * (_TILE + _GAP) + _GAP
     height = 3 * (_TILE + _GAP) + _GAP + _CAPTION
     sheet = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, comparison in enumerate(shown):
         left = _GAP + column * (_TILE + _GAP)
-        role = {0: "best", len(shown) - 1: "worst", len(shown) // 2: "median"}.get(column, "")
-        caption = f"{role} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
+        caption = (
+            f"{roles.get(comparison.key, '')} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
+        )
         canvas.text((left, 8), caption, fill="black", font=font)
         for row, pixels_CHW in enumerate(comparison.pixels_3CHW):
             tile = Image.fromarray(pixels_CHW.transpose(1, 2, 0))

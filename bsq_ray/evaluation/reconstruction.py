@@ -25,7 +25,7 @@ from bsq_ray.data.stream import Damage, evaluation_batches
 from bsq_ray.evaluation import published
 from bsq_ray.evaluation.baseline import MeanColourCodec
 from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.pictures import Comparison, draw, pick
+from bsq_ray.evaluation.pictures import Comparison, draw, keep
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import LPIPS
@@ -47,6 +47,7 @@ class _Part:
     usage: dict[str, np.ndarray]
     originals: dict[str, np.ndarray]
     comparisons: list[Comparison]
+    scores: list[float]
     seconds: float
     images: int
     damaged: list[str] = field(default_factory=list)
@@ -86,7 +87,7 @@ def evaluate_reconstruction(
     """
     folder = hub.read_model_folder(model_url, weights)
     manifest = read_manifest(data_url)
-    total = min(manifest.samples, limit or manifest.samples)
+    total = manifest.samples if limit is None else min(manifest.samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} images; measuring needs at least 2")
     job = _Job(model_url, weights, manifest, batch_size, limit, max_damaged)
@@ -135,6 +136,7 @@ def _measure(job: _Job, rank: int, world: int) -> _Part:
     originals, usage = FeatureStatistics(), CodeUsage(section.quantizer.bits)
     damage = Damage(job.max_damaged)
     comparisons: list[Comparison] = []
+    scores: list[float] = []
     seconds, images = 0.0, 0
     batches = evaluation_batches(
         job.manifest, section.image_size, run.data.evaluation_filter, job.batch_size, rank, world, job.limit, damage
@@ -150,17 +152,21 @@ def _measure(job: _Job, rank: int, world: int) -> _Part:
         usage.update(tokens.bits_BNL)
         model_BCHW = to_float(to_uint8(decoded_BCHW))
         trivial_BCHW = to_float(to_uint8(codec.reconstruct(original_BCHW)))
-        figures = [rows[n].update(original_BCHW, x) for n, x in zip(ROWS, (model_BCHW, trivial_BCHW), strict=True)]
-        originals.update(inception(original_BCHW).cpu().numpy())
+        figures = [
+            rows[name].update(original_BCHW, decoded_BCHW, batch.keys)
+            for name, decoded_BCHW in zip(ROWS, (model_BCHW, trivial_BCHW), strict=True)
+        ]
+        originals.update(inception(original_BCHW).cpu().numpy(), batch.keys)
         for place, key in enumerate(batch.keys):
             triple = (original_BCHW[place], model_BCHW[place], trivial_BCHW[place])
             pixels = np.stack([to_uint8(image).cpu().numpy() for image in triple])
             lpips, psnr = ([float(row[n][place]) for row in figures] for n in ("lpips", "psnr"))
             comparisons.append(Comparison(key, pixels, lpips, psnr))
-        comparisons = pick(comparisons)
+        scores += figures[0]["lpips"].tolist()
+        comparisons = keep(comparisons)
         images += len(batch.keys)
     states = {name: row.states() for name, row in rows.items()}
-    return _Part(states, usage.state(), originals.state(), comparisons, seconds, images, damage.found)
+    return _Part(states, usage.state(), originals.state(), comparisons, scores, seconds, images, damage.found)
 
 
 class _Row:
@@ -171,12 +177,12 @@ class _Row:
         self.lpips, self.lpips_vgg = LPIPS("alex", device), LPIPS("vgg", device)
         self.inception = inception
 
-    def update(self, original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> dict[str, Tensor]:
+    def update(self, original_BCHW: Tensor, reconstruction_BCHW: Tensor, keys: list[str]) -> dict[str, Tensor]:
         """Adds a batch; PSNR and LPIPS of each image."""
         assert self.inception is not None
         self.ssim.update(original_BCHW, reconstruction_BCHW)
         self.lpips_vgg.update(original_BCHW, reconstruction_BCHW)
-        self.features.update(self.inception(reconstruction_BCHW).cpu().numpy())
+        self.features.update(self.inception(reconstruction_BCHW).cpu().numpy(), keys)
         return {
             "psnr": self.psnr.update(original_BCHW, reconstruction_BCHW),
             "lpips": self.lpips.update(original_BCHW, reconstruction_BCHW),
@@ -212,6 +218,7 @@ def _conclude(
     originals, usage = FeatureStatistics(), CodeUsage(model.quantizer.bits)
     rows = {name: _Row("cpu", None) for name in ROWS}
     comparisons: list[Comparison] = []
+    scores = [score for part in parts for score in part.scores]
     for part in parts:
         if part.images == 0:
             continue
@@ -240,7 +247,7 @@ def _conclude(
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     table = markdown(results) + ("\n\n" + published.markdown() if published_rows else "") + "\n"
     storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
-    storage.write_bytes(storage.join(out_url, "reconstructions.png"), draw(pick(comparisons)))
+    storage.write_bytes(storage.join(out_url, "reconstructions.png"), draw(keep(comparisons), scores))
     return results
 
 

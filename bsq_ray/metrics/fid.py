@@ -1,17 +1,26 @@
 """Fréchet and kernel Inception distance between two sets of images, from features that stream through.
 
 FID (Heusel et al., 2017) needs mean and covariance: sums over features. KID (Bińkowski et al., 2018) needs pairs: it
-keeps the features of the first images of each worker, up to a limit.
+keeps the features of at most 2,000 images, those whose keys come first by their hash. That is a fair sample, and the
+same one however the images were divided among workers.
 
 Shape suffixes: N images, D features.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 
-# Features kept for KID by each worker: 2,000 x 2,048 doubles are 32 MB.
+# Features kept for KID: 2,000 x 2,048 doubles are 32 MB.
 _KEPT = 2000
+
+
+def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
+    """Places of the keys in a random order that every process agrees on, uint64 (N,): the smallest are a sample."""
+    return np.array([int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) for key in keys], np.uint64)
 
 
 class FeatureStatistics:
@@ -21,16 +30,15 @@ class FeatureStatistics:
         self.count = 0
         self._sum_D = np.zeros(width)
         self._products_DD = np.zeros((width, width))
-        self._kept: list[np.ndarray] = []
+        self._kept_ND = np.zeros((0, width))
+        self._ranks_N = np.zeros(0, np.uint64)
 
-    def update(self, features_ND: np.ndarray) -> None:
-        """Adds the features of a batch."""
+    def update(self, features_ND: np.ndarray, keys: Sequence[str]) -> None:
+        """Adds the features of a batch and the keys of its images."""
         features_ND = features_ND.astype(np.float64)
         self._sum_D += features_ND.sum(0)
         self._products_DD += features_ND.T @ features_ND
-        room = _KEPT - sum(map(len, self._kept))
-        if room > 0:
-            self._kept.append(features_ND[:room])
+        self._keep(features_ND, sampling_ranks(keys))
         self.count += len(features_ND)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -39,7 +47,8 @@ class FeatureStatistics:
             "count": np.array(self.count),
             "sum": self._sum_D,
             "products": self._products_DD,
-            "kept": self.kept(),
+            "kept": self._kept_ND,
+            "ranks": self._ranks_N,
         }
 
     def merge(self, state: dict[str, np.ndarray]) -> None:
@@ -47,11 +56,17 @@ class FeatureStatistics:
         self.count += int(state["count"])
         self._sum_D += state["sum"]
         self._products_DD += state["products"]
-        self._kept.append(state["kept"])
+        self._keep(state["kept"], state["ranks"])
+
+    def _keep(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
+        ranks_N = np.concatenate([self._ranks_N, ranks_N])
+        first_N = np.argsort(ranks_N, kind="stable")[:_KEPT]
+        self._ranks_N = ranks_N[first_N]
+        self._kept_ND = np.concatenate([self._kept_ND, features_ND])[first_N]
 
     def kept(self) -> np.ndarray:
-        """The kept features (N, D)."""
-        return np.concatenate(self._kept) if self._kept else np.zeros((0, len(self._sum_D)))
+        """The kept features (N, D), N at most 2,000, in an order that depends on the keys only."""
+        return self._kept_ND
 
     def mean(self) -> np.ndarray:
         """Mean (D,)."""

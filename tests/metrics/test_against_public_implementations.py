@@ -1,8 +1,12 @@
 """Every metric against a public implementation of it, on real photographs and their distortions."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
@@ -100,9 +104,10 @@ def features(count, seed, width=64):
     return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + seed
 
 
-def statistics(features_ND):
+def statistics(features_ND, first=0):
+    """Of images whose keys are their numbers from `first` on."""
     result = FeatureStatistics(features_ND.shape[1])
-    result.update(features_ND)
+    result.update(features_ND, [f"{first + n:06}" for n in range(len(features_ND))])
     return result
 
 
@@ -140,10 +145,25 @@ def test_merged_parts_equal_the_whole(originals, distorted):
         first.merge(second.state())
         assert first.compute() == pytest.approx(whole.compute(), rel=1e-6)
     parts = statistics(features_ND[:17])
-    parts.merge(statistics(features_ND[17:]).state())
+    parts.merge(statistics(features_ND[17:], 17).state())
     other = statistics(features(60, 4))
     assert frechet_distance(parts, other) == pytest.approx(frechet_distance(statistics(features_ND), other))
-    assert np.array_equal(parts.kept(), features_ND)
+    assert np.array_equal(parts.kept(), statistics(features_ND).kept())
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, 2500), max_size=5))
+def test_any_division_among_workers_keeps_the_same_bounded_sample_for_kid(cuts):
+    """With more images than are kept; the images come sorted, so that their first ones would be no fair sample."""
+    features_ND = np.sort(np.random.default_rng(0).normal(size=(2500, 4)), 0)
+    whole, merged = statistics(features_ND), FeatureStatistics(4)
+    for start, end in itertools.pairwise([0, *sorted(cuts), 2500]):
+        merged.merge(statistics(features_ND[start:end], start).state())
+    assert len(whole.kept()) == 2000
+    assert np.array_equal(merged.kept(), whole.kept())
+    assert np.allclose(merged.mean(), whole.mean())
+    assert np.allclose(merged.covariance(), whole.covariance())
+    assert abs(whole.kept().mean() - features_ND.mean()) < 0.05
 
 
 def test_too_few_images_are_refused():
