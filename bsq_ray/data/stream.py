@@ -124,30 +124,55 @@ def evaluation_batches(
     size: int,
     resize_filter: Filter,
     batch_size: int,
-    rank: int = 0,
-    world: int = 1,
     limit: int | None = None,
     damage: Damage | None = None,
 ) -> Iterator[Batch]:
-    """Every sample once over all workers, in manifest order; each worker has a contiguous part.
+    """Every sample once, in manifest order.
 
     Args:
         limit: only the first so many samples of the data set.
         damage: collects samples that cannot be read; they are left out. By default none is tolerated.
     """
     damage = damage or Damage(0)
-    total = min(manifest.samples, limit or manifest.samples)
-    samples = range(rank * total // world, (rank + 1) * total // world)
-
-    def read(chunk: int) -> Samples:
-        return _read_for_evaluation(
-            manifest, samples[chunk * batch_size : (chunk + 1) * batch_size], size, resize_filter
-        )
-
-    for block in _local_blocks(read, 2, -(-len(samples) // batch_size)):
+    for block in evaluation_blocks(manifest, size, resize_filter, batch_size, limit):
         damage.add(block.damaged)
         if block.keys:
             yield Batch(torch.from_numpy(block.images_PCHW), torch.from_numpy(block.labels_P), block.keys)
+
+
+def evaluation_blocks(
+    manifest: Manifest, size: int, resize_filter: Filter, batch_size: int, limit: int | None = None
+) -> Iterator[Samples]:
+    """The same, read by threads of this process and with the damaged samples of each batch beside it."""
+    chunks = _evaluation_chunks(manifest, batch_size, limit)
+
+    def read(chunk: int) -> Samples:
+        return _read_for_evaluation(manifest, chunks[chunk], size, resize_filter)
+
+    return _local_blocks(read, 2, len(chunks))
+
+
+def evaluation_dataset(
+    manifest: Manifest, size: int, resize_filter: Filter, batch_size: int, limit: int | None = None
+) -> Any:
+    """The same as a Ray Data set with one row for each batch: {"block": Samples}, in the same order."""
+    import ray
+
+    def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+        chunk = range(int(rows["first"][0]), int(rows["last"][0]))
+        block = np.empty(1, object)
+        block[0] = _read_for_evaluation(ray.get(shared), chunk, size, resize_filter)
+        return {"block": block}
+
+    shared = ray.put(manifest)
+    _quiet_and_ordered()
+    chunks = [{"first": chunk.start, "last": chunk.stop} for chunk in _evaluation_chunks(manifest, batch_size, limit)]
+    return ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(read, batch_size=1)
+
+
+def _evaluation_chunks(manifest: Manifest, batch_size: int, limit: int | None) -> list[range]:
+    total = manifest.samples if limit is None else min(manifest.samples, limit)
+    return [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
 
 
 def _read_chunk(
@@ -226,7 +251,7 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
 def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
     """Runs one execution of Ray Data to its end; references to its blocks, one per chunk, in order."""
     import ray
-    from ray.data import DataContext, TaskPoolStrategy
+    from ray.data import TaskPoolStrategy
 
     def run(rows: dict[str, np.ndarray]) -> dict[str, Any]:
         block = ray.get(reader)(int(rows["id"][0]))
@@ -238,14 +263,20 @@ def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
             "damaged": ["\n".join(block.damaged)],
         }
 
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    _quiet_and_ordered()
     ids = [{"id": execution * _CHUNKS_PER_EXECUTION + chunk} for chunk in range(_CHUNKS_PER_EXECUTION)]
     chunks = ray.data.from_items(ids, override_num_blocks=len(ids))
     return list(
         chunks.map_batches(run, batch_size=1, compute=TaskPoolStrategy(size=tasks)).materialize().to_arrow_refs()
     )
+
+
+def _quiet_and_ordered() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
 
 
 def _reading_tasks(world: int) -> int:

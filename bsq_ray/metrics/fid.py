@@ -24,7 +24,7 @@ def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
 
 
 class FeatureStatistics:
-    """Sums of features for FID and a bounded part of the features for KID; states can be merged."""
+    """Sums of features for FID and a bounded part of the features for KID."""
 
     def __init__(self, width: int = 2048) -> None:
         self.count = 0
@@ -40,23 +40,6 @@ class FeatureStatistics:
         self._products_DD += features_ND.T @ features_ND
         self._keep(features_ND, sampling_ranks(keys))
         self.count += len(features_ND)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything gathered so far."""
-        return {
-            "count": np.array(self.count),
-            "sum": self._sum_D,
-            "products": self._products_DD,
-            "kept": self._kept_ND,
-            "ranks": self._ranks_N,
-        }
-
-    def merge(self, state: dict[str, np.ndarray]) -> None:
-        """Adds what another worker gathered."""
-        self.count += int(state["count"])
-        self._sum_D += state["sum"]
-        self._products_DD += state["products"]
-        self._keep(state["kept"], state["ranks"])
 
     def _keep(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
         ranks_N = np.concatenate([self._ranks_N, ranks_N])

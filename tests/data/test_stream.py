@@ -8,7 +8,7 @@ import torch
 
 from bsq_ray import config
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
+from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_blocks, evaluation_dataset, training_batches
 
 SECTION = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
 
@@ -116,12 +116,18 @@ def test_a_truncated_shard_is_noticed(damaged_manifest, tmp_path):
         batches(damaged_manifest, 10, batch_size=4, section=SECTION.model_copy(update={"max_damaged": 0}))
 
 
-def test_evaluation_sees_every_sample_once_over_all_workers(manifest):
-    parts = [list(evaluation_batches(manifest, 32, "lanczos", 5, rank, 3)) for rank in range(3)]
-    keys = [key for part in parts for batch in part for key in batch.keys]
+def test_evaluation_sees_every_sample_once(manifest):
+    keys = [key for batch in evaluation_batches(manifest, 32, "lanczos", 5) for key in batch.keys]
     assert keys == [key for shard in manifest.shards for key in shard.keys]
     limited = [key for batch in evaluation_batches(manifest, 32, "lanczos", 5, limit=7) for key in batch.keys]
     assert limited == keys[:7]
+
+
+def test_ray_data_reads_what_threads_read(manifest, ray_local):
+    here = list(evaluation_blocks(manifest, 32, "lanczos", 5))
+    there = [row["block"] for row in evaluation_dataset(manifest, 32, "lanczos", 5).iter_rows()]
+    assert [block.keys for block in there] == [block.keys for block in here]
+    assert all(np.array_equal(a.images_PCHW, b.images_PCHW) for a, b in zip(here, there, strict=True))
 
 
 def test_evaluation_tolerates_no_damage_unless_told(damaged_manifest):

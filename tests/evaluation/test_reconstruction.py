@@ -36,7 +36,7 @@ def results(model, held_out_shards, tmp_path_factory):
 
 
 def test_two_ray_workers_measure_what_one_process_does(model, held_out_shards, results, tmp_path, ray_local):
-    there = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=2)
+    there = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=2, batch_size=4)
     for name, figures in results[0]["rows"].items():
         for key, value in figures.items():
             if key != "images_per_second":

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
-from bsq_ray.metrics.lpips import LPIPS
-from bsq_ray.metrics.psnr import PSNR
-from bsq_ray.metrics.ssim import SSIM
+from bsq_ray.metrics.lpips import lpips
+from bsq_ray.metrics.psnr import psnr
+from bsq_ray.metrics.ssim import structural_similarity
 from bsq_ray.metrics.torchvision_stub import prepare_torchvision
 
 
@@ -38,47 +38,38 @@ def test_psnr_is_that_of_torchmetrics(originals, distorted):
     prepare_torchvision()
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    metric = PSNR()
-    each = metric.update(originals, distorted)
+    each = psnr(originals, distorted)
     expected = [
         peak_signal_noise_ratio((d + 1) / 2, (o + 1) / 2, data_range=1.0).item()
         for o, d in zip(originals, distorted, strict=True)
     ]
     assert each.tolist() == pytest.approx(expected, rel=1e-5)
-    assert metric.compute()["psnr"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_identical_images_have_a_finite_psnr(originals):
-    assert PSNR().update(originals, originals).tolist() == pytest.approx([100.0] * 6)
+    assert psnr(originals, originals).tolist() == pytest.approx([100.0] * 6)
 
 
 def test_ssim_and_ms_ssim_are_those_of_pytorch_msssim(originals, distorted):
     from pytorch_msssim import ms_ssim, ssim
 
-    metric = SSIM()
-    metric.update(originals, distorted)
+    figures = structural_similarity(originals, distorted)
     a, b = (originals + 1) * 127.5, (distorted + 1) * 127.5
-    figures = metric.compute()
-    assert figures["ssim"] == pytest.approx(ssim(a, b, data_range=255).item(), abs=1e-6)
-    assert figures["ms_ssim"] == pytest.approx(ms_ssim(a, b, data_range=255).item(), abs=1e-6)
+    assert figures["ssim"].mean().item() == pytest.approx(ssim(a, b, data_range=255).item(), abs=1e-6)
+    assert figures["ms_ssim"].mean().item() == pytest.approx(ms_ssim(a, b, data_range=255).item(), abs=1e-6)
 
 
 def test_ms_ssim_is_left_out_for_small_images(originals, distorted):
-    metric = SSIM()
-    metric.update(originals[..., :64, :64], distorted[..., :64, :64])
-    assert metric.compute().keys() == {"ssim"}
+    assert structural_similarity(originals[..., :64, :64], distorted[..., :64, :64]).keys() == {"ssim"}
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
 def test_lpips_is_that_of_the_lpips_package(originals, distorted, network):
-    metric = LPIPS(network)
-    metric.update(originals, distorted)
     from bsq_ray.metrics.lpips import _network
 
     with torch.no_grad():
-        expected = _network(network, "cpu").lpips(originals, distorted).mean().item()
-    name = "lpips" if network == "alex" else "lpips_vgg"
-    assert metric.compute() == {name: pytest.approx(expected, abs=1e-5)}
+        expected = _network(network, "cpu").lpips(originals, distorted).flatten()
+    torch.testing.assert_close(lpips(originals, distorted, network), expected, rtol=0, atol=1e-5)
 
 
 def test_inception_features_are_those_of_pytorch_fid(originals, inception, monkeypatch):
@@ -131,38 +122,18 @@ def test_kernel_distance_is_that_of_torchmetrics():
     assert kernel_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_merged_parts_equal_the_whole(originals, distorted):
-    features_ND = features(60, 3)
-    for build, updates in [
-        (PSNR, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
-        (SSIM, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
-        (LPIPS, [(originals[:2], distorted[:2]), (originals[2:], distorted[2:])]),
-    ]:
-        whole, first, second = build(), build(), build()
-        whole.update(originals, distorted)
-        first.update(*updates[0])
-        second.update(*updates[1])
-        first.merge(second.state())
-        assert first.compute() == pytest.approx(whole.compute(), rel=1e-6)
-    parts = statistics(features_ND[:17])
-    parts.merge(statistics(features_ND[17:], 17).state())
-    other = statistics(features(60, 4))
-    assert frechet_distance(parts, other) == pytest.approx(frechet_distance(statistics(features_ND), other))
-    assert np.array_equal(parts.kept(), statistics(features_ND).kept())
-
-
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 2500), max_size=5))
-def test_any_division_among_workers_keeps_the_same_bounded_sample_for_kid(cuts):
+def test_any_division_into_batches_keeps_the_same_bounded_sample_for_kid(cuts):
     """With more images than are kept; the images come sorted, so that their first ones would be no fair sample."""
     features_ND = np.sort(np.random.default_rng(0).normal(size=(2500, 4)), 0)
-    whole, merged = statistics(features_ND), FeatureStatistics(4)
+    whole, gathered = statistics(features_ND), FeatureStatistics(4)
     for start, end in itertools.pairwise([0, *sorted(cuts), 2500]):
-        merged.merge(statistics(features_ND[start:end], start).state())
+        gathered.update(features_ND[start:end], [f"{n:06}" for n in range(start, end)])
     assert len(whole.kept()) == 2000
-    assert np.array_equal(merged.kept(), whole.kept())
-    assert np.allclose(merged.mean(), whole.mean())
-    assert np.allclose(merged.covariance(), whole.covariance())
+    assert np.array_equal(gathered.kept(), whole.kept())
+    assert np.allclose(gathered.mean(), whole.mean())
+    assert np.allclose(gathered.covariance(), whole.covariance())
     assert abs(whole.kept().mean() - features_ND.mean()) < 0.05
 
 

@@ -16,7 +16,7 @@ _LARGEST = 18
 
 
 class CodeUsage:
-    """Counts of the codes seen; states of several workers can be merged.
+    """Counts of the codes seen.
 
     Args:
         bits: bits of a token (L).
@@ -38,16 +38,6 @@ class CodeUsage:
             counts_K += torch.bincount(code_N, minlength=len(counts_K)).numpy()
         self._ones_L += tokens_NL.sum(0).numpy()
         self._tokens += len(tokens_NL)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything counted so far, to be sent to another process."""
-        return {"counts": self._counts_SK, "ones": self._ones_L, "tokens": np.array(self._tokens)}
-
-    def merge(self, state: dict[str, np.ndarray]) -> None:
-        """Adds what another process counted."""
-        self._counts_SK += state["counts"]
-        self._ones_L += state["ones"]
-        self._tokens += int(state["tokens"])
 
     def compute(self) -> dict[str, float]:
         """Figures over all tokens counted.

@@ -33,12 +33,11 @@ def test_thirty_six_bits_are_measured_by_sub_tokens():
     assert len(usage.bit_entropies()) == 36
 
 
-def test_merged_parts_equal_the_whole():
+def test_batches_add_up_to_the_whole():
     bits = torch.rand(6, 10, 12, generator=torch.Generator().manual_seed(0)) < 0.3
-    whole, first, second = CodeUsage(12), CodeUsage(12), CodeUsage(12)
+    whole, gathered = CodeUsage(12), CodeUsage(12)
     whole.update(bits)
-    first.update(bits[:2])
-    second.update(bits[2:])
-    first.merge(second.state())
-    assert first.compute() == whole.compute()
-    assert first.bit_entropies() == whole.bit_entropies()
+    gathered.update(bits[:2])
+    gathered.update(bits[2:])
+    assert gathered.compute() == whole.compute()
+    assert gathered.bit_entropies() == whole.bit_entropies()
