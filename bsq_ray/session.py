@@ -13,6 +13,7 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOG_LEVEL": "WARNING",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -54,7 +55,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
             include_dashboard=False,
             log_to_driver=False,
             logging_level="warning",
-            object_store_memory=512 * 2**20,
+            object_store_memory=2**30,
         )
     try:
         yield

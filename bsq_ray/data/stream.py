@@ -29,10 +29,10 @@ from bsq_ray.data.read import Samples, decode, fetch, read_samples
 
 Executor = Literal["ray", "local"]
 
-# Samples read by one task: large enough to hide a task's cost, small enough to keep memory low.
-_CHUNK = 128
-# Chunks of one Ray Data execution; two executions are in memory at most.
-_CHUNKS_PER_EXECUTION = 8
+# Samples and bytes of crops read by one task: enough to hide a task's cost, few enough to begin soon and fit memory.
+_CHUNK, _CHUNK_BYTES = 256, 12 * 2**20
+# Chunks of one Ray Data execution, and executions ahead of the one being consumed.
+_CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Batch:
 
 @dataclass
 class Damage:
-    """Samples that could not be read, and how many are tolerated."""
+    """Samples that could not be read, each named once however often it is met, and how many are tolerated."""
 
     limit: int
     found: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Damage:
         Raises:
             RuntimeError: there are more than the limit; the message names the newest.
         """
-        self.found.extend(reports)
+        self.found.extend(report for report in dict.fromkeys(reports) if report not in self.found)
         if len(self.found) > self.limit:
             raise RuntimeError(
                 f"{len(self.found)} damaged samples are more than data.max_damaged = {self.limit}; "
@@ -102,7 +102,7 @@ def training_batches(
     """
     damage = damage or Damage(section.max_damaged)
     share = batch_size // world
-    chunk = share * max(1, _CHUNK // share)
+    chunk = share * max(1, min(_CHUNK, _CHUNK_BYTES // (3 * image_size**2)) // share)
     order = Order(tuple(len(s.keys) for s in manifest.shards), seed, section.lanes, section.shuffle_window)
     worker_positions(position, position, batch_size, rank, world)  # refuses an uneven share before anything starts
     read = partial(_read_chunk, manifest, order, section, image_size, (position, chunk, batch_size, rank, world))
@@ -230,18 +230,19 @@ def _local_blocks(read: Callable[[int], Samples], ahead: int, chunks: int | None
 def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]:
     """Chunks read by Ray Data's tasks, in order, endlessly.
 
-    Ray Data is given a few chunks at a time and runs them to their end, one execution ahead of the consumer: while it
-    waits for a slow consumer its scheduling loop would spin, on a core that trains.
+    Ray Data is given a few chunks at a time and runs them to their end ahead of the consumer: while it waits for a slow
+    consumer its scheduling loop would spin, on a core that trains. One execution begins before the other ends, so that
+    the cluster does not idle between them.
     """
     import ray
     from ray.data.block import BlockAccessor
 
     reader = ray.put(read)
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        ahead = pool.submit(_execute, reader, 0, tasks)
-        for execution in count(1):
-            blocks = ahead.result()
-            ahead = pool.submit(_execute, reader, execution, tasks)
+    with ThreadPoolExecutor(_EXECUTIONS_AHEAD, thread_name_prefix="read-ahead") as pool:
+        ahead = deque(pool.submit(_execute, reader, execution, tasks) for execution in range(_EXECUTIONS_AHEAD))
+        for execution in count(_EXECUTIONS_AHEAD):
+            blocks = ahead.popleft().result()
+            ahead.append(pool.submit(_execute, reader, execution, tasks))
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
                 damaged = [line for line in str(row["damaged"][0]).split("\n") if line]

@@ -14,6 +14,7 @@ from bsq_ray.data.stream import training_batches
 
 pytestmark = pytest.mark.benchmark
 _COUNT, _CROP, _BATCH = 2000, 128, 32
+_WARM_UP, _TIMED = 5000, 15000
 
 
 @pytest.fixture(scope="module", params=[256, 512], ids=lambda side: f"{side} px")
@@ -30,12 +31,14 @@ def shards(request, photos, tmp_path_factory):
     return pack_images(str(folder), str(tmp_path_factory.mktemp("shards")), shard_mb=total / 7.5e6, workers=0).manifest
 
 
-def rate(batches, count=_COUNT):
-    """Images per second after the first batch, over `count` images."""
+def rate(batches):
+    """Images per second once all processes are up, over far more images than a loader reads ahead."""
     iterator = iter(batches)
-    next(iterator)
+    seen = 0
+    while seen < _WARM_UP:
+        seen += len(next(iterator))
     seen, began = 0, time.perf_counter()
-    while seen < count:
+    while seen < _TIMED:
         seen += len(next(iterator))
     return seen / (time.perf_counter() - began)
 
