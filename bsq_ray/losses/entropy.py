@@ -4,7 +4,7 @@ A coordinate takes its positive code with probability sigmoid(logit), independen
 token is the sum over its bits. The entropy of the whole batch is that of the averaged distribution: bit by bit
 ("analytical", an upper bound), or jointly over groups of bits.
 
-Shape suffixes: N tokens, L bits, G groups, K codes of a group or of half a group. Entropies are in nats, fp32.
+Shape suffixes: N tokens, L bits or coordinates, G groups, K codes of a group or of half a group. Entropies are in nats.
 """
 
 from __future__ import annotations
@@ -17,32 +17,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bit_statistics(logits_NL: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample entropy (scalar) and the mean probability of each bit (L,), in one pass over the logits.
+def bit_statistics(u_NL: Tensor, steepness: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Per-sample entropy (scalar) and the mean probability of each bit (L,), in one pass over the coordinates.
 
-    The entropy is the mean over tokens of the summed entropy of their bits: exact, in [0, L·ln 2].
+    A bit's probability is sigmoid(steepness · u). The entropy is the mean over tokens of the summed entropy of their
+    bits: exact, in [0, L·ln 2].
     """
-    return _BitStatistics.apply(logits_NL)
+    return _BitStatistics.apply(u_NL, steepness)
 
 
 class _BitStatistics(torch.autograd.Function):
     """One sigmoid serves both values and both gradients; written out, autograd would keep six arrays instead of two."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NL: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u_NL: Tensor, steepness: float) -> tuple[Tensor, Tensor]:
+        logits_NL = u_NL * steepness
         probability_NL = torch.sigmoid(logits_NL)
         ctx.save_for_backward(logits_NL, probability_NL)
+        ctx.steepness = steepness
         # H(sigmoid(x)) = softplus(x) - x·sigmoid(x) holds for every x without a logarithm of a probability.
         entropy_NL = F.softplus(logits_NL).addcmul_(logits_NL, probability_NL, value=-1)
         return entropy_NL.sum() / len(logits_NL), probability_NL.mean(0)
 
     @staticmethod
-    def backward(ctx: Any, entropy_gradient: Tensor, mean_gradient_L: Tensor) -> Tensor:
+    def backward(ctx: Any, entropy_gradient: Tensor, mean_gradient_L: Tensor) -> tuple[Tensor, None]:
         logits_NL, probability_NL = ctx.saved_tensors
         # dH/dx = -x·p·(1 - p) and dp/dx = p·(1 - p).
+        each = ctx.steepness / len(logits_NL)
         slope_NL = torch.addcmul(probability_NL, probability_NL, probability_NL, value=-1)
-        inner_NL = (logits_NL * -entropy_gradient).add_(mean_gradient_L)
-        return slope_NL.mul_(inner_NL).div_(len(logits_NL))
+        inner_NL = torch.addcmul(mean_gradient_L * each, logits_NL, -each * entropy_gradient)
+        return slope_NL.mul_(inner_NL), None
 
 
 def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Tensor:
@@ -52,7 +56,7 @@ def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Te
         mean_L: mean probability of each bit over this worker's batch.
     """
     mean_L = worker_mean(mean_L, across_workers)
-    return (_entropy_terms(mean_L) + _entropy_terms(1 - mean_L)).sum()
+    return _entropy_terms(torch.cat([mean_L, 1 - mean_L])).sum()
 
 
 def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers: bool = False) -> Tensor:

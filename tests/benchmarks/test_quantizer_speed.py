@@ -1,6 +1,7 @@
 """Quantisers: forward and backward with entropies for 8,192 tokens, beside vector-quantize-pytorch in the same run."""
 
-import time
+import statistics
+import timeit
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ pytestmark = pytest.mark.benchmark
 _BATCH, _TOKENS = 32, 256
 
 
-def milliseconds(step, repeats=15):
-    """Median time of a call, after warming up."""
-    times = []
-    for _ in range(repeats + 3):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return 1000 * sorted(times[3:])[repeats // 2]
+def milliseconds(steps, rounds=9, calls=5):
+    """Time of each step: the median over rounds, in which the steps take turns, of the least of a few calls."""
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            step()
+            times[name].append(min(timeit.repeat(step, number=1, repeat=calls)))
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
 def ours(bits, **entropy):
@@ -44,17 +45,30 @@ def theirs(module, width):
     return step
 
 
+def peak_megabytes(step):
+    """Most memory that tensors made by a call hold at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 1e6
+
+
 def test_quantizer_speed():
     library = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     lfq = library.LFQ(codebook_size=2**9, num_codebooks=2, dim=18, spherical=True, entropy_loss_weight=0.1)
     fsq = library.FSQ(levels=[8, 8, 8, 5, 5, 5])
-    rows = {f"BSQ {bits} bits, analytical": milliseconds(ours(bits)) for bits in (18, 36, 64, 128)}
-    rows["BSQ 18 bits, groups of 9"] = milliseconds(ours(18, estimate="group", group_size=9))
-    rows["BSQ 18 bits, groups of 18"] = milliseconds(ours(18, estimate="group", group_size=18), repeats=3)
-    rows["vector-quantize-pytorch LFQ 2 x 2^9"] = milliseconds(theirs(lfq.train(), 18), repeats=5)
-    rows["vector-quantize-pytorch FSQ 6 channels"] = milliseconds(theirs(fsq.train(), 6))
+    steps = {f"BSQ {bits} bits, analytical": ours(bits) for bits in (18, 36, 64, 128)}
+    steps["BSQ 18 bits, groups of 9"] = ours(18, estimate="group", group_size=9)
+    steps["BSQ 18 bits, groups of 18"] = ours(18, estimate="group", group_size=18)
+    steps["vector-quantize-pytorch LFQ 2 x 2^9"] = theirs(lfq.train(), 18)
+    steps["vector-quantize-pytorch FSQ 6 channels"] = theirs(fsq.train(), 6)
+    rows = milliseconds(steps)
     base = rows["BSQ 18 bits, analytical"]
     print(f"\nquantiser, {_BATCH * _TOKENS} tokens, forward + backward, {torch.get_num_threads()} threads")
     for name, value in rows.items():
-        print(f"  {name:42s} {value:8.2f} ms   {value / base:6.2f} x BSQ 18")
+        print(f"  {name:42s} {value:8.2f} ms {value / base:7.2f} x BSQ 18   {peak_megabytes(steps[name]):7.1f} MB")

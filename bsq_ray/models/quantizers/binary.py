@@ -46,18 +46,20 @@ class BinaryQuantizer(Quantizer):
 
     def _penalty(self, u_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         section = self.entropy
-        logits_NL = (4 * self.scale * section.inverse_temperature) * u_BNC.flatten(0, 1)
-        per_sample, mean_L = bit_statistics(logits_NL)
+        steepness = 4 * self.scale * section.inverse_temperature
+        u_NL = u_BNC.flatten(0, 1)
+        per_sample, mean_L = bit_statistics(u_NL, steepness)
         if section.estimate == "analytical":
             codebook = bitwise_codebook_entropy(mean_L, section.across_workers)
         else:
-            codebook = grouped_codebook_entropy(logits_NL, section.group_size, section.across_workers)
-        difference = section.per_sample_weight * per_sample - section.dataset_weight * codebook
+            codebook = grouped_codebook_entropy(steepness * u_NL, section.group_size, section.across_workers)
+        weight = section.weight / section.inverse_temperature
         stats = {
             "per_sample_entropy": per_sample.detach() / log(2),
             "codebook_entropy": codebook.detach() / log(2),
         }
-        return section.weight * difference / section.inverse_temperature, stats
+        penalty = (weight * section.per_sample_weight) * per_sample - (weight * section.dataset_weight) * codebook
+        return penalty, stats
 
 
 class _SignCode(torch.autograd.Function):
