@@ -59,17 +59,17 @@ class EqualizedConv(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Convolves; the size stays, or is halved."""
-        # Without a bias the gain can ride on the weights, which are small.
-        weight = self.weight * (self.scale if self.bias is not None else self.scale * self.gain)
+        # leaky_relu(g x) = g leaky_relu(x), so the gain rides on weight and bias, which are small, not on the images.
+        gain = self.gain if self.bias is None else self.gain * _GAIN
+        weight = self.weight * (self.scale * gain)
+        bias = None if self.bias is None else self.bias * gain
         if not self.down:
-            x_BCHW = F.conv2d(x_BCHW, weight, padding=self.size // 2)
+            x_BCHW = F.conv2d(x_BCHW, weight, bias, padding=self.size // 2)
         elif self.size == 1:
-            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=2, pad=(1, 1)), weight)
+            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=2, pad=(1, 1)), weight, bias)
         else:
-            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=1, pad=(2, 2)), weight, stride=2)
-        if self.bias is None:
-            return x_BCHW
-        return F.leaky_relu(x_BCHW + self.bias.to(x_BCHW.dtype)[:, None, None], _SLOPE) * (_GAIN * self.gain)
+            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=1, pad=(2, 2)), weight, bias, stride=2)
+        return x_BCHW if bias is None else F.leaky_relu(x_BCHW, _SLOPE, inplace=True)
 
     def _blur(self, x_BCHW: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
         channels = x_BCHW.shape[1]
