@@ -190,6 +190,24 @@ def import_reference(
     print(f"imported model {imported.id[:12]}{steps} to {out}")
 
 
+@app.command("plan")
+def plan_run(
+    config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
+    gpu: Annotated[str, typer.Option(help="a5000, a6000, a100-40, a100-80, h100, l4, a10g or 4090.")],
+    gpus: Annotated[int, typer.Option(help="How many, one worker each.")],
+    gpus_per_server: Annotated[int, typer.Option(help="Cards of one server.")] = 8,
+    network_gbit: Annotated[float, typer.Option(help="Between servers, Gbit/s.")] = 25.0,
+    efficiency: Annotated[float, typer.Option(help="Share of the card's peak that is reached.")] = 0.19,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, any key of the configuration.")] = None,
+) -> None:
+    """Say what a training run needs before it is started: memory, time, data rate, network."""
+    from bsq_ray.config import load_config
+    from bsq_ray.planning import plan, render
+
+    made = plan(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
+    print(render(made), end="")
+
+
 @app.command()
 def info(
     what: Annotated[str, typer.Argument(metavar="M", help="Model folder, run folder, packed data set or preset.")],

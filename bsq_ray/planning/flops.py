@@ -1,0 +1,95 @@
+"""Floating-point operations of a training step, a multiply-add counted as two.
+
+Only matrix products and convolutions count, as in model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix
+B): norms, activations and losses are bound by memory, not by arithmetic. A layer's backward pass costs its forward pass
+twice, once for the gradient of its weights and once for that of its input; a frozen network or a fixed filter needs
+only the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bsq_ray import config
+from bsq_ray.planning.networks import Convolution, code_channels, discriminator_layers, perceptual_layers
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations per image of a training step, every phase running.
+
+    Attributes:
+        generator: forward and backward pass of the tokenizer; with gradient checkpointing the recomputation too.
+        perceptual: LPIPS of the reconstruction with its gradient, and of the original.
+        discriminator: in the generator's phase and in its own, R1 spread over the steps between.
+    """
+
+    generator: float
+    perceptual: float
+    discriminator: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.generator + self.perceptual + self.discriminator
+
+
+def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int) -> int:
+    """Forward pass of the blocks for one clip of N = frames · frame_tokens tokens.
+
+    Per block 2 N (4 D² + 2 D h) for the projections and 4 N² D for scores and weighted values (Kaplan et al., 2020,
+    section 2.1). The block-causal mask of clips saves nothing: masked scores are computed.
+    """
+    tokens = frames * frame_tokens
+    width, hidden = sizes.width, int(sizes.width * sizes.mlp_ratio)
+    return sizes.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width)
+
+
+def tokenizer_forward(model: config.TokenizerModel) -> int:
+    """Encoder, projections and decoder for one clip of all its frames; a codebook's search is left out."""
+    frame_tokens = (model.image_size // model.patch_size) ** 2
+    patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
+    encoder, decoder = model.encoder, model.decoder
+    per_token = (
+        patch * encoder.width
+        + encoder.width * channels
+        + channels * decoder.width
+        + (decoder.width + patch) * decoder.head_width
+    )
+    return (
+        2 * model.frames * frame_tokens * per_token
+        + blocks_flops(encoder, frame_tokens, model.frames)
+        + blocks_flops(decoder, frame_tokens, model.frames)
+    )
+
+
+def step_flops(run: config.TokenizerConfig) -> StepFlops:
+    """Operations per image, or per clip, of a step."""
+    model, loss = run.model, run.loss
+    forward = tokenizer_forward(model)
+    frame_tokens = (model.image_size // model.patch_size) ** 2
+    # The images need no gradient.
+    patches = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
+    again = sum(blocks_flops(sizes, frame_tokens, model.frames) for sizes in (model.encoder, model.decoder))
+    generator = 3 * forward - patches + (again if model.gradient_checkpointing else 0)
+    perceptual = 0
+    if loss.perceptual_weight:
+        slices = perceptual_layers(loss.perceptual_network, model.image_size)
+        perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
+    layers = discriminator_layers(loss.adversarial, model.image_size)
+    return StepFlops(generator, perceptual, model.frames * _discriminator(layers, loss.adversarial))
+
+
+def _discriminator(layers: list[Convolution], section: config.Adversarial) -> float:
+    """Frozen on the reconstruction (2 F); trained on original and reconstruction (2 · 3 F less what needs no gradient).
+
+    A step with R1 (Mescheder et al., 2018) differentiates a gradient: F for it, 2 F for the second derivatives, and
+    the gradient of the first layer's input that is otherwise left out. It counts twice, because original and
+    reconstruction share one forward pass and the gradient runs through all of it.
+    """
+    if not layers:
+        return 0
+    forward = sum(layer.flops for layer in layers)
+    fixed = sum(layer.flops for layer in layers if not layer.learned)
+    penalty = 2 * (3 * forward + layers[0].flops) if section.r1_gamma else 0
+    return 2 * forward + 2 * (3 * forward - fixed - layers[0].flops) + penalty / section.r1_every

@@ -1,0 +1,56 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+import io
+
+from bsq_ray.planning.plan import Plan
+
+
+def render(plan: Plan) -> str:
+    """The plan as a table of plain text, at most 100 columns wide."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{plan.name} on {plan.gpus} x {plan.gpu.title}", show_header=False, title_justify="left")
+    for label, value in _rows(plan):
+        table.add_row(label, value)
+    text = io.StringIO()
+    Console(file=text, width=100, color_system=None).print(table)
+    for change in plan.advice:
+        text.write(f"to make it fit: {change}\n")
+    return text.getvalue()
+
+
+def _rows(plan: Plan) -> list[tuple[str, str]]:
+    memory = plan.memory
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    parts = ("weights", "gradients", "optimizer", "average", "buckets", "activations", "overhead")
+    return [
+        (
+            "parameters",
+            f"{plan.generator_parameters / 1e6:.1f} M generator, "
+            f"{plan.discriminator_parameters / 1e6:.1f} M discriminator",
+        ),
+        ("batch of a GPU", f"{plan.micro_batch} images, {plan.accumulation} times a step"),
+        ("memory of a GPU", f"{_gib(memory.total)} of {plan.gpu.memory_gib:.0f} GiB: {verdict}"),
+        *((f"  {part}", _gib(getattr(memory, part))) for part in parts),
+        (
+            "operations of a step",
+            f"{plan.step_flops / 1e12:.4g} TFLOP: generator {plan.flops.generator / plan.flops.total:.0%}, "
+            f"LPIPS {plan.flops.perceptual / plan.flops.total:.0%}, "
+            f"discriminator {plan.flops.discriminator / plan.flops.total:.0%}",
+        ),
+        (
+            "time of a step",
+            f"{plan.step_seconds:.3g} s: computing {plan.compute_seconds:.3g}, sending {plan.network_seconds:.3g}",
+        ),
+        ("speed", f"{plan.images_per_second:.4g} images/s"),
+        ("network", f"{plan.bytes_sent / 1e9:.3g} GB sent by each GPU in a step"),
+        ("data to read", f"{plan.data_bytes / 1e6:.4g} MB/s of JPEGs, all servers together"),
+        ("time of the run", f"{plan.days:.2f} days"),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

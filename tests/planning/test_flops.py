@@ -1,0 +1,129 @@
+"""Parameters and operations by formula are those of the modules that are really built."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bsq_ray.config import load_config, preset_names
+from bsq_ray.data.stream import Batch
+from bsq_ray.losses.perceptual import PerceptualLoss
+from bsq_ray.models.discriminator import build_discriminator
+from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.planning.flops import step_flops, tokenizer_forward
+from bsq_ray.planning.networks import discriminator_parameters, perceptual_layers, tokenizer_parameters
+from bsq_ray.training.engine import build_engine
+from bsq_ray.training.stages import build_stage
+
+CPU = torch.device("cpu")
+
+
+class CountedFlops(TorchDispatchMode):
+    """Counts as `FlopCounterMode` does, which cannot follow gradients of gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def parameters(module):
+    return sum(value.numel() for value in module.parameters())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_parameters_of_every_preset_are_exact(name):
+    run = load_config(name)
+    with torch.device("meta"):
+        assert tokenizer_parameters(run.model) == parameters(Tokenizer(run.model))
+        if run.loss.adversarial.weight:
+            discriminator = build_discriminator(run.loss.adversarial, run.model.image_size)
+            assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == parameters(discriminator)
+        else:
+            assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.frames=16"],
+        ["model.quantizer.kind=fsq"],
+        ["loss.adversarial.discriminator=patchgan"],
+        ["model.encoder.width=384", "model.encoder.mlp_ratio=2.5", "model.decoder.layers=3"],
+    ],
+)
+def test_parameters_follow_the_configuration(overrides):
+    run = load_config("imagenet128-bsq18", overrides)
+    with torch.device("meta"):
+        assert tokenizer_parameters(run.model) == parameters(Tokenizer(run.model))
+        discriminator = build_discriminator(run.loss.adversarial, 128)
+        assert discriminator_parameters(run.loss.adversarial, 128) == parameters(discriminator)
+
+
+@pytest.mark.parametrize(
+    ("name", "generator", "discriminator"),
+    [
+        ("imagenet128-bsq18", 173_636_562, 28_389_121),
+        ("imagenet256-bsq18", 174_816_210, 28_864_129),
+        ("imagenet256-bsq36", 174_843_876, 28_864_129),
+    ],
+)
+def test_parameters_are_those_counted_in_the_released_code(name, generator, discriminator):
+    run = load_config(name)
+    assert tokenizer_parameters(run.model) == generator
+    assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == discriminator
+
+
+@pytest.mark.parametrize("network", ["vgg", "alex"])
+def test_the_perceptual_network_has_the_listed_layers(network):
+    listed = sum(layer.parameters for layers in perceptual_layers(network, 64) for layer in layers)
+    assert listed == parameters(PerceptualLoss(network).lpips.net)
+
+
+@pytest.mark.parametrize("name", ["demo", "imagenet256-bsq36"])
+def test_operations_of_the_forward_pass_are_exact(name):
+    model = load_config(name).model
+    patches = 3 * model.patch_size**2
+    with torch.device("meta"):
+        tokenizer = Tokenizer(model)
+        patches_BNP = torch.zeros(2, (model.image_size // model.patch_size) ** 2, patches)
+        with CountedFlops() as counted:
+            codes_BNC = tokenizer.to_code(tokenizer.encoder(patches_BNP))
+            tokenizer.decoder(tokenizer.from_code(codes_BNC))
+    assert counted.total == 2 * tokenizer_forward(model)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["loss.perceptual_network=vgg", "model.gradient_checkpointing=true"],
+        ["loss.adversarial.discriminator=patchgan", "loss.perceptual_weight=0"],
+        ["loss.adversarial.r1_gamma=0", "loss.adversarial.channel_base=4096"],
+    ],
+)
+def test_operations_of_a_whole_step_are_within_two_percent(overrides):
+    run = load_config(
+        "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
+    )
+    stage = build_stage(run, CPU)
+    engines = {name: build_engine(module, run.training, 4, 1, CPU) for name, module in stage.modules.items()}
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(4, dtype=torch.long), list("abcd"))
+    # On CPUs the operations of fused attention are not registered.
+    with sdpa_kernel(SDPBackend.MATH), CountedFlops() as counted:
+        for step in (0, 1):
+            carry = {}
+            for phase in stage.phases(step):
+                for name, module in stage.modules.items():
+                    module.requires_grad_(name == phase)
+                loss, _ = stage.loss(phase, batch, engines, carry, step)
+                engines[phase].backward(loss)
+    assert step_flops(run).total * 8 == pytest.approx(counted.total, rel=0.02)
