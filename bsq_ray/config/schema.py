@@ -171,16 +171,21 @@ class TokenizerLoss(Strict):
     quantizer_ramp_steps: int = Field(2000, ge=0)
 
 
-class Data(Strict):
+class Reading(Strict):
+    """The order in which samples are read, and how many may be damaged."""
+
+    lanes: int = Field(16, ge=1)
+    shuffle_window: int = Field(512, ge=1)
+    prefetch_batches: int = Field(4, ge=1)
+    max_damaged: int = Field(100, ge=0)
+
+
+class Data(Reading):
     """What is read from the shards, in which order, and how it becomes training images."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     evaluation_filter: Literal["lanczos", "bilinear"] = "lanczos"
-    lanes: int = Field(16, ge=1)
-    shuffle_window: int = Field(512, ge=1)
-    prefetch_batches: int = Field(4, ge=1)
-    max_damaged: int = Field(100, ge=0)
 
     @model_validator(mode="after")
     def _scales_are_a_range(self) -> Data:

@@ -6,7 +6,6 @@ Shape suffixes: P samples, C channels, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -14,23 +13,7 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image
 from bsq_ray.data.manifest import Manifest, Shard
-
-
-@dataclass
-class Samples:
-    """Decoded samples.
-
-    Attributes:
-        images_PCHW: uint8.
-        labels_P: int64.
-        keys: names of the samples.
-        damaged: "shard: key: reason" of each sample that could not be read and was replaced or left out.
-    """
-
-    images_PCHW: np.ndarray
-    labels_P: np.ndarray
-    keys: list[str]
-    damaged: list[str] = field(default_factory=list)
+from bsq_ray.data.source import Samples
 
 
 def read_samples(
@@ -52,7 +35,7 @@ def read_samples(
     Raises:
         RuntimeError: no sample of a shard can be read.
     """
-    result = Samples(np.empty(0), np.empty(0, np.int64), [])
+    result = Samples(np.empty(0, np.uint8), np.empty(0, np.int64), [])
     images, labels = [], []
     blobs = fetch(manifest, samples)
     for place, sample in enumerate(samples):
@@ -61,7 +44,7 @@ def read_samples(
         images.append(transform(image, place))
         labels.append(shard.labels[index])
         result.keys.append(shard.keys[index])
-    result.images_PCHW, result.labels_P = np.stack(images), np.array(labels, np.int64)
+    result.values_P, result.labels_P = np.stack(images), np.array(labels, np.int64)
     return result
 
 

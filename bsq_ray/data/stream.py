@@ -1,9 +1,9 @@
 """Shards to batches, in the order of `order.py`, executed by Ray Data or by threads of this process.
 
-    position ─order─▶ samples of this worker ─cut─▶ chunks ─read, decode, crop─▶ blocks of uint8 crops ─▶ batches
+    position ─order─▶ samples of this worker ─cut─▶ chunks ─read by the source─▶ blocks of samples ─▶ batches
 
 What is read when is decided by pure functions; an executor only carries out the chunks it is given, in their order. No
-JPEG bytes travel: a chunk is fetched, decoded and cropped in one place.
+JPEG bytes travel: a chunk of photographs is fetched, decoded and cropped in one place.
 """
 
 from __future__ import annotations
@@ -19,13 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.data.images import Filter, evaluation_image, training_crop
-from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.order import Order, worker_positions
-from bsq_ray.data.read import Samples, decode, fetch, read_samples
+from bsq_ray.data.source import Batch, Samples, Source
 
 Executor = Literal["ray", "local"]
 
@@ -33,21 +30,6 @@ Executor = Literal["ray", "local"]
 _CHUNK, _CHUNK_BYTES = 256, 12 * 2**20
 # Chunks of one Ray Data execution, and executions ahead of the one being consumed.
 _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One worker's share of a batch.
-
-    Attributes:
-        images_BCHW: uint8.
-        labels_B: int64.
-        keys: names of the samples.
-    """
-
-    images_BCHW: Tensor
-    labels_B: Tensor
-    keys: list[str]
 
 
 @dataclass
@@ -72,9 +54,8 @@ class Damage:
 
 
 def training_batches(
-    manifest: Manifest,
-    section: config.Data,
-    image_size: int,
+    source: Source,
+    section: config.Reading,
     batch_size: int,
     rank: int,
     world: int,
@@ -86,10 +67,9 @@ def training_batches(
     """This worker's share of each global batch, endlessly, from a position on.
 
     Args:
-        manifest: the data set.
+        source: the data set.
         section: the data section of the configuration.
-        image_size: side of the crops, pixels.
-        batch_size: images of a global batch.
+        batch_size: samples of a global batch.
         rank, world: this worker and how many there are.
         seed: seed of order and crops.
         position: samples that all workers together have consumed so far.
@@ -102,10 +82,10 @@ def training_batches(
     """
     damage = damage or Damage(section.max_damaged)
     share = batch_size // world
-    chunk = share * max(1, min(_CHUNK, _CHUNK_BYTES // (3 * image_size**2)) // share)
-    order = Order(tuple(len(s.keys) for s in manifest.shards), seed, section.lanes, section.shuffle_window)
+    chunk = share * max(1, min(_CHUNK, _CHUNK_BYTES // source.sample_bytes) // share)
+    order = Order(source.shard_sizes, seed, section.lanes, section.shuffle_window)
     worker_positions(position, position, batch_size, rank, world)  # refuses an uneven share before anything starts
-    read = partial(_read_chunk, manifest, order, section, image_size, (position, chunk, batch_size, rank, world))
+    read = partial(_read_chunk, source, order, (position, chunk, batch_size, rank, world))
     ahead = max(1, -(-section.prefetch_batches * share // chunk))
     if executor == "ray":
         blocks = _ray_blocks(read, _reading_tasks(world))
@@ -115,101 +95,58 @@ def training_batches(
         damage.add(block.damaged)
         for first in range(0, len(block.keys), share):
             part = slice(first, first + share)
-            images_BCHW = torch.from_numpy(np.array(block.images_PCHW[part]))
-            yield Batch(images_BCHW, torch.from_numpy(np.array(block.labels_P[part])), block.keys[part])
+            values_B = torch.from_numpy(np.array(block.values_P[part]))
+            yield Batch(values_B, torch.from_numpy(np.array(block.labels_P[part])), block.keys[part])
 
 
 def evaluation_batches(
-    manifest: Manifest,
-    size: int,
-    resize_filter: Filter,
-    batch_size: int,
-    limit: int | None = None,
-    damage: Damage | None = None,
+    source: Source, batch_size: int, limit: int | None = None, damage: Damage | None = None
 ) -> Iterator[Batch]:
-    """Every sample once, in manifest order.
+    """Every sample once, in the order of the shards.
 
     Args:
         limit: only the first so many samples of the data set.
         damage: collects samples that cannot be read; they are left out. By default none is tolerated.
     """
     damage = damage or Damage(0)
-    for block in evaluation_blocks(manifest, size, resize_filter, batch_size, limit):
+    for block in evaluation_blocks(source, batch_size, limit):
         damage.add(block.damaged)
         if block.keys:
-            yield Batch(torch.from_numpy(block.images_PCHW), torch.from_numpy(block.labels_P), block.keys)
+            yield Batch(torch.from_numpy(block.values_P), torch.from_numpy(block.labels_P), block.keys)
 
 
-def evaluation_blocks(
-    manifest: Manifest, size: int, resize_filter: Filter, batch_size: int, limit: int | None = None
-) -> Iterator[Samples]:
+def evaluation_blocks(source: Source, batch_size: int, limit: int | None = None) -> Iterator[Samples]:
     """The same, read by threads of this process and with the damaged samples of each batch beside it."""
-    chunks = _evaluation_chunks(manifest, batch_size, limit)
-
-    def read(chunk: int) -> Samples:
-        return _read_for_evaluation(manifest, chunks[chunk], size, resize_filter)
-
-    return _local_blocks(read, 2, len(chunks))
+    chunks = _evaluation_chunks(source.samples, batch_size, limit)
+    return _local_blocks(lambda chunk: source.read_held_out(chunks[chunk]), 2, len(chunks))
 
 
-def evaluation_dataset(
-    manifest: Manifest, size: int, resize_filter: Filter, batch_size: int, limit: int | None = None
-) -> Any:
+def evaluation_dataset(source: Source, batch_size: int, limit: int | None = None) -> Any:
     """The same as a Ray Data set with one row for each batch: {"block": Samples}, in the same order."""
     import ray
 
     def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        chunk = range(int(rows["first"][0]), int(rows["last"][0]))
         block = np.empty(1, object)
-        block[0] = _read_for_evaluation(ray.get(shared), chunk, size, resize_filter)
+        block[0] = ray.get(shared).read_held_out(range(int(rows["first"][0]), int(rows["last"][0])))
         return {"block": block}
 
-    shared = ray.put(manifest)
+    shared = ray.put(source)
     _quiet_and_ordered()
-    chunks = [{"first": chunk.start, "last": chunk.stop} for chunk in _evaluation_chunks(manifest, batch_size, limit)]
+    chunks = [{"first": c.start, "last": c.stop} for c in _evaluation_chunks(source.samples, batch_size, limit)]
     return ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(read, batch_size=1)
 
 
-def _evaluation_chunks(manifest: Manifest, batch_size: int, limit: int | None) -> list[range]:
-    total = manifest.samples if limit is None else min(manifest.samples, limit)
+def _evaluation_chunks(samples: int, batch_size: int, limit: int | None) -> list[range]:
+    total = samples if limit is None else min(samples, limit)
     return [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
 
 
-def _read_chunk(
-    manifest: Manifest,
-    order: Order,
-    section: config.Data,
-    image_size: int,
-    place: tuple[int, int, int, int, int],
-    chunk: int,
-) -> Samples:
+def _read_chunk(source: Source, order: Order, place: tuple[int, int, int, int, int], chunk: int) -> Samples:
     """The `chunk`-th run of this worker's samples after the start position."""
     position, length, batch_size, rank, world = place
     first = position + chunk * length * world
     epochs_P, samples_P = order.at(worker_positions(first, first + length * world, batch_size, rank, world))
-
-    def crop(image: Any, p: int) -> np.ndarray:
-        rng = np.random.default_rng((order.seed, int(epochs_P[p]), int(samples_P[p])))
-        return training_crop(image, image_size, section.crop_scale, section.flip, rng)
-
-    return read_samples(manifest, samples_P.tolist(), round(image_size * section.crop_scale[1]), crop)
-
-
-def _read_for_evaluation(manifest: Manifest, samples: range, size: int, resize_filter: Filter) -> Samples:
-    block = Samples(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
-    images, labels = [], []
-    for sample, blob in zip(samples, fetch(manifest, samples), strict=True):
-        shard, index = manifest.locate(sample)
-        try:
-            images.append(evaluation_image(decode(blob, shard.sizes[index], None), size, resize_filter))
-        except ValueError as error:
-            block.damaged.append(f"{shard.name}: {shard.keys[index]}: {error}")
-            continue
-        labels.append(shard.labels[index])
-        block.keys.append(shard.keys[index])
-    if images:
-        block.images_PCHW, block.labels_P = np.stack(images), np.array(labels, np.int64)
-    return block
+    return source.read(samples_P, epochs_P, order.seed)
 
 
 def _local_blocks(read: Callable[[int], Samples], ahead: int, chunks: int | None = None) -> Iterator[Samples]:
@@ -246,7 +183,7 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
                 damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
-                yield Samples(row["images"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
+                yield Samples(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
 
 
 def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
@@ -258,7 +195,7 @@ def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
         block = ray.get(reader)(int(rows["id"][0]))
         # One row per chunk: a block is handed over whole, without per-sample bookkeeping.
         return {
-            "images": block.images_PCHW[None],
+            "values": block.values_P[None],
             "labels": block.labels_P[None],
             "keys": ["\n".join(block.keys)],
             "damaged": ["\n".join(block.damaged)],

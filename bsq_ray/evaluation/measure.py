@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray.data.images import to_float, to_uint8
-from bsq_ray.data.read import Samples
+from bsq_ray.data.source import Samples
 from bsq_ray.evaluation.baseline import MeanColourCodec
 from bsq_ray.evaluation.pictures import Comparison, keep
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance, sampling_ranks
@@ -76,7 +76,7 @@ class Measurer:
         result = Measured(samples.keys, samples.damaged)
         if not samples.keys:
             return result
-        original_BCHW = to_float(torch.from_numpy(samples.images_PCHW).to(self.device))
+        original_BCHW = to_float(torch.from_numpy(samples.values_P).to(self.device))
         decoded_BCHW, bits_BNL, result.seconds = self._reconstruct(original_BCHW)
         result.packed = pack_bits(bits_BNL).cpu().numpy()
         images = dict(zip(ROWS, (decoded_BCHW, self.codec.reconstruct(original_BCHW)), strict=True))

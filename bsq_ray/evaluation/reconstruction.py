@@ -16,6 +16,7 @@ import numpy as np
 
 from bsq_ray import config, hub, storage
 from bsq_ray.data.manifest import Manifest, read_manifest
+from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import Damage, evaluation_blocks, evaluation_dataset
 from bsq_ray.evaluation import published
 from bsq_ray.evaluation.contract import contract
@@ -87,10 +88,9 @@ class _Job:
     def section(self) -> config.TokenizerModel:
         return self.folder.config.model
 
-    def images(self) -> tuple[Manifest, int, Literal["lanczos", "bilinear"], int, int]:
+    def images(self) -> tuple[PhotoSource, int, int]:
         """What is read: arguments of `evaluation_blocks` and `evaluation_dataset`."""
-        data = self.folder.config.data
-        return self.manifest, self.section.image_size, data.evaluation_filter, self.batch_size, self.total
+        return PhotoSource(self.manifest, self.folder.config.data, self.section.image_size), self.batch_size, self.total
 
 
 def _in_this_process(job: _Job) -> Iterator[Measured]:

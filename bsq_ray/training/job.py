@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bsq_ray import config
-from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.source import Source
 from bsq_ray.training.checkpoint import Progress
 
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.
@@ -83,16 +83,16 @@ def split_batch(section: config.Training, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_same_run(progress: Progress, run: config.TokenizerConfig, manifest: Manifest, out_url: str) -> None:
+def check_same_run(progress: Progress, run: config.TokenizerConfig, source: Source, out_url: str) -> None:
     """Refuses to go on with a checkpoint of another model, another data set or another order of the data.
 
     Raises:
         ValueError: naming each key that differs, with both values.
     """
-    if progress.dataset != manifest.hash:
+    if progress.dataset != source.hash:
         raise ValueError(
-            f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {manifest.url} has "
-            f"{manifest.hash[:12]}); give the same --data, or another --out"
+            f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {source.url} has "
+            f"{source.hash[:12]}); give the same --data, or another --out"
         )
     before = _lasting(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
     now = _lasting(run)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bsq_ray import config, storage
-from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.sources import open_source
 from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, NonFinite, Result, check_same_run, split_batch
@@ -88,8 +88,8 @@ def _check(job: Job, workers: int, resume: bool) -> None:
     if job.minutes is not None and job.minutes <= 0:
         raise ValueError(f"minutes {job.minutes} must be positive")
     split_batch(job.config.training, max(1, workers))
-    manifest = read_manifest(job.data_url)
-    for each in (manifest, read_manifest(job.held_out_url) if job.held_out_url else manifest):
+    source = open_source(job.config, job.data_url)
+    for each in (source, open_source(job.config, job.held_out_url) if job.held_out_url else source):
         if not each.samples:
             raise ValueError(f"{each.url} holds no samples")
     checkpoints = list_checkpoints(job.out_url)
@@ -100,7 +100,7 @@ def _check(job: Job, workers: int, resume: bool) -> None:
         )
     progress = newest_progress(job.out_url)
     if progress:
-        check_same_run(progress, job.config, manifest, job.out_url)
+        check_same_run(progress, job.config, source, job.out_url)
 
 
 def _absolute(url: str) -> str:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
-from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.stream import Batch, Damage, evaluation_batches, training_batches
+from bsq_ray.data.source import Batch
+from bsq_ray.data.sources import open_source
+from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
 from bsq_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
@@ -63,7 +64,7 @@ class _Run:
         self.job, self.worker = job, worker
         self.log: Log | None = None
         self.section = job.config.training
-        self.manifest = read_manifest(job.data_url)
+        self.source = open_source(job.config, job.data_url)
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         torch.manual_seed(self.section.seed)
@@ -202,11 +203,9 @@ class _Run:
         return stop > 0, progress
 
     def _batches(self) -> Generator[Batch, None, None]:
-        run = self.job.config
         return training_batches(
-            self.manifest,
-            run.data,
-            run.model.image_size,
+            self.source,
+            self.job.config.data,
             self.section.batch_size,
             self.worker.rank,
             self.worker.world,
@@ -218,17 +217,9 @@ class _Run:
 
     def _held_out(self, batches: int) -> Iterator[Batch]:
         """The same held-out images each time; every worker sees all of them, so that no engine waits for another."""
-        run = self.job.config
-        manifest = self.manifest if self.job.held_out_url is None else read_manifest(self.job.held_out_url)
+        source = open_source(self.job.config, self.job.held_out_url) if self.job.held_out_url else self.source
         limit = batches * self.micro_batch
-        return evaluation_batches(
-            manifest,
-            run.model.image_size,
-            run.data.evaluation_filter,
-            self.micro_batch,
-            limit=limit,
-            damage=Damage(limit),
-        )
+        return evaluation_batches(source, self.micro_batch, limit, Damage(limit))
 
     def _evaluate(self, weights: hub.Weights) -> None:
         sums: dict[str, float] = defaultdict(float)
@@ -265,7 +256,7 @@ class _Run:
             precision=self.precision,
             device=str(self.worker.device),
             parameters=sum(value.numel() for value in self.stage.modules[self.main].parameters()),
-            samples=self.manifest.samples,
+            samples=self.source.samples,
             steps=self.section.steps,
         )
 
@@ -299,7 +290,7 @@ class _Run:
             self.step * self.section.batch_size,
             self.elapsed,
             self.worker.world,
-            self.manifest.hash,
+            self.source.hash,
             config.dump_config(self.job.config),
         )
         began = time.monotonic()
@@ -330,7 +321,7 @@ class _Run:
                 self._say(kind="warning", text=warning)
             if progress is None:
                 return
-            check_same_run(progress, self.job.config, self.manifest, self.job.out_url)
+            check_same_run(progress, self.job.config, self.source, self.job.out_url)
             same_world = progress.world == worker.world
             if not same_world and worker.rank == filler:
                 for name, engine in self.engines.items():
@@ -365,7 +356,7 @@ class _Run:
         self._evaluate("plain" if self.ema is None else "ema")
         if self.worker.first:
             url = storage.join(self.job.out_url, "model")
-            facts = {"trained on": f"{self.job.data_url} ({self.manifest.hash[:12]})", "steps": str(self.step)}
+            facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
             text = config.dump_config(self.job.config)
             hub.write_model_folder(url, text, averaged, plain if self.ema else None, self.figures, facts)
             for name, state in states.items():
@@ -386,5 +377,4 @@ class _Run:
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """Every count-th sample each, as workers take theirs, so that the discriminator's groups stay as they are."""
     for first in range(count):
-        part = slice(first, None, count)
-        yield Batch(batch.images_BCHW[part], batch.labels_B[part], batch.keys[part])
+        yield batch.part(slice(first, None, count))

@@ -10,6 +10,7 @@ import webdataset
 from bsq_ray import config
 from bsq_ray.data.images import training_crop
 from bsq_ray.data.pack import pack_images
+from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import training_batches
 
 pytestmark = pytest.mark.benchmark
@@ -44,9 +45,10 @@ def rate(batches):
 
 
 def ours(manifest, executor):
-    stream = training_batches(manifest, config.Data(), _CROP, _BATCH, 0, 1, seed=0, executor=executor)
+    section = config.Data()
+    stream = training_batches(PhotoSource(manifest, section, _CROP), section, _BATCH, 0, 1, seed=0, executor=executor)
     for batch in stream:
-        yield batch.images_BCHW
+        yield batch.values_B
 
 
 def webdatasets(manifest, processes):

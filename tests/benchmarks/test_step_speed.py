@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.data.stream import Batch
+from bsq_ray.data.source import Batch
 from bsq_ray.training.engine import DataParallelEngine
 from bsq_ray.training.stages.tokenizer import TokenizerStage
 
@@ -90,7 +90,7 @@ def careless(precision):
     perceptual = stage.perceptual.lpips.to(memory_format=torch.contiguous_format)
 
     def step(number):
-        x = batch().images_BCHW.float() / 127.5 - 1
+        x = batch().values_B.float() / 127.5 - 1
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             output = stage.modules["generator"](x)
             fake = output.images.clamp(-1, 1)

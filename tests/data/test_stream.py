@@ -8,6 +8,7 @@ import torch
 
 from bsq_ray import config
 from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_blocks, evaluation_dataset, training_batches
 
 SECTION = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
@@ -15,7 +16,15 @@ SECTION = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=
 
 def batches(manifest, count, rank=0, world=1, position=0, executor="local", batch_size=8, section=SECTION, damage=None):
     stream = training_batches(
-        manifest, section, 32, batch_size, rank, world, seed=3, position=position, executor=executor, damage=damage
+        PhotoSource(manifest, section, 32),
+        section,
+        batch_size,
+        rank,
+        world,
+        seed=3,
+        position=position,
+        executor=executor,
+        damage=damage,
     )
     return list(islice(stream, count))
 
@@ -24,7 +33,7 @@ def assert_equal(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert a.keys == b.keys
-        assert torch.equal(a.images_BCHW, b.images_BCHW)
+        assert torch.equal(a.values_B, b.values_B)
         assert torch.equal(a.labels_B, b.labels_B)
 
 
@@ -35,8 +44,8 @@ def manifest(photo_shards):
 
 def test_batches_are_uint8_crops(manifest):
     [batch] = batches(manifest, 1)
-    assert batch.images_BCHW.dtype == torch.uint8
-    assert batch.images_BCHW.shape == (8, 3, 32, 32)
+    assert batch.values_B.dtype == torch.uint8
+    assert batch.values_B.shape == (8, 3, 32, 32)
     assert len(set(batch.keys)) == 8
 
 
@@ -50,7 +59,7 @@ def test_two_workers_share_what_one_worker_gets(manifest):
     for batch, first, second in zip(whole, *parts, strict=True):
         assert batch.keys[0::2] == first.keys
         assert batch.keys[1::2] == second.keys
-        assert torch.equal(batch.images_BCHW[1::2], second.images_BCHW)
+        assert torch.equal(batch.values_B[1::2], second.values_B)
 
 
 def test_a_resumed_stream_goes_on_with_the_next_sample_for_another_number_of_workers_too(manifest):
@@ -71,7 +80,7 @@ def test_options_of_the_section_change_the_crops(manifest):
     default = batches(manifest, 1)[0]
     for change in ({"crop_scale": (1.0, 1.0)}, {"flip": False}, {"lanes": 3}, {"shuffle_window": 2}):
         changed = batches(manifest, 1, section=SECTION.model_copy(update=change))[0]
-        assert not torch.equal(default.images_BCHW, changed.images_BCHW), change
+        assert not torch.equal(default.values_B, changed.values_B), change
 
 
 def test_prefetching_changes_nothing_but_time(manifest):
@@ -118,24 +127,26 @@ def test_a_truncated_shard_is_noticed(damaged_manifest, tmp_path):
 
 
 def test_evaluation_sees_every_sample_once(manifest):
-    keys = [key for batch in evaluation_batches(manifest, 32, "lanczos", 5) for key in batch.keys]
+    keys = [key for batch in evaluation_batches(PhotoSource(manifest, SECTION, 32), 5) for key in batch.keys]
     assert keys == [key for shard in manifest.shards for key in shard.keys]
-    limited = [key for batch in evaluation_batches(manifest, 32, "lanczos", 5, limit=7) for key in batch.keys]
+    limited = [
+        key for batch in evaluation_batches(PhotoSource(manifest, SECTION, 32), 5, limit=7) for key in batch.keys
+    ]
     assert limited == keys[:7]
 
 
 def test_ray_data_reads_what_threads_read(manifest, ray_local):
-    here = list(evaluation_blocks(manifest, 32, "lanczos", 5))
-    there = [row["block"] for row in evaluation_dataset(manifest, 32, "lanczos", 5).iter_rows()]
+    here = list(evaluation_blocks(PhotoSource(manifest, SECTION, 32), 5))
+    there = [row["block"] for row in evaluation_dataset(PhotoSource(manifest, SECTION, 32), 5).iter_rows()]
     assert [block.keys for block in there] == [block.keys for block in here]
-    assert all(np.array_equal(a.images_PCHW, b.images_PCHW) for a, b in zip(here, there, strict=True))
+    assert all(np.array_equal(a.values_P, b.values_P) for a, b in zip(here, there, strict=True))
 
 
 def test_evaluation_tolerates_no_damage_unless_told(damaged_manifest):
     with pytest.raises(RuntimeError, match="damaged"):
-        list(evaluation_batches(damaged_manifest, 32, "lanczos", 4))
+        list(evaluation_batches(PhotoSource(damaged_manifest, SECTION, 32), 4))
     damage = Damage(limit=1)
-    keys = [k for b in evaluation_batches(damaged_manifest, 32, "lanczos", 4, damage=damage) for k in b.keys]
+    keys = [k for b in evaluation_batches(PhotoSource(damaged_manifest, SECTION, 32), 4, damage=damage) for k in b.keys]
     assert len(keys) == damaged_manifest.samples - 1
 
 

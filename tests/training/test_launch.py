@@ -18,6 +18,7 @@ from process_group import in_group
 from small_runs import PRESET, SMALL, STEPS, Listener, in_this_process, small_job, train_several
 from test_resume import assert_identical, numbers, weights
 
+from bsq_ray import config
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
@@ -63,12 +64,13 @@ def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local,
 
     from bsq_ray.data.images import to_float, to_uint8
     from bsq_ray.data.manifest import read_manifest
+    from bsq_ray.data.photos import PhotoSource
     from bsq_ray.data.stream import evaluation_batches
 
     out, result, _ = local
-    [batch] = evaluation_batches(read_manifest(held_out_shards), 16, "lanczos", 16, limit=16)
-    rebuilt = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.images_BCHW))
-    error_B = (to_uint8(rebuilt).float() - batch.images_BCHW.float()).square().mean((1, 2, 3))
+    [batch] = evaluation_batches(PhotoSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)
+    rebuilt = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
+    error_B = (to_uint8(rebuilt).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())
     assert result.figures["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert f"| psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.data.images import to_float, to_uint8
-from bsq_ray.data.stream import Batch
+from bsq_ray.data.source import Batch
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminator import build_discriminator
@@ -64,7 +64,7 @@ class TokenizerStage(Stage):
         self, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         section, adversarial = self.section, self.section.adversarial
-        real_BCHW = to_float(batch.images_BCHW.to(self.device, non_blocking=True))
+        real_BCHW = to_float(batch.values_B.to(self.device, non_blocking=True))
         adaptive = adversarial.adaptive_weight and self._adversarial(step)
         # A graph that autograd.grad walks must not run through an engine.
         generator = engines["generator"].module if adaptive else engines["generator"]
@@ -116,7 +116,7 @@ class TokenizerStage(Stage):
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
         """PSNR and, if it is part of the loss, LPIPS; the picture has originals over reconstructions."""
-        real_BCHW = to_float(batch.images_BCHW.to(self.device))
+        real_BCHW = to_float(batch.values_B.to(self.device))
         output: TokenizerOutput = engines["generator"](real_BCHW)
         fake_BCHW = output.images.clamp(-1, 1)
         original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
