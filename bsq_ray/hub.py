@@ -38,7 +38,7 @@ class ModelFolder:
         id: SHA-256 (hexadecimal) over the model section of the configuration and the weights.
     """
 
-    config: config.TokenizerConfig
+    config: config.AnyConfig
     weights: dict[str, Tensor]
     id: str
 
@@ -187,39 +187,48 @@ def _shortened(keys: list[str], shown: int = 5) -> str:
     return ", ".join(keys[:shown]) + more
 
 
-def _card(run: config.TokenizerConfig, model_id: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
+def _card(run: config.AnyConfig, model_id: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
     """The model card: front matter for model hubs, how to use it, what it is, what was measured."""
+    tags, example, described = _of_tokenizer(run) if isinstance(run, config.TokenizerConfig) else _of_masked_lm(run)
+    rows = {"model id": f"`{model_id}`", **described, **facts}
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if metrics:
+        table += ["", "| measured | |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in metrics.items())]
+    heading = ["---", "library_name: bsq_ray", f"tags: [{tags}, binary-spherical-quantization]", "---", f"# {run.name}"]
+    description = [run.description, ""] if run.description else []
+    return "\n".join([*heading, "", *description, "```python", *example, "```", "", *table, ""])
+
+
+def _of_tokenizer(run: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:
     model = run.model
+    example = [
+        "from bsq_ray import Tokenizer",
+        "",
+        'tokenizer = Tokenizer.from_pretrained("path or URL of this folder")',
+        f"tokens = tokenizer.encode(images)  # floats in [-1, 1], (B, 3, {model.image_size}, {model.image_size})",
+        "images = tokenizer.decode(tokens)",
+    ]
     rows = {
-        "model id": f"`{model_id}`",
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
         "tokens": f"{(model.image_size // model.patch_size) ** 2} per image, one for {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
-        **facts,
     }
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-    if metrics:
-        table += ["", "| measured | |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in metrics.items())]
-    return "\n".join(
-        [
-            "---",
-            "library_name: bsq_ray",
-            "tags: [image-tokenizer, binary-spherical-quantization]",
-            "---",
-            f"# {run.name}",
-            "",
-            *([run.description, ""] if run.description else []),
-            "```python",
-            "from bsq_ray import Tokenizer",
-            "",
-            'tokenizer = Tokenizer.from_pretrained("path or URL of this folder")',
-            f"tokens = tokenizer.encode(images)  # floats in [-1, 1], (B, 3, {model.image_size}, {model.image_size})",
-            "images = tokenizer.decode(tokens)",
-            "```",
-            "",
-            *table,
-            "",
-        ]
-    )
+    return "image-tokenizer", example, rows
+
+
+def _of_masked_lm(run: config.MaskedLMConfig) -> tuple[str, list[str], dict[str, str]]:
+    model = run.model
+    example = [
+        "from bsq_ray import Generator",
+        "",
+        'generator = Generator.from_pretrained("path or URL of this folder")',
+        "images = generator.generate([0, 1, 2], seed=0)  # classes; floats in [-1, 1]",
+    ]
+    rows = {
+        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.sub_tokens} symbols of "
+        f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
+        "classes": str(model.classes),
+    }
+    return "image-generation", example, rows

@@ -56,7 +56,7 @@ def import_reference(
     Raises:
         ValueError: the file is damaged, asks for code to be run, or holds other tensors than this model has.
     """
-    run = config.load_config(config_name)
+    run = config.expect(config.load_config(config_name), config.TokenizerConfig, config_name)
     with _local_copy(checkpoint_url) as path:
         checkpoint = read_checkpoint(path, checkpoint_url)
         plain = _tokenizer_weights(run.model, checkpoint, "state_dict", checkpoint_url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,9 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOG_LEVEL": "WARNING",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # Ray Data's pools of actors print a warning about their restarts that nobody can act on.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -43,24 +46,40 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     if address:
         _refuse_unreachable(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            with _stderr_of_c_closed():
+                ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
-        ray.init(
-            address="local",
-            num_cpus=cpus or max(4, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            object_store_memory=2**30,
-        )
+        with _stderr_of_c_closed():
+            ray.init(
+                address="local",
+                num_cpus=cpus or max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="warning",
+                object_store_memory=2**30,
+            )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stderr_of_c_closed() -> Iterator[None]:
+    """Ray's C++ part announces its log level on the descriptor itself; what Python raises is not touched."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _refuse_unreachable(address: str) -> None:

@@ -132,3 +132,9 @@ def remove_folder(url: str) -> None:
     with explained(url, "remove"):
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+
+def copy_folder(source: str, dest: str) -> None:
+    """Copies the files that lie directly in a folder to another one."""
+    for name in list_folder(source):
+        write_bytes(join(dest, name), read_bytes(join(source, name)))

@@ -1,6 +1,6 @@
 """The configuration: one checked object made from a preset or file and `key.path=value` overrides."""
 
-from bsq_ray.config.reading import dump_config, load_config, parse_config, preset_names
+from bsq_ray.config.reading import AnyConfig, dump_config, expect, load_config, parse_config, preset_names
 from bsq_ray.config.schema import (
     BSQ,
     FSQ,
@@ -21,6 +21,7 @@ from bsq_ray.config.schema import (
     Training,
     Transformer,
 )
+from bsq_ray.config.tokens import MaskedLMConfig, MaskedLMLoss, MaskedLMModel, Sampling, TokenModel
 
 __all__ = [
     "BSQ",
@@ -28,20 +29,27 @@ __all__ = [
     "LFQ",
     "VQ",
     "Adversarial",
+    "AnyConfig",
     "Data",
     "Decoder",
     "Engine",
     "Entropy",
+    "MaskedLMConfig",
+    "MaskedLMLoss",
+    "MaskedLMModel",
     "Optimizer",
     "Quantizer",
     "Reading",
+    "Sampling",
     "Schedule",
+    "TokenModel",
     "TokenizerConfig",
     "TokenizerLoss",
     "TokenizerModel",
     "Training",
     "Transformer",
     "dump_config",
+    "expect",
     "load_config",
     "parse_config",
     "preset_names",

@@ -1,6 +1,6 @@
 """From YAML to a checked configuration.
 
-    preset or file ──base: chain──▶ merged keys ──key=value overrides──▶ schema ──▶ TokenizerConfig
+    preset or file ──base: chain──▶ merged keys ──key=value overrides──▶ schema of the stage ──▶ configuration
 
 What the schema does not accept is reported with the key, the file or override it stands in, and the nearest valid name.
 """
@@ -12,18 +12,23 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bsq_ray import storage
 from bsq_ray.config.schema import BSQ, FSQ, LFQ, VQ, TokenizerConfig
+from bsq_ray.config.tokens import MaskedLMConfig
+
+AnyConfig = TokenizerConfig | MaskedLMConfig
+Config = TypeVar("Config", bound=BaseModel)
 
 Keys = dict[str, Any]
 Path = tuple[str, ...]
 Origins = dict[Path, str]
 
+STAGES: dict[str, type[AnyConfig]] = {"tokenizer": TokenizerConfig, "masked-lm": MaskedLMConfig}
 _QUANTIZERS: dict[str, type[BaseModel]] = {"bsq": BSQ, "lfq": LFQ, "fsq": FSQ, "vq": VQ}
 # Values of `kind` (None: not given) between which a section keeps its other keys.
 _KINDS_OF_EQUAL_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})
@@ -35,7 +40,7 @@ def preset_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
-def load_config(source: str, overrides: Sequence[str] = ()) -> TokenizerConfig:
+def load_config(source: str, overrides: Sequence[str] = ()) -> AnyConfig:
     """Reads a preset by name, or a YAML file by path or URL, and applies `key.path=value` overrides.
 
     A file may name another preset or file as its `base`: sections are merged key by key. Changing the `kind` of a
@@ -52,7 +57,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> TokenizerConfig:
     return _check(keys, origins, source)
 
 
-def parse_config(text: str, source: str) -> TokenizerConfig:
+def parse_config(text: str, source: str) -> AnyConfig:
     """Checks a configuration given as YAML text, for example the one stored in a model folder.
 
     Raises:
@@ -61,7 +66,7 @@ def parse_config(text: str, source: str) -> TokenizerConfig:
     return _check(_parse_section(text, source), {}, source)
 
 
-def dump_config(config: TokenizerConfig) -> str:
+def dump_config(config: AnyConfig) -> str:
     """The whole configuration as YAML, every key written out, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -183,21 +188,39 @@ def _keep_keys(section: Keys, kind: Any) -> bool:
     return old == kind or any(old in kinds and kind in kinds for kinds in _KINDS_OF_EQUAL_KEYS)
 
 
-def _check(keys: Keys, origins: Origins, source: str) -> TokenizerConfig:
+def expect(run: BaseModel, kind: type[Config], source: str) -> Config:
+    """A configuration of the wanted stage.
+
+    Raises:
+        ValueError: it is of another stage; the message names `source`.
+    """
+    if not isinstance(run, kind):
+        stage = kind.model_fields["stage"].default
+        raise ValueError(f"{source} is of the stage {getattr(run, 'stage', '?')}; what is wanted here is a {stage}")
+    return run
+
+
+def _check(keys: Keys, origins: Origins, source: str) -> AnyConfig:
+    stage = keys.get("stage", "tokenizer")
+    if stage not in STAGES:
+        where = origins.get(("stage",), source)
+        raise ValueError(f"{where}: stage: {stage!r} is not valid; {_nearest(str(stage), STAGES, 'valid values')}")
+    schema = STAGES[stage]
     try:
-        return TokenizerConfig.model_validate(keys)
+        return schema.model_validate(keys)
     except ValidationError as failure:
-        raise ValueError("\n".join(_explain(error, origins, source) for error in failure.errors())) from None
+        told = (_explain(error, origins, source, schema) for error in failure.errors())
+        raise ValueError("\n".join(told)) from None
 
 
-def _explain(error: Any, origins: Origins, source: str) -> str:
+def _explain(error: Any, origins: Origins, source: str, schema: type[BaseModel]) -> str:
     """One sentence: where the key stands, its name, what is wrong, and what would be right."""
     path = tuple(str(part) for part in error["loc"] if part not in _QUANTIZERS)
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
     where = _origin(path, message, origins, source)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key}; {_nearest_key(path, error['loc'])}"
+        return f"{where}: unknown key {key}; {_nearest_key(path, error['loc'], schema)}"
     if error["type"] == "union_tag_invalid":
         return f"{where}: {key}.kind: {_nearest(str(error['input']['kind']), _QUANTIZERS, 'valid values')}"
     if error["type"] == "literal_error":
@@ -223,13 +246,13 @@ def _nearest(name: str, valid: Iterable[str], what: str) -> str:
     return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(valid)}"
 
 
-def _nearest_key(path: Path, loc: tuple[int | str, ...]) -> str:
+def _nearest_key(path: Path, loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """The most alike key of the same section, else a key of this name elsewhere, else all keys of the section."""
-    section: type[BaseModel] = TokenizerConfig
+    section = schema
     for part in loc[:-1]:
         section = _QUANTIZERS.get(str(part)) or _subsection(section, str(part)) or section
     near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.6)
-    elsewhere = [".".join(known) for known in _schema_paths(TokenizerConfig) if known[-1] == path[-1] and known != path]
+    elsewhere = [".".join(known) for known in _schema_paths(schema) if known[-1] == path[-1] and known != path]
     if near:
         return f"did you mean {'.'.join((*path[:-1], near[0]))}?"
     return f"did you mean {elsewhere[0]}?" if elsewhere else f"valid keys are {', '.join(section.model_fields)}"

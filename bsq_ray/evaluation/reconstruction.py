@@ -61,12 +61,13 @@ def evaluate_reconstruction(
         RuntimeError: more images than allowed cannot be read.
     """
     folder = hub.read_model_folder(model_url, weights)
+    run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     total = manifest.samples if limit is None else min(manifest.samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} images; measuring needs at least 2")
-    job = _Job(folder, model_url, weights, manifest, batch_size, total)
-    totals, damage = Totals(folder.config.model.quantizer.bits), Damage(max_damaged)
+    job = _Job(run, folder.id, model_url, weights, manifest, batch_size, total)
+    totals, damage = Totals(run.model.quantizer.bits), Damage(max_damaged)
     parts = _in_this_process(job) if workers == 0 else _on_ray(job, workers, address)
     for part in parts:
         damage.add(part.damaged)
@@ -77,7 +78,8 @@ def evaluate_reconstruction(
 
 @dataclass(frozen=True)
 class _Job:
-    folder: hub.ModelFolder
+    run: config.TokenizerConfig
+    model_id: str
     model_url: str
     weights: Literal["ema", "plain"]
     manifest: Manifest
@@ -86,11 +88,11 @@ class _Job:
 
     @property
     def section(self) -> config.TokenizerModel:
-        return self.folder.config.model
+        return self.run.model
 
     def images(self) -> tuple[PhotoSource, int, int]:
         """What is read: arguments of `evaluation_blocks` and `evaluation_dataset`."""
-        return PhotoSource(self.manifest, self.folder.config.data, self.section.image_size), self.batch_size, self.total
+        return PhotoSource(self.manifest, self.run.data, self.section.image_size), self.batch_size, self.total
 
 
 def _in_this_process(job: _Job) -> Iterator[Measured]:
@@ -121,13 +123,13 @@ def _on_ray(job: _Job, workers: int, address: str | None) -> Iterator[Measured]:
 def _conclude(totals: Totals, job: _Job, out_url: str, published_rows: bool) -> dict[str, Any]:
     if totals.images < 2:
         raise RuntimeError(f"only {totals.images} of {job.total} images of {job.manifest.url} can be read")
-    model, data = job.section, job.folder.config.data
+    model, data = job.section, job.run.data
     figures = totals.compute()
     for row_figures in figures.values():
         row_figures["bits_per_pixel"] = model.quantizer.bits / model.patch_size**2
     results: dict[str, Any] = {
         "model": job.model_url,
-        "model_id": job.folder.id,
+        "model_id": job.model_id,
         "weights": job.weights,
         "rows": figures,
         "bit_entropies": totals.usage.bit_entropies(),

@@ -26,7 +26,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
         ValueError: the model or the image cannot be read.
     """
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = hub.read_model_folder(model_url, weights).config
+    run = config.expect(hub.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     try:
         image = decode_image(storage.read_bytes(image_url))
     except DECODE_ERRORS as error:
@@ -77,15 +77,22 @@ def describe(what: str) -> str:
     )
 
 
-def _describe_run(run: config.TokenizerConfig) -> str:
-    model = run.model
-    tokens = (model.image_size // model.patch_size) ** 2
-    return (
-        f"{run.name}: {run.description}\n"
-        f"{model.image_size} px images, {tokens} tokens of {model.quantizer.bits} bits ({model.quantizer.kind}), "
-        f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel\n"
-        f"encoder {model.encoder.layers} x {model.encoder.width}, "
-        f"decoder {model.decoder.layers} x {model.decoder.width}\n"
-        f"{run.training.steps} steps of {run.training.batch_size} images, {run.training.engine.kind} "
-        f"(ZeRO {run.training.engine.zero_stage}), {run.training.engine.precision}"
-    )
+def _describe_run(run: config.AnyConfig) -> str:
+    training = run.training
+    if isinstance(run, config.TokenizerConfig):
+        tokens = (run.model.image_size // run.model.patch_size) ** 2
+        lines = [
+            f"{run.model.image_size} px images, {tokens} tokens of {run.model.quantizer.bits} bits "
+            f"({run.model.quantizer.kind}), {run.model.quantizer.bits / run.model.patch_size**2:g} bits per pixel",
+            f"encoder {run.model.encoder.layers} x {run.model.encoder.width}, "
+            f"decoder {run.model.decoder.layers} x {run.model.decoder.width}",
+        ]
+    else:
+        lines = [
+            f"{run.model.tokens} tokens of {run.model.bits} bits as {run.model.sub_tokens} symbols each, "
+            f"{run.model.classes} classes",
+            f"Transformer {run.model.layers} x {run.model.width}",
+        ]
+    engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"
+    lines.append(f"{training.steps} steps of {training.batch_size} samples, {engine}")
+    return "\n".join([f"{run.name}: {run.description}", *lines])

@@ -157,7 +157,7 @@ class Tokenizer(nn.Module):
             ValueError: there is no such folder, or its parts do not belong together.
         """
         folder = hub.read_model_folder(url, weights)
-        tokenizer = cls(folder.config.model)
+        tokenizer = cls(config.expect(folder.config, config.TokenizerConfig, url).model)
         hub.load_weights(tokenizer, folder.weights, url)
         tokenizer.model_id = folder.id
         return tokenizer.eval()

@@ -28,7 +28,7 @@ class Job:
         minutes: time limit of the training; the schedule then follows the clock. None trains all steps.
     """
 
-    config: config.TokenizerConfig
+    config: config.AnyConfig
     data_url: str
     out_url: str
     held_out_url: str | None = None
@@ -83,7 +83,7 @@ def split_batch(section: config.Training, world: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def check_same_run(progress: Progress, run: config.TokenizerConfig, source: Source, out_url: str) -> None:
+def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, out_url: str) -> None:
     """Refuses to go on with a checkpoint of another model, another data set or another order of the data.
 
     Raises:
@@ -108,14 +108,15 @@ def check_same_run(progress: Progress, run: config.TokenizerConfig, source: Sour
         )
 
 
-def _lasting(run: config.TokenizerConfig) -> dict[str, object]:
+def _lasting(run: config.AnyConfig) -> dict[str, object]:
     """Dotted keys and values that cannot change within a run."""
     values = _flat(run.model.model_dump(exclude={"gradient_checkpointing"}), "model")
-    adversarial = run.loss.adversarial
-    values["loss.adversarial"] = adversarial.weight > 0
-    if adversarial.weight:
-        for key in ("discriminator", "channel_base", "channel_max"):
-            values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
+    if isinstance(run, config.TokenizerConfig):
+        adversarial = run.loss.adversarial
+        values["loss.adversarial"] = adversarial.weight > 0
+        if adversarial.weight:
+            for key in ("discriminator", "channel_base", "channel_max"):
+                values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
     values["training.ema"] = run.training.ema_decay > 0
     sections = {"training": run.training, "data": run.data, "engine": run.training.engine}
     for name, keys in _LASTING.items():

@@ -35,7 +35,7 @@ class Interrupted(RuntimeError):
 
 
 def train(
-    run_config: config.TokenizerConfig,
+    run_config: config.AnyConfig,
     data_url: str,
     out_url: str,
     workers: int,

@@ -68,7 +68,7 @@ class _Run:
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         torch.manual_seed(self.section.seed)
-        self.stage: Stage = build_stage(job.config, worker.device)
+        self.stage: Stage = build_stage(job.config, self.source, worker.device)
         self.main = next(iter(self.stage.modules))
         self.engines = {
             name: build_engine(
@@ -361,6 +361,8 @@ class _Run:
             hub.write_model_folder(url, text, averaged, plain if self.ema else None, self.figures, facts)
             for name, state in states.items():
                 storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
+            for name, companion in self.stage.companions().items():
+                storage.copy_folder(companion, storage.join(url, name))
         self.worker.barrier()
 
     @contextmanager

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 
 from bsq_ray import config
+from bsq_ray.data.source import Source
+from bsq_ray.data.tokens import TokenSource
 from bsq_ray.training.stages.base import Stage
+from bsq_ray.training.stages.masked_lm import MaskedLMStage
 from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 __all__ = ["Stage", "build_stage"]
 
 
-def build_stage(run: config.TokenizerConfig, device: torch.device) -> Stage:
+def build_stage(run: config.AnyConfig, source: Source, device: torch.device) -> Stage:
     """The stage that a configuration names, with its modules on the device."""
-    return TokenizerStage(run, device)
+    if isinstance(run, config.TokenizerConfig):
+        return TokenizerStage(run, device)
+    assert isinstance(source, TokenSource)
+    return MaskedLMStage(run, source, device)

@@ -49,3 +49,7 @@ class Stage(ABC):
     @abstractmethod
     def summarise(self) -> dict[str, float]:
         """Figures gathered since the last call, such as code usage."""
+
+    def companions(self) -> dict[str, str]:
+        """Model folders to be copied into the trained one, URL by name: what it cannot be used without."""
+        return {}

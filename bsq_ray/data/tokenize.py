@@ -1,0 +1,187 @@
+"""Photographs to tokens, once, by a pool of actors: every shard becomes a part of a token table.
+
+    shards ─Ray Data─▶ actors: read, crop, Tokenizer.encode, pack ─▶ part-….parquet ─▶ tokens.json when all are there
+
+Parts that are already there, made by the same tokenizer from the same images, are not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bsq_ray import config, hub, storage
+from bsq_ray.data.images import to_float
+from bsq_ray.data.manifest import Manifest, read_manifest
+from bsq_ray.data.photos import PhotoSource
+from bsq_ray.data.source import Samples
+from bsq_ray.data.tokens import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
+from bsq_ray.models.quantizers.bits import pack_bits
+from bsq_ray.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A finished table, parts made by this call, and images that could not be read."""
+
+    table: TokenTable
+    made: int
+    damaged: list[str]
+
+
+def tokenize(
+    model_url: str,
+    data_url: str,
+    out_url: str,
+    workers: int = 2,
+    address: str | None = None,
+    views: int = 1,
+    scale: float = 1.25,
+    flip: bool = False,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tokenized:
+    """Makes a token table of packed images.
+
+    Args:
+        model_url: the tokenizer's model folder; a copy goes into the table's folder.
+        data_url: packed images.
+        out_url: folder of the table.
+        workers: actors; 0 works in this process, without Ray.
+        views: rows of each image: the first is its centre, the others are random crops.
+        scale: random crops come from images whose short side is 1 to `scale` times the crop.
+        flip: mirror half of the random crops.
+        seed: of the random crops.
+        progress: called with parts done and all parts.
+
+    Raises:
+        ValueError: model or data are missing, or the folder holds a table of another tokenizer.
+    """
+    folder = hub.read_model_folder(model_url)
+    run = config.expect(folder.config, config.TokenizerConfig, model_url)
+    manifest = read_manifest(data_url)
+    if views < 1:
+        raise ValueError(f"views {views} must be 1 or more")
+    if manifest.kind != "images" or run.model.frames > 1:
+        raise ValueError(f"{data_url} holds {manifest.kind}; this version makes tokens of images only")
+    side = run.model.image_size // run.model.patch_size
+    dataset = f"{manifest.hash} scale {scale:g} flip {flip} seed {seed}" if views > 1 else manifest.hash
+    facts = TokenFacts(folder.id, run.model.quantizer.bits, (1, side, side), manifest.classes, views, dataset)
+    section = config.Data(crop_scale=(1.0, scale), flip=flip, evaluation_filter=run.data.evaluation_filter)
+    _keep_tokenizer(folder.id, model_url, out_url)
+    names = [f"part-{number:06}.parquet" for number in range(len(manifest.shards))]
+    missing = [n for n, name in enumerate(names) if finished_part(storage.join(out_url, name), facts) is None]
+    work = _Work(model_url, out_url, manifest, section, facts, batch_size, seed)
+    damaged: list[str] = []
+    for done, found in enumerate(_run(work, missing, workers, address), len(names) - len(missing) + 1):
+        damaged += found
+        progress(done, len(names))
+    parts = []
+    for name in names:
+        part = finished_part(storage.join(out_url, name), facts)
+        if part is None:
+            raise RuntimeError(f"{storage.join(out_url, name)} was written but cannot be read again")
+        parts.append((name, *part))
+    table = TokenTable(out_url, facts, tuple(parts))
+    write_table(table)
+    return Tokenized(table, len(missing), damaged)
+
+
+def _keep_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
+    kept = storage.join(out_url, TOKENIZER)
+    if storage.exists(storage.join(kept, "config.yaml")):
+        there = hub.read_model_folder(kept).id
+        if there != model_id:
+            raise ValueError(
+                f"{out_url} holds tokens of another tokenizer ({there[:12]}, {model_url} is {model_id[:12]}); "
+                "choose another --out"
+            )
+    else:
+        storage.copy_folder(model_url, kept)
+
+
+@dataclass(frozen=True)
+class _Work:
+    model_url: str
+    out_url: str
+    manifest: Manifest
+    section: config.Data
+    facts: TokenFacts
+    batch_size: int
+    seed: int
+
+
+def _run(work: _Work, parts: list[int], workers: int, address: str | None) -> Iterator[list[str]]:
+    """Makes the parts; images of each that could not be read, as they are finished."""
+    if not parts:
+        return
+    if workers == 0:
+        yield from map(_PartMaker(work), parts)
+        return
+    from bsq_ray.session import ray_session
+
+    with ray_session(address):
+        import ray
+
+        shared = ray.put(work)
+
+        class Worker:
+            def __init__(self) -> None:
+                self.make = _PartMaker(ray.get(shared))
+
+            def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+                return {"damaged": ["\n".join(self.make(int(rows["part"][0])))]}
+
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+        pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)))
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        todo = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+        for row in todo.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
+            yield [line for line in row["damaged"].split("\n") if line]
+
+
+class _PartMaker:
+    def __init__(self, work: _Work) -> None:
+        self.work = work
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = Tokenizer.from_pretrained(work.model_url).to(self.device)
+        self.source = PhotoSource(work.manifest, work.section, self.tokenizer.config.image_size)
+
+    def __call__(self, part: int) -> list[str]:
+        """Makes a part; the images of its shard that could not be read."""
+        first, last = int(self.work.manifest.starts[part]), int(self.work.manifest.starts[part + 1])
+        keys: list[str] = []
+        damaged: list[str] = []
+        packed, labels, views = [], [], []
+        for view in range(self.work.facts.views):
+            for start in range(first, last, self.work.batch_size):
+                samples = self._read(range(start, min(start + self.work.batch_size, last)), view)
+                damaged += [line for line in samples.damaged if line not in damaged]
+                if not samples.keys:
+                    continue
+                tokens = self.tokenizer.encode(to_float(torch.from_numpy(samples.values_P).to(self.device)))
+                packed.append(pack_bits(tokens.bits_BNL.flatten(1)).cpu().numpy())
+                labels.append(samples.labels_P)
+                views.append(np.full(len(samples.keys), view))
+                keys += samples.keys
+        if not keys:
+            raise RuntimeError(f"no image of {self.work.manifest.shards[part].name} can be read: {damaged[0]}")
+        url = storage.join(self.work.out_url, f"part-{part:06}.parquet")
+        columns = (np.concatenate(labels), np.concatenate(views), np.concatenate(packed))
+        write_part(url, self.work.facts, keys, *columns)
+        return damaged
+
+    def _read(self, samples: range, view: int) -> Samples:
+        if view == 0:
+            return self.source.read_held_out(samples)
+        # Each view stands where an epoch of training would; what replaces a damaged image there is left out here.
+        found = self.source.read(np.asarray(samples), np.full(len(samples), view), self.work.seed)
+        wanted = [shard.keys[index] for shard, index in map(self.work.manifest.locate, samples)]
+        places = [p for p, key in enumerate(found.keys) if key == wanted[p]]
+        keys = [found.keys[p] for p in places]
+        return Samples(found.values_P[places], found.labels_P[places], keys, found.damaged)

@@ -1,0 +1,211 @@
+"""Token tables: the tokens of a data set as Parquet, made once by `tokenize` and read by every training on them.
+
+tokens.json             what the table holds; written last, so that a table that has it is whole
+part-000000.parquet     one part for each shard: key, label, view, shape (t, h, w), bits (all bits of an image, packed)
+tokenizer/              the model folder of the tokenizer that made the tokens and turns them into pixels again
+
+Shape suffixes: P rows, N tokens of an image, L bits of a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bsq_ray import config, storage
+from bsq_ray.data.source import Samples, Source
+
+TABLE, TOKENIZER = "tokens.json", "tokenizer"
+_VERSION = 1
+# Rows read at once when any of them is wanted; an image of 256 tokens of 18 bits is 576 bytes.
+_GROUP = 1024
+_GROUPS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What all parts of a table share.
+
+    Attributes:
+        tokenizer_id: of the model folder that made the tokens.
+        bits: of a token (L).
+        grid: frames, rows and columns of tokens.
+        classes: names of the labels.
+        views: rows of each image: its centre, then random crops.
+        dataset: hash of the images.
+    """
+
+    tokenizer_id: str
+    bits: int
+    grid: tuple[int, int, int]
+    classes: tuple[str, ...]
+    views: int
+    dataset: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image (N)."""
+        return int(np.prod(self.grid))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of an image's packed bits."""
+        return -(-self.tokens * self.bits // 8)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A whole table: `parts` are (name, rows, SHA-256)."""
+
+    url: str
+    facts: TokenFacts
+    parts: tuple[tuple[str, int, str], ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(rows for _, rows, _ in self.parts)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over tokenizer and parts: what a run names as its data set."""
+        text = json.dumps([self.facts.tokenizer_id, [[name, digest] for name, _, digest in self.parts]])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_part(
+    url: str, facts: TokenFacts, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
+) -> None:
+    """Writes one part in one step."""
+    shape = pa.array([list(facts.grid)] * len(keys), pa.list_(pa.int32(), 3))
+    columns = {
+        "key": pa.array(keys, pa.string()),
+        "label": pa.array(labels_P, pa.int64()),
+        "view": pa.array(views_P, pa.int16()),
+        "shape": shape,
+        "bits": pa.array([row.tobytes() for row in packed_PB], pa.binary(facts.row_bytes)),
+    }
+    metadata = {"bsq_ray": _to_json(facts), "tokenizer_id": facts.tokenizer_id}
+    buffer = io.BytesIO()
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    pq.write_table(table, buffer, row_group_size=_GROUP, compression="zstd")
+    storage.write_bytes(url, buffer.getvalue())
+
+
+def finished_part(url: str, facts: TokenFacts) -> tuple[int, str] | None:
+    """Rows and SHA-256 of a part that is there and was made with the same facts; None if it has to be made."""
+    if not storage.exists(url):
+        return None
+    content = storage.read_bytes(url)
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+        written = (file.schema_arrow.metadata or {}).get(b"bsq_ray", b"").decode()
+    except pa.ArrowException:
+        return None
+    return (file.metadata.num_rows, hashlib.sha256(content).hexdigest()) if written == _to_json(facts) else None
+
+
+def write_table(table: TokenTable) -> None:
+    """Writes `tokens.json`, after all parts are there."""
+    record = {"version": _VERSION, **json.loads(_to_json(table.facts)), "parts": table.parts}
+    storage.write_bytes(storage.join(table.url, TABLE), json.dumps(record, indent=1).encode())
+
+
+def read_table(url: str) -> TokenTable:
+    """Reads what a table holds.
+
+    Raises:
+        ValueError: there is no whole table, or it was written by a newer version.
+    """
+    path = storage.join(url, TABLE)
+    if not storage.exists(path):
+        raise ValueError(
+            f"{url} is not a whole token table: it has no {TABLE}. Make it with `bsq-ray tokenize --model TOKENIZER "
+            f"--data SHARDS --out {url}`; what was begun is gone on with"
+        )
+    try:
+        record = json.loads(storage.read_bytes(path))
+        if record.pop("version") > _VERSION:
+            raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this table")
+        parts = tuple((str(name), int(rows), str(digest)) for name, rows, digest in record.pop("parts"))
+        facts = TokenFacts(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return TokenTable(url, facts, parts)
+
+
+class TokenSource(Source):
+    """The rows of a token table; `values_P` are packed bits (P, bytes)."""
+
+    def __init__(self, table: TokenTable, model: config.TokenModel) -> None:
+        """Refuses a table that does not fit the model.
+
+        Raises:
+            ValueError: bits, grid or classes differ; the message gives the overrides that fit.
+        """
+        facts = table.facts
+        wrong = [
+            f"model.{name}={json.dumps(there)}"
+            for name, there, here in (
+                ("bits", facts.bits, model.bits),
+                ("grid", list(facts.grid), list(model.grid)),
+                ("classes", len(facts.classes), model.classes),
+            )
+            if there != here
+        ]
+        if wrong:
+            raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(wrong)}")
+        self.table = table
+        self.url, self.hash = table.url, table.hash
+        self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
+        self.sample_bytes = facts.row_bytes
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+
+    @property
+    def tokenizer_url(self) -> str:
+        """The model folder that turns tokens into pixels."""
+        return storage.join(self.url, TOKENIZER)
+
+    def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> Samples:
+        """Rows as they are: nothing about them is random."""
+        values_P = np.empty((len(samples_P), self.sample_bytes), np.uint8)
+        labels_P = np.empty(len(samples_P), np.int64)
+        keys = [""] * len(samples_P)
+        part_P = np.searchsorted(self.starts, samples_P, side="right") - 1
+        row_P = samples_P - self.starts[part_P]
+        for part, group in np.unique(np.stack([part_P, row_P // _GROUP], 1), axis=0):
+            url = storage.join(self.url, self.table.parts[part][0])
+            group_keys, group_labels, group_values = _read_group(url, int(group), self.table.parts[part][2])
+            for p in np.flatnonzero((part_P == part) & (row_P // _GROUP == group)):
+                row = int(row_P[p]) % _GROUP
+                keys[p], labels_P[p], values_P[p] = group_keys[row], group_labels[row], group_values[row]
+        return Samples(values_P, labels_P, keys)
+
+    def read_held_out(self, samples: range) -> Samples:
+        """The same rows."""
+        return self.read(np.asarray(samples), np.zeros(len(samples), np.int64), 0)
+
+
+@lru_cache(_GROUPS_KEPT)
+def _read_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Keys, labels and packed bits of a group of rows; the digest keeps a table that was made anew apart."""
+    try:
+        with storage.open_url(url) as file:
+            columns = ["key", "label", "bits"]
+            table = pq.ParquetFile(file).read_row_group(group, columns, use_threads=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RuntimeError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
+    bits = table["bits"].combine_chunks()
+    values = np.frombuffer(b"".join(bits.to_pylist()), np.uint8).reshape(len(table), -1)
+    return table["key"].to_pylist(), table["label"].to_numpy(), values
+
+
+def _to_json(facts: TokenFacts) -> str:
+    return json.dumps(facts.__dict__, sort_keys=True)

@@ -1,0 +1,107 @@
+"""Masked language model and tokenizer together: classes in, images out.
+
+classes ─MaskedLM, step by step─▶ tokens ─Tokenizer.decode─▶ images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bsq_ray import config, hub, storage
+from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.sampling import between, sample, sample_steps
+from bsq_ray.models.tokenizer import Tokenizer, Tokens
+
+
+class Generator:
+    """Draws images of classes; the same seed draws the same images, whatever the batch.
+
+    Attributes:
+        sampling: what is used where a call does not say otherwise.
+    """
+
+    def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.Sampling) -> None:
+        self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
+
+    @classmethod
+    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema", device: str = "cpu") -> Generator:
+        """Reads the model folder of a masked language model, whose `tokenizer/` is its tokenizer.
+
+        Raises:
+            ValueError: there is no such folder, or its parts do not belong together.
+        """
+        run = config.expect(hub.read_model_folder(url, weights).config, config.MaskedLMConfig, url)
+        model = MaskedLM.from_pretrained(url, weights)
+        tokenizer = Tokenizer.from_pretrained(storage.join(url, "tokenizer"))
+        return cls(model.to(device), tokenizer.to(device), run.sampling)
+
+    def generate(self, labels: Sequence[int], seed: int = 0, first: int = 0, **sampling: Any) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], or clips, of the classes.
+
+        Args:
+            labels: a class for each image; the number of classes itself stands for "any class".
+            seed, first: image b is drawn from (seed, first + b).
+            sampling: keys of `config.Sampling` to change.
+
+        Raises:
+            ValueError: an unknown class or an invalid value.
+        """
+        classes_BC = self._classes(labels)
+        return self._decode(sample(self.model, classes_BC, self._section(sampling), seed, first))
+
+    def steps(self, labels: Sequence[int], seed: int = 0, **sampling: Any) -> Iterator[Tensor]:
+        """Images after each step; what is still masked is grey."""
+        section, classes_BC = self._section(sampling), self._classes(labels)
+        for tokens_BNS in sample_steps(self.model, classes_BC, section, seed):
+            images = self._decode(self.model.join(tokens_BNS))
+            hidden_BN = (tokens_BNS == self.model.mask).any(-1)
+            yield images * (1 - self._pixels(hidden_BN.float(), images))
+
+    def inpaint(
+        self, images: Tensor, holes_B1HW: Tensor, labels: Sequence[int], seed: int = 0, **sampling: Any
+    ) -> Tensor:
+        """Images (B, 3, H, W) whose holes are drawn anew; every token that a hole touches is replaced.
+
+        Args:
+            images: as `generate` gives them.
+            holes_B1HW: above 0 where the image is to be drawn.
+            labels: a class for each image.
+        """
+        tokens = self.tokenizer.encode(images)
+        patch = self.tokenizer.config.patch_size
+        open_BN = F.max_pool2d(holes_B1HW.float(), patch).flatten(1) > 0
+        given_BNS = self.model.split(tokens.bits_BNL)
+        section, classes_BC = self._section(sampling), self._classes(labels)
+        return self._decode(sample(self.model, classes_BC, section, seed, 0, given_BNS, open_BN))
+
+    def interpolate(self, labels: Sequence[int], count: int, seed: int = 0, **sampling: Any) -> Tensor:
+        """Images from one class to another, all drawn with the same randomness."""
+        rows = between(self.model, labels, count).to(self._device)
+        section = self._section(sampling)
+        drawn = [sample(self.model, rows[n : n + 1], section, seed) for n in range(count)]
+        return self._decode(torch.cat(drawn))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.position.device
+
+    def _classes(self, labels: Sequence[int]) -> Tensor:
+        return self.model.classes_of(torch.tensor(list(labels), dtype=torch.long)).to(self._device)
+
+    def _section(self, changes: dict[str, Any]) -> config.Sampling:
+        return config.Sampling.model_validate(self.sampling.model_dump() | changes)
+
+    def _decode(self, bits_BNL: Tensor) -> Tensor:
+        return self.tokenizer.decode(Tokens(bits_BNL, self.model.config.grid))
+
+    def _pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
+        """A value for each token to one for each of its pixels."""
+        frames, rows, columns = self.model.config.grid
+        values = values_BN.view(-1, frames, rows, columns)
+        values = F.interpolate(values, scale_factor=self.tokenizer.config.patch_size, mode="nearest")
+        return values if like.ndim == 4 else values[:, None]

@@ -1,0 +1,149 @@
+"""Masked language model: a bidirectional post-LN Transformer that fills in masked tokens (MaskGIT; paper section 4.1).
+
+    sub-tokens ─embedded and added up─▶ token ┐
+    class ─────────────────────────▶ first place ┴▶ blocks ─▶ head ─▶ logits of every sub-token
+
+A token of L bits is read and predicted as S sub-tokens of L / S bits, so no table has 2^L rows.
+
+Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, C classes and "any", D width,
+H heads, E width of one head, L bits of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray import config, hub
+from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __init__(self, section: config.TokenModel) -> None:
+        super().__init__()
+        width, hidden = section.width, int(section.width * section.mlp_ratio)
+        self.heads = section.heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Same shape out as in."""
+        q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
+        x_BND = self.attention_norm(x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2))))
+        return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
+
+
+class MaskedLM(nn.Module):
+    """Predicts every sub-token of an image from those that are not masked, and from its class.
+
+    Attributes:
+        mask: the value that stands for a masked sub-token (V).
+        any_class: the class that stands for none in particular (C - 1).
+    """
+
+    def __init__(self, section: config.MaskedLMModel) -> None:
+        super().__init__()
+        self.config = section
+        self.mask = 2**section.sub_bits
+        self.any_class = section.classes
+        self.model_id: str | None = None
+        width = section.width
+        # One table for all sub-tokens: rows s · (V + 1) to s · (V + 1) + V, the last of which is the mask.
+        self.embedding = nn.Embedding(section.sub_tokens * (self.mask + 1), width)
+        self.classes = nn.Linear(section.classes + 1, width, bias=False)
+        self.position = nn.Parameter(torch.empty(section.tokens + 1, width))
+        self.input_norm = nn.LayerNorm(width)
+        self.input_dropout = nn.Dropout(section.dropout)
+        self.blocks = nn.ModuleList(PostNormBlock(section) for _ in range(section.layers))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.bias = nn.Parameter(torch.zeros(section.sub_tokens, self.mask))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.position, std=0.02)
+
+    def forward(self, sub_tokens_BNS: Tensor, classes_BC: Tensor) -> Tensor:
+        """Logits (B, N, S, V), fp32.
+
+        Args:
+            sub_tokens_BNS: int64 values 0 to V - 1, or `mask`.
+            classes_BC: weights of the classes, see `classes_of`; mixtures interpolate between classes.
+        """
+        rows = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * (self.mask + 1)
+        x_BND = self.embedding(sub_tokens_BNS + rows).sum(2)
+        first_B1D = self.classes(classes_BC)[:, None]
+        x_BND = torch.cat([first_B1D.to(x_BND.dtype), x_BND], 1) + self.position
+        x_BND = self.input_dropout(self.input_norm(x_BND))
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        h_BND = self.head(x_BND[:, 1:])
+        table_SVD = self.embedding.weight.unflatten(0, (self.config.sub_tokens, -1))[:, : self.mask]
+        logits_BNSV = torch.einsum("bnd,svd->bnsv", h_BND, table_SVD.to(h_BND.dtype))
+        return logits_BNSV.float() + self.bias
+
+    def classes_of(self, labels_B: Tensor) -> Tensor:
+        """Class numbers (B,) to weights (B, C) with a single 1; `any_class` is allowed.
+
+        Raises:
+            ValueError: a class that the model does not have.
+        """
+        if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.any_class:
+            raise ValueError(
+                f"the model has classes 0 to {self.any_class - 1}, not {int(labels_B.min())} to {int(labels_B.max())}"
+            )
+        return F.one_hot(labels_B.long(), self.any_class + 1).float()
+
+    def split(self, bits_BNL: Tensor) -> Tensor:
+        """Tokens' bits to sub-tokens (B, N, S)."""
+        return bits_to_integers(bits_BNL, self.config.sub_bits)
+
+    def join(self, sub_tokens_BNS: Tensor) -> Tensor:
+        """The inverse of `split`; masked sub-tokens become zeros."""
+        return integers_to_bits(sub_tokens_BNS % self.mask, self.config.sub_bits)
+
+    @classmethod
+    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> MaskedLM:
+        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
+        """
+        folder = hub.read_model_folder(url, weights)
+        model = cls(config.expect(folder.config, config.MaskedLMConfig, url).model)
+        hub.load_weights(model, folder.weights, url)
+        model.model_id = folder.id
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        url: str,
+        run: config.MaskedLMConfig | None = None,
+        plain_weights: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> str:
+        """Writes a model folder and returns the model's id; arguments as `Tokenizer.save_pretrained`."""
+        run = run or config.MaskedLMConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
+        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
+
+
+def masked_cross_entropy(
+    logits_BNSV: Tensor, sub_tokens_BNS: Tensor, masked_BNS: Tensor, label_smoothing: float
+) -> Tensor:
+    """Mean cross entropy of the masked sub-tokens in nats, scalar."""
+    masked = masked_BNS.flatten()
+    logits_PV = logits_BNSV.flatten(0, 2)[masked]
+    return F.cross_entropy(logits_PV, sub_tokens_BNS.flatten()[masked], label_smoothing=label_smoothing)

@@ -1,0 +1,60 @@
+"""Classes to images: reproducible, inpainting leaves the rest alone, steps become the image."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+from test_masked_lm import small_model
+from test_tokenizer import small_tokenizer
+
+from bsq_ray import Generator, config
+
+
+def small_generator(tmp_path):
+    small_model(grid=[1, 4, 4], bits=10, sub_bits=5).save_pretrained(str(tmp_path / "model"))
+    small_tokenizer().save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    return Generator.from_pretrained(str(tmp_path / "model"))
+
+
+@pytest.fixture
+def generator(tmp_path):
+    return small_generator(tmp_path)
+
+
+def test_images_are_drawn_from_classes(generator):
+    images = generator.generate([0, 3, 4], seed=1, steps=3)
+    assert images.shape == (3, 3, 32, 32)
+    assert torch.equal(images[1:2], generator.generate([3], seed=1, first=1, steps=3))
+    with pytest.raises(ValueError, match="classes 0 to 3"):
+        generator.generate([9])
+    with pytest.raises(ValidationError, match="steps"):
+        generator.generate([0], steps=0)
+
+
+def test_the_last_step_is_the_image(generator):
+    *before, last = generator.steps([1], seed=2, steps=4)
+    assert len(before) == 3
+    assert torch.equal(last, generator.generate([1], seed=2, steps=4))
+    assert (before[0] == 0).float().mean() > (before[2] == 0).float().mean() > 0
+
+
+def test_inpainting_draws_the_patches_that_a_hole_touches(generator):
+    images = generator.generate([0], seed=3)
+    holes = torch.zeros(1, 1, 32, 32)
+    holes[..., 8:17, 0:3] = 1
+    filled = generator.inpaint(images, holes, [2], seed=4)
+    assert filled.shape == images.shape
+    assert torch.equal(generator.inpaint(images, torch.zeros_like(holes), [2]), generator.tokenizer.reconstruct(images))
+    assert not torch.equal(filled, generator.tokenizer.reconstruct(images))
+
+
+def test_one_class_turns_into_another_with_the_same_randomness(generator):
+    images = generator.interpolate([0, 3], 3, seed=5)
+    assert torch.equal(images[0], generator.generate([0], seed=5)[0])
+    assert torch.equal(images[2], generator.generate([3], seed=5)[0])
+
+
+def test_a_tokenizer_alone_is_no_generator(tmp_path):
+    small_tokenizer().save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="is of the stage tokenizer; what is wanted here is a masked-lm"):
+        Generator.from_pretrained(str(tmp_path))
+    assert config.MaskedLMConfig(name="x").sampling.steps == 12

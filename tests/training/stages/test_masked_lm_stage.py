@@ -1,0 +1,128 @@
+"""The masked language model's stage: through the same loop as the tokenizer, with the same promises."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+import torch
+from small_models import save_tokenizer
+
+from bsq_ray import Generator
+from bsq_ray.config import load_config
+from bsq_ray.data.sources import open_source
+from bsq_ray.data.stream import evaluation_batches
+from bsq_ray.data.tokenize import tokenize
+from bsq_ray.training.launch import train
+from bsq_ray.training.stages.masked_lm import MaskedLMStage
+
+SMALL = [
+    "model.grid=[1,4,4]",
+    "model.bits=10",
+    "model.sub_bits=5",
+    "model.classes=1",
+    "model.width=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.dropout=0",
+    "sampling.steps=3",
+    "training.steps=8",
+    "training.batch_size=16",
+    "training.schedule.warmup_steps=0",
+    "training.optimizer.learning_rate_per_256=0.05",
+    "training.engine.precision=fp32",
+    "training.ema_decay=0.5",
+    "training.log_every=1",
+    "training.checkpoint_every=4",
+]
+
+
+@pytest.fixture(scope="module")
+def tokens(photo_shards, tmp_path_factory):
+    model = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
+    url = str(tmp_path_factory.mktemp("tokens"))
+    tokenize(model, photo_shards, url, workers=0, views=2)
+    return url
+
+
+def run(tokens, out, workers=0, *overrides, **options):
+    records = []
+    train(
+        load_config("masked-lm-demo", SMALL + list(overrides)),
+        tokens,
+        str(out),
+        workers,
+        show=records.append,
+        **options,
+    )
+    return [record for record in records if record["kind"] == "training"]
+
+
+def weights(out):
+    return safetensors.numpy.load_file(Path(out) / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tokens, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return run(tokens, out), out
+
+
+def test_a_run_learns_and_leaves_a_generator_with_its_tokenizer(trained):
+    records, out = trained
+    assert records[-1]["loss"] < records[0]["loss"]
+    images = Generator.from_pretrained(str(out / "model")).generate([0, 0], steps=3)
+    assert images.shape == (2, 3, 32, 32)
+    assert list((out / "samples").glob("*.png"))
+    evaluations = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(r["bits_per_token"] > 0 for r in evaluations if r["kind"] == "evaluation")
+
+
+def test_two_workers_on_ray_train_what_one_process_trains(trained, tokens, tmp_path, ray_local):
+    there = run(tokens, tmp_path, 2, "training.engine.kind=ddp")
+    here = run(tokens, tmp_path / "alone", 0, "training.engine.kind=ddp")
+    # Masked places of the two halves differ in number, so the mean of their means is not quite the whole's.
+    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in here], rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_stages_train_alike(trained, tokens, tmp_path, stage):
+    records = run(tokens, tmp_path, 0, f"training.engine.zero_stage={stage}")
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in trained[0]], rel=1e-4)
+
+
+def test_a_resumed_run_ends_bit_identical(trained, tokens, tmp_path):
+    run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final=1")
+    run(tokens, tmp_path, 0, "training.schedule.final=1", resume=True)
+    whole = tmp_path / "whole"
+    run(tokens, whole, 0, "training.schedule.final=1")
+    resumed, unbroken = weights(tmp_path), weights(whole)
+    assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
+
+
+def test_masks_depend_on_sample_and_step_alone(tokens):
+    config = load_config("masked-lm-demo", [*SMALL, "model.mask_by=sub_token", "loss.class_dropout=0.5"])
+    source = open_source(config, tokens)
+    stage = MaskedLMStage(config, source, torch.device("cpu"))
+    [batch] = evaluation_batches(source, 40, limit=40)
+    masked, dropped = stage._hide(batch.keys, 3, 0.5)
+    alone, _ = stage._hide(batch.keys[5:6], 3, 0.5)
+    assert torch.equal(masked[5:6], alone)
+    assert not torch.equal(masked, stage._hide(batch.keys, 4, 0.5)[0])
+    assert 0.2 < dropped.float().mean() < 0.8
+    # The mean of cos(π/2 · u) is 2/π; sub-tokens of one token may differ.
+    assert masked.float().mean() == pytest.approx(2 / torch.pi, abs=0.1)
+    assert not torch.equal(masked[..., 0], masked[..., 1])
+
+
+def test_options_of_the_loss_change_it(trained, tokens, tmp_path):
+    for number, override in enumerate(["loss.label_smoothing=0.5", "loss.class_dropout=1", "model.mask_by=sub_token"]):
+        changed = run(tokens, tmp_path / str(number), 0, "training.steps=1", override)
+        assert changed[0]["loss"] != trained[0][0]["loss"], override
+
+
+def test_a_table_of_another_shape_is_refused_before_anything_starts(tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
+        train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
+    with pytest.raises(ValueError, match="is not a whole token table"):
+        train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
