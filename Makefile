@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install quickstart test test-slow lint benchmark clean
+.PHONY: help install quickstart demo-generate test test-slow lint benchmark clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 
 quickstart: $(READY) ## train a small tokenizer on real photographs and open its report
 	$(BIN)/bsq-ray quickstart
+
+demo-generate: $(READY) ## train a generator on labelled photographs and draw images
+	$(BIN)/bsq-ray demo-generate
 
 test: $(READY)   ## the tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow and not benchmark'

@@ -43,6 +43,18 @@ def quickstart(
     print(done.summary)
 
 
+@app.command("demo-generate")
+def demo_generate(
+    images: Annotated[Path | None, typer.Option(help="Your own folder, with a subfolder for each class.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-generate"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
+) -> None:
+    """Train a tokenizer and a masked language model on labelled photographs, and draw images of the classes."""
+    from bsq_ray.demo_generate import run_demo
+
+    print(run_demo(images, out, minutes).summary)
+
+
 @data_app.command("pack")
 def data_pack(
     src: Annotated[str, typer.Argument(help="Folder or URL of images; its first level of folders names the classes.")],
@@ -106,9 +118,9 @@ def data_inspect(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="tokenizer.")],
+    stage: Annotated[str, typer.Argument(help="tokenizer or masked-lm.")],
     config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
-    data: Annotated[str, typer.Option(help="Packed training images.")],
+    data: Annotated[str, typer.Option(help="Packed training images, or a token table.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
     workers: Annotated[int, typer.Option(help="Training processes; 0 trains without Ray.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -160,6 +172,80 @@ def evaluate_reconstruction(
 
     print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
     print(f"\nresults: {out.rstrip('/')}/results.json, results.md, reconstructions.png")
+
+
+@evaluate_app.command("generation")
+def evaluate_generation(
+    model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
+    data: Annotated[str, typer.Option(help="Packed real images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
+    workers: Annotated[int, typer.Option(help="Drawing and measuring processes; 0 works without Ray.")] = 1,
+    count: Annotated[int | None, typer.Option(help="Images to draw; default: as many as there are real ones.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn images.")] = 0,
+    known: Annotated[str | None, typer.Option(help="Packed images that show how classes look.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Token table: a row of its per-position frequencies.")] = None,
+    weights: Weights = "ema",
+    address: Address = None,
+) -> None:
+    """FID, KID, precision, recall, and whether the classes can be told."""
+    from bsq_ray import storage
+    from bsq_ray.evaluation.generation import evaluate_generation as evaluate
+
+    changes = _given(steps=steps, guidance=guidance)
+    with _bar("drawing") as bar:
+        kind = _weights(weights)
+        evaluate(model, data, out, workers, address, count, changes, seed, known, baseline, kind, bar)
+    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, samples.png")
+
+
+@app.command("tokenize")
+def tokenize_images(
+    model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
+    data: Annotated[str, typer.Option(help="Packed images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the token table.")],
+    workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
+    views: Annotated[int, typer.Option(help="Rows of each image: its centre, then random crops.")] = 1,
+    scale: Annotated[float, typer.Option(help="Random crops come from images up to so many times larger.")] = 1.25,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the random crops.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    address: Address = None,
+) -> None:
+    """Turn packed images into a token table; what is already there is not done again."""
+    from bsq_ray.data.tokenize import tokenize
+
+    with _bar("tokenizing") as bar:
+        done = tokenize(model, data, out, workers, address, views, scale, flip, batch_size, seed, bar)
+    print(f"{done.table.rows} rows in {len(done.table.parts)} parts ({done.made} made now) in {out}")
+    for line in done.damaged:
+        print(f"left out: {line}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
+    out: Annotated[str, typer.Option(help="Folder for the images.")],
+    classes: Annotated[str, typer.Option(help="Numbers of classes, such as 1,2; default: all.")] = "",
+    count: Annotated[int, typer.Option(help="Images of each class.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the noise on confidences.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
+    between: Annotated[bool, typer.Option("--between", help="Go from the first of two classes to the second.")] = False,
+    image: Annotated[str | None, typer.Option(help="An image to fill in.")] = None,
+    mask: Annotated[str | None, typer.Option(help="White where the image is to be drawn anew.")] = None,
+    weights: Weights = "ema",
+) -> None:
+    """Draw images of classes, or fill in a part of one."""
+    from bsq_ray.evaluation.drawing import Request, draw
+
+    changes = _given(steps=steps, guidance=guidance, temperature=temperature)
+    request = Request(_numbers(classes), count, seed, changes, between, image, mask)
+    written = draw(model, out, request, _weights(weights))
+    print(f"{written} images and sheet.png in {out}")
 
 
 @app.command()
@@ -217,6 +303,17 @@ def info(
     from bsq_ray.evaluation.single import describe
 
     print(describe(what))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--classes {text} are not numbers with commas between them, such as 1,2") from None
 
 
 def _weights(name: str) -> Literal["ema", "plain"]:

@@ -66,7 +66,7 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
         from bsq_ray.training.checkpoint import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train
 
-        data = {name: _packed(folder, out / "data" / name) for name, folder in
+        data = {name: packed(folder, out / "data" / name) for name, folder in
                 {"train": train_folder, "held_out": held_out_folder}.items()}  # fmt: skip
         run = str(out / "run")
         try:
@@ -83,7 +83,7 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
             raise Interrupted(
                 f"{str(stop).split(';')[0]}; checkpoint and model are in {run}. Run the same quickstart again to go on"
             ) from None
-        _say("measuring on photographs that training did not see")
+        say("measuring on photographs that training did not see")
         results = evaluate_reconstruction(f"{run}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS)
     report = out / "report.html"
     write_report(run, str(out / "evaluation"), str(report))
@@ -131,15 +131,16 @@ def _photographs(images: Path | None, out: Path) -> tuple[Path, Path]:
     return folders
 
 
-def _packed(folder: Path, destination: Path) -> str:
+def packed(folder: Path, destination: Path) -> str:
+    """Packs a folder of photographs, unless that is done already; the packed folder."""
     from bsq_ray.data.manifest import MANIFEST
     from bsq_ray.data.pack import pack_images
 
     if not (destination / MANIFEST).exists():
         report = pack_images(str(folder), str(destination), max_side=_MAX_SIDE)
-        _say(f"packed {report.manifest.samples} photographs into {destination}")
+        say(f"packed {report.manifest.samples} photographs into {destination}")
         for line in report.damaged:
-            _say(f"left out {line}")
+            say(f"left out {line}")
     return str(destination)
 
 
@@ -155,5 +156,6 @@ def _summary(results: dict[str, Any], model: Path, report: Path) -> str:
     )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line for the person who waits; results go to stdout, this does not."""
     print(line, file=sys.stderr, flush=True)

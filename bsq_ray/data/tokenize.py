@@ -7,9 +7,9 @@ Parts that are already there, made by the same tokenizer from the same images, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from bsq_ray.data.source import Samples
 from bsq_ray.data.tokens import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.pool import map_in_pool
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def tokenize(
     missing = [n for n, name in enumerate(names) if finished_part(storage.join(out_url, name), facts) is None]
     work = _Work(model_url, out_url, manifest, section, facts, batch_size, seed)
     damaged: list[str] = []
-    for done, found in enumerate(_run(work, missing, workers, address), len(names) - len(missing) + 1):
+    made = map_in_pool(missing, partial(_PartMaker, work), workers, address)
+    for done, found in enumerate(made, len(names) - len(missing) + 1):
         damaged += found
         progress(done, len(names))
     parts = []
@@ -114,35 +116,6 @@ class _Work:
     facts: TokenFacts
     batch_size: int
     seed: int
-
-
-def _run(work: _Work, parts: list[int], workers: int, address: str | None) -> Iterator[list[str]]:
-    """Makes the parts; images of each that could not be read, as they are finished."""
-    if not parts:
-        return
-    if workers == 0:
-        yield from map(_PartMaker(work), parts)
-        return
-    from bsq_ray.session import ray_session
-
-    with ray_session(address):
-        import ray
-
-        shared = ray.put(work)
-
-        class Worker:
-            def __init__(self) -> None:
-                self.make = _PartMaker(ray.get(shared))
-
-            def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-                return {"damaged": ["\n".join(self.make(int(rows["part"][0])))]}
-
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
-        pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)))
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        todo = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-        for row in todo.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
-            yield [line for line in row["damaged"].split("\n") if line]
 
 
 class _PartMaker:

@@ -72,7 +72,7 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
         explicit = str(Path(folder) / Path(network.url).name)
     if explicit is not None:
         return _read_file(explicit, network)
-    cached = _cache_folder() / f"{name}.safetensors"
+    cached = cache_folder("weights") / f"{name}.safetensors"
     if cached.exists():
         return _read_cached(cached)
     found = _from_carrier(network) or _from_url(network)
@@ -86,8 +86,9 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
     return found
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("BSQ_RAY_CACHE", "~/.cache/bsq_ray")).expanduser() / "weights"
+def cache_folder(kind: str) -> Path:
+    """Where things of a kind are kept between runs: below $BSQ_RAY_CACHE, or ~/.cache/bsq_ray."""
+    return Path(os.environ.get("BSQ_RAY_CACHE", "~/.cache/bsq_ray")).expanduser() / kind
 
 
 def _read_cached(path: Path) -> ResolvedWeights:

@@ -1,0 +1,107 @@
+"""Images drawn from a model folder, as files and as a sheet."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from bsq_ray import storage
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
+from bsq_ray.evaluation.features import device
+from bsq_ray.evaluation.sheets import class_sheet
+from bsq_ray.models.generator import Generator
+
+_BATCH, _COLUMNS = 16, 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw.
+
+    Attributes:
+        classes: their numbers; none are all classes of the model.
+        count: images of each class; of the way between two classes, steps.
+        sampling: keys of `config.Sampling` to change.
+        between: go from the first of two classes to the second.
+        image, mask: an image to fill in where the mask is white.
+    """
+
+    classes: list[int]
+    count: int = 8
+    seed: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    between: bool = False
+    image: str | None = None
+    mask: str | None = None
+
+
+def draw(model_url: str, out_url: str, request: Request, weights: Literal["ema", "plain"] = "ema") -> int:
+    """Writes PNGs named by class and number, and sheet.png; returns how many images there are.
+
+    Raises:
+        ValueError: the model, an image or the request is wrong.
+    """
+    if request.count < 1:
+        raise ValueError(f"count {request.count} must be 1 or more")
+    if (request.image is None) != (request.mask is None):
+        raise ValueError("filling in needs both --image and --mask")
+    generator = Generator.from_pretrained(model_url, weights, device())
+    labels, tiles = [], []
+    try:
+        for label, images_BCHW in _draw(generator, request):
+            for pixels in to_uint8(images_BCHW).cpu().numpy():
+                labels.append(label)
+                tiles.append(pixels)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+    for number, (label, pixels_CHW) in enumerate(zip(labels, tiles, strict=True)):
+        storage.write_bytes(storage.join(out_url, f"class-{label:03}-{number:04}.png"), _png(pixels_CHW))
+    names = [f"class {n}" for n in range(generator.model.any_class)]
+    storage.write_bytes(storage.join(out_url, "sheet.png"), class_sheet(tiles, labels, names, _COLUMNS))
+    return len(tiles)
+
+
+def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]]:
+    """Labels with the images drawn for them."""
+    if request.between:
+        images = generator.interpolate(request.classes, request.count, request.seed, **request.sampling)
+        yield request.classes[0], images
+        return
+    classes = request.classes or list(range(generator.model.any_class))
+    if request.image is not None and request.mask is not None:
+        image = to_float(torch.from_numpy(_read(request.image, generator))[None])
+        hole = torch.from_numpy(_read(request.mask, generator)[None, :1] > 127)
+        for label in classes:
+            copies, holes = image.repeat(request.count, 1, 1, 1), hole.repeat(request.count, 1, 1, 1)
+            wanted = [label] * request.count
+            yield label, generator.inpaint(copies, holes, wanted, request.seed, **request.sampling)
+        return
+    first = 0
+    for label in classes:
+        for start in range(0, request.count, _BATCH):
+            wanted = [label] * min(_BATCH, request.count - start)
+            yield label, generator.generate(wanted, request.seed, first, **request.sampling)
+            first += len(wanted)
+
+
+def _read(url: str, generator: Generator) -> np.ndarray:
+    try:
+        image = decode_image(storage.read_bytes(url))
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
+    return evaluation_image(image, generator.tokenizer.config.image_size, "lanczos")
+
+
+def _png(pixels_CHW: np.ndarray) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(pixels_CHW.transpose(1, 2, 0)).save(png, "PNG")
+    return png.getvalue()

@@ -1,0 +1,217 @@
+"""How good drawn images are: FID, KID, precision, recall and whether their classes can be told.
+
+    real images ─Inception─▶ features ┐
+    classes ─Generator─▶ drawn images ─Inception─▶ features ┴▶ results.json, results.md, samples.png
+
+Drawing and measuring run in a pool of Ray actors; the driver gets features and a few pictures. Inception score is left
+out: the Inception weights that packages carry have no class logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bsq_ray import config, hub, storage
+from bsq_ray.data.images import to_float, to_uint8
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.tokens import TokenSource, TokenTable, read_table
+from bsq_ray.evaluation.contract import contract
+from bsq_ray.evaluation.features import Features, device, inception_features, load_inception, real_features
+from bsq_ray.evaluation.sheets import class_sheet
+from bsq_ray.metrics.fid import frechet_distance, kernel_distance
+from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
+from bsq_ray.models.generator import Generator
+from bsq_ray.models.quantizers.bits import unpack_bits
+from bsq_ray.models.tokenizer import Tokenizer, Tokens
+from bsq_ray.pool import map_in_pool
+
+_BATCH = 32
+# Neighbours that vote on the class of an image.
+_VOTERS = 5
+_PICTURED_PER_CLASS = 8
+
+
+def evaluate_generation(
+    model_url: str,
+    data_url: str,
+    out_url: str,
+    workers: int = 2,
+    address: str | None = None,
+    count: int | None = None,
+    sampling: dict[str, Any] | None = None,
+    seed: int = 0,
+    known_url: str | None = None,
+    baseline_url: str | None = None,
+    weights: Literal["ema", "plain"] = "ema",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Draws images with the classes of a data set and compares them with it.
+
+    Args:
+        model_url: model folder of a masked language model.
+        data_url: packed real images, which the model should not have seen.
+        out_url: folder for the results.
+        workers: Ray actors; 0 works in this process, without Ray.
+        count: images to draw; by default as many as there are real ones. Their classes are shared out evenly.
+        sampling: keys of `config.Sampling` to change.
+        known_url: packed images that say how classes look; by default `data_url`.
+        baseline_url: token table; a second row draws each token from its class's frequencies at that place.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: model or data are missing or do not fit.
+    """
+    folder = hub.read_model_folder(model_url, weights)
+    run = config.expect(folder.config, config.MaskedLMConfig, model_url)
+    section = config.Sampling.model_validate(run.sampling.model_dump() | (sampling or {}))
+    manifest = read_manifest(data_url)
+    if len(manifest.classes) != run.model.classes:
+        raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.classes}")
+    total = count or manifest.samples
+    if total < 4:
+        raise ValueError(f"{total} images are too few to be compared; draw at least 4")
+    tokenizer = config.expect(
+        hub.read_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
+    )
+    real = real_features(manifest, tokenizer, workers, address)
+    known = real if known_url is None else real_features(read_manifest(known_url), tokenizer, workers, address)
+    labels = [n % run.model.classes for n in range(total)]
+    draws: dict[str, Callable[[], Any]] = {"model": partial(_ModelDraw, model_url, weights, section, seed)}
+    if baseline_url:
+        draws["per-position frequencies"] = partial(_FrequencyDraw, read_table(baseline_url), seed)
+    chunks = [(first, labels[first : first + _BATCH]) for first in range(0, total, _BATCH)]
+    rows, pictures = {}, {}
+    for place, (name, draw) in enumerate(draws.items()):
+        features, tiles = [], []
+        for part, shown in map_in_pool(chunks, partial(_Measured, draw), workers, address):
+            features.append(part)
+            tiles += list(shown)
+            progress(place * total + min(len(features) * _BATCH, total), total * len(draws))
+        keys = [f"{name}-{n}" for n in range(total)]
+        rows[name] = _compare(Features(np.concatenate(features), np.array(labels), keys), real, known)
+        pictures[name] = tiles
+    terms = contract(
+        manifest, manifest.samples, tokenizer.model.image_size, tokenizer.data.evaluation_filter, ["fid-inception"]
+    )
+    results = {
+        "model": model_url,
+        "model_id": folder.id,
+        "weights": weights,
+        "sampling": section.model_dump(),
+        "seed": seed,
+        "drawn": total,
+        "rows": rows,
+        "real images": {"class_accuracy": _class_accuracy(real, known)} if known_url else {},
+        "contract": terms,
+    }
+    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
+    storage.write_bytes(storage.join(out_url, "results.md"), (markdown(results) + "\n").encode())
+    sheet = class_sheet(pictures["model"], labels, list(manifest.classes), _PICTURED_PER_CLASS)
+    storage.write_bytes(storage.join(out_url, "samples.png"), sheet)
+    return results
+
+
+class _Measured:
+    """Draws images and measures them; returns features and small pictures."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        self.draw, self.inception = draw(), load_inception()
+
+    def __call__(self, chunk: tuple[int, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        first, labels = chunk
+        pixels = to_uint8(self.draw(labels, first))
+        return inception_features(self.inception, to_float(pixels)), pixels.cpu().numpy()
+
+
+class _ModelDraw:
+    def __init__(self, url: str, weights: Literal["ema", "plain"], section: config.Sampling, seed: int) -> None:
+        self.generator = Generator.from_pretrained(url, weights, device())
+        self.section, self.seed = section, seed
+
+    def __call__(self, labels: list[int], first: int) -> Tensor:
+        return self.generator.generate(labels, self.seed, first, **self.section.model_dump())
+
+
+class _FrequencyDraw:
+    """Each token is that of a random training image of the class, place by place: exact class frequencies."""
+
+    def __init__(self, table: TokenTable, seed: int) -> None:
+        facts = table.facts
+        model = config.TokenModel(grid=facts.grid, bits=facts.bits, sub_bits=1, classes=len(facts.classes))
+        source = TokenSource(table, model)
+        block = source.read_held_out(range(source.samples))
+        bits = unpack_bits(torch.from_numpy(block.values_P), facts.tokens * facts.bits)
+        self.bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits)).numpy()
+        self.labels_P, self.grid, self.seed = block.labels_P, facts.grid, seed
+        self.tokenizer = Tokenizer.from_pretrained(source.tokenizer_url)
+
+    def __call__(self, labels: list[int], first: int) -> Tensor:
+        tokens = self.bits_PNL.shape[1]
+        drawn = np.empty((len(labels), *self.bits_PNL.shape[1:]), bool)
+        for place, label in enumerate(labels):
+            rng = np.random.default_rng((self.seed, first + place))
+            rows = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
+            drawn[place] = self.bits_PNL[rows, np.arange(tokens)]
+        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn), self.grid))
+
+
+def _compare(drawn: Features, real: Features, known: Features) -> dict[str, float]:
+    ours, theirs = drawn.statistics(), real.statistics()
+    told_N = nearest_labels(drawn.features_ND, known.features_ND, known.labels_N, _VOTERS)
+    return {
+        "fid": frechet_distance(theirs, ours),
+        "kid": kernel_distance(theirs.kept(), ours.kept()),
+        **precision_recall(real.paired(), drawn.paired()),
+        "class_accuracy": float((told_N == drawn.labels_N).mean()),
+        "class_coverage": len(set(told_N.tolist())) / len(set(drawn.labels_N.tolist())),
+    }
+
+
+def _class_accuracy(images: Features, known: Features) -> float:
+    told_N = nearest_labels(images.features_ND, known.features_ND, known.labels_N, _VOTERS)
+    return float((told_N == images.labels_N).mean())
+
+
+_COLUMNS = {
+    "fid": ("FID", 2, min),
+    "kid": ("KID", 4, min),
+    "precision": ("precision", 3, max),
+    "recall": ("recall", 3, max),
+    "class_accuracy": ("classes told", 3, max),
+    "class_coverage": ("classes covered", 3, max),
+}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
+    rows = results["rows"]
+    lines = ["| | " + " | ".join(title for title, _, _ in _COLUMNS.values()) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
+    for name, figures in rows.items():
+        cells = []
+        for key, (_, digits, better) in _COLUMNS.items():
+            best = len(rows) > 1 and figures[key] == better(other[key] for other in rows.values())
+            text = f"{figures[key]:.{digits}f}"
+            cells.append(f"**{text}**" if best else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    terms, sampling = results["contract"], results["sampling"]
+    drawn = (
+        f"{results['drawn']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
+        f"guidance {sampling['guidance']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
+    )
+    against = f"{terms['images']} images of {terms['data']} ({terms['data_hash'][:12]}), {terms['resize']}"
+    lines += ["", f"{drawn} against {against}."]
+    if results["real images"]:
+        told = results["real images"]["class_accuracy"]
+        lines.append(f"Of the real images' classes, {told:.3f} are told the same way.")
+    if "warning" in terms:
+        lines.append(f"Note: {terms['warning'].replace('rFID', 'FID')}.")
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""Work spread over a pool of actors by Ray Data, results in order: for models that are loaded once and used often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bsq_ray.session import ray_session
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_pool(
+    items: Sequence[Item], build: Callable[[], Callable[[Item], Result]], workers: int, address: str | None = None
+) -> Iterator[Result]:
+    """Results of all items, in their order, as they come.
+
+    Args:
+        items: what to work on.
+        build: called once in each actor; what it returns is called for each item.
+        workers: actors, each with a CPU, and with a GPU where the cluster has enough; 0 works in this process.
+        address: Ray cluster, see `ray_session`.
+    """
+    if not items:
+        return
+    if workers == 0:
+        yield from map(build(), items)
+        return
+    with ray_session(address):
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        shared = ray.put((build, list(items)))
+
+        class Worker:
+            def __init__(self) -> None:
+                build, self.items = ray.get(shared)
+                self.work = build()
+
+            def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+                result = np.empty(1, object)
+                result[0] = self.work(self.items[int(rows["item"][0])])
+                return {"result": result}
+
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+        context = DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        numbers = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
+        pool = ActorPoolStrategy(size=min(workers, len(items)))
+        for row in numbers.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
+            yield row["result"]

@@ -1,0 +1,147 @@
+"""Measuring drawn images: same numbers for any number of workers, a baseline beside, and files for people."""
+
+import io
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import save_tokenizer
+
+from bsq_ray import config
+from bsq_ray.data.labelled import read_qt_resources
+from bsq_ray.data.pack import pack_images
+from bsq_ray.data.tokenize import tokenize
+from bsq_ray.data.tokens import TokenSource, read_table
+from bsq_ray.evaluation.drawing import Request, draw
+from bsq_ray.evaluation.generation import evaluate_generation
+from bsq_ray.evaluation.token_frequencies import frequency_bits
+from bsq_ray.models.masked_lm import MaskedLM
+
+SECTION = config.MaskedLMModel(grid=(1, 4, 4), bits=10, sub_bits=5, classes=2, width=32, layers=1, heads=2, dropout=0)
+
+
+@pytest.fixture(scope="module")
+def setting(photos, tmp_path_factory):
+    """Model folder, shards of two classes, and their tokens."""
+    folder = tmp_path_factory.mktemp("generation")
+    for number, photo in enumerate(photos):
+        place = folder / "images" / ("dark" if np.asarray(photo).mean() < 110 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        photo.resize((80, 80)).save(place / f"{number}.png")
+    shards = str(folder / "shards")
+    pack_images(str(folder / "images"), shards, workers=0)
+    tokenizer = save_tokenizer(folder / "tokenizer", 0)
+    tokens = str(folder / "tokens")
+    tokenize(tokenizer, shards, tokens, workers=0, views=3)
+    torch.manual_seed(0)
+    model = str(folder / "model")
+    MaskedLM(SECTION).save_pretrained(model)
+    save_tokenizer(folder / "model" / "tokenizer", 0)
+    return model, shards, tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        from bsq_ray.evaluation import features
+
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(features, "cache_folder", lambda kind: folder / kind)
+        yield folder
+
+
+def evaluate(setting, out, workers=0, **options):
+    model, shards, tokens = setting
+    return evaluate_generation(
+        model, shards, str(out), workers, count=40, sampling={"steps": 2}, baseline_url=tokens, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def results(setting, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    return evaluate(setting, out, known_url=setting[1]), out
+
+
+def test_results_are_written_with_a_baseline_and_a_contract(results, cache):
+    found, out = results
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert found["rows"].keys() == {"model", "per-position frequencies"}
+    row = found["rows"]["model"]
+    assert row.keys() == {"fid", "kid", "precision", "recall", "class_accuracy", "class_coverage"}
+    assert found["drawn"] == 40
+    assert found["sampling"]["steps"] == 2
+    assert found["contract"]["weights"].keys() == {"fid-inception"}
+    assert "| per-position frequencies |" in (out / "results.md").read_text()
+    assert Image.open(out / "samples.png").height == 2 * 100 + 4
+    assert len(list((cache / "features").glob("features-*.npz"))) == 1
+
+
+def test_two_ray_workers_measure_what_one_process_does(setting, results, tmp_path, ray_local):
+    there = evaluate(setting, tmp_path, workers=2)
+    for name, figures in results[0]["rows"].items():
+        for key, value in figures.items():
+            assert there["rows"][name][key] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, key)
+
+
+def test_what_cannot_be_measured_is_said(setting, photo_shards, tmp_path):
+    with pytest.raises(ValueError, match="has 1 classes, the model 2"):
+        evaluate_generation(setting[0], photo_shards, str(tmp_path), 0)
+    with pytest.raises(ValueError, match="3 images are too few"):
+        evaluate_generation(setting[0], setting[1], str(tmp_path), 0, count=3)
+    with pytest.raises(ValueError, match="is of the stage tokenizer"):
+        evaluate_generation(f"{setting[0]}/tokenizer", setting[1], str(tmp_path), 0)
+
+
+def test_frequencies_of_a_constant_table_are_cheap(setting):
+    source = TokenSource(read_table(setting[2]), SECTION)
+    itself = frequency_bits(source, source, 5)
+    assert 0 < itself < 10
+
+
+def test_images_are_drawn_to_files(setting, tmp_path):
+    count = draw(setting[0], str(tmp_path), Request([1, 0], count=3, sampling={"steps": 2}))
+    assert count == 6
+    assert sorted(p.name for p in tmp_path.glob("class-*.png"))[0] == "class-000-0003.png"
+    assert Image.open(tmp_path / "sheet.png").height == 2 * 100 + 4
+    whole = Image.open(tmp_path / "class-001-0000.png")
+    hole = np.zeros((32, 32), np.uint8)
+    hole[:8, :8] = 255
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    image, mask = str(tmp_path / "class-001-0000.png"), str(tmp_path / "hole.png")
+    draw(setting[0], str(tmp_path / "filled"), Request([0], count=2, image=image, mask=mask))
+    assert Image.open(tmp_path / "filled" / "class-000-0001.png").size == whole.size
+    assert draw(setting[0], str(tmp_path / "way"), Request([0, 1], count=4, between=True)) == 4
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([7]), "classes 0 to 1, not 7"),
+        (Request([0], count=0), "count 0"),
+        (Request([0], sampling={"steps": 0}), "steps: Input should be greater than or equal to 1, got 0"),
+        (Request([0], image="x.png"), "needs both --image and --mask"),
+        (Request([0], image="x.png", mask="y.png"), "x.png cannot be read as an image"),
+        (Request([0], between=True), "two classes"),
+    ],
+)
+def test_wrong_requests_are_named(setting, tmp_path, request_, message):
+    with pytest.raises(ValueError, match=message):
+        draw(setting[0], str(tmp_path), request_)
+
+
+def test_qt_resource_files_are_read():
+    names = b"".join(struct.pack(">HI", len(n), 0) + n.encode("utf-16-be") for n in ("a", "b.webp"))
+    content = zlib.compress(b"photograph")
+    contents = struct.pack(">I", len(content) + 4) + struct.pack(">I", 10) + content
+    entries = struct.pack(">IHII", 0, 2, 1, 1) + struct.pack(">IHII", 0, 2, 1, 2)
+    entries += struct.pack(">IHHHI", 8, 1, 0, 0, 0)
+    header = 20
+    data = struct.pack(">4s4I", b"qres", 1, header, header + len(entries), header + len(entries) + len(contents))
+    assert read_qt_resources(data + entries + contents + names) == {"/a/b.webp": b"photograph"}
+    with pytest.raises(ValueError, match="not a Qt resource file"):
+        read_qt_resources(io.BytesIO(b"no").getvalue())
