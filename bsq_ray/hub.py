@@ -189,7 +189,10 @@ def _shortened(keys: list[str], shown: int = 5) -> str:
 
 def _card(run: config.AnyConfig, model_id: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
     """The model card: front matter for model hubs, how to use it, what it is, what was measured."""
-    tags, example, described = _of_tokenizer(run) if isinstance(run, config.TokenizerConfig) else _of_masked_lm(run)
+    if isinstance(run, config.TokenizerConfig):
+        tags, example, described = _of_tokenizer(run)
+    else:
+        tags, example, described = _of_masked_lm(run) if isinstance(run, config.MaskedLMConfig) else _of_prior(run)
     rows = {"model id": f"`{model_id}`", **described, **facts}
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     if metrics:
@@ -232,3 +235,19 @@ def _of_masked_lm(run: config.MaskedLMConfig) -> tuple[str, list[str], dict[str,
         "classes": str(model.classes),
     }
     return "image-generation", example, rows
+
+
+def _of_prior(run: config.PriorConfig) -> tuple[str, list[str], dict[str, str]]:
+    model = run.model
+    example = [
+        "from bsq_ray import Codec",
+        "",
+        'codec = Codec.from_pretrained("path or URL of this folder")',
+        "data = codec.compress(image)  # a PIL image of any size",
+        "image = codec.decompress(data)",
+    ]
+    rows = {
+        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.sub_tokens} symbols of "
+        f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
+    }
+    return "image-compression", example, rows

@@ -107,6 +107,7 @@ def bucket(s3_server):
 
 def pytest_addoption(parser):
     parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden/ anew from what is measured")
+    parser.addoption("--fuzz", type=int, default=100_000, help="damaged files that the codec's long test tries")
 
 
 def pytest_collection_modifyitems(items):

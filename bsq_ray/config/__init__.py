@@ -21,7 +21,15 @@ from bsq_ray.config.schema import (
     Training,
     Transformer,
 )
-from bsq_ray.config.tokens import MaskedLMConfig, MaskedLMLoss, MaskedLMModel, Sampling, TokenModel
+from bsq_ray.config.tokens import (
+    MaskedLMConfig,
+    MaskedLMLoss,
+    MaskedLMModel,
+    PriorConfig,
+    PriorModel,
+    Sampling,
+    TokenModel,
+)
 
 __all__ = [
     "BSQ",
@@ -38,6 +46,8 @@ __all__ = [
     "MaskedLMLoss",
     "MaskedLMModel",
     "Optimizer",
+    "PriorConfig",
+    "PriorModel",
     "Quantizer",
     "Reading",
     "Sampling",

@@ -19,16 +19,20 @@ from pydantic import BaseModel, ValidationError
 
 from bsq_ray import storage
 from bsq_ray.config.schema import BSQ, FSQ, LFQ, VQ, TokenizerConfig
-from bsq_ray.config.tokens import MaskedLMConfig
+from bsq_ray.config.tokens import MaskedLMConfig, PriorConfig
 
-AnyConfig = TokenizerConfig | MaskedLMConfig
+AnyConfig = TokenizerConfig | MaskedLMConfig | PriorConfig
 Config = TypeVar("Config", bound=BaseModel)
 
 Keys = dict[str, Any]
 Path = tuple[str, ...]
 Origins = dict[Path, str]
 
-STAGES: dict[str, type[AnyConfig]] = {"tokenizer": TokenizerConfig, "masked-lm": MaskedLMConfig}
+STAGES: dict[str, type[AnyConfig]] = {
+    "tokenizer": TokenizerConfig,
+    "masked-lm": MaskedLMConfig,
+    "prior": PriorConfig,
+}
 _QUANTIZERS: dict[str, type[BaseModel]] = {"bsq": BSQ, "lfq": LFQ, "fsq": FSQ, "vq": VQ}
 # Values of `kind` (None: not given) between which a section keeps its other keys.
 _KINDS_OF_EQUAL_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})

@@ -1,6 +1,6 @@
-"""The schema of what is trained on tokens: the masked language model.
+"""The schema of what is trained on tokens: the masked language model and the autoregressive prior.
 
-What each key means is said beside it in `presets/imagenet128-masked-lm.yaml`, which writes out all of them.
+What each key means is said beside it in `presets/imagenet128-masked-lm.yaml` and `presets/imagenet128-prior.yaml`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ class TokenModel(Strict):
     grid: tuple[int, int, int] = (1, 16, 16)
     bits: int = Field(18, ge=1, le=128)
     sub_bits: int = Field(9, ge=1, le=14)
-    classes: int = Field(1000, ge=1)
     width: int = Field(768, ge=8)
     layers: int = Field(24, ge=1)
     heads: int = Field(8, ge=1)
@@ -55,6 +54,7 @@ class TokenModel(Strict):
 class MaskedLMModel(TokenModel):
     """Bidirectional Transformer that fills in masked tokens (paper section 4.1; MaskGIT, Chang et al., CVPR 2022)."""
 
+    classes: int = Field(1000, ge=1)
     mask_by: Literal["token", "sub_token"] = "token"
 
 
@@ -92,5 +92,25 @@ class MaskedLMConfig(Strict):
         optimizer=_TOKEN_OPTIMIZER,
         schedule=Schedule(warmup_steps=10_000, warmup_from=0.0),
         engine=Engine(),
+        ema_decay=0.9999,
+    )
+
+
+class PriorModel(TokenModel):
+    """Causal Transformer over tokens that predicts a token's bits one after the other (paper section 4.2)."""
+
+
+class PriorConfig(Strict):
+    """Everything that decides a prior's training run."""
+
+    stage: Literal["prior"] = "prior"
+    name: str = Field(min_length=1)
+    description: str = ""
+    model: PriorModel = PriorModel(dropout=0.0)
+    data: Reading = Reading(lanes=16, shuffle_window=4096)
+    training: Training = Training(
+        batch_size=64,
+        optimizer=_TOKEN_OPTIMIZER,
+        schedule=Schedule(warmup_steps=5000, warmup_from=0.0),
         ema_decay=0.9999,
     )

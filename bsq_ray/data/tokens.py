@@ -156,9 +156,9 @@ class TokenSource(Source):
             for name, there, here in (
                 ("bits", facts.bits, model.bits),
                 ("grid", list(facts.grid), list(model.grid)),
-                ("classes", len(facts.classes), model.classes),
+                ("classes", len(facts.classes), getattr(model, "classes", None)),
             )
-            if there != here
+            if here is not None and there != here
         ]
         if wrong:
             raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(wrong)}")

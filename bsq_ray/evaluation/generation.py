@@ -146,7 +146,7 @@ class _FrequencyDraw:
 
     def __init__(self, table: TokenTable, seed: int) -> None:
         facts = table.facts
-        model = config.TokenModel(grid=facts.grid, bits=facts.bits, sub_bits=1, classes=len(facts.classes))
+        model = config.TokenModel(grid=facts.grid, bits=facts.bits, sub_bits=1)
         source = TokenSource(table, model)
         block = source.read_held_out(range(source.samples))
         bits = unpack_bits(torch.from_numpy(block.values_P), facts.tokens * facts.bits)

@@ -89,8 +89,8 @@ def _describe_run(run: config.AnyConfig) -> str:
         ]
     else:
         lines = [
-            f"{run.model.tokens} tokens of {run.model.bits} bits as {run.model.sub_tokens} symbols each, "
-            f"{run.model.classes} classes",
+            f"{run.model.tokens} tokens of {run.model.bits} bits as {run.model.sub_tokens} symbols each"
+            + (f", {run.model.classes} classes" if isinstance(run, config.MaskedLMConfig) else ""),
             f"Transformer {run.model.layers} x {run.model.width}",
         ]
     engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"

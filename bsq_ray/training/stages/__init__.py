@@ -9,6 +9,7 @@ from bsq_ray.data.source import Source
 from bsq_ray.data.tokens import TokenSource
 from bsq_ray.training.stages.base import Stage
 from bsq_ray.training.stages.masked_lm import MaskedLMStage
+from bsq_ray.training.stages.prior import PriorStage
 from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 __all__ = ["Stage", "build_stage"]
@@ -19,4 +20,6 @@ def build_stage(run: config.AnyConfig, source: Source, device: torch.device) -> 
     if isinstance(run, config.TokenizerConfig):
         return TokenizerStage(run, device)
     assert isinstance(source, TokenSource)
-    return MaskedLMStage(run, source, device)
+    if isinstance(run, config.MaskedLMConfig):
+        return MaskedLMStage(run, source, device)
+    return PriorStage(run, source, device)

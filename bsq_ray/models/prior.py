@@ -1,0 +1,171 @@
+"""Autoregressive prior: the exact probability of every bit of an image's tokens (paper section 4.2).
+
+    start, token 1 … token N-1 ─embedded─▶ causal blocks ─▶ features of token 1 … N
+    features, earlier sub-tokens of the token ─▶ tree of each sub-token: logits of its 2^k - 1 nodes
+
+Tokens are in raster order inside a frame, frames in time order. A sub-token of k bits is a walk down a binary tree, its
+least significant bit first: at each node one logit says how likely a 1 is. The training loss is the sum over the nodes
+on the path, which is exactly what coding them costs.
+
+Shape suffixes: B images, N tokens, S sub-tokens of a token, K nodes of a tree, k bits of a sub-token, D width, H heads,
+E width of one head, L bits of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray import config, hub
+
+
+class CausalBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), where a token attends to itself and what is before it."""
+
+    def __init__(self, section: config.TokenModel) -> None:
+        super().__init__()
+        width, hidden = section.width, int(section.width * section.mlp_ratio)
+        self.heads = section.heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.dropout = nn.Dropout(section.dropout)
+
+    def forward(self, x_BND: Tensor, cache: tuple[Tensor, Tensor] | None = None, place: int = 0) -> Tensor:
+        """Same shape out as in; with a cache of keys and values (B, H, N, E), x is the one token at `place`."""
+        q_BHNE, k_BHNE, v_BHNE = (
+            self.qkv(self.attention_norm(x_BND)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        )
+        if cache is not None:
+            keys, values = cache
+            keys[:, :, place : place + 1], values[:, :, place : place + 1] = k_BHNE, v_BHNE
+            k_BHNE, v_BHNE = keys[:, :, : place + 1], values[:, :, : place + 1]
+        y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, is_causal=cache is None)
+        x_BND = x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2)))
+        return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
+
+
+class Prior(nn.Module):
+    """Probabilities of the bits of an image's tokens, given those before them."""
+
+    def __init__(self, section: config.PriorModel) -> None:
+        super().__init__()
+        self.config = section
+        self.model_id: str | None = None
+        width, values = section.width, 2**section.sub_bits
+        # One table for all sub-tokens: value v of sub-token s is row s · 2^k + v.
+        self.embedding = nn.Embedding(section.sub_tokens * values, width)
+        self.start = nn.Parameter(torch.empty(width))
+        self.position = nn.Parameter(torch.empty(section.tokens, width))
+        self.blocks = nn.ModuleList(CausalBlock(section) for _ in range(section.layers))
+        self.output_norm = nn.LayerNorm(width)
+        # What a token's earlier sub-tokens add to its features.
+        self.earlier = nn.Embedding(max(1, section.sub_tokens - 1) * values, width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.trees = nn.ModuleList(nn.Linear(width, values - 1) for _ in range(section.sub_tokens))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for parameter in (self.start, self.position):
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, sub_tokens_BNS: Tensor) -> Tensor:
+        """Logits of all nodes (B, N, S, K), fp32, of every token given those before it (the parallel pass)."""
+        x_BND = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), self._embed(sub_tokens_BNS[:, :-1])], 1)
+        x_BND = x_BND + self.position
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        h_BND = self.output_norm(x_BND)
+        return torch.stack([self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.sub_tokens)], 2)
+
+    def node_logits(self, h_BND: Tensor, earlier_BNs: Tensor) -> Tensor:
+        """Logits (B, N, K) of the next sub-token's nodes, given the s sub-tokens of the same token before it."""
+        sub_token = earlier_BNs.shape[-1]
+        if sub_token:
+            rows_s = torch.arange(sub_token, device=earlier_BNs.device) * 2**self.config.sub_bits
+            h_BND = h_BND + self.earlier(earlier_BNs + rows_s).sum(-2)
+        return cast(Tensor, self.trees[sub_token](self.head(h_BND))).float()
+
+    def start_decoding(self, batch: int) -> Decoding:
+        """Step-by-step decoding of a batch of images, with cached keys and values."""
+        return Decoding(self, batch)
+
+    def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
+        rows_S = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
+        return cast(Tensor, self.embedding(sub_tokens_BNS + rows_S).sum(2))
+
+    @classmethod
+    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> Prior:
+        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
+        """
+        folder = hub.read_model_folder(url, weights)
+        model = cls(config.expect(folder.config, config.PriorConfig, url).model)
+        hub.load_weights(model, folder.weights, url)
+        model.model_id = folder.id
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        url: str,
+        run: config.PriorConfig | None = None,
+        plain_weights: Mapping[str, Tensor] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> str:
+        """Writes a model folder and returns the model's id; arguments as `Tokenizer.save_pretrained`."""
+        run = run or config.PriorConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
+        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
+
+
+class Decoding:
+    """One token after the other: `features`, then `node_logits` and a value for each sub-token, then `push`."""
+
+    def __init__(self, prior: Prior, batch: int) -> None:
+        self.prior = prior
+        section, like = prior.config, prior.start
+        shape = (batch, section.heads, section.tokens, section.width // section.heads)
+        self._caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in prior.blocks]
+        self._next_B1D = like.expand(batch, 1, -1)
+        self._place = 0
+
+    def features(self) -> Tensor:
+        """Features (B, 1, D) of the next token."""
+        x_B1D = self._next_B1D + self.prior.position[self._place]
+        for block, cache in zip(self.prior.blocks, self._caches, strict=True):
+            x_B1D = block(x_B1D, cache, self._place)
+        return cast(Tensor, self.prior.output_norm(x_B1D))
+
+    def push(self, sub_tokens_BS: Tensor) -> None:
+        """The token that was decoded."""
+        self._place += 1
+        self._next_B1D = self.prior._embed(sub_tokens_BS[:, None])
+
+
+def path_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
+    """Nodes on the way to each value and the bits taken there, both (…, k); node 0 is the root.
+
+    From node i a bit b leads to node 2 i + 1 + b; the least significant bit is taken first.
+    """
+    bits = sub_tokens[..., None] >> torch.arange(sub_bits, device=sub_tokens.device) & 1
+    nodes = torch.zeros_like(bits)
+    for depth in range(1, sub_bits):
+        nodes[..., depth] = 2 * nodes[..., depth - 1] + 1 + bits[..., depth - 1]
+    return nodes, bits
+
+
+def path_cost(logits_BNSK: Tensor, sub_tokens_BNS: Tensor, sub_bits: int) -> Tensor:
+    """What the sub-tokens cost in nats, (B, N, S): the sum over the nodes on their paths."""
+    nodes, bits = path_nodes(sub_tokens_BNS, sub_bits)
+    taken = logits_BNSK.gather(-1, nodes)
+    return F.binary_cross_entropy_with_logits(taken, bits.to(taken.dtype), reduction="none").sum(-1)
