@@ -118,7 +118,7 @@ def data_inspect(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="tokenizer or masked-lm.")],
+    stage: Annotated[str, typer.Argument(help="tokenizer, masked-lm or prior.")],
     config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
     data: Annotated[str, typer.Option(help="Packed training images, or a token table.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
@@ -243,7 +243,7 @@ def generate(
     from bsq_ray.evaluation.drawing import Request, draw
 
     changes = _given(steps=steps, guidance=guidance, temperature=temperature)
-    request = Request(_numbers(classes), count, seed, changes, between, image, mask)
+    request = Request(_numbers(classes, "--classes"), count, seed, changes, between, image, mask)
     written = draw(model, out, request, _weights(weights))
     print(f"{written} images and sheet.png in {out}")
 
@@ -259,6 +259,40 @@ def reconstruct(
     from bsq_ray.evaluation.single import reconstruct_file
 
     print(reconstruct_file(model, image, out, _weights(weights)))
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
+    image: Annotated[str, typer.Argument(metavar="IN", help="An image file, or - for the standard input.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.bsq", help="The file, or - for the standard output.")],
+    weights: Weights = "ema",
+) -> None:
+    """Compress an image."""
+    from bsq_ray.codec.files import compress_file
+
+    print(compress_file(model, image, out, _weights(weights)), file=sys.stderr)
+
+
+@app.command()
+def decompress(
+    model: Annotated[str, typer.Option(help="The model folder that the file was written with.")],
+    source: Annotated[str, typer.Argument(metavar="IN.bsq", help="The file, or - for the standard input.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A .png or .webp file, or - for PNG to standard output.")],
+    region: Annotated[str | None, typer.Option(help="left,top,right,bottom in pixels: only this part.")] = None,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 2**27,
+    weights: Weights = "ema",
+) -> None:
+    """Decompress a .bsq file."""
+    from bsq_ray.codec.files import decompress_file
+
+    box = None
+    if region is not None:
+        edges = _numbers(region, "--region")
+        if len(edges) != 4:
+            raise ValueError(f"--region {region} are not four numbers: left,top,right,bottom")
+        box = edges[0], edges[1], edges[2], edges[3]
+    print(decompress_file(model, source, out, box, max_pixels, _weights(weights)), file=sys.stderr)
 
 
 @app.command("import-reference")
@@ -309,11 +343,11 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--classes {text} are not numbers with commas between them, such as 1,2") from None
+        raise ValueError(f"{option} {text} are not numbers with commas between them, such as 1,2") from None
 
 
 def _weights(name: str) -> Literal["ema", "plain"]:

@@ -1,0 +1,64 @@
+"""The commands: files, pipes, regions, and what a mistake is answered with."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from small_models import save_tokenizer
+
+from bsq_ray.codec.files import compress_file, decompress_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
+
+
+@pytest.fixture(scope="module")
+def photo(photos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    photos[0].resize((90, 60)).save(path)
+    return str(path)
+
+
+def test_a_file_goes_there_and_back(model, photo, tmp_path):
+    coded, decoded = str(tmp_path / "a.bsq"), str(tmp_path / "a.webp")
+    told = compress_file(model, photo, coded)
+    assert "90 x 60 px in" in told
+    assert "bits per pixel" in told
+    assert "90 x 60 px" in decompress_file(model, coded, decoded)
+    decompress_file(model, coded, str(tmp_path / "a.png"))
+    whole = Image.open(tmp_path / "a.png").convert("RGB")
+    assert Image.open(decoded).convert("RGB").tobytes() == whole.tobytes()
+    decompress_file(model, coded, str(tmp_path / "part.png"), region=(10, 10, 30, 20))
+    assert Image.open(tmp_path / "part.png").size == (20, 10)
+
+
+def test_pipes(model, photo, tmp_path):
+    def call(*words, data):
+        code = "from bsq_ray.cli import main; main()"
+        done = subprocess.run([sys.executable, "-c", code, *words, "--model", model], input=data, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with open(photo, "rb") as file:
+        coded = call("compress", "-", "-", data=file.read())
+    assert coded[:4] == b"BSQ1"
+    assert Image.open(io.BytesIO(call("decompress", "-", "-", data=coded))).size == (90, 60)
+
+
+def test_mistakes_are_named(model, photo, tmp_path):
+    coded = str(tmp_path / "a.bsq")
+    compress_file(model, photo, coded)
+    with pytest.raises(ValueError, match=r"must end in .png or .webp"):
+        decompress_file(model, coded, "x.jpg")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        compress_file(model, coded, str(tmp_path / "b.bsq"))
+    with pytest.raises(ValueError, match=r"photo.jpg: not a .bsq file"):
+        decompress_file(model, photo, str(tmp_path / "x.png"))
+    with pytest.raises(ValueError, match="claims 90 x 60 pixels; images of 1 to 100 pixels"):
+        decompress_file(model, coded, str(tmp_path / "x.png"), max_pixels=100)
+    with pytest.raises(ValueError, match="does not exist"):
+        compress_file(model, str(tmp_path / "none.png"), coded)
