@@ -65,11 +65,13 @@ def train(
     job = Job(run_config, data_url, out_url, held_out_url and _absolute(held_out_url), minutes)
     _check(job, workers, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
-    with _display(show) as say, _stop_on_signal() as stop:
+    with _display(show) as say:
         if workers == 0:
-            result, restarts = run(job, Worker(0, 1, local_device(), "local", _LocalReporter(say, stop))), 0
+            with _stop_on_signal() as stop:
+                result, restarts = run(job, Worker(0, 1, local_device(), "local", _LocalReporter(say, stop))), 0
         else:
-            with ray_session(address):
+            # In this order, because Ray takes SIGTERM for itself when it starts.
+            with ray_session(address), _stop_on_signal() as stop:
                 result, restarts = _run_on_ray(job, workers, max_failures, say, stop)
     facts = {**asdict(result), "workers": workers, "restarts": restarts, "minutes": minutes}
     storage.write_bytes(storage.join(out_url, "summary.json"), json.dumps(facts, indent=1).encode())
