@@ -1,0 +1,98 @@
+"""The fields of KubeRay's `ray.io/v1` objects, and those of the pods inside them that are used here, with their types.
+
+From the CRD reference of KubeRay 1.7. A mapping lists every key that may stand there; a list has the form of its
+members; `dict` is a mapping of strings to strings whose keys are free.
+"""
+
+QUANTITIES = {"limits": dict, "requests": dict}
+NAMED_VALUE = {"name": str, "value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}}
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "env": [NAMED_VALUE],
+    "envFrom": [{"secretRef": {"name": str, "optional": bool}}],
+    "ports": [{"containerPort": int, "name": str}],
+    "resources": QUANTITIES,
+    "volumeMounts": [{"mountPath": str, "name": str, "readOnly": bool}],
+}
+POD = {
+    "metadata": {"labels": dict, "annotations": dict},
+    "spec": {
+        "containers": [CONTAINER],
+        "nodeSelector": dict,
+        "serviceAccountName": str,
+        "terminationGracePeriodSeconds": int,
+        "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}],
+        "volumes": [{"name": str, "emptyDir": {"medium": str, "sizeLimit": str}}],
+    },
+}
+CLUSTER = {
+    "rayVersion": str,
+    "authOptions": {"mode": str, "secretName": str, "enableK8sTokenAuth": bool},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {
+        "version": str,
+        "idleTimeoutSeconds": int,
+        "upscalingMode": str,
+        "image": str,
+        "imagePullPolicy": str,
+        "env": [NAMED_VALUE],
+        "resources": QUANTITIES,
+    },
+    "gcsFaultToleranceOptions": {"redisAddress": str, "externalStorageNamespace": str},
+    "headGroupSpec": {"serviceType": str, "enableIngress": bool, "rayStartParams": dict, "template": POD},
+    "workerGroupSpecs": [
+        {
+            "groupName": str,
+            "replicas": int,
+            "minReplicas": int,
+            "maxReplicas": int,
+            "numOfHosts": int,
+            "idleTimeoutSeconds": int,
+            "suspend": bool,
+            "rayStartParams": dict,
+            "template": POD,
+        }
+    ],
+    "suspend": bool,
+}
+JOB = {
+    "entrypoint": str,
+    "runtimeEnvYAML": str,
+    "submissionMode": str,
+    "backoffLimit": int,
+    "activeDeadlineSeconds": int,
+    "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int,
+    "entrypointNumCpus": float,
+    "entrypointNumGpus": float,
+    "metadata": dict,
+    "clusterSelector": dict,
+    "submitterPodTemplate": POD,
+    "submitterConfig": {"backoffLimit": int},
+    "suspend": bool,
+    "rayClusterSpec": CLUSTER,
+}
+SPECS = {"RayCluster": CLUSTER, "RayJob": JOB}
+METADATA = {"name": str, "namespace": str, "labels": dict, "annotations": dict}
+
+
+def faults(value, form, where="spec"):
+    """What in `value` is not as `form` says, a line for each."""
+    if form is dict:
+        if not isinstance(value, dict):
+            return [f"{where} is no mapping"]
+        return [f"{where}.{key} is {part!r}, not a string" for key, part in value.items() if not isinstance(part, str)]
+    if isinstance(form, type):
+        fits = isinstance(value, form) and (form is bool or not isinstance(value, bool))
+        return [] if fits else [f"{where} is {value!r}, not of type {form.__name__}"]
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return [f"{where} is no list"]
+        return [line for i, part in enumerate(value) for line in faults(part, form[0], f"{where}[{i}]")]
+    if not isinstance(value, dict):
+        return [f"{where} is no mapping"]
+    unknown = [f"{where}.{key} is not known" for key in value.keys() - form.keys()]
+    return unknown + [
+        line for key in value.keys() & form.keys() for line in faults(value[key], form[key], f"{where}.{key}")
+    ]
