@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install quickstart demo-generate test test-slow lint benchmark clean
+.PHONY: help install quickstart demo-generate demo-compress test test-slow lint benchmark clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -20,6 +20,9 @@ quickstart: $(READY) ## train a small tokenizer on real photographs and open its
 
 demo-generate: $(READY) ## train a generator on labelled photographs and draw images
 	$(BIN)/bsq-ray demo-generate
+
+demo-compress: $(READY) ## train a codec and compare it with the standard ones
+	$(BIN)/bsq-ray demo-compress
 
 test: $(READY)   ## the tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow and not benchmark'

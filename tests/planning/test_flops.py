@@ -14,7 +14,7 @@ from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.flops import step_flops, tokenizer_forward
 from bsq_ray.planning.networks import discriminator_parameters, perceptual_layers, tokenizer_parameters
 from bsq_ray.training.engine import build_engine
-from bsq_ray.training.stages import build_stage
+from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 TOKENIZERS = [name for name in preset_names() if load_config(name).stage == "tokenizer"]
 
@@ -115,7 +115,7 @@ def test_operations_of_a_whole_step_are_within_two_percent(overrides):
     run = load_config(
         "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
     )
-    stage = build_stage(run, CPU)
+    stage = TokenizerStage(run, CPU)
     engines = {name: build_engine(module, run.training, 4, 1, CPU) for name, module in stage.modules.items()}
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     batch = Batch(images, torch.zeros(4, dtype=torch.long), list("abcd"))

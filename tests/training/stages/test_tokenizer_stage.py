@@ -11,7 +11,7 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.training.engine import build_engine
-from bsq_ray.training.stages import build_stage
+from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -38,7 +38,7 @@ def batch(photo_shards):
 def build(*overrides):
     run = load_config("imagenet128-bsq18", [*SMALL, *overrides])
     torch.manual_seed(0)
-    stage = build_stage(run, CPU)
+    stage = TokenizerStage(run, CPU)
     return stage, {name: build_engine(module, run.training, 8, 1, CPU) for name, module in stage.modules.items()}
 
 

@@ -1,11 +1,7 @@
-"""The demo of generation: labelled photographs ─▶ tokenizer ─▶ token tables ─▶ masked LM ─▶ drawn images, measured.
-
-Everything runs as the single commands would run it; an interrupted demo goes on where it was.
-"""
+"""The demo of generation: labelled photographs ─▶ tokenizer ─▶ token tables ─▶ masked LM ─▶ drawn images, measured."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -13,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.quickstart import packed, say
+from bsq_ray.demos.tokens import WORKERS, TokenDemo
+from bsq_ray.quickstart import say
 
-_WORKERS = 2
-_HELD_OUT_SHARE, _FEWEST = 10, 5
-_VIEWS, _SCALE = 12, 1.25
 _GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)
-# Of the training minutes, the tokenizer's part.
-_TOKENIZER_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -59,68 +51,15 @@ def run_demo(
     Raises:
         ValueError: too few photographs or classes.
     """
-    if minutes <= 0:
-        raise ValueError(f"--minutes {minutes} must be positive")
-    folders = _collect(images, out)
-
-    from bsq_ray.data.manifest import read_manifest
-    from bsq_ray.data.tokenize import tokenize
     from bsq_ray.session import ray_session
-    from bsq_ray.training.checkpoint import list_checkpoints
-    from bsq_ray.training.launch import train
 
-    def trained(run: config.AnyConfig, name: str, data: dict[str, str], share: float) -> str:
-        where = str(out / name)
-        resume = bool(list_checkpoints(where))
-        train(run, data["train"], where, _WORKERS, resume, held_out_url=data["held_out"], minutes=minutes * share)
-        return storage.join(where, "model")
-
+    demo = TokenDemo(images, out, minutes)
     with ray_session():
-        shards = {name: packed(folder, out / "data" / name) for name, folder in folders.items()}
-        classes = read_manifest(shards["train"]).classes
-        if classes != read_manifest(shards["held_out"]).classes:
-            raise ValueError(f"{folders['train']} and {folders['held_out']} have different classes")
-        tokenizer = trained(config.load_config("demo", tokenizer_overrides), "tokenizer", shards, _TOKENIZER_SHARE)
-        tables = {}
-        for name, views in (("train", _VIEWS), ("held_out", 1)):
-            tables[name] = str(out / "tokens" / name)
-            made = tokenize(tokenizer, shards[name], tables[name], _WORKERS, views=views, scale=_SCALE, flip=True)
-            say(f"{made.table.rows} rows of tokens in {tables[name]}")
-        lm = config.load_config("masked-lm-demo", (f"model.classes={len(classes)}", *lm_overrides))
-        model = trained(lm, "masked-lm", tables, 1 - _TOKENIZER_SHARE)
-        results = _measure(model, shards, tables, out, drawn)
+        demo.prepare(tokenizer_overrides)
+        lm = config.load_config("masked-lm-demo", (f"model.classes={len(demo.classes)}", *lm_overrides))
+        model = demo.train(lm, "masked-lm", demo.tables)
+        results = _measure(model, demo.shards, demo.tables, out, drawn)
     return Demo(Path(model), out / "samples.png", results, _summary(results, model, out))
-
-
-def _collect(images: Path | None, out: Path) -> dict[str, Path]:
-    """Folders of training and held-out photographs, each with a subfolder for each class."""
-    if images is None:
-        from bsq_ray.data.labelled import collect_labelled
-
-        train, held_out = collect_labelled(out / "photographs", out / "packages")
-        return {"train": train, "held_out": held_out}
-    from bsq_ray.data.pack import IMAGE_SUFFIXES
-
-    if not images.is_dir():
-        raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
-    folders = {name: out / "photographs" / name for name in ("train", "held_out")}
-    found = {
-        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in sorted(images.iterdir())
-        if folder.is_dir()
-    }
-    few = [f"{name} ({len(paths)})" for name, paths in found.items() if len(paths) < _FEWEST]
-    if len(found) < 2 or few:
-        told = f"; too few are in {', '.join(few)}" if few else f"; it has {len(found)} of them"
-        raise ValueError(f"{images} must have two or more class folders with {_FEWEST} photographs or more each{told}")
-    for name, paths in found.items():
-        by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in paths}
-        for place, digest in enumerate(sorted(by_digest)):
-            path = by_digest[digest]
-            folder = folders["train" if place % _HELD_OUT_SHARE else "held_out"] / name
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
-    return folders
 
 
 def _measure(
@@ -144,7 +83,7 @@ def _measure(
             model,
             shards["held_out"],
             str(out / "evaluation" / f"guidance-{guidance:g}"),
-            _WORKERS,
+            WORKERS,
             count=drawn,
             sampling={"guidance": guidance},
             known_url=shards["train"],

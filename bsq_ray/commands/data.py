@@ -1,0 +1,89 @@
+"""Commands on data: pack, index, inspect, tokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Address, progress_bar
+
+
+def data_pack(
+    src: Annotated[str, typer.Argument(help="Folder or URL of images; its first level of folders names the classes.")],
+    dest: Annotated[str, typer.Argument(help="Folder or URL for the shards.")],
+    kind: Annotated[str, typer.Option(help="images.")] = "images",
+    shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
+    max_side: Annotated[int | None, typer.Option(help="Shrink images with a longer side to it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffle over shards.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Tasks at once; 0 packs without Ray.")] = None,
+    address: Address = None,
+) -> None:
+    """Pack a folder of images into WebDataset shards with a manifest."""
+    from bsq_ray.data.pack import pack_images
+
+    if kind != "images":
+        raise ValueError(f"--kind {kind} is not known; this version packs images")
+    with progress_bar("packing") as bar:
+        report = pack_images(src, dest, shard_mb, max_side, seed, workers, address, bar)
+    manifest = report.manifest
+    print(f"{manifest.samples} images in {len(manifest.shards)} shards of {len(manifest.classes)} classes in {dest}")
+    if report.damaged:
+        print(f"{len(report.damaged)} files could not be decoded; they are listed in {dest}/damaged.txt")
+    if report.ignored:
+        print(f"{report.ignored} files are no images and were left out")
+
+
+def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
+    """Write the manifest for WebDataset shards that were made elsewhere."""
+    from bsq_ray.data.pack import index_shards
+
+    with progress_bar("indexing") as bar:
+        manifest = index_shards(url, bar)
+    print(f"{manifest.samples} images in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
+
+
+def data_inspect(
+    dest: Annotated[str, typer.Argument(help="Folder or URL of packed shards.")],
+    sheet: Annotated[str, typer.Option(help="Where the contact sheet goes.")] = "contact-sheet.png",
+) -> None:
+    """Count, check and show a packed data set."""
+    from bsq_ray.data.inspect import inspect_shards
+
+    found = inspect_shards(dest, sheet)
+    manifest = found.manifest
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
+    print(f"{manifest.samples} images, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}")
+    for name, count in sorted(found.per_class.items(), key=lambda item: -item[1])[:20]:
+        print(f"  {name}: {count}")
+    if len(found.per_class) > 20:
+        print(f"  and {len(found.per_class) - 20} more classes")
+    for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
+        print(f"{side} {low} to {high} px, median {middle} ({found.measured} images measured)")
+    print(f"contact sheet: {sheet}")
+    for fault in found.faults:
+        print(f"fault: {fault}")
+    if found.faults:
+        raise RuntimeError(f"{dest} has {len(found.faults)} faults, listed above")
+
+
+def tokenize_images(
+    model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
+    data: Annotated[str, typer.Option(help="Packed images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the token table.")],
+    workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
+    views: Annotated[int, typer.Option(help="Rows of each image: its centre, then random crops.")] = 1,
+    scale: Annotated[float, typer.Option(help="Random crops come from images up to so many times larger.")] = 1.25,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the random crops.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    address: Address = None,
+) -> None:
+    """Turn packed images into a token table; what is already there is not done again."""
+    from bsq_ray.data.tokenize import tokenize
+
+    with progress_bar("tokenizing") as bar:
+        done = tokenize(model, data, out, workers, address, views, scale, flip, batch_size, seed, bar)
+    print(f"{done.table.rows} rows in {len(done.table.parts)} parts ({done.made} made now) in {out}")
+    for line in done.damaged:
+        print(f"left out: {line}")

@@ -1,0 +1,45 @@
+"""Whole paths in one command each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def quickstart(
+    images: Annotated[Path | None, typer.Option(help="Your own folder of photographs.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
+) -> None:
+    """Train a small tokenizer on real photographs and show what it can do."""
+    from bsq_ray.quickstart import run_quickstart
+
+    done = run_quickstart(images, out, minutes)
+    print(done.summary)
+
+
+def demo_generate(
+    images: Annotated[Path | None, typer.Option(help="Your own folder, with a subfolder for each class.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-generate"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
+) -> None:
+    """Train a tokenizer and a masked language model on labelled photographs, and draw images of the classes."""
+    from bsq_ray.demos.generate import run_demo
+
+    print(run_demo(images, out, minutes).summary)
+
+
+def demo_compress(
+    images: Annotated[Path | None, typer.Option(help="Your own folder of photographs to compress.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-compress"),
+    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
+    train_images: Annotated[Path | None, typer.Option(help="Photographs to train on, in class folders.")] = None,
+) -> None:
+    """Train a tokenizer and a prior, and compress unseen photographs beside the standard codecs."""
+    from bsq_ray.demos.compress import run_demo
+    from bsq_ray.evaluation.compression import markdown
+
+    print(markdown(run_demo(images, out, minutes, train_images)))
+    print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/images.png")

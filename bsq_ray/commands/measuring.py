@@ -1,0 +1,76 @@
+"""Commands that measure a trained model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Address, Weights, given, progress_bar, which_weights
+
+
+def evaluate_reconstruction(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[str, typer.Option(help="Packed images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
+    workers: Annotated[int, typer.Option(help="Measuring processes; 0 measures without Ray.")] = 1,
+    weights: Weights = "ema",
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    max_damaged: Annotated[int, typer.Option(help="Images that may be unreadable.")] = 0,
+    published: Annotated[bool, typer.Option("--published", help="Show published figures beside.")] = False,
+    address: Address = None,
+) -> None:
+    """PSNR, SSIM, LPIPS, rFID, KID and code usage, beside the trivial codec at the same bits."""
+    from bsq_ray.evaluation.reconstruction import evaluate_reconstruction as evaluate
+
+    kind = which_weights(weights)
+    with progress_bar("measuring") as bar:
+        evaluate(model, data, out, workers, address, kind, batch_size, limit, published, max_damaged, bar)
+    from bsq_ray import storage
+
+    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, reconstructions.png")
+
+
+def evaluate_generation(
+    model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
+    data: Annotated[str, typer.Option(help="Packed real images.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
+    workers: Annotated[int, typer.Option(help="Drawing and measuring processes; 0 works without Ray.")] = 1,
+    count: Annotated[int | None, typer.Option(help="Images to draw; default: as many as there are real ones.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawn images.")] = 0,
+    known: Annotated[str | None, typer.Option(help="Packed images that show how classes look.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Token table: a row of its per-position frequencies.")] = None,
+    weights: Weights = "ema",
+    address: Address = None,
+) -> None:
+    """FID, KID, precision, recall, and whether the classes can be told."""
+    from bsq_ray import storage
+    from bsq_ray.evaluation.generation import evaluate_generation as evaluate
+
+    changes = given(steps=steps, guidance=guidance)
+    with progress_bar("drawing") as bar:
+        kind = which_weights(weights)
+        evaluate(model, data, out, workers, address, count, changes, seed, known, baseline, kind, bar)
+    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, samples.png")
+
+
+def evaluate_compression(
+    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
+    data: Annotated[str, typer.Option(help="Folder of image files.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
+    workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
+    address: Address = None,
+) -> None:
+    """Rate and distortion beside JPEG, JPEG 2000, WebP, AVIF and JPEG XL."""
+    from bsq_ray import storage
+    from bsq_ray.evaluation.compression import evaluate_compression as evaluate
+
+    with progress_bar("compressing") as bar:
+        evaluate(model, data, out, workers, address, bar)
+    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, images.png")

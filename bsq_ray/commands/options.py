@@ -1,0 +1,54 @@
+"""Options that several commands share, and how they show that they are at work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster; default: one on this machine, for the call.")]
+Weights = Annotated[str, typer.Option(help="ema or plain weights of the model folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, any key of the configuration.")]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} {text} are not numbers with commas between them, such as 1,2") from None
+
+
+def which_weights(name: str) -> Literal["ema", "plain"]:
+    if name not in ("ema", "plain"):
+        raise ValueError(f"--weights {name} is not known; choose ema or plain")
+    return "plain" if name == "plain" else "ema"
+
+
+class Bar:
+    """A progress bar on stderr, called with done and total."""
+
+    def __init__(self, label: str) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._progress = Progress(console=Console(file=sys.stderr), transient=True)
+        self._task = self._progress.add_task(label, total=None)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+def progress_bar(label: str) -> Bar:
+    return Bar(label)

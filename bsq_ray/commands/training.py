@@ -1,0 +1,61 @@
+"""Commands that train, and plan a training."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Address, Overrides
+
+
+def train(
+    stage: Annotated[str, typer.Argument(help="tokenizer, masked-lm or prior.")],
+    config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
+    data: Annotated[str, typer.Option(help="Packed training images, or a token table.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
+    workers: Annotated[int, typer.Option(help="Training processes; 0 trains without Ray.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    held_out: Annotated[str | None, typer.Option(help="Packed images for evaluations along the way.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time limit; the schedule then follows the clock.")] = None,
+    address: Address = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model."""
+    from bsq_ray.config import load_config
+    from bsq_ray.training.launch import Interrupted
+    from bsq_ray.training.launch import train as launch
+
+    run = load_config(config, overrides or [])
+    if stage != run.stage:
+        raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
+    try:
+        result = launch(run, data, out, workers, resume, address, held_out, minutes)
+    except Interrupted as stop:
+        again = [argument for argument in sys.argv[1:] if argument != "--resume"]
+        told = str(stop).split(";")[0]
+        command = shlex.join(["bsq-ray", *again, "--resume"])
+        raise Interrupted(f"{told}; checkpoint and model are saved in {out}. Go on with: {command}") from None
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+    print(f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {figures}")
+    print(f"model: {out.rstrip('/')}/model")
+
+
+def plan_run(
+    config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
+    gpu: Annotated[str, typer.Option(help="a5000, a6000, a100-40, a100-80, h100, l4, a10g or 4090.")],
+    gpus: Annotated[int, typer.Option(help="How many, one worker each.")],
+    gpus_per_server: Annotated[int, typer.Option(help="Cards of one server.")] = 8,
+    network_gbit: Annotated[float, typer.Option(help="Between servers, Gbit/s.")] = 25.0,
+    efficiency: Annotated[float, typer.Option(help="Share of the card's peak that is reached.")] = 0.19,
+    overrides: Overrides = None,
+) -> None:
+    """Say what a training run needs before it is started: memory, time, data rate, network."""
+    from bsq_ray.config import TokenizerConfig, expect, load_config
+    from bsq_ray.planning import plan, render
+
+    run = expect(load_config(config, overrides or []), TokenizerConfig, config)
+    made = plan(run, gpu, gpus, network_gbit, gpus_per_server, efficiency)
+    print(render(made), end="")

@@ -1,0 +1,101 @@
+"""Commands that use a trained model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Weights, given, numbers, which_weights
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
+    out: Annotated[str, typer.Option(help="Folder for the images.")],
+    classes: Annotated[str, typer.Option(help="Numbers of classes, such as 1,2; default: all.")] = "",
+    count: Annotated[int, typer.Option(help="Images of each class.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the noise on confidences.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
+    between: Annotated[bool, typer.Option("--between", help="Go from the first of two classes to the second.")] = False,
+    image: Annotated[str | None, typer.Option(help="An image to fill in.")] = None,
+    mask: Annotated[str | None, typer.Option(help="White where the image is to be drawn anew.")] = None,
+    weights: Weights = "ema",
+) -> None:
+    """Draw images of classes, or fill in a part of one."""
+    from bsq_ray.evaluation.drawing import Request, draw
+
+    changes = given(steps=steps, guidance=guidance, temperature=temperature)
+    request = Request(numbers(classes, "--classes"), count, seed, changes, between, image, mask)
+    written = draw(model, out, request, which_weights(weights))
+    print(f"{written} images and sheet.png in {out}")
+
+
+def reconstruct(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    image: Annotated[str, typer.Argument(metavar="IN", help="An image file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.png", help="Where the reconstruction goes.")],
+    weights: Weights = "ema",
+) -> None:
+    """Encode and decode one image."""
+    from bsq_ray.evaluation.single import reconstruct_file
+
+    print(reconstruct_file(model, image, out, which_weights(weights)))
+
+
+def compress(
+    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
+    image: Annotated[str, typer.Argument(metavar="IN", help="An image file, or - for the standard input.")],
+    out: Annotated[str, typer.Argument(metavar="OUT.bsq", help="The file, or - for the standard output.")],
+    weights: Weights = "ema",
+) -> None:
+    """Compress an image."""
+    from bsq_ray.codec.files import compress_file
+
+    print(compress_file(model, image, out, which_weights(weights)), file=sys.stderr)
+
+
+def decompress(
+    model: Annotated[str, typer.Option(help="The model folder that the file was written with.")],
+    source: Annotated[str, typer.Argument(metavar="IN.bsq", help="The file, or - for the standard input.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A .png or .webp file, or - for PNG to standard output.")],
+    region: Annotated[str | None, typer.Option(help="left,top,right,bottom in pixels: only this part.")] = None,
+    max_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 2**27,
+    weights: Weights = "ema",
+) -> None:
+    """Decompress a .bsq file."""
+    from bsq_ray.codec.files import decompress_file
+
+    box = None
+    if region is not None:
+        edges = numbers(region, "--region")
+        if len(edges) != 4:
+            raise ValueError(f"--region {region} are not four numbers: left,top,right,bottom")
+        box = edges[0], edges[1], edges[2], edges[3]
+    print(decompress_file(model, source, out, box, max_pixels, which_weights(weights)), file=sys.stderr)
+
+
+def import_reference(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of the published reference code.")],
+    config: Annotated[str, typer.Option(help="Preset of the same model.")],
+    out: Annotated[str, typer.Option(help="Model folder to write.")],
+    weights: Weights = "ema",
+) -> None:
+    """Turn a checkpoint of the published reference code into a model folder, without running what it pickles."""
+    from bsq_ray.reference import import_reference as convert
+
+    imported = convert(checkpoint, config, out, which_weights(weights))
+    steps = f", {imported.iteration} steps" if imported.iteration is not None else ""
+    print(f"imported model {imported.id[:12]}{steps} to {out}")
+
+
+def info(
+    what: Annotated[str, typer.Argument(metavar="M", help="Model folder, run folder, packed data set or preset.")],
+) -> None:
+    """Say what a folder or preset is."""
+    from bsq_ray.evaluation.single import describe
+
+    print(describe(what))

@@ -1,0 +1,64 @@
+"""Twenty-four photographs for comparing codecs, from wallpapers of Debian packages; nothing is committed.
+
+Each is cut to 3:2 or 2:3 and reduced to 768 x 512 pixels at least twofold, which hides the damage of its own JPEG.
+They are not Kodak's: figures cannot be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from bsq_ray.data.images import to_rgb
+from bsq_ray.data.packages import debian_package
+
+_LONG, _SHORT = 768, 512
+_PICTURES = {
+    "lxqt-themes": (
+        "usr/share/lxqt/wallpapers",
+        ("flowers.png", "appleflower.png", "butterfly.png", "cloud.png", "drop.png", "beam.png", "Valendas.png",
+         "after-the-rain.jpg", "fog.jpg", "this-is-not-windows.jpg"),
+    ),
+    "mate-backgrounds": (
+        "usr/share/backgrounds/mate/nature",
+        ("Dune.jpg", "RainDrops.jpg", "Storm.jpg", "TwoWings.jpg", "LadyBird.jpg", "YellowFlower.jpg"),
+    ),
+    "lomiri-wallpapers-16.04": (
+        "usr/share/backgrounds",
+        ("Dragonfly_by_Bolly.jpg", "picosdeeuropa_by_Aitzol_Berasategi.jpg", "life_by_Aitzol_Berasategi.jpg",
+         "aitzgorri_by_Aitzol_Berasategi.jpg", "friends_by_Aitzol_Berasategi.jpg", "seeding_by_Clements_Engelhardt.jpg",
+         "Wine_by_Jakkub_Mede.jpg"),
+    ),
+    "libjxl-testdata": ("usr/share/libjxl-testdata/jxl/flower", ("flower.png",)),
+}  # fmt: skip
+_INSTEAD = "or give a folder of your own photographs by --images"
+
+
+def collect_pictures(destination: Path, packages: Path) -> Path:
+    """Writes the photographs as PNG into `destination`, which is returned.
+
+    Raises:
+        ValueError: a package cannot be fetched, or lacks a photograph.
+    """
+    destination.mkdir(parents=True, exist_ok=True)
+    for package, (folder, names) in _PICTURES.items():
+        wanted = [name for name in names if not (destination / f"{Path(name).stem}.png").exists()]
+        if not wanted:
+            continue
+        unpacked = debian_package(packages, package, _INSTEAD)
+        for name in wanted:
+            path = unpacked / folder / name
+            if not path.exists():
+                raise ValueError(f"{package} has no {folder}/{name} in this version; {_INSTEAD}")
+            with Image.open(path) as file:
+                _reduced(to_rgb(file)).save(destination / f"{path.stem}.png")
+    return destination
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    width, height = (_LONG, _SHORT) if image.width >= image.height else (_SHORT, _LONG)
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box)

@@ -1,0 +1,1 @@
+"""Whole paths in one command each, on real photographs and two cores."""

@@ -1,0 +1,108 @@
+"""What the demos share: labelled photographs ─▶ shards ─▶ tokenizer ─▶ token tables, and training on them.
+
+Everything runs as the single commands would run it; an interrupted demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from bsq_ray import config, storage
+from bsq_ray.quickstart import packed, say
+
+WORKERS = 2
+_HELD_OUT_SHARE, _FEWEST = 10, 5
+_VIEWS, _SCALE = 12, 1.25
+# Of the training minutes, the tokenizer's part.
+_TOKENIZER_SHARE = 0.5
+
+
+class TokenDemo:
+    """A folder in which a demo happens.
+
+    Attributes:
+        shards, tables: packed photographs and token tables, by "train" and "held_out".
+        classes: their names.
+    """
+
+    def __init__(self, images: Path | None, out: Path, minutes: float) -> None:
+        """Collects the photographs.
+
+        Args:
+            images: a folder with a subfolder of photographs for each class; None collects some from packages.
+            out: folder for everything.
+            minutes: of training, both models together.
+
+        Raises:
+            ValueError: too few photographs or classes.
+        """
+        if minutes <= 0:
+            raise ValueError(f"--minutes {minutes} must be positive")
+        self.out, self.minutes = out, minutes
+        self._folders = _collect(images, out)
+        self.shards: dict[str, str] = {}
+        self.tables: dict[str, str] = {}
+        self.classes: tuple[str, ...] = ()
+
+    def prepare(self, overrides: tuple[str, ...]) -> None:
+        """Packs the photographs, trains a tokenizer (preset `demo`) on them and makes their token tables."""
+        from bsq_ray.data.manifest import read_manifest
+        from bsq_ray.data.tokenize import tokenize
+
+        self.shards = {name: packed(folder, self.out / "data" / name) for name, folder in self._folders.items()}
+        self.classes = read_manifest(self.shards["train"]).classes
+        if self.classes != read_manifest(self.shards["held_out"]).classes:
+            raise ValueError(f"training and held-out photographs in {self.out} have different classes")
+        tokenizer = self.train(config.load_config("demo", overrides), "tokenizer", self.shards)
+        for name, views in (("train", _VIEWS), ("held_out", 1)):
+            self.tables[name] = str(self.out / "tokens" / name)
+            made = tokenize(
+                tokenizer, self.shards[name], self.tables[name], WORKERS, views=views, scale=_SCALE, flip=True
+            )
+            say(f"{made.table.rows} rows of tokens in {self.tables[name]}")
+
+    def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
+        """Trains for its share of the minutes, or goes on; the model folder."""
+        from bsq_ray.training.checkpoint import list_checkpoints
+        from bsq_ray.training.launch import train
+
+        where = str(self.out / name)
+        share = _TOKENIZER_SHARE if run.stage == "tokenizer" else 1 - _TOKENIZER_SHARE
+        say(f"training the {name}, {self.minutes * share:g} minutes")
+        resume = bool(list_checkpoints(where))
+        held_out = data["held_out"]
+        train(run, data["train"], where, WORKERS, resume, held_out_url=held_out, minutes=self.minutes * share)
+        return storage.join(where, "model")
+
+
+def _collect(images: Path | None, out: Path) -> dict[str, Path]:
+    """Folders of training and held-out photographs, each with a subfolder for each class."""
+    if images is None:
+        from bsq_ray.data.labelled import collect_labelled
+
+        train, held_out = collect_labelled(out / "photographs", out / "packages")
+        return {"train": train, "held_out": held_out}
+    from bsq_ray.data.pack import IMAGE_SUFFIXES
+
+    if not images.is_dir():
+        raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
+    folders = {name: out / "photographs" / name for name in ("train", "held_out")}
+    found = {
+        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        for folder in sorted(images.iterdir())
+        if folder.is_dir()
+    }
+    few = [f"{name} ({len(paths)})" for name, paths in found.items() if len(paths) < _FEWEST]
+    if len(found) < 2 or few:
+        told = f"; too few are in {', '.join(few)}" if few else f"; it has {len(found)} of them"
+        raise ValueError(f"{images} must have two or more class folders with {_FEWEST} photographs or more each{told}")
+    for name, paths in found.items():
+        by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in paths}
+        for place, digest in enumerate(sorted(by_digest)):
+            path = by_digest[digest]
+            folder = folders["train" if place % _HELD_OUT_SHARE else "held_out"] / name
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
+    return folders

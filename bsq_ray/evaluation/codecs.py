@@ -1,0 +1,62 @@
+"""The codecs that ours is compared with, each at a range of qualities; sizes are those of real files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A codec: `encode(image, quality)` gives the file, `decode` the image; qualities from the smallest file up."""
+
+    qualities: tuple[float, ...]
+    encode: Callable[[Image.Image, float], bytes]
+    decode: Callable[[bytes], Image.Image]
+
+
+def standard_codecs() -> dict[str, Standard]:
+    """JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by imagecodecs; those that this machine's builds have."""
+    from PIL import features
+
+    codecs = {"JPEG": Standard((5, 10, 20, 35, 50, 70), _pillow("JPEG", optimize=True), _open)}
+    if features.check("jpg_2000"):
+        codecs["JPEG 2000"] = Standard((160, 80, 48, 32, 20, 12), _jpeg2000, _open)
+    if features.check("webp"):
+        codecs["WebP"] = Standard((0, 8, 20, 40, 60, 80), _pillow("WEBP", method=6), _open)
+    if features.check("avif"):
+        codecs["AVIF"] = Standard((8, 20, 32, 44, 56, 70), _pillow("AVIF", speed=6), _open)
+    try:
+        import imagecodecs
+    except ImportError:
+        return codecs
+    codecs["JPEG XL"] = Standard(
+        (14.0, 9.0, 6.0, 4.0, 2.5, 1.5),
+        lambda image, distance: bytes(imagecodecs.jpegxl_encode(np.asarray(image), distance=distance, effort=7)),
+        lambda data: Image.fromarray(imagecodecs.jpegxl_decode(data)),
+    )
+    return codecs
+
+
+def _pillow(kind: str, **options: Any) -> Callable[[Image.Image, float], bytes]:
+    def encode(image: Image.Image, quality: float) -> bytes:
+        file = io.BytesIO()
+        image.save(file, kind, quality=int(quality), **options)
+        return file.getvalue()
+
+    return encode
+
+
+def _jpeg2000(image: Image.Image, ratio: float) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG2000", quality_mode="rates", quality_layers=[ratio], irreversible=True, mct=1)
+    return file.getvalue()
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
