@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 import fsspec
@@ -130,8 +130,10 @@ def remove_folder(url: str) -> None:
     """Removes a folder and what lies in it; an absent one is fine."""
     fs, path = filesystem(url)
     with explained(url, "remove"):
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
+        while fs.exists(path):
+            # Another process may be removing parts of it.
+            with suppress(FileNotFoundError):
+                fs.rm(path, recursive=True)
 
 
 def copy_folder(source: str, dest: str) -> None:
