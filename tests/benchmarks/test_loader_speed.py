@@ -1,4 +1,4 @@
-"""Loading: images per second from the same shards to the same crops, beside webdataset's own loader."""
+"""Loading: images per second from the same shards to the same crops, beside webdataset's own loader; from S3 too."""
 
 import time
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 import webdataset
 
-from bsq_ray import config
+from bsq_ray import config, storage
 from bsq_ray.data.images import training_crop
+from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import training_batches
@@ -29,7 +30,9 @@ def shards(request, photos, tmp_path_factory):
         left, top = rng.integers(60), rng.integers(40)
         photo.crop((left, top, left + side, top + side)).save(folder / f"{number}.jpg", quality=90)
     total = sum(path.stat().st_size for path in folder.iterdir())
-    return pack_images(str(folder), str(tmp_path_factory.mktemp("shards")), shard_mb=total / 7.5e6, workers=0).manifest
+    url = str(tmp_path_factory.mktemp("shards"))
+    pack_images(str(folder), url, shard_mb=total / 7.5e6, workers=0)
+    return side, url
 
 
 def rate(batches):
@@ -61,13 +64,18 @@ def webdatasets(manifest, processes):
     return webdataset.WebLoader(data.batched(_BATCH, collation_fn=torch.stack), batch_size=None, num_workers=processes)
 
 
-def test_loader_speed(shards, ray_local):
-    neighbour = rate(webdatasets(shards, 2))
+# The server first: Ray's workers take its address from the environment they are started in.
+def test_loader_speed(shards, bucket, ray_local, figure):
+    side, url = shards
+    storage.copy_folder(url, bucket)
+    manifest, remote = read_manifest(url), read_manifest(bucket)
+    neighbour = rate(webdatasets(manifest, 2))
     rows = {
         "webdataset, 2 processes": neighbour,
-        "bsq_ray, threads of this process": rate(ours(shards, "local")),
-        "bsq_ray, Ray Data": rate(ours(shards, "ray")),
+        "bsq_ray, threads of this process": rate(ours(manifest, "local")),
+        "bsq_ray, Ray Data": rate(ours(manifest, "ray")),
+        "bsq_ray, Ray Data, from S3 (a server on the same cores)": rate(ours(remote, "ray")),
     }
-    print(f"\n{_COUNT} JPEGs to {_CROP} px crops")
     for name, value in rows.items():
-        print(f"  {name:36s} {value:8.0f} images/s   {value / neighbour:5.2f} x webdataset")
+        what = f"loader, {side} px JPEGs to {_CROP} px crops: {name}"
+        figure(what, f"{value:,.0f} images/s", f"{value / neighbour:.2f} x webdataset")

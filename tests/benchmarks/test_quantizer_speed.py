@@ -57,7 +57,7 @@ def peak_megabytes(step):
     return peak / 1e6
 
 
-def test_quantizer_speed():
+def test_quantizer_speed(figure):
     library = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     lfq = library.LFQ(codebook_size=2**9, num_codebooks=2, dim=18, spherical=True, entropy_loss_weight=0.1)
@@ -69,6 +69,6 @@ def test_quantizer_speed():
     steps["vector-quantize-pytorch FSQ 6 channels"] = theirs(fsq.train(), 6)
     rows = milliseconds(steps)
     base = rows["BSQ 18 bits, analytical"]
-    print(f"\nquantiser, {_BATCH * _TOKENS} tokens, forward + backward, {torch.get_num_threads()} threads")
     for name, value in rows.items():
-        print(f"  {name:42s} {value:8.2f} ms {value / base:7.2f} x BSQ 18   {peak_megabytes(steps[name]):7.1f} MB")
+        what = f"quantiser, forward + backward, {_BATCH * _TOKENS:,} tokens: {name}"
+        figure(what, f"{value:.2f} ms, {peak_megabytes(steps[name]):.1f} MB", f"{value / base:.2f} x BSQ 18 bits")

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.benchmark
 
 
 @pytest.mark.parametrize(("preset", "batch", "steps"), [("masked-lm-demo", 16, 32), ("imagenet128-masked-lm", 2, 32)])
-def test_sampler_speed(preset, batch, steps):
+def test_sampler_speed(preset, batch, steps, figure):
     model = MaskedLM(load_config(preset).model).eval()
     classes_BC = model.classes_of(torch.zeros(batch, dtype=torch.long))
     inside = 0.0
@@ -30,5 +30,5 @@ def test_sampler_speed(preset, batch, steps):
         began = time.perf_counter()
         sample(model, classes_BC, Sampling(steps=steps), seed=0, predict=timed)
     whole = time.perf_counter() - began
-    print(f"\n{preset}: {batch} images in {steps} guided steps, bf16, {torch.get_num_threads()} threads")
-    print(f"  {batch / whole:.3f} images/s; {whole / inside - 1:.1%} over the {steps} forward passes alone")
+    what = f"drawing, {preset}, {batch} images in {steps} guided steps, bf16"
+    figure(what, f"{batch / whole:.3g} images/s", f"the forward passes alone + {whole / inside - 1:.1%}")

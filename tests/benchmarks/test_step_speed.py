@@ -129,7 +129,7 @@ def measure(kind, precision, compiled):
     return average, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def test_step_speed():
+def test_step_speed(figure):
     cases = [
         ("careless", "fp32", False),
         ("careful", "fp32", False),
@@ -138,7 +138,6 @@ def test_step_speed():
         ("careful", "bf16", False),
         ("careful", "bf16", True),
     ]
-    print(f"\nfull training step, {_SIZE} px, batch {_BATCH}, 2 threads")
     seconds = {}
     for case in cases:
         # A process of its own for each, so that peak memory is its own.
@@ -151,6 +150,5 @@ def test_step_speed():
         name = "careless neighbour" if kind == "careless" else "bsq_ray"
         name += f", {precision}, {'compiled' if compiled else 'eager'}"
         ratio = seconds["careless", precision, False] / value
-        print(
-            f"  {name:36s} {value:6.2f} s  {_BATCH / value:5.2f} images/s  {memory:5.2f} GB  {ratio:5.2f} x neighbour"
-        )
+        what = f"full training step, {_SIZE} px, batch {_BATCH}: {name}"
+        figure(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the careless neighbour's speed")
