@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bsq_ray.session import ray_session
+from bsq_ray.session import gpus_within_reach, ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ def map_in_pool(
                 result[0] = self.work(self.items[int(rows["item"][0])])
                 return {"result": result}
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+        gpus = 1 if gpus_within_reach() >= workers else 0
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False

@@ -58,7 +58,7 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
     _claim(out, images)
     train_folder, held_out_folder = _photographs(images, out)
 
-    from bsq_ray.session import ray_session
+    from bsq_ray.session import gpus_within_reach, ray_session
 
     with ray_session():
         from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
@@ -78,6 +78,7 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
                 resume=bool(list_checkpoints(run)),
                 held_out_url=data["held_out"],
                 minutes=minutes,
+                device="gpu" if gpus_within_reach() >= _WORKERS else "cpu",
             )
         except Interrupted as stop:
             raise Interrupted(

@@ -68,6 +68,15 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         ray.shutdown()
 
 
+def gpus_within_reach() -> float:
+    """GPUs of the cluster this process is connected to, with those that its autoscaler may still bring up."""
+    import ray
+
+    up = float(ray.cluster_resources().get("GPU", 0))
+    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(up, float(possible.get("GPU", 0)))
+
+
 @contextmanager
 def _stderr_of_c_closed() -> Iterator[None]:
     """Ray's C++ part announces its log level on the descriptor itself; what Python raises is not touched."""

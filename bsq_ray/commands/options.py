@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -27,6 +27,12 @@ def which_weights(name: str) -> Literal["ema", "plain"]:
     if name not in ("ema", "plain"):
         raise ValueError(f"--weights {name} is not known; choose ema or plain")
     return "plain" if name == "plain" else "ema"
+
+
+def which_device(name: str) -> Literal["auto", "cpu", "gpu"]:
+    if name not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"--device {name} is not known; choose auto, cpu or gpu")
+    return cast(Literal["auto", "cpu", "gpu"], name)
 
 
 class Bar:

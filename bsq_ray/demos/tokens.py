@@ -65,15 +65,23 @@ class TokenDemo:
 
     def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
         """Trains for its share of the minutes, or goes on; the model folder."""
+        from bsq_ray.session import gpus_within_reach
         from bsq_ray.training.checkpoint import list_checkpoints
         from bsq_ray.training.launch import train
 
         where = str(self.out / name)
         share = _TOKENIZER_SHARE if run.stage == "tokenizer" else 1 - _TOKENIZER_SHARE
         say(f"training the {name}, {self.minutes * share:g} minutes")
-        resume = bool(list_checkpoints(where))
-        held_out = data["held_out"]
-        train(run, data["train"], where, WORKERS, resume, held_out_url=held_out, minutes=self.minutes * share)
+        train(
+            run,
+            data["train"],
+            where,
+            WORKERS,
+            resume=bool(list_checkpoints(where)),
+            held_out_url=data["held_out"],
+            minutes=self.minutes * share,
+            device="gpu" if gpus_within_reach() >= WORKERS else "cpu",
+        )
         return storage.join(where, "model")
 
 

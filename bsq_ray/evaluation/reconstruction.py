@@ -22,7 +22,7 @@ from bsq_ray.evaluation import published
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.measure import Measured, Measurer, Totals
 from bsq_ray.evaluation.pictures import draw
-from bsq_ray.session import ray_session
+from bsq_ray.session import gpus_within_reach, ray_session
 
 NETWORKS = ["lpips-alex", "lpips-vgg", "fid-inception"]
 
@@ -113,7 +113,7 @@ def _on_ray(job: _Job, workers: int, address: str | None) -> Iterator[Measured]:
                 measured[0] = self.measure(rows["block"][0])
                 return {"measured": measured}
 
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+        gpus = 1 if gpus_within_reach() >= workers else 0
         images = evaluation_dataset(*job.images())
         pool = ray.data.ActorPoolStrategy(size=min(workers, -(-job.total // job.batch_size)))
         for row in images.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():

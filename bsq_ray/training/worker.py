@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from bsq_ray.data.stream import Executor
 
+# What a worker computes on; "auto" takes a GPU where there is one.
+Device = Literal["auto", "cpu", "gpu"]
+
 
 class Reporter(Protocol):
     """Where a run tells what it does, and hears that it should stop. Only rank 0's is used."""
@@ -89,13 +92,19 @@ class Worker:
             self.barrier()
 
 
-def local_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    if not torch.cuda.is_available():
+def local_device(device: Device) -> torch.device:
+    """This process's GPU, or the CPU.
+
+    Raises:
+        ValueError: a GPU is asked for and PyTorch sees none.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    if not torch.cuda.is_available():
+        raise ValueError("--device gpu needs a GPU, and PyTorch sees none here; give --device cpu")
+    mine = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(mine)
+    return mine
 
 
 def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch.device) -> Literal["bf16", "fp32"]:

@@ -1,0 +1,35 @@
+"""Training on Ray's workers: what they compute on."""
+
+import pytest
+
+from bsq_ray.training.on_ray import train_on_gpus
+
+
+@pytest.mark.parametrize(
+    ("device", "within_reach", "expected"),
+    [("auto", 0, False), ("auto", 2, True), ("auto", 16, True), ("cpu", 16, False), ("gpu", 2, True)],
+)
+def test_workers_take_gpus_where_there_are_or_will_be_any(device, within_reach, expected):
+    assert train_on_gpus(device, 2, within_reach) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "within_reach", "message"),
+    [
+        ("auto", 1, "2 workers want a GPU each and the cluster has 1; give --workers 1, or --device cpu"),
+        ("gpu", 0, "--device gpu needs a cluster with GPUs, and this one has none; give --device cpu"),
+    ],
+)
+def test_a_cluster_that_will_never_have_enough_gpus_is_refused(device, within_reach, message):
+    with pytest.raises(ValueError, match=message):
+        train_on_gpus(device, 2, within_reach)
+
+
+def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
+    from ray._private.state import state
+
+    from bsq_ray.session import gpus_within_reach
+
+    assert gpus_within_reach() == 0
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96, "GPU": 8})
+    assert gpus_within_reach() == 8
