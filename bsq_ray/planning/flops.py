@@ -45,6 +45,11 @@ def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int) -> i
     return sizes.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width)
 
 
+def _last_products(sizes: config.Transformer, tokens: int) -> int:
+    """The last matrix product of each block, which gradient checkpointing has no need to do again."""
+    return sizes.layers * 2 * tokens * sizes.width * int(sizes.width * sizes.mlp_ratio)
+
+
 def tokenizer_forward(model: config.TokenizerModel) -> int:
     """Encoder, projections and decoder for one clip of all its frames; a codebook's search is left out."""
     frame_tokens = (model.image_size // model.patch_size) ** 2
@@ -70,7 +75,10 @@ def step_flops(run: config.TokenizerConfig) -> StepFlops:
     frame_tokens = (model.image_size // model.patch_size) ** 2
     # The images need no gradient.
     patches = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
-    again = sum(blocks_flops(sizes, frame_tokens, model.frames) for sizes in (model.encoder, model.decoder))
+    again = sum(
+        blocks_flops(sizes, frame_tokens, model.frames) - _last_products(sizes, frame_tokens * model.frames)
+        for sizes in (model.encoder, model.decoder)
+    )
     generator = 3 * forward - patches + (again if model.gradient_checkpointing else 0)
     perceptual = 0
     if loss.perceptual_weight:
@@ -81,15 +89,15 @@ def step_flops(run: config.TokenizerConfig) -> StepFlops:
 
 
 def _discriminator(layers: list[Convolution], section: config.Adversarial) -> float:
-    """Frozen on the reconstruction (2 F); trained on original and reconstruction (2 · 3 F less what needs no gradient).
+    """On the reconstruction once forward, back to its pixels for the generator and back to the weights (2 F + 2 F).
 
-    A step with R1 (Mescheder et al., 2018) differentiates a gradient: F for it, 2 F for the second derivatives, and
-    the gradient of the first layer's input that is otherwise left out. It counts twice, because original and
-    reconstruction share one forward pass and the gradient runs through all of it.
+    On the original forward and back to the weights (3 F less what needs no gradient). A step with R1 (Mescheder et al.,
+    2018) differentiates a gradient of the original's logits: F for it, 2 F for the second derivatives, and the gradient
+    of the first layer's input that is otherwise left out.
     """
     if not layers:
         return 0
     forward = sum(layer.flops for layer in layers)
     fixed = sum(layer.flops for layer in layers if not layer.learned)
-    penalty = 2 * (3 * forward + layers[0].flops) if section.r1_gamma else 0
-    return 2 * forward + 2 * (3 * forward - fixed - layers[0].flops) + penalty / section.r1_every
+    penalty = 3 * forward + layers[0].flops if section.r1_gamma else 0
+    return 7 * forward - 2 * fixed - layers[0].flops + penalty / section.r1_every

@@ -184,7 +184,7 @@ def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool
 
 
 def generator_phase(run: config.TokenizerConfig) -> float:
-    """Bytes per image when the generator's backward pass begins: tokenizer, LPIPS and the frozen discriminator."""
+    """Bytes per image when the generator's backward pass begins: tokenizer, LPIPS and the discriminator."""
     model, loss, half = run.model, run.loss, run.training.engine.precision != "fp32"
     per_frame = perceptual_bytes(loss, model.image_size, half)
     per_frame += discriminator_bytes(loss.adversarial, model.image_size, half)
@@ -194,8 +194,8 @@ def generator_phase(run: config.TokenizerConfig) -> float:
 def discriminator_phase(run: config.TokenizerConfig) -> float:
     """Bytes per image when the discriminator's backward pass begins: original and reconstruction together.
 
-    A step with R1 keeps the graph of the gradient too, as much again for both, because they share one forward pass.
+    A step with R1 keeps the graph of the original's gradient too.
     """
     model, adversarial = run.model, run.loss.adversarial
     once = discriminator_bytes(adversarial, model.image_size, run.training.engine.precision != "fp32")
-    return model.frames * 2 * once * (2 if adversarial.r1_gamma else 1)
+    return model.frames * once * (3 if adversarial.r1_gamma else 2)

@@ -1,8 +1,9 @@
 """Engines: who holds a module's gradients, optimiser state and their partition over workers.
 
-A stage has an engine for each module it optimises. Two engines in one process are right only in one way: a module that
-another engine's loss runs through is frozen and called as `engine.module(...)`; the module being optimised is called
-once, as `engine(...)`, before `engine.backward(loss)`; graphs for `autograd.grad` run through `engine.module` too.
+A stage has an engine for each module it optimises. Two engines in one process are right only in one way: a call of
+`engine(...)` is the only one before its `engine.backward(loss)`; a module that is called more than once in a step, or
+through which `autograd.grad` runs, is called as `engine.module(...)`; and the graph that an engine goes back through has
+no parameters of another engine in it, unless they are frozen.
 """
 
 from __future__ import annotations
