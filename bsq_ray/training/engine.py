@@ -2,8 +2,8 @@
 
 A stage has an engine for each module it optimises. Two engines in one process are right only in one way: a call of
 `engine(...)` is the only one before its `engine.backward(loss)`; a module that is called more than once in a step, or
-through which `autograd.grad` runs, is called as `engine.module(...)`; and the graph that an engine goes back through has
-no parameters of another engine in it, unless they are frozen.
+through which `autograd.grad` runs, is called as `engine.module(...)`; and the graph that an engine goes back through
+has no parameters of another engine in it, unless they are frozen.
 """
 
 from __future__ import annotations
