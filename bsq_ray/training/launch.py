@@ -18,7 +18,7 @@ from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, Result, check_same_run, split_batch
 from bsq_ray.training.loop import run
-from bsq_ray.training.on_ray import run_on_ray
+from bsq_ray.training.on_ray import Share, run_on_ray
 from bsq_ray.training.progress import ProgressLine
 from bsq_ray.training.worker import Device, Worker, local_device
 
@@ -39,6 +39,8 @@ def train(
     device: Device = "auto",
     max_failures: int = 3,
     show: Callable[[dict[str, Any]], None] | None = None,
+    stop: threading.Event | None = None,
+    share: Share = Share(),
 ) -> Result:
     """Trains a model and leaves `out_url/model`, checkpoints, logs and pictures; see `loop.Job`.
 
@@ -50,10 +52,12 @@ def train(
             still to be brought up by its autoscaler.
         max_failures: how often lost workers are replaced; the run then goes on from its newest checkpoint.
         show: receives the run's records instead of the progress line.
+        stop: asks the run to save and stop when it is set; None lets Ctrl-C and SIGTERM ask.
+        share: what the run may take of the cluster.
 
     Raises:
         ValueError: configuration, data and folder do not fit together; nothing was started.
-        Interrupted: it was stopped by Ctrl-C or SIGTERM, after saving.
+        Interrupted: it was asked to stop, and has saved.
         RuntimeError: the training failed; the message says why.
     """
     # Workers may run in another folder.
@@ -63,13 +67,13 @@ def train(
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
     with _display(show) as say:
         if workers == 0:
-            with _stop_on_signal() as stop:
-                worker = Worker(0, 1, local_device(device), "local", _LocalReporter(say, stop))
+            with stop_on_signal(stop) as asked:
+                worker = Worker(0, 1, local_device(device), "local", _LocalReporter(say, asked))
                 result, restarts = run(job, worker), 0
         else:
             # In this order, because Ray takes SIGTERM for itself when it starts.
-            with ray_session(address), _stop_on_signal() as stop:
-                result, restarts = run_on_ray(job, workers, device, max_failures, say, stop)
+            with ray_session(address), stop_on_signal(stop) as asked:
+                result, restarts = run_on_ray(job, workers, device, max_failures, say, asked, share)
     facts = {**asdict(result), "workers": workers, "restarts": restarts, "minutes": minutes}
     storage.write_bytes(storage.join(out_url, "summary.json"), json.dumps(facts, indent=1).encode())
     if not result.finished:
@@ -116,10 +120,10 @@ def _display(show: Callable[[dict[str, Any]], None] | None) -> Iterator[Callable
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop; the second one is not caught."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+def stop_on_signal(given: threading.Event | None = None) -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM sets the event; the second one is not caught. A given event is its giver's to set."""
+    stop = given or threading.Event()
+    if given is not None or threading.current_thread() is not threading.main_thread():
         yield stop
         return
 

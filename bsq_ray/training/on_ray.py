@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,19 @@ from bsq_ray.training.worker import Device, Worker, local_device
 _POLL_SECONDS = 0.5
 
 
+@dataclass(frozen=True)
+class Share:
+    """A run's part of the cluster.
+
+    Attributes:
+        resources: of each worker, as Ray counts them; None takes a CPU, and a GPU if the device is one.
+        runs: how many runs use the machines at once.
+    """
+
+    resources: dict[str, float] | None = None
+    runs: int = 1
+
+
 def run_on_ray(
     job: Job,
     workers: int,
@@ -30,6 +44,7 @@ def run_on_ray(
     max_failures: int,
     say: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    share: Share,
 ) -> tuple[Result, int]:
     """Trains with Ray Train's workers on the cluster this process is connected to.
 
@@ -50,16 +65,16 @@ def run_on_ray(
     cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > workers else 0.5
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config={"job": job, "board": board, "gpu": use_gpu},
+        train_loop_config={"job": job, "board": board, "gpu": use_gpu, "runs": share.runs},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus},
+            resources_per_worker=share.resources or ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}),
         ),
         run_config=RunConfig(
             name=f"ray-{int(time.time() * 1000)}",
             failure_config=FailureConfig(max_failures=max_failures),
-            **_storage(job.out_url),
+            **ray_storage(job.out_url),
         ),
     )
     errors: list[Exception] = []
@@ -146,7 +161,8 @@ def _worker_main(settings: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device: Device = "gpu" if settings["gpu"] else "cpu"
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, context.get_local_world_size())))
+        neighbours = max(1, context.get_local_world_size()) * settings["runs"]
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     if rank == 0:
         ray.get(board.start.remote())
     try:
@@ -164,8 +180,8 @@ def _worker_main(settings: dict[str, Any]) -> None:
         ray.get(board.add.remote({"kind": "result", "result": result}))
 
 
-def _storage(out_url: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes: inside the run's folder."""
+def ray_storage(out_url: str) -> dict[str, Any]:
+    """Where Ray keeps its own notes: inside the run's folder."""
     url = storage.join(out_url, "ray")
     fs, path = storage.filesystem(url)
     if storage.is_local(out_url):
