@@ -54,9 +54,8 @@ def plan_run(
     overrides: Overrides = None,
 ) -> None:
     """Say what a training run needs before it is started: memory, time, data rate, network."""
-    from bsq_ray.config import TokenizerConfig, expect, load_config
+    from bsq_ray.config import load_config
     from bsq_ray.planning import plan, render
 
-    run = expect(load_config(config, overrides or []), TokenizerConfig, config)
-    made = plan(run, gpu, gpus, network_gbit, gpus_per_server, efficiency)
+    made = plan(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
     print(render(made), end="")

@@ -8,30 +8,8 @@ only the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from bsq_ray import config
 from bsq_ray.planning.networks import Convolution, code_channels, discriminator_layers, perceptual_layers
-
-
-@dataclass(frozen=True)
-class StepFlops:
-    """Operations per image of a training step, every phase running.
-
-    Attributes:
-        generator: forward and backward pass of the tokenizer; with gradient checkpointing the recomputation too.
-        perceptual: LPIPS of the reconstruction with its gradient, and of the original.
-        discriminator: in the generator's phase and in its own, R1 spread over the steps between.
-    """
-
-    generator: float
-    perceptual: float
-    discriminator: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.generator + self.perceptual + self.discriminator
 
 
 def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int) -> int:
@@ -68,8 +46,14 @@ def tokenizer_forward(model: config.TokenizerModel) -> int:
     )
 
 
-def step_flops(run: config.TokenizerConfig) -> StepFlops:
-    """Operations per image, or per clip, of a step."""
+def tokenizer_flops(run: config.TokenizerConfig) -> dict[str, float]:
+    """Operations per image, or per clip, of a training step with every phase running.
+
+    Returns:
+        generator: its forward and backward pass; with gradient checkpointing the recomputation too.
+        LPIPS: of the reconstruction with its gradient, and of the original.
+        discriminator: in the generator's phase and in its own, R1 spread over the steps between.
+    """
     model, loss = run.model, run.loss
     forward = tokenizer_forward(model)
     frame_tokens = (model.image_size // model.patch_size) ** 2
@@ -85,7 +69,8 @@ def step_flops(run: config.TokenizerConfig) -> StepFlops:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
         perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
     layers = discriminator_layers(loss.adversarial, model.image_size)
-    return StepFlops(generator, perceptual, model.frames * _discriminator(layers, loss.adversarial))
+    discriminator = model.frames * _discriminator(layers, loss.adversarial)
+    return {"generator": generator, "LPIPS": perceptual, "discriminator": discriminator}
 
 
 def _discriminator(layers: list[Convolution], section: config.Adversarial) -> float:

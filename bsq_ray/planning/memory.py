@@ -1,24 +1,15 @@
 """Memory of one GPU during a training step, in bytes.
 
-State: what stays from step to step. Activations: what the forward pass keeps for the backward pass. Shape letters:
-D width, H heads, h hidden width of a block's MLP; e is the size of a matrix product's operand, 2 bytes under bf16
-autocast and 4 in fp32.
+State: what stays from step to step. Activations: what the forward pass keeps for the backward pass, by the formulas of
+`activations` and `tokens`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 from bsq_ray import config
-from bsq_ray.planning.networks import (
-    code_channels,
-    discriminator_layers,
-    discriminator_parameters,
-    perceptual_layers,
-    style_channels,
-    tokenizer_parameters,
-)
+from bsq_ray.planning.needs import needs
 
 # CUDA's context and the libraries' workspaces (1 GiB), and memory the allocator holds but cannot use (5 %): experience.
 CONTEXT = 2**30
@@ -32,12 +23,12 @@ class Memory:
     """Bytes on one GPU.
 
     Attributes:
-        weights: fp32 weights of generator, discriminator and LPIPS' network, and the copies that products take.
+        weights: fp32 weights of what is trained and of networks that only measure, and the copies that products take.
         gradients: fp32.
         optimizer: AdamW's two moments and ZeRO's own fp32 copy of the weights.
-        average: the moving average of the generator's weights.
+        average: the moving average of the model's weights.
         buckets: buffers in which ZeRO reduces gradients.
-        activations: at the fuller of the two phases.
+        activations: at the fullest phase.
         overhead: context and fragmentation.
     """
 
@@ -56,26 +47,15 @@ class Memory:
         return sum(parts) + self.overhead
 
 
-def training_memory(run: config.TokenizerConfig, workers: int, micro_batch: int) -> Memory:
-    """Peak memory of one worker that takes `micro_batch` images at once."""
-    engine, model, loss = run.training.engine, run.model, run.loss
-    half = engine.precision != "fp32"
-    generator = tokenizer_parameters(model)
-    trained = generator + discriminator_parameters(loss.adversarial, model.image_size)
-    perceptual = 0
-    if loss.perceptual_weight:
-        slices = perceptual_layers(loss.perceptual_network, model.image_size)
-        perceptual = sum(layer.parameters for layers in slices for layer in layers)
-    activations = micro_batch * max(generator_phase(run), discriminator_phase(run))
-    state = _state(trained, engine, workers)
-    # Beside the fp32 weights, what products take: bf16 copies, or the discriminator's equalised weights.
-    operands = 2 * (trained + perceptual) if half else 4 * (trained - generator)
-    weights = state["weights"] + 4 * perceptual + operands
-    buckets = 0.0
-    if engine.kind == "deepspeed" and engine.zero_stage in (1, 2):
-        # Only the engine whose backward pass runs has one.
-        buckets = 4.0 * _BUCKET
-    average = 4.0 * generator if run.training.ema_decay else 0.0
+def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Memory:
+    """Peak memory of one worker that takes `micro_batch` samples at once."""
+    sample, engine = needs(run), run.training.engine
+    state = _state(sum(sample.parameters.values()), engine, workers)
+    weights = state["weights"] + 4 * sample.frozen + sample.copies
+    # Only the engine whose backward pass runs has one.
+    buckets = 4.0 * _BUCKET if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
+    average = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0
+    activations = micro_batch * max(sample.activations)
     used = weights + state["gradients"] + state["optimizer"] + average + buckets + activations
     return Memory(
         weights,
@@ -101,101 +81,3 @@ def _state(parameters: int, engine: config.Engine, workers: int) -> dict[str, fl
         "gradients": size / workers if stage >= 2 else size,
         "optimizer": 3 * size / workers if stage else 2 * size,
     }
-
-
-def block_bytes(sizes: config.Transformer, half: bool) -> int:
-    """Kept per token by one transformer block.
-
-    Inputs of the two norms, fp32: 8 D, and their statistics: 16. Operands: input of the qkv projection e D, q, k and v
-    3 e D, attention's output e D with its log-sums 4 H, input of the MLP e D, its hidden layer before and after GELU
-    2 e h. Counted as by Korthikanti et al., 2022, section 4, without dropout.
-    """
-    operand = 2 if half else 4
-    hidden = int(sizes.width * sizes.mlp_ratio)
-    return 8 * sizes.width + 16 + operand * (6 * sizes.width + 2 * hidden) + 4 * sizes.heads
-
-
-def tokenizer_bytes(model: config.TokenizerModel, half: bool) -> int:
-    """Kept for one image or clip by encoder, quantiser and decoder.
-
-    With gradient checkpointing each block keeps its fp32 input, and one block at a time all it needs.
-    """
-    tokens = model.frames * (model.image_size // model.patch_size) ** 2
-    patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
-    operand = 2 if half else 4
-    per_token = operand * (patch + model.decoder.head_width) + 12 * patch + 24 * channels
-    for sizes in (model.encoder, model.decoder):
-        # The two outer norms, and the projection that follows.
-        per_token += 8 * sizes.width + 16 + operand * sizes.width
-        if not model.gradient_checkpointing:
-            per_token += sizes.layers * block_bytes(sizes, half)
-        else:
-            per_token += sizes.layers * 4 * sizes.width
-    if model.gradient_checkpointing:
-        per_token += max(block_bytes(sizes, half) for sizes in (model.encoder, model.decoder))
-    return tokens * per_token
-
-
-def perceptual_bytes(loss: config.TokenizerLoss, image_size: int, half: bool) -> int:
-    """Kept for one image by LPIPS of the reconstruction; the original's features are gone by the backward pass.
-
-    Each convolution keeps its output, in place behind its ReLU; a pooling its output and 8-byte indices. At the five
-    layers the difference of the unit features is fp32, and so are the features, which is a copy under autocast.
-    """
-    if not loss.perceptual_weight:
-        return 0
-    operand = 2 if half else 4
-    slices = perceptual_layers(loss.perceptual_network, image_size)
-    total = operand * 3 * image_size**2
-    for number, layers in enumerate(slices):
-        total += sum(operand * layer.outputs * layer.size**2 for layer in layers)
-        compared = layers[-1].outputs * layers[-1].size ** 2
-        total += 4 * compared * (2 if half else 1)
-        following = slices[number + 1][0] if number + 1 < len(slices) else None
-        if following is not None and following.size < layers[-1].size:
-            total += (8 + operand) * following.inputs * pooled_side(loss.perceptual_network, layers[-1].size) ** 2
-    return total
-
-
-def pooled_side(network: str, side: int) -> int:
-    """Side after a max pooling: 2 x 2 in VGG, 3 x 3 by steps of 2 in AlexNet."""
-    return side // 2 if network == "vgg" else (side - 3) // 2 + 1
-
-
-def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool) -> int:
-    """Kept for one image by a forward pass of the discriminator.
-
-    Activations happen in place, so a block keeps its input, both activated outputs and what the two filters give.
-    """
-    operand = 2 if half else 4
-    layers = discriminator_layers(section, image_size)
-    if not layers:
-        return 0
-    if section.discriminator == "patchgan":
-        # Outputs of each convolution, of its norm (the first has none) and of its leaky ReLU; not of the last.
-        kept = sum((3 if number else 2) * layer.outputs * layer.size**2 for number, layer in enumerate(layers[:-1]))
-        return operand * (3 * image_size**2 + kept)
-    channels = style_channels(section, image_size)
-    kept = 3 * image_size**2
-    for size, half_size in pairwise(channels):
-        ours, theirs = channels[size], channels[half_size]
-        kept += ours * (2 * size**2 + (size + 1) ** 2 + half_size**2) + theirs * half_size**2
-    return operand * (kept + channels[4] * 16 * 3)
-
-
-def generator_phase(run: config.TokenizerConfig) -> float:
-    """Bytes per image when the generator's backward pass begins: tokenizer, LPIPS and the discriminator."""
-    model, loss, half = run.model, run.loss, run.training.engine.precision != "fp32"
-    per_frame = perceptual_bytes(loss, model.image_size, half)
-    per_frame += discriminator_bytes(loss.adversarial, model.image_size, half)
-    return tokenizer_bytes(model, half) + model.frames * per_frame
-
-
-def discriminator_phase(run: config.TokenizerConfig) -> float:
-    """Bytes per image when the discriminator's backward pass begins: original and reconstruction together.
-
-    A step with R1 keeps the graph of the original's gradient too.
-    """
-    model, adversarial = run.model, run.loss.adversarial
-    once = discriminator_bytes(adversarial, model.image_size, run.training.engine.precision != "fp32")
-    return model.frames * once * (3 if adversarial.r1_gamma else 2)

@@ -41,11 +41,15 @@ class Convolution:
 
 
 def transformer_parameters(sizes: config.Transformer, tokens: int, frames: int) -> int:
-    """Position embeddings, two norms, and per block 4 D² + 2 D h + 9 D + h: norms, attention, MLP, with biases."""
+    """Position embeddings, two norms, and the blocks."""
+    positions = (tokens + (frames if frames > 1 else 0)) * sizes.width
+    return positions + 4 * sizes.width + blocks_parameters(sizes)
+
+
+def blocks_parameters(sizes: config.Transformer) -> int:
+    """Per block 4 D² + 2 D h + 9 D + h: norms, attention, MLP, with biases."""
     width, hidden = sizes.width, int(sizes.width * sizes.mlp_ratio)
-    positions = (tokens + (frames if frames > 1 else 0)) * width
-    block = 4 * width**2 + 2 * width * hidden + 9 * width + hidden
-    return positions + 4 * width + sizes.layers * block
+    return sizes.layers * (4 * width**2 + 2 * width * hidden + 9 * width + hidden)
 
 
 def code_channels(quantizer: config.Quantizer) -> int:

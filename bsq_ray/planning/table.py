@@ -23,31 +23,24 @@ def render(plan: Plan) -> str:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str]]:
-    memory = plan.memory
+    memory, sample = plan.memory, plan.sample
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    operations = sum(sample.flops.values())
+    shares = ", ".join(f"{name} {count / operations:.0%}" for name, count in sample.flops.items())
     parts = ("weights", "gradients", "optimizer", "average", "buckets", "activations", "overhead")
     return [
-        (
-            "parameters",
-            f"{plan.generator_parameters / 1e6:.1f} M generator, "
-            f"{plan.discriminator_parameters / 1e6:.1f} M discriminator",
-        ),
-        ("batch of a GPU", f"{plan.micro_batch} images, {plan.accumulation} times a step"),
+        ("parameters", ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in sample.parameters.items())),
+        ("batch of a GPU", f"{plan.micro_batch} {sample.unit}, {plan.accumulation} times a step"),
         ("memory of a GPU", f"{_gib(memory.total)} of {plan.gpu.memory_gib:.0f} GiB: {verdict}"),
         *((f"  {part}", _gib(getattr(memory, part))) for part in parts),
-        (
-            "operations of a step",
-            f"{plan.step_flops / 1e12:.4g} TFLOP: generator {plan.flops.generator / plan.flops.total:.0%}, "
-            f"LPIPS {plan.flops.perceptual / plan.flops.total:.0%}, "
-            f"discriminator {plan.flops.discriminator / plan.flops.total:.0%}",
-        ),
+        ("operations of a step", f"{plan.step_flops / 1e12:.4g} TFLOP: {shares}"),
         (
             "time of a step",
             f"{plan.step_seconds:.3g} s: computing {plan.compute_seconds:.3g}, sending {plan.network_seconds:.3g}",
         ),
-        ("speed", f"{plan.images_per_second:.4g} images/s"),
+        ("speed", f"{plan.samples_per_second:.4g} {sample.unit}/s"),
         ("network", f"{plan.bytes_sent / 1e9:.3g} GB sent by each GPU in a step"),
-        ("data to read", f"{plan.data_bytes / 1e6:.4g} MB/s of JPEGs, all servers together"),
+        ("data to read", f"{plan.data_bytes / 1e6:.4g} MB/s, all servers together"),
         ("time of the run", f"{plan.days:.2f} days"),
     ]
 

@@ -7,7 +7,8 @@ from bsq_ray.config import load_config
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.planning.memory import discriminator_bytes, perceptual_bytes, tokenizer_bytes, training_memory
+from bsq_ray.planning.activations import discriminator_bytes, perceptual_bytes, tokenizer_bytes
+from bsq_ray.planning.memory import training_memory
 
 IMAGES = 4
 

@@ -8,10 +8,8 @@ from bsq_ray.planning.gpus import GPUS
 from bsq_ray.planning.network import bytes_sent
 from bsq_ray.planning.plan import reconstruction_rate
 
-TOKENIZERS = [name for name in preset_names() if load_config(name).stage == "tokenizer"]
 
-
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_preset_has_a_plan_for_every_card(name, gpu):
     made = plan(load_config(name), gpu, 16)
@@ -23,6 +21,22 @@ def test_every_preset_has_a_plan_for_every_card(name, gpu):
 def test_the_paper_reconstructs_as_fast_on_an_a5000():
     # 45.1 images/s is what the efficiency was taken from, so this guards the arithmetic, not the prediction.
     assert reconstruction_rate(load_config("imagenet256-bsq18").model, "a5000") == pytest.approx(45.1, rel=0.02)
+
+
+@pytest.mark.parametrize("gpus", [8, 16])
+def test_the_papers_32_images_at_128_px_fit_an_a5000(gpus):
+    assert plan(load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus).fits
+
+
+def test_32_images_at_256_px_are_taken_in_two_halves():
+    made = plan(load_config("imagenet256-bsq18", ["training.batch_size=512"]), "a5000", 16)
+    assert "training.micro_batch_size=16 (accumulates; same global batch)" in made.advice
+
+
+def test_the_papers_token_models_fit_as_it_trained_them():
+    # Sixteen cards with batch 1,024 for the masked language model, eight with batch 64 for the prior.
+    assert plan(load_config("imagenet128-masked-lm"), "a5000", 16).fits
+    assert plan(load_config("imagenet128-prior"), "a5000", 8).fits
 
 
 def test_the_papers_five_days_would_take_most_of_the_peak_of_sixteen_a5000():
@@ -47,7 +61,7 @@ def test_taking_the_advice_makes_it_fit():
 def test_a_model_too_large_for_one_image_gets_no_false_hope():
     huge = load_config("imagenet256-bsq18", ["model.encoder.width=6144", "model.encoder.layers=48"])
     [advice] = plan(huge, "l4", 16).advice
-    assert "not even one image" in advice
+    assert "not even one sample" in advice
 
 
 def test_a_ring_sends_almost_twice_the_weights():
