@@ -72,6 +72,34 @@ def held_out_shards(photo_folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def video_folders(tmp_path_factory):
+    """(train, held_out): folders of real clips."""
+    from bsq_ray.data.samples import collect_videos
+
+    return collect_videos(tmp_path_factory.mktemp("videos"))
+
+
+@pytest.fixture(scope="session")
+def video_shards(video_folders, tmp_path_factory):
+    """URL of the training clips, packed at 64 pixels, a shard each."""
+    from bsq_ray.data.pack import pack_videos
+
+    url = str(tmp_path_factory.mktemp("video_shards"))
+    pack_videos(str(video_folders[0]), url, shard_mb=0.1, max_side=64, workers=0)
+    return url
+
+
+@pytest.fixture(scope="session")
+def held_out_video_shards(video_folders, tmp_path_factory):
+    """URL of the held-out clips, packed at 64 pixels."""
+    from bsq_ray.data.pack import pack_videos
+
+    url = str(tmp_path_factory.mktemp("held_out_videos"))
+    pack_videos(str(video_folders[1]), url, max_side=64, workers=0)
+    return url
+
+
+@pytest.fixture(scope="session")
 def s3_server():
     """Endpoint of an S3 server on loopback; credentials and endpoint stand in the environment as users have them."""
     with socket.socket() as probe:

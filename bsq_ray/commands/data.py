@@ -6,41 +6,52 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, progress_bar
+from bsq_ray.commands.options import Address, given, progress_bar
 
 
 def data_pack(
-    src: Annotated[str, typer.Argument(help="Folder or URL of images; its first level of folders names the classes.")],
+    src: Annotated[str, typer.Argument(help="Folder or URL of files; its first level of folders names the classes.")],
     dest: Annotated[str, typer.Argument(help="Folder or URL for the shards.")],
-    kind: Annotated[str, typer.Option(help="images.")] = "images",
+    kind: Annotated[str, typer.Option(help="images or videos.")] = "images",
+    split_list: Annotated[
+        str | None, typer.Option("--list", help="Take the files that this UCF-101 list names.")
+    ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
-    max_side: Annotated[int | None, typer.Option(help="Shrink images with a longer side to it.")] = None,
+    max_side: Annotated[int | None, typer.Option(help="Shrink images or videos with a longer side to it.")] = None,
+    min_frames: Annotated[int | None, typer.Option(help="Leave out videos with fewer frames; default 16.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle over shards.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Tasks at once; 0 packs without Ray.")] = None,
     address: Address = None,
 ) -> None:
-    """Pack a folder of images into WebDataset shards with a manifest."""
-    from bsq_ray.data.pack import pack_images
+    """Pack a folder of images or videos into WebDataset shards with a manifest."""
+    from bsq_ray.data.pack import pack_images, pack_videos
 
-    if kind != "images":
-        raise ValueError(f"--kind {kind} is not known; this version packs images")
+    if kind not in ("images", "videos"):
+        raise ValueError(f"--kind {kind} is not known; choose images or videos")
+    if kind == "images" and min_frames is not None:
+        raise ValueError("--min-frames is for videos; add --kind videos")
     with progress_bar("packing") as bar:
-        report = pack_images(src, dest, shard_mb, max_side, seed, workers, address, bar)
+        place = (src, dest, shard_mb, max_side, seed, workers, address, bar, split_list)
+        report = pack_images(*place) if kind == "images" else pack_videos(*place, **given(min_frames=min_frames))
     manifest = report.manifest
-    print(f"{manifest.samples} images in {len(manifest.shards)} shards of {len(manifest.classes)} classes in {dest}")
+    print(f"{manifest.samples} {kind} in {len(manifest.shards)} shards of {len(manifest.classes)} classes in {dest}")
     if report.damaged:
         print(f"{len(report.damaged)} files could not be decoded; they are listed in {dest}/damaged.txt")
+    if report.too_short:
+        print(f"{len(report.too_short)} videos are too short; they are listed in {dest}/too-short.txt")
+    if report.changed:
+        print(f"{len(report.changed)} videos of variable rate now have a constant one: {dest}/changed.txt lists them")
     if report.ignored:
-        print(f"{report.ignored} files are no images and were left out")
+        print(f"{report.ignored} files are no {kind} and were left out")
 
 
 def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
     """Write the manifest for WebDataset shards that were made elsewhere."""
-    from bsq_ray.data.pack import index_shards
+    from bsq_ray.data.index import index_shards
 
     with progress_bar("indexing") as bar:
         manifest = index_shards(url, bar)
-    print(f"{manifest.samples} images in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
+    print(f"{manifest.samples} {manifest.kind} in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
 
 
 def data_inspect(
@@ -53,13 +64,18 @@ def data_inspect(
     found = inspect_shards(dest, sheet)
     manifest = found.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(f"{manifest.samples} images, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}")
+    print(
+        f"{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}"
+    )
     for name, count in sorted(found.per_class.items(), key=lambda item: -item[1])[:20]:
         print(f"  {name}: {count}")
     if len(found.per_class) > 20:
         print(f"  and {len(found.per_class) - 20} more classes")
     for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
-        print(f"{side} {low} to {high} px, median {middle} ({found.measured} images measured)")
+        print(f"{side} {low} to {high} px, median {middle} ({found.measured} {manifest.kind} measured)")
+    if manifest.kind == "videos":
+        low, middle, high = found.frames
+        print(f"frames {low} to {high}, median {middle}; {found.seconds / 60:.1f} minutes in all, {found.rates}")
     print(f"contact sheet: {sheet}")
     for fault in found.faults:
         print(f"fault: {fault}")

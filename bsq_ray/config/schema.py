@@ -181,11 +181,13 @@ class Reading(Strict):
 
 
 class Data(Reading):
-    """What is read from the shards, in which order, and how it becomes training images."""
+    """What is read from the shards, in which order, and how it becomes training images and clips."""
 
     crop_scale: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
     evaluation_filter: Literal["lanczos", "bilinear"] = "lanczos"
+    frame_stride: int = Field(1, ge=1)
+    clips_per_video: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _scales_are_a_range(self) -> Data:

@@ -1,4 +1,4 @@
-"""Image files to pixels: decoding, the training crop and the evaluation image.
+"""Image files to pixels: decoding, what is stored of them, the training crop and the evaluation image.
 
 Pixels are uint8, RGB; `to_float` maps them to [-1, 1].
 """
@@ -6,12 +6,16 @@ Pixels are uint8, RGB; `to_float` maps them to [-1, 1].
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 Filter = Literal["lanczos", "bilinear"]
 _FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
@@ -45,6 +49,27 @@ def decode_image(data: bytes, short_side: int | None = None) -> Image.Image:
     return to_rgb(image)
 
 
+def stored_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+    """The bytes to store and their suffix: the file as it is if it is plain RGB or grey, upright and small enough."""
+    image = Image.open(io.BytesIO(data))
+    image_format, mode, turned = image.format, image.mode, image.getexif().get(0x0112, 1) != 1
+    opaque = mode in ("RGB", "L") and "transparency" not in image.info
+    rgb = to_rgb(image)
+    too_large = max_side is not None and max(rgb.size) > max_side
+    if image_format in _SUFFIX_OF_FORMAT and opaque and not turned and not too_large:
+        return data, _SUFFIX_OF_FORMAT[image_format]
+    if max_side is not None and too_large:
+        scale = max_side / max(rgb.size)
+        size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    stored = io.BytesIO()
+    if image_format == "JPEG":
+        rgb.save(stored, "JPEG", quality=95, subsampling=0)
+        return stored.getvalue(), "jpg"
+    rgb.save(stored, "PNG")
+    return stored.getvalue(), "png"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB with 8 bits a channel, upright; transparent parts become white."""
     image.load()
@@ -61,31 +86,54 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def training_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Crop:
+    """A square cut from pictures of one size: the same for every frame of a clip.
+
+    Attributes:
+        size: side of the result, pixels.
+        box: left, top, right, bottom of what is kept, in pixels of the picture.
+        mirrored: whether left and right are exchanged.
+    """
+
+    size: int
+    box: tuple[float, float, float, float]
+    mirrored: bool
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """RGB to uint8 (3, size, size)."""
+        # Resizing only what the crop keeps gives the pixels of resize-then-crop for less.
+        pixels = np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self.box))
+        if self.mirrored:
+            pixels = pixels[:, ::-1]
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def draw_crop(
+    picture: tuple[int, int], size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
+) -> Crop:
     """The paper's training transform: short side resized (bilinear, antialiased), then a random square.
 
     Args:
-        image: RGB.
+        picture: width and height, pixels.
         size: side of the result, pixels.
         scale: the short side becomes size times a factor drawn from this range.
-        flip: mirror half of the images.
+        flip: mirror half of the crops.
         rng: the only source of randomness.
-
-    Returns:
-        uint8 (3, size, size).
     """
-    factor = size * rng.uniform(*scale) / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
+    factor = size * rng.uniform(*scale) / min(picture)
+    width, height = (max(size, round(side * factor)) for side in picture)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    across, down = image.width / width, image.height / height
-    # Resizing only what the crop keeps gives the pixels of resize-then-crop for less.
+    across, down = picture[0] / width, picture[1] / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
-    if flip and rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return Crop(size, box, flip and bool(rng.random() < 0.5))
+
+
+def training_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """One image through `draw_crop`; uint8 (3, size, size)."""
+    return draw_crop(image.size, size, scale, flip, rng)(image)
 
 
 def evaluation_image(image: Image.Image, size: int, resize_filter: Filter) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.images import evaluation_image
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.read import decode, fetch
+from bsq_ray.data.read import Files, decode, fetch
+from bsq_ray.data.videos import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
 # Image sizes are measured on at most this many samples, spread over the data set.
@@ -26,10 +28,13 @@ class Inspection:
 
     Attributes:
         manifest: the data set.
-        per_class: images of each class, by name.
+        per_class: images or videos of each class, by name.
         widths, heights: least, median and greatest of the measured images, pixels.
-        measured: how many images were opened for that.
-        faults: what is wrong with shards or images.
+        measured: how many images or videos were opened for that.
+        frames: least, median and greatest number of frames of all videos.
+        seconds: of all videos together.
+        rates: frame rates of the videos, in words.
+        faults: what is wrong with shards, images or videos.
     """
 
     manifest: Manifest
@@ -37,6 +42,9 @@ class Inspection:
     widths: tuple[int, int, int] = (0, 0, 0)
     heights: tuple[int, int, int] = (0, 0, 0)
     measured: int = 0
+    frames: tuple[int, int, int] = (0, 0, 0)
+    seconds: float = 0.0
+    rates: str = ""
     faults: list[str] = field(default_factory=list)
 
 
@@ -67,12 +75,9 @@ def inspect_shards(url: str, sheet: str | None = None) -> Inspection:
     samples = np.unique(np.linspace(0, manifest.samples - 1, _MEASURED).astype(int)).tolist()
     sizes, tiles = [], []
     on_sheet = set(np.unique(np.linspace(0, len(samples) - 1, _SHEET_COLUMNS * _SHEET_ROWS).astype(int)).tolist())
-    for place, (sample, blob) in enumerate(zip(samples, fetch(manifest, samples), strict=True)):
-        shard, index = manifest.locate(sample)
-        try:
-            image = decode(blob, shard.sizes[index], None)
-        except ValueError as error:
-            result.faults.append(f"{shard.name}: {shard.keys[index]}: {error}")
+    for place, image in enumerate(_images(manifest, samples)):
+        if isinstance(image, str):
+            result.faults.append(image)
             continue
         sizes.append(image.size)
         if place in on_sheet:
@@ -81,9 +86,32 @@ def inspect_shards(url: str, sheet: str | None = None) -> Inspection:
         widths, heights = np.array(sizes).T
         result.widths, result.heights = _spread(widths), _spread(heights)
         result.measured = len(sizes)
+    videos = [video for shard in manifest.shards for video in shard.videos]
+    if videos:
+        result.frames = _spread(np.array([video.frames for video in videos]))
+        result.seconds = sum(video.frames / video.fps for video in videos)
+        rates = Counter(f"{video.fps:.4g}" for video in videos)
+        result.rates = ", ".join(f"{rate} frames/s ({count})" for rate, count in rates.most_common(4))
     if sheet is not None and tiles:
         storage.write_bytes(sheet, _contact_sheet(tiles))
     return result
+
+
+def _images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
+    """Images, or the middle frames of videos; what is wrong stands in the place of one that cannot be read."""
+    places = [manifest.locate(sample) for sample in samples]
+    files = Files(manifest, places if manifest.kind == "videos" else [])
+    blobs = fetch(manifest, samples if manifest.kind == "images" else [])
+    for number, (shard, index) in enumerate(places):
+        try:
+            if manifest.kind == "images":
+                yield decode(blobs[number], shard.sizes[index], None)
+                continue
+            video = shard.videos[index]
+            with files.open(shard, index) as file:
+                yield from read_frames(file, video, video.frames // 2, 1, 1)
+        except ValueError as error:
+            yield f"{shard.name}: {shard.keys[index]}: {error}"
 
 
 def _spread(values: np.ndarray) -> tuple[int, int, int]:

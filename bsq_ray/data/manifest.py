@@ -1,7 +1,7 @@
 """The manifest beside the shards: what they hold, and where in them each sample lies.
 
-`manifest.parquet` has a row per shard. With the place of every image in it, a reader fetches the samples it needs by
-ranged reads, in any order, and a truncated or replaced shard is noticed.
+`manifest.parquet` has a row per shard. With the place of every image or video in it, a reader fetches the samples it
+needs by ranged reads, in any order, and a truncated or replaced shard is noticed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,38 @@ from bsq_ray import storage
 
 MANIFEST = "manifest.parquet"
 _VERSION = 1
+_VIDEOS = pa.list_(
+    pa.struct(
+        {
+            "frames": pa.int64(),
+            "fps": pa.float64(),
+            "width": pa.int64(),
+            "height": pa.int64(),
+            "key_frames": pa.list_(pa.int64()),
+            "key_times": pa.list_(pa.int64()),
+        }
+    )
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    """What reading clips out of a video needs to know of it.
+
+    Attributes:
+        frames: that can be decoded.
+        fps: frames per second.
+        width, height: pixels, upright.
+        key_frames: numbers of the frames at which decoding can begin; the first is 0.
+        key_times: their time stamps, in the units of the video stream.
+    """
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    key_frames: tuple[int, ...]
+    key_times: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +63,8 @@ class Shard:
         bytes, sha256: of the whole file.
         keys: names of the samples, in the order of the tar.
         labels: class of each sample, an index into the manifest's classes.
-        offsets, sizes: where each sample's image lies in the file, in bytes.
+        offsets, sizes: where each sample's image or video lies in the file, in bytes.
+        videos: what is known of each sample's video; empty in a data set of images.
     """
 
     name: str
@@ -41,6 +74,7 @@ class Shard:
     labels: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    videos: tuple[Video, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,12 +125,12 @@ def read_manifest(url: str) -> Manifest:
     if not storage.exists(path):
         raise ValueError(
             f"{url} is not a packed data set: it has no {MANIFEST}. "
-            f"Pack a folder of images with `bsq-ray data pack FOLDER {url}`, or index shards that are already there "
-            f"with `bsq-ray data index {url}`"
+            f"Pack a folder of images or videos with `bsq-ray data pack FOLDER {url}`, or index shards that are there "
+            f"already with `bsq-ray data index {url}`"
         )
     try:
-        # Reading threads that are still there when the process ends abort it.
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)), use_threads=False, pre_buffer=False)
+        # pq.read_table starts threads; those that are still there when the process ends abort it.
+        table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path)), pre_buffer=False).read(use_threads=False)
         facts = json.loads((table.schema.metadata or {})[b"bsq_ray"])
     except (pa.ArrowException, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
@@ -111,6 +145,10 @@ def read_manifest(url: str) -> Manifest:
             tuple(row["labels"]),
             tuple(row["offsets"]),
             tuple(row["sizes"]),
+            tuple(
+                Video(**{**video, "key_frames": tuple(video["key_frames"]), "key_times": tuple(video["key_times"])})
+                for video in row.get("videos", ())
+            ),
         )
         for row in table.to_pylist()
     )
@@ -128,6 +166,8 @@ def write_manifest(manifest: Manifest) -> None:
         "offsets": pa.array([shard.offsets for shard in manifest.shards], pa.list_(pa.int64())),
         "sizes": pa.array([shard.sizes for shard in manifest.shards], pa.list_(pa.int64())),
     }
+    if manifest.kind == "videos":
+        columns["videos"] = pa.array([[asdict(video) for video in shard.videos] for shard in manifest.shards], _VIDEOS)
     facts = {"version": _VERSION, "classes": manifest.classes, "kind": manifest.kind}
     table = pa.table(columns).replace_schema_metadata({"bsq_ray": json.dumps(facts)})
     buffer = io.BytesIO()

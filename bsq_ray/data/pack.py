@@ -1,4 +1,4 @@
-"""A folder of images to WebDataset shards and their manifest, in parallel.
+"""A folder of images or videos to WebDataset shards and their manifest, in parallel.
 
     folder ─list, shuffle─▶ plan of shards ─one task each: decode, limit, write─▶ shard-000000.tar … ─▶ manifest.parquet
 
@@ -14,17 +14,21 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, to_rgb
-from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, write_manifest
+from bsq_ray.data.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_fault, stored_image
+from bsq_ray.data.listing import list_folder
+from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, Video, write_manifest
+from bsq_ray.data.video_files import TooShort, stored_video
+from bsq_ray.data.videos import VIDEO_SUFFIXES
 from bsq_ray.session import ray_session
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+__all__ = ["IMAGE_SUFFIXES", "PackReport", "pack_images", "pack_videos"]
+
 _ARCHIVE_BLOCK = 512
 
 
@@ -44,12 +48,40 @@ class PackReport:
     Attributes:
         manifest: the data set.
         damaged: "file: reason" of each file that could not be decoded.
-        ignored: number of files that are not images by their name.
+        too_short: "file: reason" of each video with too few frames.
+        changed: "file: what" of each video of variable rate, which was stored at a constant one.
+        ignored: number of files that are something else by their name.
     """
 
     manifest: Manifest
     damaged: list[str] = field(default_factory=list)
+    too_short: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     ignored: int = 0
+
+
+class _Stored(NamedTuple):
+    """A file as it goes into a shard."""
+
+    data: bytes
+    suffix: str
+    video: Video | None
+    change: str
+
+
+# From a file and its suffix; raises ValueError if it cannot be decoded.
+_Store = Callable[[bytes, str], _Stored]
+
+
+@dataclass
+class _Packed:
+    """A shard, None if nothing went into it, and what became of its files."""
+
+    files: int
+    shard: Shard | None = None
+    damaged: list[str] = field(default_factory=list)
+    too_short: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
 
 def pack_images(
@@ -61,6 +93,7 @@ def pack_images(
     workers: int | None = None,
     address: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    split_list: str | None = None,
 ) -> PackReport:
     """Packs a folder of images, with class subfolders or without.
 
@@ -75,93 +108,134 @@ def pack_images(
         workers: 0 packs in this process; otherwise through Ray, None with as many tasks as fit.
         address: the Ray cluster; None starts one on this machine.
         progress: called with the number of finished files and of all files.
+        split_list: a list of the files to take, see `listing`.
 
     Raises:
         ValueError: the folder is missing, holds no images or none that can be decoded, or the destination is in use.
     """
+    _check(destination, shard_mb, max_side)
+    plan = _plan(source, "images", IMAGE_SUFFIXES, split_list, shard_mb, seed)
+    return _pack(plan, destination, partial(_store_image, max_side=max_side), workers, address, progress)
+
+
+def pack_videos(
+    source: str,
+    destination: str,
+    shard_mb: float = 100.0,
+    max_side: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    address: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    split_list: str | None = None,
+    min_frames: int = 16,
+) -> PackReport:
+    """Packs a folder of videos, as `pack_images` does images.
+
+    Every video is decoded once: one that is damaged or too short is left out and listed in `damaged.txt` or
+    `too-short.txt`. One of variable rate is stored at a constant rate and listed in `changed.txt`.
+
+    Args:
+        max_side: videos with a longer side are made again with that one; None keeps every video as it is.
+        min_frames: videos with fewer frames are left out.
+        source, destination, shard_mb, seed, workers, address, progress, split_list: as of `pack_images`.
+
+    Raises:
+        ValueError: the folder is missing, holds no videos or none that can be packed, or the destination is in use.
+    """
+    _check(destination, shard_mb, max_side)
+    if min_frames < 1:
+        raise ValueError(f"fewest frames {min_frames} must be 1 or more")
+    plan = _plan(source, "videos", VIDEO_SUFFIXES, split_list, shard_mb, seed)
+    store = partial(_store_video, max_side=max_side, min_frames=min_frames)
+    return _pack(plan, destination, store, workers, address, progress)
+
+
+def _store_image(data: bytes, suffix: str, max_side: int | None) -> _Stored:
+    try:
+        stored, suffix = stored_image(data, max_side)
+    except DECODE_ERRORS as error:
+        raise ValueError(decode_fault(error)) from error
+    return _Stored(stored, suffix, None, "")
+
+
+def _store_video(data: bytes, suffix: str, max_side: int | None, min_frames: int) -> _Stored:
+    return _Stored(*stored_video(data, suffix, max_side, min_frames))
+
+
+def _check(destination: str, shard_mb: float, max_side: int | None) -> None:
     if storage.exists(storage.join(destination, MANIFEST)):
         raise ValueError(f"{destination} already holds a packed data set; choose another folder or remove it first")
     if shard_mb <= 0:
         raise ValueError(f"shard size {shard_mb} MB must be positive")
     if max_side is not None and max_side < 8:
         raise ValueError(f"longest side {max_side} is too small; use at least 8 pixels")
-    plan, classes, ignored = _plan(source, shard_mb * 1e6, seed)
-    total, done = sum(map(len, plan)), 0
-    shards: list[Shard] = []
-    damaged: list[str] = []
-    for shard, faults, files in _run(plan, destination, max_side, workers, address):
-        damaged += faults
-        done += files
-        progress(done, total)
-        if shard is not None:
-            shards.append(shard)
-    if not shards:
-        raise ValueError(f"none of the {total} images in {source} can be decoded; the first: {damaged[0]}")
-    shards.sort(key=lambda shard: shard.name)
-    if damaged:
-        storage.write_bytes(storage.join(destination, "damaged.txt"), "\n".join(sorted(damaged)).encode() + b"\n")
-    manifest = Manifest(destination, tuple(shards), classes)
-    write_manifest(manifest)
-    return PackReport(manifest, sorted(damaged), ignored)
 
 
-def index_shards(url: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """Writes the manifest of WebDataset shards that were made elsewhere: `{key}.jpg|png|webp…` with `{key}.cls`.
-
-    Raises:
-        ValueError: there are no tar files, or one is damaged or holds no images.
-    """
-    names = [name for name in storage.list_folder(url) if name.endswith(".tar")]
-    if not names:
-        raise ValueError(f"{url} holds no .tar shards to index")
-    shards = []
-    for number, name in enumerate(names, 1):
-        shards.append(_index(name, storage.read_bytes(storage.join(url, name)), storage.join(url, name)))
-        progress(number, len(names))
-    labels = 1 + max(max(shard.labels) for shard in shards)
-    manifest = Manifest(url, tuple(shards), tuple(str(label) for label in range(labels)))
-    write_manifest(manifest)
-    return manifest
+@dataclass(frozen=True)
+class _Plan:
+    source: str
+    kind: str
+    shards: list[list[Source]]
+    classes: tuple[str, ...]
+    ignored: int
 
 
-def _plan(source: str, shard_bytes: float, seed: int) -> tuple[list[list[Source]], tuple[str, ...], int]:
-    """Lists the folder and deals its images out to shards; also the class names and how many files are no images."""
-    fs, root = storage.filesystem(source)
-    with storage.explained(source, "read"):
-        if not fs.isdir(root):
-            raise ValueError(f"{source} is not a folder" if fs.exists(root) else f"{source} does not exist")
-        files = {path: info["size"] or 0 for path, info in sorted(fs.find(root, detail=True).items())}
-    images = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
-    if not images:
-        raise ValueError(f"{source} holds no images (looked for {', '.join(IMAGE_SUFFIXES)})")
-    folders = [
-        posixpath.relpath(path, root).split("/")[0] if "/" in posixpath.relpath(path, root) else "" for path in images
-    ]
-    classes = tuple(sorted(set(folders) - {""})) or ("all",)
-    if "" in folders and classes != ("all",):
-        raise ValueError(
-            f"{source} holds images both in class folders ({classes[0]}, …) and outside of them "
-            f"({posixpath.basename(images[folders.index('')])}, …); move them into class folders"
-        )
-    plan: list[list[Source]] = [[]]
+def _plan(
+    source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None, shard_mb: float, seed: int
+) -> _Plan:
+    """Deals the files of a folder out to shards."""
+    listing = list_folder(source, kind, suffixes, split_list)
+    shards: list[list[Source]] = [[]]
     filled = 0
-    for number in np.random.default_rng(seed).permutation(len(images)):
-        path, label = images[number], classes.index(folders[number] or "all")
-        if plan[-1] and filled + files[path] > shard_bytes:
-            plan.append([])
+    for number in np.random.default_rng(seed).permutation(len(listing.urls)):
+        url, size = listing.urls[number], listing.bytes[number]
+        if shards[-1] and filled + size > shard_mb * 1e6:
+            shards.append([])
             filled = 0
-        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(path))[0])[:40]
-        url = path if storage.is_local(source) else fs.unstrip_protocol(path)
-        plan[-1].append(Source(url, f"{number:08d}_{slug}", label))
-        filled += files[path]
-    return plan, classes, len(files) - len(images)
+        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
+        shards[-1].append(Source(url, f"{number:08d}_{slug}", listing.labels[number]))
+        filled += size
+    return _Plan(source, kind, shards, listing.classes, listing.ignored)
+
+
+def _pack(
+    plan: _Plan,
+    destination: str,
+    store: _Store,
+    workers: int | None,
+    address: str | None,
+    progress: Callable[[int, int], None],
+) -> PackReport:
+    total, done = sum(map(len, plan.shards)), 0
+    parts: list[_Packed] = []
+    for part in _run(plan.shards, destination, store, workers, address):
+        parts.append(part)
+        done += part.files
+        progress(done, total)
+    shards = sorted((part.shard for part in parts if part.shard is not None), key=lambda shard: shard.name)
+    damaged, too_short, changed = (
+        sorted(line for part in parts for line in lines(part))
+        for lines in (lambda p: p.damaged, lambda p: p.too_short, lambda p: p.changed)
+    )
+    if not shards:
+        told = "can be decoded" if damaged else "is long enough"
+        raise ValueError(
+            f"none of the {total} {plan.kind} in {plan.source} {told}; the first: {(damaged + too_short)[0]}"
+        )
+    for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
+        if lines:
+            storage.write_bytes(storage.join(destination, f"{name}.txt"), "\n".join(lines).encode() + b"\n")
+    manifest = Manifest(destination, tuple(shards), plan.classes, plan.kind)
+    write_manifest(manifest)
+    return PackReport(manifest, damaged, too_short, changed, plan.ignored)
 
 
 def _run(
-    plan: list[list[Source]], destination: str, max_side: int | None, workers: int | None, address: str | None
-) -> Iterator[tuple[Shard | None, list[str], int]]:
+    plan: list[list[Source]], destination: str, store: _Store, workers: int | None, address: str | None
+) -> Iterator[_Packed]:
     """Packs every shard of the plan, in this process or by Ray tasks, and yields each result as it is finished."""
-    jobs = [(f"shard-{number:06d}.tar", sources, destination, max_side) for number, sources in enumerate(plan)]
+    jobs = [(f"shard-{number:06d}.tar", sources, destination, store) for number, sources in enumerate(plan)]
     if workers == 0:
         for job in jobs:
             yield _pack_shard(*job)
@@ -180,83 +254,43 @@ def _run(
             yield ray.get(ready)
 
 
-def _pack_shard(
-    name: str, sources: list[Source], destination: str, max_side: int | None
-) -> tuple[Shard | None, list[str], int]:
-    """Writes one shard; None if nothing in it could be decoded. Also the damaged files and how many were handled."""
+def _pack_shard(name: str, sources: list[Source], destination: str, store: _Store) -> _Packed:
+    """Writes one shard."""
+    result = _Packed(len(sources))
     archive = io.BytesIO()
-    keys, labels, offsets, sizes, damaged = [], [], [], [], []
+    samples: list[tuple[Source, int, _Stored]] = []
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for source in sources:
             try:
-                data, suffix = _prepared(storage.read_bytes(source.url), max_side)
-            except DECODE_ERRORS as error:
-                damaged.append(f"{source.url}: {decode_fault(error)}")
+                stored = store(storage.read_bytes(source.url), posixpath.splitext(source.url)[1][1:].lower())
+            except TooShort as error:
+                result.too_short.append(f"{source.url}: {error}")
                 continue
-            offsets.append(archive.tell() + _ARCHIVE_BLOCK)
-            _add(tar, f"{source.key}.{suffix}", data)
+            except ValueError as error:
+                result.damaged.append(f"{source.url}: {error}")
+                continue
+            if stored.change:
+                result.changed.append(f"{source.url}: {stored.change}")
+            samples.append((source, archive.tell() + _ARCHIVE_BLOCK, stored))
+            _add(tar, f"{source.key}.{stored.suffix}", stored.data)
             _add(tar, f"{source.key}.cls", str(source.label).encode())
-            keys.append(source.key)
-            labels.append(source.label)
-            sizes.append(len(data))
-    if not keys:
-        return None, damaged, len(sources)
-    content = archive.getvalue()
-    storage.write_bytes(storage.join(destination, name), content)
-    digest = hashlib.sha256(content).hexdigest()
-    shard = Shard(name, len(content), digest, tuple(keys), tuple(labels), tuple(offsets), tuple(sizes))
-    return shard, damaged, len(sources)
-
-
-def _prepared(data: bytes, max_side: int | None) -> tuple[bytes, str]:
-    """The bytes to store and their suffix: the file as it is if it is plain RGB or grey, upright and small enough."""
-    image = Image.open(io.BytesIO(data))
-    image_format, mode, turned = image.format, image.mode, image.getexif().get(0x0112, 1) != 1
-    opaque = mode in ("RGB", "L") and "transparency" not in image.info
-    rgb = to_rgb(image)
-    too_large = max_side is not None and max(rgb.size) > max_side
-    if image_format in _SUFFIX_OF_FORMAT and opaque and not turned and not too_large:
-        return data, _SUFFIX_OF_FORMAT[image_format]
-    if max_side is not None and too_large:
-        scale = max_side / max(rgb.size)
-        size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
-        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    stored = io.BytesIO()
-    if image_format == "JPEG":
-        rgb.save(stored, "JPEG", quality=95, subsampling=0)
-        return stored.getvalue(), "jpg"
-    rgb.save(stored, "PNG")
-    return stored.getvalue(), "png"
+    if samples:
+        content = archive.getvalue()
+        storage.write_bytes(storage.join(destination, name), content)
+        result.shard = Shard(
+            name,
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+            tuple(source.key for source, _, _ in samples),
+            tuple(source.label for source, _, _ in samples),
+            tuple(offset for _, offset, _ in samples),
+            tuple(len(stored.data) for _, _, stored in samples),
+            tuple(stored.video for _, _, stored in samples if stored.video is not None),
+        )
+    return result
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def _index(name: str, content: bytes, url: str) -> Shard:
-    images: dict[str, tuple[int, int]] = {}
-    classes: dict[str, int] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for member in tar:
-                key, _, suffix = posixpath.basename(member.name).partition(".")
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == "cls":
-                    classes[key] = int(content[member.offset_data : member.offset_data + member.size])
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ValueError(f"{url} is damaged: {error}") from error
-    if not images:
-        raise ValueError(f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    keys = tuple(images)
-    return Shard(
-        name,
-        len(content),
-        hashlib.sha256(content).hexdigest(),
-        keys,
-        tuple(classes.get(key, 0) for key in keys),
-        tuple(images[key][0] for key in keys),
-        tuple(images[key][1] for key in keys),
-    )

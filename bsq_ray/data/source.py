@@ -1,4 +1,4 @@
-"""What training and evaluation read from: photographs, or tokens made of them.
+"""What training and evaluation read from: photographs, clips, or tokens made of photographs.
 
 Shape suffixes: B samples of a batch, P places in the order.
 """
@@ -17,7 +17,7 @@ class Samples:
     """Samples as they are read.
 
     Attributes:
-        values_P: uint8: images (P, 3, H, W), or the packed bits of tokens (P, N, bytes).
+        values_P: uint8: images (P, 3, H, W), clips (P, 3, T, H, W), or the packed bits of tokens (P, N, bytes).
         labels_P: int64.
         keys: names of the samples.
         damaged: "shard: key: reason" of each sample that could not be read and was replaced or left out.
@@ -50,12 +50,14 @@ class Source(ABC):
         hash: SHA-256 that names its content.
         shard_sizes: samples of each shard.
         sample_bytes: of one sample's values.
+        notes: what a person should know who reads from it.
     """
 
     url: str
     hash: str
     shard_sizes: tuple[int, ...]
     sample_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def samples(self) -> int:

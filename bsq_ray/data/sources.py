@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from bsq_ray import config
-from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.clips import ClipSource
+from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.source import Source
 from bsq_ray.data.tokens import TokenSource, read_table
 
 
 def open_source(run: config.AnyConfig, url: str) -> Source:
-    """What lies at `url`, read as the run's configuration says: packed images, or a token table.
+    """What lies at `url`, read as the run's configuration says: packed images or videos, or a token table.
 
     Raises:
         ValueError: it is missing, damaged, or not what this stage trains on.
     """
-    if isinstance(run, config.TokenizerConfig):
-        return PhotoSource(read_manifest(url), run.data, run.model.image_size)
-    return TokenSource(read_table(url), run.model)
+    if not isinstance(run, config.TokenizerConfig):
+        return TokenSource(read_table(url), run.model)
+    manifest = read_manifest(url)
+    if manifest.kind == "images" and run.model.frames > 1:
+        raise ValueError(
+            f"{url} holds images, but {run.name} trains on clips of {run.model.frames} frames; "
+            "pack videos with `bsq-ray data pack --kind videos`, or train with model.frames=1"
+        )
+    return open_pixels(run, manifest)
+
+
+def open_pixels(run: config.TokenizerConfig, manifest: Manifest) -> Source:
+    """Packed images or videos as a tokenizer takes them; for one that takes clips, an image is a clip of one frame.
+
+    Raises:
+        ValueError: they are videos and the tokenizer takes only images, or no video is long enough.
+    """
+    if manifest.kind == "images":
+        return PhotoSource(manifest, run.data, run.model.image_size)
+    if run.model.frames == 1:
+        raise ValueError(
+            f"{manifest.url} holds videos, but {run.name} takes images; "
+            "use packed images, or a configuration with model.frames above 1"
+        )
+    return ClipSource(manifest, run.data, run.model.image_size, run.model.frames)

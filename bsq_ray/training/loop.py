@@ -259,6 +259,8 @@ class _Run:
             samples=self.source.samples,
             steps=self.section.steps,
         )
+        for note in self.source.notes:
+            self._say(kind="warning", text=note)
 
     def _log_training(self, sums: _Sums, rate: float, speed: float, data_wait: float, progress: float) -> None:
         names = sorted(sums)

@@ -9,9 +9,10 @@ import webdataset
 from PIL import Image
 
 from bsq_ray import storage
+from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import index_shards, pack_images
+from bsq_ray.data.pack import pack_images
 from bsq_ray.data.read import fetch
 
 

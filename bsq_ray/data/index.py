@@ -1,0 +1,77 @@
+"""The manifest of WebDataset shards that were made elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import posixpath
+import tarfile
+from collections.abc import Callable
+
+from bsq_ray import storage
+from bsq_ray.data.images import IMAGE_SUFFIXES
+from bsq_ray.data.manifest import Manifest, Shard, write_manifest
+from bsq_ray.data.videos import VIDEO_SUFFIXES, probe
+
+
+def index_shards(url: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+    """Writes the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
+
+    Raises:
+        ValueError: there are no tar files, or one is damaged, holds neither images nor videos, or a video is damaged.
+    """
+    names = [name for name in storage.list_folder(url) if name.endswith(".tar")]
+    if not names:
+        raise ValueError(f"{url} holds no .tar shards to index")
+    shards = []
+    for number, name in enumerate(names, 1):
+        shards.append(_index(name, storage.read_bytes(storage.join(url, name)), storage.join(url, name)))
+        progress(number, len(names))
+    labels = 1 + max(max(shard.labels) for shard in shards)
+    kinds = {"videos" if shard.videos else "images": shard.name for shard in shards}
+    if len(kinds) > 1:
+        raise ValueError(f"{url} holds images ({kinds['images']}) and videos ({kinds['videos']}); index them apart")
+    manifest = Manifest(url, tuple(shards), tuple(str(label) for label in range(labels)), next(iter(kinds)))
+    write_manifest(manifest)
+    return manifest
+
+
+def _index(name: str, content: bytes, url: str) -> Shard:
+    places: dict[str, tuple[int, int]] = {}
+    classes: dict[str, int] = {}
+    suffixes: set[str] = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            for member in tar:
+                key, _, suffix = posixpath.basename(member.name).partition(".")
+                if f".{suffix.lower()}" in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+                    places[key] = (member.offset_data, member.size)
+                    suffixes.add(f".{suffix.lower()}")
+                elif suffix == "cls":
+                    classes[key] = int(content[member.offset_data : member.offset_data + member.size])
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise ValueError(f"{url} is damaged: {error}") from error
+    if not places:
+        raise ValueError(
+            f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
+        )
+    videos = []
+    if not suffixes.isdisjoint(VIDEO_SUFFIXES):
+        if not suffixes.isdisjoint(IMAGE_SUFFIXES):
+            raise ValueError(f"{url} holds images and videos ({', '.join(sorted(suffixes))}); a data set has one kind")
+        for key, (offset, size) in places.items():
+            try:
+                videos.append(probe(io.BytesIO(content[offset : offset + size])).video)
+            except ValueError as error:
+                raise ValueError(f"{url}: {key} {error}; take it out of the shard, or pack the videos again") from error
+    keys = tuple(places)
+    return Shard(
+        name,
+        len(content),
+        hashlib.sha256(content).hexdigest(),
+        keys,
+        tuple(classes.get(key, 0) for key in keys),
+        tuple(places[key][0] for key in keys),
+        tuple(places[key][1] for key in keys),
+        tuple(videos),
+    )

@@ -1,0 +1,94 @@
+"""Reading frames out of video files: the right ones, whatever the container, without decoding the others."""
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_videos import made_video
+
+from bsq_ray.data import videos
+from bsq_ray.data.videos import decode, open_video, probe, read_frames, upright
+
+_CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
+
+
+def all_frames(data):
+    with open_video(io.BytesIO(data)) as (container, stream):
+        return [np.asarray(upright(frame)) for frame in decode(container, stream)]
+
+
+@pytest.mark.parametrize("suffix", ["3gp", "asf", "avi", "flv", "mkv", "mp4", "mpg", "rm", "swf", "vob", "webm", "wmv"])
+def test_frames_read_from_the_middle_are_those_of_a_whole_pass(suffix):
+    data = (_CONTAINERS / f"demo.{suffix}").read_bytes()
+    video, frames = probe(io.BytesIO(data)).video, all_frames(data)
+    assert video.frames == len(frames) == 1441
+    assert video.fps == pytest.approx(24, rel=0.002)
+    assert (video.width, video.height) == frames[0].shape[1::-1]
+    for start in (0, 1, 333, 800, 1426):
+        read = [np.asarray(image) for image in read_frames(io.BytesIO(data), video, start, 5, 3)]
+        assert all((image == frames[start + 3 * n]).all() for n, image in enumerate(read)), start
+        assert len(read) == 5
+
+
+def test_only_frames_after_the_key_frame_before_are_decoded(video_folders, monkeypatch):
+    data = (video_folders[0] / "bikes.mp4").read_bytes()
+    video = probe(io.BytesIO(data)).video
+    start = video.key_frames[3] + 2
+    numbers = []
+    counted = videos._from_key_frame
+
+    def watched(*arguments):
+        for number, frame in counted(*arguments):
+            numbers.append(number)
+            yield number, frame
+
+    monkeypatch.setattr(videos, "_from_key_frame", watched)
+    list(read_frames(io.BytesIO(data), video, start, 4, 2))
+    assert numbers == list(range(video.key_frames[3], start + 7))
+
+
+def test_a_video_that_is_turned_is_read_upright(video_folders):
+    data = (video_folders[1] / "carphone_pristine.mp4").read_bytes()
+    straight = all_frames(data)[0]
+    unit, turned = ([65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30], [0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30])
+    matrix = [b"".join(number.to_bytes(4, "big", signed=True) for number in numbers) for numbers in (unit, turned)]
+    track = data.index(b"tkhd")
+    data = data[:track] + data[track:].replace(*matrix, 1)
+    video = probe(io.BytesIO(data)).video
+    assert (video.width, video.height) == (144, 176)
+    [image] = read_frames(io.BytesIO(data), video, 0, 1, 1)
+    assert (np.asarray(image) == np.rot90(straight, -1)).all()
+
+
+def test_a_file_that_was_exchanged_is_noticed(video_folders):
+    video = probe(io.BytesIO((video_folders[0] / "bikes.mp4").read_bytes())).video
+    other = (video_folders[1] / "carphone_pristine.mp4").read_bytes()
+    with pytest.raises(ValueError, match="ends before frame 200 of 250"):
+        list(read_frames(io.BytesIO(other), video, 200, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "reason"),
+    [
+        ("demo.avi", 0.4, "corrupt|ends after"),
+        ("demo.mp4", 0.4, "Invalid data"),
+        ("demo.mpg", 0.1, "corrupt"),
+        ("demo.txt", 1.0, "Invalid data"),
+        ("demo.mp3", 1.0, "no video stream"),
+    ],
+)
+def test_damaged_files_say_what_is_wrong(name, share, reason):
+    path = next(_CONTAINERS.parent.rglob(name))
+    data = path.read_bytes()
+    with pytest.raises(ValueError, match=reason):
+        probe(io.BytesIO(data[: int(len(data) * share)]))
+
+
+def test_dropped_frames_are_no_variable_rate_but_uneven_times_are(photos):
+    steady = made_video(photos[0], [n * 40 for n in range(100) if n not in (20, 60)])
+    uneven = made_video(photos[0], [40 * n if n < 50 else 40 * 50 + 100 * (n - 50) for n in range(100)])
+    assert not probe(io.BytesIO(steady)).variable
+    assert probe(io.BytesIO(steady)).video.fps == pytest.approx(25)
+    assert probe(io.BytesIO(uneven)).variable
