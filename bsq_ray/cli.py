@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bsq_ray.commands import data, demos, measuring, training, using
+from bsq_ray.commands import data, demos, measuring, serving, training, using
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, and look at what is packed.")
@@ -35,6 +35,7 @@ app.command("reconstruct")(using.reconstruct)
 app.command("generate")(using.generate)
 app.command("compress")(using.compress)
 app.command("decompress")(using.decompress)
+app.command("serve")(serving.serve)
 app.command("info")(using.info)
 app.command("import-reference")(using.import_reference)
 

@@ -106,6 +106,16 @@ def read_model_folder(url: str, weights: Weights = "ema") -> ModelFolder:
     return ModelFolder(run, tensors, model_id)
 
 
+def read_config(url: str) -> config.AnyConfig:
+    """The configuration of a model folder, without its weights.
+
+    Raises:
+        ValueError: there is no such folder, or its configuration is not valid.
+    """
+    path = storage.join(_locate(url), "config.yaml")
+    return config.parse_config(storage.read_bytes(path).decode(), path)
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Loads every tensor of a module, or none.
 

@@ -28,7 +28,7 @@ def test_the_commands_are_exactly_these(call):
     listed = call("--help")[1].split("Commands:")[1].splitlines()
     assert {line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "} == {
         "quickstart", "demo-generate", "demo-compress", "data", "train", "tokenize", "evaluate", "reconstruct",
-        "generate", "compress", "decompress", "plan", "import-reference", "info",
+        "generate", "compress", "decompress", "plan", "import-reference", "info", "serve",
     }  # fmt: skip
     assert all(name in call("data", "--help")[1] for name in ("pack", "index", "inspect"))
     assert all(name in call("evaluate", "--help")[1] for name in ("reconstruction", "generation"))
@@ -55,6 +55,7 @@ def test_the_commands_are_exactly_these(call):
         (["reconstruct", "--model", "/none", "a.png", "b.png", "--weights", "other"], "choose ema or plain"),
         (["import-reference", "/none.pt", "--config", "demo", "--out", "y"], "/none.pt"),
         (["info", "/none"], "is not a model folder"),
+        (["serve", "--model", "/none"], "/none is not a model folder"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
         (["quickstart", "--minutes", "x"], "Invalid value for '--minutes'"),
     ],

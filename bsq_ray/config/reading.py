@@ -7,6 +7,7 @@ What the schema does not accept is reported with the key, the file or override i
 
 from __future__ import annotations
 
+import copy
 import difflib
 import posixpath
 import re
@@ -68,6 +69,19 @@ def parse_config(text: str, source: str) -> AnyConfig:
         ValueError: as `load_config`; `source` says where the text is from.
     """
     return _check(_parse_section(text, source), {}, source)
+
+
+def check_section(keys: Keys, overrides: Sequence[str], schema: type[Config], source: str) -> Config:
+    """Checks keys that belong to no stage, such as the settings of the service, with overrides as `load_config`.
+
+    Raises:
+        ValueError: as `load_config`; `source` says where the keys are from.
+    """
+    keys, origins = copy.deepcopy(keys), {}
+    for path, value, label in map(_parse_override, overrides):
+        _assign(keys, path, value, label)
+        origins[path] = label
+    return _validate(keys, origins, source, schema)
 
 
 def dump_config(config: AnyConfig) -> str:
@@ -209,7 +223,10 @@ def _check(keys: Keys, origins: Origins, source: str) -> AnyConfig:
     if stage not in STAGES:
         where = origins.get(("stage",), source)
         raise ValueError(f"{where}: stage: {stage!r} is not valid; {_nearest(str(stage), STAGES, 'valid values')}")
-    schema = STAGES[stage]
+    return _validate(keys, origins, source, STAGES[stage])
+
+
+def _validate(keys: Keys, origins: Origins, source: str, schema: type[Config]) -> Config:
     try:
         return schema.model_validate(keys)
     except ValidationError as failure:

@@ -5,7 +5,7 @@ classes ─MaskedLM, step by step─▶ tokens ─Tokenizer.decode─▶ images
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,13 +52,24 @@ class Generator:
             ValueError: an unknown class or an invalid value.
         """
         classes_BC = self._classes(labels)
-        return self._decode(sample(self.model, classes_BC, self._section(sampling), seed, first))
+        return self.decode(sample(self.model, classes_BC, self._section(sampling), seed, first))
 
-    def steps(self, labels: Sequence[int], seed: int = 0, **sampling: Any) -> Iterator[Tensor]:
-        """Images after each step; what is still masked is grey."""
+    def steps(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        predict: Callable[[Tensor, Tensor], Tensor] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        **sampling: Any,
+    ) -> Iterator[Tensor]:
+        """Images after each step; what is still masked is grey.
+
+        Args:
+            predict, decode: what to call instead of the model and of `decode`, such as a batch shared with others.
+        """
         section, classes_BC = self._section(sampling), self._classes(labels)
-        for tokens_BNS in sample_steps(self.model, classes_BC, section, seed):
-            images = self._decode(self.model.join(tokens_BNS))
+        for tokens_BNS in sample_steps(self.model, classes_BC, section, seed, predict=predict):
+            images = (decode or self.decode)(self.model.join(tokens_BNS))
             hidden_BN = (tokens_BNS == self.model.mask).any(-1)
             yield images * (1 - self._pixels(hidden_BN.float(), images))
 
@@ -77,14 +88,18 @@ class Generator:
         open_BN = F.max_pool2d(holes_B1HW.float(), patch).flatten(1) > 0
         given_BNS = self.model.split(tokens.bits_BNL)
         section, classes_BC = self._section(sampling), self._classes(labels)
-        return self._decode(sample(self.model, classes_BC, section, seed, 0, given_BNS, open_BN))
+        return self.decode(sample(self.model, classes_BC, section, seed, 0, given_BNS, open_BN))
 
     def interpolate(self, labels: Sequence[int], count: int, seed: int = 0, **sampling: Any) -> Tensor:
         """Images from one class to another, all drawn with the same randomness."""
         rows = between(self.model, labels, count).to(self._device)
         section = self._section(sampling)
         drawn = [sample(self.model, rows[n : n + 1], section, seed) for n in range(count)]
-        return self._decode(torch.cat(drawn))
+        return self.decode(torch.cat(drawn))
+
+    def decode(self, bits_BNL: Tensor) -> Tensor:
+        """Images of tokens, (B, 3, H, W) or clips."""
+        return self.tokenizer.decode(Tokens(bits_BNL, self.model.config.grid))
 
     @property
     def _device(self) -> torch.device:
@@ -95,9 +110,6 @@ class Generator:
 
     def _section(self, changes: dict[str, Any]) -> config.Sampling:
         return config.Sampling.model_validate(self.sampling.model_dump() | changes)
-
-    def _decode(self, bits_BNL: Tensor) -> Tensor:
-        return self.tokenizer.decode(Tokens(bits_BNL, self.model.config.grid))
 
     def _pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
         """A value for each token to one for each of its pixels."""

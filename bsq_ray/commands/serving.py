@@ -1,0 +1,43 @@
+"""The command that puts models behind HTTP."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Address, Overrides
+
+
+def serve(
+    model: Annotated[list[str], typer.Option(help="Model folder, or NAME=FOLDER; several times for several models.")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    token: Annotated[
+        bool | None,
+        typer.Option(
+            "--token/--no-token", help="Ask for a bearer token; default: unless --host is this machine's own."
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Serve models: a page at /, the HTTP interface at /v1, its description at /docs.
+
+    The token is that of the environment variable BSQ_RAY_TOKEN, or a new one that is printed.
+    """
+    from bsq_ray.serving.running import running, settings_of
+
+    settings = settings_of(model, host, token, overrides or [])
+    print(f"loading {', '.join(settings.models)}", file=sys.stderr)
+    with running(settings, host, port, address) as service:
+        print(service.url, flush=True)
+        if service.token is not None:
+            print(f"token: {service.token}", flush=True)
+        stopped = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+        while not stopped.wait(1):
+            pass

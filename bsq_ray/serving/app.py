@@ -1,0 +1,74 @@
+"""The Ray Serve application: which deployments there are, how they scale, and how they are joined.
+
+`import_path: bsq_ray.serving.app:build` in a configuration of Ray Serve; its `args` are the keys of `Settings`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+from bsq_ray import hub
+from bsq_ray.config.reading import check_section
+from bsq_ray.serving.deployments import replica_class
+from bsq_ray.serving.front import Front
+from bsq_ray.serving.guard import digest
+from bsq_ray.serving.models import ROLES
+from bsq_ray.serving.settings import Batching, Scaling, Settings, token_from_environment
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application for a configuration of Ray Serve.
+
+    Raises:
+        ValueError: the settings are not valid, a model folder cannot be read, or the token is missing.
+    """
+    settings = check_section(args, [], Settings, "args of the application")
+    return application(settings, token_from_environment() if settings.authentication else None)
+
+
+def application(settings: Settings, token: str | None) -> Application:
+    """The application.
+
+    Args:
+        token: what requests must carry; None admits everyone.
+
+    Raises:
+        ValueError: a model folder cannot be read.
+    """
+    stages = {name: hub.read_config(url).stage for name, url in settings.models.items()}
+    handles = {
+        name: {role: _models(role, name, url, settings) for role in ROLES[stages[name]]}
+        for name, url in settings.models.items()
+    }
+    front = serve.deployment(Front, name="front", **_scaling(settings.front, settings.limits.waiting * 8))
+    bound: Application = front.bind(settings, token and digest(token), stages, handles)
+    return bound
+
+
+def _models(role: str, name: str, url: str, settings: Settings) -> Application:
+    section: Scaling = getattr(settings, role)
+    # One batch is computed while the next one waits; a codec computes one request and has the next one's file at hand.
+    ongoing = 2 * section.largest_batch if isinstance(section, Batching) else 2
+    options = _scaling(section, ongoing) | {"max_queued_requests": settings.limits.waiting}
+    deployment = serve.deployment(replica_class(role), name=f"{role}-{name}", **options)
+    bound: Application = deployment.bind(url, settings)
+    return bound
+
+
+def _scaling(section: Scaling, ongoing: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_ongoing_requests": ongoing,
+        "ray_actor_options": {"num_cpus": section.cpus, "num_gpus": section.gpus},
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+        "health_check_period_s": 5,
+    }
+    if section.most_replicas is None:
+        return options | {"num_replicas": section.replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=section.replicas, max_replicas=section.most_replicas, target_ongoing_requests=section.queue
+    )
+    return options | {"autoscaling_config": scaling}

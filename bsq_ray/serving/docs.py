@@ -1,0 +1,93 @@
+"""What the endpoints take and give, for `/openapi.json` and, as a page without scripts, for `/docs`."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+_FILE = {"type": "string", "format": "binary"}
+_MODEL = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"},
+          "description": "name or id of the model; default: the first one that can"}  # fmt: skip
+_IMAGE_IN, _BSQ = {"image/*": {"schema": _FILE}}, {"application/x-bsq": {"schema": _FILE}}
+_PNG = {"image/png": {"schema": _FILE}}
+_JSON = {"application/json": {"schema": {"type": "object"}}}
+_REFUSALS = {
+    401: "the bearer token is missing or wrong", 404: "no such model", 413: "too many bytes or pixels",
+    415: "not a file of the kind that is wanted", 422: "damaged, or a value that cannot be",
+    429: "too many requests are under way: come again after Retry-After seconds",
+    503: "models are being loaded, or the answer took too long",
+}  # fmt: skip
+
+_DRAW = {
+    "type": "object",
+    "required": ["class"],
+    "properties": {
+        **{key: {"type": "integer"} for key in ("class", "seed", "steps")},
+        **{key: {"type": "number"} for key in ("guidance", "temperature")},
+        "model": {"type": "string"},
+    },
+}
+
+# Summary, body, answer, and what else is to be known.
+_ENDPOINTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], str]] = {
+    "encode": (
+        "Image to tokens", _IMAGE_IN, _JSON,
+        "The image is resized and cropped to the model's square. packed is base64: for each token ceil(bits / 8) "
+        "bytes, bit 1 least significant.",
+    ),
+    "decode": ("Tokens to image", _JSON, _PNG, "The body is what encode answers."),
+    "reconstruct": (
+        "Image to what is left of it", _IMAGE_IN, _PNG,
+        "Encode and decode in one, of the model's square. Headers: X-Bits-Per-Pixel, X-PSNR.",
+    ),
+    "compress": ("Image to .bsq file", _IMAGE_IN, _BSQ, "Of any size. Header: X-Bits-Per-Pixel."),
+    "decompress": (".bsq file to image", _BSQ, _PNG, "The file says which model is needed."),
+    "measure": (
+        "Rate and quality of an image", _IMAGE_IN, _JSON,
+        "Bits per pixel, PSNR, LPIPS, and the sizes of JPEG and WebP files of equal PSNR and of equal LPIPS.",
+    ),
+    "generate": (
+        "Class to image", {"application/json": {"schema": _DRAW}}, {"application/x-ndjson": {"schema": {}}, **_PNG},
+        "A line of JSON after each step, its image a data URL. With Accept: image/png the image only.",
+    ),
+    "models": ("Models, what they offer, and whether they are loaded", None, _JSON, ""),
+    "healthz": ("Whether all models are loaded", None, _JSON, "Needs no token."),
+    "metrics": ("Metrics for Prometheus", None, {"text/plain": {"schema": {"type": "string"}}}, ""),
+}  # fmt: skip
+
+
+def described(name: str) -> dict[str, Any]:
+    """Arguments of the route decorator."""
+    summary, body, answer, more = _ENDPOINTS[name]
+    extra: dict[str, Any] = {"parameters": [_MODEL]} if body == _IMAGE_IN or name == "decompress" else {}
+    if body is not None:
+        extra["requestBody"] = {"required": True, "content": body}
+    refusals = {code: {"description": text} for code, text in _REFUSALS.items()} if body is not None else {}
+    responses = {200: {"description": "done", "content": answer}, **refusals}
+    return {"summary": summary, "description": more, "openapi_extra": extra, "responses": responses, "name": name}
+
+
+def html(schema: dict[str, Any]) -> str:
+    """The OpenAPI description as a page."""
+    parts = []
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            takes = ", ".join(route.get("requestBody", {}).get("content", {})) or "nothing"
+            gives = ", ".join(route["responses"]["200"]["content"])
+            refusals = "".join(
+                f"<li>{code}: {escape(answer['description'])}</li>"
+                for code, answer in route["responses"].items()
+                if code != "200"
+            )
+            parts.append(
+                f"<section><h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(route['summary'])}. "
+                f"{escape(route.get('description', ''))}</p><p>Takes {escape(takes)}; gives {escape(gives)}.</p>"
+                + (f"<details><summary>Refusals</summary><ul>{refusals}</ul></details>" if refusals else "")
+                + "</section>"
+            )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<title>bsq_ray: HTTP interface</title><link rel="stylesheet" href="/page/style.css"></head><body class="docs">'
+        '<main><h1>HTTP interface</h1><p>The same in machine-readable form: <a href="/openapi.json">openapi.json</a>. '
+        f"Bodies are files as they are.</p>{''.join(parts)}</main></body></html>"
+    )

@@ -1,0 +1,75 @@
+"""An image while it is generated: pictures from a replica, lines of JSON to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from secrets import randbelow
+from typing import Any
+
+from pydantic import Field
+
+from bsq_ray.config.schema import Strict
+from bsq_ray.serving.guard import Guard
+from bsq_ray.serving.models import Models
+from bsq_ray.serving.refusals import Refused, too_slow
+
+
+class DrawBody(Strict):
+    """What to draw. What is left out is the model's own setting; the same seed draws the same image."""
+
+    model: str | None = None
+    label: int = Field(alias="class", ge=0, lt=2**31)
+    seed: int = Field(default_factory=lambda: randbelow(2**32), ge=0, lt=2**53)
+    steps: int | None = None
+    guidance: float | None = None
+    temperature: float | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings of the sampling that are given."""
+        return self.model_dump(include={"steps", "guidance", "temperature"}, exclude_none=True)
+
+
+async def draw(body: DrawBody, models: Models, guard: Guard, seconds: float) -> AsyncIterator[bytes]:
+    """PNGs after each step.
+
+    Raises:
+        Refused: there is no such model or class, too many requests are under way, or the time is up.
+    """
+    replicas = models.choose("generate", body.model).serving("generate")
+    until = asyncio.get_running_loop().time() + seconds
+    with guard.turn():
+        pictures = replicas.stream("draw", body.label, body.seed, body.changes)
+        while True:
+            left = max(0.0, until - asyncio.get_running_loop().time())
+            try:
+                picture = await asyncio.wait_for(anext(pictures), left)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise too_slow(seconds) from None
+            yield picture
+
+
+async def lines(first: bytes, rest: AsyncIterator[bytes], body: DrawBody, steps: int) -> AsyncIterator[bytes]:
+    """A line of JSON for each step; the last one has the image, or says why there is none.
+
+    Args:
+        first, rest: of `draw`.
+        steps: how many there will be.
+    """
+    step, picture = 1, first
+    async with aclosing(rest):  # type: ignore[type-var]
+        try:
+            while True:
+                image = "data:image/png;base64," + base64.b64encode(picture).decode()
+                yield json.dumps({"step": step, "steps": steps, "seed": body.seed, "image": image}).encode() + b"\n"
+                picture, step = await anext(rest), step + 1
+        except StopAsyncIteration:
+            return
+        except Refused as refusal:
+            yield json.dumps({"error": refusal.message}).encode() + b"\n"

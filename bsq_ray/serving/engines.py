@@ -1,0 +1,271 @@
+"""The models behind the deployments, as plain objects: files and numbers in, files and numbers out.
+
+    TokenizerEngine   image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels     in exact batches
+    CodecEngine       image file ─compress─▶ .bsq ─decompress─▶ PNG                      one after the other
+    GeneratorEngine   class ─draw, step by step─▶ PNGs; forward passes of many requests  in exact batches
+
+Shape suffixes: B batch, N tokens, L bits of a token, S sub-tokens, C channels or classes, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from bsq_ray import config, hub
+from bsq_ray.codec.image import Codec
+from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.models.generator import Generator
+from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
+from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
+from bsq_ray.serving.exact import exact_sizes, in_pieces
+from bsq_ray.serving.figures import Figures, measure
+from bsq_ray.serving.images import png, png_of, read_image
+from bsq_ray.serving.refusals import Refused, too_slow
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+Decode = Callable[[Tensor], Tensor]
+
+
+def use_threads(count: int) -> None:
+    """Threads of PyTorch in this process; 0 is one for each core."""
+    import os
+
+    torch.set_num_threads(count or os.cpu_count() or 1)
+
+
+class TokenizerEngine:
+    """Images to tokens and back; what an image gets does not depend on its batch."""
+
+    def __init__(self, url: str, device: str, largest_batch: int, max_pixels: int) -> None:
+        self.tokenizer = Tokenizer.from_pretrained(url).to(device)
+        run = config.expect(hub.read_config(url), config.TokenizerConfig, url)
+        self._filter, self._max_pixels, self._device = run.data.evaluation_filter, max_pixels, device
+        section = self.tokenizer.config
+        self.side = section.image_size // section.patch_size
+        images_BCHW = _example(largest_batch, 3, section.image_size, section.image_size)
+        self.encode_sizes = exact_sizes(self._features, images_BCHW)
+        bits_BNL = _example(largest_batch, self.side**2, self.tokenizer.quantizer.bits) > 0
+        self.decode_sizes = exact_sizes(self._decode, bits_BNL)
+
+    def facts(self) -> dict[str, Any]:
+        """What the list of models says of it."""
+        section, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
+        return {
+            "tokenizer_id": self.tokenizer.model_id,
+            "image_size": section.image_size,
+            "grid": [1, self.side, self.side],
+            "bits": bits,
+            "bits_per_pixel": bits / section.patch_size**2,
+        }
+
+    def prepare(self, data: bytes) -> np.ndarray:
+        """An image file as the model takes it, resized and cropped as in the evaluation: uint8 (3, S, S).
+
+        Raises:
+            Refused: see `read_image`.
+        """
+        size = self.tokenizer.config.image_size
+        return evaluation_image(read_image(data, self._max_pixels, size), size, self._filter)
+
+    def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Pixels (3, S, S) to packed bits (N, ceil(L / 8)), uint8."""
+        images_BCHW = to_float(torch.from_numpy(np.stack(images)))
+        bits_BNL = in_pieces(self._encode, images_BCHW, self.encode_sizes)
+        return list(pack_bits(bits_BNL).cpu().numpy())
+
+    def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
+        """Packed bits to pixels, the inverse of `encode`."""
+        bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
+        images_BCHW = to_uint8(in_pieces(self._decode, bits_BNL, self.decode_sizes))
+        return list(images_BCHW.cpu().numpy())
+
+    def check_tokens(self, grid: Any, packed: bytes) -> np.ndarray:
+        """Tokens from a request as `decode` takes them.
+
+        Raises:
+            Refused: 422 they are not of this model.
+        """
+        tokens, width = self.side**2, -(-self.tokenizer.quantizer.bits // 8)
+        if grid != [1, self.side, self.side] or len(packed) != tokens * width:
+            raise Refused(
+                422, f"this model takes the grid [1, {self.side}, {self.side}] and {tokens} tokens of {width} bytes"
+            )
+        return np.frombuffer(packed, np.uint8).reshape(tokens, width)
+
+    @torch.no_grad()
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        patches_BNP = patchify(images_BCHW.to(self._device).unsqueeze(2), self.tokenizer.config.patch_size)
+        features: Tensor = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
+        return features
+
+    def _encode(self, images_BCHW: Tensor) -> Tensor:
+        return self.tokenizer.encode(images_BCHW.to(self._device)).bits_BNL
+
+    def _decode(self, bits_BNL: Tensor) -> Tensor:
+        return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.side, self.side)))
+
+
+@dataclass
+class Work:
+    """A request under way: whether anyone still waits for it, and until when (seconds of the monotonic clock)."""
+
+    until: float
+    abandoned: Event
+
+    def check(self, seconds: float) -> None:
+        """Raises when it is no longer worth going on."""
+        if self.abandoned.is_set() or time.monotonic() > self.until:
+            raise too_slow(seconds)
+
+
+class CodecEngine:
+    """Images of any size to .bsq files and back, one request after the other, each until its time is up."""
+
+    def __init__(self, url: str, device: str, max_pixels: int, seconds: float) -> None:
+        self.codec = Codec.from_pretrained(url, device=device)
+        self._raw = Codec(self.codec.tokenizer)
+        self._max_pixels, self._seconds = max_pixels, seconds
+        self._work: Work | None = None
+        for part in (self.codec.tokenizer, self.codec.prior):
+            for module in part.modules() if part is not None else ():
+                if isinstance(module, nn.Linear):
+                    # Nothing else gets between two tiles of a long request.
+                    module.register_forward_pre_hook(self._check)
+
+    def facts(self) -> dict[str, Any]:
+        """What the list of models says of it."""
+        prior = self.codec.prior
+        return {"tokenizer_id": self.codec.tokenizer.model_id, "prior_id": prior.model_id if prior else None}
+
+    def compress(self, data: bytes, work: Work) -> tuple[bytes, tuple[int, int]]:
+        """An image file to a .bsq file, and the image's size.
+
+        Raises:
+            Refused: see `read_image`; 503 when its time is up.
+        """
+        image = read_image(data, self._max_pixels)
+        with self._during(work):
+            return self.codec.compress(image).data, image.size
+
+    def decompress(self, data: bytes, work: Work) -> tuple[bytes, tuple[int, int]]:
+        """A .bsq file to a PNG, and the image's size.
+
+        Raises:
+            Refused: 422 damaged or of other models; 503 when its time is up.
+        """
+        with self._during(work):
+            try:
+                image = self.codec.decompress(data, max_pixels=self._max_pixels)
+            except ValueError as error:
+                raise Refused(422, str(error)) from None
+        return png_of(image), image.size
+
+    def measure(self, data: bytes, work: Work) -> Figures:
+        """Rate and quality of an image file beside JPEG and WebP at equal quality.
+
+        Raises:
+            Refused: as `compress`.
+        """
+        image = read_image(data, self._max_pixels)
+        with self._during(work):
+            file = self.codec.compress(image).data
+            # The prior loses nothing, so the picture need not go through it.
+            shown = self._raw.decompress(self._raw.compress(image).data, max_pixels=self._max_pixels)
+        return measure(image, shown, len(file), lambda: work.check(self._seconds))
+
+    @contextmanager
+    def _during(self, work: Work) -> Iterator[None]:
+        work.check(self._seconds)
+        self._work = work
+        try:
+            yield
+        finally:
+            self._work = None
+
+    def _check(self, *_: Any) -> None:
+        if self._work is not None:
+            self._work.check(self._seconds)
+
+
+class GeneratorEngine:
+    """Draws images of classes; the forward passes of several requests can be computed together."""
+
+    def __init__(self, url: str, device: str, largest_batch: int, most_steps: int) -> None:
+        self.generator = Generator.from_pretrained(url, device=device)
+        self._device, self._most_steps = device, most_steps
+        model = self.generator.model
+        tokens_BNS = torch.randint(0, model.mask + 1, (largest_batch, model.config.tokens, model.config.sub_tokens))
+        self.forward_sizes = exact_sizes(lambda rows: self._forward(rows, self._classes(len(rows))), tokens_BNS)
+
+    def facts(self) -> dict[str, Any]:
+        """What the list of models says of it."""
+        generator = self.generator
+        return {
+            "model_id": generator.model.model_id,
+            "tokenizer_id": generator.tokenizer.model_id,
+            "image_size": generator.tokenizer.config.image_size,
+            "classes": generator.model.config.classes,
+            "steps": generator.sampling.steps,
+            "guidance": generator.sampling.guidance,
+        }
+
+    def check(self, label: int, changes: dict[str, Any]) -> None:
+        """Refuses before anything is drawn what `draw` would fail at.
+
+        Raises:
+            Refused: 422 an unknown class or an invalid value.
+        """
+        try:
+            self.generator.model.classes_of(torch.tensor([label]))
+            section = config.Sampling.model_validate(self.generator.sampling.model_dump() | changes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Refused(422, f"{first['loc'][0]}: {first['msg']}") from None
+        except ValueError as error:
+            raise Refused(422, str(error)) from None
+        if section.steps > self._most_steps:
+            raise Refused(422, f"steps: at most {self._most_steps} are taken")
+
+    def draw(self, label: int, seed: int, changes: dict[str, Any], predict: Predict, decode: Decode) -> Iterator[bytes]:
+        """A PNG after each step, masked parts grey; the last one is the image."""
+        for images_BCHW in self.generator.steps([label], seed, predict, decode, **changes):
+            yield png(to_uint8(images_BCHW)[0].cpu().numpy())
+
+    def forward(self, requests: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Logits for the rows (sub-tokens, classes) of several requests."""
+        tokens_BNS = torch.cat([tokens for tokens, _ in requests])
+        classes_BC = torch.cat([classes for _, classes in requests])
+        logits_BNSV = in_pieces(
+            lambda rows: self._forward(tokens_BNS[rows], classes_BC[rows]),
+            torch.arange(len(tokens_BNS)),
+            self.forward_sizes,
+        )
+        return list(logits_BNSV.split([len(tokens) for tokens, _ in requests]))
+
+    def decode(self, bits_BNL: Tensor) -> Tensor:
+        """Images of tokens, (B, 3, H, W)."""
+        return self.generator.decode(bits_BNL)
+
+    @torch.no_grad()
+    def _forward(self, tokens_BNS: Tensor, classes_BC: Tensor) -> Tensor:
+        logits: Tensor = self.generator.model(tokens_BNS.to(self._device), classes_BC.to(self._device))
+        return logits
+
+    def _classes(self, count: int) -> Tensor:
+        model = self.generator.model
+        return model.classes_of(torch.full((count,), model.any_class))
+
+
+def _example(*shape: int) -> Tensor:
+    """Values in [-1, 1] that are the same everywhere."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

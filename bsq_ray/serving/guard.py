@@ -1,0 +1,95 @@
+"""What a request must pass before anything is computed for it: the token, room for its body, its turn.
+
+request ─token?─▶ body, as it arrives ─size, time, memory?─▶ turn ─free?─▶ work
+401 ◀──┘              413, 408, 429 ◀──┘            429 ◀──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from starlette.requests import ClientDisconnect, Request
+
+from bsq_ray.serving.refusals import Refused, busy
+from bsq_ray.serving.settings import Limits
+
+_MB = 1_000_000
+
+
+def digest(token: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Guard:
+    """Admits requests to one replica of the front.
+
+    Args:
+        limits: what they may cost.
+        token_digest: `digest` of the bearer token they must carry; None admits everyone.
+    """
+
+    def __init__(self, limits: Limits, token_digest: str | None) -> None:
+        self._limits, self._token_digest = limits, token_digest
+        self._held = 0
+        self._working = 0
+
+    def check_token(self, request: Request) -> None:
+        """Refuses a request without the token.
+
+        Raises:
+            Refused: 401.
+        """
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if self._token_digest is None:
+            return
+        if scheme.lower() != "bearer" or not hmac.compare_digest(digest(token.strip()), self._token_digest):
+            raise Refused(401, "the request needs the header 'Authorization: Bearer TOKEN' with this service's token")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The time in which a request is worked on.
+
+        Raises:
+            Refused: 429 too many are under way.
+        """
+        if self._working >= self._limits.waiting:
+            raise busy()
+        self._working += 1
+        try:
+            yield
+        finally:
+            self._working -= 1
+
+    @asynccontextmanager
+    async def body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, cut off as soon as it is too large or too slow; its memory counts until the block is left.
+
+        Raises:
+            Refused: 413, 408; 429 the bodies of other requests take all the memory; 400 its sender went away.
+        """
+        limits, body = self._limits, bytearray()
+        too_large = Refused(413, f"the body is larger than the {limits.body_mb:g} MB that are taken")
+        claimed = request.headers.get("content-length", "")
+        if claimed.isdecimal() and int(claimed) > limits.body_mb * _MB:
+            raise too_large
+        try:
+            async with asyncio.timeout(limits.upload_seconds):
+                async for part in request.stream():
+                    if len(body) + len(part) > limits.body_mb * _MB:
+                        raise too_large
+                    if self._held + len(part) > limits.bodies_mb * _MB:
+                        raise busy()
+                    self._held += len(part)
+                    body += part
+            yield bytes(body)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {limits.upload_seconds:g} s") from None
+        except ClientDisconnect:
+            raise Refused(400, "the body did not arrive") from None
+        finally:
+            self._held -= len(body)

@@ -1,0 +1,58 @@
+"""Image files that strangers send: recognised, bounded and decoded; and pixels back to files.
+
+The file itself says what it is; only formats that Pillow decodes without outside programs are tried.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, to_rgb
+from bsq_ray.serving.refusals import Refused
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+
+
+def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
+    """Decodes an image file to RGB.
+
+    Args:
+        max_pixels: images with more are refused from their header, before anything is decoded.
+        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.data.images.decode_image` does.
+
+    Raises:
+        Refused: 415 not an image, 413 too many pixels, 422 damaged.
+    """
+    try:
+        # Pillow warns of large images and raises on larger ones; the limit here comes first.
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except DECODE_ERRORS as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise Refused(413, f"the image has more than the {max_pixels} pixels that are taken") from None
+        raise Refused(415, "the body is not an image: JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF and PPM are read") from None
+    if image.width * image.height > max_pixels:
+        raise Refused(
+            413, f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are taken, shrink it first"
+        )
+    try:
+        if short_side is not None and image.format == "JPEG":
+            factor = 2 * short_side / min(image.size)
+            image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
+        return to_rgb(image)
+    except DECODE_ERRORS as error:
+        raise Refused(422, f"the image is damaged: {decode_fault(error)}") from None
+
+
+def png(pixels_CHW: np.ndarray) -> bytes:
+    """A PNG of uint8 pixels (3, H, W)."""
+    return png_of(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))))
+
+
+def png_of(image: Image.Image) -> bytes:
+    """A PNG, packed quickly rather than tightly."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()

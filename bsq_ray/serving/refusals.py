@@ -1,0 +1,36 @@
+"""Why a request gets no result: a status and a sentence that may be shown to anyone."""
+
+from __future__ import annotations
+
+
+class Refused(Exception):
+    """The answer to a request that is not carried out.
+
+    Args:
+        status: of HTTP.
+        message: a sentence without paths or internals.
+        retry_after: seconds after which the same request may succeed.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+        # All arguments, so that it survives pickling.
+        super().__init__(status, message, retry_after)
+        self.status, self.message, self.retry_after = status, message, retry_after
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def busy() -> Refused:
+    """Too many requests are under way."""
+    return Refused(429, "too many requests are under way; try again in a moment", 1)
+
+
+def loading(what: str) -> Refused:
+    """Nothing can answer yet, or nothing any more."""
+    return Refused(503, f"{what} is being loaded; try again in a moment", 2)
+
+
+def too_slow(seconds: float) -> Refused:
+    """The answer was not there in time."""
+    return Refused(503, f"the answer took longer than {seconds:g} s; a smaller image is faster", 10)

@@ -1,0 +1,111 @@
+"""`bsq-ray serve`: the service on this machine or a cluster, until it is stopped."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bsq_ray import hub
+from bsq_ray.config.reading import check_section
+from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings
+from bsq_ray.session import ray_session
+
+# Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
+# free and a request need not change threads on its way.
+_SERVE_SETTINGS = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that answers.
+
+    Attributes:
+        url: of the page.
+        token: what requests must carry; None if there is no authentication.
+    """
+
+    url: str
+    token: str | None
+
+
+def settings_of(models: Sequence[str], host: str, token: bool | None, overrides: Sequence[str]) -> Settings:
+    """Settings for models given as FOLDER or NAME=FOLDER.
+
+    Args:
+        token: whether requests need a token; None: unless only this machine can reach `host`.
+
+    Raises:
+        ValueError: a folder cannot be read, two models have one name, or an override is wrong.
+    """
+    named: dict[str, str] = {}
+    for text in models:
+        name, separator, url = text.partition("=")
+        if not separator:
+            name, url = hub.read_config(text).name, text
+        if name in named:
+            raise ValueError(f"two models are called {name}; give one another name: --model OTHER={url}")
+        named[name] = url
+    authentication = not is_loopback(host) if token is None else token
+    return check_section({"models": named, "authentication": authentication}, overrides, Settings, "bsq-ray serve")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def running(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[Running]:
+    """The service, loaded and answering, for the time of the block.
+
+    Args:
+        port: 0 takes a free one.
+        address: Ray cluster, see `ray_session`.
+
+    Raises:
+        ValueError: the port is taken, or a model folder cannot be read.
+        RuntimeError: a replica did not start.
+    """
+    token = (os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)) if settings.authentication else None
+    port = _free_port(host, port)
+    for name, value in _SERVE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with ray_session(address):
+        from ray import serve
+
+        from bsq_ray.serving.app import application
+
+        app = application(settings, token)
+        try:
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
+            serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+            serve.run(app, name="bsq", route_prefix="/")
+            shown = f"[{host}]" if ":" in host else host
+            yield Running(f"http://{shown}:{port}/", token)
+        finally:
+            serve.shutdown()
+
+
+def _free_port(host: str, port: int) -> int:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            taken: int = probe.getsockname()[1]
+            return taken
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error

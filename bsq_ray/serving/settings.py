@@ -1,0 +1,108 @@
+"""What can be set about the service: models, limits, and how each kind of deployment scales."""
+
+from __future__ import annotations
+
+import os
+
+from pydantic import Field, model_validator
+
+from bsq_ray.config.schema import Strict
+
+TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
+
+
+class Scaling(Strict):
+    """Replicas of a deployment and what each one takes.
+
+    With `most_replicas` Ray Serve adds replicas up to that number while more than `queue` requests a replica are under
+    way, and takes them away again.
+    """
+
+    replicas: int = Field(1, ge=1)
+    most_replicas: int | None = Field(None, ge=1)
+    queue: float = Field(4.0, gt=0)
+    cpus: float = Field(0.5, ge=0)
+    # Share of a GPU; 0 computes on the CPU.
+    gpus: float = Field(0.0, ge=0)
+    # Threads of PyTorch; 0 is one for each core of the machine.
+    threads: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _range(self) -> Scaling:
+        if self.most_replicas is not None and self.most_replicas < self.replicas:
+            raise ValueError(f"most_replicas {self.most_replicas} is below replicas {self.replicas}")
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where the models of a replica live."""
+        return "cuda" if self.gpus else "cpu"
+
+
+class Batching(Scaling):
+    """A deployment whose requests are computed together.
+
+    Attributes:
+        largest_batch: images of a batch.
+        wait_ms: how long an incomplete batch waits for more; while one batch is computed the next one fills anyway.
+    """
+
+    largest_batch: int = Field(16, ge=1)
+    wait_ms: float = Field(0.0, ge=0)
+
+
+class Limits(Strict):
+    """What a request may cost; beyond it is refused."""
+
+    # Body of a request, and of all that one replica of the front holds.
+    body_mb: float = Field(32.0, gt=0)
+    bodies_mb: float = Field(512.0, gt=0)
+    # Of an image, before it is decoded.
+    pixels: int = Field(2**24, ge=1)
+    # Requests under way in one replica of the front, their bodies arrived; the next one is told to come again later.
+    waiting: int = Field(64, ge=1)
+    # For the body to arrive, and for the answer.
+    upload_seconds: float = Field(30.0, gt=0)
+    seconds: float = Field(120.0, gt=0)
+    # Forward passes of a generated image.
+    steps: int = Field(256, ge=1)
+    # How often a request is given to another replica after one has died.
+    retries: int = Field(2, ge=0)
+
+
+class Settings(Strict):
+    """The service.
+
+    Attributes:
+        models: model folders (paths or URLs) by the name that requests use.
+        authentication: whether requests need the bearer token.
+    """
+
+    models: dict[str, str]
+    authentication: bool = True
+    limits: Limits = Limits()
+    front: Scaling = Scaling(cpus=0.25)
+    tokenizer: Batching = Batching()
+    codec: Scaling = Scaling()
+    generator: Batching = Batching()
+
+    @model_validator(mode="after")
+    def _models(self) -> Settings:
+        if not self.models:
+            raise ValueError("models: name at least one model folder")
+        return self
+
+
+def token_from_environment() -> str:
+    """The bearer token that requests must carry.
+
+    Raises:
+        ValueError: it is not set, or too short to be one.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if len(token) < 16:
+        raise ValueError(
+            f"authentication is on, so {TOKEN_VARIABLE} must hold a token of 16 characters or more on every machine: "
+            "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+        )
+    return token

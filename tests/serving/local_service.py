@@ -1,0 +1,90 @@
+"""The service without Ray: the application and the replicas' classes in one process."""
+
+import pytest
+import torch
+
+from bsq_ray import Tokenizer, config, hub
+from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.prior import Prior
+from bsq_ray.serving import deployments
+from bsq_ray.serving.api import create_app
+from bsq_ray.serving.models import ROLES, Model, Models
+
+
+def save_models(folder):
+    """Untrained models by name: a tokenizer of 8 x 8 tokens of 10 bits at 64 px, a prior and a masked LM on it."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    tokenizer = Tokenizer(
+        config.TokenizerModel(
+            image_size=64,
+            encoder=config.Transformer(**sizes),
+            decoder=config.Decoder(**sizes, head_width=32),
+            quantizer=config.BSQ(bits=10),
+        )
+    )
+    tokens = {"grid": [1, 8, 8], "bits": 10, "sub_bits": 5, **sizes}
+    made = {
+        "small": tokenizer,
+        "prior": Prior(config.PriorModel(**tokens)),
+        "draws": MaskedLM(config.MaskedLMModel(**tokens, classes=4)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(str(folder / name))
+        if name != "small":
+            tokenizer.save_pretrained(str(folder / name / "tokenizer"))
+    return {name: str(folder / name) for name in made}
+
+
+class LocalReplicas:
+    """A replica in this process, in place of a handle of Ray Serve."""
+
+    def __init__(self, replica):
+        self.replica = replica
+
+    async def call(self, method, *arguments):
+        return await getattr(self.replica, method)(*arguments)
+
+    async def stream(self, method, *arguments):
+        async for result in getattr(self.replica, method)(*arguments):
+            yield result
+
+
+def one_by_one(**_):
+    """In place of `serve.batch`, which works inside of Ray Serve only."""
+    return lambda together: lambda item: _first(together([item]))
+
+
+async def _first(results):
+    [result] = await results
+    return result
+
+
+def make_replicas(settings):
+    """Replicas by model and role."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deployments.serve, "batch", one_by_one)
+        return {
+            name: {role: deployments.replica_class(role)(url, settings) for role in ROLES[hub.read_config(url).stage]}
+            for name, url in settings.models.items()
+        }
+
+
+def make_app(settings, replicas, token_digest=None):
+    """The application in front of replicas that are made already."""
+
+    async def metrics():
+        return "ray_serve_nothing 0\n"
+
+    models = [
+        Model(name, hub.read_config(settings.models[name]).stage, {k: LocalReplicas(v) for k, v in roles.items()})
+        for name, roles in replicas.items()
+    ]
+    return create_app(Models(models), settings.limits, token_digest, metrics)
+
+
+def wait_until_loaded(client):
+    for _ in range(200):
+        if client.get("/healthz").status_code == 200:
+            return
+    raise AssertionError("the models were not loaded")
