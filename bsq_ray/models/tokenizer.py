@@ -8,7 +8,7 @@ C channels of a code, D width, P values of a patch. Images are floats in [-1, 1]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from bsq_ray import config, hub
 from bsq_ray.models.quantizers import Quantized, build_quantizer
+from bsq_ray.models.streaming import Window
 from bsq_ray.models.transformer import Block, VisionTransformer
+
+# A transformer over whole clips, or a window of it over what comes next.
+Body = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,9 @@ class Encoder(nn.Module):
         self.transformer = _transformer(model, model.encoder)
         nn.init.trunc_normal_(self.patch_embedding.weight, std=0.02)
 
-    def forward(self, patches_BNP: Tensor) -> Tensor:
-        """(B, N, P) to (B, N, D)."""
-        return cast(Tensor, self.transformer(self.patch_embedding(patches_BNP)))
+    def forward(self, patches_BNP: Tensor, body: Body | None = None) -> Tensor:
+        """(B, N, P) to (B, N, D); `body` stands in for the transformer."""
+        return (body or self.transformer)(self.patch_embedding(patches_BNP))
 
 
 class Decoder(nn.Module):
@@ -70,9 +74,9 @@ class Decoder(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, P)."""
-        return cast(Tensor, self.head(self.transformer(x_BND)))
+    def forward(self, x_BND: Tensor, body: Body | None = None) -> Tensor:
+        """(B, N, D) to (B, N, P); `body` stands in for the transformer."""
+        return cast(Tensor, self.head((body or self.transformer)(x_BND)))
 
 
 def _transformer(model: config.TokenizerModel, sizes: config.Transformer) -> VisionTransformer:
@@ -114,7 +118,7 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the images are not of the model's size.
         """
-        clips_B3THW = self._as_clips(images)
+        clips_B3THW = self._as_clips(images, self.config.frames)
         quantized = self.quantizer(self._features(clips_B3THW))
         clips_B3THW = self._images(quantized.codes_BNC, self._grid(clips_B3THW))
         return TokenizerOutput(clips_B3THW.reshape(images.shape), quantized)
@@ -126,9 +130,7 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: the images are not of the model's size.
         """
-        clips_B3THW = self._as_clips(images)
-        bits_BNL = self.quantizer(self._features(clips_B3THW)).bits_BNL
-        return Tokens(bits_BNL, self._grid(clips_B3THW))
+        return self._encode(self._as_clips(images, self.config.frames))
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
@@ -137,9 +139,34 @@ class Tokenizer(nn.Module):
         Raises:
             ValueError: grid or bits are not of this model.
         """
-        self._check(tokens)
-        clips_B3THW = self._images(self.quantizer.codes(tokens.bits_BNL), tokens.grid).clamp(-1, 1)
+        clips_B3THW = self._decode(self._checked(tokens, self.config.frames))
         return clips_B3THW.squeeze(2) if tokens.grid[0] == 1 else clips_B3THW
+
+    def encode_stream(self, chunks: Iterable[Tensor], overlap: int | None = None) -> Iterator[Tokens]:
+        """The tokens of each chunk of a clip of any length, as soon as it comes; see `models.streaming`.
+
+        Args:
+            chunks: consecutive frames, (B, 3, H, W) or (B, 3, t, H, W) with any t, in [-1, 1].
+            overlap: frames that stay in sight when a clip outgrows the model's frames; by default half of them.
+
+        Raises:
+            ValueError: the model is not causal, the overlap is not below its frames, or a chunk is not of its size.
+        """
+        window = Window(self.encoder.transformer, overlap)
+        return (self._encode(self._as_clips(chunk), window.push) for chunk in chunks)
+
+    def decode_stream(self, chunks: Iterable[Tokens], overlap: int | None = None) -> Iterator[Tensor]:
+        """The pixels (B, 3, t, H, W), fp32 in [-1, 1], of each chunk of tokens, as soon as it comes.
+
+        Args:
+            chunks: tokens of consecutive frames, however many at once.
+            overlap: as in `encode_stream`.
+
+        Raises:
+            ValueError: the model is not causal, the overlap is not below its frames, or tokens are not of this model.
+        """
+        window = Window(self.decoder.transformer, overlap)
+        return (self._decode(self._checked(chunk), window.push) for chunk in chunks)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What is left of the images after encoding and decoding: fp32 of the same shape, in [-1, 1]."""
@@ -181,21 +208,30 @@ class Tokenizer(nn.Module):
         run = run or config.TokenizerConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
         return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
 
-    def _features(self, clips_B3THW: Tensor) -> Tensor:
-        patches_BNP = patchify(clips_B3THW, self.config.patch_size)
-        return cast(Tensor, self.to_code(self.encoder(patches_BNP.to(self.to_code.weight.dtype))))
+    @torch.no_grad()
+    def _encode(self, clips_B3THW: Tensor, body: Body | None = None) -> Tokens:
+        bits_BNL = self.quantizer(self._features(clips_B3THW, body)).bits_BNL
+        return Tokens(bits_BNL, self._grid(clips_B3THW))
 
-    def _images(self, codes_BNC: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        patches_BNP = self.decoder(self.from_code(codes_BNC.to(self.from_code.weight.dtype)))
+    @torch.no_grad()
+    def _decode(self, tokens: Tokens, body: Body | None = None) -> Tensor:
+        return self._images(self.quantizer.codes(tokens.bits_BNL), tokens.grid, body).clamp(-1, 1)
+
+    def _features(self, clips_B3THW: Tensor, body: Body | None = None) -> Tensor:
+        patches_BNP = patchify(clips_B3THW, self.config.patch_size)
+        return cast(Tensor, self.to_code(self.encoder(patches_BNP.to(self.to_code.weight.dtype), body)))
+
+    def _images(self, codes_BNC: Tensor, grid: tuple[int, int, int], body: Body | None = None) -> Tensor:
+        patches_BNP = self.decoder(self.from_code(codes_BNC.to(self.from_code.weight.dtype)), body)
         return unpatchify(patches_BNP, grid, self.config.patch_size).float()
 
     def _grid(self, clips_B3THW: Tensor) -> tuple[int, int, int]:
         side = self.config.image_size // self.config.patch_size
         return clips_B3THW.shape[2], side, side
 
-    def _as_clips(self, images: Tensor) -> Tensor:
+    def _as_clips(self, images: Tensor, longest: int | None = None) -> Tensor:
         """(B, 3, H, W) becomes (B, 3, 1, H, W); anything the model cannot take is refused."""
-        size, frames = self.config.image_size, self.config.frames
+        size = self.config.image_size
         shape = tuple(images.shape)
         if images.ndim not in (4, 5) or shape[1] != 3:
             raise ValueError(f"images must have shape (B, 3, H, W) or (B, 3, T, H, W), got {shape}")
@@ -209,16 +245,17 @@ class Tokenizer(nn.Module):
                 "resize or crop them first"
             )
         clips_B3THW = images.unsqueeze(2) if images.ndim == 4 else images
-        if not 1 <= clips_B3THW.shape[2] <= frames:
-            raise ValueError(f"clips have {clips_B3THW.shape[2]} frames, but this model takes 1 to {frames}")
+        frames = clips_B3THW.shape[2]
+        if frames < 1 or (longest is not None and frames > longest):
+            raise ValueError(f"clips have {frames} frames, but this model takes {_frames_told(longest)}")
         return clips_B3THW
 
-    def _check(self, tokens: Tokens) -> None:
+    def _checked(self, tokens: Tokens, longest: int | None = None) -> Tokens:
         t, h, w = tokens.grid
         side = self.config.image_size // self.config.patch_size
-        if not (1 <= t <= self.config.frames and h == w == side):
+        if t < 1 or (longest is not None and t > longest) or not h == w == side:
             raise ValueError(
-                f"tokens have the grid {tokens.grid}, but this model takes (1 to {self.config.frames}, {side}, {side})"
+                f"tokens have the grid {tokens.grid}, but this model takes ({_frames_told(longest)}, {side}, {side})"
             )
         expected = (t * h * w, self.quantizer.bits)
         if tokens.bits_BNL.dtype != torch.bool or tuple(tokens.bits_BNL.shape[1:]) != expected:
@@ -226,6 +263,11 @@ class Tokenizer(nn.Module):
                 f"tokens must be booleans of shape (B, {expected[0]}, {expected[1]}), "
                 f"got {tokens.bits_BNL.dtype} {tuple(tokens.bits_BNL.shape)}"
             )
+        return tokens
+
+
+def _frames_told(longest: int | None) -> str:
+    return "1 or more" if longest is None else f"1 to {longest}"
 
 
 def patchify(clips_B3THW: Tensor, patch: int) -> Tensor:

@@ -1,7 +1,13 @@
 """Pre-LN vision transformer: the body that the tokenizer's encoder and decoder share.
 
+In a causal transformer the tokens of a frame attend to their own frame and to those before it, frame by frame:
+
+    queries of frame 0 ─▶ keys of frame 0
+    queries of frame 1 ─▶ keys of frames 0, 1
+    queries of frame 2 ─▶ keys of frames 0, 1, 2      No mask is made, and no pair that it would forbid is computed.
+
 Shape suffixes: B clips, T frames, S tokens of one frame, N = T·S tokens of a clip (time slowest, rows before columns),
-D width, H attention heads, E width of one head.
+M tokens of the clip and of what came before it, D width, H attention heads, E width of one head.
 """
 
 from __future__ import annotations
@@ -16,6 +22,33 @@ from torch.utils.checkpoint import checkpoint
 from bsq_ray import config
 
 
+class KeyValueCache:
+    """Keys and values that one attention has computed, so that a clip can go on from where it stands.
+
+    Args:
+        tokens: how many there is room for.
+
+    Attributes:
+        length: how many there are.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.length = 0
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k_BHNE: Tensor, v_BHNE: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends keys and values, and returns all of them so far, (B, H, M, E) each."""
+        if self._kept is None:
+            batch, heads, _, width = k_BHNE.shape
+            self._kept = cast(tuple[Tensor, Tensor], k_BHNE.new_empty(2, batch, heads, self.tokens, width).unbind())
+        first, self.length = self.length, self.length + k_BHNE.shape[2]
+        assert self.length <= self.tokens
+        for kept, new in zip(self._kept, (k_BHNE, v_BHNE), strict=True):
+            kept[:, :, first : self.length] = new
+        return self._kept[0][:, :, : self.length], self._kept[1][:, :, : self.length]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with biases; query, key and value come from one projection, in this order."""
 
@@ -25,11 +58,37 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, mask_NN: Tensor | None) -> Tensor:
-        """Attends from each token to the tokens where its row of `mask_NN` is True; None is everywhere."""
+    def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
+        """Each span of tokens attends to itself, to the spans before it, and to what is in the cache."""
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, attn_mask=mask_NN)
-        return cast(Tensor, self.out(y_BHNE.transpose(1, 2).flatten(2)))
+        if cache is not None:
+            k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
+        return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span).flatten(2)))
+
+
+def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
+    """Attention of each span of queries to its own span of keys and to all keys before it, (B, N, H, E).
+
+    Args:
+        k_BHME, v_BHME: the last N are those of the queries' own tokens.
+        span: tokens of a frame; all N of them for attention without an order.
+    """
+    parts = []
+    spans = q_BHNE.split(span, 2)
+    for q_BHSE, k, v in zip(spans, _up_to(k_BHME, len(spans), span), _up_to(v_BHME, len(spans), span), strict=True):
+        parts.append(F.scaled_dot_product_attention(q_BHSE, k, v).transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _up_to(x_BHME: Tensor, count: int, span: int) -> list[Tensor]:
+    """What there is up to the end of each of the last `count` spans.
+
+    Each is cut from the next longer one: cut from the whole, its gradient would be padded to the length of the whole.
+    """
+    cut = [x_BHME]
+    while len(cut) < count:
+        cut.append(cut[-1][:, :, :-span])
+    return cut[::-1]
 
 
 class Block(nn.Module):
@@ -43,9 +102,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x_BND: Tensor, mask_NN: Tensor | None) -> Tensor:
-        """Same shape out as in."""
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), mask_NN)
+    def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
+        """Same shape out as in; span and cache as in `SelfAttention`."""
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND), span, cache)
         return x_BND + cast(Tensor, self.mlp(self.mlp_norm(x_BND)))
 
 
@@ -68,6 +127,7 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.causal = causal
+        self.frames = frames
         self.gradient_checkpointing = gradient_checkpointing
         self.spatial_position = nn.Parameter(torch.empty(frame_tokens, sizes.width))
         self.temporal_position = nn.Parameter(torch.empty(frames, sizes.width)) if frames > 1 else None
@@ -76,22 +136,31 @@ class VisionTransformer(nn.Module):
         self.output_norm = nn.LayerNorm(sizes.width)
         self._initialise()
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """Same shape out as in; N is 1 to `frames` times `frame_tokens`."""
+    def forward(self, x_BND: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Same shape out as in; N is 1 to `frames` times `frame_tokens`.
+
+        Args:
+            caches: of every block, from `new_caches`: x follows the frames that they hold, and is added to them.
+        """
         frame_tokens, _ = self.spatial_position.shape
         frames = x_BND.shape[1] // frame_tokens
         position_TSD = self.spatial_position.expand(frames, -1, -1)
         if self.temporal_position is not None:
-            position_TSD = position_TSD + self.temporal_position[:frames, None]
-        mask_NN = block_causal_mask(frames, frame_tokens, x_BND.device) if self.causal and frames > 1 else None
+            first = caches[0].length // frame_tokens if caches else 0
+            position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
+        span = frame_tokens if self.causal else x_BND.shape[1]
         x_BND = self.input_norm(x_BND + position_TSD.flatten(0, 1))
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no generator state to keep.
-                x_BND = checkpoint(block, x_BND, mask_NN, use_reentrant=False, preserve_rng_state=False)
+                x_BND = checkpoint(block, x_BND, span, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, mask_NN)
+                x_BND = block(x_BND, span, caches[number] if caches else None)
         return cast(Tensor, self.output_norm(x_BND))
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for a clip of up to `frames` frames that comes piece by piece, without gradients."""
+        return [KeyValueCache(self.frames * len(self.spatial_position)) for _ in self.blocks]
 
     def _initialise(self) -> None:
         nn.init.normal_(self.spatial_position, std=0.02)
@@ -101,9 +170,3 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-
-
-def block_causal_mask(frames: int, frame_tokens: int, device: torch.device) -> Tensor:
-    """Boolean (N, N), True where the query of the row may attend: tokens of its own frame and of earlier frames."""
-    frame_N = torch.arange(frames, device=device).repeat_interleave(frame_tokens)
-    return frame_N[:, None] >= frame_N[None, :]

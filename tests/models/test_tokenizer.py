@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from real_clips import street
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
@@ -112,20 +113,35 @@ def test_every_parameter_receives_a_gradient_from_a_training_step():
     assert tokenizer.last_layer is tokenizer.decoder.head[2].weight
 
 
-def test_a_causal_video_tokenizer_makes_tokens_from_the_present_and_the_past_only():
-    tokenizer = small_tokenizer(frames=3)
-    clips = images(2, 3, 3, 32, 32)
-    changed = clips.clone()
-    changed[:, :, 1] = images(2, 3, 32, 32, seed=1)
-    before, after = tokenizer.encode(clips).bits_BNL, tokenizer.encode(changed).bits_BNL
-    assert torch.equal(before[:, :16], after[:, :16])
-    assert not torch.equal(before[:, 16:32], after[:, 16:32])
+@pytest.mark.parametrize("changed", range(5))
+def test_changing_a_frame_changes_no_token_and_no_pixel_of_the_frames_before(changed):
+    tokenizer, clip = small_tokenizer(frames=5), street(5, 32)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        torch.nn.init.normal_(part.transformer.temporal_position)
+    tokens = tokenizer.encode(clip)
+    features = tokenizer._features(clip)
+    # Every pixel of the frame is another one, which can only reach further than one of them.
+    other = clip.clone()
+    other[:, :, changed] = -other[:, :, changed]
+    before, after = slice(0, 16 * changed), slice(16 * changed, None)
+    assert torch.equal(tokenizer.encode(other).bits_BNL[:, before], tokens.bits_BNL[:, before])
+    assert torch.equal(tokenizer._features(other)[:, before], features[:, before])
+    assert (tokenizer._features(other) != features)[:, after].any(-1).all()
 
-    tokens = tokenizer.encode(clips)
     bits = tokens.bits_BNL.clone()
-    bits[:, 16:] = ~bits[:, 16:]
-    other = tokenizer.decode(Tokens(bits, tokens.grid))
-    assert torch.equal(tokenizer.decode(tokens)[:, :, 0], other[:, :, 0])
+    bits[:, 16 * changed : 16 * changed + 16] ^= True
+    pixels, others = tokenizer.decode(tokens), tokenizer.decode(Tokens(bits, tokens.grid))
+    assert torch.equal(pixels[:, :, :changed], others[:, :, :changed])
+    for later in range(changed, 5):
+        assert not torch.equal(pixels[:, :, later], others[:, :, later])
+
+
+def test_with_full_attention_every_frame_sees_every_other():
+    tokenizer, clip = small_tokenizer(frames=5, causal=False), street(5, 32)
+    other = clip.clone()
+    other[:, :, 4] = -other[:, :, 4]
+    different = (tokenizer._features(clip) != tokenizer._features(other)).unflatten(1, (5, 16))
+    assert different.any(-1).all()
 
 
 def test_an_image_is_a_clip_of_one_frame():

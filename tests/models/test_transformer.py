@@ -1,9 +1,11 @@
 """The transformer body: masking, checkpointing, compiling."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.transformer import VisionTransformer, block_causal_mask
+from bsq_ray.models.transformer import VisionTransformer, attend
 
 
 def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
@@ -12,17 +14,58 @@ def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
     return VisionTransformer(sizes, 4, frames, causal, gradient_checkpointing)
 
 
-def test_block_causal_mask_lets_a_frame_see_itself_and_the_past():
-    mask = block_causal_mask(3, 2, torch.device("cpu"))
-    assert mask.dtype == torch.bool
-    assert mask.int().tolist() == [
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 1],
-        [1, 1, 1, 1, 1, 1],
-    ]
+def dense_attention(q, k, v, span):
+    """What `attend` computes, with the mask that it never makes."""
+    earlier = k.shape[2] - q.shape[2]
+    frame_M = torch.arange(k.shape[2]) // span
+    mask_NM = frame_M[earlier:, None] >= frame_M[None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NM).transpose(1, 2)
+
+
+@pytest.mark.parametrize("earlier", [0, 8])
+@pytest.mark.parametrize("span", [4, 12])
+def test_attention_frame_by_frame_is_that_of_a_block_causal_mask_with_the_same_gradients(span, earlier):
+    earlier = earlier if span == 4 else 0
+    torch.manual_seed(0)
+    ours = [torch.randn(2, 3, length, 8, requires_grad=True) for length in (12, earlier + 12, earlier + 12)]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    weight = torch.randn(2, 12, 3, 8)
+    y, expected = attend(*ours, span), dense_attention(*theirs, span)
+    torch.testing.assert_close(y, expected)
+    for result in (y, expected):
+        (result * weight).sum().backward()
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left.grad, right.grad)
+
+
+def test_only_allowed_pairs_are_computed_and_no_mask_is_made(monkeypatch):
+    pairs = []
+    original = F.scaled_dot_product_attention
+
+    def counted(q, k, v, **options):
+        assert not options
+        pairs.append(q.shape[2] * k.shape[2])
+        return original(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    small_transformer(frames=4)(torch.randn(1, 16, 32))
+    # Two layers; a frame of 4 tokens sees 4, 8, 12 or 16.
+    assert sum(pairs) == 2 * 4 * (4 + 8 + 12 + 16)
+    pairs.clear()
+    small_transformer(frames=4, causal=False)(torch.randn(1, 16, 32))
+    assert sum(pairs) == 2 * 16 * 16
+
+
+@pytest.mark.parametrize("pieces", [[1, 1, 1], [2, 1], [1, 2], [3]])
+def test_with_caches_a_clip_that_comes_in_pieces_gives_what_it_gives_at_once(pieces):
+    transformer = small_transformer(3)
+    with torch.no_grad():
+        transformer.temporal_position.normal_()
+        x = torch.randn(2, 12, 32)
+        caches = transformer.new_caches()
+        parts = [transformer(part, caches) for part in x.split([4 * frames for frames in pieces], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), transformer(x), rtol=1e-5, atol=1e-5)
+    assert [cache.length for cache in caches] == [12, 12]
 
 
 def test_changing_a_frame_changes_no_earlier_frame_when_causal_and_all_of_them_when_not():
