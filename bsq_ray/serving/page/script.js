@@ -84,7 +84,8 @@ function facts(entries) {
 
 async function prepared(file) {
   const picture = await createImageBitmap(file).catch(() => null);
-  if (!picture) return { blob: file, scaled: false, visible: false };
+  // The service looks at the file itself; a type that the browser guessed from the name would only mislead.
+  if (!picture) return { blob: new Blob([file]), scaled: false, visible: false };
   const factor = LONGEST_SIDE / Math.max(picture.width, picture.height);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(picture.width * Math.min(1, factor)));
