@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bsq_ray.commands import data, demos, measuring, serving, training, using
+from bsq_ray.commands import data, demos, measuring, serving, training, tuning, using
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, and look at what is packed.")
@@ -26,6 +26,7 @@ data_app.command("index")(data.data_index)
 data_app.command("inspect")(data.data_inspect)
 app.command("plan")(training.plan_run)
 app.command("train")(training.train)
+app.command("sweep")(tuning.sweep)
 app.command("tokenize")(data.tokenize_images)
 app.add_typer(evaluate_app, name="evaluate")
 evaluate_app.command("reconstruction")(measuring.evaluate_reconstruction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,11 @@ def is_local(url: str) -> bool:
     """Whether the URL names a path on this machine."""
     protocol = filesystem(url)[0].protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+
+def absolute(url: str) -> str:
+    """The same place, named so that a process in another folder finds it too."""
+    return os.path.abspath(filesystem(url)[1]) if is_local(url) else url
 
 
 def exists(url: str) -> bool:

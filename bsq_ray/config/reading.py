@@ -11,6 +11,7 @@ import copy
 import difflib
 import posixpath
 import re
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
@@ -84,6 +85,20 @@ def check_section(keys: Keys, overrides: Sequence[str], schema: type[Config], so
     return _validate(keys, origins, source, schema)
 
 
+def read_section(source: str, schema: type[Config]) -> Config:
+    """Reads a YAML file that is no configuration of a training, such as a sweep, as strictly as one.
+
+    Raises:
+        ValueError: as `load_config`.
+    """
+    return _validate(_parse_section(storage.read_bytes(source).decode(), source), {}, source, schema)
+
+
+def known_keys(schema: type[BaseModel]) -> list[str]:
+    """Dotted names of all keys of a schema and of its sections, those of every kind of quantiser too."""
+    return sorted({".".join(path) for path in _schema_paths(schema)})
+
+
 def dump_config(config: AnyConfig) -> str:
     """The whole configuration as YAML, every key written out, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -101,7 +116,7 @@ def _read(source: str, chain: Path) -> tuple[Keys, Origins]:
         return keys, origins
     if not isinstance(base, str):
         raise ValueError(f"{label}: base must be the name of a preset or a file, got {base!r}")
-    base_keys, base_origins = _read(_beside(base, source), (*chain, source))
+    base_keys, base_origins = _read(beside(base, source), (*chain, source))
     return _merge(base_keys, keys), base_origins | origins
 
 
@@ -110,7 +125,7 @@ def _open(source: str) -> tuple[str, str]:
     if source in preset_names():
         return (resources.files("bsq_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), f"preset {source}"
     if not _is_file(source):
-        raise ValueError(f"no preset is called '{source}'; {_nearest(source, preset_names(), 'presets')}")
+        raise ValueError(f"no preset is called '{source}'; {nearest(source, preset_names(), 'presets')}")
     return storage.read_bytes(source).decode(), source
 
 
@@ -118,7 +133,7 @@ def _is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) or "/" in source
 
 
-def _beside(base: str, source: str) -> str:
+def beside(base: str, source: str) -> str:
     """A base given as a relative path is relative to the file that names it."""
     if not _is_file(base) or "://" in base or posixpath.isabs(base):
         return base
@@ -222,7 +237,7 @@ def _check(keys: Keys, origins: Origins, source: str) -> AnyConfig:
     stage = keys.get("stage", "tokenizer")
     if stage not in STAGES:
         where = origins.get(("stage",), source)
-        raise ValueError(f"{where}: stage: {stage!r} is not valid; {_nearest(str(stage), STAGES, 'valid values')}")
+        raise ValueError(f"{where}: stage: {stage!r} is not valid; {nearest(str(stage), STAGES, 'valid values')}")
     return _validate(keys, origins, source, STAGES[stage])
 
 
@@ -243,11 +258,11 @@ def _explain(error: Any, origins: Origins, source: str, schema: type[BaseModel])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {key}; {_nearest_key(path, error['loc'], schema)}"
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {key}.kind: {_nearest(str(error['input']['kind']), _QUANTIZERS, 'valid values')}"
+        return f"{where}: {key}.kind: {nearest(str(error['input']['kind']), _QUANTIZERS, 'valid values')}"
     if error["type"] == "literal_error":
         values = re.findall(r"'([^']*)'", error["ctx"]["expected"]) or [error["ctx"]["expected"]]
         return (
-            f"{where}: {key}: {error['input']!r} is not valid; {_nearest(str(error['input']), values, 'valid values')}"
+            f"{where}: {key}: {error['input']!r} is not valid; {nearest(str(error['input']), values, 'valid values')}"
         )
     given = "" if isinstance(error["input"], dict | BaseModel) else f", got {error['input']!r}"
     return f"{where}: {key + ': ' if key else ''}{message}{given}"
@@ -262,7 +277,8 @@ def _origin(path: Path, message: str, origins: Origins, source: str) -> str:
     return (exact or named[::-1] or unnamed[::-1] or [source])[0]
 
 
-def _nearest(name: str, valid: Iterable[str], what: str) -> str:
+def nearest(name: str, valid: Iterable[str], what: str) -> str:
+    """What to tell somebody who wrote `name`: the most alike valid name, or all of them."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(valid)}"
 
@@ -281,7 +297,9 @@ def _nearest_key(path: Path, loc: tuple[int | str, ...], schema: type[BaseModel]
 
 def _subsection(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     field = section.model_fields.get(name)
-    annotation = field.annotation if field else None
+    annotation: Any = field.annotation if field else None
+    if typing.get_origin(annotation) is dict:
+        annotation = typing.get_args(annotation)[1]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 

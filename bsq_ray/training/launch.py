@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -61,8 +60,8 @@ def train(
         RuntimeError: the training failed; the message says why.
     """
     # Workers may run in another folder.
-    data_url, out_url = _absolute(data_url), _absolute(out_url)
-    job = Job(run_config, data_url, out_url, held_out_url and _absolute(held_out_url), minutes)
+    data_url, out_url = storage.absolute(data_url), storage.absolute(out_url)
+    job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes)
     _check(job, workers, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
     with _display(show) as say:
@@ -104,10 +103,6 @@ def _check(job: Job, workers: int, resume: bool) -> None:
     progress = newest_progress(job.out_url)
     if progress:
         check_same_run(progress, job.config, source, job.out_url)
-
-
-def _absolute(url: str) -> str:
-    return os.path.abspath(storage.filesystem(url)[1]) if storage.is_local(url) else url
 
 
 @contextmanager

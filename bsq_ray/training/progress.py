@@ -51,9 +51,14 @@ class ProgressLine:
             return
         if record["kind"] != "training":
             self.say(line)
-        elif self._live:
+        else:
+            self.status(line, last=record["progress"] >= 1)
+
+    def status(self, line: str, *, last: bool = False) -> None:
+        """How far it is: replaces the line before it on a terminal, elsewhere comes now and then, and at the `last`."""
+        if self._live:
             self._live.update(Text(line))
-        elif time.monotonic() - self._said > _QUIET_SECONDS or record["progress"] >= 1:
+        elif time.monotonic() - self._said > _QUIET_SECONDS or last:
             self._said = time.monotonic()
             self.say(line)
 

@@ -1,0 +1,51 @@
+"""The command that tunes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from bsq_ray.commands.options import Address, which_device
+
+
+def sweep(
+    config: Annotated[str, typer.Option(help="YAML file of the sweep; jobs/sweeps/ has examples.")],
+    data: Annotated[str, typer.Option(help="Packed training images, or a token table.")],
+    held_out: Annotated[str, typer.Option(help="What the trials are measured on.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the sweep.")],
+    workers: Annotated[
+        int | None, typer.Option(help="Training processes of a trial, instead of budget.workers.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
+    stop_after: Annotated[float | None, typer.Option(help="Minutes after which it saves and stops.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    address: Address = None,
+) -> None:
+    """Train a model with many values of its configuration, and compare them."""
+    from bsq_ray.training.launch import Interrupted
+    from bsq_ray.training.progress import ProgressLine
+    from bsq_ray.tuning.progress import SweepLine
+    from bsq_ray.tuning.results import markdown
+    from bsq_ray.tuning.schema import load_sweep
+    from bsq_ray.tuning.sweep import run_sweep
+
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be 1 or more; a trial trains on Ray")
+    if stop_after is not None and stop_after <= 0:
+        raise ValueError(f"--stop-after {stop_after:g} must be positive")
+    wanted, kind = load_sweep(config), which_device(device)
+    if workers is not None:
+        wanted = wanted.model_copy(update={"budget": wanted.budget.model_copy(update={"workers": workers})})
+    try:
+        with ProgressLine() as line:
+            done = run_sweep(wanted, data, held_out, out, resume, address, kind, stop_after, SweepLine(line).show)
+    except Interrupted as stop:
+        again = shlex.join(["bsq-ray", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+        raise Interrupted(f"{stop}. Go on with: {again}") from None
+    print(markdown(done.study))
+    folder = out.rstrip("/")
+    print(f"\nbest: trial {done.best.number}, as a preset in {folder}/best.yaml")
+    print(f"results: {folder}/README.md, results.parquet")

@@ -1,0 +1,276 @@
+"""What is known of a sweep: its trials, one record each, and the Optuna study that proposes their values.
+
+    out/trials/003/trial.json   parameters, state, figures, attempts, why it failed
+    out/trials/003/preset.yaml  the trial as a preset; beside it the files of an ordinary run
+
+The records are all that a stopped sweep needs to go on: the study is made anew from them, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from bsq_ray import config, storage
+from bsq_ray.config.reading import load_config
+from bsq_ray.tuning.schema import Sweep
+from bsq_ray.tuning.space import Changes, preset_text
+
+# running: begun and not ended; stopped: by the scheduler; invalid: a configuration that cannot be; diverged: a loss
+# became infinite; failed: anything else, after its retries.
+State = Literal["running", "finished", "stopped", "invalid", "diverged", "failed"]
+# What another attempt may change.
+_AGAIN = ("running", "failed")
+
+
+@dataclass
+class Record:
+    """One trial.
+
+    Attributes:
+        number: its place in the sweep, from 0.
+        parameters: the drawn values, by their names in the space.
+        figures: what the last evaluation gave.
+        reports: (step, figures) of every evaluation along the way.
+        attempts: how often it was begun.
+        reason: why it is in its state, if it did not finish.
+        again: why it was begun again, if it was.
+    """
+
+    number: int
+    parameters: dict[str, Any]
+    state: State = "running"
+    figures: dict[str, float] = field(default_factory=dict)
+    reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    attempts: int = 1
+    reason: str = ""
+    again: list[str] = field(default_factory=list)
+
+
+class Study:
+    """The trials of a sweep.
+
+    Args:
+        out_url: folder of the sweep; what it holds already is taken up.
+    """
+
+    def __init__(self, sweep: Sweep, out_url: str) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.sweep, self.out_url = sweep, out_url
+        self.distributions = {name: parameter.distribution() for name, parameter in sweep.space.items()}
+        directions = ["minimize" if direction == "min" else "maximize" for direction in sweep.metrics.values()]
+        self._study = optuna.create_study(directions=directions)
+        self.records = read_records(out_url)
+        self._asked: dict[int, Any] = {}
+        self._waiting = [record for record in self.records if record.state in _AGAIN]
+        for record in self.records:
+            if record not in self._waiting:
+                self._remember(record)
+
+    @property
+    def ended(self) -> list[Record]:
+        """Trials of earlier parts of the sweep that are not done again."""
+        return [record for record in self.records if record.state not in _AGAIN]
+
+    @property
+    def left(self) -> int:
+        """Trials that are still to be run, those to be run again among them."""
+        return len(self._waiting) + max(0, self.sweep.trials - len(self.records))
+
+    def next(self) -> Record | None:
+        """The next trial, whose folder then holds its configuration; None when there is none.
+
+        Combinations that cannot be are recorded and passed over.
+        """
+        while True:
+            if self._waiting:
+                record = self._waiting.pop(0)
+                record.state, record.reason, record.attempts = "running", "", record.attempts + 1
+                self._asked[record.number] = self._ask(record.number, record.parameters)
+            elif (number := self._free_number()) < self.sweep.trials:
+                self._asked[number] = self._ask(number, self._combination(number))
+                record = Record(number, dict(self._asked[number].params))
+                self.records = sorted([*self.records, record], key=lambda each: each.number)
+                url = self.preset_url(record)
+                storage.write_bytes(url, self.preset(record, f"{self.sweep.name}-{number:03}").encode())
+            else:
+                return None
+            self._save(record)
+            try:
+                run = load_config(self.preset_url(record))
+                storage.write_bytes(config_url(self.trial_url(record)), config.dump_config(run).encode())
+                return record
+            except ValueError as error:
+                self.end(record, "invalid", str(error).removeprefix(f"{self.preset_url(record)}: "))
+
+    def report(self, record: Record, step: int, figures: dict[str, float]) -> None:
+        """An evaluation along the way."""
+        seen = {earlier for earlier, _ in record.reports}
+        # Of a step that is taken again after a failure, the newer figures count; Optuna keeps the older ones.
+        record.reports = [*(report for report in record.reports if report[0] < step), (step, figures)]
+        record.figures = figures
+        name, _ = self.sweep.first_metric
+        new = step not in seen and math.isfinite(figures.get(name, math.nan))
+        if new and len(self.sweep.metrics) == 1:
+            self._asked[record.number].report(figures[name], step)
+        self._save(record)
+
+    def retry(self, record: Record, reason: str) -> None:
+        """It failed and is begun again."""
+        record.attempts += 1
+        record.again.append(reason)
+        self._save(record)
+
+    def end(self, record: Record, state: State, reason: str = "", figures: dict[str, float] | None = None) -> None:
+        """It has ended, in one of the states but "running"."""
+        from optuna.trial import TrialState
+
+        record.figures = figures or record.figures
+        missing = [name for name in self.sweep.metrics if not math.isfinite(record.figures.get(name, math.nan))]
+        if state == "finished" and missing:
+            state, reason = "failed", f"it gave no {' and no '.join(missing)}"
+        record.state, record.reason = state, reason
+        asked = self._asked.pop(record.number)
+        if state == "finished":
+            self._study.tell(asked, [record.figures[name] for name in self.sweep.metrics])
+        else:
+            self._study.tell(asked, state=TrialState.PRUNED if state == "stopped" else TrialState.FAIL)
+        self._save(record)
+
+    def best(self) -> Record | None:
+        """The finished trial with the best first metric."""
+        name, direction = self.sweep.first_metric
+        finished = [record for record in self.records if record.state == "finished"]
+        return (min if direction == "min" else max)(finished, key=lambda r: r.figures[name], default=None)
+
+    def importances(self) -> dict[str, float]:
+        """Share of the first metric's variance among finished trials that each parameter explains (fANOVA, Hutter et
+        al., ICML 2014); empty when too few finished, or none differ.
+        """
+        import optuna
+
+        finished = [record for record in self.records if record.state == "finished"]
+        varied = [name for name in self.sweep.space if len({str(record.parameters[name]) for record in finished}) > 1]
+        name, _ = self.sweep.first_metric
+        if len(finished) < 4 or not varied or len({record.figures[name] for record in finished}) < 2:
+            return {}
+        return dict(
+            optuna.importance.get_param_importances(
+                self._study,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                params=varied,
+                target=lambda trial: trial.values[0],
+            )
+        )
+
+    def preset(self, record: Record, name: str, comments: Iterable[str] = (), *, steps: bool = True) -> str:
+        """The trial as a preset; `steps` says whether the sweep's budget of steps is part of it."""
+        sweep = self.sweep
+        described = ", ".join(f"{key} {shown(value)}" for key, value in record.parameters.items())
+        changes: Changes = dict(sweep.set)
+        for key, drawn in record.parameters.items():
+            changes |= sweep.space[key].changes(key, drawn)
+        if steps and sweep.budget.steps is not None:
+            changes["training.steps"] = sweep.budget.steps
+        description = f"{sweep.name}, trial {record.number}: {described}"
+        return preset_text(sweep.preset, name, description, changes, [*comments])
+
+    def trial_url(self, record: Record) -> str:
+        """Folder of a trial."""
+        return trial_url(self.out_url, record.number)
+
+    def preset_url(self, record: Record) -> str:
+        """The trial as a preset file."""
+        return storage.join(self.trial_url(record), "preset.yaml")
+
+    def _save(self, record: Record) -> None:
+        url = storage.join(self.trial_url(record), "trial.json")
+        storage.write_bytes(url, json.dumps(asdict(record), indent=1).encode())
+
+    def _free_number(self) -> int:
+        """Of the next new trial; a trial whose folder was removed is run again."""
+        taken = {record.number for record in self.records}
+        return next(number for number in itertools.count() if number not in taken)
+
+    def _combination(self, number: int) -> dict[str, Any] | None:
+        """The number-th combination of a grid."""
+        if self.sweep.searcher != "grid":
+            return None
+        lists = [parameter.listed() for parameter in self.sweep.space.values()]
+        combination = next(itertools.islice(itertools.product(*lists), number, None))
+        return dict(zip(self.sweep.space, combination, strict=True))
+
+    def _ask(self, number: int, values: dict[str, Any] | None) -> Any:
+        """A trial of Optuna's with these values, or with values that its sampler proposes."""
+        from optuna.samplers import RandomSampler, TPESampler
+
+        # Drawn from the number too, so that a sweep that goes on does not draw what it has drawn.
+        seed = self.sweep.seed * 100_003 + number
+        if self.sweep.searcher == "tpe":
+            # Whoever is still running counts as bad, so that concurrent trials keep apart.
+            self._study.sampler = TPESampler(seed=seed, constant_liar=True)
+        else:
+            self._study.sampler = RandomSampler(seed=seed)
+        if values is not None:
+            self._study.enqueue_trial(values)
+        return self._study.ask(self.distributions)
+
+    def _remember(self, record: Record) -> None:
+        """Shows a trial of an earlier part of the sweep to Optuna."""
+        from optuna.trial import TrialState, create_trial
+
+        name, _ = self.sweep.first_metric
+        reports = record.reports if len(self.sweep.metrics) == 1 else []
+        told = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}.get(record.state, TrialState.FAIL)
+        values = [record.figures[metric] for metric in self.sweep.metrics] if record.state == "finished" else None
+        self._study.add_trial(
+            create_trial(
+                state=told,
+                params=record.parameters,
+                distributions=self.distributions,
+                values=values,
+                intermediate_values={step: figures[name] for step, figures in reports if name in figures},
+            )
+        )
+
+
+def trial_url(out_url: str, number: int) -> str:
+    """Folder of a trial."""
+    return storage.join(out_url, "trials", f"{number:03}")
+
+
+def config_url(folder: str) -> str:
+    """A trial's whole configuration."""
+    return storage.join(folder, "config.yaml")
+
+
+def read_records(out_url: str) -> list[Record]:
+    """The trials that a folder holds, in their order.
+
+    Raises:
+        ValueError: a record is damaged.
+    """
+    root = storage.join(out_url, "trials")
+    records = []
+    for name in storage.list_folder(root):
+        url = storage.join(root, name, "trial.json")
+        if not storage.exists(url):
+            continue
+        try:
+            values = json.loads(storage.read_bytes(url))
+            values["reports"] = [(step, figures) for step, figures in values["reports"]]
+            records.append(Record(**values))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{url} is damaged ({error}); remove the folder {root}/{name}, to run it again") from error
+    return sorted(records, key=lambda record: record.number)
+
+
+def shown(value: Any) -> str:
+    """A parameter's value as a person reads it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,34 @@
+"""Sweeps so small that a trial takes no time beside the start of its workers."""
+
+import yaml
+
+from bsq_ray.tuning.schema import load_sweep
+
+SMALL = {
+    "model.image_size": 32,
+    "model.encoder": {"width": 16, "layers": 1, "heads": 2},
+    "model.decoder": {"width": 16, "layers": 1, "heads": 2, "head_width": 32},
+    "loss.perceptual_weight": 0,
+    "loss.adversarial.weight": 0,
+    "training.engine.kind": "ddp",
+    "training.engine.precision": "fp32",
+    "training.batch_size": 8,
+    "training.evaluate_every": 5,
+    "training.evaluate_batches": 1,
+    "training.log_every": 5,
+}
+
+
+def small_sweep(folder, *, set=None, **changes):
+    """A sweep of two tokenizers of 6 and 10 bits, with `changes` of its keys."""
+    keys = {
+        "name": "small",
+        "preset": "demo",
+        "set": SMALL | (set or {}),
+        "space": {"model.quantizer.bits": {"values": [6, 10]}},
+        "metrics": {"psnr": "max"},
+        "budget": {"steps": 10, "concurrency": 2, "held_out_images": 2},
+    }
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump({**keys, **changes}))
+    return load_sweep(str(file))
