@@ -27,7 +27,7 @@ def test_the_commands_are_exactly_these(call):
     """A command is part of the contract: it is added or removed on purpose."""
     listed = call("--help")[1].split("Commands:")[1].splitlines()
     assert {line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "} == {
-        "quickstart", "demo-generate", "demo-compress", "data", "train", "tokenize", "evaluate", "reconstruct",
+        "quickstart", "demo-generate", "demo-compress", "data", "train", "sweep", "tokenize", "evaluate", "reconstruct",
         "generate", "compress", "decompress", "plan", "import-reference", "info", "serve",
     }  # fmt: skip
     assert all(name in call("data", "--help")[1] for name in ("pack", "index", "inspect"))

@@ -100,7 +100,7 @@ class Sweep(Strict):
             return self
         for name, parameter in self.space.items():
             if not parameter.listed():
-                raise ValueError(f"space: {name} is a range of real numbers; a grid needs values, choices or int")
+                raise ValueError(f"space: {name} is a range of real numbers; a grid needs values, choices or integers")
         if self.budget.trials is not None:
             raise ValueError("budget.trials is not for a grid, which tries every combination; leave it out")
         return self

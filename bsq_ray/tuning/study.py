@@ -95,7 +95,8 @@ class Study:
                 self._asked[record.number] = self._ask(record.number, record.parameters)
             elif (number := self._free_number()) < self.sweep.trials:
                 self._asked[number] = self._ask(number, self._combination(number))
-                record = Record(number, dict(self._asked[number].params))
+                drawn = self._asked[number].params
+                record = Record(number, {name: drawn[name] for name in self.sweep.space})
                 self.records = sorted([*self.records, record], key=lambda each: each.number)
                 url = self.preset_url(record)
                 storage.write_bytes(url, self.preset(record, f"{self.sweep.name}-{number:03}").encode())

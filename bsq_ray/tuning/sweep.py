@@ -131,6 +131,9 @@ def _lasting(values: Mapping[str, Any], key: str) -> Any:
     """What must stay the same when a sweep goes on."""
     if key == "budget":
         return {name: values.get(key, {}).get(name) for name in _LASTING_BUDGET}
+    if key == "metrics":
+        # Their order matters: the first one says which trial is the best.
+        return list(values.get(key, {}).items())
     return None if key in _CHANGEABLE else values.get(key)
 
 

@@ -30,5 +30,5 @@ def small_sweep(folder, *, set=None, **changes):
         "budget": {"steps": 10, "concurrency": 2, "held_out_images": 2},
     }
     file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump({**keys, **changes}))
+    file.write_text(yaml.safe_dump({**keys, **changes}, sort_keys=False))
     return load_sweep(str(file))

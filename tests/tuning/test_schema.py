@@ -1,0 +1,108 @@
+"""A sweep's YAML: what is shipped loads, and what is wrong is said in one sentence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_sweeps import small_sweep
+
+from bsq_ray.config import load_config
+from bsq_ray.tuning.schema import Sweep, load_sweep
+from bsq_ray.tuning.study import Study
+
+LPIPS = {"metrics": {"lpips": "min"}}
+SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "sweeps").glob("*.yaml"))
+
+
+def space(key, **parameter):
+    return {"space": {key: parameter}}
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_sweep_loads_and_all_its_combinations_are_configurations(file, tmp_path):
+    sweep = load_sweep(str(file))
+    study = Study(sweep, str(tmp_path))
+    for number in range(min(sweep.trials, 12)):
+        record = study.next()
+        assert record.number == number, study.records
+        run = load_config(study.preset_url(record))
+        if sweep.name == "quantizers":
+            assert run.model.quantizer.bits == 14
+            assert run.model.quantizer.kind == record.parameters["quantizer"]
+    assert not [record for record in study.records if record.state == "invalid"]
+
+
+def test_the_shipped_sweeps_are_those_that_the_documentation_names():
+    assert [file.stem for file in SHIPPED] == ["codebook-dimension", "demo", "loss-weights", "quantizers"]
+    bits = load_sweep(str(SHIPPED[0])).space["model.quantizer.bits"].values
+    assert bits == [10, 14, 18, 24, 36]
+
+
+def test_every_key_of_a_sweep_is_written_out_and_explained():
+    file = next(file for file in SHIPPED if file.stem == "loss-weights")
+    keys = yaml.safe_load(file.read_text())
+    assert set(keys) == set(Sweep.model_fields)
+    for section in ("scheduler", "budget"):
+        assert set(keys[section]) == set(Sweep.model_fields[section].annotation.model_fields)
+    for shipped in SHIPPED:
+        plain = [line for line in shipped.read_text().splitlines() if ":" in line and "#" not in line]
+        # Keys of the space and of the preset explain themselves.
+        assert all(line.startswith("  ") or line in ("space:", "metrics:", "budget:") for line in plain), plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, "space is empty; name at least one key"),
+        (space("model.quantizer.bit", values=[6]), r"key model.quantizer.bit; did you mean model.quantizer.bits\?"),
+        (space("model.quantiser", values=[{"kind": "bsq"}]), "unknown key model.quantiser.kind; did you mean"),
+        (space("x", choices={"a": {"loss.perceptual": 1}}), "unknown key loss.perceptual; did you mean"),
+        ({"set": {"training.step": 5}}, r"set: unknown key training.step; did you mean training.steps\?"),
+        (space("model.quantizer.bits", valeus=[6]), r"unknown key .*valeus; did you mean .*values\?"),
+        (space("model.quantizer.bits"), "give one of values, choices, integers, uniform, loguniform"),
+        (space("model.quantizer.bits", values=[]), "values is empty"),
+        (space("model.quantizer.bits", values=[6, 6]), "names one twice"),
+        (space("model.quantizer.bits", integers=[6, 2]), r"integers \[6, 2\] is not a range"),
+        (space("loss.perceptual_weight", loguniform=[0, 1]), "must be above 0"),
+        (space("loss.perceptual_weight", uniform=[0, 1]), "a grid needs values, choices or integers"),
+        ({"searcher": "bayes"}, "searcher: 'bayes' is not valid; valid values are grid, random, tpe"),
+        ({"searcher": "tpee"}, r"did you mean tpe\?"),
+        ({"searcher": "random"}, "budget.trials is missing"),
+        ({"budget": {"trials": 3}}, "budget.trials is not for a grid"),
+        ({"budget": {"steps": 3, "minutes": 1}}, "budget has steps and minutes"),
+        ({"budget": {"resources": {"GPU": 0}}}, "budget.resources .* is nothing"),
+        ({"budget": {"step": 3}}, r"unknown key budget.step; did you mean budget.steps\?"),
+        ({"metrics": {}}, "metrics is empty"),
+        ({"metrics": {"lpip": "min"}}, r"no evaluation of a tokenizer gives lpip; did you mean lpips\?"),
+        ({"metrics": {"lpips": "low"}}, "metrics.lpips: 'low' is not valid; valid values are min, max"),
+        ({**LPIPS, "scheduler": {"kind": "asha"}}, "lpips is not measured along the way.* psnr or perceptual"),
+        ({**LPIPS, "scheduler": {"kind": "asha", "metric": "psnr"}}, "scheduler.direction is missing"),
+        ({"preset": "dmo"}, r"no preset is called 'dmo'; did you mean demo\?"),
+        (
+            {"stage": "prior", "metrics": {"bits_per_token": "min"}},
+            "stage prior is not that of preset demo, which is t",
+        ),
+        ({"stage": "prior"}, "no evaluation of a prior gives psnr"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence_that_names_the_file(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as told:
+        small_sweep(tmp_path, **changes)
+    text = str(told.value)
+    assert "small.yaml" in text or "preset" in changes
+    assert "\n" not in text
+
+
+def test_a_file_that_is_missing_or_no_sweep_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="it does not exist"):
+        load_sweep(str(tmp_path / "none.yaml"))
+    (tmp_path / "text.yaml").write_text("only words")
+    with pytest.raises(ValueError, match="expected keys and values"):
+        load_sweep(str(tmp_path / "text.yaml"))
+
+
+def test_a_preset_beside_the_sweep_is_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("base: demo\nname: mine\n")
+    small_sweep(tmp_path, preset="mine.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_sweep("small.yaml").preset == str(tmp_path / "mine.yaml")
