@@ -1,14 +1,19 @@
-"""Images to bytes and back.
+"""Images and clips to bytes and back.
 
-image ─tiles─▶ Tokenizer.encode ─▶ tokens ─prior and range coder, group by group─▶ container
-container ─▶ groups ─▶ tokens ─checksum─▶ Tokenizer.decode, windows blended over seams ─▶ image
+picture ─tiles─▶ Tokenizer.encode ─▶ tokens ─prior and range coder, group by group─▶ container
+container ─▶ groups ─▶ tokens ─checksum─▶ Tokenizer.decode, windows blended over seams ─▶ picture
+
+An image is a clip of one frame. A clip is coded in groups of pictures (GOPs) of as many frames as the tokenizer takes.
+
+Shape suffixes: C colours, T frames, H and W pixels; R and C rows and columns of tiles, N tokens of a tile, L bits.
 """
 
 from __future__ import annotations
 
 import time
-import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -17,15 +22,27 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
-from bsq_ray.codec.container import MAX_PIXELS, PRIOR, RAW, Container, Header, read_container, write_container
-from bsq_ray.codec.tiles import as_grid, cut, join
-from bsq_ray.codec.tokens import Undecodable, decode_tokens, encode_tokens
+from bsq_ray.codec.colour import SRGB, Colour, to_srgb
+from bsq_ray.codec.container import (
+    MAX_PIXELS,
+    PRIOR,
+    RAW,
+    Clip,
+    Container,
+    Header,
+    check_header,
+    read_container,
+    write_container,
+)
+from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size
+from bsq_ray.codec.pixels import PixelCoder
+from bsq_ray.codec.tiles import cut
 from bsq_ray.models.prior import Prior
-from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
-from bsq_ray.models.tokenizer import Tokenizer, Tokens
+from bsq_ray.models.tokenizer import Tokenizer
 
-_GROUP, _TOLERANCE, _BATCH = 4, 14, 32
-_GREY = 128
+Box = tuple[int, int, int, int]
+Progress = Callable[[int, int], None]
+_TOLERANCE = 14
 
 
 @dataclass(frozen=True)
@@ -34,10 +51,11 @@ class Compressed:
 
     Attributes:
         data: the file.
-        bits_per_pixel: of the whole file.
+        bits_per_pixel: of the whole file, over the pixels of all frames.
         raw_bits: of the tokens before the prior.
         cross_entropy_bits, side_bits: of the tokens under the prior, and of the side information; 0 without a prior.
-        seconds: by part: "tokenizer", "prior".
+        seconds: by part: "tokenizer", "prior", "coder".
+        frames: 1 for an image.
     """
 
     data: bytes
@@ -46,29 +64,55 @@ class Compressed:
     cross_entropy_bits: float
     side_bits: int
     seconds: dict[str, float]
+    frames: int = 1
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 class Codec:
-    """Compresses images of any size with a tokenizer and, if there is one, a prior.
+    """Compresses images and clips of any size with a tokenizer and, if there is one, a prior.
 
     Args:
-        tokenizer: of single images.
+        tokenizer: of images or clips. One of clips takes images too if it is causal.
         prior: trained on this tokenizer's tokens; None writes their bits as they are.
+        batch: tiles that go through a model at once; None chooses by their tokens. Files do not depend on it.
+        arithmetic: of decoding pixels. In fp64 every machine decodes the same bytes; fp32 takes half the time, and its
+            pixels may differ by a level.
+
+    Raises:
+        ValueError: the models do not belong together, or were not read from model folders.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prior: Prior | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prior: Prior | None = None,
+        batch: int | None = None,
+        arithmetic: torch.dtype = torch.float64,
+    ) -> None:
+        section = tokenizer.config
         if prior is not None:
-            side = tokenizer.config.image_size // tokenizer.config.patch_size
-            fits = prior.config.grid == (1, side, side) and prior.config.bits == tokenizer.quantizer.bits
+            side = section.image_size // section.patch_size
+            fits = prior.config.grid == (section.frames, side, side) and prior.config.bits == tokenizer.quantizer.bits
             if not fits:
                 raise ValueError("tokenizer and prior do not belong together: their tokens differ in number or bits")
-        if tokenizer.config.frames > 1:
-            raise ValueError("this version compresses images; the tokenizer is one of clips")
-        self.tokenizer, self.prior = tokenizer.eval(), prior.eval() if prior else None
+        # Logits and tokens are those of fp32, whatever the weights were kept in.
+        self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
+        self.batch = batch
+        self._pixels = PixelCoder(self.tokenizer, arithmetic, batch)
         self._tokenizer_id, self._prior_id = _short_id(tokenizer), _short_id(prior) if prior else bytes(8)
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema", device: str = "cpu") -> Codec:
+    def from_pretrained(
+        cls,
+        url: str,
+        weights: Literal["ema", "plain"] = "ema",
+        device: str = "cpu",
+        batch: int | None = None,
+        arithmetic: torch.dtype = torch.float64,
+    ) -> Codec:
         """Reads the model folder of a prior, whose `tokenizer/` is its tokenizer, or of a tokenizer alone.
 
         Raises:
@@ -76,63 +120,109 @@ class Codec:
         """
         run = hub.read_model_folder(url, weights).config
         if isinstance(run, config.TokenizerConfig):
-            return cls(Tokenizer.from_pretrained(url, weights).to(device))
+            return cls(Tokenizer.from_pretrained(url, weights).to(device), None, batch, arithmetic)
         prior = Prior.from_pretrained(url, weights).to(device)
-        return cls(Tokenizer.from_pretrained(storage.join(url, "tokenizer")).to(device), prior)
+        tokenizer = Tokenizer.from_pretrained(storage.join(url, "tokenizer")).to(device)
+        return cls(tokenizer, prior, batch, arithmetic)
 
-    def compress(self, image: Image.Image) -> Compressed:
-        """Compresses an image; transparency is laid on white, other modes become RGB."""
-        pixels_CHW = _pixels(image)
+    def compress(self, image: Image.Image, progress: Progress = _silent) -> Compressed:
+        """Compresses an image, which becomes sRGB; transparency is laid on white.
+
+        Raises:
+            ValueError: the image is larger than the format's decoders read, or the tokenizer takes whole clips only.
+        """
         section = self.tokenizer.config
-        header = Header(
-            mode=PRIOR if self.prior else RAW,
-            width=pixels_CHW.shape[2],
-            height=pixels_CHW.shape[1],
-            tile=section.image_size,
-            patch=section.patch_size,
-            bits=self.tokenizer.quantizer.bits,
-            group=_GROUP,
-            tolerance=_TOLERANCE,
-            tokenizer=self._tokenizer_id,
-            prior=self._prior_id,
-        )
-        began = time.perf_counter()
-        tiles = cut(pixels_CHW, section.image_size)
-        bits_RCNL = self._encode(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
-        middle = time.perf_counter()
-        payloads, checks, nats, side = [], [], 0.0, 0
-        for rows, columns in header.groups:
-            group_BNL = bits_RCNL[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
-            checks.append(_checksum(group_BNL))
-            if self.prior is None:
-                payloads.append(pack_bits(group_BNL.flatten()).numpy().tobytes())
-                continue
-            coded = encode_tokens(self.prior, group_BNL, 2.0**-_TOLERANCE)
-            payloads.append(coded.data)
-            nats, side = nats + coded.cross_entropy, side + coded.side
-        data = write_container(header, payloads, checks)
-        seconds = {"tokenizer": middle - began, "prior": time.perf_counter() - middle}
-        bits_per_pixel = 8 * len(data) / (header.width * header.height)
-        return Compressed(data, bits_per_pixel, bits_RCNL.numel(), nats, side, seconds)
+        if section.frames > 1 and not section.causal:
+            raise ValueError("this tokenizer looks at later frames, so it takes clips only, not images")
+        pixels_THWC = np.array(to_srgb(image))[None]
+        header = self._header(pixels_THWC.shape[2], pixels_THWC.shape[1], None)
+        seconds: dict[str, float] = {}
+        coded = self._encode(header, 0, pixels_THWC, seconds, progress)
+        return self._compressed(header, coded, seconds)
+
+    def compress_clip(
+        self, frames: Iterable[np.ndarray], rate: Fraction | int, colour: Colour = SRGB, progress: Progress = _silent
+    ) -> Compressed:
+        """Compresses a clip, one group of pictures after the other.
+
+        Args:
+            frames: uint8 (H, W, 3), all of one size.
+            rate: frames per second.
+            colour: how the values are meant, for those who show the frames; it does not change them.
+            progress: called with frames done and 0, for how many follow is not known.
+
+        Raises:
+            ValueError: there are no frames, they differ in size, or they are too large.
+        """
+        seconds: dict[str, float] = {}
+        coded: list[CodedGroup] = []
+        count, gop = 0, self.tokenizer.config.frames
+        header: Header | None = None
+        for number, pixels_THWC in enumerate(_gops(frames, gop)):
+            count += len(pixels_THWC)
+            if header is None:
+                clip = Clip(1, gop, Fraction(rate), colour)
+                header = self._header(pixels_THWC.shape[2], pixels_THWC.shape[1], clip)
+            if pixels_THWC.shape[1:3] != (header.height, header.width):
+                raise ValueError("the frames of a clip must all have one size")
+            # The last group is filled with its last frame.
+            filled = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], gop - len(pixels_THWC), 0)])
+            coded += self._encode(header, number, filled, seconds, _silent)
+            progress(count, 0)
+        if header is None:
+            raise ValueError("the clip has no frames")
+        assert header.clip is not None
+        header = replace(header, clip=replace(header.clip, frames=count))
+        return self._compressed(header, coded, seconds)
 
     def decompress(
-        self, data: bytes, region: tuple[int, int, int, int] | None = None, max_pixels: int = MAX_PIXELS
+        self,
+        data: bytes,
+        region: Box | None = None,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress = _silent,
+        seconds: dict[str, float] | None = None,
     ) -> Image.Image:
         """The image, or a part of it.
 
         Args:
             region: left, top, right and lower edge in pixels; only the groups that it touches are decoded.
             max_pixels: larger images are refused.
+            seconds: "tokenizer", "prior" and "coder" are added to it.
 
         Raises:
-            ValueError: the file is damaged, of other models or a newer version, or the region is outside.
+            ValueError: the file is damaged, of other models or a newer version, or a clip, or the region is outside.
         """
-        container = read_container(data, True, max_pixels)
-        header = container.header
-        box = region or (0, 0, header.width, header.height)
-        if not (0 <= box[0] < box[2] <= header.width and 0 <= box[1] < box[3] <= header.height):
-            raise ValueError(f"the region {box} is not inside the image of {header.width} x {header.height} pixels")
-        return self._image(container, box)
+        container = _container_of_image(data, True, max_pixels)
+        [pixels_HWC] = self._frames(container, range(1), region, progress, {} if seconds is None else seconds)
+        return Image.fromarray(pixels_HWC)
+
+    def decompress_clip(
+        self,
+        data: bytes,
+        frames: range | None = None,
+        region: Box | None = None,
+        max_pixels: int = MAX_PIXELS,
+        progress: Progress = _silent,
+        seconds: dict[str, float] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The frames of a clip, uint8 (H, W, 3), one after the other.
+
+        Args:
+            frames: which ones, in steps of 1; only their groups of pictures are decoded, and of the last only what
+                comes before if tokenizer is causal.
+            region, max_pixels, seconds: as for an image.
+            progress: called with frames done and wanted.
+
+        Raises:
+            ValueError: as `decompress`, or the clip has no such frames.
+        """
+        container = _container_of_clip(data, True, max_pixels)
+        count = container.header.frames
+        wanted = range(count) if frames is None else frames
+        if not (0 <= wanted.start < wanted.stop <= count and wanted.step == 1):
+            raise ValueError(f"frames {wanted.start} to {wanted.stop - 1} are wanted, the clip has 0 to {count - 1}")
+        return self._frames(container, wanted, region, progress, {} if seconds is None else seconds)
 
     def preview(self, data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, float]:
         """What the first part of a file shows already, grey where the rest is missing, and which share of it is there.
@@ -140,69 +230,119 @@ class Codec:
         Raises:
             ValueError: the part ends before the index does, or is damaged.
         """
-        container = read_container(data, False, max_pixels)
-        header = container.header
-        there = sum(payload is not None for payload in container.payloads) / len(container.payloads)
-        return self._image(container, (0, 0, header.width, header.height)), there
+        container = _container_of_image(data, False, max_pixels)
+        [pixels_HWC] = self._frames(container, range(1), None, _silent, {})
+        return Image.fromarray(pixels_HWC), container.whole_groups / len(container.index_GE)
 
-    def _image(self, container: Container, box: tuple[int, int, int, int]) -> Image.Image:
+    def preview_clip(self, data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Iterator[np.ndarray], int]:
+        """The frames that the first part of a file shows already, grey where the rest is missing, and their number.
+
+        Raises:
+            ValueError: the part ends before the index does, or is damaged.
+        """
+        container = _container_of_clip(data, False, max_pixels)
+        header = container.header
+        there = min(header.frames, -(-container.whole_groups // header.gop_groups) * header.gop)
+        return self._frames(container, range(there), None, _silent, {}), there
+
+    def _header(self, width: int, height: int, clip: Clip | None) -> Header:
+        section = self.tokenizer.config
+        header = Header(
+            coding=PRIOR if self.prior else RAW,
+            tolerance=_TOLERANCE,
+            width=width,
+            height=height,
+            tile=section.image_size,
+            patch=section.patch_size,
+            bits=self.tokenizer.quantizer.bits,
+            group=group_size(self.prior),
+            tokenizer=self._tokenizer_id,
+            prior=self._prior_id,
+            clip=clip,
+        )
+        check_header(header)
+        return header
+
+    def _encode(
+        self, header: Header, gop: int, pixels_THWC: np.ndarray, seconds: dict[str, float], progress: Progress
+    ) -> list[CodedGroup]:
+        """The groups of one group of pictures."""
+        began = time.perf_counter()
+        tiles = cut(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2), header.tile)
+        bits_RCNL = self._pixels.encode(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
+        seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
+        coded = []
+        for place, rows, columns in header.groups():
+            group_BNL = bits_RCNL[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
+            number = gop * header.gop_groups + place
+            coded.append(encode_group(self.prior, number, group_BNL, header.gop, header.tolerance, self.batch, seconds))
+            progress(place + 1, header.gop_groups)
+        return coded
+
+    def _compressed(self, header: Header, coded: list[CodedGroup], seconds: dict[str, float]) -> Compressed:
+        data = write_container(header, [group.payload for group in coded], [group.checks for group in coded])
+        rows, columns = header.tiles
+        return Compressed(
+            data,
+            8 * len(data) / (header.width * header.height * header.frames),
+            rows * columns * header.frame_tokens * header.bits * header.gop * header.gops,
+            sum(group.cross_entropy for group in coded),
+            sum(group.side for group in coded),
+            seconds,
+            header.frames,
+        )
+
+    def _frames(
+        self, container: Container, frames: range, region: Box | None, progress: Progress, seconds: dict[str, float]
+    ) -> Iterator[np.ndarray]:
+        """Checks everything that can be checked at once, then yields the frames."""
         header = container.header
         self._check_models(header)
-        tile, side = header.tile, header.tile // header.patch
-        # Half a tile around the region takes part in blending its seams.
-        first_row, last_row = max(0, box[1] // tile - 1), min(header.tiles[0], -(-box[3] // tile) + 1)
-        first_column, last_column = max(0, box[0] // tile - 1), min(header.tiles[1], -(-box[2] // tile) + 1)
-        rows, columns = last_row - first_row, last_column - first_column
-        bits_RCNL = torch.zeros(rows, columns, header.tile_tokens, header.bits, dtype=torch.bool)
-        known_RC = torch.zeros(rows, columns, dtype=torch.bool)
-        for (group_rows, group_columns), payload, check in zip(
-            header.groups, container.payloads, container.checks, strict=True
-        ):
-            apart = group_rows.stop <= first_row or group_rows.start >= last_row
-            apart = apart or group_columns.stop <= first_column or group_columns.start >= last_column
-            if apart or payload is None:
-                continue
-            shape = len(group_rows), len(group_columns)
-            group_RCNL = self._tokens(header, payload, check, shape)
-            for place_row, row in enumerate(group_rows):
-                for place_column, column in enumerate(group_columns):
-                    if first_row <= row < last_row and first_column <= column < last_column:
-                        bits_RCNL[row - first_row, column - first_column] = group_RCNL[place_row, place_column]
-                        known_RC[row - first_row, column - first_column] = True
-        images_CHW = join(as_grid(bits_RCNL), side, header.patch, self._decode)
-        pixels_CHW = ((images_CHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        known_HW = known_RC.repeat_interleave(tile, 0).repeat_interleave(tile, 1)
-        pixels_CHW = torch.where(known_HW, pixels_CHW, torch.full_like(pixels_CHW, _GREY))
-        left, top = box[0] - first_column * tile, box[1] - first_row * tile
-        part = pixels_CHW[:, top : top + box[3] - box[1], left : left + box[2] - box[0]]
-        return Image.fromarray(part.permute(1, 2, 0).contiguous().numpy())
+        box = region or (0, 0, header.width, header.height)
+        if not (0 <= box[0] < box[2] <= header.width and 0 <= box[1] < box[3] <= header.height):
+            raise ValueError(f"the region {box} is not inside the picture of {header.width} x {header.height} pixels")
+        return self._decode(container, frames, box, progress, seconds)
 
-    def _tokens(self, header: Header, payload: bytes, check: int, shape: tuple[int, int]) -> Tensor:
-        tiles = shape[0] * shape[1]
-        bits_BNL: Tensor | None
-        if self.prior is None:
-            count = tiles * header.tile_tokens * header.bits
-            packed = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
-            if len(packed) != -(-count // 8):
-                raise ValueError("the file is damaged: a group has not the length that its tokens need")
-            bits_BNL = unpack_bits(packed, count).view(tiles, header.tile_tokens, header.bits)
-        else:
-            try:
-                bits_BNL = decode_tokens(self.prior, payload, tiles)
-            except Undecodable:
-                bits_BNL = None
-        if bits_BNL is None or _checksum(bits_BNL) != check:
-            raise ValueError(
-                "the decoded tokens do not match their checksum: the file is damaged, or this machine's logits differ "
-                f"from the encoder's by more than the 2^-{header.tolerance} that the file allows for"
+    def _decode(
+        self, container: Container, frames: range, box: Box, progress: Progress, seconds: dict[str, float]
+    ) -> Iterator[np.ndarray]:
+        header, tile, done = container.header, container.header.tile, 0
+        # The tiles next to the region take part in blending its seams.
+        rows = range(max(0, box[1] // tile - 1), min(header.tiles[0], -(-box[3] // tile) + 1))
+        columns = range(max(0, box[0] // tile - 1), min(header.tiles[1], -(-box[2] // tile) + 1))
+        groups = list(header.groups(rows, columns))
+        inner = box[0] - columns.start * tile, box[1] - rows.start * tile
+        inner_box = (*inner, inner[0] + box[2] - box[0], inner[1] + box[3] - box[1])
+        for gop in range(frames.start // header.gop, -(-frames.stop // header.gop)):
+            first = gop * header.gop
+            wanted = range(max(frames.start, first) - first, min(frames.stop, first + header.gop) - first)
+            # Tokens of later frames say nothing about these.
+            needed = wanted.stop if self.tokenizer.config.causal else header.gop
+            bits_RCNL = torch.zeros(
+                len(rows), len(columns), needed * header.frame_tokens, header.bits, dtype=torch.bool
             )
-        return bits_BNL.unflatten(0, shape)
+            known_RC = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+            numbers = [(gop * header.gop_groups + number, len(down) * len(right)) for number, down, right in groups]
+            decoded = decode_groups(self.prior, container, numbers, needed, self.batch, seconds)
+            for count, (place, bits_BNL) in enumerate(decoded, 1):
+                _, down, right = groups[place]
+                _put(bits_RCNL, known_RC, bits_BNL.unflatten(0, (len(down), len(right))), (down, right), rows, columns)
+                if header.clip is None:
+                    progress(count, len(groups))
+            began = time.perf_counter()
+            pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box)
+            seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
+            for frame in wanted:
+                done += 1
+                if header.clip is not None:
+                    progress(done, len(frames))
+                yield pixels_CTHW[:, frame].permute(1, 2, 0).contiguous().numpy()
 
     def _check_models(self, header: Header) -> None:
         section = self.tokenizer.config
-        if header.mode == PRIOR and self.prior is None:
+        if header.coding == PRIOR and self.prior is None:
             raise ValueError(f"the file was written with the prior {header.prior.hex()}; give that model")
-        if header.mode == RAW and self.prior is not None:
+        if header.coding == RAW and self.prior is not None:
             raise ValueError("the file was written without a prior; give the tokenizer's model folder")
         for name, there, here in (
             ("tokenizer", header.tokenizer, self._tokenizer_id),
@@ -213,38 +353,57 @@ class Codec:
         fits = (header.tile, header.patch, header.bits) == (
             section.image_size, section.patch_size, self.tokenizer.quantizer.bits
         )  # fmt: skip
-        if not fits:
-            raise ValueError("the file is damaged: its tiles or tokens are not those of the tokenizer it names")
+        fits = fits and (header.clip is None or header.gop == section.frames)
+        fits = fits and (header.clip is not None or section.frames == 1 or section.causal)
+        if not fits or header.group > group_size(self.prior):
+            raise ValueError("the file is damaged: its tiles, tokens or frames are not those of the models it names")
 
-    def _encode(self, tiles_BCHW: Tensor) -> Tensor:
-        device = self.tokenizer.last_layer.device
-        parts = []
-        for part in tiles_BCHW.split(_BATCH):
-            parts.append(self.tokenizer.encode(part.to(device).float() / 127.5 - 1).bits_BNL.cpu())
-        return torch.cat(parts)
 
-    def _decode(self, bits_BNL: Tensor) -> Tensor:
-        device, side = (
-            self.tokenizer.last_layer.device,
-            self.tokenizer.config.image_size // self.tokenizer.config.patch_size,
-        )
-        parts = [
-            self.tokenizer.decode(Tokens(part.to(device), (1, side, side))).cpu() for part in bits_BNL.split(_BATCH)
-        ]
-        return torch.cat(parts)
+def _gops(frames: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    gathered: list[np.ndarray] = []
+    for frame in frames:
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
+        if gathered and frame.shape != gathered[0].shape:
+            raise ValueError("the frames of a clip must all have one size")
+        gathered.append(frame)
+        if len(gathered) == size:
+            yield np.stack(gathered)
+            gathered = []
+    if gathered:
+        yield np.stack(gathered)
+
+
+def _put(
+    bits_RCNL: Tensor, known_RC: Tensor, group_RCNL: Tensor, place: tuple[range, range], rows: range, columns: range
+) -> None:
+    """Copies what a group has in common with the tiles that are wanted."""
+    down = range(max(place[0].start, rows.start), min(place[0].stop, rows.stop))
+    right = range(max(place[1].start, columns.start), min(place[1].stop, columns.stop))
+    there = _within(down, rows), _within(right, columns)
+    bits_RCNL[there] = group_RCNL[_within(down, place[0]), _within(right, place[1])]
+    known_RC[there] = True
+
+
+def _within(part: range, whole: range) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+def _container_of_image(data: bytes, whole: bool, max_pixels: int) -> Container:
+    container = read_container(data, whole, max_pixels)
+    if container.header.clip is not None:
+        raise ValueError(f"the file holds a clip of {container.header.frames} frames, not an image")
+    return container
+
+
+def _container_of_clip(data: bytes, whole: bool, max_pixels: int) -> Container:
+    container = read_container(data, whole, max_pixels)
+    if container.header.clip is None:
+        raise ValueError("the file holds an image, not a clip")
+    return container
 
 
 def _short_id(model: Tokenizer | Prior) -> bytes:
     if model.model_id is None:
         raise ValueError("the codec needs models that were read from a model folder: files carry the models' ids")
     return bytes.fromhex(model.model_id)[:8]
-
-
-def _checksum(bits_BNL: Tensor) -> int:
-    return zlib.crc32(pack_bits(bits_BNL.flatten()).numpy().tobytes())
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    from bsq_ray.data.images import to_rgb
-
-    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)

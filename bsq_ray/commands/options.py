@@ -36,7 +36,7 @@ def which_device(name: str) -> Literal["auto", "cpu", "gpu"]:
 
 
 class Bar:
-    """A progress bar on stderr, called with done and total."""
+    """A progress bar on stderr, called with done and total; total 0 where it is not known."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
@@ -53,7 +53,7 @@ class Bar:
         self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, completed=done, total=total or None)
 
 
 def progress_bar(label: str) -> Bar:

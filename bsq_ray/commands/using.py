@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Weights, given, numbers, which_weights
+from bsq_ray.commands.options import Weights, given, numbers, progress_bar, which_weights
 
 
 def generate(
@@ -48,26 +48,33 @@ def reconstruct(
 
 def compress(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
-    image: Annotated[str, typer.Argument(metavar="IN", help="An image file, or - for the standard input.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="An image or video, or - for the standard input.")],
     out: Annotated[str, typer.Argument(metavar="OUT.bsq", help="The file, or - for the standard output.")],
     weights: Weights = "ema",
 ) -> None:
-    """Compress an image."""
+    """Compress an image or a video."""
     from bsq_ray.codec.files import compress_file
 
-    print(compress_file(model, image, out, which_weights(weights)), file=sys.stderr)
+    with progress_bar("compressing") as bar:
+        told = compress_file(model, source, out, which_weights(weights), bar)
+    print(told, file=sys.stderr)
 
 
 def decompress(
     model: Annotated[str, typer.Option(help="The model folder that the file was written with.")],
     source: Annotated[str, typer.Argument(metavar="IN.bsq", help="The file, or - for the standard input.")],
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A .png or .webp file, or - for PNG to standard output.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help=".png or .webp; .mp4 or .mkv for a clip; - for PNG or MKV to a pipe.")
+    ],
     region: Annotated[str | None, typer.Option(help="left,top,right,bottom in pixels: only this part.")] = None,
+    frame: Annotated[int | None, typer.Option(help="Of a clip only this frame, from 0.")] = None,
+    seek: Annotated[float | None, typer.Option(help="Of a clip only the frame at this second.")] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Show what is there of a file that is cut off.")] = False,
     max_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 2**27,
     weights: Weights = "ema",
 ) -> None:
     """Decompress a .bsq file."""
-    from bsq_ray.codec.files import decompress_file
+    from bsq_ray.codec.files import Part, decompress_file
 
     box = None
     if region is not None:
@@ -75,7 +82,10 @@ def decompress(
         if len(edges) != 4:
             raise ValueError(f"--region {region} are not four numbers: left,top,right,bottom")
         box = edges[0], edges[1], edges[2], edges[3]
-    print(decompress_file(model, source, out, box, max_pixels, which_weights(weights)), file=sys.stderr)
+    part = Part(box, frame, seek, preview, max_pixels)
+    with progress_bar("decompressing") as bar:
+        told = decompress_file(model, source, out, part, which_weights(weights), bar)
+    print(told, file=sys.stderr)
 
 
 def import_reference(

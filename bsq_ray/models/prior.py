@@ -78,9 +78,12 @@ class Prior(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor) -> Tensor:
-        """Logits of all nodes (B, N, S, K), fp32, of every token given those before it (the parallel pass)."""
+        """Logits of all nodes (B, N, S, K), fp32, of every token given those before it (the parallel pass).
+
+        N may be less than the model's: the first tokens, such as those of a clip's first frames.
+        """
         x_BND = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), self._embed(sub_tokens_BNS[:, :-1])], 1)
-        x_BND = x_BND + self.position
+        x_BND = x_BND + self.position[: x_BND.shape[1]]
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.output_norm(x_BND)
@@ -94,9 +97,9 @@ class Prior(nn.Module):
             h_BND = h_BND + self.earlier(earlier_BNs + rows_s).sum(-2)
         return cast(Tensor, self.trees[sub_token](self.head(h_BND))).float()
 
-    def start_decoding(self, batch: int) -> Decoding:
-        """Step-by-step decoding of a batch of images, with cached keys and values."""
-        return Decoding(self, batch)
+    def start_decoding(self, batch: int, tokens: int | None = None) -> Decoding:
+        """Step-by-step decoding of a batch of images, with cached keys and values; of the first `tokens`, or of all."""
+        return Decoding(self, batch, tokens or self.config.tokens)
 
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
         rows_S = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
@@ -131,10 +134,10 @@ class Prior(nn.Module):
 class Decoding:
     """One token after the other: `features`, then `node_logits` and a value for each sub-token, then `push`."""
 
-    def __init__(self, prior: Prior, batch: int) -> None:
+    def __init__(self, prior: Prior, batch: int, tokens: int) -> None:
         self.prior = prior
         section, like = prior.config, prior.start
-        shape = (batch, section.heads, section.tokens, section.width // section.heads)
+        shape = (batch, section.heads, tokens, section.width // section.heads)
         self._caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in prior.blocks]
         self._next_B1D = like.expand(batch, 1, -1)
         self._place = 0

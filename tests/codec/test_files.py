@@ -3,12 +3,16 @@
 import io
 import subprocess
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from PIL import Image
 from small_models import save_tokenizer
 
-from bsq_ray.codec.files import compress_file, decompress_file
+from bsq_ray.codec.colour import SRGB
+from bsq_ray.codec.files import Part, compress_file, decompress_file
+from bsq_ray.codec.video import read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,22 @@ def test_a_file_goes_there_and_back(model, photo, tmp_path):
     decompress_file(model, coded, str(tmp_path / "a.png"))
     whole = Image.open(tmp_path / "a.png").convert("RGB")
     assert Image.open(decoded).convert("RGB").tobytes() == whole.tobytes()
-    decompress_file(model, coded, str(tmp_path / "part.png"), region=(10, 10, 30, 20))
+    decompress_file(model, coded, str(tmp_path / "part.png"), Part(region=(10, 10, 30, 20)))
     assert Image.open(tmp_path / "part.png").size == (20, 10)
+
+
+def test_a_cut_off_file_is_previewed_and_an_animation_refused(model, photo, tmp_path):
+    coded = str(tmp_path / "a.bsq")
+    compress_file(model, photo, coded)
+    (tmp_path / "cut.bsq").write_bytes((tmp_path / "a.bsq").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"cut.bsq: the file is cut off"):
+        decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"))
+    told = decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"), Part(preview=True))
+    assert "90 x 60 px, 0% of it there" in told
+    frames = [Image.open(photo), Image.new("RGB", (90, 60))]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="it is an animation"):
+        compress_file(model, str(tmp_path / "a.webp"), coded)
 
 
 def test_pipes(model, photo, tmp_path):
@@ -47,18 +65,27 @@ def test_pipes(model, photo, tmp_path):
         coded = call("compress", "-", "-", data=file.read())
     assert coded[:4] == b"BSQ1"
     assert Image.open(io.BytesIO(call("decompress", "-", "-", data=coded))).size == (90, 60)
+    frames = [np.asarray(Image.open(photo))] * 3
+    write_video(str(tmp_path / "a.mkv"), "matroska", iter(frames), Fraction(25), SRGB)
+    coded = call("compress", "-", "-", data=(tmp_path / "a.mkv").read_bytes())
+    clip = read_video(io.BytesIO(call("decompress", "-", "-", data=coded)))
+    assert len(list(clip.frames)) == 3
 
 
 def test_mistakes_are_named(model, photo, tmp_path):
     coded = str(tmp_path / "a.bsq")
     compress_file(model, photo, coded)
-    with pytest.raises(ValueError, match=r"must end in .png or .webp"):
+    with pytest.raises(ValueError, match=r"must end in .png or .webp \(an image"):
         decompress_file(model, coded, "x.jpg")
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(ValueError, match="cannot be read as an image or video"):
         compress_file(model, coded, str(tmp_path / "b.bsq"))
+    with pytest.raises(ValueError, match="--frame and --seek are for clips"):
+        decompress_file(model, coded, str(tmp_path / "x.png"), Part(frame=0))
+    with pytest.raises(ValueError, match="OUT must end in .png or .webp"):
+        decompress_file(model, coded, str(tmp_path / "x.mp4"))
     with pytest.raises(ValueError, match=r"photo.jpg: not a .bsq file"):
         decompress_file(model, photo, str(tmp_path / "x.png"))
     with pytest.raises(ValueError, match="claims 90 x 60 pixels; images of 1 to 100 pixels"):
-        decompress_file(model, coded, str(tmp_path / "x.png"), max_pixels=100)
+        decompress_file(model, coded, str(tmp_path / "x.png"), Part(max_pixels=100))
     with pytest.raises(ValueError, match="does not exist"):
         compress_file(model, str(tmp_path / "none.png"), coded)

@@ -1,0 +1,152 @@
+"""Video files to frames and back, through PyAV (FFmpeg).
+
+    mp4, mkv, … ─▶ frames, rate, colour           frames ─▶ mkv: FFV1 in RGB, every byte as it was decoded
+                                                         └▶ mp4: H.264, for any player
+
+A frame is uint8 RGB (H, W, 3), upright. Sound is left out, and uneven times become the mean rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import IO, Any
+
+import av
+import numpy as np
+
+from bsq_ray.codec.colour import Colour
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".m4v")
+# What FFmpeg's scaler calculates with; anything else is written as BT.709.
+_MATRICES = {1, 2, 4, 5, 6, 7, 9}
+_BT709 = 1
+_WRITTEN: dict[str, tuple[str, dict[str, str]]] = {
+    # Slices of one frame would be coded in threads; a frame at a time is fast enough and always the same file.
+    "matroska": ("ffv1", {"level": "3", "slices": "4"}),
+    "mp4": ("libx264", {"crf": "10", "preset": "medium"}),
+}
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video being read.
+
+    Attributes:
+        frames: one after the other, read as they are asked for.
+        rate: frames per second.
+        count: how many the file says there are; 0 where it does not say.
+        colour: as the file is marked.
+        has_sound: whether sound is left out.
+    """
+
+    frames: Iterator[np.ndarray]
+    rate: Fraction
+    count: int
+    colour: Colour
+    has_sound: bool
+
+
+def read_video(file: IO[bytes] | str) -> Video:
+    """Opens a video by its path or as an open file.
+
+    Raises:
+        ValueError: it is not one; while frames are taken, that it is damaged.
+    """
+    try:
+        container = av.open(file)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"not a video of a known format ({_fault(error)})") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError("it holds no video")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    frames = _frames(container, stream)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("its video has no frames")
+    colour = Colour(
+        int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2)
+    )
+    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    return Video(_pixels(first, frames), rate, stream.frames, colour, bool(container.streams.audio))
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    count = 0
+    with container:
+        try:
+            for frame in container.decode(stream):
+                yield frame
+                count += 1
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"the video is damaged after {count} frames ({_fault(error)})") from error
+
+
+def _pixels(first: Any, frames: Iterator[Any]) -> Iterator[np.ndarray]:
+    yield _upright(first)
+    for frame in frames:
+        yield _upright(frame)
+
+
+def _upright(frame: Any) -> np.ndarray:
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+def write_video(path: str, kind: str, frames: Iterable[np.ndarray], rate: Fraction, colour: Colour) -> int:
+    """Writes frames to a local file; returns how many.
+
+    Args:
+        kind: "mp4" (H.264) or "matroska" (FFV1, lossless).
+        colour: what the file is marked with.
+
+    Raises:
+        ValueError: FFmpeg cannot write such a video.
+    """
+    codec, options = _WRITTEN[kind]
+    count = 0
+    stream: Any = None
+    try:
+        with av.open(path, "w", format=kind) as container:
+            for pixels_HWC in frames:
+                if stream is None:
+                    stream = container.add_stream(codec, rate=rate, options=options)
+                    _mark(stream, kind, pixels_HWC.shape, colour)
+                container.mux(stream.encode(_frame(pixels_HWC, stream)))
+                count += 1
+            if stream is not None:
+                container.mux(stream.encode())
+    except (av.error.FFmpegError, OverflowError) as error:
+        raise ValueError(f"the video cannot be written ({_fault(error)})") from error
+    return count
+
+
+def _mark(stream: Any, kind: str, shape: tuple[int, ...], colour: Colour) -> None:
+    stream.height, stream.width = shape[:2]
+    context = stream.codec_context
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+    if kind == "matroska":
+        stream.pix_fmt = "bgr0"
+        return
+    even = shape[0] % 2 == 0 and shape[1] % 2 == 0
+    # Half the colour in each direction is what every player takes, but it needs even sides.
+    stream.pix_fmt = "yuv420p" if even else "yuv444p"
+    context.colorspace = colour.matrix if colour.matrix in _MATRICES else _BT709
+    context.color_range = 2 if colour.full_range else 1
+
+
+def _frame(pixels_HWC: np.ndarray, stream: Any) -> Any:
+    frame = av.VideoFrame.from_ndarray(pixels_HWC, "rgb24")
+    if stream.pix_fmt == "bgr0":
+        return frame.reformat(format="bgr0")
+    context = stream.codec_context
+    return frame.reformat(
+        format=stream.pix_fmt, dst_colorspace=int(context.colorspace), dst_color_range=int(context.color_range)
+    )
+
+
+def _fault(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

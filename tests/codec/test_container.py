@@ -1,0 +1,134 @@
+"""The container: what is written is read, and headers that lie are refused before anything is made of them."""
+
+import tracemalloc
+import zlib
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from bsq_ray.codec.colour import SRGB
+from bsq_ray.codec.container import Clip, Header, check_header, read_container, read_header, write_container
+
+IMAGE = Header(
+    coding=0,
+    tolerance=14,
+    width=70,
+    height=40,
+    tile=32,
+    patch=8,
+    bits=10,
+    group=2,
+    tokenizer=b"tokenize",
+    prior=bytes(8),
+)
+CLIP = replace(IMAGE, clip=Clip(9, 4, Fraction(30000, 1001), SRGB))
+
+
+def forged(header, entries=b""):
+    """Header and index as they are given, with the checksum that belongs to them."""
+    front = header.pack() + entries
+    return front + zlib.crc32(front).to_bytes(4, "little")
+
+
+def test_header_index_and_payloads_come_back():
+    payloads = [bytes([n]) * (5 + n) for n in range(6)]
+    checks = [[n, n + 1, n + 2, n + 3] for n in range(6)]
+    container = read_container(write_container(CLIP, payloads, checks))
+    assert container.header == CLIP
+    assert [container.payload(n) for n in range(6)] == payloads
+    assert all(container.check(n, f) == CLIP.bind(checks[n][f]) for n in range(6) for f in range(4))
+    assert container.whole_groups == 6
+    assert read_container(write_container(IMAGE, payloads[:2], [[1], [2]])).header == IMAGE
+
+
+def test_groups_are_in_raster_order_and_found_by_their_tiles():
+    header = replace(IMAGE, width=32 * 5, height=32 * 3)
+    assert [number for number, _, _ in header.groups()] == list(range(6))
+    assert list(header.groups())[4] == (4, range(2, 3), range(2, 4))
+    assert [number for number, _, _ in header.groups(range(2), range(3, 5))] == [1, 2]
+
+
+def test_a_check_belongs_to_its_header():
+    assert IMAGE.bind(7) != replace(IMAGE, width=71).bind(7)
+    assert IMAGE.bind(7) != IMAGE.bind(8)
+
+
+def test_what_is_cut_off_is_none_only_if_asked_for():
+    data = write_container(IMAGE, [b"first", b"second"], [[1], [2]])
+    with pytest.raises(ValueError, match=f"cut off: {len(data) - 1} of {len(data)} bytes"):
+        read_container(data[:-1])
+    part = read_container(data[:-1], whole=False)
+    assert part.payload(0) == b"first"
+    assert part.payload(1) is None
+    assert part.whole_groups == 1
+    with pytest.raises(ValueError, match="1 bytes follow its end"):
+        read_container(data + b"x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 2**31, "height": 2**31}, "claims 2147483648 x 2147483648 pixels"),
+        ({"width": 2**32 - 1, "height": 1}, "claims 4294967295 x 1 pixels"),
+        ({"width": 0}, "claims 0 x 40 pixels"),
+        ({"width": 2**27, "height": 1, "tile": 8, "patch": 8}, "at most 268435456 pixels in tiles"),
+        ({"width": 2**20, "height": 128, "tile": 1, "patch": 1, "group": 1}, "index alone needs"),
+        ({"tile": 65535, "patch": 255, "group": 4}, "at most 268435456 pixels in tiles"),
+        ({"patch": 0}, "cannot be"),
+        ({"tile": 33}, "cannot be"),
+        ({"bits": 0}, "cannot be"),
+        ({"bits": 255}, "cannot be"),
+        ({"group": 0}, "cannot be"),
+        ({"group": 255}, "cannot be"),
+        ({"coding": 2}, "cannot be"),
+        ({"tolerance": 255}, "cannot be"),
+        ({"clip": Clip(2**32 - 1, 65535, Fraction(1), SRGB)}, "index alone needs"),
+        ({"clip": Clip(2**32 - 1, 1, Fraction(1), SRGB)}, "index alone needs"),
+        ({"clip": Clip(0, 1, Fraction(1), SRGB)}, "without frames or without a rate"),
+        ({"clip": Clip(5, 0, Fraction(1), SRGB)}, "without frames or without a rate"),
+        ({"clip": Clip(5, 1, Fraction(0), SRGB)}, "without frames or without a rate"),
+    ],
+)
+def test_headers_that_lie_are_refused_in_little_memory(changes, message):
+    data = forged(replace(IMAGE, **changes)) + bytes(1000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        read_container(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
+
+
+def test_lengths_that_lie_are_refused():
+    lying = forged(IMAGE, (2**32 - 1).to_bytes(4, "little") * 6) + b"payload"
+    with pytest.raises(ValueError, match="cut off"):
+        read_container(lying)
+    assert read_container(lying, whole=False).payload(0) is None
+
+
+def test_other_files_and_versions_are_named():
+    data = write_container(IMAGE, [b"", b""], [[1], [2]])
+    with pytest.raises(ValueError, match="not a .bsq file"):
+        read_header(b"\x89PNG" + data[4:])
+    with pytest.raises(ValueError, match=r"of version 2 of the format; this program reads version 1"):
+        read_header(data[:4] + b"\x02" + data[5:])
+    with pytest.raises(ValueError, match="neither an image nor a clip"):
+        read_header(data[:5] + b"\x07" + data[6:])
+    with pytest.raises(ValueError, match="the header alone has 37"):
+        read_header(data[:20])
+    with pytest.raises(ValueError, match="not even its header is whole"):
+        read_header(CLIP.pack()[:40])
+    unreduced = CLIP.pack().replace((30000).to_bytes(4, "little"), (60000).to_bytes(4, "little"))
+    unreduced = unreduced.replace((1001).to_bytes(4, "little"), (2002).to_bytes(4, "little"))
+    with pytest.raises(ValueError, match="not in lowest terms"):
+        read_header(unreduced)
+    damaged = bytearray(data)
+    damaged[10] ^= 1
+    with pytest.raises(ValueError, match="do not match their checksum"):
+        read_container(bytes(damaged))
+
+
+def test_a_smaller_limit_can_be_asked_for():
+    with pytest.raises(ValueError, match="images of 1 to 100 pixels are read"):
+        check_header(IMAGE, 100)
