@@ -4,6 +4,7 @@ The long test takes `--fuzz N` for more streams than its 100,000.
 """
 
 import random
+import re
 import resource
 import struct
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from small_codecs import save_least_codecs
 
 from bsq_ray import Codec
@@ -101,14 +103,16 @@ def fuzz(targets, count, seed=0):
     slowest = 0.0
     for _ in range(count):
         target = rng.choice(targets)
-        changed = (structure_changed if rng.random() < 0.4 else bytes_changed)(target, rng)
+        change = structure_changed if rng.random() < 0.4 else bytes_changed
+        while (changed := change(target, rng)) == target.data:
+            pass
         began = time.perf_counter()
         try:
             found = target.decode(changed)
             assert found == target.right, "a silent wrong picture"
             answers["decoded to the same picture"] += 1
         except ValueError as error:
-            answers[" ".join(str(error).split()[:5])] += 1
+            answers[" ".join(re.sub(r"\d+", "N", str(error)).split()[:6])] += 1
         if rng.random() < 0.05:
             try:
                 target.preview(changed)
@@ -120,6 +124,9 @@ def fuzz(targets, count, seed=0):
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory, photos):
+    """Images and clips with and without a prior; models so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     image_folder, clip_folder = save_least_codecs(tmp_path_factory.mktemp("least"))
     photo = photos[3].resize((50, 20))
     frames = [np.asarray(photos[n].resize((20, 12))) for n in range(3)]
@@ -130,12 +137,12 @@ def targets(tmp_path_factory, photos):
     for folder in (clip_folder, f"{clip_folder}/tokenizer"):
         codec = Codec.from_pretrained(folder)
         made.append(Target(codec, codec.compress_clip(frames, 25).data))
-    return made
+    yield made
+    torch.set_num_threads(threads)
 
 
 def test_damaged_files_are_refused_with_a_sentence(targets):
     answers, _ = fuzz(targets, 2000)
-    assert answers["decoded to the same picture"] < 100, "those that were not changed after all"
     assert len(answers) > 10, "every check has its turn"
 
 
