@@ -15,6 +15,7 @@ from bsq_ray.config.schema import Engine, Optimizer, Reading, Schedule, Strict, 
 class TokenModel(Strict):
     """What any model of tokens must know of them, and its Transformer's sizes."""
 
+    tokenizer: str | None = None
     grid: tuple[int, int, int] = (1, 16, 16)
     bits: int = Field(18, ge=1, le=128)
     sub_bits: int = Field(9, ge=1, le=14)

@@ -41,3 +41,15 @@ def open_pixels(run: config.TokenizerConfig, manifest: Manifest) -> Source:
             "use packed images, or a configuration with model.frames above 1"
         )
     return ClipSource(manifest, run.data, run.model.image_size, run.model.frames)
+
+
+def fill_in(run: config.AnyConfig, url: str) -> config.AnyConfig:
+    """The configuration with what the data at `url` decide: a model of tokens belongs to the tokenizer that made them.
+
+    Raises:
+        ValueError: there is no whole token table.
+    """
+    if isinstance(run, config.TokenizerConfig) or run.model.tokenizer is not None:
+        return run
+    tokenizer = read_table(url).facts.tokenizer_id
+    return run.model_copy(update={"model": run.model.model_copy(update={"tokenizer": tokenizer})})

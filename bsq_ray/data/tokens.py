@@ -148,9 +148,15 @@ class TokenSource(Source):
         """Refuses a table that does not fit the model.
 
         Raises:
-            ValueError: bits, grid or classes differ; the message gives the overrides that fit.
+            ValueError: its tokens are another tokenizer's, or bits, grid or classes differ; the message then gives the
+                overrides that fit.
         """
         facts = table.facts
+        if model.tokenizer not in (None, facts.tokenizer_id):
+            raise ValueError(
+                f"the tokens in {table.url} are those of the tokenizer {facts.tokenizer_id[:12]}, "
+                f"the model reads those of {str(model.tokenizer)[:12]}: the same bits mean something else"
+            )
         wrong = [
             f"model.{name}={json.dumps(there)}"
             for name, there, here in (

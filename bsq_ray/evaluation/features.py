@@ -1,6 +1,6 @@
-"""Inception features of images, real or drawn, and what is derived from them.
+"""What two public networks see in images, real or drawn: Inception for FID and KID, a classifier for their classes.
 
-Shape suffixes: N images, B images of a batch, D features.
+Shape suffixes: N images, B images of a batch, D Inception features, C features of the classifier.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bsq_ray import config, storage
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.photos import PhotoSource
+from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.weights import cache_folder, resolve_once
@@ -25,13 +26,16 @@ from bsq_ray.pool import map_in_pool
 _BATCH = 32
 # Images that take part in comparisons of pairs.
 _PAIRED = 10_000
+# The networks, by the names of their weights.
+NETWORKS = ("fid-inception", "imagenet-classifier")
 
 
 @dataclass(frozen=True)
 class Features:
-    """Inception features (N, 2048) of images, their classes (N,) and names."""
+    """Inception's (N, 2048) and the classifier's (N, 1280) features of images, their classes (N,) and names."""
 
     features_ND: np.ndarray
+    seen_NC: np.ndarray
     labels_N: np.ndarray
     keys: list[str]
 
@@ -51,45 +55,47 @@ def real_features(
 ) -> Features:
     """Features of all images of a data set, kept in the cache under the names of data, transform and weights."""
     size, resize_filter = run.model.image_size, run.data.evaluation_filter
-    weights = resolve_once("fid-inception").sha256
-    name = f"features-{manifest.hash[:16]}-{size}-{resize_filter}-{weights[:16]}.npz"
+    weights = "-".join(resolve_once(network).sha256[:12] for network in NETWORKS)
+    name = f"features-{manifest.hash[:16]}-{size}-{resize_filter}-{weights}.npz"
     path = cache_folder("features") / name
     if path.exists():
         with np.load(path) as kept:
-            return Features(kept["features"], kept["labels"], [str(key) for key in kept["keys"]])
+            return Features(kept["features"], kept["seen"], kept["labels"], [str(key) for key in kept["keys"]])
     chunks = [range(first, min(first + _BATCH, manifest.samples)) for first in range(0, manifest.samples, _BATCH)]
     source = PhotoSource(manifest, run.data, size)
     parts = list(map_in_pool(chunks, partial(_RealMeasured, source), workers, address))
     features = Features(
         np.concatenate([part.features_ND for part in parts]),
+        np.concatenate([part.seen_NC for part in parts]),
         np.concatenate([part.labels_N for part in parts]),
         [key for part in parts for key in part.keys],
     )
     buffer = io.BytesIO()
-    np.savez(buffer, features=features.features_ND, labels=features.labels_N, keys=np.array(features.keys))
+    keys = np.array(features.keys)
+    np.savez(buffer, features=features.features_ND, seen=features.seen_NC, labels=features.labels_N, keys=keys)
     storage.write_bytes(str(path), buffer.getvalue())
     return features
 
 
 class _RealMeasured:
     def __init__(self, source: PhotoSource) -> None:
-        self.source, self.inception = source, load_inception()
+        self.source, self.networks = source, Networks()
 
     def __call__(self, samples: range) -> Features:
         block = self.source.read_held_out(samples)
-        images_BCHW = to_float(torch.from_numpy(block.values_P))
-        return Features(inception_features(self.inception, images_BCHW), block.labels_P, block.keys)
+        return Features(*self.networks(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
 
 
-def inception_features(inception: Inception, images_BCHW: Tensor) -> np.ndarray:
-    """Features (B, 2048) of images in [-1, 1]."""
-    features_BD: np.ndarray = inception(images_BCHW.to(device())).cpu().numpy()
-    return features_BD
+class Networks:
+    """Both networks, on the GPU if there is one."""
 
+    def __init__(self) -> None:
+        self.inception, self.classifier = Inception().to(device()), Classifier().to(device())
 
-def load_inception() -> Inception:
-    """The network, on the GPU if there is one."""
-    return Inception().to(device())
+    def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Features (B, 2048) and (B, 1280) of images in [-1, 1]."""
+        images_BCHW = images_BCHW.to(device())
+        return self.inception(images_BCHW).cpu().numpy(), self.classifier(images_BCHW).cpu().numpy()
 
 
 def device() -> str:

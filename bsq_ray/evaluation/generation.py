@@ -1,10 +1,11 @@
-"""How good drawn images are: FID, KID, precision, recall and whether their classes can be told.
+"""How good drawn images are: FID, KID, inception score, precision, recall and whether their classes can be told.
 
-    real images ─Inception─▶ features ┐
-    classes ─Generator─▶ drawn images ─Inception─▶ features ┴▶ results.json, results.md, samples.png
+    real images ─Inception, classifier─▶ features ┐
+    classes ─Generator─▶ drawn images ─Inception, classifier─▶ features ┴▶ results.json, results.md, samples.png
 
-Drawing and measuring run in a pool of Ray actors; the driver gets features and a few pictures. Inception score is left
-out: the Inception weights that packages carry have no class logits.
+Drawing and measuring run in a pool of Ray actors; the driver gets features and a few pictures. The Inception weights
+that packages carry have no class logits, so the inception score is that of the classifier (EfficientNet-Lite0), which
+tells classes too: an image is said to be of the class that most of its nearest known images have.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch import Tensor
 from bsq_ray import config, hub, storage
 from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.tokens import TokenSource, TokenTable, read_table
+from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.features import Features, device, inception_features, load_inception, real_features
+from bsq_ray.evaluation.features import NETWORKS, Features, Networks, device, real_features
 from bsq_ray.evaluation.sheets import class_sheet
+from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
+from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import unpack_bits
@@ -87,20 +90,23 @@ def evaluate_generation(
     labels = [n % run.model.classes for n in range(total)]
     draws: dict[str, Callable[[], Any]] = {"model": partial(_ModelDraw, model_url, weights, section, seed)}
     if baseline_url:
-        draws["per-position frequencies"] = partial(_FrequencyDraw, read_table(baseline_url), seed)
+        source = TokenSource(read_table(baseline_url), run.model)
+        draws["per-position frequencies"] = partial(_FrequencyDraw, source, seed)
     chunks = [(first, labels[first : first + _BATCH]) for first in range(0, total, _BATCH)]
-    rows, pictures = {}, {}
+    rows, pictures, top = {}, {}, Classifier()
     for place, (name, draw) in enumerate(draws.items()):
-        features, tiles = [], []
-        for part, shown in map_in_pool(chunks, partial(_Measured, draw), workers, address):
+        features, seen, tiles = [], [], []
+        for (part, part_seen), shown in map_in_pool(chunks, partial(_Measured, draw), workers, address):
             features.append(part)
+            seen.append(part_seen)
             tiles += list(shown)
             progress(place * total + min(len(features) * _BATCH, total), total * len(draws))
         keys = [f"{name}-{n}" for n in range(total)]
-        rows[name] = _compare(Features(np.concatenate(features), np.array(labels), keys), real, known)
+        drawn = Features(np.concatenate(features), np.concatenate(seen), np.array(labels), keys)
+        rows[name] = _compare(drawn, real, known, top)
         pictures[name] = tiles
     terms = contract(
-        manifest, manifest.samples, tokenizer.model.image_size, tokenizer.data.evaluation_filter, ["fid-inception"]
+        manifest, manifest.samples, tokenizer.model.image_size, tokenizer.data.evaluation_filter, list(NETWORKS)
     )
     results = {
         "model": model_url,
@@ -110,7 +116,8 @@ def evaluate_generation(
         "seed": seed,
         "drawn": total,
         "rows": rows,
-        "real images": {"class_accuracy": _class_accuracy(real, known)} if known_url else {},
+        "real images": {"inception_score": _inception_score(real, top)}
+        | ({"class_accuracy": _class_accuracy(real, known)} if known_url else {}),
         "contract": terms,
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
@@ -124,12 +131,12 @@ class _Measured:
     """Draws images and measures them; returns features and small pictures."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
-        self.draw, self.inception = draw(), load_inception()
+        self.draw, self.networks = draw(), Networks()
 
-    def __call__(self, chunk: tuple[int, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, chunk: tuple[int, list[int]]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         first, labels = chunk
         pixels = to_uint8(self.draw(labels, first))
-        return inception_features(self.inception, to_float(pixels)), pixels.cpu().numpy()
+        return self.networks(to_float(pixels)), pixels.cpu().numpy()
 
 
 class _ModelDraw:
@@ -144,10 +151,8 @@ class _ModelDraw:
 class _FrequencyDraw:
     """Each token is that of a random training image of the class, place by place: exact class frequencies."""
 
-    def __init__(self, table: TokenTable, seed: int) -> None:
-        facts = table.facts
-        model = config.TokenModel(grid=facts.grid, bits=facts.bits, sub_bits=1)
-        source = TokenSource(table, model)
+    def __init__(self, source: TokenSource, seed: int) -> None:
+        facts = source.table.facts
         block = source.read_held_out(range(source.samples))
         bits = unpack_bits(torch.from_numpy(block.values_P), facts.tokens * facts.bits)
         self.bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits)).numpy()
@@ -164,26 +169,32 @@ class _FrequencyDraw:
         return self.tokenizer.decode(Tokens(torch.from_numpy(drawn), self.grid))
 
 
-def _compare(drawn: Features, real: Features, known: Features) -> dict[str, float]:
+def _compare(drawn: Features, real: Features, known: Features, top: Classifier) -> dict[str, float]:
     ours, theirs = drawn.statistics(), real.statistics()
-    told_N = nearest_labels(drawn.features_ND, known.features_ND, known.labels_N, _VOTERS)
+    told_N = nearest_labels(drawn.seen_NC, known.seen_NC, known.labels_N, _VOTERS)
     return {
         "fid": frechet_distance(theirs, ours),
         "kid": kernel_distance(theirs.kept(), ours.kept()),
+        "inception_score": _inception_score(drawn, top),
         **precision_recall(real.paired(), drawn.paired()),
         "class_accuracy": float((told_N == drawn.labels_N).mean()),
-        "class_coverage": len(set(told_N.tolist())) / len(set(drawn.labels_N.tolist())),
+        "class_coverage": float(np.isin(np.unique(drawn.labels_N), told_N).mean()),
     }
 
 
+def _inception_score(images: Features, top: Classifier) -> float:
+    return inception_score(top.logits(torch.from_numpy(images.seen_NC)).numpy())
+
+
 def _class_accuracy(images: Features, known: Features) -> float:
-    told_N = nearest_labels(images.features_ND, known.features_ND, known.labels_N, _VOTERS)
+    told_N = nearest_labels(images.seen_NC, known.seen_NC, known.labels_N, _VOTERS)
     return float((told_N == images.labels_N).mean())
 
 
 _COLUMNS = {
     "fid": ("FID", 2, min),
     "kid": ("KID", 4, min),
+    "inception_score": ("IS (EfficientNet)", 2, max),
     "precision": ("precision", 3, max),
     "recall": ("recall", 3, max),
     "class_accuracy": ("classes told", 3, max),
@@ -209,9 +220,10 @@ def markdown(results: dict[str, Any]) -> str:
     )
     against = f"{terms['images']} images of {terms['data']} ({terms['data_hash'][:12]}), {terms['resize']}"
     lines += ["", f"{drawn} against {against}."]
-    if results["real images"]:
-        told = results["real images"]["class_accuracy"]
-        lines.append(f"Of the real images' classes, {told:.3f} are told the same way.")
+    there = results["real images"]
+    lines.append(f"The real images' inception score is {there['inception_score']:.2f}.")
+    if "class_accuracy" in there:
+        lines.append(f"Of the real images' classes, {there['class_accuracy']:.3f} are told the same way.")
     if "warning" in terms:
         lines.append(f"Note: {terms['warning'].replace('rFID', 'FID')}.")
     return "\n".join(lines)

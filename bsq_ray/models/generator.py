@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, hub
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.sampling import between, sample, sample_steps
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
@@ -37,8 +37,7 @@ class Generator:
         """
         run = config.expect(hub.read_model_folder(url, weights).config, config.MaskedLMConfig, url)
         model = MaskedLM.from_pretrained(url, weights)
-        tokenizer = Tokenizer.from_pretrained(storage.join(url, "tokenizer"))
-        return cls(model.to(device), tokenizer.to(device), run.sampling)
+        return cls(model.to(device), Tokenizer.of_tokens(url, run.model).to(device), run.sampling)
 
     def generate(self, labels: Sequence[int], seed: int = 0, first: int = 0, **sampling: Any) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], or clips, of the classes.

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bsq_ray import config, hub
+from bsq_ray import config, hub, storage
 from bsq_ray.models.quantizers import Quantized, build_quantizer
 from bsq_ray.models.streaming import Window
 from bsq_ray.models.transformer import Block, VisionTransformer
@@ -188,6 +188,26 @@ class Tokenizer(nn.Module):
         hub.load_weights(tokenizer, folder.weights, url)
         tokenizer.model_id = folder.id
         return tokenizer.eval()
+
+    @classmethod
+    def of_tokens(cls, url: str, section: config.TokenModel) -> Tokenizer:
+        """The tokenizer kept in the folder of a model of tokens.
+
+        Args:
+            url: the model's folder; the tokenizer is in `tokenizer/`.
+            section: the model section of its configuration.
+
+        Raises:
+            ValueError: there is none, or it is not the one that the model was trained with.
+        """
+        kept = storage.join(url, "tokenizer")
+        tokenizer = cls.from_pretrained(kept)
+        if section.tokenizer not in (None, tokenizer.model_id):
+            raise ValueError(
+                f"{kept} is the tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
+                f"was trained on tokens of {str(section.tokenizer)[:12]}; put that one there"
+            )
+        return tokenizer
 
     def save_pretrained(
         self,

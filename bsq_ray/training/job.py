@@ -89,11 +89,6 @@ def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, ou
     Raises:
         ValueError: naming each key that differs, with both values.
     """
-    if progress.dataset != source.hash:
-        raise ValueError(
-            f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {source.url} has "
-            f"{source.hash[:12]}); give the same --data, or another --out"
-        )
     before = _lasting(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
     now = _lasting(run)
     different = [
@@ -105,6 +100,11 @@ def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, ou
         raise ValueError(
             f"{out_url} holds a run with another configuration: {'; '.join(different)}; "
             "give the same values, or another --out"
+        )
+    if progress.dataset != source.hash:
+        raise ValueError(
+            f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {source.url} has "
+            f"{source.hash[:12]}); give the same --data, or another --out"
         )
 
 

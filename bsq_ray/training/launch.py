@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.data.sources import open_source
+from bsq_ray.data.sources import fill_in, open_source
 from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, Result, check_same_run, split_batch
@@ -61,6 +61,7 @@ def train(
     """
     # Workers may run in another folder.
     data_url, out_url = storage.absolute(data_url), storage.absolute(out_url)
+    run_config = fill_in(run_config, data_url)
     job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes)
     _check(job, workers, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())

@@ -59,6 +59,15 @@ def test_the_first_view_is_what_the_tokenizer_says_of_the_centre(table, model, p
     assert again.decode(Tokens(bits_BNL, (1, 4, 4))).shape == (count, 3, 32, 32)
 
 
+def test_further_views_are_crops_that_depend_on_the_seed(table, model, photo_shards, tmp_path):
+    again = tokenize(model, photo_shards, str(tmp_path), workers=0, views=2, flip=True, seed=1).table
+    ours, theirs = (TokenSource(one, MODEL).read_held_out(range(one.rows)).values_P for one in (table, again))
+    count = len(read_manifest(photo_shards).shards[0].keys)
+    assert np.array_equal(ours[:count], theirs[:count])
+    assert not np.array_equal(ours[count : 2 * count], theirs[count : 2 * count])
+    assert not np.array_equal(ours[:count], ours[count : 2 * count])
+
+
 def test_workers_on_ray_make_the_same_table_and_go_on_with_what_is_there(
     table, model, photo_shards, tmp_path, ray_local
 ):
@@ -111,6 +120,9 @@ def test_damaged_images_are_left_out_and_named(model, photo_folders, tmp_path):
 def test_what_does_not_fit_is_refused(table, model, photo_shards, tmp_path):
     with pytest.raises(ValueError, match=r"give model.bits=10 model.grid=\[1, 4, 4\] model.classes=1"):
         TokenSource(table, config.MaskedLMModel())
+    foreign = MODEL.model_copy(update={"tokenizer": "f" * 64})
+    with pytest.raises(ValueError, match="the model reads those of ffffffffffff: the same bits mean something else"):
+        TokenSource(table, foreign)
     other = save_tokenizer(tmp_path / "other", 1)
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         tokenize(other, photo_shards, table.url, workers=0)

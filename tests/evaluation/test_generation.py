@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 from PIL import Image
 from small_models import save_tokenizer
 
-from bsq_ray import config
+from bsq_ray import config, storage
 from bsq_ray.data.labelled import read_qt_resources
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
+from bsq_ray.evaluation import generation
 from bsq_ray.evaluation.drawing import Request, draw
+from bsq_ray.evaluation.features import Features
 from bsq_ray.evaluation.generation import evaluate_generation
 from bsq_ray.evaluation.token_frequencies import frequency_bits
 from bsq_ray.models.masked_lm import MaskedLM
@@ -72,13 +75,49 @@ def test_results_are_written_with_a_baseline_and_a_contract(results, cache):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
     assert found["rows"].keys() == {"model", "per-position frequencies"}
     row = found["rows"]["model"]
-    assert row.keys() == {"fid", "kid", "precision", "recall", "class_accuracy", "class_coverage"}
+    names = {"fid", "kid", "inception_score", "precision", "recall", "class_accuracy", "class_coverage"}
+    assert row.keys() == names
+    assert 1 <= row["inception_score"] < found["real images"]["inception_score"]
     assert found["drawn"] == 40
     assert found["sampling"]["steps"] == 2
-    assert found["contract"]["weights"].keys() == {"fid-inception"}
+    assert found["contract"]["weights"].keys() == {"fid-inception", "imagenet-classifier"}
     assert "| per-position frequencies |" in (out / "results.md").read_text()
     assert Image.open(out / "samples.png").height == 2 * 100 + 4
-    assert len(list((cache / "features").glob("features-*.npz"))) == 1
+    [kept] = (cache / "features").glob("features-*.npz")
+    assert found["contract"]["data_hash"][:16] in kept.name
+    for network in found["contract"]["weights"].values():
+        assert network["sha256"][:12] in kept.name
+
+
+def test_reference_features_are_read_from_the_cache(setting, results, monkeypatch, tmp_path):
+    from bsq_ray.evaluation import features
+
+    def refuse(*arguments):
+        raise AssertionError("the real images are measured again")
+
+    monkeypatch.setattr(features, "map_in_pool", refuse)
+    again = evaluate(setting, tmp_path)
+    assert again["rows"]["model"]["fid"] == pytest.approx(results[0]["rows"]["model"]["fid"], rel=1e-4)
+
+
+def test_a_class_is_told_and_covered_by_its_nearest_known_images():
+    rng = np.random.default_rng(0)
+    known = Features(rng.normal(size=(40, 8)), np.repeat(np.eye(4), 10, 0), np.repeat(np.arange(4), 10), ["a"] * 40)
+    # Of classes 0, 1 and 2; those of 2 all look like 0.
+    seen = np.concatenate([np.eye(4)[[0] * 5], np.eye(4)[[1] * 5], np.eye(4)[[0] * 5]])
+    drawn = Features(rng.normal(size=(15, 8)), seen, np.repeat([0, 1, 2], 5), [f"{n}" for n in range(15)])
+    figures = generation._compare(drawn, known, known, SimpleNamespace(logits=lambda seen_NC: seen_NC))
+    assert figures["class_accuracy"] == pytest.approx(2 / 3)
+    assert figures["class_coverage"] == pytest.approx(2 / 3)
+
+
+def test_a_baseline_of_another_tokenizer_is_refused(setting, tmp_path):
+    model, shards, tokens = setting
+    other = SECTION.model_copy(update={"tokenizer": "0" * 64})
+    MaskedLM(other).save_pretrained(str(tmp_path / "model"))
+    storage.copy_folder(f"{model}/tokenizer", str(tmp_path / "model" / "tokenizer"))
+    with pytest.raises(ValueError, match="the model reads those of 000000000000"):
+        evaluate_generation(str(tmp_path / "model"), shards, str(tmp_path), 0, baseline_url=tokens)
 
 
 def test_two_ray_workers_measure_what_one_process_does(setting, results, tmp_path, ray_local):

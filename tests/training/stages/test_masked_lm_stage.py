@@ -126,3 +126,21 @@ def test_a_table_of_another_shape_is_refused_before_anything_starts(tokens, tmp_
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
     with pytest.raises(ValueError, match="is not a whole token table"):
         train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
+
+
+def test_a_run_belongs_to_the_tokenizer_of_its_tokens(trained, photo_shards, tmp_path):
+    _, out = trained
+    theirs = save_tokenizer(tmp_path / "other", 1)
+    other = tokenize(theirs, photo_shards, str(tmp_path / "tokens"), workers=0, views=2).table
+    kept = load_config(str(out / "model" / "config.yaml")).model.tokenizer
+    assert kept == Generator.from_pretrained(str(out / "model")).tokenizer.model_id
+    with pytest.raises(ValueError, match=f"model.tokenizer was '{kept}' and is '{other.facts.tokenizer_id}'"):
+        run(other.url, out, 0, resume=True)
+    with pytest.raises(ValueError, match=f"the model reads those of {other.facts.tokenizer_id[:12]}"):
+        run(other.url, tmp_path / "mixed", 0, held_out_url=trained_on(out))
+
+
+def trained_on(out):
+    """The token table of a run, from its model card."""
+    [line] = [line for line in (out / "model" / "README.md").read_text().splitlines() if "trained on" in line]
+    return line.split("|")[2].split()[0]
