@@ -14,6 +14,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import config, storage
 from bsq_ray.data.labelled import read_qt_resources
+from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
@@ -89,15 +90,16 @@ def test_results_are_written_with_a_baseline_and_a_contract(results, cache):
         assert network["sha256"][:12] in kept.name
 
 
-def test_reference_features_are_read_from_the_cache(setting, results, monkeypatch, tmp_path):
+def test_reference_features_are_read_from_the_cache(setting, results, monkeypatch):
     from bsq_ray.evaluation import features
 
-    def refuse(*arguments):
-        raise AssertionError("the real images are measured again")
-
-    monkeypatch.setattr(features, "map_in_pool", refuse)
-    again = evaluate(setting, tmp_path)
-    assert again["rows"]["model"]["fid"] == pytest.approx(results[0]["rows"]["model"]["fid"], rel=1e-4)
+    monkeypatch.setattr(features, "map_in_pool", lambda *arguments: pytest.fail("the real images are measured again"))
+    run = config.load_config(f"{setting[0]}/tokenizer/config.yaml")
+    manifest = read_manifest(setting[1])
+    found = features.real_features(manifest, run, 0)
+    assert found.features_ND.shape == (manifest.samples, 2048)
+    assert found.seen_NC.shape == (manifest.samples, 1280)
+    assert sorted(found.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
 
 
 def test_a_class_is_told_and_covered_by_its_nearest_known_images():
