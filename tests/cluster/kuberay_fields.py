@@ -73,7 +73,16 @@ JOB = {
     "suspend": bool,
     "rayClusterSpec": CLUSTER,
 }
-SPECS = {"RayCluster": CLUSTER, "RayJob": JOB}
+SERVICE = {
+    "serveConfigV2": str,
+    "rayClusterConfig": CLUSTER,
+    "upgradeStrategy": {"type": str},
+    "serviceUnhealthySecondThreshold": int,
+    "deploymentUnhealthySecondThreshold": int,
+    "excludeHeadPodFromServeSvc": bool,
+    "rayClusterDeletionDelaySeconds": int,
+}
+SPECS = {"RayCluster": CLUSTER, "RayJob": JOB, "RayService": SERVICE}
 METADATA = {"name": str, "namespace": str, "labels": dict, "annotations": dict}
 
 

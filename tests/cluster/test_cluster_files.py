@@ -12,7 +12,7 @@ import yaml
 from kuberay_fields import METADATA, SPECS, faults
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
-LAUNCHED = sorted(CLUSTER.glob("*.yaml"))
+LAUNCHED = sorted(path for path in CLUSTER.glob("*.yaml") if path.stem != "serve")
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 CLOUDS = [path for path in LAUNCHED if path.stem != "on-premises"]
 
@@ -40,7 +40,8 @@ def manifest(request):
 
 
 def clusters(manifest):
-    return manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    spec = manifest["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def start_commands(config):
