@@ -68,13 +68,18 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
         ray.shutdown()
 
 
-def gpus_within_reach() -> float:
-    """GPUs of the cluster this process is connected to, with those that its autoscaler may still bring up."""
+def resources_within_reach() -> dict[str, float]:
+    """What the cluster this process is connected to has, with what its autoscaler may still bring up."""
     import ray
 
-    up = float(ray.cluster_resources().get("GPU", 0))
+    up = {name: float(amount) for name, amount in ray.cluster_resources().items()}
     possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return max(up, float(possible.get("GPU", 0)))
+    return {name: max(up.get(name, 0.0), float(possible.get(name, 0))) for name in up.keys() | possible.keys()}
+
+
+def gpus_within_reach() -> float:
+    """Its GPUs."""
+    return resources_within_reach().get("GPU", 0.0)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import yaml
 from bsq_ray import storage
 from bsq_ray.config.reading import load_config
 from bsq_ray.data.sources import open_source
-from bsq_ray.session import gpus_within_reach, ray_session
+from bsq_ray.session import ray_session, resources_within_reach
 from bsq_ray.training.launch import Interrupted, stop_on_signal
 from bsq_ray.training.on_ray import Share, ray_storage, train_on_gpus
 from bsq_ray.training.worker import Device
@@ -95,7 +95,7 @@ def run_sweep(
             if timer:
                 timer.daemon = True
                 timer.start()
-            _tune(study, data_url, held_out_url, device, address is None, longest, stop, show)
+            _tune(study, data_url, held_out_url, device, longest, stop, show)
             if timer:
                 timer.cancel()
     write_results(study)
@@ -142,7 +142,6 @@ def _tune(
     data_url: str,
     held_out_url: str,
     device: Device,
-    local: bool,
     longest: int,
     stop: threading.Event,
     show: Callable[[str, Record, Study], None],
@@ -157,8 +156,9 @@ def _tune(
     from bsq_ray.tuning.trial import Task, Trial, Wishes
 
     sweep, budget = study.sweep, study.sweep.budget
-    gpu = train_on_gpus(device, budget.workers, gpus_within_reach())
-    concurrency, share = divide(budget, ray.cluster_resources(), gpu, study.left, local)
+    total = resources_within_reach()
+    gpu = train_on_gpus(device, budget.workers, total.get("GPU", 0.0))
+    concurrency, share = divide(budget, total, gpu, study.left)
     task = Task(
         out_url=study.out_url,
         data_url=data_url,
@@ -193,14 +193,13 @@ def _tune(
         storage.remove_folder(storage.join(study.out_url, "ray"))
 
 
-def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int, fixed: bool) -> tuple[int, Share]:
+def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -> tuple[int, Share]:
     """How many trials run at once, and what each of their workers takes.
 
     Args:
-        total: resources of the cluster.
+        total: resources of the cluster, with those that may still come.
         gpu: whether each worker takes a GPU.
         trials: how many are left.
-        fixed: whether the cluster stays as it is; otherwise trials may wait for machines that are still to come.
 
     Raises:
         ValueError: there will never be room for so many.
@@ -213,7 +212,7 @@ def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int, f
         if _room(halved, budget.workers, total) > room:
             resources, room = halved, _room(halved, budget.workers, total)
     wanted = budget.concurrency or max(1, room)
-    if room < wanted and fixed:
+    if room < wanted:
         each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise ValueError(
             f"there is no room for {wanted} trials at once, each of {budget.workers} workers with {each}, beside the "

@@ -1,0 +1,96 @@
+"""What Tune is answered: whom the schedulers stop, and how the cluster is divided; without a cluster."""
+
+import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from small_sweeps import small_sweep
+
+from bsq_ray.tuning.adapters import build_scheduler
+from bsq_ray.tuning.schema import Budget
+from bsq_ray.tuning.study import Record
+from bsq_ray.tuning.sweep import divide
+
+SCHEDULERS = {
+    "asha": {"kind": "asha", "grace_steps": 10, "reduction": 2},
+    "median": {"kind": "median", "grace_steps": 10, "trials_before": 2},
+}
+
+
+def reports(value, steps=(0, 10, 20, 30)):
+    return [(step, {"psnr": value + step / 100}) for step in steps]
+
+
+def tried(scheduler, number, value):
+    """Shows a trial's evaluations to the scheduler, which must let it continue whatever it decides."""
+    trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+    scheduler.on_trial_add(None, trial)
+    for step, figures in reports(value):
+        decision = scheduler.on_trial_result(None, trial, {"reached": step, "figures": figures, **figures})
+        assert decision == TrialScheduler.CONTINUE
+    # How it ended is no evaluation.
+    scheduler.on_trial_result(None, trial, {"ending": "finished", "reason": "", "figures": {}})
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_the_worse_trials_are_asked_to_stop_once_and_never_killed(tmp_path, kind):
+    asked = []
+    scheduler = build_scheduler(small_sweep(tmp_path, scheduler=SCHEDULERS[kind]), 1000, asked.append, [])
+    for number, psnr in enumerate((20.0, 21.0, 5.0, 22.0)):
+        tried(scheduler, number, psnr)
+    assert asked == [2]
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_sweep_that_goes_on_compares_with_the_trials_before(tmp_path, kind):
+    sweep = small_sweep(tmp_path, scheduler=SCHEDULERS[kind])
+    earlier = [Record(number, {}, "finished", reports=reports(psnr)) for number, psnr in enumerate((20.0, 21.0, 22.0))]
+    for before, expected in ((earlier, [3]), ([], [])):
+        asked = []
+        tried(build_scheduler(sweep, 1000, asked.append, before), 3, 5.0)
+        assert asked == expected
+
+
+def test_the_scheduler_can_follow_a_metric_of_its_own(tmp_path):
+    asked = []
+    follows = {**SCHEDULERS["asha"], "metric": "perceptual", "direction": "min"}
+    scheduler = build_scheduler(small_sweep(tmp_path, scheduler=follows), 1000, asked.append, [])
+    for number, loss in enumerate((0.2, 0.9)):
+        trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+        scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_result(None, trial, {"reached": 10, "psnr": 20.0 + loss, "perceptual": loss})
+    assert asked == [1]
+
+
+def test_without_a_scheduler_nobody_is_stopped(tmp_path):
+    assert type(build_scheduler(small_sweep(tmp_path), 1000, print, [])) is FIFOScheduler
+
+
+@pytest.mark.parametrize(
+    ("budget", "total", "gpu", "expected"),
+    [
+        # A CPU stays free for reading, and each trial has a small process of its own.
+        ({}, {"CPU": 4}, False, (2, {"CPU": 1})),
+        ({"workers": 2}, {"CPU": 4}, False, (1, {"CPU": 1})),
+        # Halves where there is no room for whole ones.
+        ({"concurrency": 2, "workers": 2}, {"CPU": 4}, False, (2, {"CPU": 0.5})),
+        ({"workers": 4}, {"CPU": 64, "GPU": 8}, True, (2, {"CPU": 1, "GPU": 1})),
+        ({"workers": 2, "resources": {"GPU": 0.5, "CPU": 2}}, {"CPU": 16, "GPU": 2}, True, (2, {"GPU": 0.5, "CPU": 2})),
+    ],
+)
+def test_a_trial_gets_its_share_of_the_cluster(budget, total, gpu, expected):
+    concurrency, share = divide(Budget(**budget), total, gpu, trials=20)
+    assert (concurrency, share.resources) == expected
+    assert share.runs == concurrency
+
+
+def test_more_trials_than_are_left_get_no_share():
+    assert divide(Budget(), {"CPU": 64}, False, trials=3)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("budget", "total"),
+    [({"concurrency": 3, "workers": 2}, {"CPU": 4}), ({"resources": {"TPU": 1}}, {"CPU": 64})],
+)
+def test_what_the_cluster_can_never_hold_is_refused(budget, total):
+    with pytest.raises(ValueError, match=r"there is no room for \d trials at once.*lower budget.concurrency"):
+        divide(Budget(**budget), total, gpu=False, trials=20)
