@@ -3,10 +3,14 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from bsq_ray import cli
+
+SWEEP = ["sweep", "--data", "x", "--held-out", "x", "--out", "y", "--config"]
+DEMO_SWEEP = str(Path(__file__).parents[1] / "jobs" / "sweeps" / "demo.yaml")
 
 
 @pytest.fixture
@@ -46,6 +50,10 @@ def test_the_commands_are_exactly_these(call):
             "unknown key model.encoder.widht; did you mean model.encoder.width?",
         ),
         (["train", "tokenizer", "--config", "demo", "--data", "/none", "--out", "y"], "is not a packed data set"),
+        ([*SWEEP, "/none.yaml"], "cannot read /none.yaml: it does not exist"),
+        ([*SWEEP, DEMO_SWEEP], "x is not a packed data set"),
+        ([*SWEEP, DEMO_SWEEP, "--workers", "0"], "--workers 0 must be 1 or more; a trial trains on Ray"),
+        ([*SWEEP, DEMO_SWEEP, "--stop-after", "0"], "--stop-after 0 must be positive"),
         (["data", "pack", "/none", "y"], "/none does not exist"),
         (["data", "pack", "/none", "y", "--kind", "sounds"], "--kind sounds is not known"),
         (["data", "inspect", "/none"], "is not a packed data set"),

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bsq_ray import config
 
-_README = (Path(__file__).parent.parent / "README.md").read_text()
+_ROOT = Path(__file__).parent.parent
+_README = (_ROOT / "README.md").read_text()
 _SHRUNK = {
     "imagenet256-bsq18": "demo",
     "--workers 16": "--workers 0",
     "--workers 2": "--workers 0",
+    "jobs/sweeps/demo.yaml": "sweep.yaml",
 }
 _STEPS = ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"]
 
@@ -31,11 +34,10 @@ def commands():
 
 
 def test_the_readme_names_only_presets_and_files_that_exist():
-    root = Path(__file__).parent.parent
     for preset in re.findall(r"`(imagenet[\w-]+)`", _README):
         assert preset in config.preset_names(), preset
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", _README):
-        assert (root / path).exists(), path
+        assert (_ROOT / path).exists(), path
 
 
 @pytest.mark.slow
@@ -44,6 +46,10 @@ def test_commands_run_as_printed(tmp_path, photo_folders, monkeypatch):
     (tmp_path / "photos").symlink_to(photo_folders[0])
     (tmp_path / "held-out").symlink_to(photo_folders[1])
     (tmp_path / "photo.png").symlink_to(photo_folders[1] / "coffee.png")
+    sweep = yaml.safe_load((_ROOT / "jobs/sweeps/demo.yaml").read_text())
+    sweep["space"] = {"model.quantizer.bits": {"values": [6]}}
+    sweep["budget"] |= {"steps": 2}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     ran = 0
     for command in commands():
         if any(word in command for word in ("quickstart", "--address", "import-reference", "s3://")):
