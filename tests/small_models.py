@@ -5,12 +5,13 @@ import torch
 from bsq_ray import Tokenizer, config
 
 
-def save_tokenizer(url, seed):
-    """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, as a model folder."""
+def save_tokenizer(url, seed, frames=1):
+    """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, for images or clips, as a model folder."""
     torch.manual_seed(seed)
     sizes = config.Decoder(width=32, layers=1, heads=2, head_width=32)
     section = config.TokenizerModel(
         image_size=32,
+        frames=frames,
         encoder=config.Transformer(width=32, layers=1, heads=2),
         decoder=sizes,
         quantizer=config.BSQ(bits=10),

@@ -85,17 +85,17 @@ def data_inspect(
 
 def tokenize_images(
     model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
-    data: Annotated[str, typer.Option(help="Packed images.")],
+    data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the token table.")],
     workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
-    views: Annotated[int, typer.Option(help="Rows of each image: its centre, then random crops.")] = 1,
+    views: Annotated[int, typer.Option(help="Rows of each image or clip: its centre, then random crops.")] = 1,
     scale: Annotated[float, typer.Option(help="Random crops come from images up to so many times larger.")] = 1.25,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the random crops.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
     address: Address = None,
 ) -> None:
-    """Turn packed images into a token table; what is already there is not done again."""
+    """Turn packed images or videos into a token table; what is already there is not done again."""
     from bsq_ray.data.tokenize import tokenize
 
     with progress_bar("tokenizing") as bar:

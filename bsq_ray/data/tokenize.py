@@ -1,8 +1,8 @@
-"""Photographs to tokens, once, by a pool of actors: every shard becomes a part of a token table.
+"""Images and clips to tokens, once, by a pool of actors: every shard becomes a part of a token table.
 
     shards ─Ray Data─▶ actors: read, crop, Tokenizer.encode, pack ─▶ part-….parquet ─▶ tokens.json when all are there
 
-Parts that are already there, made by the same tokenizer from the same images, are not made again.
+Parts that are already there, made by the same tokenizer from the same data, are not made again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from bsq_ray import config, hub, storage
+from bsq_ray.data.clips import ClipSource
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.photos import PhotoSource
-from bsq_ray.data.source import Samples
+from bsq_ray.data.source import Samples, Source
+from bsq_ray.data.sources import open_pixels
 from bsq_ray.data.tokens import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from bsq_ray.pool import map_in_pool
 
 @dataclass(frozen=True)
 class Tokenized:
-    """A finished table, parts made by this call, and images that could not be read."""
+    """A finished table, parts made by this call, and images or videos that could not be read."""
 
     table: TokenTable
     made: int
@@ -47,14 +48,15 @@ def tokenize(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tokenized:
-    """Makes a token table of packed images.
+    """Makes a token table of packed images, or of the clips of packed videos.
 
     Args:
         model_url: the tokenizer's model folder; a copy goes into the table's folder.
-        data_url: packed images.
+        data_url: packed images or videos.
         out_url: folder of the table.
         workers: actors; 0 works in this process, without Ray.
-        views: rows of each image: the first is its centre, the others are random crops.
+        views: rows of each image: the first is its centre, the others are random crops. Of a clip, these begin at a
+            random frame too.
         scale: random crops come from images whose short side is 1 to `scale` times the crop.
         flip: mirror half of the random crops.
         seed: of the random crops.
@@ -68,16 +70,18 @@ def tokenize(
     manifest = read_manifest(data_url)
     if views < 1:
         raise ValueError(f"views {views} must be 1 or more")
-    if manifest.kind != "images" or run.model.frames > 1:
-        raise ValueError(f"{data_url} holds {manifest.kind}; this version makes tokens of images only")
+    run = run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": (1.0, scale), "flip": flip})})
+    source = open_pixels(run, manifest)
+    frames = run.model.frames if manifest.kind == "videos" else 1
     side = run.model.image_size // run.model.patch_size
     dataset = f"{manifest.hash} scale {scale:g} flip {flip} seed {seed}" if views > 1 else manifest.hash
-    facts = TokenFacts(folder.id, run.model.quantizer.bits, (1, side, side), manifest.classes, views, dataset)
-    section = config.Data(crop_scale=(1.0, scale), flip=flip, evaluation_filter=run.data.evaluation_filter)
+    if manifest.kind == "videos":
+        dataset += f" stride {run.data.frame_stride} clips {run.data.clips_per_video}"
+    facts = TokenFacts(folder.id, run.model.quantizer.bits, (frames, side, side), manifest.classes, views, dataset)
     _keep_tokenizer(folder.id, model_url, out_url)
     names = [f"part-{number:06}.parquet" for number in range(len(manifest.shards))]
     missing = [n for n, name in enumerate(names) if finished_part(storage.join(out_url, name), facts) is None]
-    work = _Work(model_url, out_url, manifest, section, facts, batch_size, seed)
+    work = _Work(model_url, out_url, manifest, source, facts, batch_size, seed)
     damaged: list[str] = []
     made = map_in_pool(missing, partial(_PartMaker, work), workers, address)
     for done, found in enumerate(made, len(names) - len(missing) + 1):
@@ -112,7 +116,7 @@ class _Work:
     model_url: str
     out_url: str
     manifest: Manifest
-    section: config.Data
+    source: Source
     facts: TokenFacts
     batch_size: int
     seed: int
@@ -123,14 +127,16 @@ class _PartMaker:
         self.work = work
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(work.model_url).to(self.device)
-        self.source = PhotoSource(work.manifest, work.section, self.tokenizer.config.image_size)
+        self.source = work.source
 
     def __call__(self, part: int) -> list[str]:
-        """Makes a part; the images of its shard that could not be read."""
-        first, last = int(self.work.manifest.starts[part]), int(self.work.manifest.starts[part + 1])
+        """Makes a part; the images or videos of its shard that could not be read."""
+        first = sum(self.source.shard_sizes[:part])
+        last = first + self.source.shard_sizes[part]
         keys: list[str] = []
         damaged: list[str] = []
-        packed, labels, views = [], [], []
+        packed = [np.empty((0, self.work.facts.row_bytes), np.uint8)]
+        labels, views = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for view in range(self.work.facts.views):
             for start in range(first, last, self.work.batch_size):
                 samples = self._read(range(start, min(start + self.work.batch_size, last)), view)
@@ -142,8 +148,8 @@ class _PartMaker:
                 labels.append(samples.labels_P)
                 views.append(np.full(len(samples.keys), view))
                 keys += samples.keys
-        if not keys:
-            raise RuntimeError(f"no image of {self.work.manifest.shards[part].name} can be read: {damaged[0]}")
+        if damaged and not keys:
+            raise RuntimeError(f"nothing in {self.work.manifest.shards[part].name} can be read: {damaged[0]}")
         url = storage.join(self.work.out_url, f"part-{part:06}.parquet")
         columns = (np.concatenate(labels), np.concatenate(views), np.concatenate(packed))
         write_part(url, self.work.facts, keys, *columns)
@@ -152,9 +158,16 @@ class _PartMaker:
     def _read(self, samples: range, view: int) -> Samples:
         if view == 0:
             return self.source.read_held_out(samples)
-        # Each view stands where an epoch of training would; what replaces a damaged image there is left out here.
+        # Each view stands where an epoch of training would; what replaces a damaged sample there is left out here.
         found = self.source.read(np.asarray(samples), np.full(len(samples), view), self.work.seed)
-        wanted = [shard.keys[index] for shard, index in map(self.work.manifest.locate, samples)]
-        places = [p for p, key in enumerate(found.keys) if key == wanted[p]]
+        places = [p for p, key in enumerate(found.keys) if self._is_of(key, samples[p])]
         keys = [found.keys[p] for p in places]
         return Samples(found.values_P[places], found.labels_P[places], keys, found.damaged)
+
+    def _is_of(self, key: str, sample: int) -> bool:
+        """Whether it is the key of this image, or of a clip of this video."""
+        if isinstance(self.source, ClipSource):
+            shard, index, _ = self.source.locate(sample)
+            return key.rpartition("@")[0] == shard.keys[index]
+        shard, index = self.work.manifest.locate(sample)
+        return key == shard.keys[index]

@@ -1,4 +1,7 @@
-"""Images drawn from a model folder, as files and as a sheet."""
+"""Images or clips drawn from a model folder, as files and as a sheet.
+
+Shape suffixes: B images, H and W pixels; a clip has T frames before H and W.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from bsq_ray.evaluation.sheets import class_sheet
 from bsq_ray.models.generator import Generator
 
 _BATCH, _COLUMNS = 16, 12
+# Between frames of a drawn clip, ms: tokens do not tell the rate of the videos they were learnt from.
+_FRAME_MS = 40
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Request:
 
 
 def draw(model_url: str, out_url: str, request: Request, weights: Literal["ema", "plain"] = "ema") -> int:
-    """Writes PNGs named by class and number, and sheet.png; returns how many images there are.
+    """Writes files named by class and number, and sheet.png; returns how many there are.
+
+    Images become PNG, clips animated WebP; of a clip the sheet shows the middle frame.
 
     Raises:
         ValueError: the model, an image or the request is wrong.
@@ -54,20 +61,22 @@ def draw(model_url: str, out_url: str, request: Request, weights: Literal["ema",
     if (request.image is None) != (request.mask is None):
         raise ValueError("filling in needs both --image and --mask")
     generator = Generator.from_pretrained(model_url, weights, device())
-    labels, tiles = [], []
+    labels, drawn = [], []
     try:
         for label, images_BCHW in _draw(generator, request):
             for pixels in to_uint8(images_BCHW).cpu().numpy():
                 labels.append(label)
-                tiles.append(pixels)
+                drawn.append(pixels)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
-    for number, (label, pixels_CHW) in enumerate(zip(labels, tiles, strict=True)):
-        storage.write_bytes(storage.join(out_url, f"class-{label:03}-{number:04}.png"), _png(pixels_CHW))
+    for number, (label, pixels) in enumerate(zip(labels, drawn, strict=True)):
+        suffix, content = ("png", _png(pixels)) if pixels.ndim == 3 else ("webp", _animated(pixels))
+        storage.write_bytes(storage.join(out_url, f"class-{label:03}-{number:04}.{suffix}"), content)
+    tiles = [pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2] for pixels in drawn]
     names = [f"class {n}" for n in range(generator.model.any_class)]
     storage.write_bytes(storage.join(out_url, "sheet.png"), class_sheet(tiles, labels, names, _COLUMNS))
-    return len(tiles)
+    return len(drawn)
 
 
 def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]]:
@@ -78,6 +87,8 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
         return
     classes = request.classes or list(range(generator.model.any_class))
     if request.image is not None and request.mask is not None:
+        if generator.model.config.grid[0] > 1:
+            raise ValueError("the model draws clips; --image and --mask fill in images only")
         image = to_float(torch.from_numpy(_read(request.image, generator))[None])
         hole = torch.from_numpy(_read(request.mask, generator)[None, :1] > 127)
         for label in classes:
@@ -105,3 +116,10 @@ def _png(pixels_CHW: np.ndarray) -> bytes:
     png = io.BytesIO()
     Image.fromarray(pixels_CHW.transpose(1, 2, 0)).save(png, "PNG")
     return png.getvalue()
+
+
+def _animated(pixels_CTHW: np.ndarray) -> bytes:
+    first, *others = (Image.fromarray(pixels_CTHW[:, t].transpose(1, 2, 0)) for t in range(pixels_CTHW.shape[1]))
+    webp = io.BytesIO()
+    first.save(webp, "WEBP", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, lossless=True)
+    return webp.getvalue()

@@ -76,6 +76,8 @@ def evaluate_generation(
     folder = hub.read_model_folder(model_url, weights)
     run = config.expect(folder.config, config.MaskedLMConfig, model_url)
     section = config.Sampling.model_validate(run.sampling.model_dump() | (sampling or {}))
+    if run.model.grid[0] > 1:
+        raise ValueError(f"{model_url} draws clips; what is measured here are images")
     manifest = read_manifest(data_url)
     if len(manifest.classes) != run.model.classes:
         raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.classes}")

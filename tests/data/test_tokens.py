@@ -13,6 +13,7 @@ from bsq_ray import Tokenizer, config
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.photos import PhotoSource
+from bsq_ray.data.sources import open_pixels
 from bsq_ray.data.stream import training_batches
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
@@ -100,6 +101,49 @@ def test_every_row_is_read_once_an_epoch(table):
     block = source.read_held_out(range(source.samples))
     assert sorted(read) == sorted(zip(block.keys, map(np.ndarray.tobytes, block.values_P), strict=True))
     assert [key for key, _ in read] != block.keys
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory):
+    """A tokenizer of clips of 4 frames; a video gives two of them, every second frame taken."""
+    url = save_tokenizer(tmp_path_factory.mktemp("clip_tokenizer"), 0, frames=4)
+    run = config.load_config(f"{url}/config.yaml", ["data.frame_stride=2", "data.clips_per_video=2"])
+    Tokenizer.from_pretrained(url).save_pretrained(url, run)
+    return url
+
+
+def test_clips_become_rows_of_tokens_in_time_order(clip_model, held_out_video_shards, tmp_path):
+    manifest = read_manifest(held_out_video_shards)
+    table = tokenize(clip_model, held_out_video_shards, str(tmp_path / "a"), workers=0, views=2, batch_size=3).table
+    assert table.facts.grid == (4, 4, 4)
+    assert table.rows == 2 * 2 * manifest.samples
+    section = MODEL.model_copy(update={"grid": (4, 4, 4)})
+    rows = TokenSource(table, section).read_held_out(range(table.parts[0][1]))
+    run = config.load_config(f"{clip_model}/config.yaml")
+    clips = open_pixels(run, manifest).read_held_out(range(2 * len(manifest.shards[0].keys)))
+    tokens = Tokenizer.from_pretrained(clip_model).encode(to_float(torch.from_numpy(clips.values_P)))
+    count = len(clips.keys)
+    assert rows.keys[:count] == clips.keys
+    bits_BNL = unpack_bits(torch.from_numpy(rows.values_P[:count]), 640).unflatten(1, (64, 10))
+    assert torch.equal(bits_BNL, tokens.bits_BNL)
+    assert not np.array_equal(rows.values_P[count : 2 * count], rows.values_P[:count]), (
+        "the second view is another clip"
+    )
+    # What the clips are made of is part of the table: with another stride nothing of it is kept.
+    other = config.load_config(f"{clip_model}/config.yaml", ["data.frame_stride=1"])
+    Tokenizer.from_pretrained(clip_model).save_pretrained(str(tmp_path / "other"), other)
+    again = tokenize(str(tmp_path / "other"), held_out_video_shards, str(tmp_path / "a"), workers=0, views=2)
+    assert again.made == len(table.parts)
+
+
+def test_a_tokenizer_of_clips_takes_images_as_clips_of_one_frame(clip_model, held_out_shards, tmp_path):
+    table = tokenize(clip_model, held_out_shards, str(tmp_path), workers=0).table
+    assert table.facts.grid == (1, 4, 4)
+
+
+def test_videos_need_a_tokenizer_of_clips(model, held_out_video_shards, tmp_path):
+    with pytest.raises(ValueError, match="holds videos, but .* takes images"):
+        tokenize(model, held_out_video_shards, str(tmp_path), workers=0)
 
 
 def test_damaged_images_are_left_out_and_named(model, photo_folders, tmp_path):

@@ -159,6 +159,21 @@ def test_images_are_drawn_to_files(setting, tmp_path):
     assert draw(setting[0], str(tmp_path / "way"), Request([0, 1], count=4, between=True)) == 4
 
 
+def test_clips_are_drawn_to_animated_files(tmp_path):
+    section = SECTION.model_copy(update={"grid": (3, 4, 4)})
+    MaskedLM(section).save_pretrained(str(tmp_path / "model"))
+    save_tokenizer(tmp_path / "model" / "tokenizer", 0, frames=3)
+    model = str(tmp_path / "model")
+    assert draw(model, str(tmp_path / "out"), Request([1], count=2, sampling={"steps": 2})) == 2
+    file = Image.open(tmp_path / "out" / "class-001-0001.webp")
+    assert (file.n_frames, file.size) == (3, (32, 32))
+    assert Image.open(tmp_path / "out" / "sheet.png").height == 104
+    with pytest.raises(ValueError, match="fill in images only"):
+        draw(model, str(tmp_path / "x"), Request([1], image="a.png", mask="b.png"))
+    with pytest.raises(ValueError, match="draws clips"):
+        evaluate_generation(model, "x", str(tmp_path), 0)
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
