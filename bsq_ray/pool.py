@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,9 @@ def map_in_pool(
         build: called once in each actor; what it returns is called for each item.
         workers: actors, each with a CPU, and with a GPU where the cluster has enough; 0 works in this process.
         address: Ray cluster, see `ray_session`.
+
+    Raises:
+        ValueError, RuntimeError: as raised by the work on an item.
     """
     if not items:
         return
@@ -37,12 +41,17 @@ def map_in_pool(
 
         class Worker:
             def __init__(self) -> None:
-                build, self.items = ray.get(shared)
-                self.work = build()
+                self.build, self.items = ray.get(shared)
+                self.work: Any = None
 
             def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
                 result = np.empty(1, object)
-                result[0] = self.work(self.items[int(rows["item"][0])])
+                try:
+                    self.work = self.work or self.build()
+                    result[0] = self.work(self.items[int(rows["item"][0])])
+                except (ValueError, RuntimeError) as error:
+                    # Ray would wrap it in a page of its own words.
+                    result[0] = _Failed(error)
                 return {"result": result}
 
         gpus = 1 if gpus_within_reach() >= workers else 0
@@ -52,4 +61,11 @@ def map_in_pool(
         numbers = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
         pool = ActorPoolStrategy(size=min(workers, len(items)))
         for row in numbers.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
+            if isinstance(row["result"], _Failed):
+                raise row["result"].error
             yield row["result"]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
