@@ -1,0 +1,50 @@
+"""The demos from photographs to results, shrunk to seconds: every step runs, and what is printed was measured."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bsq_ray.demos import compress, generate
+
+pytestmark = pytest.mark.slow
+
+SMALL = ("model.encoder.width=32", "model.encoder.layers=1", "model.decoder.width=32", "model.decoder.layers=1")
+SMALL += ("training.evaluate_every=1000000", "loss.adversarial.weight=0")
+SMALL_TOKENS = ("model.width=32", "model.layers=1", "training.evaluate_every=1000000")
+
+
+@pytest.fixture(scope="module")
+def labelled(photos, tmp_path_factory):
+    """Photographs of two classes by their brightness."""
+    folder = tmp_path_factory.mktemp("labelled")
+    order = sorted(range(len(photos)), key=lambda n: np.asarray(photos[n]).mean())
+    for place, number in enumerate(order):
+        kind = folder / ("dark" if place < len(order) // 2 else "light")
+        kind.mkdir(exist_ok=True)
+        photos[number].resize((96, 80)).save(kind / f"{number}.png")
+    return folder
+
+
+def test_compression_compares_on_photographs_that_no_model_saw(labelled, photos, tmp_path, ray_local):
+    images = tmp_path / "images"
+    images.mkdir()
+    photos[2].resize((192, 176)).save(images / "unseen.png")
+    found = compress.run_demo(images, tmp_path / "demo", 0.1, labelled, SMALL, SMALL_TOKENS)
+    assert found["items"] == 1
+    assert found["prior_saves"] < 1
+    assert json.loads((tmp_path / "demo" / "evaluation" / "results.json").read_text())["set"] == str(images)
+    assert (tmp_path / "demo" / "evaluation" / "curves.png").exists()
+    with pytest.raises(ValueError, match="two or more class folders"):
+        compress.run_demo(images, tmp_path / "other", 0.1, images)
+
+
+def test_generation_shows_guidance_beside_the_frequencies(labelled, tmp_path, ray_local):
+    done = generate.run_demo(labelled, tmp_path, 0.1, SMALL, (*SMALL_TOKENS, "sampling.steps=2"), drawn=8)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["guidance"]) == ["0", "0.5", "1", "2", "4"]
+    assert found["frequencies"].keys() == found["guidance"]["0"].keys()
+    assert found["bits_per_token"] > 0 < found["bits_per_token_of_frequencies"]
+    assert done.sheet.exists()
+    assert all(f"\n{name} " in done.summary for name in ("0.5", "4", "frequencies"))
+    assert f"{found['guidance']['1']['kid']:.4f}" in done.summary
