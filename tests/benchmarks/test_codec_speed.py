@@ -1,0 +1,101 @@
+"""The codec: where the time of an image goes, the range coder beside torchac, cached decoding beside recomputing."""
+
+import time
+
+import constriction
+import numpy as np
+import pytest
+import torch
+
+from bsq_ray import Codec, Prior, Tokenizer
+from bsq_ray.codec import probabilities
+from bsq_ray.config import PriorModel, load_config
+from bsq_ray.models.quantizers.bits import bits_to_integers
+
+pytestmark = pytest.mark.benchmark
+
+# Binary decisions of an image of 768 x 512 pixels in 8 x 8 patches of 18 bits.
+DECISIONS = 96 * 64 * 18
+
+
+def best_of(times, work):
+    """Shortest time of several, seconds, and what was made."""
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        made = work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds), made
+
+
+def test_the_range_coder_beside_torchac(figure):
+    """The same bits with the same probabilities."""
+    import torchac
+
+    rng = np.random.default_rng(0)
+    odds = probabilities.probabilities(rng.normal(0, 12, DECISIONS).round().clip(-40, 40).astype(np.int64))
+    bits = (rng.random(DECISIONS) < odds).astype(np.int32)
+    bernoulli = constriction.stream.model.Bernoulli(perfect=False)
+
+    def encode():
+        coder = constriction.stream.queue.RangeEncoder()
+        coder.encode(bits, bernoulli, odds)
+        return coder.get_compressed()
+
+    encode_ours, words = best_of(5, encode)
+    decode_ours, ours = best_of(5, lambda: constriction.stream.queue.RangeDecoder(words).decode(bernoulli, odds))
+    zeros = 1 - torch.from_numpy(odds)
+    cdf = torch.stack([torch.zeros_like(zeros), zeros, torch.ones_like(zeros)], 1).float()
+    symbols = torch.from_numpy(bits).to(torch.int16)
+    encode_theirs, data = best_of(5, lambda: torchac.encode_float_cdf(cdf, symbols, check_input_bounds=False))
+    decode_theirs, theirs = best_of(5, lambda: torchac.decode_float_cdf(cdf, data))
+    assert np.array_equal(ours, bits)
+    assert torch.equal(theirs, symbols)
+    what = f"range coder, {DECISIONS:,} decisions of a 768 x 512 px image, encode / decode"
+    figure(
+        what,
+        f"{1e3 * encode_ours:.1f} / {1e3 * decode_ours:.1f} ms, {4 * len(words):,} bytes",
+        f"torchac {1e3 * encode_theirs:.1f} / {1e3 * decode_theirs:.1f} ms, {len(data):,} bytes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prior", "size"),
+    [("demo", "prior-demo", (768, 512)), ("imagenet128-bsq18", "imagenet128-prior", (128, 128))],
+)
+def test_where_the_time_of_an_image_goes(tokenizer, prior, size, photos, figure, tmp_path):
+    Prior(load_config(prior).model).save_pretrained(str(tmp_path))
+    Tokenizer(load_config(tokenizer).model).save_pretrained(str(tmp_path / "tokenizer"))
+    codec = Codec.from_pretrained(str(tmp_path))
+    photo = photos[0].resize(size)
+    codec.compress(photo.crop((0, 0, 64, 64)))
+    coded = codec.compress(photo)
+    began = time.perf_counter()
+    codec.decompress(coded.data)
+    whole = time.perf_counter() - began
+    figure(f"compress, {prior}, {size[0]} x {size[1]} px", _parts(coded.seconds), f"decompress {whole:.2f} s")
+
+
+def _parts(seconds):
+    return ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in seconds.items())
+
+
+def test_cached_decoding_beside_recomputing(figure):
+    """1,024 tokens of 16 tiles; recomputing is timed at every 64th length and summed over all lengths."""
+    torch.manual_seed(0)
+    demo = load_config("prior-demo").model
+    prior = Prior(PriorModel(**demo.model_dump() | {"grid": (1, 32, 32)})).eval()
+    section = prior.config
+    tokens_BNS = bits_to_integers(torch.rand(16, section.tokens, section.bits) < 0.5, section.sub_bits)
+    lengths = range(64, section.tokens + 1, 64)
+    with torch.no_grad():
+        began = time.perf_counter()
+        decoding = prior.start_decoding(16)
+        for n in range(section.tokens):
+            decoding.features()
+            decoding.push(tokens_BNS[:, n])
+        cached = time.perf_counter() - began
+        passes = [best_of(1, lambda n=n: prior(tokens_BNS[:, :n]))[0] for n in lengths]
+    recomputed = section.tokens * float(np.mean(passes))
+    what = f"decoding {section.tokens:,} tokens of 16 tiles with cached keys, prior-demo"
+    figure(what, f"{cached:.2f} s", f"recomputed for each token {recomputed:.0f} s, {recomputed / cached:.0f} times")
