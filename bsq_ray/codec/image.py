@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, hub
 from bsq_ray.codec.colour import SRGB, Colour, to_srgb
 from bsq_ray.codec.container import (
     MAX_PIXELS,
@@ -122,8 +122,7 @@ class Codec:
         if isinstance(run, config.TokenizerConfig):
             return cls(Tokenizer.from_pretrained(url, weights).to(device), None, batch, arithmetic)
         prior = Prior.from_pretrained(url, weights).to(device)
-        tokenizer = Tokenizer.from_pretrained(storage.join(url, "tokenizer")).to(device)
-        return cls(tokenizer, prior, batch, arithmetic)
+        return cls(Tokenizer.of_tokens(url, prior.config).to(device), prior, batch, arithmetic)
 
     def compress(self, image: Image.Image, progress: Progress = _silent) -> Compressed:
         """Compresses an image, which becomes sRGB; transparency is laid on white.

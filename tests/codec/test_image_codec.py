@@ -198,6 +198,13 @@ def test_models_that_do_not_belong_together_are_refused(codec):
     assert codec.compress(Image.new("RGB", (8, 8))).data[:4] == b"BSQ1"
 
 
+def test_another_tokenizer_in_the_priors_folder_is_refused(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", 0)
+    Prior(SECTION.model_copy(update={"tokenizer": "a" * 64})).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that one there"):
+        Codec.from_pretrained(str(tmp_path))
+
+
 def test_progress_is_told_and_time_is_split(codec, photo):
     told = []
     coded = codec.compress(photo, lambda *done: told.append(done))
