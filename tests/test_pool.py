@@ -5,17 +5,15 @@ import pytest
 from bsq_ray.pool import map_in_pool
 
 
-class Halves:
-    def __call__(self, number):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_order_and_errors_as_they_were(workers, ray_local):
+    def half(number):
         if number % 2:
             raise ValueError(f"{number} is odd")
         return number // 2
 
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_order_and_errors_as_they_were(workers, ray_local):
-    assert list(map_in_pool([4, 8, 2, 0], Halves, workers)) == [2, 4, 1, 0]
-    found = map_in_pool([4, 6, 5, 2], Halves, workers)
+    assert list(map_in_pool([4, 8, 2, 0], lambda: half, workers)) == [2, 4, 1, 0]
+    found = map_in_pool([4, 6, 5, 2], lambda: half, workers)
     assert [next(found), next(found)] == [2, 3]
     with pytest.raises(ValueError, match="^5 is odd$"):
         next(found)

@@ -61,16 +61,20 @@ def evaluate_generation(
 
 def evaluate_compression(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
-    data: Annotated[str, typer.Option(help="Folder of image files.")],
+    data: Annotated[str, typer.Option(help="Folder of images, or of clips: Kodak, MCL-JCV, UVG or your own.")],
     out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
     workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
+    frames: Annotated[int | None, typer.Option(help="Only the first so many frames of each clip.")] = None,
+    max_side: Annotated[int | None, typer.Option(help="Shrink what has a longer side to it before.")] = None,
+    weights: Weights = "ema",
     address: Address = None,
 ) -> None:
-    """Rate and distortion beside JPEG, JPEG 2000, WebP, AVIF and JPEG XL."""
+    """Rate and distortion beside JPEG, JPEG 2000, WebP, AVIF, JPEG XL; of clips beside H.264, HEVC, AV1."""
     from bsq_ray import storage
     from bsq_ray.evaluation.compression import evaluate_compression as evaluate
 
+    kind = which_weights(weights)
     with progress_bar("compressing") as bar:
-        evaluate(model, data, out, workers, address, bar)
+        evaluate(model, data, out, workers, address, frames, max_side, kind, bar)
     print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
-    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, images.png")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, pictures.png")

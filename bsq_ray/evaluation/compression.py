@@ -1,20 +1,20 @@
-"""Rate and distortion of our codec beside the standard ones, on a folder of photographs.
+"""Rate and distortion of our codec beside the standard ones, on a folder of images or clips.
 
-    photograph ─every codec, every quality─▶ file ─▶ bits per pixel, PSNR, MS-SSIM, LPIPS, seconds ─▶ table and plots
+    image or clip ─every codec, every quality─▶ file ─▶ bits per pixel, PSNR, MS-SSIM, LPIPS, seconds ─▶ table, plots
 
-Standard codecs are shown at our rate, between their two nearest qualities, and as BD-rate against JPEG.
+Standard codecs are shown at our rate, between their two nearest qualities, and as BD-rate against JPEG or H.264.
+
+Shape suffixes: T frames (1 of an image), H and W pixels.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,28 +22,25 @@ from PIL import Image
 
 from bsq_ray import hub, storage
 from bsq_ray.codec.image import Codec
-from bsq_ray.data.images import DECODE_ERRORS, decode_image, to_float
-from bsq_ray.data.pack import IMAGE_SUFFIXES
+from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, to_float
+from bsq_ray.evaluation.benchmark_sets import find_set
+from bsq_ray.evaluation.clip_files import Clip, read_clip
 from bsq_ray.evaluation.codecs import standard_codecs
+from bsq_ray.evaluation.compression_report import markdown, picture_sheet, plot_curves
+from bsq_ray.evaluation.rate_distortion import METRICS, Point, at_rate, bd_rates, mean_curves
+from bsq_ray.evaluation.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, structural_similarity
 from bsq_ray.pool import map_in_pool
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
-_METRICS = ("psnr", "ms_ssim", "lpips")
+_ANCHOR = {"images": "JPEG", "clips": "H.264"}
+_PICTURED = 6
+# Frames of a clip that LPIPS looks at, evenly spaced: it takes as long as all the rest.
+_LPIPS_FRAMES = 8
 
-
-@dataclass(frozen=True)
-class Point:
-    """One image in one codec at one quality."""
-
-    codec: str
-    quality: float
-    bits_per_pixel: float
-    figures: dict[str, float]
-    encode_seconds: float
-    decode_seconds: float
+Content = Image.Image | Clip
 
 
 def evaluate_compression(
@@ -52,232 +49,195 @@ def evaluate_compression(
     out_url: str,
     workers: int = 2,
     address: str | None = None,
+    frames: int | None = None,
+    max_side: int | None = None,
+    weights: Literal["ema", "plain"] = "ema",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Compresses every image of a folder with everything and writes results.json, results.md, curves.png, images.png.
+    """Compresses everything in a folder with everything; writes results.json, results.md, curves.png, pictures.png.
 
     Args:
         model_url: model folder of a prior, or of a tokenizer (raw bits only).
-        data_url: folder of image files.
+        data_url: folder of images, or of clips; see `benchmark_sets`.
         workers: Ray actors; 0 works in this process, without Ray.
+        frames: of each clip only the first so many.
+        max_side: larger images and frames are shrunk to this longer side before anything is compressed.
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValueError: the folder holds no images that can be measured, or the model is missing.
+        ValueError: the folder holds nothing that can be measured, or the model is missing.
     """
-    folder = hub.read_model_folder(model_url)
-    names = [name for name in storage.list_folder(data_url) if name.lower().endswith(tuple(IMAGE_SUFFIXES))]
-    if not names:
-        raise ValueError(f"{data_url} holds no images")
-    images: dict[str, list[Point]] = {}
-    pictures: list[list[np.ndarray]] = []
-    urls = [storage.join(data_url, name) for name in names]
-    for name, (points, shown) in zip(
-        names, map_in_pool(urls, partial(_Compressor, model_url), workers, address), strict=True
-    ):
-        images[name] = points
-        pictures.append(shown)
-        progress(len(images), len(names))
-    means = _means(images)
-    ours = means.get(PRIOR, means[RAW])[0]
+    folder = hub.read_model_folder(model_url, weights)
+    found = find_set(data_url)
+    reading = _Reading(found.kind, frames, max_side)
+    points: dict[str, list[Point]] = {}
+    pictures: list[dict[str, np.ndarray]] = []
+    compare = partial(_Comparer, model_url, weights, reading)
+    each = map_in_pool(list(found.items.values()), compare, workers, address)
+    for name, (its_points, shown) in zip(found.items, each, strict=True):
+        points[name] = its_points
+        if len(pictures) < _PICTURED:
+            pictures.append(shown)
+        progress(len(points), len(found.items))
+    curves = mean_curves(points)
+    ours = curves.get(PRIOR, curves[RAW])[0]["bits_per_pixel"]
     results = {
         "model": model_url,
         "model_id": folder.id,
+        "weights": weights,
         "data": data_url,
-        "images": len(names),
-        "curves": means,
-        "at_our_rate": {codec: _at_rate(points, ours["bits_per_pixel"]) for codec, points in means.items()},
-        "bd_rate_against_jpeg": _bd_rates(means),
-        "prior_saves": 1 - ours["bits_per_pixel"] / means[RAW][0]["bits_per_pixel"] if PRIOR in means else None,
-        "per_image": {name: [point.__dict__ for point in points] for name, points in images.items()},
+        "set": found.name,
+        "kind": found.kind,
+        "items": len(points),
+        "frames": frames,
+        "max_side": max_side,
+        "workers": workers,
+        "anchor": _ANCHOR[found.kind],
+        "curves": curves,
+        "at_our_rate": {codec: at_rate(rows, ours) for codec, rows in curves.items()},
+        "bd_rate": bd_rates(curves, _ANCHOR[found.kind]),
+        "prior_saves": 1 - ours / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
+        "per_item": {name: [asdict(point) for point in its_points] for name, its_points in points.items()},
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     storage.write_bytes(storage.join(out_url, "results.md"), (markdown(results) + "\n").encode())
-    storage.write_bytes(storage.join(out_url, "curves.png"), _curves(means))
-    storage.write_bytes(storage.join(out_url, "images.png"), _sheet(pictures[:6]))
+    storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
+    storage.write_bytes(storage.join(out_url, "pictures.png"), picture_sheet(pictures))
     return results
 
 
-class _Compressor:
-    """Every codec at every quality on one image."""
+@dataclass(frozen=True)
+class _Reading:
+    kind: Literal["images", "clips"]
+    frames: int | None
+    max_side: int | None
 
-    def __init__(self, model_url: str) -> None:
-        codec = Codec.from_pretrained(model_url)
-        self.ours = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
-        self.standard = standard_codecs()
-
-    def __call__(self, url: str) -> tuple[list[Point], list[np.ndarray]]:
-        """Its points, and small pictures: original, ours, JPEG of the nearest size."""
+    def __call__(self, url: str) -> Content:
+        if self.kind == "clips":
+            return read_clip(url, self.frames, self.max_side)
         try:
             image = decode_image(storage.read_bytes(url))
         except DECODE_ERRORS as error:
-            raise RuntimeError(f"{url} cannot be read as an image") from error
-        if min(image.size) <= MS_SSIM_SIDE:
-            raise RuntimeError(f"{url} is {image.width} x {image.height}; MS-SSIM needs sides above {MS_SSIM_SIDE}")
-        points, shown = [], [np.asarray(image)]
-        for name, codec in self.ours.items():
-            point, decoded = _measure(name, 0.0, image, _file_of(codec), codec.decompress)
+            raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
+        if self.max_side is not None and max(image.size) > self.max_side:
+            image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
+        return image
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a codec makes a file of an image or clip and gets frames (T, H, W, 3) back, at each of its qualities."""
+
+    qualities: tuple[float, ...]
+    encode: Callable[[Any, float], bytes]
+    decode: Callable[[bytes], np.ndarray]
+
+
+class _Comparer:
+    """Every codec at every quality on one image or clip."""
+
+    def __init__(self, model_url: str, weights: Literal["ema", "plain"], reading: _Reading) -> None:
+        self.reading = reading
+        self.ways = _standard(reading.kind)
+        self.ours = _ours(model_url, weights, reading.kind)
+        self.anchor = _ANCHOR[reading.kind]
+
+    def __call__(self, url: str) -> tuple[list[Point], dict[str, np.ndarray]]:
+        """Its points, and what is pictured: original, ours, the anchor at the nearest size."""
+        content = self.reading(url)
+        original_THW3 = _frames(content)
+        height, width = original_THW3.shape[1:3]
+        if min(height, width) <= MS_SSIM_SIDE:
+            raise ValueError(f"{url} is {width} x {height}; MS-SSIM needs sides above {MS_SSIM_SIDE} pixels")
+        points: list[Point] = []
+        shown = {"original": original_THW3[len(original_THW3) // 2]}
+        for name, way in self.ours.items():
+            point, decoded_THW3 = _measure(name, 0.0, way, content, original_THW3)
             points.append(point)
-        shown.append(np.asarray(decoded))
-        rate = points[-1].bits_per_pixel
-        nearest: tuple[float, Image.Image] | None = None
-        for name, standard in self.standard.items():
-            for quality in standard.qualities:
-                point, decoded = _measure(name, quality, image, _at(standard.encode, quality), standard.decode)
+        shown[_told(point)] = decoded_THW3[len(decoded_THW3) // 2]
+        rate, nearest = point.bits_per_pixel, (float("inf"), point, decoded_THW3)
+        for name, way in self.ways.items():
+            for quality in way.qualities:
+                point, decoded_THW3 = _measure(name, quality, way, content, original_THW3)
                 points.append(point)
-                off = abs(np.log(point.bits_per_pixel / rate))
-                if name == "JPEG" and (nearest is None or off < nearest[0]):
-                    nearest = (off, decoded)
-        assert nearest is not None
-        return points, [*shown, np.asarray(nearest[1])]
+                off = abs(float(np.log(point.bits_per_pixel / rate)))
+                if name == self.anchor and off < nearest[0]:
+                    nearest = (off, point, decoded_THW3)
+        shown[_told(nearest[1])] = nearest[2][len(nearest[2]) // 2]
+        return points, shown
 
 
-def _file_of(codec: Codec) -> Callable[[Image.Image], bytes]:
-    return lambda image: codec.compress(image).data
+def _ours(model_url: str, weights: Literal["ema", "plain"], kind: Literal["images", "clips"]) -> dict[str, _Way]:
+    codec = Codec.from_pretrained(model_url, weights)
+    codecs = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
+    way = _on_images if kind == "images" else _on_clips
+    return {name: way(each) for name, each in codecs.items()}
 
 
-def _at(encode: Callable[[Image.Image, float], bytes], quality: float) -> Callable[[Image.Image], bytes]:
-    return lambda image: encode(image, quality)
+def _on_images(codec: Codec) -> _Way:
+    return _of_images((0.0,), lambda image, quality: codec.compress(image).data, codec.decompress)
+
+
+def _on_clips(codec: Codec) -> _Way:
+    return _Way(
+        (0.0,),
+        lambda clip, quality: codec.compress_clip(clip.frames_THW3, clip.rate).data,
+        lambda data: np.stack(list(codec.decompress_clip(data))),
+    )
+
+
+def _standard(kind: Literal["images", "clips"]) -> dict[str, _Way]:
+    if kind == "images":
+        return {name: _of_images(each.qualities, each.encode, each.decode) for name, each in standard_codecs().items()}
+    return {name: _Way(each.qualities, each.encode, each.decode) for name, each in standard_video_codecs().items()}
+
+
+def _of_images(
+    qualities: tuple[float, ...],
+    encode: Callable[[Image.Image, float], bytes],
+    decode: Callable[[bytes], Image.Image],
+) -> _Way:
+    return _Way(qualities, encode, lambda data: _frames(decode(data)))
+
+
+def _frames(content: Content) -> np.ndarray:
+    return content.frames_THW3 if isinstance(content, Clip) else np.asarray(content)[None]
 
 
 def _measure(
-    codec: str,
-    quality: float,
-    image: Image.Image,
-    encode: Callable[[Image.Image], bytes],
-    decode: Callable[[bytes], Image.Image],
-) -> tuple[Point, Image.Image]:
+    codec: str, quality: float, way: _Way, content: Content, original_THW3: np.ndarray
+) -> tuple[Point, np.ndarray]:
     began = time.perf_counter()
-    data = encode(image)
+    data = way.encode(content, quality)
     middle = time.perf_counter()
-    decoded = decode(data)
+    decoded_THW3 = way.decode(data)
     ended = time.perf_counter()
-    original_BCHW, decoded_BCHW = _tensor(image), _tensor(decoded)
-    figures = {
-        "psnr": float(psnr(original_BCHW, decoded_BCHW)),
-        "ms_ssim": float(structural_similarity(original_BCHW, decoded_BCHW)["ms_ssim"]),
-        "lpips": float(lpips(original_BCHW, decoded_BCHW)),
-    }
-    rate = 8 * len(data) / (image.width * image.height)
-    return Point(codec, quality, rate, figures, middle - began, ended - middle), decoded
+    assert decoded_THW3.shape == original_THW3.shape, f"{codec} gave {decoded_THW3.shape}"
+    rate = 8 * len(data) / float(np.prod(original_THW3.shape[:3]))
+    return Point(
+        codec, quality, rate, _figures(original_THW3, decoded_THW3), middle - began, ended - middle
+    ), decoded_THW3
 
 
-def _tensor(image: Image.Image) -> torch.Tensor:
-    return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])
+def _figures(original_THW3: np.ndarray, decoded_THW3: np.ndarray) -> dict[str, float]:
+    """Means over frames; LPIPS over some of them."""
+    frames = len(original_THW3)
+    looked_at = set(np.linspace(0, frames - 1, min(frames, _LPIPS_FRAMES)).round().astype(int).tolist())
+    values: Mapping[str, list[float]] = {name: [] for name in METRICS}
+    for t in range(frames):
+        pair = _tensor(original_THW3[t]), _tensor(decoded_THW3[t])
+        values["psnr"].append(float(psnr(*pair)))
+        values["ms_ssim"].append(float(structural_similarity(*pair)["ms_ssim"]))
+        if t in looked_at:
+            values["lpips"].append(float(lpips(*pair)))
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
-def _means(images: dict[str, list[Point]]) -> dict[str, list[dict[str, float]]]:
-    """Mean over images of each codec at each quality, rates ascending."""
-    together: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
-    for points in images.values():
-        for point in points:
-            together[point.codec][point.quality].append(point)
-    curves = {}
-    for codec, by_quality in together.items():
-        rows = [
-            {
-                "quality": quality,
-                "bits_per_pixel": float(np.mean([p.bits_per_pixel for p in points])),
-                **{name: float(np.mean([p.figures[name] for p in points])) for name in _METRICS},
-                "encode_seconds": float(np.mean([p.encode_seconds for p in points])),
-                "decode_seconds": float(np.mean([p.decode_seconds for p in points])),
-            }
-            for quality, points in by_quality.items()
-        ]
-        curves[codec] = sorted(rows, key=lambda row: row["bits_per_pixel"])
-    return curves
+def _tensor(pixels_HW3: np.ndarray) -> torch.Tensor:
+    return to_float(torch.from_numpy(np.array(pixels_HW3)).permute(2, 0, 1)[None])
 
 
-def _at_rate(points: list[dict[str, float]], rate: float) -> dict[str, float] | None:
-    """Figures at a rate, by the logarithm of the rate between neighbours; None outside the measured range."""
-    rates = np.log([point["bits_per_pixel"] for point in points])
-    if len(points) == 1:
-        return points[0]
-    if not rates[0] <= np.log(rate) <= rates[-1]:
-        return None
-    return {
-        name: float(np.interp(np.log(rate), rates, [point[name] for point in points]))
-        for name in (*_METRICS, "encode_seconds", "decode_seconds")
-    } | {"bits_per_pixel": rate}
-
-
-def _bd_rates(means: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Bits saved (negative) or wasted at equal PSNR, in percent of JPEG's, for codecs with a curve."""
-    import bjontegaard
-
-    def curve(points: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-        return [p["bits_per_pixel"] for p in points], [p["psnr"] for p in points]
-
-    anchor = curve(means["JPEG"])
-    return {
-        codec: float(bjontegaard.bd_rate(*anchor, *curve(points), method="akima", min_overlap=0))
-        for codec, points in means.items()
-        if len(points) > 3 and codec != "JPEG"
-    }
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """Every codec at our rate, and BD-rates."""
-    lines = [
-        "| at our rate | bits/pixel | PSNR | MS-SSIM | LPIPS | encode s | decode s | BD-rate (PSNR) against JPEG |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for codec, row in results["at_our_rate"].items():
-        saved = results["bd_rate_against_jpeg"].get(codec)
-        last = "–" if saved is None else f"{saved:+.1f} %"
-        if row is None:
-            lines.append(f"| {codec} | not within its range | | | | | | {last} |")
-            continue
-        cells = [f"{row[name]:.{digits}f}" for name, digits in _DIGITS.items()]
-        lines.append(f"| {codec} | {' | '.join(cells)} | {last} |")
-    lines += [
-        "",
-        f"Means over {results['images']} images of {results['data']}; sizes are whole files, headers included.",
-    ]
-    if results["prior_saves"] is not None:
-        lines.append(f"The prior saves {results['prior_saves']:.1%} of the raw files.")
-    return "\n".join(lines)
-
-
-_DIGITS = {"bits_per_pixel": 4, "psnr": 2, "ms_ssim": 4, "lpips": 4, "encode_seconds": 2, "decode_seconds": 2}
-
-
-def _curves(means: dict[str, list[dict[str, float]]]) -> bytes:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {"psnr": "PSNR, dB (higher is better)", "ms_ssim": "MS-SSIM (higher)", "lpips": "LPIPS, alex (lower)"}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for axis, metric in zip(axes, _METRICS, strict=True):
-        for codec, points in means.items():
-            x, y = [p["bits_per_pixel"] for p in points], [p[metric] for p in points]
-            ours = codec in (RAW, PRIOR)
-            axis.plot(x, y, "*" if ours else "o-", markersize=14 if ours else 4, label=codec)
-        axis.set(xscale="log", xlabel="bits per pixel", title=titles[metric])
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
-    png = io.BytesIO()
-    figure.savefig(png, dpi=90)
-    plt.close(figure)
-    return png.getvalue()
-
-
-def _sheet(pictures: list[list[np.ndarray]]) -> bytes:
-    """Columns of images; rows: original, ours, JPEG of the nearest size."""
-    width, gap = 256, 6
-    columns: list[list[Image.Image]] = []
-    for stack in pictures:
-        tiles = [Image.fromarray(pixels) for pixels in stack]
-        columns.append([tile.resize((width, round(tile.height * width / tile.width))) for tile in tiles])
-    height = max(tile.height for column in columns for tile in column)
-    sheet = Image.new("RGB", (len(columns) * (width + gap) + gap, 3 * (height + gap) + gap), "white")
-    for x, column in enumerate(columns):
-        for y, tile in enumerate(column):
-            sheet.paste(tile, (gap + x * (width + gap), gap + y * (height + gap)))
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+def _told(point: Point) -> str:
+    return f"{point.codec}: {point.bits_per_pixel:.3f} bits/pixel, {point.figures['psnr']:.1f} dB"

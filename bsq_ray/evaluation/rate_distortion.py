@@ -1,0 +1,108 @@
+"""Points of rate and distortion, and what is made of them: mean curves, figures at one rate, BD-rates."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+METRICS = ("psnr", "ms_ssim", "lpips")
+Row = dict[str, float]
+# A codec's mean points, rates ascending, by its name.
+Curves = dict[str, list[Row]]
+# Points that a curve needs for a BD-rate.
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """One image or clip in one codec at one quality.
+
+    Attributes:
+        bits_per_pixel: of the whole file, headers included; of a clip, over the pixels of all its frames.
+        figures: PSNR in dB, MS-SSIM, LPIPS (alex).
+        encode_seconds, decode_seconds: of the whole image or clip.
+    """
+
+    codec: str
+    quality: float
+    bits_per_pixel: float
+    figures: dict[str, float]
+    encode_seconds: float
+    decode_seconds: float
+
+
+def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
+    """Mean over items of each codec at each quality."""
+    together: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for points in points_by_item.values():
+        for point in points:
+            together[point.codec][point.quality].append(point)
+    curves = {}
+    for codec, by_quality in together.items():
+        rows = [
+            {
+                "quality": quality,
+                "bits_per_pixel": float(np.mean([p.bits_per_pixel for p in points])),
+                **{name: float(np.mean([p.figures[name] for p in points])) for name in METRICS},
+                "encode_seconds": float(np.mean([p.encode_seconds for p in points])),
+                "decode_seconds": float(np.mean([p.decode_seconds for p in points])),
+            }
+            for quality, points in by_quality.items()
+        ]
+        curves[codec] = sorted(rows, key=lambda row: row["bits_per_pixel"])
+    return curves
+
+
+def at_rate(curve: Sequence[Row], rate: float) -> Row | None:
+    """Figures of a codec at a rate, by the logarithm of the rate between its neighbours.
+
+    Returns:
+        None where the rate is outside what was measured; the point itself of a codec that has only one.
+    """
+    if len(curve) == 1:
+        return curve[0]
+    logs = np.log([row["bits_per_pixel"] for row in curve])
+    if not logs[0] <= math.log(rate) <= logs[-1]:
+        return None
+    names = (*METRICS, "encode_seconds", "decode_seconds")
+    row = {name: float(np.interp(math.log(rate), logs, [row[name] for row in curve])) for name in names}
+    return {"bits_per_pixel": rate} | row
+
+
+def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
+    """Bits saved (negative) or wasted at equal PSNR, in percent of the anchor's, for codecs with a curve.
+
+    Bjøntegaard's difference (VCEG-M33) by Akima interpolation, over the PSNRs that both curves reach (package
+    `bjontegaard`); None where they reach none.
+    """
+    import bjontegaard
+
+    def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+        # Where a higher rate was worse, the curve goes back; only its front counts.
+        front: list[Row] = []
+        for row in rows:
+            if not front or (row["psnr"] > front[-1]["psnr"] and row["bits_per_pixel"] > front[-1]["bits_per_pixel"]):
+                front.append(row)
+        return [row["bits_per_pixel"] for row in front], [row["psnr"] for row in front]
+
+    ours = curve(curves[anchor])
+    found: dict[str, float | None] = {}
+    for codec, rows in curves.items():
+        theirs = curve(rows)
+        if codec == anchor or len(rows) < _FEWEST:
+            continue
+        low, high = max(ours[1][0], theirs[1][0]), min(ours[1][-1], theirs[1][-1])
+        if low >= high or min(len(ours[0]), len(theirs[0])) < _FEWEST:
+            found[codec] = None
+            continue
+        with warnings.catch_warnings():
+            # It warns of a small common range, which the plot shows.
+            warnings.simplefilter("ignore")
+            saved = bjontegaard.bd_rate(*ours, *theirs, method="akima", require_matching_points=False, min_overlap=0)
+            found[codec] = float(saved)
+    return found

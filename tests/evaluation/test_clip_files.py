@@ -1,0 +1,94 @@
+"""Clips to compress: what is read from raw YUV, from video files and from frames is what was filmed."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from bsq_ray.evaluation.clip_files import read_clip
+
+
+@pytest.fixture(scope="module")
+def carphone(video_folders):
+    return str(video_folders[1] / "carphone_pristine.mp4")
+
+
+@pytest.fixture(scope="module")
+def clip(carphone):
+    return read_clip(carphone, frames=5)
+
+
+@pytest.fixture(scope="module")
+def raw(carphone, tmp_path_factory):
+    """The same frames as a raw file: the planes as they are decoded."""
+    path = tmp_path_factory.mktemp("raw") / "carphone_176x144_30.yuv"
+    with av.open(carphone) as file:
+        planes = [frame.to_ndarray(format="yuv420p") for frame, _ in zip(file.decode(video=0), range(5), strict=False)]
+    path.write_bytes(np.stack(planes).tobytes())
+    return path
+
+
+def test_a_video_file(clip):
+    assert clip.frames_THW3.shape == (5, 144, 176, 3)
+    assert clip.frames_THW3.dtype == np.uint8
+    assert clip.rate == pytest.approx(30, abs=0.1)
+
+
+def test_raw_frames_are_those_of_the_video_file(clip, raw):
+    found = read_clip(str(raw))
+    assert found.frames_THW3.shape == clip.frames_THW3.shape
+    assert found.rate == 30
+    assert np.abs(found.frames_THW3.astype(int) - clip.frames_THW3).mean() < 1
+    assert len(read_clip(str(raw), frames=2).frames_THW3) == 2
+
+
+def test_high_definition_has_other_colours(tmp_path):
+    """The same planes, strongly red, under both matrices."""
+    planes = {name: np.full((height * 3 // 2, 16), 128, np.uint8) for name, height in (("sd", 718), ("hd", 720))}
+    for name, each in planes.items():
+        each[each.shape[0] * 5 // 6 :] = 170
+        (tmp_path / f"{name}_16x{each.shape[0] * 2 // 3}_25.yuv").write_bytes(each.tobytes())
+    sd, hd = (read_clip(str(path)).frames_THW3[0, 300, 8].astype(int) for path in sorted(tmp_path.iterdir())[::-1])
+    assert 6 < hd[0] - sd[0] < 11, "BT.709 weighs red by 1.79 instead of 1.60"
+
+
+def test_frames_in_a_folder(clip, tmp_path):
+    for number, pixels in enumerate(clip.frames_THW3):
+        Image.fromarray(pixels[:143]).save(tmp_path / f"im{number:03}.png")
+    found = read_clip(str(tmp_path))
+    assert found.rate == Fraction(30)
+    assert np.array_equal(found.frames_THW3, clip.frames_THW3[:, :142]), "an odd row is cut"
+    Image.new("RGB", (64, 64)).save(tmp_path / "im999.png")
+    with pytest.raises(ValueError, match="frames of different sizes"):
+        read_clip(str(tmp_path))
+    (tmp_path / "im999.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="has im999.png, which cannot be read"):
+        read_clip(str(tmp_path))
+
+
+def test_large_frames_are_shrunk_to_even_sides(carphone):
+    assert read_clip(carphone, 2, max_side=100).frames_THW3.shape == (2, 82, 100, 3)
+    assert read_clip(carphone, 2, max_side=500).frames_THW3.shape == (2, 144, 176, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("clip.yuv", 96, "does not tell its size"),
+        ("clip_8x8_30.yuv", 97, "has 97 bytes, which is not a number of 8 x 8 frames of 96 bytes"),
+        ("clip_8x8_30.yuv", 0, "has 0 bytes"),
+        ("clip_7x8_30.yuv", 84, "4:2:0 has even sides"),
+        ("clip_0x8_30.yuv", 84, "4:2:0 has even sides"),
+        ("clip_8x8_120fps_420_10bit_YUV.yuv", 96, "has 10 bits a sample"),
+        ("clip.mp4", 96, "cannot be decoded"),
+    ],
+)
+def test_what_cannot_be_read_is_said(tmp_path, name, size, message):
+    (tmp_path / name).write_bytes(bytes(size))
+    with pytest.raises(ValueError, match=message) as error:
+        read_clip(str(tmp_path / name))
+    assert str(error.value).count(str(tmp_path)) == 1
+    with pytest.raises(ValueError, match="does not exist"):
+        read_clip(str(tmp_path / "none.mp4"))

@@ -1,0 +1,74 @@
+"""The codecs beside ours: real files that other readers open, more bits for more quality, the paper's settings."""
+
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from bsq_ray.evaluation.clip_files import read_clip
+from bsq_ray.evaluation.codecs import standard_codecs
+from bsq_ray.evaluation.video_codecs import standard_video_codecs
+
+MAGIC = {
+    "JPEG": (b"\xff\xd8\xff", 0),
+    "JPEG 2000": (b"jP  ", 4),
+    "WebP": (b"WEBP", 8),
+    "AVIF": (b"ftypavif", 4),
+    "JPEG XL": (b"\xff\x0a", 0),
+}
+
+
+def error(first, second):
+    return float(((np.asarray(first).astype(float) - np.asarray(second).astype(float)) ** 2).mean())
+
+
+def test_all_five_are_there():
+    assert standard_codecs().keys() == MAGIC.keys()
+
+
+@pytest.mark.parametrize("name", MAGIC)
+def test_more_bits_buy_more_quality_in_a_file_of_the_format(name, photos):
+    photo = photos[1].resize((200, 150))
+    codec = standard_codecs()[name]
+    files = [codec.encode(photo, quality) for quality in codec.qualities]
+    magic, place = MAGIC[name]
+    assert all(data[place : place + len(magic)] == magic for data in files)
+    sizes = [len(data) for data in files]
+    assert sizes == sorted(sizes)
+    errors = [error(codec.decode(data), photo) for data in files]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 150 < errors[0]
+    if name != "JPEG XL":
+        assert Image.open(io.BytesIO(files[0])).convert("RGB").tobytes() == codec.decode(files[0]).tobytes()
+
+
+@pytest.fixture(scope="module")
+def clip(video_folders):
+    return read_clip(str(video_folders[1] / "carphone_pristine.mp4"), frames=8)
+
+
+@pytest.mark.parametrize("name", ["H.264", "HEVC", "AV1"])
+def test_clips_too(name, clip):
+    codec = standard_video_codecs()[name]
+    files = [codec.encode(clip, quality) for quality in (codec.qualities[0], codec.qualities[-1])]
+    decoded = [codec.decode(data) for data in files]
+    assert all(frames.shape == clip.frames_THW3.shape for frames in decoded)
+    assert len(files[0]) < len(files[1])
+    assert error(decoded[0], clip.frames_THW3) > 3 * error(decoded[1], clip.frames_THW3)
+    with av.open(io.BytesIO(files[0])) as file:
+        assert file.streams.video[0].codec_context.name in ("h264", "hevc", "libdav1d", "av1")
+
+
+@pytest.mark.parametrize("name", ["H.264", "HEVC"])
+def test_the_papers_settings_reach_the_encoder(name, clip):
+    """Both encoders write their settings into the stream."""
+    data = standard_video_codecs()[name].encode(clip, 37)
+    assert b"bframes=0" in data
+    assert b"crf=37.0" in data
+    # What "medium" stands for.
+    assert (b"subme=7" if name == "H.264" else b"subme=2") in data
+    if name == "H.264":
+        assert b" threads=4" in data
+        assert b"sliced_threads=0" in data

@@ -1,0 +1,155 @@
+"""Comparing our codec with the standard ones: what is measured, what is written, what is refused."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_models import save_tokenizer
+
+from bsq_ray import Codec, Prior, config
+from bsq_ray.data.images import to_float
+from bsq_ray.evaluation import compression
+from bsq_ray.evaluation.codecs import standard_codecs
+from bsq_ray.evaluation.compression import PRIOR, RAW, evaluate_compression
+from bsq_ray.evaluation.rate_distortion import at_rate
+from bsq_ray.evaluation.video_codecs import standard_video_codecs
+from bsq_ray.metrics.lpips import lpips
+
+SECTION = config.PriorModel(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A prior's model folder, untrained, with its tokenizer."""
+    url = tmp_path_factory.mktemp("prior")
+    torch.manual_seed(0)
+    Prior(SECTION).save_pretrained(str(url))
+    save_tokenizer(url / "tokenizer", 0)
+    return str(url)
+
+
+@pytest.fixture(scope="module")
+def folder(photos, tmp_path_factory):
+    url = tmp_path_factory.mktemp("images")
+    photos[0].resize((192, 176)).save(url / "kodim05.png")
+    photos[1].resize((176, 200)).save(url / "kodim23.png")
+    return url
+
+
+@pytest.fixture(scope="module")
+def results(model, folder, tmp_path_factory):
+    """With fewer qualities than the command has; all of them are in test_codecs.py."""
+    out = tmp_path_factory.mktemp("results")
+    counts = {"JPEG": 4, "WebP": 4}
+    few = {
+        name: replace(codec, qualities=codec.qualities[1 : 1 + counts.get(name, 1)])
+        for name, codec in standard_codecs().items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compression, "standard_codecs", lambda: few)
+        return evaluate_compression(model, str(folder), str(out), workers=0), out
+
+
+def test_everything_is_written(results):
+    found, out = results
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
+    assert found["set"] == "Kodak (2 of 24)"
+    assert (found["items"], found["kind"], found["anchor"]) == (2, "images", "JPEG")
+    assert found["curves"].keys() == {RAW, PRIOR, "JPEG", "JPEG 2000", "WebP", "AVIF", "JPEG XL"}
+    assert found["bd_rate"].keys() == {"WebP"}
+    table = (out / "results.md").read_text()
+    assert f"| {PRIOR} |" in table
+    assert "Kodak (2 of 24)" in table
+    assert Image.open(out / "curves.png").width > 1000
+    assert Image.open(out / "pictures.png").width == 2 * 262 + 6
+
+
+def test_rates_are_those_of_files_and_figures_those_of_decoded_pictures(results, model, folder):
+    points = results[0]["per_item"]["kodim05.png"]
+    photo = Image.open(folder / "kodim05.png")
+    ours = next(point for point in points if point["codec"] == PRIOR)
+    data = Codec.from_pretrained(model).compress(photo).data
+    assert ours["bits_per_pixel"] == 8 * len(data) / (192 * 176)
+    jpeg = next(point for point in points if point["codec"] == "JPEG" and point["quality"] == 20)
+    file = io.BytesIO()
+    photo.save(file, "JPEG", quality=20, optimize=True)
+    assert jpeg["bits_per_pixel"] == 8 * len(file.getvalue()) / (192 * 176)
+    first, second = np.asarray(photo).astype(float), np.asarray(Image.open(file)).astype(float)
+    assert jpeg["figures"]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((first - second) ** 2).mean()), abs=1e-3)
+    pair = [to_float(torch.from_numpy(each.astype(np.uint8)).permute(2, 0, 1)[None]) for each in (first, second)]
+    assert jpeg["figures"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
+    assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
+
+
+def test_the_priors_saving_is_that_of_the_files(results):
+    curves = results[0]["curves"]
+    assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens, the same picture"
+    saved = 1 - curves[PRIOR][0]["bits_per_pixel"] / curves[RAW][0]["bits_per_pixel"]
+    assert results[0]["prior_saves"] == pytest.approx(saved)
+
+
+def test_standard_codecs_stand_at_our_rate_or_are_said_not_to_reach_it(results):
+    found, out = results
+    rate = found["curves"][PRIOR][0]["bits_per_pixel"]
+    assert found["at_our_rate"] == {codec: at_rate(rows, rate) for codec, rows in found["curves"].items()}
+    table = (out / "results.md").read_text()
+    for codec, row in found["at_our_rate"].items():
+        assert (f"| {codec} | not within its range |" in table) == (row is None)
+
+
+@pytest.mark.slow
+def test_two_ray_workers_measure_the_same(results, model, folder, tmp_path, ray_local):
+    there = evaluate_compression(model, str(folder), str(tmp_path), workers=2)
+    for name, points in results[0]["per_item"].items():
+        same = {(point["codec"], point["quality"]): point for point in there["per_item"][name]}
+        for ours in points:
+            theirs = same[ours["codec"], ours["quality"]]
+            assert theirs["bits_per_pixel"] == ours["bits_per_pixel"]
+            assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-3)
+
+
+def test_a_tokenizer_alone_has_raw_bits_only_and_images_may_be_shrunk(model, folder, tmp_path, monkeypatch):
+    jpeg = {"JPEG": replace(standard_codecs()["JPEG"], qualities=(20,))}
+    monkeypatch.setattr(compression, "standard_codecs", lambda: jpeg)
+    tokenizer = f"{model}/tokenizer"
+    found = evaluate_compression(tokenizer, str(folder), str(tmp_path), workers=0, max_side=190)
+    assert found["curves"].keys() == {RAW, "JPEG"}
+    assert found["prior_saves"] is None
+    assert "saves" not in (tmp_path / "results.md").read_text()
+
+
+def test_clips_stand_beside_video_codecs(video_folders, tmp_path, monkeypatch):
+    """Three frames of a night street, with an untrained tokenizer of clips of two frames."""
+    (tmp_path / "set").mkdir()
+    shutil.copy(video_folders[1] / "cityCC0.mpg", tmp_path / "set" / "Beauty_1920x1080.mpg")
+    torch.manual_seed(0)
+    Prior(SECTION.model_copy(update={"grid": (2, 4, 4)})).save_pretrained(str(tmp_path / "model"))
+    save_tokenizer(tmp_path / "model" / "tokenizer", 0, frames=2)
+    few = {name: replace(codec, qualities=codec.qualities[:1]) for name, codec in standard_video_codecs().items()}
+    monkeypatch.setattr(compression, "standard_video_codecs", lambda: few)
+    out = tmp_path / "out"
+    found = evaluate_compression(str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, frames=3, max_side=320)
+    assert (found["set"], found["kind"], found["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
+    assert found["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
+    # Raw bits: 10 a token of 8 x 8 pixels; tiles of 32 pixels fill up 320 x 180, and groups of 2 frames fill up 3.
+    tokens = 10 / 64 * 192 / 180 * 4 / 3
+    assert tokens < found["curves"][RAW][0]["bits_per_pixel"] < 1.1 * tokens
+    assert "at most 3 frames each" in (out / "results.md").read_text()
+
+
+def test_what_cannot_be_measured_is_named(model, photos, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    photos[0].resize((100, 300)).save(small / "a.png")
+    with pytest.raises(ValueError, match=r"^\S+small/a.png is 100 x 300; MS-SSIM needs sides above 160 pixels$"):
+        evaluate_compression(model, str(small), str(tmp_path), 0)
+    (small / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^\S+small/a.png cannot be read as an image"):
+        evaluate_compression(model, str(small), str(tmp_path), 0)
+    with pytest.raises(ValueError, match="holds no images and no clips"):
+        evaluate_compression(model, model, str(tmp_path), 0)

@@ -1,0 +1,82 @@
+"""Curves of rate and distortion: means, figures at a rate, BD-rates against an independent calculation."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.interpolate import Akima1DInterpolator
+
+from bsq_ray.evaluation.rate_distortion import Point, at_rate, bd_rates, mean_curves
+
+RATES = [0.1, 0.2, 0.45, 0.8, 1.6]
+
+
+def row(rate, psnr):
+    figures = {"psnr": psnr, "ms_ssim": psnr / 50, "lpips": 1 / psnr}
+    return {"bits_per_pixel": rate, **figures, "encode_seconds": rate, "decode_seconds": 2 * rate}
+
+
+def curve(rates, psnrs):
+    return [row(rate, psnr) for rate, psnr in zip(rates, psnrs, strict=True)]
+
+
+def point(codec, quality, rate, psnr):
+    return Point(codec, quality, rate, {"psnr": psnr, "ms_ssim": 0.9, "lpips": 0.1}, 1.0, 2.0)
+
+
+def test_curves_are_means_over_items_with_rates_ascending():
+    items = {
+        "a": [point("A", 70, 1.0, 40), point("A", 10, 0.2, 30), point("B", 0, 0.3, 33)],
+        "b": [point("A", 70, 2.0, 42), point("A", 10, 0.4, 20), point("B", 0, 0.5, 35)],
+    }
+    curves = mean_curves(items)
+    assert [(r["quality"], r["bits_per_pixel"], r["psnr"]) for r in curves["A"]] == [
+        (10, pytest.approx(0.3), 25),
+        (70, 1.5, 41),
+    ]
+    assert curves["B"] == [
+        {"quality": 0, "bits_per_pixel": 0.4, "psnr": 34, "ms_ssim": 0.9, "lpips": 0.1}
+        | {"encode_seconds": 1.0, "decode_seconds": 2.0}
+    ]
+
+
+def test_between_two_points_figures_follow_the_logarithm_of_the_rate():
+    found = at_rate(curve([0.1, 0.4], [30, 34]), 0.2)
+    assert found["psnr"] == pytest.approx(32)
+    assert found["bits_per_pixel"] == 0.2
+    assert at_rate(curve([0.1, 0.4], [30, 34]), 0.05) is None
+    assert at_rate(curve([0.1, 0.4], [30, 34]), 0.5) is None
+    assert at_rate(curve([0.1], [30]), 0.5) == row(0.1, 30), "a codec with one point is shown as it is"
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(0.2, 5))
+def test_the_same_quality_at_a_multiple_of_the_rate_is_that_bd_rate(factor):
+    psnrs = [28, 30.5, 33, 35, 38]
+    curves = {"anchor": curve(RATES, psnrs), "other": curve([factor * rate for rate in RATES], psnrs)}
+    assert bd_rates(curves, "anchor") == {"other": pytest.approx(100 * (factor - 1), abs=0.01)}
+
+
+def test_bd_rate_is_the_mean_log_ratio_over_the_common_qualities():
+    """Integrated here, over 200,000 steps; the curves need not have the same number of points."""
+    first, second = curve(RATES, [28, 31, 34, 36, 39]), curve([0.12, 0.2, 0.3, 0.7], [29, 32, 34.5, 38.5])
+    at = np.linspace(29, 38.5, 200_001)
+    curves = [
+        Akima1DInterpolator([row["psnr"] for row in rows], np.log([row["bits_per_pixel"] for row in rows]))
+        for rows in (first, second)
+    ]
+    expected = 100 * (np.exp((curves[1](at) - curves[0](at)).mean()) - 1)
+    assert bd_rates({"a": first, "b": second}, "a")["b"] == pytest.approx(expected, abs=0.01)
+
+
+def test_what_cannot_be_compared_has_no_bd_rate():
+    curves = {
+        "anchor": curve(RATES, [28, 30, 33, 35, 38]),
+        "far better": curve(RATES, [48, 50, 53, 55, 58]),
+        "one point": curve([0.3], [30]),
+        "with a fold": curve([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9], [28, 30, 29.5, 33, 34, 36, 37]),
+    }
+    found = bd_rates(curves, "anchor")
+    assert found.keys() == {"far better", "with a fold"}
+    assert found["far better"] is None
+    assert -60 < found["with a fold"] < 0
