@@ -89,8 +89,13 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
     if request.image is not None and request.mask is not None:
         if generator.model.config.grid[0] > 1:
             raise ValueError("the model draws clips; --image and --mask fill in images only")
-        image = to_float(torch.from_numpy(_read(request.image, generator))[None])
-        hole = torch.from_numpy(_read(request.mask, generator)[None, :1] > 127)
+        picture, mask = _read(request.image), _read(request.mask)
+        if picture.size != mask.size:
+            sizes = f"{mask.width} x {mask.height} pixels, {request.image} has {picture.width} x {picture.height}"
+            raise ValueError(f"{request.mask} has {sizes}; give a mask of the image's size")
+        size = generator.tokenizer.config.image_size
+        image = to_float(torch.from_numpy(evaluation_image(picture, size, "lanczos"))[None])
+        hole = torch.from_numpy(evaluation_image(mask, size, "lanczos")[None, :1] > 127)
         for label in classes:
             copies, holes = image.repeat(request.count, 1, 1, 1), hole.repeat(request.count, 1, 1, 1)
             wanted = [label] * request.count
@@ -104,12 +109,11 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
             first += len(wanted)
 
 
-def _read(url: str, generator: Generator) -> np.ndarray:
+def _read(url: str) -> Image.Image:
     try:
-        image = decode_image(storage.read_bytes(url))
+        return decode_image(storage.read_bytes(url))
     except DECODE_ERRORS as error:
         raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
-    return evaluation_image(image, generator.tokenizer.config.image_size, "lanczos")
 
 
 def _png(pixels_CHW: np.ndarray) -> bytes:

@@ -156,6 +156,9 @@ def test_images_are_drawn_to_files(setting, tmp_path):
     image, mask = str(tmp_path / "class-001-0000.png"), str(tmp_path / "hole.png")
     draw(setting[0], str(tmp_path / "filled"), Request([0], count=2, image=image, mask=mask))
     assert Image.open(tmp_path / "filled" / "class-000-0001.png").size == whole.size
+    Image.new("L", (32, 40)).save(tmp_path / "tall.png")
+    with pytest.raises(ValueError, match=r"tall.png has 32 x 40 pixels, .*0000.png has 32 x 32; give a mask of the"):
+        draw(setting[0], str(tmp_path / "x"), Request([0], image=image, mask=str(tmp_path / "tall.png")))
     assert draw(setting[0], str(tmp_path / "way"), Request([0, 1], count=4, between=True)) == 4
 
 

@@ -121,6 +121,16 @@ def test_options_of_the_loss_change_it(trained, tokens, tmp_path):
         assert changed[0]["loss"] != trained[0][0]["loss"], override
 
 
+def test_clips_are_learnt_and_drawn_as_images_are(held_out_video_shards, tmp_path):
+    model = save_tokenizer(tmp_path / "tokenizer", 0, frames=4)
+    tokenize(model, held_out_video_shards, str(tmp_path / "tokens"), workers=0)
+    overrides = ["model.grid=[4,4,4]", "training.steps=2", "training.batch_size=2"]
+    run(str(tmp_path / "tokens"), tmp_path / "run", 0, *overrides)
+    drawn = Generator.from_pretrained(str(tmp_path / "run" / "model")).generate([0], steps=2)
+    assert drawn.shape == (1, 3, 4, 32, 32)
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+
+
 def test_a_table_of_another_shape_is_refused_before_anything_starts(tokens, tmp_path):
     with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
