@@ -13,7 +13,9 @@ import pytest
 import yaml
 from head_node import REPOSITORY, head_node
 from small_job import TINY
+from typer.main import get_command
 
+from bsq_ray.cli import app
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 
@@ -26,6 +28,26 @@ def test_a_job_takes_the_options_of_its_command(job):
     assert done.returncode == 0, done.stderr
     command = re.search(r"Usage: bsq-ray (.*?) \[OPTIONS\]", done.stdout)[1]
     assert set(command.split()) - {"data"} <= set(job.stem.split("_"))
+
+
+def leaves(command, path=()):
+    """(path, command) of each command that has none below it."""
+    below = getattr(command, "commands", {})
+    if not below:
+        yield path, command
+    for name, part in below.items():
+        yield from leaves(part, (*path, name))
+
+
+def test_every_command_that_can_work_on_a_cluster_has_a_job():
+    commands = {path for path, command in leaves(get_command(app)) if any(p.name == "address" for p in command.params)}
+    assert ("train",) in commands
+    # It never ends; cluster/ says how a cluster serves.
+    for path in commands - {("serve",)}:
+        stages = ("tokenizer", "masked-lm", "prior") if path == ("train",) else ("",)
+        for stage in stages:
+            words = {word for part in (*path, stage) for word in part.split("-") if word} - {"data"}
+            assert any(words <= set(job.stem.split("_")) for job in JOBS), (path, stage)
 
 
 def test_the_environment_of_jobs_is_one_that_ray_accepts():
