@@ -58,8 +58,11 @@ def run_on_ray(
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Beside this process: what needs no CPU is else put anywhere, and would be lost with a server that is.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     use_gpu = train_on_gpus(device, workers, gpus_within_reach())
     # Whole CPUs for the workers, as long as some are left for the tasks that read.
     cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > workers else 0.5
