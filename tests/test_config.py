@@ -107,6 +107,13 @@ def test_the_schema_defaults_are_those_of_the_base_preset():
         ("imagenet128-bsq18-no-dataset-entropy", "model.quantizer.entropy.dataset_weight", 0.0),
         ("imagenet128-bsq18-no-lpips", "loss.perceptual_weight", 0.0),
         ("imagenet128-bsq18-no-gan", "loss.adversarial.weight", 0.0),
+        ("ucf101-bsq18", "model.frames", 16),
+        ("ucf101-bsq18", "model.causal", True),
+        ("ucf101-bsq18", "training.batch_size", 32),
+        ("ucf101-bsq18", "training.steps", 500_000),
+        ("ucf101-bsq18-noncausal", "model.causal", False),
+        ("ucf101-bsq36", "model.quantizer.bits", 36),
+        ("ucf101-bsq36-noncausal", "model.quantizer.bits", 36),
         ("demo", "model.encoder.width", 256),
     ],
 )
@@ -246,6 +253,7 @@ def test_a_wrong_key_in_a_file_is_answered_with_that_file_and_every_mistake_is_l
         (["model.quantizer.kind=vq", "model.quantizer.codebook_size=1000"], "codebook_size 1000 is not a power of two"),
         (["model.quantizer.kind=fsq", "model.quantizer.levels=[8, 1]"], "model.quantizer.levels.1: Input should be gr"),
         (["model.quantizer.kind=fsq", "model.quantizer.bits=8"], "unknown key model.quantizer.bits; valid keys are k"),
+        (["loss.adversarial.discriminator=stylegan2-3d"], "stylegan2-3d judges clips; it needs model.frames above 1"),
         (
             ["training.engine.zero_stage=3", "training.micro_batch_size=4"],
             "zero_stage 3 with training.micro_batch_size accumulates wrong gradients",

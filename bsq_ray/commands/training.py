@@ -20,6 +20,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     held_out: Annotated[str | None, typer.Option(help="Packed images for evaluations along the way.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time limit; the schedule then follows the clock.")] = None,
+    init: Annotated[str | None, typer.Option(help="Tokenizer to begin with, such as the image model of clips.")] = None,
     device: Annotated[str, typer.Option(help="cpu, gpu, or auto: GPUs if the cluster has or can start any.")] = "auto",
     address: Address = None,
     overrides: Overrides = None,
@@ -33,7 +34,9 @@ def train(
     if stage != run.stage:
         raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
     try:
-        result = launch(run, data, out, workers, resume, address, held_out, minutes, which_device(device))
+        result = launch(
+            run, data, out, workers, resume, address, held_out, minutes, which_device(device), init_url=init
+        )
     except Interrupted as stop:
         again = [argument for argument in sys.argv[1:] if argument != "--resume"]
         told = str(stop).split(";")[0]

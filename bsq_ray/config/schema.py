@@ -151,7 +151,7 @@ class Adversarial(Strict):
     adaptive_weight: bool = False
     start_step: int = Field(0, ge=0)
     objective: Literal["non_saturating", "hinge"] = "non_saturating"
-    discriminator: Literal["stylegan2", "patchgan"] = "stylegan2"
+    discriminator: Literal["stylegan2", "patchgan", "stylegan2-3d"] = "stylegan2"
     channel_base: int = Field(32768, ge=64)
     channel_max: int = Field(512, ge=8)
     r1_gamma: float = Field(10.0, ge=0)
@@ -261,6 +261,15 @@ class TokenizerConfig(Strict):
     loss: TokenizerLoss = TokenizerLoss()
     data: Data = Data()
     training: Training = Training()
+
+    @model_validator(mode="after")
+    def _clips_for_a_discriminator_of_clips(self) -> TokenizerConfig:
+        if self.loss.adversarial.discriminator == "stylegan2-3d" and self.model.frames == 1:
+            raise ValueError(
+                "loss.adversarial.discriminator stylegan2-3d judges clips; it needs model.frames above 1, or choose "
+                "stylegan2 or patchgan, which judge clips frame by frame"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_accumulation_over_zero3_with_gan(self) -> TokenizerConfig:

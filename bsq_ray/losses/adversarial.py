@@ -26,14 +26,14 @@ def discriminator_loss(real: Tensor, fake: Tensor, objective: Objective) -> Tens
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def r1_penalty(real: Tensor, images_BCHW: Tensor) -> Tensor:
-    """Mean squared norm of the gradient of D at real images (Mescheder et al., 2018); multiply by gamma / 2.
+def r1_penalty(real: Tensor, images_B: Tensor) -> Tensor:
+    """Mean squared norm of the gradient of D at real images or clips (Mescheder et al., 2018); multiply by gamma / 2.
 
     Args:
-        real: logits of `images_BCHW`, which require gradients.
+        real: logits of `images_B`, (B, …), which require gradients.
     """
-    [gradient_BCHW] = torch.autograd.grad(real.sum(), images_BCHW, create_graph=True)
-    return gradient_BCHW.float().square().sum((1, 2, 3)).mean()
+    [gradient_B] = torch.autograd.grad(real.sum(), images_B, create_graph=True)
+    return gradient_B.float().square().flatten(1).sum(1).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:

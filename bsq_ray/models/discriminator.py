@@ -23,14 +23,18 @@ _GAIN = sqrt(2)
 _GROUP = 4
 
 
-def build_discriminator(section: config.Adversarial, image_size: int) -> nn.Module:
-    """The discriminator of a configuration.
+def build_discriminator(section: config.Adversarial, image_size: int, frames: int = 1) -> nn.Module:
+    """The discriminator of a configuration: of images, or with stylegan2-3d of clips of `frames` frames.
 
     Raises:
         ValueError: StyleGAN2's needs an image size that is a power of two.
     """
     if section.discriminator == "patchgan":
         return PatchDiscriminator(section.channel_max)
+    if section.discriminator == "stylegan2-3d":
+        from bsq_ray.models.discriminator3d import ClipDiscriminator
+
+        return ClipDiscriminator(image_size, frames, section.channel_base, section.channel_max)
     return StyleDiscriminator(image_size, section.channel_base, section.channel_max)
 
 
@@ -134,13 +138,8 @@ class StyleDiscriminator(nn.Module):
 
     def __init__(self, image_size: int, channel_base: int, channel_max: int) -> None:
         super().__init__()
-        if image_size < 8 or image_size & (image_size - 1):
-            raise ValueError(
-                f"the stylegan2 discriminator needs image_size to be a power of two, at least 8, not {image_size}; "
-                "or choose loss.adversarial.discriminator=patchgan"
-            )
-        sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
-        channels = {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
+        channels = style_channels(image_size, channel_base, channel_max)
+        sizes = list(channels)
         self.image_size = image_size
         self.names = [f"b{size}" for size in sizes[:-1]]
         for size in sizes[:-1]:
@@ -154,8 +153,23 @@ class StyleDiscriminator(nn.Module):
         x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
         for name in self.names:
             x_BCHW = self.get_submodule(name)(x_BCHW)
-        with_deviation = [_with_batch_deviation(part) for part in x_BCHW.split(lengths)]
+        with_deviation = [with_batch_deviation(part) for part in x_BCHW.split(lengths)]
         return tuple(self.b4(torch.cat(with_deviation)).float().split(lengths))
+
+
+def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict[int, int]:
+    """Channels at each resolution, from the images down to 4 x 4.
+
+    Raises:
+        ValueError: the size cannot be halved down to 4.
+    """
+    if image_size < 8 or image_size & (image_size - 1):
+        raise ValueError(
+            f"the stylegan2 discriminators need image_size to be a power of two, at least 8, not {image_size}; "
+            "or choose loss.adversarial.discriminator=patchgan"
+        )
+    sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
+    return {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
 
 
 class PatchDiscriminator(nn.Module):
@@ -186,15 +200,18 @@ class PatchDiscriminator(nn.Module):
         return tuple(self.layers(x_BCHW).float().split(lengths))
 
 
-def _with_batch_deviation(x_BCHW: Tensor) -> Tensor:
+def with_batch_deviation(x: Tensor) -> Tensor:
     """Appends a channel with the mean deviation within groups of images i, i + M, i + 2M, … (Karras et al., 2018).
 
     Workers hold every N-th image of a batch, so such groups are the same for any number of workers.
+
+    Args:
+        x: (B, C, …), images or clips.
     """
-    batch, channels, height, width = x_BCHW.shape
+    batch, channels, *sizes = x.shape
     members = max(size for size in range(1, _GROUP + 1) if batch % size == 0)
-    grouped_gMCHW = x_BCHW.float().reshape(members, -1, channels, height, width)
-    deviation_MCHW = (grouped_gMCHW.var(0, unbiased=False) + 1e-8).sqrt()
-    deviation_M = deviation_MCHW.mean((1, 2, 3))
-    deviation_B1HW = deviation_M.repeat(members)[:, None, None, None].expand(-1, 1, height, width)
-    return torch.cat([x_BCHW, deviation_B1HW.to(x_BCHW.dtype)], 1)
+    grouped_gMC = x.float().reshape(members, -1, channels, *sizes)
+    deviation_MC = (grouped_gMC.var(0, unbiased=False) + 1e-8).sqrt()
+    deviation_B = deviation_MC.flatten(1).mean(1).repeat(members)
+    deviation_B1 = deviation_B.view(-1, 1, *(1 for _ in sizes)).expand(-1, 1, *sizes)
+    return torch.cat([x, deviation_B1.to(x.dtype)], 1)

@@ -9,11 +9,18 @@ from __future__ import annotations
 from itertools import pairwise
 
 from bsq_ray import config
-from bsq_ray.planning.networks import code_channels, discriminator_layers, perceptual_layers, style_channels
+from bsq_ray.planning.networks import (
+    clip_lengths,
+    code_channels,
+    discriminator_layers,
+    judgements,
+    perceptual_layers,
+    style_channels,
+)
 
 
-def block_bytes(sizes: config.Transformer, half: bool) -> int:
-    """Kept per token by one transformer block.
+def block_bytes(sizes: config.Transformer, half: bool, by_frame: bool = False) -> int:
+    """Kept per token by one transformer block; `by_frame` is attention frame by frame, e D more for its joined parts.
 
     Inputs of the two norms, fp32: 8 D, and their statistics: 16. Operands: input of the qkv projection e D, q, k and v
     3 e D, attention's output e D with its log-sums 4 H, input of the MLP e D, its hidden layer before and after GELU
@@ -21,7 +28,7 @@ def block_bytes(sizes: config.Transformer, half: bool) -> int:
     """
     operand = 2 if half else 4
     hidden = int(sizes.width * sizes.mlp_ratio)
-    return 8 * sizes.width + 16 + operand * (6 * sizes.width + 2 * hidden) + 4 * sizes.heads
+    return 8 * sizes.width + 16 + operand * ((7 if by_frame else 6) * sizes.width + 2 * hidden) + 4 * sizes.heads
 
 
 def tokenizer_bytes(model: config.TokenizerModel, half: bool) -> int:
@@ -32,16 +39,17 @@ def tokenizer_bytes(model: config.TokenizerModel, half: bool) -> int:
     tokens = model.frames * (model.image_size // model.patch_size) ** 2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     operand = 2 if half else 4
+    by_frame = model.causal and model.frames > 1
     per_token = operand * (patch + model.decoder.head_width) + 12 * patch + 24 * channels
     for sizes in (model.encoder, model.decoder):
         # The two outer norms, and the projection that follows.
         per_token += 8 * sizes.width + 16 + operand * sizes.width
         if not model.gradient_checkpointing:
-            per_token += sizes.layers * block_bytes(sizes, half)
+            per_token += sizes.layers * block_bytes(sizes, half, by_frame)
         else:
             per_token += sizes.layers * 4 * sizes.width
     if model.gradient_checkpointing:
-        per_token += max(block_bytes(sizes, half) for sizes in (model.encoder, model.decoder))
+        per_token += max(block_bytes(sizes, half, by_frame) for sizes in (model.encoder, model.decoder))
     return tokens * per_token
 
 
@@ -71,13 +79,13 @@ def pooled_side(network: str, side: int) -> int:
     return side // 2 if network == "vgg" else (side - 3) // 2 + 1
 
 
-def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool) -> int:
-    """Kept for one image by a forward pass of the discriminator.
+def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool, frames: int = 1) -> int:
+    """Kept by a forward pass of the discriminator for one image, or for one clip if it takes clips.
 
     Activations happen in place, so a block keeps its input, both activated outputs and what the two filters give.
     """
     operand = 2 if half else 4
-    layers = discriminator_layers(section, image_size)
+    layers = discriminator_layers(section, image_size, frames)
     if not layers:
         return 0
     if section.discriminator == "patchgan":
@@ -85,6 +93,13 @@ def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool
         kept = sum((3 if number else 2) * layer.outputs * layer.size**2 for number, layer in enumerate(layers[:-1]))
         return operand * (3 * image_size**2 + kept)
     channels = style_channels(section, image_size)
+    if section.discriminator == "stylegan2-3d":
+        lengths = clip_lengths(image_size, frames)
+        kept = 3 * image_size**2 * frames
+        for (size, half_size), (before, after) in zip(pairwise(channels), pairwise(lengths), strict=True):
+            ours, theirs = channels[size], channels[half_size]
+            kept += 2 * ours * size**2 * before + (2 * ours + theirs) * half_size**2 * after
+        return operand * (kept + channels[4] * 16 * 3 * lengths[-1])
     kept = 3 * image_size**2
     for size, half_size in pairwise(channels):
         ours, theirs = channels[size], channels[half_size]
@@ -95,9 +110,10 @@ def discriminator_bytes(section: config.Adversarial, image_size: int, half: bool
 def generator_phase(run: config.TokenizerConfig) -> float:
     """Bytes per image when the generator's backward pass begins: tokenizer, LPIPS and the discriminator."""
     model, loss, half = run.model, run.loss, run.training.engine.precision != "fp32"
-    per_frame = perceptual_bytes(loss, model.image_size, half)
-    per_frame += discriminator_bytes(loss.adversarial, model.image_size, half)
-    return tokenizer_bytes(model, half) + model.frames * per_frame
+    judged = judgements(loss.adversarial, model.frames)
+    once = discriminator_bytes(loss.adversarial, model.image_size, half, model.frames)
+    perceptual = model.frames * perceptual_bytes(loss, model.image_size, half)
+    return tokenizer_bytes(model, half) + perceptual + judged * once
 
 
 def discriminator_phase(run: config.TokenizerConfig) -> float:
@@ -105,6 +121,6 @@ def discriminator_phase(run: config.TokenizerConfig) -> float:
 
     A step with R1 keeps the graph of the original's gradient too.
     """
-    model, adversarial = run.model, run.loss.adversarial
-    once = discriminator_bytes(adversarial, model.image_size, run.training.engine.precision != "fp32")
-    return model.frames * once * (3 if adversarial.r1_gamma else 2)
+    model, adversarial, half = run.model, run.loss.adversarial, run.training.engine.precision != "fp32"
+    once = discriminator_bytes(adversarial, model.image_size, half, model.frames)
+    return judgements(adversarial, model.frames) * once * (3 if adversarial.r1_gamma else 2)

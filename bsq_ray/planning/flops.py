@@ -9,18 +9,26 @@ only the second.
 from __future__ import annotations
 
 from bsq_ray import config
-from bsq_ray.planning.networks import Convolution, code_channels, discriminator_layers, perceptual_layers
+from bsq_ray.planning.networks import (
+    Convolution,
+    code_channels,
+    discriminator_layers,
+    judgements,
+    perceptual_layers,
+)
 
 
-def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int) -> int:
+def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int, causal: bool = False) -> int:
     """Forward pass of the blocks for one clip of N = frames · frame_tokens tokens.
 
-    Per block 2 N (4 D² + 2 D h) for the projections and 4 N² D for scores and weighted values (Kaplan et al., 2020,
-    section 2.1). The block-causal mask of clips saves nothing: masked scores are computed.
+    Per block 2 N (4 D² + 2 D h) for the projections and 4 D for each pair of a query and a key, scores and weighted
+    values together (Kaplan et al., 2020, section 2.1): N² pairs, or where frames see only themselves and what is before
+    them, T (T + 1) / 2 times the pairs of a frame.
     """
     tokens = frames * frame_tokens
     width, hidden = sizes.width, int(sizes.width * sizes.mlp_ratio)
-    return sizes.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * tokens**2 * width)
+    pairs = frame_tokens**2 * frames * (frames + 1) // 2 if causal else tokens**2
+    return sizes.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * pairs * width)
 
 
 def _last_products(sizes: config.Transformer, tokens: int) -> int:
@@ -41,8 +49,8 @@ def tokenizer_forward(model: config.TokenizerModel) -> int:
     )
     return (
         2 * model.frames * frame_tokens * per_token
-        + blocks_flops(encoder, frame_tokens, model.frames)
-        + blocks_flops(decoder, frame_tokens, model.frames)
+        + blocks_flops(encoder, frame_tokens, model.frames, model.causal)
+        + blocks_flops(decoder, frame_tokens, model.frames, model.causal)
     )
 
 
@@ -60,7 +68,8 @@ def tokenizer_flops(run: config.TokenizerConfig) -> dict[str, float]:
     # The images need no gradient.
     patches = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
     again = sum(
-        blocks_flops(sizes, frame_tokens, model.frames) - _last_products(sizes, frame_tokens * model.frames)
+        blocks_flops(sizes, frame_tokens, model.frames, model.causal)
+        - _last_products(sizes, frame_tokens * model.frames)
         for sizes in (model.encoder, model.decoder)
     )
     generator = 3 * forward - patches + (again if model.gradient_checkpointing else 0)
@@ -68,8 +77,8 @@ def tokenizer_flops(run: config.TokenizerConfig) -> dict[str, float]:
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
         perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
-    layers = discriminator_layers(loss.adversarial, model.image_size)
-    discriminator = model.frames * _discriminator(layers, loss.adversarial)
+    layers = discriminator_layers(loss.adversarial, model.image_size, model.frames)
+    discriminator = judgements(loss.adversarial, model.frames) * _discriminator(layers, loss.adversarial)
     return {"generator": generator, "LPIPS": perceptual, "discriminator": discriminator}
 
 

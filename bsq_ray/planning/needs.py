@@ -12,6 +12,8 @@ from bsq_ray.planning.tokens import token_bytes, token_flops, token_parameters
 
 # An ImageNet JPEG as published (138 GB of 1.28 million images).
 _JPEG_BYTES = 110_000
+# A video of UCF-101 as published (6.5 GB of 13,320); a clip is cut from a whole one.
+_VIDEO_BYTES = 490_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def needs(run: config.AnyConfig) -> Needs:
 def _tokenizer(run: config.TokenizerConfig) -> Needs:
     model, loss = run.model, run.loss
     generator = tokenizer_parameters(model)
-    discriminator = discriminator_parameters(loss.adversarial, model.image_size)
+    discriminator = discriminator_parameters(loss.adversarial, model.image_size, model.frames)
     perceptual = 0
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
@@ -59,7 +61,7 @@ def _tokenizer(run: config.TokenizerConfig) -> Needs:
         copies=2 * (generator + discriminator + perceptual) if half else 4 * discriminator,
         flops=tokenizer_flops(run),
         activations=(generator_phase(run), discriminator_phase(run)),
-        read=model.frames * _JPEG_BYTES,
+        read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,
     )
 
 

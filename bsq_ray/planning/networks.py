@@ -14,10 +14,12 @@ from bsq_ray import config
 
 @dataclass(frozen=True)
 class Convolution:
-    """A square convolution on one image.
+    """A square convolution on one image, or one over space and time on a clip.
 
     Attributes:
         size: side of its output.
+        depth: frames that its kernel spans.
+        length: frames of its output.
         learned: False for fixed low-pass filters.
     """
 
@@ -28,16 +30,19 @@ class Convolution:
     bias: bool = True
     learned: bool = True
     depthwise: bool = False
+    depth: int = 1
+    length: int = 1
 
     @property
     def parameters(self) -> int:
-        """outputs · inputs · kernel² + outputs."""
-        return self.outputs * (self.inputs * self.kernel**2 + self.bias) if self.learned else 0
+        """outputs · inputs · kernel² · depth + outputs."""
+        return self.outputs * (self.inputs * self.kernel**2 * self.depth + self.bias) if self.learned else 0
 
     @property
     def flops(self) -> int:
-        """2 · outputs · inputs · kernel² · size², with one input per output if depthwise."""
-        return 2 * self.outputs * (1 if self.depthwise else self.inputs) * self.kernel**2 * self.size**2
+        """2 · outputs · inputs · kernel² · depth · size² · length, with one input per output if depthwise."""
+        volume = self.kernel**2 * self.depth * self.size**2 * self.length
+        return 2 * self.outputs * (1 if self.depthwise else self.inputs) * volume
 
 
 def transformer_parameters(sizes: config.Transformer, tokens: int, frames: int) -> int:
@@ -83,12 +88,22 @@ def style_channels(section: config.Adversarial, image_size: int) -> dict[int, in
     return {size: max(1, min(section.channel_base // size, section.channel_max)) for size in sizes}
 
 
-def discriminator_layers(section: config.Adversarial, image_size: int) -> list[Convolution]:
-    """The discriminator's layers for one image; none without adversarial loss. Linear layers are 1 x 1 images."""
+def judgements(section: config.Adversarial, frames: int) -> int:
+    """How many images, or clips, the discriminator takes of one sample."""
+    return 1 if section.discriminator == "stylegan2-3d" else frames
+
+
+def discriminator_layers(section: config.Adversarial, image_size: int, frames: int = 1) -> list[Convolution]:
+    """The discriminator's layers for one image, or clip if it takes clips; none without adversarial loss.
+
+    Linear layers are 1 x 1 images.
+    """
     if not section.weight:
         return []
     if section.discriminator == "patchgan":
         return _patchgan(section, image_size)
+    if section.discriminator == "stylegan2-3d":
+        return _clip_discriminator(section, image_size, frames)
     channels = style_channels(section, image_size)
     layers = [Convolution(3, channels[image_size], 1, image_size)]
     for size, half in pairwise(channels):
@@ -109,9 +124,9 @@ def discriminator_layers(section: config.Adversarial, image_size: int) -> list[C
     ]
 
 
-def discriminator_parameters(section: config.Adversarial, image_size: int) -> int:
+def discriminator_parameters(section: config.Adversarial, image_size: int, frames: int = 1) -> int:
     """Of its layers, and two per channel of each group norm of PatchGAN."""
-    layers = discriminator_layers(section, image_size)
+    layers = discriminator_layers(section, image_size, frames)
     norms = sum(2 * layer.outputs for layer in layers if not layer.bias) if section.discriminator == "patchgan" else 0
     return sum(layer.parameters for layer in layers) + norms
 
@@ -130,6 +145,32 @@ def perceptual_layers(network: Literal["vgg", "alex"], image_size: int) -> list[
         slices.append([Convolution(a, b, 3, image_size >> number) for a, b in pairwise(widths)])
         inputs = outputs
     return slices
+
+
+def clip_lengths(image_size: int, frames: int) -> list[int]:
+    """Frames at each resolution of the discriminator of clips: its last blocks halve them while they are even."""
+    blocks = image_size.bit_length() - 3
+    halvings = min(blocks, (frames & -frames).bit_length() - 1)
+    return [frames >> max(0, number - (blocks - halvings)) for number in range(blocks + 1)]
+
+
+def _clip_discriminator(section: config.Adversarial, image_size: int, frames: int) -> list[Convolution]:
+    channels, lengths = style_channels(section, image_size), clip_lengths(image_size, frames)
+    layers = [Convolution(3, channels[image_size], 1, image_size, length=frames)]
+    for (size, half), (before, after) in zip(pairwise(channels), pairwise(lengths), strict=True):
+        ours, theirs = channels[size], channels[half]
+        layers += [
+            Convolution(ours, ours, 3, size, depth=3, length=before),
+            Convolution(ours, theirs, 3, half, depth=3, length=after),
+            Convolution(ours, theirs, 1, half, bias=False, length=after),
+        ]
+    last, length = channels[4], lengths[-1]
+    return [
+        *layers,
+        Convolution(last + 1, last, 3, 4, depth=3, length=length),
+        Convolution(16 * length * last, last, 1, 1),
+        Convolution(last, 1, 1, 1),
+    ]
 
 
 def _patchgan(section: config.Adversarial, image_size: int) -> list[Convolution]:

@@ -26,6 +26,7 @@ class Job:
         out_url: folder of the run.
         held_out_url: packed images for the evaluations along the way; None takes training images.
         minutes: time limit of the training; the schedule then follows the clock. None trains all steps.
+        init_url: model folder whose weights a new run begins with; None begins with random ones.
     """
 
     config: config.AnyConfig
@@ -33,6 +34,7 @@ class Job:
     out_url: str
     held_out_url: str | None = None
     minutes: float | None = None
+    init_url: str | None = None
 
 
 @dataclass(frozen=True)

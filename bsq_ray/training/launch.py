@@ -13,6 +13,7 @@ from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.data.sources import fill_in, open_source
+from bsq_ray.models.initialisation import initial_weights
 from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, Result, check_same_run, split_batch
@@ -37,6 +38,7 @@ def train(
     minutes: float | None = None,
     device: Device = "auto",
     max_failures: int = 3,
+    init_url: str | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
     stop: threading.Event | None = None,
     share: Share = Share(),
@@ -50,6 +52,7 @@ def train(
         device: what each worker computes on: "gpu", "cpu", or "auto", which takes GPUs where the cluster has any, up or
             still to be brought up by its autoscaler.
         max_failures: how often lost workers are replaced; the run then goes on from its newest checkpoint.
+        init_url: folder of a trained tokenizer whose weights a new run begins with.
         show: receives the run's records instead of the progress line.
         stop: asks the run to save and stop when it is set; None lets Ctrl-C and SIGTERM ask.
         share: what the run may take of the cluster.
@@ -61,8 +64,11 @@ def train(
     """
     # Workers may run in another folder.
     data_url, out_url = storage.absolute(data_url), storage.absolute(out_url)
+    if init_url and storage.exists(init_url):
+        # Otherwise it may be a hub id.
+        init_url = storage.absolute(init_url)
     run_config = fill_in(run_config, data_url)
-    job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes)
+    job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
     _check(job, workers, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
     with _display(show) as say:
@@ -104,6 +110,8 @@ def _check(job: Job, workers: int, resume: bool) -> None:
     progress = newest_progress(job.out_url)
     if progress:
         check_same_run(progress, job.config, source, job.out_url)
+    elif job.init_url:
+        initial_weights(config.expect(job.config, config.TokenizerConfig, "--init: this run").model, job.init_url)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from bsq_ray import config, hub, storage
 from bsq_ray.data.source import Batch
 from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
-from bsq_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from bsq_ray.training.checkpoint import Progress, load_checkpoint, newest_progress, save_checkpoint
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
 from bsq_ray.training.job import Job, NonFinite, Result, check_same_run, split_batch
@@ -68,7 +68,9 @@ class _Run:
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         torch.manual_seed(self.section.seed)
-        self.stage: Stage = build_stage(job.config, self.source, worker.device)
+        # A run that goes on has its weights in the checkpoint.
+        init_url = None if newest_progress(job.out_url) else job.init_url
+        self.stage: Stage = build_stage(job.config, self.source, worker.device, init_url)
         self.main = next(iter(self.stage.modules))
         self.engines = {
             name: build_engine(
@@ -359,6 +361,7 @@ class _Run:
         if self.worker.first:
             url = storage.join(self.job.out_url, "model")
             facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
+            facts |= {"initialised from": self.job.init_url} if self.job.init_url else {}
             text = config.dump_config(self.job.config)
             hub.write_model_folder(url, text, averaged, plain if self.ema else None, self.figures, facts)
             for name, state in states.items():

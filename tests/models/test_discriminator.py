@@ -9,8 +9,8 @@ from bsq_ray.models.discriminator import (
     EqualizedConv,
     PatchDiscriminator,
     StyleDiscriminator,
-    _with_batch_deviation,
     build_discriminator,
+    with_batch_deviation,
 )
 
 
@@ -79,15 +79,15 @@ def test_batch_deviation_sees_only_its_group():
     x = torch.randn(8, 2, 4, 4)
     changed = x.clone()
     changed[0] += 5
-    differs = (_with_batch_deviation(x)[:, -1] != _with_batch_deviation(changed)[:, -1]).flatten(1).any(1)
+    differs = (with_batch_deviation(x)[:, -1] != with_batch_deviation(changed)[:, -1]).flatten(1).any(1)
     assert differs.tolist() == [True, False] * 4
 
 
 def test_workers_that_share_a_batch_compute_the_same_deviation():
     """Worker r of 2 holds images r, r + 2, …; its groups are those of the whole batch."""
     x = torch.randn(16, 2, 4, 4)
-    whole = _with_batch_deviation(x)[:, -1]
-    torch.testing.assert_close(_with_batch_deviation(x[1::2])[:, -1], whole[1::2])
+    whole = with_batch_deviation(x)[:, -1]
+    torch.testing.assert_close(with_batch_deviation(x[1::2])[:, -1], whole[1::2])
 
 
 def test_gradient_penalty_can_be_differentiated_twice():

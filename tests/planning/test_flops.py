@@ -89,13 +89,30 @@ def test_the_perceptual_network_has_the_listed_layers(network):
     assert listed == parameters(PerceptualLoss(network).lpips.net)
 
 
-@pytest.mark.parametrize("name", ["demo", "imagenet256-bsq36"])
-def test_operations_of_the_forward_pass_are_exact(name):
-    model = load_config(name).model
+@pytest.mark.parametrize("frames", [16, 6, 5])
+def test_parameters_of_the_discriminator_of_clips_are_exact(frames):
+    overrides = [f"model.frames={frames}", "loss.adversarial.discriminator=stylegan2-3d"]
+    run = load_config("ucf101-bsq18", overrides)
+    with torch.device("meta"):
+        discriminator = build_discriminator(run.loss.adversarial, 128, frames)
+    assert discriminator_parameters(run.loss.adversarial, 128, frames) == parameters(discriminator)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("demo", []),
+        ("imagenet256-bsq36", []),
+        ("ucf101-bsq18", ["model.gradient_checkpointing=false"]),
+        ("ucf101-bsq18-noncausal", ["model.gradient_checkpointing=false"]),
+    ],
+)
+def test_operations_of_the_forward_pass_are_exact(name, overrides):
+    model = load_config(name, overrides).model
     patches = 3 * model.patch_size**2
     with torch.device("meta"):
         tokenizer = Tokenizer(model)
-        patches_BNP = torch.zeros(2, (model.image_size // model.patch_size) ** 2, patches)
+        patches_BNP = torch.zeros(2, model.frames * (model.image_size // model.patch_size) ** 2, patches)
         with CountedFlops() as counted:
             codes_BNC = tokenizer.to_code(tokenizer.encoder(patches_BNP))
             tokenizer.decoder(tokenizer.from_code(codes_BNC))
@@ -109,6 +126,8 @@ def test_operations_of_the_forward_pass_are_exact(name):
         ["loss.perceptual_network=vgg", "model.gradient_checkpointing=true"],
         ["loss.adversarial.discriminator=patchgan", "loss.perceptual_weight=0"],
         ["loss.adversarial.r1_gamma=0", "loss.adversarial.channel_base=4096"],
+        ["model.frames=4"],
+        ["model.frames=4", "loss.adversarial.discriminator=stylegan2-3d", "loss.adversarial.channel_base=512"],
     ],
 )
 def test_operations_of_a_whole_step_are_within_two_percent(overrides):
@@ -117,7 +136,8 @@ def test_operations_of_a_whole_step_are_within_two_percent(overrides):
     )
     stage = TokenizerStage(run, CPU)
     engines = {name: build_engine(module, run.training, 4, 1, CPU) for name, module in stage.modules.items()}
-    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    shape = (4, 3, 64, 64) if run.model.frames == 1 else (4, 3, run.model.frames, 64, 64)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch = Batch(images, torch.zeros(4, dtype=torch.long), list("abcd"))
     # On CPUs the operations of fused attention are not registered.
     with sdpa_kernel(SDPBackend.MATH), CountedFlops() as counted:

@@ -48,6 +48,17 @@ def test_the_papers_five_days_would_take_most_of_the_peak_of_sixteen_a5000():
     assert 2.7 < days_at_peak < 3.2
 
 
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("ucf101")])
+def test_the_papers_clips_fit_on_eight_cards_of_24_gb(name):
+    made = plan(load_config(name), "a5000", 8)
+    assert (made.micro_batch, made.accumulation, made.sample.unit) == (4, 1, "clips")
+    assert made.fits
+    assert "24 GiB: fits" in render(made)
+    # Without recomputing activations there would be next to nothing left.
+    plain = plan(load_config(name, ["model.gradient_checkpointing=false"]), "a5000", 8)
+    assert plain.memory.total > 1.4 * made.memory.total
+
+
 def test_taking_the_advice_makes_it_fit():
     cramped = load_config("imagenet256-bsq18", ["training.batch_size=1024"])
     made = plan(cramped, "a5000", 16)

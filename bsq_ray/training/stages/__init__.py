@@ -15,10 +15,14 @@ from bsq_ray.training.stages.tokenizer import TokenizerStage
 __all__ = ["Stage", "build_stage"]
 
 
-def build_stage(run: config.AnyConfig, source: Source, device: torch.device) -> Stage:
-    """The stage that a configuration names, with its modules on the device."""
+def build_stage(run: config.AnyConfig, source: Source, device: torch.device, init_url: str | None = None) -> Stage:
+    """The stage that a configuration names, with its modules on the device.
+
+    Args:
+        init_url: folder of a tokenizer whose weights the stage's own tokenizer begins with.
+    """
     if isinstance(run, config.TokenizerConfig):
-        return TokenizerStage(run, device)
+        return TokenizerStage(run, device, init_url)
     assert isinstance(source, TokenSource)
     if isinstance(run, config.MaskedLMConfig):
         return MaskedLMStage(run, source, device)

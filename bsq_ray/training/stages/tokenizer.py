@@ -3,7 +3,9 @@
     x ─generator─▶ x̂   generator: |x - x̂| + LPIPS + softplus(-D(x̂)) + quantiser's penalty     (paper equation 2)
     x, sg(x̂) ─D─▶       discriminator: softplus(-D(x)) + softplus(D(x̂)), every 16th step + R1
 
-Shape suffixes: B images, C channels, H and W pixels.
+Clips are judged frame by frame, by LPIPS and by the discriminators of images; losses are means over frames.
+
+Shape suffixes: B images or clips, C channels, T frames, H and W pixels.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from bsq_ray.data.source import Batch
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminator import build_discriminator
+from bsq_ray.models.initialisation import initial_weights
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.training.schedule import ramp
@@ -31,16 +34,18 @@ _PICTURED = 8
 class TokenizerStage(Stage):
     """Trains a `Tokenizer`, with a discriminator if its weight is not zero."""
 
-    def __init__(self, run: config.TokenizerConfig, device: torch.device) -> None:
+    def __init__(self, run: config.TokenizerConfig, device: torch.device, init_url: str | None = None) -> None:
         self.section = run.loss
         self.device = device
         tokenizer = Tokenizer(run.model).to(device)
+        if init_url:
+            tokenizer.load_state_dict(initial_weights(run.model, init_url))
         if run.training.engine.compile:
             for block in tokenizer.blocks:
                 block.compile()
         self.modules: dict[str, nn.Module] = {"generator": tokenizer}
         if self.section.adversarial.weight:
-            discriminator = build_discriminator(self.section.adversarial, run.model.image_size)
+            discriminator = build_discriminator(self.section.adversarial, run.model.image_size, run.model.frames)
             self.modules["discriminator"] = discriminator.to(device)
         self.perceptual: PerceptualLoss | None = None
         if self.section.perceptual_weight:
@@ -64,21 +69,21 @@ class TokenizerStage(Stage):
         self, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         section, adversarial = self.section, self.section.adversarial
-        real_BCHW = to_float(batch.values_B.to(self.device, non_blocking=True))
+        real = to_float(batch.values_B.to(self.device, non_blocking=True))
         adaptive = adversarial.adaptive_weight and self._adversarial(step)
         # A graph that autograd.grad walks must not run through an engine.
         generator = engines["generator"].module if adaptive else engines["generator"]
-        output: TokenizerOutput = generator(real_BCHW)
-        fake_BCHW = output.images.clamp(-1, 1)
+        output: TokenizerOutput = generator(real)
+        fake = output.images.clamp(-1, 1)
         pixel_loss = F.l1_loss if section.reconstruction == "l1" else F.mse_loss
-        reconstruction = pixel_loss(output.images, real_BCHW)
+        reconstruction = pixel_loss(output.images, real)
         scalars = {"reconstruction": reconstruction, "quantizer": output.quantized.loss}
         total = section.reconstruction_weight * reconstruction
         if self.perceptual is not None:
-            scalars["perceptual"] = self.perceptual(fake_BCHW, real_BCHW).mean()
+            scalars["perceptual"] = self.perceptual(frames_of(fake), frames_of(real)).mean()
             total = total + section.perceptual_weight * scalars["perceptual"]
         if self._adversarial(step):
-            scalars["generator"] = self._judge(fake_BCHW, engines, carry)
+            scalars["generator"] = self._judge(self._judged(fake), engines, carry)
             weight: float | Tensor = adversarial.weight
             if adaptive:
                 tokenizer = cast(Tokenizer, engines["generator"].module)
@@ -89,10 +94,14 @@ class TokenizerStage(Stage):
             step, section.quantizer_ramp_steps, section.quantizer_ramp_from
         )
         total = total + quantizer_weight * output.quantized.loss
-        carry["real"] = real_BCHW
+        carry["real"] = self._judged(real)
         self._seen.append(output.quantized.bits_BNL.detach())
         scalars = {"loss": total, **scalars, **output.quantized.stats}
         return total, {name: value.detach() for name, value in scalars.items()}
+
+    def _judged(self, images: Tensor) -> Tensor:
+        """What the discriminator takes: clips as they are, or their frames."""
+        return images if self.section.adversarial.discriminator == "stylegan2-3d" else frames_of(images)
 
     def _judge(self, fake_BCHW: Tensor, engines: Engines, carry: dict[str, Any]) -> Tensor:
         """The discriminator's loss for the generator, with gradients for the images alone.
@@ -129,16 +138,20 @@ class TokenizerStage(Stage):
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """PSNR and, if it is part of the loss, LPIPS; the picture has originals over reconstructions."""
-        real_BCHW = to_float(batch.values_B.to(self.device))
-        output: TokenizerOutput = engines["generator"](real_BCHW)
-        fake_BCHW = output.images.clamp(-1, 1)
+        """PSNR and, if it is part of the loss, LPIPS, of clips by frame.
+
+        The picture has originals over reconstructions; of clips, frames of the first one.
+        """
+        real = to_float(batch.values_B.to(self.device))
+        output: TokenizerOutput = engines["generator"](real)
+        fake = output.images.clamp(-1, 1)
+        real_BCHW, fake_BCHW = frames_of(real), frames_of(fake)
         original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
         error_B = (original.float() - reconstruction.float()).square().mean((1, 2, 3))
         figures = {"psnr": float((10 * torch.log10(255**2 / error_B.clamp_min(1e-6))).mean())}
         if self.perceptual is not None:
             figures["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
-        rows = [torch.cat(list(images[:_PICTURED]), dim=2) for images in (original, reconstruction)]
+        rows = [torch.cat(list(to_uint8(_pictured(images))), dim=2) for images in (real, fake)]
         return figures, torch.cat(rows, dim=1).cpu()
 
     def summarise(self) -> dict[str, float]:
@@ -159,3 +172,19 @@ class TokenizerStage(Stage):
 
     def _adversarial(self, step: int) -> bool:
         return "discriminator" in self.modules and step >= self.section.adversarial.start_step
+
+
+def frames_of(images: Tensor) -> Tensor:
+    """Clips (B, C, T, H, W) as images (T·B, C, H, W), the first frame of every clip first; images as they are.
+
+    In this order the discriminator's groups hold frames of the same clips, however many workers share a batch.
+    """
+    return images if images.ndim == 4 else images.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+
+def _pictured(images: Tensor) -> Tensor:
+    """The first images of a batch, or frames of the first clip, evenly spaced."""
+    if images.ndim == 4:
+        return images[:_PICTURED]
+    frames = images.shape[2]
+    return images[0].transpose(0, 1)[torch.linspace(0, frames - 1, min(frames, _PICTURED)).round().long()]

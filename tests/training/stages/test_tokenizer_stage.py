@@ -3,15 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from real_clips import street
 
 from bsq_ray import config
 from bsq_ray.config import load_config
-from bsq_ray.data.images import to_float
+from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.photos import PhotoSource
+from bsq_ray.data.source import Batch
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.training.engine import build_engine
-from bsq_ray.training.stages.tokenizer import TokenizerStage
+from bsq_ray.training.stages.tokenizer import TokenizerStage, frames_of
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -45,12 +47,16 @@ def build(*overrides):
 def losses(batch, *overrides, step=0):
     """Totals and scalars of the phases of one step."""
     stage, engines = build(*overrides)
+    return stage, run_phases(stage, engines, batch, step)
+
+
+def run_phases(stage, engines, batch, step):
     carry, results = {}, {}
     for phase in stage.phases(step):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
         results[phase] = stage.loss(phase, batch, engines, carry, step)
-    return stage, results
+    return results
 
 
 def test_the_generator_minimises_the_weighted_sum_of_its_terms(batch):
@@ -136,3 +142,84 @@ def test_compiled_blocks_compute_the_same_loss(batch):
     eager = losses(batch)[1]["generator"][0]
     compiled = losses(batch, "training.engine.compile=true")[1]["generator"][0]
     assert float(compiled.detach()) == pytest.approx(float(eager.detach()), rel=1e-4)
+
+
+# Clips
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Eight clips of four frames."""
+    values = torch.cat([street(4, 32, start=start) for start in range(0, 32, 4)])
+    return Batch(to_uint8(values), torch.zeros(8, dtype=torch.int64), [f"street@{n}" for n in range(8)])
+
+
+@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "stylegan2-3d"])
+def test_clips_are_judged_by_frame_or_whole_and_each_phase_has_gradients_for_its_own_module(clips, discriminator):
+    stage, engines = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
+    carry = {}
+    for phase in ("generator", "discriminator"):
+        for name, module in stage.modules.items():
+            module.requires_grad_(name == phase)
+            module.zero_grad()
+        loss, terms = stage.loss(phase, clips, engines, carry, 15)
+        loss.backward()
+        for name, module in stage.modules.items():
+            has = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters()]
+            assert all(has) if name == phase else not any(has), (phase, name)
+    assert "r1" in terms
+    assert carry["real"].ndim == (5 if discriminator == "stylegan2-3d" else 4)
+
+
+def test_the_terms_of_clips_are_means_over_their_frames(clips):
+    overrides = ["model.frames=4", "loss.perceptual_weight=0.3", "loss.perceptual_network=alex"]
+    stage, results = losses(clips, *overrides)
+    real = to_float(clips.values_B)
+    with torch.no_grad():
+        rebuilt = stage.modules["generator"](real).images
+        by_frame = [stage.perceptual(rebuilt[:, :, t].clamp(-1, 1), real[:, :, t]).mean() for t in range(4)]
+    terms = results["generator"][1]
+    assert float(terms["perceptual"]) == pytest.approx(float(torch.stack(by_frame).mean()), rel=1e-4)
+    assert float(terms["reconstruction"]) == pytest.approx(float((rebuilt - real).abs().mean()), rel=1e-5)
+
+
+def test_the_penalty_of_clips_is_that_of_their_frames_as_images(clips):
+    """For a discriminator without batch statistics, which join images."""
+    overrides = ["model.frames=4", "loss.adversarial.discriminator=patchgan"]
+    stage, engines = build(*overrides)
+    whole = run_phases(stage, engines, clips, 15)["discriminator"][1]
+    values = frames_of(clips.values_B)
+    frames = Batch(values, torch.zeros(len(values), dtype=torch.int64), ["x"] * len(values))
+    alone = run_phases(stage, engines, frames, 15)["discriminator"][1]
+    assert float(whole["r1"]) == pytest.approx(float(alone["r1"]), rel=1e-4)
+    assert float(whole["logits_real"]) == pytest.approx(float(alone["logits_real"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [slice(0, None, 2), slice(1, None, 2), slice(3, 4)])
+def test_a_workers_share_of_clips_is_judged_as_in_the_whole_batch(clips, share):
+    """Every second clip, or one alone: the discriminator's groups are of frames of the same clips."""
+    stage, _ = build("model.frames=4")
+    discriminator = stage.modules["discriminator"]
+    values = to_float(clips.values_B)
+    [whole] = discriminator(frames_of(values))
+    [part] = discriminator(frames_of(values[share]))
+    torch.testing.assert_close(part.view(4, -1), whole.view(4, 8)[:, share], rtol=1e-4, atol=1e-5)
+
+
+def test_the_picture_of_clips_shows_frames_of_the_first_one_and_figures_are_by_frame(clips):
+    stage, engines = build("model.frames=4")
+    figures, picture = stage.evaluate(clips, engines)
+    assert picture.shape == (3, 64, 4 * 32)
+    assert torch.equal(picture[:, :32], torch.cat(list(clips.values_B[0].transpose(0, 1)), 2))
+    rebuilt = to_uint8(stage.modules["generator"](to_float(clips.values_B)).images.clamp(-1, 1))
+    error_BT = (rebuilt.float() - clips.values_B.float()).square().mean((1, 3, 4))
+    assert figures["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / error_BT)).mean()), abs=1e-3)
+
+
+def test_a_stage_can_begin_with_an_image_model(clips, tmp_path):
+    image, _ = build()
+    image.modules["generator"].save_pretrained(str(tmp_path))
+    run = load_config("imagenet128-bsq18", [*SMALL, "model.frames=4"])
+    video = TokenizerStage(run, CPU, str(tmp_path)).modules["generator"]
+    frame = to_float(clips.values_B[:, :, 0])
+    assert torch.equal(video(frame).images, image.modules["generator"](frame).images)

@@ -1,0 +1,110 @@
+"""A discriminator of whole clips: StyleGAN2's residual one with convolutions over space and time.
+
+    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ]  …until 4 x 4 ─▶ batch deviation ─ conv ─ fc ─▶ logit
+
+Every block halves height and width, the last ones time too, as often as the number of frames can be halved. Filter and
+stride are one averaging of 2 x 2 (x 2) pixels: StyleGAN2's longer filter costs too much in three dimensions.
+
+Shape suffixes: B clips, C channels, T frames, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import sqrt
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bsq_ray.models.discriminator import EqualizedLinear, style_channels, with_batch_deviation
+
+_SLOPE = 0.2
+_GAIN = sqrt(2)
+
+
+class EqualizedConv3d(nn.Module):
+    """A convolution over time, height and width whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, activate: bool = True, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, size, size, size))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if activate else None
+        self.size = size
+        self.scale = gain / sqrt(inputs * size**3)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        """The size stays; with a bias, a leaky ReLU with a gain of sqrt(2) follows."""
+        if self.bias is None:
+            return F.conv3d(x_BCTHW, self.weight * self.scale, padding=self.size // 2)
+        x_BCTHW = F.conv3d(x_BCTHW, self.weight * (self.scale * _GAIN), self.bias * _GAIN, padding=self.size // 2)
+        return F.leaky_relu(x_BCTHW, _SLOPE, inplace=True)
+
+
+class ClipBlock(nn.Module):
+    """Residual block that halves height and width, and time if `shorten`; the sum keeps unit variance."""
+
+    def __init__(self, inputs: int, outputs: int, shorten: bool) -> None:
+        super().__init__()
+        self.conv0 = EqualizedConv3d(inputs, inputs, 3)
+        self.conv1 = EqualizedConv3d(inputs, outputs, 3, gain=sqrt(0.5))
+        self.skip = EqualizedConv3d(inputs, outputs, 1, activate=False, gain=sqrt(0.5))
+        self.down = (2 if shorten else 1, 2, 2)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        """(B, inputs, T, H, W) to (B, outputs, T or T/2, H/2, W/2)."""
+        branch_BCTHW = self.conv1(F.avg_pool3d(self.conv0(x_BCTHW), self.down))
+        return cast(Tensor, self.skip(F.avg_pool3d(x_BCTHW, self.down)) + branch_BCTHW)
+
+
+class ClipDiscriminator(nn.Module):
+    """One logit for a clip of `frames` frames.
+
+    Args:
+        image_size: side of the frames, a power of two.
+        frames: of every clip.
+        channel_base, channel_max: channels at resolution r are channel_base / r, at most channel_max.
+    """
+
+    def __init__(self, image_size: int, frames: int, channel_base: int, channel_max: int) -> None:
+        super().__init__()
+        channels = style_channels(image_size, channel_base, channel_max)
+        widths = list(channels.values())
+        self.frames = frames
+        self.fromrgb = EqualizedConv3d(3, widths[0], 1)
+        self.blocks = nn.ModuleList()
+        halvings = time_halvings(frames, len(widths) - 1)
+        for (inputs, outputs), shorten in zip(pairwise(widths), halvings, strict=True):
+            self.blocks.append(ClipBlock(inputs, outputs, shorten))
+            frames = frames // 2 if shorten else frames
+        self.conv = EqualizedConv3d(widths[-1] + 1, widths[-1], 3)
+        self.fc = EqualizedLinear(widths[-1] * frames * 16, widths[-1], activate=True)
+        self.out = EqualizedLinear(widths[-1], 1, activate=False)
+
+    def forward(self, *batches_BCTHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, 1), fp32, of each batch of clips in [-1, 1].
+
+        Raises:
+            ValueError: clips have another number of frames.
+        """
+        lengths = [len(batch) for batch in batches_BCTHW]
+        x_BCTHW = torch.cat(batches_BCTHW)
+        if x_BCTHW.shape[2] != self.frames:
+            raise ValueError(
+                f"the stylegan2-3d discriminator takes clips of {self.frames} frames, not {x_BCTHW.shape[2]}"
+            )
+        x_BCTHW = self.fromrgb(x_BCTHW.contiguous(memory_format=torch.channels_last_3d))
+        for block in self.blocks:
+            x_BCTHW = block(x_BCTHW)
+        x_BCTHW = torch.cat([with_batch_deviation(part) for part in x_BCTHW.split(lengths)])
+        logits_B1 = self.out(self.fc(self.conv(x_BCTHW).flatten(1)))
+        return tuple(logits_B1.float().split(lengths))
+
+
+def time_halvings(frames: int, blocks: int) -> list[bool]:
+    """Whether each block halves the time: the last ones do, as often as the frames can be halved."""
+    halvings = 0
+    while halvings < blocks and frames % 2 ** (halvings + 1) == 0:
+        halvings += 1
+    return [number >= blocks - halvings for number in range(blocks)]
