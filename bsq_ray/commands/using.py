@@ -36,14 +36,19 @@ def generate(
 
 def reconstruct(
     model: Annotated[str, typer.Option(help="Model folder.")],
-    image: Annotated[str, typer.Argument(metavar="IN", help="An image file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.png", help="Where the reconstruction goes.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="An image, or a video of any length.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where it goes: .png of an image, .mp4 of a video.")],
     weights: Weights = "ema",
 ) -> None:
-    """Encode and decode one image."""
-    from bsq_ray.evaluation.single import reconstruct_file
+    """Encode and decode one image or video."""
+    from bsq_ray.evaluation.single import reconstruct_clip, reconstruct_file
 
-    print(reconstruct_file(model, image, out, which_weights(weights)))
+    if out.suffix.lower() != ".mp4":
+        print(reconstruct_file(model, source, out, which_weights(weights)))
+        return
+    with progress_bar("reconstructing") as bar:
+        told = reconstruct_clip(model, source, out, which_weights(weights), bar)
+    print(told)
 
 
 def compress(

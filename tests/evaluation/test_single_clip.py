@@ -1,0 +1,102 @@
+"""`bsq-ray reconstruct` of a video: every frame comes back, beside its original, in memory that does not grow."""
+
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from real_clips import clip_file, street
+
+from bsq_ray import Tokenizer, config
+from bsq_ray.data.images import to_uint8
+from bsq_ray.evaluation.single import reconstruct_clip
+
+
+@pytest.fixture(scope="module", params=["causal", "full attention", "images"])
+def model(request, tmp_path_factory):
+    """URL of an untrained model of four frames, or of images."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    section = config.TokenizerModel(
+        image_size=32,
+        frames=1 if request.param == "images" else 4,
+        causal=request.param == "causal",
+        encoder=config.Transformer(**sizes),
+        decoder=config.Decoder(**sizes, head_width=32),
+        quantizer=config.BSQ(bits=10),
+    )
+    url = str(tmp_path_factory.mktemp("model") / "model")
+    Tokenizer(section).save_pretrained(url)
+    return url
+
+
+@pytest.fixture
+def short_clip(tmp_path):
+    """Path of a lossless video of ten frames of the street, and the frames, uint8 (10, 32, 32, 3)."""
+    frames = to_uint8(street(10, 32))[0].permute(1, 2, 3, 0).numpy()
+    path = tmp_path / "street.mkv"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
+        for pixels in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")))
+        output.mux(stream.encode(None))
+    return str(path), frames
+
+
+def read(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_originals_are_left_of_what_the_model_makes_of_them(model, short_clip, tmp_path):
+    path, frames = short_clip
+    done = []
+    told = reconstruct_clip(model, path, tmp_path / "out.mp4", progress=lambda now, total: done.append((now, total)))
+    beside = read(tmp_path / "out.mp4").astype(int)
+    assert beside.shape == (10, 32, 64, 3)
+    # H.264 with halved colour changes little.
+    assert np.abs(beside[:, :, :32] - frames).mean() < 6
+    tokenizer = Tokenizer.from_pretrained(model)
+    together = tokenizer.config.frames
+    clip = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    first = to_uint8(tokenizer.reconstruct(clip[:, :, :together]))[0].permute(1, 2, 3, 0).numpy().astype(int)
+    assert np.abs(beside[:together, :, 32:] - first).mean() < 6
+    assert f"10 frames of 32 x 32 px in 160 bits each ({160 / 1024:g} bits per pixel), PSNR" in told
+    assert done == [(number, max(10, number)) for number in range(1, 11)]
+
+
+def test_a_file_that_is_no_clip_is_refused(model, tmp_path):
+    (tmp_path / "text.mp4").write_text("no clip")
+    with pytest.raises(ValueError, match=r"text.mp4 cannot be read as a clip: not a video of a known format"):
+        reconstruct_clip(model, str(tmp_path / "text.mp4"), tmp_path / "out.mp4")
+    with pytest.raises(ValueError, match="nowhere.mp4: it does not exist"):
+        reconstruct_clip(model, str(tmp_path / "nowhere.mp4"), tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+_MEASURED = """
+import resource, sys
+from pathlib import Path
+from bsq_ray.evaluation.single import reconstruct_clip
+peaks = []
+def progress(done, total):
+    if done in (60, total):
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+reconstruct_clip(sys.argv[1], sys.argv[2], Path(sys.argv[3]), progress=progress)
+print(*peaks)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["causal"], indirect=True)
+def test_memory_at_the_end_of_a_real_clip_of_a_minute_is_that_near_its_beginning(model, tmp_path):
+    out = tmp_path / "out.mp4"
+    command = [sys.executable, "-c", _MEASURED, model, str(clip_file("demo.3gp")), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
+    early, *_, end = map(float, done.stdout.split())
+    assert len(read(out)) == 1441
+    # One copy of all frames would be 4 MB at this size, their fp32 forms 17 MB, their keys and values 24 MB.
+    assert end < early + 12
