@@ -64,7 +64,7 @@ def training_batches(
     executor: Executor = "local",
     damage: Damage | None = None,
 ) -> Generator[Batch, None, None]:
-    """This worker's share of each global batch, endlessly, from a position on.
+    """This worker's share of each global batch, endlessly, from a position on; reading begins at once.
 
     Args:
         source: the data set.
@@ -91,6 +91,24 @@ def training_batches(
         blocks = _ray_blocks(read, _reading_tasks(world))
     else:
         blocks = _local_blocks(read, ahead)
+    return _cut(_begun(blocks), share, damage)
+
+
+def _begun(blocks: Iterator[Samples]) -> Iterator[Samples]:
+    """The same blocks; the first one is being read already."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read-first")
+    first = thread.submit(next, blocks)
+    thread.shutdown(wait=False)
+
+    def all_blocks() -> Iterator[Samples]:
+        yield first.result()
+        yield from blocks
+
+    return all_blocks()
+
+
+def _cut(blocks: Iterator[Samples], share: int, damage: Damage) -> Generator[Batch, None, None]:
+    """Blocks to batches of `share` samples."""
     for block in blocks:
         damage.add(block.damaged)
         for first in range(0, len(block.keys), share):

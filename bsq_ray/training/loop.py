@@ -94,10 +94,10 @@ class _Run:
         section = self.section
         peak = learning_rate(section.optimizer, section.batch_size)
         self._say_start(peak)
+        batches = self._batches()
         if self.step == 0:
             # What would fail after an hour fails now: the evaluation, its networks, and writing to the folder.
             self._evaluate("plain")
-        batches = self._batches()
         sums: _Sums = defaultdict(list)
         began, first_step, waited = time.monotonic(), self.step, 0.0
         logged, logged_step = began, self.step
