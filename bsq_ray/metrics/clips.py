@@ -1,0 +1,36 @@
+"""What is measured on clips: the metrics of images frame by frame, and what only a sequence has.
+
+Shape suffixes: B clips, T frames, H and W pixels. Clips are 8-bit values mapped to [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def frames_of(clips_B3THW: Tensor) -> Tensor:
+    """Clips as a batch of their frames, (B·T, 3, H, W)."""
+    return clips_B3THW.transpose(1, 2).flatten(0, 1)
+
+
+def by_frame(metric: Callable[[Tensor, Tensor], Tensor], original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:
+    """A metric of images on each frame of each clip, (B, T)."""
+    return metric(frames_of(original_B3THW), frames_of(clips_B3THW)).unflatten(0, (len(clips_B3THW), -1))
+
+
+def clip_psnr(original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:
+    """PSNR with one error over the whole clip, in dB, (B,): not the mean of the frames' PSNR, but at most that."""
+    error_B = ((original_B3THW - clips_B3THW).double() * 127.5).square().mean((1, 2, 3, 4))
+    return 10 * torch.log10(255**2 / error_B.clamp_min(255**2 * 1e-10))
+
+
+def flicker(original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:
+    """Mean of |eₜ₊₁ - eₜ| with e the error of a frame, in 8-bit levels, (B,); 0 where the error stands still.
+
+    It is what moves in the reconstruction and does not in the original, or the reverse.
+    """
+    error_B3THW = (clips_B3THW - original_B3THW) * 127.5
+    return error_B3THW.diff(dim=2).abs().mean((1, 2, 3, 4))

