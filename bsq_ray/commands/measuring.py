@@ -11,17 +11,17 @@ from bsq_ray.commands.options import Address, Weights, given, progress_bar, whic
 
 def evaluate_reconstruction(
     model: Annotated[str, typer.Option(help="Model folder.")],
-    data: Annotated[str, typer.Option(help="Packed images.")],
+    data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
     workers: Annotated[int, typer.Option(help="Measuring processes; 0 measures without Ray.")] = 1,
     weights: Weights = "ema",
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
-    max_damaged: Annotated[int, typer.Option(help="Images that may be unreadable.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="At once; default 32 images or 2 clips.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images or clips.")] = None,
+    max_damaged: Annotated[int, typer.Option(help="Images or clips that may be unreadable.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Show published figures beside.")] = False,
     address: Address = None,
 ) -> None:
-    """PSNR, SSIM, LPIPS, rFID, KID and code usage, beside the trivial codec at the same bits."""
+    """PSNR, SSIM, LPIPS, code usage, of images rFID and KID, of clips rFVD and flicker, beside the trivial codec."""
     from bsq_ray.evaluation.reconstruction import evaluate_reconstruction as evaluate
 
     kind = which_weights(weights)

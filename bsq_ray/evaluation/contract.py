@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -13,18 +14,19 @@ from bsq_ray.metrics.weights import resolve_once
 _FID_IMAGES = 2048
 
 
-def contract(manifest: Manifest, images: int, size: int, resize_filter: str, networks: list[str]) -> dict[str, Any]:
+def contract(manifest: Manifest, images: int, size: int, resize_filter: str, networks: Sequence[str]) -> dict[str, Any]:
     """Conditions of a measurement, as plain data.
 
     Args:
-        images: how many images were measured.
-        size: side of the images, pixels.
+        images: how many images or clips were measured.
+        size: side of the images or frames, pixels.
         networks: names of the metric networks whose weights were used.
     """
     weights = {name: resolve_once(name) for name in networks}
     conditions: dict[str, Any] = {
         "data": manifest.url,
         "data_hash": manifest.hash,
+        "kind": manifest.kind,
         "images": images,
         "size": size,
         "resize": f"short side to {size} px ({resize_filter}), centre crop",
@@ -40,4 +42,6 @@ def contract(manifest: Manifest, images: int, size: int, resize_filter: str, net
         conditions["warning"] = (
             f"rFID of {images} images is biased upwards; compare it only with rFID of the same images, or use KID"
         )
+    if "fvd-i3d" in networks and images < _FID_IMAGES:
+        conditions["warning"] = f"rFVD of {images} clips is biased upwards; compare it only with rFVD of the same clips"
     return conditions

@@ -10,33 +10,36 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.metrics.fid import sampling_ranks
 
-_KEPT = 64
+_KEPT, _KEPT_BYTES = 64, 256 * 2**20
 _TILE, _GAP, _CAPTION = 192, 6, 30
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image three ways.
+    """One image or clip three ways.
 
     Attributes:
         key: name of the sample.
-        pixels_3CHW: uint8: original, model, mean colours.
+        pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W): original, model, mean colours.
         lpips, psnr: of the model and of the mean colours.
     """
 
     key: str
-    pixels_3CHW: np.ndarray
+    pixels: np.ndarray
     lpips: list[float]
     psnr: list[float]
 
 
 def keep(comparisons: list[Comparison]) -> list[Comparison]:
     """The best, the worst, and a sample of the others: at most 66, the same ones for any number of workers."""
-    if len(comparisons) <= _KEPT:
+    if not comparisons:
+        return comparisons
+    kept = max(4, min(_KEPT, _KEPT_BYTES // comparisons[0].pixels.nbytes))
+    if len(comparisons) <= kept:
         return comparisons
     ranked = sorted(comparisons, key=_quality)
     ranks_N = sampling_ranks([comparison.key for comparison in ranked])
-    places = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:_KEPT].tolist()}
+    places = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:kept].tolist()}
     return [ranked[place] for place in sorted(places)]
 
 
@@ -75,7 +78,7 @@ def draw(comparisons: list[Comparison], scores: list[float], columns: int = 7) -
             f"{roles.get(comparison.key, '')} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
         )
         canvas.text((left, 8), caption, fill="black", font=font)
-        for row, pixels_CHW in enumerate(comparison.pixels_3CHW):
+        for row, pixels_CHW in enumerate(comparison.pixels):
             tile = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
             # Enlarged without smoothing, so that what is seen is what the codec made.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS

@@ -16,6 +16,11 @@ def frames_of(clips_B3THW: Tensor) -> Tensor:
     return clips_B3THW.transpose(1, 2).flatten(0, 1)
 
 
+def clips_of(frames_B3HW: Tensor, clips: int) -> Tensor:
+    """The inverse of `frames_of`: (clips·T, 3, H, W) to (clips, 3, T, H, W)."""
+    return frames_B3HW.unflatten(0, (clips, -1)).transpose(1, 2)
+
+
 def by_frame(metric: Callable[[Tensor, Tensor], Tensor], original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:
     """A metric of images on each frame of each clip, (B, T)."""
     return metric(frames_of(original_B3THW), frames_of(clips_B3THW)).unflatten(0, (len(clips_B3THW), -1))
