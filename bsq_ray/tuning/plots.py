@@ -41,7 +41,9 @@ def rate_distortion(records: Sequence[Record]) -> bytes | None:
         x, y = zip(*(points[place] for place in front), strict=True)
         axis.plot(x, y, "o-", color=_MARK, markersize=7, linewidth=1.6, label="Pareto front", zorder=3)
         for record, (bits, value) in zip(finished, points, strict=True):
-            axis.annotate(str(record.number), (bits, value), (6, 4), textcoords="offset points", fontsize=9)
+            # On the side of the worse values, where the front's line is not.
+            offset = (6, 4) if better is min else (7, -12)
+            axis.annotate(str(record.number), (bits, value), offset, textcoords="offset points", fontsize=9)
         axis.set(xlabel="bits per pixel", title=title)
         axis.margins(0.12)
         axis.legend(frameon=False)
