@@ -17,6 +17,7 @@ from bsq_ray.tuning.orphans import remove_orphaned_groups
 from bsq_ray.tuning.schema import Sweep
 from bsq_ray.tuning.study import Record, Study
 
+# Ray needs a moment to see that what a killed process owned is dead.
 _ORPHAN_SECONDS = 5.0
 
 
@@ -160,6 +161,12 @@ class Watcher(tune.Callback):
             self.stop_all()
         if self._lost is not None and time.monotonic() - self._lost > _ORPHAN_SECONDS:
             self._lost = time.monotonic()
+            remove_orphaned_groups()
+
+    def settle(self) -> None:
+        """At the end: waits until a trial that was lost last has left what it held, and frees it."""
+        if self._lost is not None:
+            time.sleep(max(0.0, self._lost + _ORPHAN_SECONDS - time.monotonic()))
             remove_orphaned_groups()
 
     def _record(self, trial: TuneTrial) -> Record:

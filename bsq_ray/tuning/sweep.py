@@ -152,12 +152,14 @@ def _tune(
     from ray import tune
 
     from bsq_ray.tuning.adapters import StudySearcher, Watcher, build_scheduler
-    from bsq_ray.tuning.orphans import remove_orphaned_groups
     from bsq_ray.tuning.trial import Task, Trial, Wishes
 
     sweep, budget = study.sweep, study.sweep.budget
     total = resources_within_reach()
-    gpu = train_on_gpus(device, budget.workers, total.get("GPU", 0.0))
+    if budget.resources:
+        gpu = budget.resources.get("GPU", 0.0) > 0
+    else:
+        gpu = train_on_gpus(device, budget.workers, total.get("GPU", 0.0))
     concurrency, share = divide(budget, total, gpu, study.left)
     task = Task(
         out_url=study.out_url,
@@ -189,7 +191,7 @@ def _tune(
         )
     finally:
         ray.kill(wishes)
-        remove_orphaned_groups()
+        watcher.settle()
         storage.remove_folder(storage.join(study.out_url, "ray"))
 
 
