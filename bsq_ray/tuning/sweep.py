@@ -39,7 +39,7 @@ _QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_maximum_startup_concurrency": "8",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started",
 }
 # Keys of a sweep that may change when it goes on.
 _CHANGEABLE = {"description", "budget"}
