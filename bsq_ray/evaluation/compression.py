@@ -31,7 +31,7 @@ from bsq_ray.evaluation.rate_distortion import METRICS, Point, at_rate, bd_rates
 from bsq_ray.evaluation.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.metrics.ssim import MS_SSIM_SIDE, structural_similarity
+from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
 from bsq_ray.pool import map_in_pool
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
@@ -229,7 +229,7 @@ def _figures(original_THW3: np.ndarray, decoded_THW3: np.ndarray) -> dict[str, f
     for t in range(frames):
         pair = _tensor(original_THW3[t]), _tensor(decoded_THW3[t])
         values["psnr"].append(float(psnr(*pair)))
-        values["ms_ssim"].append(float(structural_similarity(*pair)["ms_ssim"]))
+        values["ms_ssim"].append(float(multi_scale_similarity(*pair)))
         if t in looked_at:
             values["lpips"].append(float(lpips(*pair)))
     return {name: float(np.mean(each)) for name, each in values.items()}

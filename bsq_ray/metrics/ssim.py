@@ -17,5 +17,12 @@ def structural_similarity(original_BCHW: Tensor, reconstruction_BCHW: Tensor) ->
     pair = [(images.float() + 1) * 127.5 for images in (original_BCHW, reconstruction_BCHW)]
     values = {"ssim": ssim(*pair, data_range=255, size_average=False)}
     if min(original_BCHW.shape[-2:]) > MS_SSIM_SIDE:
-        values["ms_ssim"] = ms_ssim(*pair, data_range=255, size_average=False)
+        values["ms_ssim"] = multi_scale_similarity(original_BCHW, reconstruction_BCHW)
     return values
+
+
+def multi_scale_similarity(original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
+    """`ms_ssim` alone, (B,), for images with sides above 160 pixels."""
+    pair = [(images.float() + 1) * 127.5 for images in (original_BCHW, reconstruction_BCHW)]
+    value_B: Tensor = ms_ssim(*pair, data_range=255, size_average=False)
+    return value_B

@@ -1,4 +1,4 @@
-"""The codec: where the time of an image goes, the range coder beside torchac, cached decoding beside recomputing."""
+"""The codec: where the time of an image goes, and the range coder beside torchac."""
 
 import time
 
@@ -9,8 +9,7 @@ import torch
 
 from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.codec import probabilities
-from bsq_ray.config import PriorModel, load_config
-from bsq_ray.models.quantizers.bits import bits_to_integers
+from bsq_ray.config import load_config
 
 pytestmark = pytest.mark.benchmark
 
@@ -78,24 +77,3 @@ def test_where_the_time_of_an_image_goes(tokenizer, prior, size, photos, figure,
 
 def _parts(seconds):
     return ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in seconds.items())
-
-
-def test_cached_decoding_beside_recomputing(figure):
-    """1,024 tokens of 16 tiles; recomputing is timed at every 64th length and summed over all lengths."""
-    torch.manual_seed(0)
-    demo = load_config("prior-demo").model
-    prior = Prior(PriorModel(**demo.model_dump() | {"grid": (1, 32, 32)})).eval()
-    section = prior.config
-    tokens_BNS = bits_to_integers(torch.rand(16, section.tokens, section.bits) < 0.5, section.sub_bits)
-    lengths = range(64, section.tokens + 1, 64)
-    with torch.no_grad():
-        began = time.perf_counter()
-        decoding = prior.start_decoding(16)
-        for n in range(section.tokens):
-            decoding.features()
-            decoding.push(tokens_BNS[:, n])
-        cached = time.perf_counter() - began
-        passes = [best_of(1, lambda n=n: prior(tokens_BNS[:, :n]))[0] for n in lengths]
-    recomputed = section.tokens * float(np.mean(passes))
-    what = f"decoding {section.tokens:,} tokens of 16 tiles with cached keys, prior-demo"
-    figure(what, f"{cached:.2f} s", f"recomputed for each token {recomputed:.0f} s, {recomputed / cached:.0f} times")
