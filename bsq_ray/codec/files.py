@@ -25,8 +25,9 @@ from bsq_ray import storage
 from bsq_ray.codec.colour import to_srgb
 from bsq_ray.codec.container import MAX_PIXELS, Clip, read_header
 from bsq_ray.codec.image import Box, Codec, Compressed, Progress
-from bsq_ray.codec.video import VIDEO_SUFFIXES, Video, read_video, write_video
+from bsq_ray.codec.video import Video, read_video, write_video
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault
+from bsq_ray.data.videos import VIDEO_SUFFIXES
 
 _IMAGES: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
 _VIDEOS = {"mp4": "mp4", "mkv": "matroska"}

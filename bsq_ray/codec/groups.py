@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.codec.container import Container
+from bsq_ray.codec.container import Container, Header
 from bsq_ray.codec.tokens import Undecodable, decode_tokens, encode_tokens
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
@@ -43,6 +43,11 @@ def group_size(prior: Prior | None) -> int:
     while prior is not None and tiles > 1 and tiles * tiles * _cache_bytes(prior) > _CACHE_BYTES:
         tiles //= 2
     return tiles
+
+
+def groups_at_once(prior: Prior | None, header: Header) -> int:
+    """Groups that are decoded together: as many as their keys and values leave room for."""
+    return 1 if prior is None else max(1, _CACHE_BYTES // (_cache_bytes(prior) * header.group**2))
 
 
 def encode_group(
@@ -80,7 +85,7 @@ def decode_groups(
         ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than was allowed.
     """
     header = container.header
-    together = 1 if prior is None else max(1, _CACHE_BYTES // (_cache_bytes(prior) * header.group**2))
+    together = groups_at_once(prior, header)
     for start in range(0, len(groups), together):
         places = range(start, min(start + together, len(groups)))
         payloads, tiles, there = [], [], []

@@ -5,7 +5,8 @@ container ─▶ groups ─▶ tokens ─checksum─▶ Tokenizer.decode, window
 
 An image is a clip of one frame. A clip is coded in groups of pictures (GOPs) of as many frames as the tokenizer takes.
 
-Shape suffixes: C colours, T frames, H and W pixels; R and C rows and columns of tiles, N tokens of a tile, L bits.
+Shape suffixes: G groups of pictures, C colours, T frames, H and W pixels; R and C rows and columns of tiles, N tokens
+of a tile, L bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from bsq_ray import config, hub
 from bsq_ray.codec.colour import SRGB, Colour, to_srgb
@@ -34,9 +34,9 @@ from bsq_ray.codec.container import (
     read_container,
     write_container,
 )
-from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size
+from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size, groups_at_once
 from bsq_ray.codec.pixels import PixelCoder
-from bsq_ray.codec.tiles import cut
+from bsq_ray.codec.tiles import cut, put
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 
@@ -75,7 +75,8 @@ class Codec:
     """Compresses images and clips of any size with a tokenizer and, if there is one, a prior.
 
     Args:
-        tokenizer: of images or clips. One of clips takes images too if it is causal.
+        tokenizer: of images or clips; one of clips takes images too if it is causal. Its decoder is kept in
+            `arithmetic` from the first decoding on.
         prior: trained on this tokenizer's tokens; None writes their bits as they are.
         batch: tiles that go through a model at once; None chooses by their tokens. Files do not depend on it.
         arithmetic: of decoding pixels. In fp64 every machine decodes the same bytes; fp32 takes half the time, and its
@@ -312,30 +313,40 @@ class Codec:
         groups = list(header.groups(rows, columns))
         inner = box[0] - columns.start * tile, box[1] - rows.start * tile
         inner_box = (*inner, inner[0] + box[2] - box[0], inner[1] + box[3] - box[1])
-        for gop in range(frames.start // header.gop, -(-frames.stop // header.gop)):
-            first = gop * header.gop
-            wanted = range(max(frames.start, first) - first, min(frames.stop, first + header.gop) - first)
+        first, last = frames.start // header.gop, -(-frames.stop // header.gop)
+        together = max(1, groups_at_once(self.prior, header) // len(groups))
+        for start in range(first, last, together):
+            gops = range(start, min(start + together, last))
+            wanted = [
+                range(max(frames.start - gop * header.gop, 0), min(frames.stop - gop * header.gop, header.gop))
+                for gop in gops
+            ]
             # Tokens of later frames say nothing about these.
-            needed = wanted.stop if self.tokenizer.config.causal else header.gop
-            bits_RCNL = torch.zeros(
-                len(rows), len(columns), needed * header.frame_tokens, header.bits, dtype=torch.bool
-            )
-            known_RC = torch.zeros(len(rows), len(columns), dtype=torch.bool)
-            numbers = [(gop * header.gop_groups + number, len(down) * len(right)) for number, down, right in groups]
+            needed = max(part.stop for part in wanted) if self.tokenizer.config.causal else header.gop
+            tiles = len(gops), len(rows), len(columns)
+            bits_GRCNL = torch.zeros(*tiles, needed * header.frame_tokens, header.bits, dtype=torch.bool)
+            known_GRC = torch.zeros(tiles, dtype=torch.bool)
+            numbers = [
+                (gop * header.gop_groups + number, len(down) * len(right))
+                for gop in gops
+                for number, down, right in groups
+            ]
             decoded = decode_groups(self.prior, container, numbers, needed, self.batch, seconds)
             for count, (place, bits_BNL) in enumerate(decoded, 1):
-                _, down, right = groups[place]
-                _put(bits_RCNL, known_RC, bits_BNL.unflatten(0, (len(down), len(right))), (down, right), rows, columns)
+                gop, (_, down, right) = place // len(groups), groups[place % len(groups)]
+                group_RCNL = bits_BNL.unflatten(0, (len(down), len(right)))
+                put(bits_GRCNL[gop], known_GRC[gop], group_RCNL, (down, right), rows, columns)
                 if header.clip is None:
                     progress(count, len(groups))
-            began = time.perf_counter()
-            pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box)
-            seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
-            for frame in wanted:
-                done += 1
-                if header.clip is not None:
-                    progress(done, len(frames))
-                yield pixels_CTHW[:, frame].permute(1, 2, 0).contiguous().numpy()
+            for bits_RCNL, known_RC, part in zip(bits_GRCNL, known_GRC, wanted, strict=True):
+                began = time.perf_counter()
+                pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box)
+                seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
+                for frame in part:
+                    done += 1
+                    if header.clip is not None:
+                        progress(done, len(frames))
+                    yield pixels_CTHW[:, frame].permute(1, 2, 0).contiguous().numpy()
 
     def _check_models(self, header: Header) -> None:
         section = self.tokenizer.config
@@ -371,21 +382,6 @@ def _gops(frames: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             gathered = []
     if gathered:
         yield np.stack(gathered)
-
-
-def _put(
-    bits_RCNL: Tensor, known_RC: Tensor, group_RCNL: Tensor, place: tuple[range, range], rows: range, columns: range
-) -> None:
-    """Copies what a group has in common with the tiles that are wanted."""
-    down = range(max(place[0].start, rows.start), min(place[0].stop, rows.stop))
-    right = range(max(place[1].start, columns.start), min(place[1].stop, columns.stop))
-    there = _within(down, rows), _within(right, columns)
-    bits_RCNL[there] = group_RCNL[_within(down, place[0]), _within(right, place[1])]
-    known_RC[there] = True
-
-
-def _within(part: range, whole: range) -> slice:
-    return slice(part.start - whole.start, part.stop - whole.start)
 
 
 def _container_of_image(data: bytes, whole: bool, max_pixels: int) -> Container:

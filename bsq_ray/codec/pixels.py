@@ -11,11 +11,8 @@ columns of tiles.
 
 from __future__ import annotations
 
-import copy
-from functools import cached_property
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bsq_ray.codec.tiles import as_grid, join
 from bsq_ray.codec.tokens import plain_arithmetic
@@ -32,7 +29,7 @@ class PixelCoder:
     """The tokenizer at work on tiles.
 
     Args:
-        tokenizer: in evaluation mode.
+        tokenizer: in evaluation mode, in fp32; its decoder is kept in `arithmetic` once it has been used.
         arithmetic: of decoding; fp32 takes half the time, and pixels may then differ by a level between machines.
         batch: tiles that go through the tokenizer at once; None chooses by their tokens.
     """
@@ -46,13 +43,6 @@ class PixelCoder:
     @property
     def _device(self) -> torch.device:
         return self.tokenizer.last_layer.device
-
-    @cached_property
-    def _decoder(self) -> Tokenizer:
-        """A copy that computes in `arithmetic`; its encoder is not needed."""
-        decoder = copy.deepcopy(self.tokenizer)
-        decoder.encoder = nn.Identity()  # type: ignore[assignment]
-        return decoder.to(self.arithmetic)
 
     def _tiles_at_once(self, frames: int) -> int:
         return self._batch or max(1, _PASS // (frames * self.side**2))
@@ -104,8 +94,11 @@ class PixelCoder:
         """Windows (B, 3, T, H, W), fp32 values on the CPU."""
         frames = bits_BNL.shape[1] // self.side**2
         grid, parts = (frames, self.side, self.side), []
+        if self.tokenizer.from_code.weight.dtype != self.arithmetic:
+            for module in (self.tokenizer.from_code, self.tokenizer.decoder):
+                module.to(self.arithmetic)
         with plain_arithmetic(self._device):
             for part in bits_BNL.split(self._tiles_at_once(frames)):
-                windows = self._decoder.decode(Tokens(part.to(self._device), grid)).cpu()
+                windows = self.tokenizer.decode(Tokens(part.to(self._device), grid)).cpu()
                 parts.append(windows if windows.ndim == 5 else windows.unsqueeze(2))
         return torch.cat(parts)

@@ -26,6 +26,21 @@ def as_grid(bits_RCNL: Tensor, frames: int) -> Tensor:
     return bits_RCNL.unflatten(2, (frames, side, side)).permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
+def put(
+    bits_RCNL: Tensor, known_RC: Tensor, group_RCNL: Tensor, place: tuple[range, range], rows: range, columns: range
+) -> None:
+    """Copies what a group has in common with the tiles that are wanted."""
+    down = range(max(place[0].start, rows.start), min(place[0].stop, rows.stop))
+    right = range(max(place[1].start, columns.start), min(place[1].stop, columns.stop))
+    there = _within(down, rows), _within(right, columns)
+    bits_RCNL[there] = group_RCNL[_within(down, place[0]), _within(right, place[1])]
+    known_RC[there] = True
+
+
+def _within(part: range, whole: range) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
 def join(bits_trcL: Tensor, side: int, patch: int, decode: Callable[[Tensor], Tensor]) -> Tensor:
     """Pixels (3, t, r · patch, c · patch), fp64, of a grid of tokens, without seams.
 

