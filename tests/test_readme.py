@@ -22,6 +22,7 @@ _SHRUNK = {
 _STEPS = ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"]
 
 _LM_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1", "sampling.steps=2"]
+_PRIOR_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1"]
 
 
 def blocks(language):
@@ -58,7 +59,7 @@ def test_commands_run_as_printed(tmp_path, photo_folders, monkeypatch):
             command = command.replace(long, short)
         words = shlex.split(command)[1:]
         if words[0] == "train":
-            words += _STEPS if words[1] == "tokenizer" else _LM_STEPS
+            words += {"tokenizer": _STEPS, "masked-lm": _LM_STEPS, "prior": _PRIOR_STEPS}[words[1]]
         done = subprocess.run(
             [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words],
             cwd=tmp_path, capture_output=True, text=True, timeout=300,

@@ -42,7 +42,8 @@ class Bar:
         from rich.console import Console
         from rich.progress import Progress
 
-        self._progress = Progress(console=Console(file=sys.stderr), transient=True)
+        console = Console(file=sys.stderr)
+        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=None)
 
     def __enter__(self) -> Bar:
