@@ -63,17 +63,31 @@ def test_no_token_sees_itself_or_what_follows():
             assert not torch.allclose(other[0, n + 1], logits[0, n + 1])
 
 
-def test_token_by_token_gives_the_logits_of_the_parallel_pass():
-    prior = small_prior()
-    sub_tokens_BNS = tokens(5, prior)
-    logits_BNSK = prior(sub_tokens_BNS)
-    decoding = prior.start_decoding(5)
-    for n in range(6):
-        h_B1D = decoding.features()
-        for s in range(2):
-            step = prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])[:, 0]
-            torch.testing.assert_close(step, logits_BNSK[:, n, s], rtol=0, atol=1e-4)
-        decoding.push(sub_tokens_BNS[:, n])
+@pytest.mark.parametrize("grid", [(1, 2, 3), (4, 16, 16)])
+def test_token_by_token_gives_the_logits_of_the_parallel_pass(grid):
+    """Of images, and of clips of 1,024 tokens."""
+    prior = small_prior(grid=grid)
+    with torch.no_grad():
+        for tree in prior.trees:
+            tree.weight.mul_(20)
+        sub_tokens_BNS = tokens(2, prior)
+        logits_BNSK = prior(sub_tokens_BNS)
+        assert logits_BNSK.std() > 0.5
+        decoding = prior.start_decoding(2)
+        for n in range(prior.config.tokens):
+            h_B1D = decoding.features()
+            for s in range(2):
+                step = prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])[:, 0]
+                assert (step - logits_BNSK[:, n, s]).abs().max() < 1e-4
+            decoding.push(sub_tokens_BNS[:, n])
+
+
+def test_the_first_tokens_can_be_asked_for_alone():
+    """Such as those of a clip's first frames."""
+    prior = small_prior(grid=(3, 2, 2))
+    sub_tokens_BNS = tokens(2, prior)
+    whole = prior(sub_tokens_BNS)
+    torch.testing.assert_close(prior(sub_tokens_BNS[:, :8]), whole[:, :8], rtol=0, atol=1e-5)
 
 
 def test_it_learns_what_can_be_known():
