@@ -14,11 +14,7 @@ from bsq_ray.codec.container import read_container
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, photo_folders):
     photographs = [Image.open(path).convert("RGB") for path in sorted(photo_folders[0].iterdir())]
-    threads = torch.get_num_threads()
-    # Tensors so small that threads would only wait for each other.
-    torch.set_num_threads(1)
-    yield save_trained(tmp_path_factory.mktemp("trained"), photographs)
-    torch.set_num_threads(threads)
+    return save_trained(tmp_path_factory.mktemp("trained"), photographs)
 
 
 def test_payloads_are_within_half_a_percent_of_cross_entropy_and_side_information(trained, photos):
