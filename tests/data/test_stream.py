@@ -1,5 +1,6 @@
 """Batches: the same from either executor, for any number of workers, and full in spite of damage."""
 
+import threading
 from itertools import islice
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_batches_are_uint8_crops(manifest):
     assert batch.values_B.dtype == torch.uint8
     assert batch.values_B.shape == (8, 3, 32, 32)
     assert len(set(batch.keys)) == 8
+
+
+def test_reading_begins_before_a_batch_is_asked_for(manifest, monkeypatch):
+    began = threading.Event()
+    read = PhotoSource.read
+    monkeypatch.setattr(PhotoSource, "read", lambda *arguments: began.set() or read(*arguments))
+    stream = training_batches(PhotoSource(manifest, SECTION, 32), SECTION, 8, 0, 1, seed=3)
+    assert began.wait(30)
+    assert_equal([next(stream)], batches(manifest, 1))
 
 
 def test_ray_data_delivers_the_same_batches_as_threads(manifest, ray_local):
