@@ -187,24 +187,28 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
 
     Ray Data is given a few chunks at a time and runs them to their end ahead of the consumer: while it waits for a slow
     consumer its scheduling loop would spin, on a core that trains. One execution begins before the other ends, so that
-    the cluster does not idle between them.
+    the cluster does not idle between them; only the first has a single chunk, and the cluster to itself, so that
+    training begins soon.
     """
     import ray
     from ray.data.block import BlockAccessor
 
     reader = ray.put(read)
     with ThreadPoolExecutor(_EXECUTIONS_AHEAD, thread_name_prefix="read-ahead") as pool:
-        ahead = deque(pool.submit(_execute, reader, execution, tasks) for execution in range(_EXECUTIONS_AHEAD))
-        for execution in count(_EXECUTIONS_AHEAD):
-            blocks = ahead.popleft().result()
-            ahead.append(pool.submit(_execute, reader, execution, tasks))
+        blocks = _execute(reader, range(1), tasks)
+        starts = count(1, _CHUNKS_PER_EXECUTION)
+        later = (pool.submit(_execute, reader, range(n, n + _CHUNKS_PER_EXECUTION), tasks) for n in starts)
+        ahead = deque(islice(later, _EXECUTIONS_AHEAD))
+        while True:
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
                 damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
                 yield Samples(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
+            blocks = ahead.popleft().result()
+            ahead.extend(islice(later, 1))
 
 
-def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
+def _execute(reader: Any, chunks: range, tasks: int) -> list[Any]:
     """Runs one execution of Ray Data to its end; references to its blocks, one per chunk, in order."""
     import ray
     from ray.data import TaskPoolStrategy
@@ -220,11 +224,8 @@ def _execute(reader: Any, execution: int, tasks: int) -> list[Any]:
         }
 
     _quiet_and_ordered()
-    ids = [{"id": execution * _CHUNKS_PER_EXECUTION + chunk} for chunk in range(_CHUNKS_PER_EXECUTION)]
-    chunks = ray.data.from_items(ids, override_num_blocks=len(ids))
-    return list(
-        chunks.map_batches(run, batch_size=1, compute=TaskPoolStrategy(size=tasks)).materialize().to_arrow_refs()
-    )
+    ids = ray.data.from_items([{"id": chunk} for chunk in chunks], override_num_blocks=len(chunks))
+    return list(ids.map_batches(run, batch_size=1, compute=TaskPoolStrategy(size=tasks)).materialize().to_arrow_refs())
 
 
 def _quiet_and_ordered() -> None:
