@@ -52,9 +52,10 @@ on() {
   fi
 }
 
+# A job is run by what the head finds on its path.
 starting() {
   echo "umask 077; mkdir -p ~/.ray && cat > ~/.ray/auth_token &&" \
-    "{ ulimit -n 65536 2>/dev/null || ulimit -n \$(ulimit -Hn); } && export RAY_AUTH_MODE=token" \
+    "{ ulimit -n 65536 2>/dev/null || ulimit -n \$(ulimit -Hn); } && export PATH=${ray%/*}:\$PATH RAY_AUTH_MODE=token" \
     "RAY_AUTH_TOKEN_PATH=\$HOME/.ray/auth_token RAY_USAGE_STATS_ENABLED=0 NCCL_SOCKET_IFNAME=$network" \
     "GLOO_SOCKET_IFNAME=$network NCCL_IB_DISABLE=1 && $ray start $* --object-store-memory=$store"
 }
