@@ -13,6 +13,8 @@ from bsq_ray.demos.tokens import WORKERS, TokenDemo
 from bsq_ray.quickstart import say
 
 _GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)
+# Precision and recall look at the third neighbour.
+_FEWEST_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ def run_demo(
     from bsq_ray.session import ray_session
 
     demo = TokenDemo(images, out, minutes)
+    if demo.held_out < _FEWEST_HELD_OUT:
+        raise ValueError(
+            f"{images} has too few photographs: one in ten of each class is held out, which are {demo.held_out}, and "
+            f"drawn images are compared with at least {_FEWEST_HELD_OUT}"
+        )
     with ray_session():
         demo.prepare(tokenizer_overrides)
         lm = config.load_config("masked-lm-demo", (f"model.classes={len(demo.classes)}", *lm_overrides))

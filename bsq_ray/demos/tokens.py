@@ -24,6 +24,7 @@ class TokenDemo:
 
     Attributes:
         shards, tables: packed photographs and token tables, by "train" and "held_out".
+        held_out: number of photographs held out.
         classes: their names.
     """
 
@@ -42,6 +43,7 @@ class TokenDemo:
             raise ValueError(f"--minutes {minutes} must be positive")
         self.out, self.minutes = out, minutes
         self._folders = _collect(images, out)
+        self.held_out = sum(path.is_file() for path in self._folders["held_out"].rglob("*"))
         self.shards: dict[str, str] = {}
         self.tables: dict[str, str] = {}
         self.classes: tuple[str, ...] = ()
