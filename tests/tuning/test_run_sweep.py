@@ -24,7 +24,7 @@ from bsq_ray.tuning.sweep import run_sweep
 DEMO = Path(__file__).parents[2] / "jobs" / "sweeps" / "demo.yaml"
 # Two learning rates that learn, and two that do not.
 RATES = {"training.optimizer.learning_rate_per_256": {"values": [0.2, 0.1, 1e-9, 1e-8]}}
-ASHA = {"kind": "asha", "grace_steps": 10, "reduction": 2}
+ASHA = {"kind": "asha", "grace_steps": 20, "reduction": 2}
 
 
 def held():
@@ -135,7 +135,10 @@ def test_a_sweep_that_is_done_is_not_done_again(demo, photo_shards, held_out_sha
 
 @pytest.mark.slow
 def test_trials_that_are_stopped_early_give_back_what_they_held(photo_shards, held_out_shards, tmp_path, ray_local):
-    sweep = small_sweep(tmp_path, space=RATES, scheduler=ASHA, budget={"steps": 60, "concurrency": 2})
+    # Long beside the moment it takes until a trial hears that it is to stop.
+    every = {"training.evaluate_every": 20, "training.log_every": 20}
+    budget = {"steps": 600, "concurrency": 2, "held_out_images": 2}
+    sweep = small_sweep(tmp_path, space=RATES, scheduler=ASHA, budget=budget, set=every)
     free = held()
     swept = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"))
     states = [record.state for record in swept.study.records]
@@ -143,7 +146,7 @@ def test_trials_that_are_stopped_early_give_back_what_they_held(photo_shards, he
     assert "finished" in states
     for record in swept.study.records:
         if record.state == "stopped":
-            assert 10 <= record.reports[-1][0] < 60
+            assert 20 <= record.reports[-1][0] < 600
             assert record.parameters["training.optimizer.learning_rate_per_256"] < 1e-3
             assert (tmp_path / "out" / "trials" / f"{record.number:03}" / "model").exists()
     assert wait_until(lambda: held() == free, 20), (free, held())
