@@ -214,21 +214,28 @@ def _card(run: config.AnyConfig, model_id: str, metrics: Mapping[str, float], fa
 
 def _of_tokenizer(run: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:
     model = run.model
+    shape = f"(B, 3, {f'1 to {model.frames}, ' if model.frames > 1 else ''}{model.image_size}, {model.image_size})"
     example = [
         "from bsq_ray import Tokenizer",
         "",
         'tokenizer = Tokenizer.from_pretrained("path or URL of this folder")',
-        f"tokens = tokenizer.encode(images)  # floats in [-1, 1], (B, 3, {model.image_size}, {model.image_size})",
+        f"tokens = tokenizer.encode(images)  # floats in [-1, 1], {shape}",
         "images = tokenizer.decode(tokens)",
     ]
+    if model.frames > 1 and model.causal:
+        example += [
+            "stream = tokenizer.encode_stream(chunks)  # clips of any length, chunk by chunk",
+            "frames = tokenizer.decode_stream(stream)",
+        ]
+    picture = "image" if model.frames == 1 else "frame"
     rows = {
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{(model.image_size // model.patch_size) ** 2} per image, one for {model.patch_size} x "
+        "tokens": f"{(model.image_size // model.patch_size) ** 2} per {picture}, one for {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }
-    return "image-tokenizer", example, rows
+    return "image-tokenizer" if model.frames == 1 else "video-tokenizer", example, rows
 
 
 def _of_masked_lm(run: config.MaskedLMConfig) -> tuple[str, list[str], dict[str, str]]:

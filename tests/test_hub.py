@@ -200,3 +200,16 @@ def test_the_folder_of_a_run_is_told_from_the_model_folder_in_it(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("stage: tokenizer\n")
     with pytest.raises(ValueError, match="run is the folder of a run; its model folder is .*run/model"):
         Tokenizer.from_pretrained(str(tmp_path / "run"))
+
+
+def test_the_card_of_a_video_model_tells_its_frames_and_how_to_stream(tmp_path):
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    model = config.TokenizerModel(
+        image_size=32, frames=4, encoder=config.Transformer(**sizes), decoder=config.Decoder(**sizes, head_width=32)
+    )
+    Tokenizer(model).save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "tags: [video-tokenizer" in card
+    assert "(B, 3, 1 to 4, 32, 32)" in card
+    assert "encode_stream(chunks)" in card
+    assert "16 per frame" in card

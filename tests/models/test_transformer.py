@@ -108,3 +108,18 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients_and_keeps_l
     for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
         torch.testing.assert_close(plain, recomputed)
     assert kept[True] < 0.2 * kept[False]
+
+
+def test_compiled_blocks_attend_frame_by_frame_with_the_same_values_and_gradients():
+    x = torch.randn(2, 12, 32)
+    results = []
+    for compiled in (False, True):
+        transformer = small_transformer(3)
+        if compiled:
+            for block in transformer.blocks:
+                block.compile(backend="aot_eager")
+        y = transformer(x)
+        y.square().mean().backward()
+        results.append([y, *(parameter.grad for parameter in transformer.parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)
