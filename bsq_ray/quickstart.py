@@ -1,6 +1,6 @@
-"""The quickstart: from photographs to a trained, measured tokenizer and a report, in one command.
+"""The quickstart: from photographs or clips to a trained, measured tokenizer and a report, in one command.
 
-photographs ─▶ shards ─▶ training on Ray, two workers ─▶ measuring held-out photographs ─▶ report.html
+photographs or clips ─▶ shards ─▶ training on Ray, two workers ─▶ measuring held-out ones ─▶ report.html
 """
 
 from __future__ import annotations
@@ -16,10 +16,30 @@ from typing import Any
 from bsq_ray.config import load_config
 
 _WORKERS = 2
-_MAX_SIDE = 256
-# Fewer photographs teach nothing and measure nothing.
-_FEWEST = 10
 _HELD_OUT_SHARE = 5
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a quickstart is made from.
+
+    Attributes:
+        name: what a person calls it.
+        files: the word of the data commands.
+        preset: what is trained.
+        max_side: longest side that is packed, pixels.
+        fewest: fewer files teach nothing and measure nothing.
+    """
+
+    name: str
+    files: str
+    preset: str
+    max_side: int
+    fewest: int
+
+
+PHOTOGRAPHS = Material("photographs", "images", "demo", 256, 10)
+CLIPS = Material("clips", "videos", "demo-video", 176, 2)
 
 
 @dataclass(frozen=True)
@@ -38,27 +58,30 @@ class Quickstart:
     summary: str
 
 
-def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tuple[str, ...] = ()) -> Quickstart:
-    """Packs photographs, trains the `demo` preset on Ray, measures it on held-out photographs and writes a report.
+def run_quickstart(
+    source: Path | None, out: Path, minutes: float, overrides: tuple[str, ...] = (), material: Material = PHOTOGRAPHS
+) -> Quickstart:
+    """Packs photographs or clips, trains a demo preset on Ray, measures it on held-out ones and writes a report.
 
     An interrupted quickstart goes on where it was when it is run again with the same folder.
 
     Args:
-        images: a folder of photographs; None takes those of the installed sample packages.
+        source: a folder of photographs or clips; None takes those of the installed sample packages.
         out: folder for data, run, measurements and report.
         minutes: of training.
         overrides: `key=value` changes of the preset.
+        material: what lies in the folder.
 
     Raises:
-        ValueError: too few photographs, or `out` was made from others.
+        ValueError: too few photographs or clips, or `out` was made from others.
     """
     if minutes <= 0:
         raise ValueError(f"--minutes {minutes} must be positive")
-    config = load_config("demo", overrides)
-    _claim(out, images)
-    train_folder, held_out_folder = _photographs(images, out)
+    config = load_config(material.preset, overrides)
+    _claim(out, source, material)
+    train_folder, held_out_folder = _collect(source, out, material)
 
-    from bsq_ray.session import gpus_within_reach, ray_session
+    from bsq_ray.session import ray_session
 
     with ray_session():
         from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
@@ -66,7 +89,7 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
         from bsq_ray.training.checkpoint import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train
 
-        data = {name: packed(folder, out / "data" / name) for name, folder in
+        data = {name: packed(folder, out / "data" / name, material) for name, folder in
                 {"train": train_folder, "held_out": held_out_folder}.items()}  # fmt: skip
         run = str(out / "run")
         try:
@@ -78,24 +101,23 @@ def run_quickstart(images: Path | None, out: Path, minutes: float, overrides: tu
                 resume=bool(list_checkpoints(run)),
                 held_out_url=data["held_out"],
                 minutes=minutes,
-                device="gpu" if gpus_within_reach() >= _WORKERS else "cpu",
             )
         except Interrupted as stop:
             raise Interrupted(
                 f"{str(stop).split(';')[0]}; checkpoint and model are in {run}. Run the same quickstart again to go on"
             ) from None
-        say("measuring on photographs that training did not see")
+        say(f"measuring on {material.name} that training did not see")
         results = evaluate_reconstruction(f"{run}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS)
     report = out / "report.html"
     write_report(run, str(out / "evaluation"), str(report))
     model = out / "run" / "model"
-    return Quickstart(model, report, results, _summary(results, model, report))
+    return Quickstart(model, report, results, _summary(results, material, model, report))
 
 
-def _claim(out: Path, images: Path | None) -> None:
-    """Notes what `out` is made from, so that another folder of photographs is not mixed in."""
+def _claim(out: Path, folder: Path | None, material: Material) -> None:
+    """Notes what `out` is made from, so that nothing else is mixed in."""
     note = out / "quickstart.json"
-    source = str(images.resolve()) if images else "sample photographs"
+    source = str(folder.resolve()) if folder else f"sample {material.name}"
     try:
         if note.exists():
             before = json.loads(note.read_text())["images"]
@@ -108,23 +130,26 @@ def _claim(out: Path, images: Path | None) -> None:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _photographs(images: Path | None, out: Path) -> tuple[Path, Path]:
-    """Folders of training and of held-out photographs, split by photograph."""
-    if images is None:
-        from bsq_ray.data.samples import collect_samples
+def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, Path]:
+    """Folders of training and of held-out files: no file is on both sides."""
+    from bsq_ray.data.images import IMAGE_SUFFIXES
+    from bsq_ray.data.samples import collect_samples, collect_videos
+    from bsq_ray.data.videos import VIDEO_SUFFIXES
 
-        return collect_samples(out / "photographs")
-    from bsq_ray.data.pack import IMAGE_SUFFIXES
-
-    if not images.is_dir():
-        raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if len(found) < _FEWEST:
-        raise ValueError(f"{images} holds {len(found)} images; the quickstart needs at least {_FEWEST}")
-    folders = out / "photographs" / "train", out / "photographs" / "held_out"
+    if source is None:
+        return (collect_samples if material is PHOTOGRAPHS else collect_videos)(out / material.name)
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder" if source.exists() else f"{source} does not exist")
+    suffixes = IMAGE_SUFFIXES if material is PHOTOGRAPHS else VIDEO_SUFFIXES
+    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
+    if len(found) < material.fewest:
+        raise ValueError(
+            f"{source} holds {len(found)} {material.files}; the quickstart needs at least {material.fewest}"
+        )
+    folders = out / material.name / "train", out / material.name / "held_out"
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    # By content, so that two copies of a photograph are on the same side.
+    # By content, so that two copies of a file are on the same side.
     by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in found}
     for place, digest in enumerate(sorted(by_digest)):
         path = by_digest[digest]
@@ -132,29 +157,31 @@ def _photographs(images: Path | None, out: Path) -> tuple[Path, Path]:
     return folders
 
 
-def packed(folder: Path, destination: Path) -> str:
-    """Packs a folder of photographs, unless that is done already; the packed folder."""
+def packed(folder: Path, destination: Path, material: Material = PHOTOGRAPHS) -> str:
+    """Packs a folder, unless that is done already; the packed folder."""
     from bsq_ray.data.manifest import MANIFEST
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import pack_images, pack_videos
 
     if not (destination / MANIFEST).exists():
-        report = pack_images(str(folder), str(destination), max_side=_MAX_SIDE)
-        say(f"packed {report.manifest.samples} photographs into {destination}")
-        for line in report.damaged:
+        pack = pack_images if material is PHOTOGRAPHS else pack_videos
+        report = pack(str(folder), str(destination), max_side=material.max_side)
+        say(f"packed {report.manifest.samples} {material.name} into {destination}")
+        for line in report.damaged + report.too_short:
             say(f"left out {line}")
     return str(destination)
 
 
-def _summary(results: dict[str, Any], model: Path, report: Path) -> str:
+def _summary(results: dict[str, Any], material: Material, model: Path, report: Path) -> str:
     ours, trivial = results["rows"]["model"], results["rows"]["mean colour"]
-    return (
-        f"On {results['contract']['images']} held-out photographs at {ours['bits_per_pixel']:g} bits per pixel:\n"
-        f"                       PSNR     LPIPS\n"
-        f"  this tokenizer     {ours['psnr']:6.2f} dB  {ours['lpips']:.3f}\n"
-        f"  mean colours       {trivial['psnr']:6.2f} dB  {trivial['lpips']:.3f}   (the trivial codec, same bits)\n"
-        f"model:  {model}\n"
-        f"report: {report}"
-    )
+    lines = [
+        f"On {results['contract']['images']} held-out {material.name} at {ours['bits_per_pixel']:g} bits per pixel:",
+        "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in ours else ""),
+    ]
+    for name, row in (("this tokenizer", ours), ("mean colours  ", trivial)):
+        more = f"  {row['rfvd']:7.1f}" if "rfvd" in row else ""
+        lines.append(f"  {name}     {row['psnr']:6.2f} dB  {row['lpips']:.3f}{more}")
+    lines[-1] += "   (the trivial codec, same bits)"
+    return "\n".join([*lines, f"model:  {model}", f"report: {report}"])
 
 
 def say(line: str) -> None:

@@ -10,13 +10,22 @@ import typer
 
 def quickstart(
     images: Annotated[Path | None, typer.Option(help="Your own folder of photographs.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("quickstart"),
+    video: Annotated[bool, typer.Option("--video", help="Train a video tokenizer on clips instead.")] = False,
+    videos: Annotated[Path | None, typer.Option(help="Your own folder of clips, with --video.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for everything; default quickstart or quickstart-video.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
 ) -> None:
-    """Train a small tokenizer on real photographs and show what it can do."""
-    from bsq_ray.quickstart import run_quickstart
+    """Train a small tokenizer on real photographs or clips and show what it can do."""
+    from bsq_ray.quickstart import CLIPS, PHOTOGRAPHS, run_quickstart
 
-    done = run_quickstart(images, out, minutes)
+    if (videos and not video) or (images and video):
+        raise ValueError("--images is a folder of photographs, --video --videos one of clips; give one of them")
+    if video:
+        done = run_quickstart(videos, out or Path("quickstart-video"), minutes, material=CLIPS)
+    else:
+        done = run_quickstart(images, out or Path("quickstart"), minutes, material=PHOTOGRAPHS)
     print(done.summary)
 
 

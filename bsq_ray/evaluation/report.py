@@ -34,7 +34,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
     text = storage.read_bytes(storage.join(run_url, "config.yaml")).decode()
     summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
-    picture = storage.read_bytes(storage.join(evaluation_url, "reconstructions.png"))
+    clips = results["contract"]["kind"] == "videos"
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)
     html = environment.get_template("report.html").render(
         run=config.parse_config(text, storage.join(run_url, "config.yaml")),
@@ -43,8 +43,10 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         model_id=results["model_id"],
         header=[spec[0] for spec in _shown(results).values()],
         rows=_table(results),
-        picture=f"data:image/png;base64,{base64.b64encode(picture).decode()}",
-        curves=[curve for spec in _CURVES if (curve := _curve(records, *spec))],
+        clips=clips,
+        picture=_embedded(evaluation_url, "png"),
+        animation=_embedded(evaluation_url, "webp") if clips else None,
+        curves=[*_frame_curves(results), *(curve for spec in _CURVES if (curve := _curve(records, *spec)))],
         figures=results["rows"]["model"],
         summary=summary,
         duration=duration(summary["seconds"]),
@@ -52,6 +54,12 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         contract_text=json.dumps(results["contract"], indent=2),
     )
     storage.write_bytes(out_url, html.encode())
+
+
+def _embedded(evaluation_url: str, suffix: str) -> str:
+    """A picture of the evaluation as a URL that needs no other file."""
+    picture = storage.read_bytes(storage.join(evaluation_url, f"reconstructions.{suffix}"))
+    return f"data:image/{suffix};base64,{base64.b64encode(picture).decode()}"
 
 
 def _shown(results: dict[str, Any]) -> dict[str, Any]:
@@ -74,11 +82,27 @@ def _table(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
 def _curve(
     records: list[dict[str, Any]], title: str, unit: str, kind: str, names: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """A plot as inline SVG with its description; None if the run has nothing to draw."""
+    """A plot of a run's records; None if it has nothing to draw."""
     drawn = {name: [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r] for name in names}
     drawn = {name: points for name, points in drawn.items() if len(points) > 1}
-    if not drawn:
-        return None
+    return _plot(drawn, title, "step", unit) if drawn else None
+
+
+def _frame_curves(results: dict[str, Any]) -> list[dict[str, str]]:
+    """Of clips, how the figures of a frame depend on its place in the clip."""
+    rows = results.get("by_frame", {})
+    curves = []
+    for name, title, unit in (("psnr", "PSNR by place in the clip", "dB"), ("lpips", "LPIPS by place in the clip", "")):
+        drawn = {
+            "this tokenizer" if row == "model" else row: list(enumerate(figures[name], 1))
+            for row, figures in rows.items()
+        }
+        curves += [_plot(drawn, title, "frame", unit)] if drawn else []
+    return curves
+
+
+def _plot(drawn: dict[str, list[tuple[int, float]]], title: str, across: str, unit: str) -> dict[str, str]:
+    """Lines of (x, y) as inline SVG with its description."""
     from matplotlib.figure import Figure
 
     # Greys that read on white and on black.
@@ -87,7 +111,7 @@ def _curve(
     for (name, points), colour in zip(drawn.items(), ("#2a78c2", "#d0742c"), strict=False):
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, label=name.replace("_", " "), color=colour, linewidth=1.6)
-    axes.set_xlabel("step", color="#808080")
+    axes.set_xlabel(across, color="#808080")
     axes.set_ylabel(unit, color="#808080")
     axes.tick_params(colors="#808080")
     axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
@@ -98,4 +122,4 @@ def _curve(
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in drawn.items())
     text = svg.getvalue()
-    return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over steps: {last}."}
+    return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over {across}s: {last}."}
