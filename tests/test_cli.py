@@ -81,6 +81,10 @@ def test_the_commands_are_exactly_these(call):
         (["info", "/none"], "is not a model folder"),
         (["serve", "--model", "/none"], "/none is not a model folder"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
+        (["quickstart", "--videos", "somewhere"], "--images is a folder of photographs, --video --videos one of clips"),
+        (["quickstart", "--video", "--images", "somewhere"], "give one of them"),
+        (["data", "pack", "a", "b", "--kind", "sounds"], "--kind sounds is not known; choose images or videos"),
+        (["data", "pack", "a", "b", "--min-frames", "4"], "--min-frames is for videos; add --kind videos"),
         (["quickstart", "--minutes", "x"], "Invalid value for '--minutes'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
@@ -113,6 +117,19 @@ def test_an_interrupt_has_its_own_status(call, monkeypatch):
 
     monkeypatch.setattr("bsq_ray.evaluation.single.describe", interrupt)
     assert call("info", "demo")[0] == 130
+
+
+def test_packing_and_inspecting_videos_of_a_list(call, video_folders, tmp_path):
+    (tmp_path / "list.txt").write_text("bikes.mp4\nbigbuckbunny.mp4\n")
+    wanted = ["--kind", "videos", "--list", tmp_path / "list.txt", "--min-frames", "140", "--max-side", "64"]
+    status, out, error = call("data", "pack", video_folders[0], tmp_path / "set", "--workers", "0", *wanted)
+    assert status == 0, error
+    assert out.startswith("1 videos in 1 shards of 1 classes")
+    assert "1 videos are too short; they are listed in" in out
+    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    assert status == 0
+    assert "frames 250 to 250, median 250; 0.2 minutes in all, 25 frames/s (1)" in out
+    assert "1 videos, 1 shards" in call("info", tmp_path / "set")[1]
 
 
 def test_packing_inspecting_and_describing_a_folder(call, photo_folders, tmp_path):

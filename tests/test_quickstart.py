@@ -1,4 +1,4 @@
-"""The quickstart: from photographs to a report."""
+"""The quickstart: from photographs or clips to a report."""
 
 import json
 import re
@@ -6,7 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from bsq_ray.quickstart import run_quickstart
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.quickstart import CLIPS, run_quickstart
 
 _SMALL = (
     "model.image_size=32", "model.encoder.width=32", "model.encoder.layers=1", "model.encoder.heads=2",
@@ -39,6 +40,31 @@ def test_own_photographs_end_in_a_report_and_a_second_call_goes_on(photos, tmp_p
     assert again.results["model_id"] == done.results["model_id"]
     with pytest.raises(ValueError, match="was made from .*mine; choose another --out"):
         run_quickstart(None, tmp_path / "out", minutes=5)
+
+
+@pytest.mark.slow
+def test_clips_end_in_a_report_with_an_animation_of_clips_from_another_file(tmp_path, ray_local):
+    small = (*_SMALL, "training.steps=6", "training.batch_size=2", "data.clips_per_video=2")
+    done = run_quickstart(None, tmp_path / "out", minutes=5, overrides=small, material=CLIPS)
+    html = done.report.read_text()
+    assert "Clips it has never seen" in html
+    assert "data:image/webp;base64," in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html), "the report needs nothing from elsewhere"
+    assert "PSNR by place in the clip" in html
+    assert "rFVD" in html
+    assert "rFVD" in done.summary
+    manifests = [read_manifest(str(tmp_path / "out" / "data" / side)) for side in ("train", "held_out")]
+    names = [{key.split("_", 1)[1] for shard in manifest.shards for key in shard.keys} for manifest in manifests]
+    assert names == [{"demo", "bikes", "bigbuckbunny"}, {"carphone_pristine", "cityCC0"}]
+    with pytest.raises(ValueError, match="was made from sample clips; choose another --out for sample photographs"):
+        run_quickstart(None, tmp_path / "out", minutes=5)
+
+
+def test_a_folder_with_one_clip_is_too_little(video_folders, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "clip.mp4").write_bytes((video_folders[0] / "bikes.mp4").read_bytes())
+    with pytest.raises(ValueError, match="holds 1 videos; the quickstart needs at least 2"):
+        run_quickstart(tmp_path / "one", tmp_path / "out", minutes=1, material=CLIPS)
 
 
 @pytest.mark.parametrize(
