@@ -42,8 +42,11 @@ def test_the_readme_names_only_presets_and_files_that_exist():
 
 
 @pytest.mark.slow
-def test_commands_run_as_printed(tmp_path, photo_folders, monkeypatch):
-    """In the order of the README, in one folder that holds `photos/` and `held-out/`."""
+def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
+    """In the order of the README, in one folder that holds photographs and clips."""
+    (tmp_path / "videos").symlink_to(video_folders[0])
+    (tmp_path / "held-out-videos").symlink_to(video_folders[1])
+    (tmp_path / "clip.mp4").symlink_to(video_folders[1] / "carphone_pristine.mp4")
     (tmp_path / "photos").symlink_to(photo_folders[0])
     (tmp_path / "held-out").symlink_to(photo_folders[1])
     (tmp_path / "photo.png").symlink_to(photo_folders[1] / "coffee.png")

@@ -163,7 +163,7 @@ def _conclude(totals: Totals, job: _Job, out_url: str, published_rows: bool) -> 
         terms["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
     if job.manifest.kind == "videos":
         terms["clips"] = (
-            f"{frames} frames, every {_ordinal(data.frame_stride)} one of the video; "
+            f"{frames} frames, {_taken(data.frame_stride)} of the video; "
             f"at most {data.clips_per_video} of a video, from the middles of equal parts"
         )
         terms["left_out"] = list(job.source.notes)
@@ -188,9 +188,9 @@ _BATCHES = {"images": 32, "videos": 2}
 _UNITS = {"images": "images", "videos": "clips"}
 
 
-def _ordinal(number: int) -> str:
-    ending = "th" if 10 < number % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"
+def _taken(stride: int) -> str:
+    ending = "th" if 10 < stride % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th")
+    return f"every {stride}{ending} one" if stride > 1 else "every one"
 
 
 COLUMNS = {
