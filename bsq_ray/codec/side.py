@@ -83,8 +83,8 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for n in range(9):
         if at + n >= len(data):
-            raise ValueError("a number is cut off")
+            raise ValueError("the side information is cut off in a number")
         value |= (data[at + n] & 127) << 7 * n
         if data[at + n] < 128:
             return value, at + n + 1
-    raise ValueError("a number is too long")
+    raise ValueError("the side information is damaged: a number is too long")

@@ -48,7 +48,7 @@ def test_the_papers_five_days_would_take_most_of_the_peak_of_sixteen_a5000():
     assert 2.7 < days_at_peak < 3.2
 
 
-@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("ucf101")])
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("ucf101-bsq")])
 def test_the_papers_clips_fit_on_eight_cards_of_24_gb(name):
     made = plan(load_config(name), "a5000", 8)
     assert (made.micro_batch, made.accumulation, made.sample.unit) == (4, 1, "clips")

@@ -22,6 +22,7 @@ SMALL = [
     "model.dropout=0",
     "training.steps=30",
     "training.batch_size=16",
+    "training.micro_batch_size=8",
     "training.schedule.warmup_steps=0",
     "training.optimizer.learning_rate_per_256=0.1",
     "training.engine.precision=fp32",
@@ -66,7 +67,7 @@ def table(frames, tmp_path_factory):
 def test_a_prior_of_clips_trains_and_saves_bits(table, frames, tmp_path):
     records = []
     train(
-        config.load_config("prior-demo", [*SMALL, "training.evaluate_every=30", "training.sample_every=30"]),
+        config.load_config("ucf101-prior", [*SMALL, "training.evaluate_every=30", "training.sample_every=30"]),
         table, str(tmp_path), 0, held_out_url=table, show=records.append,
     )  # fmt: skip
     training = [record["bits_per_token"] for record in records if record["kind"] == "training"]
