@@ -1,0 +1,116 @@
+"""The service under load, by an HTTP client: what it adds to the model's own time, and what it keeps of its throughput.
+
+The neighbour is the same model called directly in this process, in turns with the service, with the best of its batches.
+"""
+
+import http.client
+import io
+import os
+import statistics
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from bsq_ray import Tokenizer, config
+from bsq_ray.serving.engines import TokenizerEngine
+from bsq_ray.serving.running import running
+from bsq_ray.serving.settings import Limits, Settings
+
+pytestmark = pytest.mark.benchmark
+
+# Requests at concurrency 1 and 16.
+_MODELS = {"demo": (150, 640), "imagenet128-bsq18": (12, 48)}
+
+
+class Client(threading.Thread):
+    """Sends the same file again and again over one connection; seconds of each answer."""
+
+    def __init__(self, url, body, count):
+        super().__init__()
+        host, port = url.removeprefix("http://").strip("/").split(":")
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=300)
+        self.body, self.count, self.seconds = body, count, []
+
+    def run(self):
+        for _ in range(self.count):
+            began = time.perf_counter()
+            self.connection.request("POST", "/v1/encode", self.body)
+            answer = self.connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+            self.seconds.append(time.perf_counter() - began)
+
+
+def load(url, body, clients, count):
+    """Seconds of all answers and images a second."""
+    threads = [Client(url, body, count // clients) for _ in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = sorted(second for thread in threads for second in thread.seconds)
+    return seconds, len(seconds) / (time.perf_counter() - began)
+
+
+def direct(engine, body, batch, count):
+    """Seconds of each image alone (file to tokens), or images a second of batches of prepared pixels."""
+    pixels = engine.prepare(body)
+    if batch == 1:
+        seconds = []
+        for _ in range(count):
+            began = time.perf_counter()
+            engine.encode([engine.prepare(body)])
+            seconds.append(time.perf_counter() - began)
+        return seconds
+    began = time.perf_counter()
+    for _ in range(count // batch):
+        engine.encode([pixels] * batch)
+    return count // batch * batch / (time.perf_counter() - began)
+
+
+@contextmanager
+def served(preset, folder):
+    run = config.load_config(preset)
+    torch.manual_seed(0)
+    Tokenizer(run.model).save_pretrained(str(folder / preset), run)
+    settings = Settings(
+        models={preset: str(folder / preset)}, authentication=False, limits=Limits(waiting=32, seconds=300)
+    )
+    began = time.perf_counter()
+    with running(settings, "127.0.0.1", 0) as service:
+        yield str(folder / preset), service.url, time.perf_counter() - began
+
+
+@pytest.mark.parametrize("preset", _MODELS)
+def test_serving_speed(preset, photos, tmp_path, figure):
+    file = io.BytesIO()
+    photos[0].save(file, "JPEG", quality=90)
+    body = file.getvalue()
+    alone, many = _MODELS[preset]
+    with served(preset, tmp_path) as (folder, url, started):
+        torch.set_num_threads(os.cpu_count())
+        engine = TokenizerEngine(folder, "cpu", 16, 2**24)
+        load(url, body, 16, 32)
+        load(url, body, 1, 2)
+        pairs = [(load(url, body, 1, alone // 3)[0], direct(engine, body, 1, alone // 3)) for _ in range(3)]
+        service, model = (sorted(second for part in side for second in part) for side in zip(*pairs, strict=True))
+        best = max(direct(engine, body, batch, max(batch * 2, many // 4)) for batch in (2, 4, 8, 16))
+        seconds, rate = load(url, body, 16, many)
+        best = max(best, *(direct(engine, body, batch, max(batch * 2, many // 4)) for batch in (2, 4, 8, 16)))
+        torch.set_num_threads(2)
+    added = statistics.median(service) - statistics.median(model)
+    figure(
+        f"service, {preset}, one request at a time: p50",
+        f"{1e3 * statistics.median(service):.1f} ms",
+        f"the model alone {1e3 * statistics.median(model):.1f} ms: {1e3 * added:.1f} ms more",
+    )
+    figure(
+        "… 16 at a time: throughput, p50, p99",
+        f"{rate:.3g} images/s, {1e3 * seconds[len(seconds) // 2]:.0f} ms, {1e3 * seconds[int(len(seconds) * 0.99)]:.0f} ms",
+        f"the model alone in its best batch {best:.3g} images/s: {rate / best:.2f} of it",
+    )
+    figure("… from nothing to the first answer, Ray included", f"{started:.1f} s")
