@@ -1,6 +1,6 @@
-"""The service under load, by an HTTP client: what it adds to the model's own time, and what it keeps of its throughput.
+"""The service under load, by an HTTP client: what it adds to the model's time, what it keeps of its throughput.
 
-The neighbour is the same model called directly in this process, in turns with the service, with the best of its batches.
+The neighbour is the same model called directly in this process, in turns with the service, in its best batch.
 """
 
 import http.client
@@ -108,9 +108,10 @@ def test_serving_speed(preset, photos, tmp_path, figure):
         f"{1e3 * statistics.median(service):.1f} ms",
         f"the model alone {1e3 * statistics.median(model):.1f} ms: {1e3 * added:.1f} ms more",
     )
+    p50, p99 = (1e3 * seconds[int(len(seconds) * share)] for share in (0.5, 0.99))
     figure(
         "… 16 at a time: throughput, p50, p99",
-        f"{rate:.3g} images/s, {1e3 * seconds[len(seconds) // 2]:.0f} ms, {1e3 * seconds[int(len(seconds) * 0.99)]:.0f} ms",
+        f"{rate:.3g} images/s, {p50:.0f} ms, {p99:.0f} ms",
         f"the model alone in its best batch {best:.3g} images/s: {rate / best:.2f} of it",
     )
     figure("… from nothing to the first answer, Ray included", f"{started:.1f} s")

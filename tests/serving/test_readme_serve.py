@@ -1,0 +1,68 @@
+"""The README's section "Serve": the command and every `curl` line as printed, but for the port."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_service import save_models
+from PIL import Image
+
+from bsq_ray import Codec
+
+_SECTION = (Path(__file__).parents[2] / "README.md").read_text().split("## Serve\n")[1].split("\n## ")[0]
+_COMMAND, _CURL = re.findall(r"```bash\n(.*?)```", _SECTION, re.S)
+
+
+@pytest.fixture
+def served(tmp_path, photo_folders):
+    """A folder as the README leaves it, and the port of the service that its command started there."""
+    made = save_models(tmp_path / "made")
+    for name, place in (("small", "runs/demo/model"), ("draws", "runs/lm/model")):
+        shutil.copytree(made[name], tmp_path / place)
+    shutil.copy(photo_folders[1] / "coffee.png", tmp_path / "photo.png")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*_COMMAND.split()[1:], "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    service = subprocess.Popen(
+        [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert service.stdout.readline() == f"http://127.0.0.1:{port}/\n"
+        yield tmp_path, port
+    finally:
+        service.send_signal(signal.SIGTERM)
+        assert service.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_the_section_works_as_printed(served):
+    folder, port = served
+    said = {}
+    for line in _CURL.splitlines():
+        command = line.split("    #")[0].replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        done = subprocess.run(
+            ["bash", "-c", command.replace("curl ", "curl --silent --show-error --fail ", 1)],
+            cwd=folder, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr)
+        said[command.split("/v1/")[1].split()[0]] = done.stdout
+    assert [model["name"] for model in json.loads(said["models"])["models"]] == ["small", "draw"]
+    for name in ("decoded", "reconstruction", "drawn"):
+        assert Image.open(folder / f"{name}.png").size == (64, 64)
+    assert (folder / "decoded.png").read_bytes() == (folder / "reconstruction.png").read_bytes()
+    codec = Codec.from_pretrained(str(folder / "runs/demo/model"))
+    photo = Image.open(folder / "photo.png").convert("RGB")
+    assert (folder / "photo.bsq").read_bytes() == codec.compress(photo).data
+    assert Image.open(folder / "back.png").size == photo.size
+    assert json.loads(said["measure"])["bytes"] == len((folder / "photo.bsq").read_bytes())
