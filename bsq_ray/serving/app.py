@@ -44,7 +44,7 @@ def application(settings: Settings, token: str | None) -> Application:
         name: {role: _models(role, name, url, settings) for role in ROLES[stages[name]]}
         for name, url in settings.models.items()
     }
-    front = serve.deployment(Front, name="front", **_scaling(settings.front, settings.limits.waiting * 8))
+    front = serve.deployment(Front, name="front", **options(settings.front, settings.limits.waiting * 8, settings))
     bound: Application = front.bind(settings, token and digest(token), stages, handles)
     return bound
 
@@ -53,22 +53,23 @@ def _models(role: str, name: str, url: str, settings: Settings) -> Application:
     section: Scaling = getattr(settings, role)
     # One batch is computed while the next one waits; a codec computes one request and has the next one's file at hand.
     ongoing = 2 * section.largest_batch if isinstance(section, Batching) else 2
-    options = _scaling(section, ongoing) | {"max_queued_requests": settings.limits.waiting}
-    deployment = serve.deployment(replica_class(role), name=f"{role}-{name}", **options)
+    deployment = serve.deployment(replica_class(role), name=f"{role}-{name}", **options(section, ongoing, settings))
     bound: Application = deployment.bind(url, settings)
     return bound
 
 
-def _scaling(section: Scaling, ongoing: int) -> dict[str, Any]:
-    options: dict[str, Any] = {
+def options(section: Scaling, ongoing: int, settings: Settings) -> dict[str, Any]:
+    """A deployment's options; `ongoing` requests are at a replica at once, and a limited number waits before it."""
+    fixed: dict[str, Any] = {
         "max_ongoing_requests": ongoing,
+        "max_queued_requests": settings.limits.waiting,
         "ray_actor_options": {"num_cpus": section.cpus, "num_gpus": section.gpus},
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "health_check_period_s": 5,
     }
     if section.most_replicas is None:
-        return options | {"num_replicas": section.replicas}
+        return fixed | {"num_replicas": section.replicas}
     scaling = AutoscalingConfig(
         min_replicas=section.replicas, max_replicas=section.most_replicas, target_ongoing_requests=section.queue
     )
-    return options | {"autoscaling_config": scaling}
+    return fixed | {"autoscaling_config": scaling}

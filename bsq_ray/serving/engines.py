@@ -9,6 +9,7 @@ Shape suffixes: B batch, N tokens, L bits of a token, S sub-tokens, C channels o
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,6 @@ Decode = Callable[[Tensor], Tensor]
 
 def use_threads(count: int) -> None:
     """Threads of PyTorch in this process; 0 is one for each core."""
-    import os
-
     torch.set_num_threads(count or os.cpu_count() or 1)
 
 

@@ -1,0 +1,112 @@
+"""How the service is set up: names, token, scaling; and batches that may not change an answer."""
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import save_tokenizer
+
+from bsq_ray.config.reading import check_section
+from bsq_ray.serving.app import build, options
+from bsq_ray.serving.exact import exact_sizes, in_pieces, pieces
+from bsq_ray.serving.running import is_loopback, settings_of
+from bsq_ray.serving.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("one") / "tiny", seed=0)
+
+
+def test_a_model_is_called_as_its_configuration_or_as_one_says(model):
+    assert settings_of([model, f"other={model}"], "127.0.0.1", None, []).models == {"tiny": model, "other": model}
+    with pytest.raises(ValueError, match="two models are called tiny; give one another name"):
+        settings_of([model, model], "127.0.0.1", None, [])
+    with pytest.raises(ValueError, match="is not a model folder"):
+        settings_of([model + "/none"], "127.0.0.1", None, [])
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_whoever_listens_to_others_asks_for_a_token(model, host, loopback):
+    assert is_loopback(host) is loopback
+    assert settings_of([model], host, None, []).authentication is not loopback
+    for wanted in (True, False):
+        assert settings_of([model], host, wanted, []).authentication is wanted
+
+
+def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
+    monkeypatch.delenv("BSQ_RAY_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="BSQ_RAY_TOKEN must hold a token"):
+        build({"models": {"tiny": model}})
+    monkeypatch.setenv("BSQ_RAY_TOKEN", "short")
+    with pytest.raises(ValueError, match="16 characters"):
+        build({"models": {"tiny": model}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["tokenizer.gpu=1"], "did you mean tokenizer.gpus?"),
+        (["limits.waiting=0"], "limits.waiting"),
+        (["codec.replicas=3", "codec.most_replicas=2"], "most_replicas 2 is below replicas 3"),
+        (["models={}"], "name at least one model folder"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_key(overrides, said):
+    with pytest.raises(ValueError, match=said.replace(".", r"\.").replace("?", r"\?")):
+        check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
+
+
+def test_each_kind_of_deployment_scales_on_its_own():
+    overrides = [
+        "tokenizer.replicas=2", "tokenizer.gpus=0.25", "codec.most_replicas=5", "codec.queue=3", "generator.cpus=4",
+        "limits.waiting=7",
+    ]  # fmt: skip
+    settings = check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
+    tokenizer, codec, generator = (
+        options(section, 8, settings) for section in (settings.tokenizer, settings.codec, settings.generator)
+    )
+    assert (tokenizer["num_replicas"], tokenizer["ray_actor_options"]["num_gpus"]) == (2, 0.25)
+    assert settings.tokenizer.device == "cuda"
+    scaling = codec["autoscaling_config"]
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 5, 3)
+    assert generator["ray_actor_options"]["num_cpus"] == 4
+    assert {part["max_queued_requests"] for part in (tokenizer, codec, generator)} == {7}
+
+
+def test_only_sizes_that_change_no_bit_are_used():
+    """A computation that adds up differently in batches of 4, as a matrix product may."""
+    seen = []
+
+    def run(rows):
+        seen.append(len(rows))
+        return rows * 3 + (1e-7 if len(rows) == 4 else 0)
+
+    rows = torch.rand(8, 5)
+    sizes = exact_sizes(run, rows)
+    assert sizes == [8, 2, 1]
+    seen.clear()
+    assert torch.equal(in_pieces(run, torch.cat([rows, rows[:7]]), sizes), torch.cat([rows, rows[:7]]) * 3)
+    assert seen == [8, 2, 2, 2, 1]
+
+
+def test_a_model_that_takes_long_is_not_tried_in_large_batches():
+    def run(rows):
+        time.sleep(0.02 * len(rows))
+        return rows
+
+    assert exact_sizes(run, torch.rand(64, 2), seconds=0.2) in ([2, 1], [4, 2, 1])
+
+
+@given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))
+def test_pieces_cover_a_batch_once(count, sizes):
+    allowed = sorted(sizes | {1}, reverse=True)
+    found = list(pieces(count, allowed))
+    assert [row for piece in found for row in range(piece.start, piece.stop)] == list(range(count))
+    assert {piece.stop - piece.start for piece in found} <= set(allowed)
