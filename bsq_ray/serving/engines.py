@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from bsq_ray import config, hub
 from bsq_ray.codec.image import Codec
@@ -134,12 +133,6 @@ class CodecEngine:
         self.codec = Codec.from_pretrained(url, device=device)
         self._raw = Codec(self.codec.tokenizer)
         self._max_pixels, self._seconds = max_pixels, seconds
-        self._work: Work | None = None
-        for part in (self.codec.tokenizer, self.codec.prior):
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, nn.Linear):
-                    # Nothing else gets between two tiles of a long request.
-                    module.register_forward_pre_hook(self._check)
 
     def facts(self) -> dict[str, Any]:
         """What the list of models says of it."""
@@ -152,9 +145,8 @@ class CodecEngine:
         Raises:
             Refused: see `read_image`; 503 when its time is up.
         """
-        image = read_image(data, self._max_pixels)
-        with self._during(work):
-            return self.codec.compress(image).data, image.size
+        image, check = read_image(data, self._max_pixels), self._check(work)
+        return self.codec.compress(image, check).data, image.size
 
     def decompress(self, data: bytes, work: Work) -> tuple[bytes, tuple[int, int]]:
         """A .bsq file to a PNG, and the image's size.
@@ -162,11 +154,10 @@ class CodecEngine:
         Raises:
             Refused: 422 damaged or of other models; 503 when its time is up.
         """
-        with self._during(work):
-            try:
-                image = self.codec.decompress(data, max_pixels=self._max_pixels)
-            except ValueError as error:
-                raise Refused(422, str(error)) from None
+        try:
+            image = self.codec.decompress(data, max_pixels=self._max_pixels, progress=self._check(work))
+        except ValueError as error:
+            raise Refused(422, str(error)) from None
         return png_of(image), image.size
 
     def measure(self, data: bytes, work: Work) -> Figures:
@@ -175,25 +166,17 @@ class CodecEngine:
         Raises:
             Refused: as `compress`.
         """
-        image = read_image(data, self._max_pixels)
-        with self._during(work):
-            file = self.codec.compress(image).data
-            # The prior loses nothing, so the picture need not go through it.
-            shown = self._raw.decompress(self._raw.compress(image).data, max_pixels=self._max_pixels)
-        return measure(image, shown, len(file), lambda: work.check(self._seconds))
+        image, check = read_image(data, self._max_pixels), self._check(work)
+        size = len(self.codec.compress(image, check).data)
+        # The prior loses nothing, so the picture need not go through it.
+        raw = self._raw.compress(image, check).data
+        shown = self._raw.decompress(raw, max_pixels=self._max_pixels, progress=check)
+        return measure(image, shown, size, lambda: work.check(self._seconds))
 
-    @contextmanager
-    def _during(self, work: Work) -> Iterator[None]:
+    def _check(self, work: Work) -> Callable[[int, int], None]:
+        """What the codec calls after each group of tiles: ends a request that is no longer worth going on."""
         work.check(self._seconds)
-        self._work = work
-        try:
-            yield
-        finally:
-            self._work = None
-
-    def _check(self, *_: Any) -> None:
-        if self._work is not None:
-            self._work.check(self._seconds)
+        return lambda done, total: work.check(self._seconds)
 
 
 class GeneratorEngine:

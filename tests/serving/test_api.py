@@ -151,7 +151,7 @@ def test_a_bomb_is_refused_from_its_header(client):
 
 def claims(file, width):
     """A .bsq file whose header says another width."""
-    return file[:6] + struct.pack("<I", width) + file[10:]
+    return file[:8] + struct.pack("<I", width) + file[12:]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def claims(file, width):
         ("decompress", lambda _, file: file[:60], 422, "cut off"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
         ("decompress", lambda _, file: claims(file, 2**31), 422, "claims"),
-        ("decompress", lambda _, file: file[:22] + bytes(8) + file[30:], 422, "not served here"),
+        ("decompress", lambda _, file: file[:21] + bytes(8) + file[29:], 422, "not served here"),
         ("decode", b"[1, 2", 415, "not JSON"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 10}', 422, "packed"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 9, "packed": ""}', 422, "bits"),
