@@ -23,7 +23,7 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator[None]:
+def ray_session(address: str | None = None, cpus: int | None = None, dashboard: bool = False) -> Iterator[str]:
     """Joins the cluster at `address`, or the one a job runs on, or starts a local one for the time of the block.
 
     Args:
@@ -31,6 +31,10 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
             already connected or runs inside `ray job submit`.
         cpus: logical CPUs of the Ray that is started; None is the number of cores, at least 4, because reading
             tasks must find room beside the workers.
+        dashboard: whether the Ray that is started has one.
+
+    Yields:
+        The dashboard's address, empty where there is none.
 
     Raises:
         ValueError: no cluster answers at `address`.
@@ -40,7 +44,7 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
     import ray
 
     if ray.is_initialized():
-        yield
+        yield _dashboard()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
@@ -57,15 +61,22 @@ def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator
             ray.init(
                 address="local",
                 num_cpus=cpus or max(4, os.cpu_count() or 1),
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 log_to_driver=False,
                 logging_level="warning",
                 object_store_memory=2**30,
             )
     try:
-        yield
+        yield _dashboard()
     finally:
         ray.shutdown()
+
+
+def _dashboard() -> str:
+    import ray
+
+    url = ray._private.worker._global_node.webui_url
+    return f"http://{url}" if url and "://" not in url else url or ""
 
 
 def resources_within_reach() -> dict[str, float]:

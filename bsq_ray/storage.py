@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
+Value = TypeVar("Value")
+
+_STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
+# What another try will not change: the names, the rights and the credentials are wrong.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL"}
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
+
+
+class Unavailable(ValueError):
+    """Storage failed in a way that may pass: no answer, an error of the server, a full disk."""
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether what a file system raised could be different at the next try."""
+    if isinstance(error, Unavailable):
+        return True
+    if isinstance(error, _LASTING) or type(error).__name__ in _LASTING_NAMES:
+        return False
+    # An object store that answers "your request is wrong" (a range behind the end of a file) will say so again.
+    response = getattr(error.__cause__ or error, "response", None)
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
+    if 400 <= status < 500 and status not in (408, 429):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
+
 
 @contextmanager
 def explained(url: str, action: str) -> Iterator[None]:
-    """Turns what a file system raises about `url` into one ValueError sentence; `action` completes "cannot …"."""
+    """Turns what a file system raises about `url` into one ValueError sentence; `action` completes "cannot …".
+
+    Raises:
+        Unavailable: a ValueError that may pass, see `persistently`.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -22,11 +54,31 @@ def explained(url: str, action: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"cannot {action} {url}: {reason}") from error
+            kind = Unavailable if may_pass(error) else ValueError
+            raise kind(f"cannot {action} {url}: {reason}") from error
         raise
 
 
-_STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
+def persistently(operation: Callable[[], Value], patience: float, say: Callable[[str], None]) -> Value:
+    """Calls an operation until storage is there: again after about 0.5, 1, 2, 4 … and at most 60 seconds.
+
+    Args:
+        operation: is called from its beginning each time.
+        patience: seconds after which the newest `Unavailable` is raised.
+        say: hears of each failure that is followed by another try.
+    """
+    pause, end = _FIRST_PAUSE, time.monotonic() + patience
+    while True:
+        try:
+            return operation()
+        except Unavailable as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise
+            say(f"{error}; trying again")
+        # Not all workers at the same moment.
+        time.sleep(min(left, pause * random.uniform(0.5, 1)))
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -16,6 +16,7 @@ os.environ.update(
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_DATA_LOG_LEVEL="ERROR",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_metrics_report_interval_ms="1000",
     AWS_EC2_METADATA_DISABLED="true",
 )
 os.environ.pop("RAY_ADDRESS", None)

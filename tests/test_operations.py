@@ -37,7 +37,7 @@ def test_every_file_that_is_linked_or_called_is_there(page):
     [
         ("the machines do not read the same newest checkpoint", "bsq_ray/training/loop.py"),
         ("no Ray cluster answers at", "bsq_ray/session.py"),
-        ("nonfinite.json", "bsq_ray/training/loop.py"),
+        ("nonfinite.json", "bsq_ray/training/finite.py"),
     ],
 )
 def test_a_message_that_is_quoted_is_one_that_is_given(words, source):

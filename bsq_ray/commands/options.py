@@ -23,6 +23,14 @@ def numbers(text: str, option: str) -> list[int]:
         raise ValueError(f"{option} {text} are not numbers with commas between them, such as 1,2") from None
 
 
+def number_or_range(text: str, option: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError:
+        raise ValueError(f"{option} {text} is neither a number, such as 8, nor a range, such as 4-8") from None
+
+
 def which_weights(name: str) -> Literal["ema", "plain"]:
     if name not in ("ema", "plain"):
         raise ValueError(f"--weights {name} is not known; choose ema or plain")

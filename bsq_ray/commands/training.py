@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, Overrides, which_device
+from bsq_ray.commands.options import Address, Overrides, number_or_range, which_device
 
 
 def train(
@@ -16,7 +16,7 @@ def train(
     config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
     data: Annotated[str, typer.Option(help="Packed training images, or a token table.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
-    workers: Annotated[int, typer.Option(help="Training processes; 0 trains without Ray.")] = 1,
+    workers: Annotated[str, typer.Option(help="Training processes, or a range: 8-16; 0 trains without Ray.")] = "1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     held_out: Annotated[str | None, typer.Option(help="Packed images for evaluations along the way.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time limit; the schedule then follows the clock.")] = None,
@@ -29,22 +29,22 @@ def train(
     from bsq_ray.config import load_config
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.launch import train as launch
+    from bsq_ray.training.summary import summary_lines
 
+    fewest, most = number_or_range(workers, "--workers")
     run = load_config(config, overrides or [])
     if stage != run.stage:
         raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
     try:
         result = launch(
-            run, data, out, workers, resume, address, held_out, minutes, which_device(device), init_url=init
+            run, data, out, most, resume, address, held_out, minutes, which_device(device), fewest, init_url=init
         )
     except Interrupted as stop:
         again = [argument for argument in sys.argv[1:] if argument != "--resume"]
         told = str(stop).split(";")[0]
         command = shlex.join(["bsq-ray", *again, "--resume"])
         raise Interrupted(f"{told}; checkpoint and model are saved in {out}. Go on with: {command}") from None
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
-    print(f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {figures}")
-    print(f"model: {out.rstrip('/')}/model")
+    print("\n".join(summary_lines(result, out)))
 
 
 def plan_run(

@@ -220,8 +220,20 @@ class Engine(Strict):
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
     precision: Literal["bf16", "fp32", "auto"] = "bf16"
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _only_a_partitioned_optimizer_is_offloaded(self) -> Engine:
+        if self.offload_optimizer and self.kind == "ddp":
+            raise ValueError("offload_optimizer is done by DeepSpeed; use kind deepspeed with zero_stage 1, 2 or 3")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer moves the optimizer state that ZeRO partitions, and zero_stage 0 partitions none; "
+                "use zero_stage 1, 2 or 3"
+            )
+        return self
 
 
 class Training(Strict):
@@ -241,6 +253,7 @@ class Training(Strict):
     evaluate_batches: int = Field(2, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
+    storage_patience: float = Field(600.0, ge=0)
 
     @model_validator(mode="after")
     def _micro_batches_fill_batch(self) -> Training:

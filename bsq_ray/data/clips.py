@@ -29,6 +29,9 @@ from bsq_ray.data.videos import read_frames
 class ClipSource(Source):
     """Clips of `frames` frames of `size` pixels cut from the videos of a manifest.
 
+    Args:
+        patience: seconds for which storage may fail before what lies there counts as damaged.
+
     Attributes:
         notes: how many videos have no clip.
 
@@ -36,8 +39,9 @@ class ClipSource(Source):
         ValueError: no video is long enough.
     """
 
-    def __init__(self, manifest: Manifest, section: config.Data, size: int, frames: int) -> None:
+    def __init__(self, manifest: Manifest, section: config.Data, size: int, frames: int, patience: float = 0.0) -> None:
         self.manifest, self.section, self.size, self.frames = manifest, section, size, frames
+        self.patience = patience
         self.url, self.hash = manifest.url, manifest.hash
         self.span = (frames - 1) * section.frame_stride + 1
         lengths = [[video.frames for video in shard.videos] for shard in manifest.shards]
@@ -56,7 +60,7 @@ class ClipSource(Source):
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> Samples:
         """Clips with a random start and a random crop."""
         result = Samples(np.empty((len(samples_P), 3, self.frames, self.size, self.size), np.uint8), samples_P * 0, [])
-        files = self._files(samples_P.tolist())
+        files = self._files(samples_P.tolist(), result)
         for place, (sample, epoch) in enumerate(zip(samples_P.tolist(), epochs_P.tolist(), strict=True)):
             rng = np.random.default_rng((seed, epoch, sample))
             found = self._first_readable(sample, files, rng, result.damaged)
@@ -68,7 +72,7 @@ class ClipSource(Source):
         """Clips from the middles of the parts, resized to the short side, the centre cut out."""
         shape = (3, self.frames, self.size, self.size)
         result = Samples(np.empty((0, *shape), np.uint8), np.empty(0, np.int64), [])
-        files = self._files(samples)
+        files = self._files(samples, result)
         clips, labels = [], []
         for sample in samples:
             shard, index, starts = self.locate(sample)
@@ -96,8 +100,9 @@ class ClipSource(Source):
     def _clips(self, length: int) -> int:
         return min(self.section.clips_per_video, length // self.span)
 
-    def _files(self, samples: Sequence[int]) -> Files:
-        return Files(self.manifest, [self.locate(sample)[:2] for sample in samples])
+    def _files(self, samples: Sequence[int], result: Samples) -> Files:
+        places = [self.locate(sample)[:2] for sample in samples]
+        return Files(self.manifest, places, self.patience, result.delays.append)
 
     def _centre(self, image: Image.Image) -> np.ndarray:
         return evaluation_image(image, self.size, self.section.evaluation_filter)

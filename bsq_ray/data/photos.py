@@ -14,10 +14,14 @@ from bsq_ray.data.source import Samples, Source
 
 
 class PhotoSource(Source):
-    """Images of `size` pixels cut from the photographs of a manifest."""
+    """Images of `size` pixels cut from the photographs of a manifest.
 
-    def __init__(self, manifest: Manifest, section: config.Data, size: int) -> None:
-        self.manifest, self.section, self.size = manifest, section, size
+    Args:
+        patience: seconds for which storage may fail before what lies there counts as damaged.
+    """
+
+    def __init__(self, manifest: Manifest, section: config.Data, size: int, patience: float = 0.0) -> None:
+        self.manifest, self.section, self.size, self.patience = manifest, section, size, patience
         self.url, self.hash = manifest.url, manifest.hash
         self.shard_sizes = tuple(len(shard.keys) for shard in manifest.shards)
         self.sample_bytes = 3 * size**2
@@ -30,14 +34,15 @@ class PhotoSource(Source):
             return training_crop(image, self.size, self.section.crop_scale, self.section.flip, rng)
 
         short_side = round(self.size * self.section.crop_scale[1])
-        return read_samples(self.manifest, samples_P.tolist(), short_side, crop)
+        return read_samples(self.manifest, samples_P.tolist(), short_side, crop, self.patience)
 
     def read_held_out(self, samples: range) -> Samples:
         """Resized to the short side, then the centre."""
         size, resize_filter = self.size, self.section.evaluation_filter
         block = Samples(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
         images, labels = [], []
-        for sample, blob in zip(samples, fetch(self.manifest, samples), strict=True):
+        blobs = fetch(self.manifest, samples, self.patience, block.delays.append)
+        for sample, blob in zip(samples, blobs, strict=True):
             shard, index = self.manifest.locate(sample)
             try:
                 images.append(evaluation_image(decode(blob, shard.sizes[index], None), size, resize_filter))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import numpy as np
@@ -20,6 +20,7 @@ from bsq_ray.data.source import Samples
 
 # Files up to this size are fetched whole, bytes.
 _SMALL = 4 * 2**20
+_Place = tuple[Shard, int]
 
 
 def read_samples(
@@ -27,6 +28,7 @@ def read_samples(
     samples: Sequence[int],
     short_side: int | None,
     transform: Callable[[Image.Image, int], np.ndarray],
+    patience: float = 0.0,
 ) -> Samples:
     """Reads, decodes and transforms samples, in the given order.
 
@@ -37,13 +39,14 @@ def read_samples(
         samples: numbers of the samples through all shards.
         short_side: what JPEGs may be decoded towards, see `decode_image`.
         transform: called with the RGB image and the place in `samples`; returns uint8 (3, H, W).
+        patience: seconds for which storage may fail before what lies there counts as damaged.
 
     Raises:
         RuntimeError: no sample of a shard can be read.
     """
     result = Samples(np.empty(0, np.uint8), np.empty(0, np.int64), [])
     images, labels = [], []
-    blobs = fetch(manifest, samples)
+    blobs = fetch(manifest, samples, patience, result.delays.append)
     for place, sample in enumerate(samples):
         shard, index = manifest.locate(sample)
         image, index = _first_readable(manifest, shard, index, blobs[place], short_side, result.damaged)
@@ -54,23 +57,54 @@ def read_samples(
     return result
 
 
-def fetch(manifest: Manifest, samples: Iterable[int]) -> list[bytes | Exception]:
-    """The image files of samples; an exception stands where one could not be read."""
+def fetch(
+    manifest: Manifest, samples: Iterable[int], patience: float = 0.0, say: Callable[[str], None] = lambda _: None
+) -> list[bytes | Exception]:
+    """The image files of samples; an exception stands where one could not be read.
+
+    Args:
+        patience: seconds for which remote storage may fail, while it is asked again.
+        say: hears of each failure that is followed by another try.
+    """
     places = [manifest.locate(sample) for sample in samples]
-    urls = {shard.name: storage.join(manifest.url, shard.name) for shard, _ in places}
-    if not storage.is_local(manifest.url):
-        fs, _ = storage.filesystem(manifest.url)
-        paths = [storage.filesystem(urls[shard.name])[1] for shard, _ in places]
-        starts = [shard.offsets[index] for shard, index in places]
-        ends = [shard.offsets[index] + shard.sizes[index] for shard, index in places]
-        return list(fs.cat_ranges(paths, starts, ends, on_error="return"))
+    if storage.is_local(manifest.url):
+        return _fetch_local(manifest.url, places)
+    blobs: list[bytes | Exception] = [storage.Unavailable()] * len(places)
+
+    def ask() -> None:
+        """Asks for what has not come yet."""
+        missing = [p for p, blob in enumerate(blobs) if isinstance(blob, Exception) and storage.may_pass(blob)]
+        for p, blob in zip(missing, _fetch_remote(manifest.url, [places[p] for p in missing]), strict=True):
+            blobs[p] = blob
+        for p in missing:
+            blob = blobs[p]
+            if isinstance(blob, Exception) and storage.may_pass(blob):
+                with storage.explained(storage.join(manifest.url, places[p][0].name), "read"):
+                    raise blob
+
+    # What has not come by then is handled as damaged.
+    with suppress(storage.Unavailable):
+        storage.persistently(ask, patience, say)
+    return blobs
+
+
+def _fetch_remote(url: str, places: list[_Place]) -> list[bytes | Exception]:
+    fs, root = storage.filesystem(url)
+    paths = [storage.join(root, shard.name) for shard, _ in places]
+    starts = [shard.offsets[index] for shard, index in places]
+    ends = [shard.offsets[index] + shard.sizes[index] for shard, index in places]
+    return list(fs.cat_ranges(paths, starts, ends, on_error="return"))
+
+
+def _fetch_local(url: str, places: list[_Place]) -> list[bytes | Exception]:
+    _, root = storage.filesystem(url)
     blobs: list[bytes | Exception] = [b""] * len(places)
     by_shard: dict[str, list[int]] = {}
     for place, (shard, _) in enumerate(places):
         by_shard.setdefault(shard.name, []).append(place)
     for name, here in by_shard.items():
         try:
-            with open(storage.filesystem(urls[name])[1], "rb", buffering=0) as file:
+            with open(storage.join(root, name), "rb", buffering=0) as file:
                 for place in sorted(here, key=lambda p: places[p][0].offsets[places[p][1]]):
                     shard, index = places[place]
                     file.seek(shard.offsets[index])
@@ -90,9 +124,16 @@ class Files:
     Args:
         manifest: the data set.
         places: shard, and place in it, of each sample.
+        patience, say: see `fetch`.
     """
 
-    def __init__(self, manifest: Manifest, places: Sequence[tuple[Shard, int]]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        places: Sequence[_Place],
+        patience: float = 0.0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.url = manifest.url
         self._blobs: dict[tuple[str, int], bytes | Exception] = {}
         if storage.is_local(manifest.url):
@@ -100,7 +141,7 @@ class Files:
         numbers = {shard.name: int(start) for shard, start in zip(manifest.shards, manifest.starts[:-1], strict=True)}
         small = {(shard.name, index) for shard, index in places if shard.sizes[index] <= _SMALL}
         samples = {place: numbers[place[0]] + place[1] for place in sorted(small)}
-        self._blobs = dict(zip(samples, fetch(manifest, samples.values()), strict=True))
+        self._blobs = dict(zip(samples, fetch(manifest, samples.values(), patience, say), strict=True))
 
     @contextmanager
     def open(self, shard: Shard, index: int) -> Iterator[IO[bytes]]:

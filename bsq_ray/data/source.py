@@ -21,12 +21,14 @@ class Samples:
         labels_P: int64.
         keys: names of the samples.
         damaged: "shard: key: reason" of each sample that could not be read and was replaced or left out.
+        delays: what storage failed with before it could be read.
     """
 
     values_P: np.ndarray
     labels_P: np.ndarray
     keys: list[str]
     damaged: list[str] = field(default_factory=list)
+    delays: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

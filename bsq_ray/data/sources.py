@@ -17,7 +17,7 @@ def open_source(run: config.AnyConfig, url: str) -> Source:
         ValueError: it is missing, damaged, or not what this stage trains on.
     """
     if not isinstance(run, config.TokenizerConfig):
-        return TokenSource(read_table(url), run.model)
+        return TokenSource(read_table(url), run.model, run.training.storage_patience)
     manifest = read_manifest(url)
     if manifest.kind == "images" and run.model.frames > 1:
         raise ValueError(
@@ -33,14 +33,15 @@ def open_pixels(run: config.TokenizerConfig, manifest: Manifest) -> Source:
     Raises:
         ValueError: they are videos and the tokenizer takes only images, or no video is long enough.
     """
+    patience = run.training.storage_patience
     if manifest.kind == "images":
-        return PhotoSource(manifest, run.data, run.model.image_size)
+        return PhotoSource(manifest, run.data, run.model.image_size, patience)
     if run.model.frames == 1:
         raise ValueError(
             f"{manifest.url} holds videos, but {run.name} takes images; "
             "use packed images, or a configuration with model.frames above 1"
         )
-    return ClipSource(manifest, run.data, run.model.image_size, run.model.frames)
+    return ClipSource(manifest, run.data, run.model.image_size, run.model.frames, patience)
 
 
 def fill_in(run: config.AnyConfig, url: str) -> config.AnyConfig:

@@ -34,10 +34,15 @@ _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
 
 @dataclass
 class Damage:
-    """Samples that could not be read, each named once however often it is met, and how many are tolerated."""
+    """Samples that could not be read, each named once however often it is met, and how many are tolerated.
+
+    Attributes:
+        delays: what storage failed with before other samples could be read.
+    """
 
     limit: int
     found: list[str] = field(default_factory=list)
+    delays: list[str] = field(default_factory=list)
 
     def add(self, reports: list[str]) -> None:
         """Counts damaged samples.
@@ -110,6 +115,7 @@ def _begun(blocks: Iterator[Samples]) -> Iterator[Samples]:
 def _cut(blocks: Iterator[Samples], share: int, damage: Damage) -> Generator[Batch, None, None]:
     """Blocks to batches of `share` samples."""
     for block in blocks:
+        damage.delays.extend(block.delays)
         damage.add(block.damaged)
         for first in range(0, len(block.keys), share):
             part = slice(first, first + share)
@@ -128,6 +134,7 @@ def evaluation_batches(
     """
     damage = damage or Damage(0)
     for block in evaluation_blocks(source, batch_size, limit):
+        damage.delays.extend(block.delays)
         damage.add(block.damaged)
         if block.keys:
             yield Batch(torch.from_numpy(block.values_P), torch.from_numpy(block.labels_P), block.keys)
@@ -202,8 +209,10 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
         while True:
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
-                damaged = [line for line in str(row["damaged"][0]).split("\n") if line]
-                yield Samples(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged)
+                damaged, delays = (
+                    [line for line in str(row[name][0]).split("\n") if line] for name in ("damaged", "delays")
+                )
+                yield Samples(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged, delays)
             blocks = ahead.popleft().result()
             ahead.extend(islice(later, 1))
 
@@ -221,6 +230,7 @@ def _execute(reader: Any, chunks: range, tasks: int) -> list[Any]:
             "labels": block.labels_P[None],
             "keys": ["\n".join(block.keys)],
             "damaged": ["\n".join(block.damaged)],
+            "delays": ["\n".join(block.delays)],
         }
 
     _quiet_and_ordered()

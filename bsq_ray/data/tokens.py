@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -144,8 +145,11 @@ def read_table(url: str) -> TokenTable:
 class TokenSource(Source):
     """The rows of a token table; `values_P` are packed bits (P, bytes)."""
 
-    def __init__(self, table: TokenTable, model: config.TokenModel) -> None:
+    def __init__(self, table: TokenTable, model: config.TokenModel, patience: float = 0.0) -> None:
         """Refuses a table that does not fit the model.
+
+        Args:
+            patience: seconds for which storage may fail.
 
         Raises:
             ValueError: its tokens are another tokenizer's, or bits, grid or classes differ; the message then gives the
@@ -168,7 +172,7 @@ class TokenSource(Source):
         ]
         if wrong:
             raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(wrong)}")
-        self.table = table
+        self.table, self.patience = table, patience
         self.url, self.hash = table.url, table.hash
         self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
         self.sample_bytes = facts.row_bytes
@@ -183,16 +187,17 @@ class TokenSource(Source):
         """Rows as they are: nothing about them is random."""
         values_P = np.empty((len(samples_P), self.sample_bytes), np.uint8)
         labels_P = np.empty(len(samples_P), np.int64)
-        keys = [""] * len(samples_P)
+        keys, delays = [""] * len(samples_P), list[str]()
         part_P = np.searchsorted(self.starts, samples_P, side="right") - 1
         row_P = samples_P - self.starts[part_P]
         for part, group in np.unique(np.stack([part_P, row_P // _GROUP], 1), axis=0):
             url = storage.join(self.url, self.table.parts[part][0])
-            group_keys, group_labels, group_values = _read_group(url, int(group), self.table.parts[part][2])
+            read = partial(_read_group, url, int(group), self.table.parts[part][2])
+            group_keys, group_labels, group_values = storage.persistently(read, self.patience, delays.append)
             for p in np.flatnonzero((part_P == part) & (row_P // _GROUP == group)):
                 row = int(row_P[p]) % _GROUP
                 keys[p], labels_P[p], values_P[p] = group_keys[row], group_labels[row], group_values[row]
-        return Samples(values_P, labels_P, keys)
+        return Samples(values_P, labels_P, keys, delays=delays)
 
     def read_held_out(self, samples: range) -> Samples:
         """The same rows."""
@@ -202,10 +207,14 @@ class TokenSource(Source):
 @lru_cache(_GROUPS_KEPT)
 def _read_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Keys, labels and packed bits of a group of rows; the digest keeps a table that was made anew apart."""
+    # What pyarrow raises about damaged content looks like a fault of the storage, which a disk seldom has.
+    guard = nullcontext() if storage.is_local(url) else storage.explained(url, "read")
     try:
-        with storage.open_url(url) as file:
+        with storage.open_url(url) as file, guard:
             columns = ["key", "label", "bits"]
             table = pq.ParquetFile(file).read_row_group(group, columns, use_threads=False)
+    except storage.Unavailable:
+        raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RuntimeError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
     bits = table["bits"].combine_chunks()

@@ -1,85 +1,113 @@
 """Between the workers of a Ray run and the process that started them: records one way, wishes the other.
 
 this process ◀──take── Board (actor) ◀──records── rank 0 … rank N-1
-             ──stop──▶               ──stop?────▶
+             ──wish──▶               ──wish?────▶
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
+
+from bsq_ray.training.gauges import Gauges
+from bsq_ray.training.worker import Wish
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a group of workers ended: the first error in it, the run's step then, and whether trying again is in vain."""
+
+    error: Exception
+    step: int
+    final: bool
+
+
+@dataclass
+class Notes:
+    """What has come from the workers.
+
+    Attributes:
+        records: of the run's log.
+        nodes: where each worker of the group runs, by rank.
+        failure: how the group failed, if it did.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    nodes: dict[int, str] = field(default_factory=dict)
+    failure: Failure | None = None
 
 
 class Board:
-    """Actor between the workers and the process that started them."""
+    """Actor that all groups of workers of a run share, one after the other."""
 
     def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-        self._stop = False
-        self._starts = 0
+        self._notes = Notes()
+        self._wish = Wish.GO_ON
         self._step = 0
-        self._failed_start = -1
-        self._failure: tuple[Exception, int] | None = None
-        self._hopeless = False
 
-    def start(self) -> None:
-        """The first worker of a group begins."""
-        self._starts += 1
+    def new_group(self) -> None:
+        """Other workers begin; only the wish to stop concerns them too."""
+        self._notes = Notes(self._notes.records)
+        self._step = 0
+        self._wish = Wish.STOP if self._wish is Wish.STOP else Wish.GO_ON
+
+    def join(self, rank: int, node: str) -> None:
+        """A worker begins."""
+        self._notes.nodes[rank] = node
 
     def add(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
+        """A record of the run."""
+        self._notes.records.append(record)
         self._step = max(self._step, record.get("step", 0))
 
     def fail(self, error: Exception, final: bool) -> None:
-        """A worker failed. What fails twice at the same step in the same way will fail again.
+        """A worker failed. Of the failures of a group only the first counts; the others follow from it."""
+        if self._notes.failure is None:
+            self._notes.failure = Failure(error, self._step, final)
 
-        Of the failures of one group only the first counts; the others follow from it.
-        """
-        if self._failed_start == self._starts:
-            return
-        self._failed_start = self._starts
-        failure = (error, self._step)
-        again = self._failure is not None and (str(self._failure[0]), self._failure[1]) == (str(error), self._step)
-        self._hopeless = final or again
-        self._failure = failure
+    def take(self) -> Notes:
+        """Everything so far; the same records are not given twice."""
+        notes = self._notes
+        self._notes = Notes([], dict(notes.nodes), notes.failure)
+        return notes
 
-    def hopeless(self) -> bool:
-        return self._hopeless
+    def ask(self, wish: Wish) -> None:
+        """Sets what the workers shall do; who shall stop needs no lesser wish."""
+        self._wish = max(self._wish, wish)
 
-    def failure(self) -> Exception | None:
-        return self._failure[0] if self._failure else None
-
-    def take(self) -> tuple[list[dict[str, Any]], int]:
-        """Records since the last call, and how often workers were started."""
-        records, self._records = self._records, []
-        return records, self._starts
-
-    def ask_to_stop(self) -> None:
-        self._stop = True
-
-    def stop_requested(self) -> bool:
-        return self._stop
+    def wish(self) -> Wish:
+        """What the workers shall do."""
+        return self._wish
 
 
 class RayReporter:
-    """Reports to the board without waiting for it."""
+    """Reports to the board without waiting for it, and to Prometheus.
 
-    def __init__(self, board: Any) -> None:
+    Args:
+        board: the actor.
+        run: folder of the run.
+    """
+
+    def __init__(self, board: Any, run: str) -> None:
         import ray
 
         self._wait, self._get = ray.wait, ray.get
         self._board = board
+        self._gauges = Gauges(run)
         self._answer: Any = None
-        self._stop = False
+        self._wish = Wish.GO_ON
 
     def record(self, record: dict[str, Any]) -> None:
+        """Puts it on the board, and its numbers on this machine's endpoint."""
         self._board.add.remote(record)
+        self._gauges.show(record)
 
-    def stop_requested(self) -> bool:
+    def wish(self) -> Wish:
         """The newest answer that has arrived; the next question is already under way."""
         if self._answer is None:
-            self._answer = self._board.stop_requested.remote()
+            self._answer = self._board.wish.remote()
         ready, _ = self._wait([self._answer], timeout=0)
         if ready:
-            self._stop = bool(self._get(ready[0]))
+            self._wish = self._get(ready[0])
             self._answer = None
-        return self._stop
+        return self._wish

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: every worker writes its part, then one file makes the whole visible.
+"""Checkpoints of a run: every worker writes its part beside the training, then one file makes the whole visible.
 
     out/checkpoints/step-000100/generator/… discriminator/… ema.safetensors rng-0.pt … checkpoint.json
 
@@ -11,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from bsq_ray import storage
+from bsq_ray.training.snapshot import Files
 from bsq_ray.training.worker import Worker
 
 _INDEX = "checkpoint.json"
@@ -45,33 +49,104 @@ class Progress:
     config: str
 
 
-def save_checkpoint(out_url: str, progress: Progress, worker: Worker, write: Callable[[Path], None], keep: int) -> None:
-    """Writes a checkpoint and removes old ones; every worker calls it.
+class CheckpointWriter:
+    """Writes checkpoints beside the training, one at a time. Every worker has one and calls the same methods.
+
+        training:  save: copy ─────────┬─▶ steps ─▶ settle: gather lists ─┬─▶ steps ─▶ settle
+        a thread:                      └─ write, checksum, upload         └─ first worker: index, remove old ones
 
     Args:
-        write: writes this worker's files into a local folder; names are the worker's own.
+        out_url: folder of the run.
+        worker: this process.
         keep: newest checkpoints to keep.
+        patience: seconds for which storage may fail; it is tried again and again.
+        tell: hears of each checkpoint that has become visible: its step, and the seconds that it took.
     """
-    url = _url(out_url, progress.step)
-    if worker.first:
-        storage.remove_folder(url)
-    worker.barrier()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write(folder)
-        mine = [_describe(path, folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-        with ThreadPoolExecutor(4) as pool:
-            list(
-                pool.map(
-                    lambda file: storage.copy_in(str(folder / file["name"]), storage.join(url, file["name"])), mine
-                )
-            )
-    files = [file for part in worker.gather(mine) for file in part]
-    if worker.first:
-        index = {"version": 1, "progress": asdict(progress), "files": files}
-        storage.write_bytes(storage.join(url, _INDEX), json.dumps(index, indent=1).encode())
-        _remove_old(out_url, keep)
-    worker.barrier()
+
+    def __init__(
+        self, out_url: str, worker: Worker, keep: int, patience: float, tell: Callable[[int, float], None]
+    ) -> None:
+        self._out_url, self._worker, self._keep, self._patience = out_url, worker, keep, patience
+        self._tell = tell
+        self._progress: Progress | None = None
+        self._task: Future[Any] | None = None
+        self._publishing = False
+        self._began = 0.0
+        self._warnings: SimpleQueue[str] = SimpleQueue()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this worker's thread is at work; when no worker's is, `settle` is due."""
+        return self._task is not None and not self._task.done()
+
+    def take_warnings(self) -> list[str]:
+        """What went wrong since the last call and was tried again."""
+        return [self._warnings.get() for _ in range(self._warnings.qsize())]
+
+    def save(self, progress: Progress, files: Files) -> None:
+        """Begins to write a checkpoint, after the one before is finished.
+
+        Raises:
+            RuntimeError: the one before could not be written; all workers raise it together.
+        """
+        self.finish()
+        self._progress, self._publishing, self._began = progress, False, time.monotonic()
+        self._task = _in_background(partial(self._write, _url(self._out_url, progress.step), files))
+
+    def settle(self) -> None:
+        """Goes on with the checkpoint whose parts are written; every worker calls it when none is busy.
+
+        Raises:
+            RuntimeError: it could not be written; all workers raise it together.
+        """
+        if self._progress is None:
+            return
+        assert self._task is not None
+        failure = self._task.exception()
+        answers = self._worker.gather((None if failure else self._task.result(), failure and str(failure)))
+        step = self._progress.step
+        for rank, (_, text) in enumerate(answers):
+            if text:
+                self._progress = self._task = None
+                raise RuntimeError(f"worker {rank} cannot write the checkpoint of step {step}: {text}")
+        if self._publishing:
+            self._progress = self._task = None
+            self._tell(step, time.monotonic() - self._began)
+            return
+        self._publishing = True
+        files = [file for part, _ in answers for file in part]
+        index = {"version": 1, "progress": asdict(self._progress), "files": files}
+        publish = partial(self._publish, _url(self._out_url, step), index)
+        self._task = _in_background(publish if self._worker.first else _nothing)
+
+    def finish(self) -> None:
+        """Waits until what was begun is visible; raises what `settle` raises."""
+        while self._task is not None:
+            wait([self._task])
+            self.settle()
+
+    def _write(self, url: str, files: Files) -> list[dict[str, Any]]:
+        """Writes this worker's part; a description of each file."""
+        if self._worker.first:
+            # Of a damaged checkpoint of this step that was passed over.
+            self._persistently(partial(storage.remove, storage.join(url, _INDEX)))
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            for name, write in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write(folder / name)
+            described = [_describe(folder / name, folder) for name in files]
+            for name in files:
+                self._persistently(partial(storage.copy_in, str(folder / name), storage.join(url, name)))
+        return described
+
+    def _publish(self, url: str, index: dict[str, Any]) -> None:
+        data = json.dumps(index, indent=1).encode()
+        self._persistently(partial(storage.write_bytes, storage.join(url, _INDEX), data))
+        self._persistently(partial(_remove_old, self._out_url, self._keep))
+
+    def _persistently(self, operation: Callable[[], None]) -> None:
+        storage.persistently(operation, self._patience, self._warnings.put)
 
 
 def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[str]]:
@@ -79,6 +154,9 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[s
 
     Returns:
         How far it is, None if there is none; and one sentence for each damaged checkpoint that was passed over.
+
+    Raises:
+        storage.Unavailable: the storage does not answer, which says nothing about the checkpoint.
     """
     warnings: list[str] = []
     for name in reversed(list_checkpoints(out_url)):
@@ -89,6 +167,8 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[s
                 list(pool.map(partial(_fetch, url, Path(scratch)), files))
                 for path in Path(scratch).iterdir():
                     path.rename(folder / path.name)
+        except storage.Unavailable:
+            raise
         except ValueError as error:
             warnings.append(f"the checkpoint {url} is damaged and is passed over: {error}")
             continue
@@ -101,6 +181,8 @@ def newest_progress(out_url: str) -> Progress | None:
     for name in reversed(list_checkpoints(out_url)):
         try:
             return _read_index(storage.join(out_url, "checkpoints", name))[0]
+        except storage.Unavailable:
+            raise
         except ValueError:
             continue
     return None
@@ -155,3 +237,21 @@ def _remove_old(out_url: str, keep: int) -> None:
         # A folder without an index is what an interrupted save left behind.
         if name.startswith("step-") and name not in kept:
             storage.remove_folder(storage.join(root, name))
+
+
+def _in_background(function: Callable[[], Any]) -> Future[Any]:
+    """Calls it in a thread that does not keep the process from ending."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _nothing() -> None:
+    """What the other workers do while the first one publishes."""

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bsq_ray import config
+from bsq_ray.training.snapshot import Files, pickled
 
 
 class Engine(ABC):
@@ -51,16 +53,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Writes this worker's part of the state; every worker calls it."""
+    def snapshot(self) -> Files:
+        """A copy of this worker's part of the state, as files; every worker calls it."""
 
     @abstractmethod
     def convert(self, folder: Path) -> None:
-        """Makes what `save` wrote loadable for another number of workers; one worker of a machine calls it."""
+        """Makes the files of all workers loadable for another number of them; one worker of a machine calls it."""
 
     @abstractmethod
     def load(self, folder: Path, same_world: bool) -> None:
-        """Reads the state written by `save` of as many workers, or of another number and then converted."""
+        """Reads the files of `snapshot` by as many workers, or by another number of them and then converted."""
 
     @contextmanager
     def whole_parameters(self, change: bool = False) -> Iterator[None]:
@@ -141,11 +143,10 @@ class DataParallelEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def save(self, folder: Path) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+    def snapshot(self) -> Files:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        return {"state.pt": pickled({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()})}
 
     def convert(self, folder: Path) -> None:
         """Nothing to do: the state is the same for any number of workers."""
@@ -179,9 +180,14 @@ class DeepSpeedEngine(Engine):
             # Always said: DeepSpeed's own default clips at 1.
             "gradient_clipping": section.optimizer.gradient_clip,
             "zero_optimization": {"stage": section.engine.zero_stage},
+            # AdamW of PyTorch steps on the host too; DeepSpeed's own would have to be compiled on every machine.
+            "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,
         }
+        if section.engine.offload_optimizer:
+            pinned = device.type == "cuda"
+            self._settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
         self._stage = section.engine.zero_stage
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._settings)
         self.module = module
@@ -205,8 +211,24 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         return norm if norm is not None or not last else float(self._engine.get_global_grad_norm())
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag="state")
+    def snapshot(self) -> Files:
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+        files: Files = {}
+
+        class Copying(TorchCheckpointEngine):
+            def save(self, state_dict: Any, path: str) -> None:
+                files[Path(path).relative_to(scratch).as_posix()] = pickled(state_dict)
+
+        usual = self._engine.checkpoint_engine
+        # DeepSpeed itself only puts small scripts there, for which there is no use here.
+        with tempfile.TemporaryDirectory() as scratch:
+            self._engine.checkpoint_engine = Copying()
+            try:
+                self._engine.save_checkpoint(scratch, tag="state")
+            finally:
+                self._engine.checkpoint_engine = usual
+        return files
 
     def convert(self, folder: Path) -> None:
         if self._stage > 0:

@@ -43,12 +43,15 @@ class Result:
 
     Attributes:
         step: steps taken.
-        finished: whether it came to its end, rather than being asked to stop.
+        finished: whether it came to its end, rather than being asked to stop or to make room.
         seconds: time in training steps over all parts of the run.
         images_per_second: of this part, all workers together.
         data_wait: share of this part's time spent waiting for data, 0 to 1.
-        damaged: samples that could not be read, as this worker saw them.
+        checkpoints: how many were written.
+        checkpoint_stall: seconds for which steps were held up by them.
+        damaged: samples that could not be read by any worker.
         figures: the last evaluation, with the averaged weights if there are any.
+        restarts: why other workers went on, once for each time.
     """
 
     step: int
@@ -56,12 +59,11 @@ class Result:
     seconds: float
     images_per_second: float
     data_wait: float
+    checkpoints: int = 0
+    checkpoint_stall: float = 0.0
     damaged: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-
-
-class NonFinite(RuntimeError):
-    """A loss or gradient that is not a finite number; the weights were not touched by it."""
+    restarts: list[str] = field(default_factory=list)
 
 
 def split_batch(section: config.Training, world: int) -> tuple[int, int]:
@@ -83,6 +85,28 @@ def split_batch(section: config.Training, world: int) -> tuple[int, int]:
             f"training.micro_batch_size {micro}"
         )
     return micro, share // micro
+
+
+def possible_sizes(section: config.Training, fewest: int, most: int) -> list[int]:
+    """Numbers of workers, ascending, that can share the global batch; the most must be one of them.
+
+    Raises:
+        ValueError: the numbers are no range, or the most cannot share the batch.
+    """
+    if most < 0:
+        raise ValueError(f"workers {most} must be 0 (this process, without Ray) or more")
+    if fewest > most or (fewest < 1 and most > 0):
+        raise ValueError(f"workers {fewest}-{most} is no range from 1 worker or more to as many or more")
+    split_batch(section, max(1, most))
+    return [size for size in range(fewest, most + 1) if size in (0, most) or _can_share(section, size)]
+
+
+def _can_share(section: config.Training, world: int) -> bool:
+    try:
+        split_batch(section, world)
+    except ValueError:
+        return False
+    return True
 
 
 def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, out_url: str) -> None:

@@ -16,11 +16,12 @@ from bsq_ray.data.sources import fill_in, open_source
 from bsq_ray.models.initialisation import initial_weights
 from bsq_ray.session import ray_session
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
-from bsq_ray.training.job import Job, Result, check_same_run, split_batch
+from bsq_ray.training.job import Job, Result, check_same_run, possible_sizes
 from bsq_ray.training.loop import run
 from bsq_ray.training.on_ray import Share, run_on_ray
 from bsq_ray.training.progress import ProgressLine
-from bsq_ray.training.worker import Device, Worker, local_device
+from bsq_ray.training.summary import Summary
+from bsq_ray.training.worker import Device, Wish, Worker, local_device
 
 
 class Interrupted(RuntimeError):
@@ -37,6 +38,7 @@ def train(
     held_out_url: str | None = None,
     minutes: float | None = None,
     device: Device = "auto",
+    min_workers: int | None = None,
     max_failures: int = 3,
     init_url: str | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
@@ -51,7 +53,9 @@ def train(
         address: Ray cluster; None starts one on this machine for the time of the run.
         device: what each worker computes on: "gpu", "cpu", or "auto", which takes GPUs where the cluster has any, up or
             still to be brought up by its autoscaler.
-        max_failures: how often lost workers are replaced; the run then goes on from its newest checkpoint.
+        min_workers: the run goes on with as few when there is room for no more, and with more when there is; the global
+            batch stays. None always trains with `workers`.
+        max_failures: how often lost workers are replaced without a new checkpoint between.
         init_url: folder of a trained tokenizer whose weights a new run begins with.
         show: receives the run's records instead of the progress line.
         stop: asks the run to save and stop when it is set; None lets Ctrl-C and SIGTERM ask.
@@ -69,18 +73,27 @@ def train(
         init_url = storage.absolute(init_url)
     run_config = fill_in(run_config, data_url)
     job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
-    _check(job, workers, resume)
+    sizes = possible_sizes(run_config.training, workers if min_workers is None else min_workers, workers)
+    _check(job, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
-    with _display(show) as say:
+    summary = Summary()
+    with _display(show) as shown:
+        say = summary.heard(shown)
         if workers == 0:
             with stop_on_signal(stop) as asked:
+                say({"kind": "place", "step": 0, "out": out_url, "dashboard": ""})
                 worker = Worker(0, 1, local_device(device), "local", _LocalReporter(say, asked))
-                result, restarts = run(job, worker), 0
+                result: Result | None = run(job, worker)
         else:
             # In this order, because Ray takes SIGTERM for itself when it starts.
-            with ray_session(address), stop_on_signal(stop) as asked:
-                result, restarts = run_on_ray(job, workers, device, max_failures, say, asked, share)
-    facts = {**asdict(result), "workers": workers, "restarts": restarts, "minutes": minutes}
+            with ray_session(address, dashboard=True) as dashboard, stop_on_signal(stop) as asked:
+                say({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
+                result = run_on_ray(job, sizes, device, max_failures, say, asked, share)
+    if result is None:
+        raise Interrupted("stopped before the workers began. Go on with the same command and --resume")
+    result = summary.complete(result)
+    facts = {**asdict(result), "restarts": len(result.restarts), "restart_reasons": result.restarts}
+    facts |= {"workers": workers, "minutes": minutes}
     storage.write_bytes(storage.join(out_url, "summary.json"), json.dumps(facts, indent=1).encode())
     if not result.finished:
         raise Interrupted(
@@ -90,13 +103,10 @@ def train(
     return result
 
 
-def _check(job: Job, workers: int, resume: bool) -> None:
+def _check(job: Job, resume: bool) -> None:
     """What can be known to be wrong before anything is started."""
-    if workers < 0:
-        raise ValueError(f"workers {workers} must be 0 (this process, without Ray) or more")
     if job.minutes is not None and job.minutes <= 0:
         raise ValueError(f"minutes {job.minutes} must be positive")
-    split_batch(job.config.training, max(1, workers))
     source = open_source(job.config, job.data_url)
     for each in (source, open_source(job.config, job.held_out_url) if job.held_out_url else source):
         if not each.samples:
@@ -147,4 +157,7 @@ def stop_on_signal(given: threading.Event | None = None) -> Iterator[threading.E
 class _LocalReporter:
     def __init__(self, say: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
         self.record = say
-        self.stop_requested = stop.is_set
+        self._stop = stop
+
+    def wish(self) -> Wish:
+        return Wish.STOP if self._stop.is_set() else Wish.GO_ON

@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class Log:
         self.out_url = out_url
         self._local = storage.is_local(out_url)
         self._url = storage.join(out_url, "metrics.jsonl")
-        self._lines = _lines_until(self._url, step)
-        self._write_lines()
+        self._old = [f"{line}\n" for line in _lines_until(self._url, step)]
+        self._new: list[str] = []
+        storage.write_bytes(self._url, "".join(self._old).encode())
         self._written = 0.0
         self._scratch = tempfile.TemporaryDirectory()
         folder = storage.filesystem(storage.join(out_url, "tensorboard"))[1] if self._local else self._scratch.name
@@ -44,17 +46,16 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; its numbers go to TensorBoard under `kind/name`."""
-        line = json.dumps(record)
-        if self._local:
-            with open(storage.filesystem(self._url)[1], "a") as file:
-                file.write(f"{line}\n")
-        else:
-            self._lines.append(line)
+        self._new.append(f"{json.dumps(record)}\n")
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        if self._local:
+            self._write_new()
         if time.monotonic() - self._written > _FLUSH_SECONDS:
-            self.flush()
+            # What storage refuses now it may take the next time; nothing is lost meanwhile.
+            with suppress(storage.Unavailable):
+                self.flush()
 
     def picture(self, name: str, pixels_3HW: Tensor) -> None:
         """Writes a uint8 picture as `out/samples/{name}.png`."""
@@ -63,13 +64,17 @@ class Log:
         storage.write_bytes(storage.join(self.out_url, "samples", f"{name}.png"), png.getvalue())
 
     def flush(self) -> None:
-        """Makes everything written so far visible."""
+        """Makes everything written so far visible.
+
+        Raises:
+            storage.Unavailable: storage failed; what was to be written is kept for the next call.
+        """
+        self._written = time.monotonic()
         self._tensorboard.flush()
+        self._write_new()
         if not self._local:
-            self._write_lines()
             for path in Path(self._scratch.name).iterdir():
                 storage.copy_in(str(path), storage.join(self.out_url, "tensorboard", path.name))
-        self._written = time.monotonic()
 
     def close(self) -> None:
         """Flushes and releases the files."""
@@ -77,8 +82,14 @@ class Log:
         self._tensorboard.close()
         self._scratch.cleanup()
 
-    def _write_lines(self) -> None:
-        storage.write_bytes(self._url, "".join(f"{line}\n" for line in self._lines).encode())
+    def _write_new(self) -> None:
+        """Appends on a disk; an object store cannot, so there the whole file is written again."""
+        if not self._local:
+            storage.write_bytes(self._url, "".join(self._old + self._new).encode())
+            return
+        with storage.explained(self._url, "write"), open(storage.filesystem(self._url)[1], "a") as file:
+            file.writelines(self._new)
+        self._new.clear()
 
 
 def _lines_until(url: str, step: int) -> list[str]:

@@ -8,13 +8,10 @@ Knows nothing of Ray: `Worker` says who this process is, its reporter whom to te
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import safetensors.torch
@@ -25,20 +22,24 @@ from bsq_ray import config, hub, storage
 from bsq_ray.data.source import Batch
 from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
-from bsq_ray.training.checkpoint import Progress, load_checkpoint, newest_progress, save_checkpoint
+from bsq_ray.storage import Value
+from bsq_ray.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_progress
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
-from bsq_ray.training.job import Job, NonFinite, Result, check_same_run, split_batch
+from bsq_ray.training.finite import Loss, non_finite, unlike_numbers
+from bsq_ray.training.job import Job, Result, check_same_run, split_batch
 from bsq_ray.training.log import Log
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
-from bsq_ray.training.worker import Worker, autocast_precision
+from bsq_ray.training.state import State
+from bsq_ray.training.worker import Wish, Worker, autocast_precision
 
 _Sums = dict[str, list[Tensor | float]]
 
 
 def run(job: Job, worker: Worker) -> Result:
-    """Trains until the end, the time limit, or a request to stop; always leaves a checkpoint and a model folder.
+    """Trains until the end, the time limit, or a wish to end before; always leaves a checkpoint, and a model folder
+    unless the wish was to make room for others.
 
     Goes on from the newest whole checkpoint in `job.out_url`, if there is one.
 
@@ -48,15 +49,6 @@ def run(job: Job, worker: Worker) -> Result:
         RuntimeError: too many samples are damaged.
     """
     return _Run(job, worker).train()
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """The loss of a phase on one micro batch."""
-
-    total: Tensor
-    scalars: dict[str, Tensor]
-    keys: list[str]
 
 
 class _Run:
@@ -82,13 +74,19 @@ class _Run:
         if self.section.ema_decay:
             with self.engines[self.main].whole_parameters():
                 self.ema = EMA(self.stage.modules[self.main], self.section.ema_decay)
+        self.state = State(self.engines, self.ema, worker)
+        self.checkpoints = CheckpointWriter(
+            job.out_url, worker, self.section.keep_checkpoints, self.section.storage_patience, self._visible
+        )
         self.step = 0
         self.elapsed = 0.0
+        self.stall = 0.0
         self.figures: dict[str, float] = {}
         torch.manual_seed(self.section.seed + 1 + worker.rank)
         self._resume()
-        self.log = Log(job.out_url, self.step) if worker.first else None
+        self.log = self._persistently(lambda: Log(job.out_url, self.step)) if worker.first else None
         self.damage = Damage(job.config.data.max_damaged)
+        self.damage_told = 0
 
     def train(self) -> Result:
         section = self.section
@@ -102,7 +100,7 @@ class _Run:
         began, first_step, waited = time.monotonic(), self.step, 0.0
         logged, logged_step = began, self.step
         before = self.elapsed
-        _, progress = self._agree()
+        wish, progress = self._agree()
         stopped = progress >= 1
         while not stopped:
             asked = time.monotonic()
@@ -112,25 +110,29 @@ class _Run:
             self._optimise(batch, rate, sums)
             self.step += 1
             self.elapsed = before + time.monotonic() - began
-            stop, progress = self._agree()
-            stopped = stop or progress >= 1
+            wish, progress = self._agree()
+            stopped = wish > Wish.GO_ON or progress >= 1
             if self.step % section.log_every == 0 or stopped:
                 now = time.monotonic()
                 speed = section.batch_size * (self.step - logged_step) / (now - logged)
                 logged, logged_step = now, self.step
+                self._tell_of_data()
                 self._log_training(sums, rate, speed, waited / (now - began), progress)
                 sums.clear()
             if self.step % section.checkpoint_every == 0 or stopped:
                 self._save()
+            if stopped:
+                self.checkpoints.finish()
             if self.step % section.evaluate_every == 0 and not stopped:
                 self._evaluate("plain")
             elif self.step % section.sample_every == 0 and not stopped:
                 self._picture()
         seconds = max(time.monotonic() - began, 1e-9)
         batches.close()
-        self._export()
+        if wish is not Wish.MAKE_ROOM or progress >= 1:
+            self._export()
         if self.log:
-            self.log.close()
+            self._persistently(self.log.close)
         return Result(
             step=self.step,
             finished=progress >= 1,
@@ -143,7 +145,7 @@ class _Run:
 
     def _optimise(self, batch: Batch, rate: float, sums: _Sums) -> None:
         """One step of every engine whose phase it is."""
-        losses: dict[str, list[_Loss]] = defaultdict(list)
+        losses: dict[str, list[Loss]] = defaultdict(list)
         for number, micro in enumerate(micro_batches(batch, self.accumulation)):
             carry: dict[str, Any] = {}
             for phase in self.stage.phases(self.step):
@@ -151,58 +153,44 @@ class _Run:
                 with self._only(phase):
                     with self._autocast():
                         loss, scalars = self.stage.loss(phase, micro, self.engines, carry, self.step)
-                    losses[phase].append(_Loss(loss.detach(), scalars, micro.keys))
+                    losses[phase].append(Loss(loss.detach(), scalars, micro.keys))
                     engine.backward(loss)
                     if number == self.accumulation - 1:
-                        self._refuse_non_finite(losses[phase])
+                        self._refuse_non_finite(unlike_numbers(losses[phase], self.worker))
                     norm = engine.step(rate)
                 for name, value in scalars.items():
                     sums[name].append(value)
                 if norm is not None:
                     sums[f"gradient_{phase}"].append(norm)
                     if norm != norm or norm == float("inf"):
-                        self._stop_on(f"the gradient of the {phase}", batch.keys)
+                        self._refuse_non_finite((f"the gradient of the {phase}", batch.keys))
         if self.ema is not None:
             with self.engines[self.main].whole_parameters():
                 self.ema.update(self.stage.modules[self.main])
 
-    def _refuse_non_finite(self, losses: list[_Loss]) -> None:
-        """Stops all workers together if the loss of any of them is not finite."""
-        bad = not bool(torch.isfinite(torch.stack([loss.total for loss in losses])).all())
-        [anywhere] = self.worker.greatest([float(bad)])
-        if not anywhere:
-            return
-        found = [loss for loss in losses if not bool(torch.isfinite(loss.total))]
-        terms = {
-            name for loss in found for name, value in loss.scalars.items() if not bool(torch.isfinite(value).all())
-        }
-        told = sorted({term for part in self.worker.gather(sorted(terms)) for term in part})
-        self._stop_on(f"the loss ({', '.join(told)})", [key for loss in found for key in loss.keys])
+    def _refuse_non_finite(self, found: tuple[str, list[str]] | None) -> None:
+        """Ends the run if something, seen on these samples, is not finite; all workers find it at the same step."""
+        if found:
+            self.checkpoints.finish()
+            raise non_finite(*found, self.step + 1, self.job.out_url, self.worker)
 
-    def _stop_on(self, what: str, keys: list[str]) -> None:
-        """Every worker comes here at the same step, with the keys it suspects."""
-        suspected = [key for part in self.worker.gather(keys) for key in part]
-        url = storage.join(self.job.out_url, "nonfinite.json")
-        if self.worker.first:
-            record = {"step": self.step + 1, "what": what, "keys": suspected}
-            storage.write_bytes(url, json.dumps(record, indent=1).encode())
-        named = ", ".join(suspected[:4]) + (f" and {len(suspected) - 4} more" if len(suspected) > 4 else "")
-        raise NonFinite(
-            f"step {self.step + 1}: {what} is not finite; the batch was {named} (all in {url}). The weights were not "
-            "changed by it; try a lower training.optimizer.learning_rate_per_256, a training.optimizer.gradient_clip, "
-            "or training.engine.precision=fp32"
-        )
+    def _agree(self) -> tuple[Wish, float]:
+        """What is wished, and how far the run is: the first worker decides, so that all do the same.
 
-    def _agree(self) -> tuple[bool, float]:
-        """Whether to stop, and how far the run is: the first worker decides, so that all do the same."""
-        stop, progress = 0.0, 0.0
+        Also where all workers notice that the checkpoint being written is a step further.
+        """
+        wish, progress = Wish.GO_ON, 0.0
         if self.worker.first:
-            stop = float(self.worker.reporter.stop_requested())
+            wish = self.worker.reporter.wish()
             progress = self.step / self.section.steps
             if self.job.minutes is not None:
                 progress = max(progress, self.elapsed / (60 * self.job.minutes))
-        stop, progress = self.worker.greatest([stop, min(1.0, progress)])
-        return stop > 0, progress
+        self._tell_warnings()
+        busy = float(self.checkpoints.busy)
+        greatest, progress, busy = self.worker.greatest([wish, min(1.0, progress), busy])
+        if not busy:
+            self.checkpoints.settle()
+        return Wish(int(greatest)), progress
 
     def _batches(self) -> Generator[Batch, None, None]:
         return training_batches(
@@ -221,7 +209,10 @@ class _Run:
         """The same held-out images each time; every worker sees all of them, so that no engine waits for another."""
         source = open_source(self.job.config, self.job.held_out_url) if self.job.held_out_url else self.source
         limit = batches * self.micro_batch
-        return evaluation_batches(source, self.micro_batch, limit, Damage(limit))
+        damage = Damage(limit)
+        yield from evaluation_batches(source, self.micro_batch, limit, damage)
+        for text in damage.delays:
+            self._say(kind="warning", text=text)
 
     def _evaluate(self, weights: hub.Weights) -> None:
         sums: dict[str, float] = defaultdict(float)
@@ -237,15 +228,21 @@ class _Run:
             raise ValueError(f"{self.job.held_out_url or self.job.data_url} has no readable image to evaluate on")
         self.figures = {name: value / images for name, value in sums.items()}
         self._say(kind="evaluation", weights=weights, images=images, **self.figures)
-        if self.log and picture is not None:
-            self.log.picture(f"step-{self.step:07d}", picture)
+        self._show(picture)
 
     def _picture(self) -> None:
         with self._autocast():
             for batch in self._held_out(1):
                 _, pixels = self.stage.evaluate(batch, self.engines)
-                if self.log:
-                    self.log.picture(f"step-{self.step:07d}", pixels)
+                self._show(pixels)
+
+    def _show(self, pixels: Tensor | None) -> None:
+        """Writes a picture, which is no reason to wait for storage that is away."""
+        if self.log and pixels is not None:
+            try:
+                self.log.picture(f"step-{self.step:07d}", pixels)
+            except storage.Unavailable as error:
+                self._say(kind="warning", text=f"{error}; the picture is left out")
 
     def _say_start(self, peak: float) -> None:
         self._say(
@@ -263,6 +260,21 @@ class _Run:
         )
         for note in self.source.notes:
             self._say(kind="warning", text=note)
+
+    def _tell_of_data(self) -> None:
+        """What any worker met while it read: damaged samples, not too many of all together, and failing storage."""
+        damaged, delays = self.damage.found[self.damage_told :], self.damage.delays
+        [something] = self.worker.greatest([float(len(damaged) + len(delays))])
+        if something:
+            everyones = self.worker.gather((damaged, delays))
+            new = [text for texts, _ in everyones for text in texts]
+            for text in (text for _, texts in everyones for text in texts):
+                self._say(kind="warning", text=text)
+            if new:
+                self._say(kind="damaged", samples=new)
+            self.damage.add(new)
+        self.damage_told = len(self.damage.found)
+        self.damage.delays.clear()
 
     def _log_training(self, sums: _Sums, rate: float, speed: float, data_wait: float, progress: float) -> None:
         names = sorted(sums)
@@ -289,6 +301,7 @@ class _Run:
         self.worker.reporter.record(record)
 
     def _save(self) -> None:
+        """Begins a checkpoint; the step is held up by the copy, and by the checkpoint before if it is not finished."""
         progress = Progress(
             self.step,
             self.step * self.section.batch_size,
@@ -298,25 +311,27 @@ class _Run:
             config.dump_config(self.job.config),
         )
         began = time.monotonic()
-        save_checkpoint(self.job.out_url, progress, self.worker, self._write, self.section.keep_checkpoints)
-        self._say(kind="checkpoint", seconds=time.monotonic() - began)
-        if self.log:
-            self.log.flush()
+        self.checkpoints.finish()
+        self.checkpoints.save(progress, self.state.snapshot())
+        self.stall = time.monotonic() - began
 
-    def _write(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder / name)
-        generators = {"cpu": torch.get_rng_state()}
-        if self.worker.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state()
-        torch.save(generators, folder / f"rng-{self.worker.rank}.pt")
-        if self.worker.first and self.ema is not None:
-            safetensors.torch.save_file(self.ema.state_dict(), folder / "ema.safetensors")
+    def _tell_warnings(self) -> None:
+        for text in self.checkpoints.take_warnings():
+            self._say(kind="warning", text=text)
+
+    def _visible(self, step: int, seconds: float) -> None:
+        self._tell_warnings()
+        self._say(kind="checkpoint", checkpoint=step, seconds=seconds, stall=self.stall)
+        if self.log:
+            with suppress(storage.Unavailable):
+                self.log.flush()
 
     def _resume(self) -> None:
         worker = self.worker
         with worker.node_folder() as (folder, filler):
-            found = load_checkpoint(self.job.out_url, folder) if worker.rank == filler else (None, [])
+            found: tuple[Progress | None, list[str]] = (None, [])
+            if worker.rank == filler:
+                found = self._persistently(lambda: load_checkpoint(self.job.out_url, folder))
             loaded = worker.gather(found)
             progress, warnings = loaded[filler]
             if progress != loaded[0][0]:
@@ -328,25 +343,19 @@ class _Run:
             check_same_run(progress, self.job.config, self.source, self.job.out_url)
             same_world = progress.world == worker.world
             if not same_world and worker.rank == filler:
-                for name, engine in self.engines.items():
-                    engine.convert(folder / name)
+                self.state.convert(folder)
             worker.barrier()
-            for name, engine in self.engines.items():
-                engine.load(folder / name, same_world)
-            if self.ema is not None:
-                self.ema.load_state_dict(safetensors.torch.load_file(folder / "ema.safetensors"))
-            if same_world:
-                self._restore_generators(folder / f"rng-{worker.rank}.pt")
+            self.state.restore(folder, same_world)
             self.step, self.elapsed = progress.step, progress.elapsed
 
-    def _restore_generators(self, path: Path) -> None:
-        generators = torch.load(path, weights_only=True)
-        torch.set_rng_state(generators["cpu"])
-        if self.worker.device.type == "cuda" and "cuda" in generators:
-            torch.cuda.set_rng_state(generators["cuda"])
+    def _persistently(self, operation: Callable[[], Value]) -> Value:
+        """Calls it again while storage is away."""
+        return storage.persistently(
+            operation, self.section.storage_patience, lambda text: self._say(kind="warning", text=text)
+        )
 
     def _export(self) -> None:
-        """Writes the model folder: averaged weights, plain ones beside, and the other modules of the stage."""
+        """Evaluates the averaged weights and writes the model folder."""
         states: dict[str, dict[str, Tensor]] = {}
         for name, engine in self.engines.items():
             with engine.whole_parameters():
@@ -359,16 +368,21 @@ class _Run:
                 self.stage.modules[self.main].load_state_dict(averaged)
         self._evaluate("plain" if self.ema is None else "ema")
         if self.worker.first:
-            url = storage.join(self.job.out_url, "model")
-            facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
-            facts |= {"initialised from": self.job.init_url} if self.job.init_url else {}
-            text = config.dump_config(self.job.config)
-            hub.write_model_folder(url, text, averaged, plain if self.ema else None, self.figures, facts)
-            for name, state in states.items():
-                storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
-            for name, companion in self.stage.companions().items():
-                storage.copy_folder(companion, storage.join(url, name))
+            self._persistently(lambda: self._write_model(averaged, plain if self.ema else None, states))
         self.worker.barrier()
+
+    def _write_model(
+        self, averaged: dict[str, Tensor], plain: dict[str, Tensor] | None, others: dict[str, dict[str, Tensor]]
+    ) -> None:
+        """The model folder: averaged weights, plain ones beside, and the other modules of the stage."""
+        url = storage.join(self.job.out_url, "model")
+        facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
+        facts |= {"initialised from": self.job.init_url} if self.job.init_url else {}
+        hub.write_model_folder(url, config.dump_config(self.job.config), averaged, plain, self.figures, facts)
+        for name, state in others.items():
+            storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
+        for name, companion in self.stage.companions().items():
+            storage.copy_folder(companion, storage.join(url, name))
 
     @contextmanager
     def _only(self, phase: str) -> Iterator[None]:

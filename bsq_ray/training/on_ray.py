@@ -1,6 +1,10 @@
-"""A run on Ray Train's workers: starting them, listening to them, replacing those that are lost.
+"""A run on Ray Train's workers: starting them, listening to them, starting others when they are lost or should be more.
 
-this process: progress line, Ctrl-C ──stop──▶ Board (actor) ◀──records── rank 0 … rank N-1: loop.run
+    room for N ─▶ group of N workers ─▶ finished, or stopped
+         ▲              │
+         └── a worker is lost, its machine will be taken, or there is room for more
+
+Every group goes on from the newest checkpoint. Of an announced end nothing is lost, because the group saves before.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +20,16 @@ import torch
 
 from bsq_ray import storage
 from bsq_ray.session import gpus_within_reach
-from bsq_ray.training.board import Board, RayReporter
-from bsq_ray.training.job import Job, NonFinite, Result
+from bsq_ray.training.board import Board, Failure, Notes, RayReporter
+from bsq_ray.training.finite import NonFinite
+from bsq_ray.training.job import Job, Result
 from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Device, Worker, local_device
+from bsq_ray.training.room import Growth, Resources, nodes_to_be_taken, wait_for_room
+from bsq_ray.training.worker import Device, Wish, Worker, local_device
 
 _POLL_SECONDS = 0.5
+
+Say = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -38,61 +46,54 @@ class Share:
 
 
 def run_on_ray(
-    job: Job,
-    workers: int,
-    device: Device,
-    max_failures: int,
-    say: Callable[[dict[str, Any]], None],
-    stop: threading.Event,
-    share: Share,
-) -> tuple[Result, int]:
+    job: Job, sizes: Sequence[int], device: Device, max_failures: int, say: Say, stop: threading.Event, share: Share
+) -> Result | None:
     """Trains with Ray Train's workers on the cluster this process is connected to.
 
+    Args:
+        sizes: numbers of workers that may be at work, ascending; with several of them the most for which there is room.
+        max_failures: losses of workers in a row, without a new checkpoint between them.
+        say: receives the run's records; one of the kind "restart" for each group after the first.
+
     Returns:
-        How the run ended, and how often its workers were started again.
+        How the run ended; None if it was asked to stop before its workers began.
 
     Raises:
         ValueError: the cluster can never have the GPUs that are asked for.
         RuntimeError: the training failed; the message says why.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    gpu = train_on_gpus(device, sizes[0], gpus_within_reach())
+    # Whole CPUs for the workers, as long as some are left for the tasks that read.
+    cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > sizes[-1] else 0.5
+    worker = share.resources or ({"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus})
     # Beside this process: what needs no CPU is else put anywhere, and would be lost with a server that is.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    use_gpu = train_on_gpus(device, workers, gpus_within_reach())
-    # Whole CPUs for the workers, as long as some are left for the tasks that read.
-    cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > workers else 0.5
-    trainer = TorchTrainer(
-        _worker_main,
-        train_loop_config={"job": job, "board": board, "gpu": use_gpu, "runs": share.runs},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=use_gpu,
-            resources_per_worker=share.resources or ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}),
-        ),
-        run_config=RunConfig(
-            name=f"ray-{int(time.time() * 1000)}",
-            failure_config=FailureConfig(max_failures=max_failures),
-            **ray_storage(job.out_url),
-        ),
-    )
-    errors: list[Exception] = []
-    # A thread fits, so that this one can show progress and hear Ctrl-C.
-    fitting = threading.Thread(target=_fit, args=(trainer, errors), daemon=True)
-    fitting.start()
+    settings = {"job": job, "board": board, "gpu": gpu, "runs": share.runs}
+    failures = _Failures(max_failures)
     try:
-        result, starts = _follow(fitting, board, say, stop)
-        failure = ray.get(board.failure.remote())
+        while True:
+            size = wait_for_room(sizes, worker, stop.is_set) if len(sizes) > 1 else sizes[0]
+            if size is None:
+                return None
+            ray.get(board.new_group.remote())
+            group = _Group(job, size, worker, settings, elastic=len(sizes) > 1)
+            reason = group.follow(Growth(size, sizes, worker), failures.heard(say), stop)
+            if group.result is not None and (group.result.finished or stop.is_set()):
+                return group.result
+            if not group.began and stop.is_set():
+                return None
+            # Fewer or more workers than wanted may find no room after all; then they have not begun.
+            if group.result is None and (group.began or len(sizes) == 1):
+                failures.add(group.failure, group.errors)
+            if group.began:
+                say({"kind": "restart", "step": failures.step, "reason": reason})
     finally:
         ray.kill(board)
         storage.remove_folder(storage.join(job.out_url, "ray"))
-    if result is None:
-        raise failure or RuntimeError(_last_line(errors))
-    return result, max(0, starts - 1)
 
 
 def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
@@ -100,6 +101,7 @@ def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
 
     Args:
         device: "auto" takes GPUs where the cluster has any, up or still to be brought up.
+        workers: the fewest that may be at work.
         within_reach: GPUs of the whole cluster, with those its autoscaler may start.
 
     Raises:
@@ -117,40 +119,127 @@ def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
     return True
 
 
-def _fit(trainer: Any, errors: list[Exception]) -> None:
-    try:
-        trainer.fit()
-    except Exception as error:
-        errors.append(error)
+class _Failures:
+    """Counts losses, and knows when it is in vain to go on.
+
+    Attributes:
+        step: the newest step of the run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.step = 0
+        self._limit = limit
+        self._count = 0
+        self._last: Failure | None = None
+
+    def heard(self, say: Say) -> Say:
+        """Passes records on, and takes from them how far the run is."""
+
+        def hear(record: dict[str, Any]) -> None:
+            self.step = max(self.step, record.get("step", 0))
+            if record["kind"] == "checkpoint":
+                self._count = 0
+            say(record)
+
+        return hear
+
+    def add(self, failure: Failure | None, errors: list[Exception]) -> None:
+        """One more.
+
+        Raises:
+            Exception: what the workers failed with, if they will fail again.
+        """
+        before, self._last = self._last, failure
+        self._count += 1
+        # What fails twice at the same step in the same way will fail again.
+        again = failure and before and (str(failure.error), failure.step) == (str(before.error), before.step)
+        if failure and (failure.final or again or self._count > self._limit):
+            raise failure.error
+        if self._count > self._limit:
+            raise RuntimeError(_last_line(errors))
 
 
-def _follow(
-    fitting: threading.Thread, board: Any, say: Callable[[dict[str, Any]], None], stop: threading.Event
-) -> tuple[Result | None, int]:
-    """Passes records and the wish to stop on, until the workers are done."""
-    import ray
+class _Group:
+    """A number of workers that train together until one of them ends.
 
-    result: Result | None = None
-    starts, asked = 0, False
-    while True:
-        # Asked before the records are taken, so that none is left behind.
-        alive = fitting.is_alive()
-        records, now_started = ray.get(board.take.remote())
-        if now_started > max(1, starts):
-            say({"kind": "warning", "step": 0, "text": f"workers were lost and are replaced ({now_started - 1} times)"})
-        starts = now_started
-        for record in records:
+    Attributes:
+        began: whether any of them came to work.
+        result: how they ended, if they ended by themselves.
+        failure: how they failed, if one of them could still say so.
+        errors: what Ray Train says about it.
+    """
+
+    def __init__(self, job: Job, size: int, worker: Resources, settings: dict[str, Any], elastic: bool) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        self.began = False
+        self.result: Result | None = None
+        self.failure: Failure | None = None
+        self.errors: list[Exception] = []
+        self._board = settings["board"]
+        self._nodes: set[str] = set()
+        self._trainer = TorchTrainer(
+            _worker_main,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(num_workers=size, use_gpu=settings["gpu"], resources_per_worker=worker),
+            run_config=RunConfig(
+                name=f"ray-{int(time.time() * 1000)}",
+                # A fixed number waits for its room for as long as it takes; otherwise another number is tried.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0 if elastic else -1),
+                **ray_storage(job.out_url),
+            ),
+        )
+
+    def follow(self, growth: Growth, say: Say, stop: threading.Event) -> str:
+        """Passes records and wishes on, until the workers are done; why they ended, in a few words."""
+        import ray
+
+        # A thread fits, so that this one can show progress and hear Ctrl-C.
+        fitting = threading.Thread(target=self._fit, daemon=True)
+        fitting.start()
+        wish, reason = Wish.GO_ON, ""
+        try:
+            while True:
+                # Asked before the records are taken, so that none is left behind.
+                alive = fitting.is_alive()
+                self._read(ray.get(self._board.take.remote()), say)
+                if not alive or (stop.is_set() and not self.began):
+                    return reason or f"workers were lost ({self._cause()})"
+                if stop.is_set() and wish < Wish.STOP:
+                    wish = Wish.STOP
+                    ray.get(self._board.ask.remote(wish))
+                    say({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
+                elif self.began and wish is Wish.GO_ON and (why := self._why_to_make_room(growth)):
+                    wish, reason = Wish.MAKE_ROOM, why
+                    ray.get(self._board.ask.remote(wish))
+                fitting.join(_POLL_SECONDS)
+        finally:
+            growth.end()
+
+    def _cause(self) -> str:
+        return (str(self.failure.error) if self.failure else _last_line(self.errors))[:200]
+
+    def _why_to_make_room(self, growth: Growth) -> str:
+        if nodes_to_be_taken() & self._nodes:
+            return "a machine will be taken away; all steps are saved"
+        return "there is room for more workers; all steps are saved" if growth.possible() else ""
+
+    def _read(self, notes: Notes, say: Say) -> None:
+        self._nodes = set(notes.nodes.values())
+        self.began = bool(notes.nodes)
+        self.failure = notes.failure
+        for record in notes.records:
             if record["kind"] == "result":
-                result = record["result"]
+                self.result = record["result"]
             else:
                 say(record)
-        if not alive:
-            return result, starts
-        if stop.is_set() and not asked:
-            asked = True
-            ray.get(board.ask_to_stop.remote())
-            say({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
-        fitting.join(_POLL_SECONDS)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:
+            self.errors.append(error)
 
 
 def _worker_main(settings: dict[str, Any]) -> None:
@@ -159,17 +248,14 @@ def _worker_main(settings: dict[str, Any]) -> None:
     from ray import train as ray_train
 
     context, job, board = ray_train.get_context(), settings["job"], settings["board"]
-    if ray.get(board.hopeless.remote()):
-        return
     rank, world = context.get_world_rank(), context.get_world_size()
     device: Device = "gpu" if settings["gpu"] else "cpu"
     if device == "cpu":
         neighbours = max(1, context.get_local_world_size()) * settings["runs"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    if rank == 0:
-        ray.get(board.start.remote())
+    ray.get(board.join.remote(rank, ray.get_runtime_context().get_node_id()))
     try:
-        result = run(job, Worker(rank, world, local_device(device), "ray", RayReporter(board)))
+        result = run(job, Worker(rank, world, local_device(device), "ray", RayReporter(board, job.out_url)))
     except NonFinite as error:
         # All workers come here together.
         ray.get(board.fail.remote(error, True))

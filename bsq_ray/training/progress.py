@@ -63,6 +63,10 @@ class ProgressLine:
             self.say(line)
 
 
+def _place(record: dict[str, Any]) -> str:
+    return f"run: {record['out']}" + (f"  Ray dashboard: {record['dashboard']}" if record["dashboard"] else "")
+
+
 def _start(record: dict[str, Any]) -> str:
     accumulated = f" x {record['accumulation']} accumulated" if record["accumulation"] > 1 else ""
     return (
@@ -88,6 +92,11 @@ def _evaluation(record: dict[str, Any]) -> str:
     return f"step {record['step']}  evaluated on {record['images']} images{averaged}: {figures}"
 
 
+def _damaged(record: dict[str, Any]) -> str:
+    samples = record["samples"]
+    return f"skipped {len(samples)} damaged sample{'s' * (len(samples) > 1)}: {'; '.join(samples[:3])}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 45 s, 12 min, 3.4 h, 5.1 days."""
     for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
@@ -97,8 +106,11 @@ def duration(seconds: float) -> str:
 
 
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "place": _place,
     "start": _start,
     "training": _training,
     "evaluation": _evaluation,
+    "damaged": _damaged,
+    "restart": lambda record: f"{record['reason']}; going on from the newest checkpoint",
     "warning": lambda record: f"warning: {record['text']}",
 }

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,14 +21,24 @@ from bsq_ray.data.stream import Executor
 Device = Literal["auto", "cpu", "gpu"]
 
 
+class Wish(IntEnum):
+    """What a run is asked to do after its step; the greater one counts."""
+
+    GO_ON = 0
+    # Save and end, because others will go on: more workers, fewer, or on other machines.
+    MAKE_ROOM = 1
+    # Save, write the model folder and end.
+    STOP = 2
+
+
 class Reporter(Protocol):
-    """Where a run tells what it does, and hears that it should stop. Only rank 0's is used."""
+    """Where a run tells what it does, and hears what it should do. Only rank 0's is used."""
 
     def record(self, record: dict[str, Any]) -> None:
         """One record of the log: `kind` says what it is."""
 
-    def stop_requested(self) -> bool:
-        """Whether somebody asked the run to save and stop."""
+    def wish(self) -> Wish:
+        """What the run was asked to do."""
 
 
 @dataclass

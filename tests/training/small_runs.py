@@ -5,7 +5,7 @@ import torch
 from bsq_ray.config import load_config
 from bsq_ray.training.job import Job
 from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.worker import Wish, Worker
 
 STEPS = 4
 PRESET = "imagenet128-bsq18"
@@ -49,8 +49,8 @@ class Listener:
     def record(self, record):
         self.records.append(record)
 
-    def stop_requested(self):
-        return self.last is not None and self.steps + 1 >= self.last
+    def wish(self):
+        return Wish.STOP if self.last is not None and self.steps + 1 >= self.last else Wish.GO_ON
 
     @property
     def steps(self):

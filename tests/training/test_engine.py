@@ -9,8 +9,10 @@ import pytest
 import safetensors.numpy
 import torch
 from process_group import in_group
-from small_runs import Listener, in_this_process, small_job, train_several
+from small_runs import PRESET, SMALL, Listener, in_this_process, small_job, train_several
 
+from bsq_ray.config import load_config
+from bsq_ray.training.engine import build_engine
 from bsq_ray.training.loop import run
 from bsq_ray.training.worker import autocast_precision
 
@@ -19,6 +21,7 @@ ENGINES = {
     "zero 1": ["training.engine.zero_stage=1"],
     "zero 2": ["training.engine.zero_stage=2"],
     "zero 3": ["training.engine.zero_stage=3"],
+    "zero 2 offloaded": ["training.engine.zero_stage=2", "training.engine.offload_optimizer=true"],
     "ddp": ["training.engine.kind=ddp"],
 }
 
@@ -66,9 +69,53 @@ def runs(photo_shards, tmp_path_factory):
     return out, {**two, **more, **alone}
 
 
-@pytest.mark.parametrize("engine", ["zero 0", "zero 1", "zero 2", "zero 3"])
+DEEPSPEED = [engine for engine in ENGINES if engine != "ddp"]
+
+
+@pytest.mark.parametrize("engine", DEEPSPEED)
 def test_deepspeed_takes_the_steps_that_plain_data_parallelism_takes(runs, engine):
     assert_same_run(*runs, "ddp", engine)
+
+
+@pytest.fixture(scope="module")
+def long_runs(photo_shards, tmp_path_factory):
+    """The same of twenty steps."""
+    out = str(tmp_path_factory.mktemp("long"))
+    longer = {name: [*overrides, "training.steps=20"] for name, overrides in ENGINES.items()}
+    return out, in_group(2, train_several, photo_shards, out, longer)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", DEEPSPEED)
+def test_over_twenty_steps_the_losses_are_those_of_plain_data_parallelism(long_runs, engine):
+    _, losses = long_runs
+    assert len(losses[engine]) == 20
+    for left, right in zip(losses["ddp"], losses[engine], strict=True):
+        for key in ("loss", "reconstruction", "generator", "discriminator"):
+            assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-5), (left["step"], key)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_offloaded_optimizer_is_one_that_deepspeed_keeps_in_host_memory(stage):
+    section = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"]).training
+    for offload in (False, True):
+        changed = section.model_copy(
+            update={"engine": section.engine.model_copy(update={"offload_optimizer": offload})}
+        )
+        engine = build_engine(torch.nn.Linear(4, 4), changed, 4, 1, torch.device("cpu"))
+        assert bool(engine._engine.zero_offload_optimizer()) is offload
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["zero_stage=0"], "zero_stage 0 partitions none; use zero_stage 1, 2 or 3"),
+        (["kind=ddp"], "offload_optimizer is done by DeepSpeed"),
+    ],
+)
+def test_where_nothing_can_be_offloaded_it_is_refused(overrides, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_config(PRESET, ["training.engine.offload_optimizer=true", *(f"training.engine.{o}" for o in overrides)])
 
 
 def test_the_compared_steps_include_the_r1_penalty(runs):

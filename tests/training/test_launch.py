@@ -102,6 +102,8 @@ def test_another_configuration_is_refused_before_anything_starts(local, photo_sh
         (3, {}, [], "batch_size 16 cannot be shared evenly by 3 workers; choose a multiple of 3"),
         (2, {}, ["training.micro_batch_size=16", "training.batch_size=48"], "24 of 48 images, which is not a multiple"),
         (-1, {}, [], "workers -1 must be 0"),
+        (2, {"min_workers": 0}, [], "workers 0-2 is no range"),
+        (2, {"min_workers": 3}, [], "workers 3-2 is no range"),
         (0, {"minutes": 0.0}, [], "minutes 0.0 must be positive"),
     ],
 )
@@ -140,7 +142,7 @@ def test_ctrl_c_saves_checkpoint_and_model_and_the_run_goes_on_from_there(photo_
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(photo_shards, tmp_path):
-    from bsq_ray.training.job import NonFinite
+    from bsq_ray.training.finite import NonFinite
 
     # A learning rate this absurd overflows within a few steps.
     overrides = ["training.optimizer.learning_rate_per_256=1e30", "training.steps=40"]
@@ -169,11 +171,11 @@ LONG = ["training.steps=150", "training.log_every=5", "training.checkpoint_every
 def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(photo_shards, tmp_path, ray_local):
     in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
     killed = []
-    warnings = []
+    restarts = []
 
     def kill_one(record):
-        if record["kind"] == "warning":
-            warnings.append(record["text"])
+        if record["kind"] == "restart":
+            restarts.append(record["reason"])
         if record["kind"] == "training" and record["step"] >= 40 and not killed:
             workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in p.name()]
             killed.append(workers[-1].pid)
@@ -182,8 +184,11 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
     result, _ = launch(photo_shards, tmp_path / "disturbed", 2, LONG, show=kill_one)
     assert result.finished
     assert killed
-    assert warnings == ["workers were lost and are replaced (1 times)"]
-    assert json.loads((tmp_path / "disturbed" / "summary.json").read_text())["restarts"] == 1
+    assert len(restarts) == 1
+    assert restarts[0].startswith("workers were lost (")
+    assert result.restarts == restarts
+    summary = json.loads((tmp_path / "disturbed" / "summary.json").read_text())
+    assert (summary["restarts"], summary["restart_reasons"]) == (1, restarts)
     records = [json.loads(line) for line in (tmp_path / "disturbed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "training"] == list(range(5, 151, 5))
     assert_identical(weights(tmp_path, "disturbed"), weights(tmp_path, "undisturbed"))
@@ -201,33 +206,51 @@ def test_what_fails_in_one_worker_ends_the_run_and_is_told(photo_shards, tmp_pat
         launch(str(shards), tmp_path / "run", 2, ["data.lanes=2", "data.max_damaged=0"])
 
 
+def command(shards, out, *more):
+    """`bsq-ray train` on two workers."""
+    start = [sys.executable, "-c", "from bsq_ray.cli import main; main()", "train", "tokenizer", "--config", PRESET]
+    return [*start, "--data", shards, "--out", str(out), "--workers", "2", *SMALL, *LONG, *more]
+
+
+def wait_for_a_checkpoint(out, process):
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(str(out)) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, tmp_path):
+    in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
+    out = tmp_path / "disturbed"
+    process = subprocess.Popen(command(photo_shards, out), stderr=subprocess.DEVNULL)
+    wait_for_a_checkpoint(out, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert not (out / "model").exists()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    again = subprocess.run([*command(photo_shards, out), "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "trained 150 steps" in again.stdout
+    assert_identical(weights(tmp_path, "disturbed"), weights(tmp_path, "undisturbed"))
+
+
 @pytest.mark.slow
 def test_the_command_stops_at_ctrl_c_and_says_how_to_go_on(photo_shards, tmp_path):
     out = tmp_path / "run"
-    long = [*SMALL, *LONG, "training.steps=100000"]
-    command = [
-        sys.executable,
-        "-c",
-        "from bsq_ray.cli import main; main()",
-        "train",
-        "tokenizer",
-        "--config",
-        "demo",
-        "--data",
-        photo_shards,
-    ]
-    command += ["--out", str(out), "--workers", "2", *long]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(photo_shards, out, "training.steps=100000"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     lines = []
     reading = threading.Thread(target=lambda: lines.extend(process.stderr))
     reading.start()
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(str(out)) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.5)
+    wait_for_a_checkpoint(out, process)
     # As a terminal does it: to everything that belongs to the command.
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     reading.join()
+    assert any(line.startswith(f"run: {out}  Ray dashboard: http://127.0.0.1:") for line in lines)
     told = lines[-1]
     step = int(re.search(r"stopped after step (\d+)", told)[1])
     assert newest_progress(str(out)).step == step

@@ -1,0 +1,30 @@
+"""A run's newest figures for Prometheus, at the endpoint that Ray keeps open on every machine."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class Gauges:
+    """Gauges called `ray_bsq_{kind}_{name}`, such as `ray_bsq_training_loss`, with the run's folder as their label.
+
+    Args:
+        run: folder of the run.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Sets the gauges of a record's numbers."""
+        from ray.util.metrics import Gauge
+
+        for name, value in record.items():
+            if not isinstance(value, int | float):
+                continue
+            full = re.sub(r"\W", "_", f"bsq_{record['kind']}_{name}")
+            if full not in self._gauges:
+                self._gauges[full] = Gauge(full, f"{name} of the newest {record['kind']} record", tag_keys=("run",))
+            self._gauges[full].set(value, {"run": self._run})

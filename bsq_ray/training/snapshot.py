@@ -1,0 +1,45 @@
+"""Copies of a run's state in host memory, so that training goes on while they are written.
+
+GPU or host tensors ──copied──▶ host memory ──by a thread──▶ files
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+# What writes a file to a path, by the file's name; holds everything that it writes.
+Files = dict[str, Callable[[Path], None]]
+
+
+def in_host_memory(value: Any) -> Any:
+    """A copy that shares nothing with the original; tensors are on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: in_host_memory(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(in_host_memory(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def pickled(value: Any) -> Callable[[Path], None]:
+    """Writes a copy of `value` as `torch.save` does."""
+    return partial(torch.save, in_host_memory(value))
+
+
+def as_safetensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    """Writes copies of tensors in the safetensors format."""
+    return partial(safetensors.torch.save_file, in_host_memory(tensors))
+
+
+def inside(folder: str, files: Files) -> Files:
+    """The same files in a folder."""
+    return {f"{folder}/{name}": write for name, write in files.items()}

@@ -1,0 +1,67 @@
+"""Everything a run reads and writes may lie in an object store: shards, checkpoints, models, token tables, reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bsq_ray import Tokenizer, storage
+from bsq_ray.config import load_config
+from bsq_ray.data.pack import pack_images
+from bsq_ray.data.tokenize import tokenize
+from bsq_ray.data.tokens import read_table
+from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.report import write_report
+from bsq_ray.training.checkpoint import list_checkpoints
+from bsq_ray.training.launch import train
+
+SMALL_TRAINING = [
+    *("model.image_size=32", "model.patch_size=8", "model.quantizer.bits=10", "model.decoder.head_width=32"),
+    *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=32", "layers=1", "heads=2")),
+    *("loss.perceptual_weight=0", "loss.adversarial.weight=0", "training.steps=2", "training.batch_size=4"),
+    *("training.evaluate_batches=1", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
+]
+SMALL_TOKENS = [
+    *("model.grid=[1,4,4]", "model.bits=10", "model.sub_bits=5", "model.classes=1"),
+    *("model.width=32", "model.layers=1", "model.heads=2", "sampling.steps=2"),
+    *("training.steps=2", "training.batch_size=4", "training.schedule.warmup_steps=0"),
+]
+
+
+def quiet(record):
+    pass
+
+
+def test_from_photographs_to_reports_no_local_folder_is_needed(photo_folders, bucket):
+    shards, run, table, lm = (f"{bucket}/{name}" for name in ("shards", "run", "tokens", "lm"))
+    pack_images(str(photo_folders[1]), shards, max_side=64, workers=0)
+    train(load_config("demo", SMALL_TRAINING), shards, run, 0, show=quiet)
+    assert list_checkpoints(run) == ["step-0000002"]
+    assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
+    assert storage.list_folder(f"{run}/tensorboard")
+    evaluate_reconstruction(f"{run}/model", shards, f"{bucket}/evaluation", workers=0)
+    assert "| mean colour" in storage.read_bytes(f"{bucket}/evaluation/results.md").decode()
+    write_report(run, f"{bucket}/evaluation", f"{bucket}/report.html")
+    assert b"<html" in storage.read_bytes(f"{bucket}/report.html")
+    tokenize(f"{run}/model", shards, table, workers=0)
+    assert read_table(table).rows == sum(1 for path in photo_folders[1].iterdir())
+    train(load_config("masked-lm-demo", SMALL_TOKENS), table, lm, 0, held_out_url=table, show=quiet)
+    assert storage.exists(f"{lm}/model/model.safetensors")
+    Tokenizer.from_pretrained(f"{lm}/model/tokenizer")
+
+
+@pytest.mark.slow
+def test_ray_workers_train_from_and_to_an_object_store_and_go_on_there(photo_folders, bucket):
+    pack_images(str(photo_folders[1]), f"{bucket}/shards", max_side=64, workers=0)
+    command = [sys.executable, "-c", "from bsq_ray.cli import main; main()", "train", "tokenizer", "--config", "demo"]
+    command += ["--data", f"{bucket}/shards", "--out", f"{bucket}/run", "--workers", "2", "--resume", *SMALL_TRAINING]
+    for steps in (2, 3):
+        done = subprocess.run([*command, f"training.steps={steps}"], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"trained {steps} steps" in done.stdout
+    assert f"model: {bucket}/run/model" in done.stdout
+    assert list_checkpoints(f"{bucket}/run") == ["step-0000002", "step-0000003"]
+    assert not storage.exists(f"{bucket}/run/ray")
+    assert not Path("s3:").exists()

@@ -1,0 +1,77 @@
+"""Damaged samples in a run of two workers: skipped, counted over both, named in log and summary, up to a limit."""
+
+import json
+import shutil
+
+import pytest
+from process_group import in_group
+from small_runs import PRESET, SMALL, Listener, small_job
+
+from bsq_ray.config import load_config
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.training.launch import train
+from bsq_ray.training.loop import run
+from bsq_ray.training.worker import Worker, local_device
+
+# Two passes over the photographs, so that every sample is met.
+OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]
+
+
+@pytest.fixture
+def damaged(photo_shards, tmp_path):
+    """(URL, names) of shards in which every seventh photograph is broken."""
+    shards = tmp_path / "shards"
+    shutil.copytree(photo_shards, shards)
+    names = []
+    for number in range(0, read_manifest(photo_shards).samples, 7):
+        shard, index = read_manifest(photo_shards).locate(number)
+        content = bytearray((shards / shard.name).read_bytes())
+        content[shard.offsets[index] : shard.offsets[index] + 64] = bytes(64)
+        (shards / shard.name).write_bytes(content)
+        names.append((shard.name, shard.keys[index]))
+    return str(shards), names
+
+
+def of_two(rank, world, shards, out, overrides):
+    """(records, samples that this worker itself met, all that the result names) or the error."""
+    listener = Listener()
+    job = small_job(shards, out, [*OVERRIDES, *overrides])
+    try:
+        result = run(job, Worker(rank, world, local_device("cpu"), "local", listener))
+    except RuntimeError as error:
+        return str(error)
+    return listener.records, result.damaged
+
+
+def test_both_workers_samples_are_named_in_the_log_and_in_the_result(damaged, tmp_path):
+    shards, names = damaged
+    [(records, first), (_, second)] = in_group(2, of_two, shards, tmp_path / "run", [])
+    assert sorted(first) == sorted(second)
+    assert {tuple(line.split(": ")[:2]) for line in first} == set(names)
+    told = [sample for record in records if record["kind"] == "damaged" for sample in record["samples"]]
+    assert sorted(told) == sorted(first)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines if line["kind"] == "damaged"]
+
+
+def test_the_limit_holds_for_all_workers_together(damaged, tmp_path):
+    shards, names = damaged
+    # Neither of them meets so many.
+    limit = len(names) - 1
+    errors = in_group(2, of_two, shards, tmp_path / "run", [f"data.max_damaged={limit}"])
+    for error in errors:
+        assert f"{len(names)} damaged samples are more than data.max_damaged = {limit}; the last one: shard-" in error
+
+
+def test_the_summary_counts_and_names_them(damaged, tmp_path):
+    shards, names = damaged
+    result = train(
+        load_config(PRESET, [*SMALL, *OVERRIDES]),
+        shards,
+        str(tmp_path / "run"),
+        0,
+        show=lambda record: None,
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {tuple(line.split(": ")[:2]) for line in summary["damaged"]} == set(names)
+    assert result.damaged == summary["damaged"]

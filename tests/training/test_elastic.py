@@ -1,0 +1,65 @@
+"""A run with a range of workers goes on with fewer when a machine is lost, and with more when there is another."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from process_group import in_group
+from small_runs import train_several
+from test_resume import numbers
+
+# Slow enough for machines to come and go meanwhile, and smooth enough to be compared after many steps.
+LONG = [
+    *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=64", "layers=2")),
+    *("loss.adversarial.weight=0", "training.steps=100000", "training.checkpoint_every=5"),
+    "training.optimizer.learning_rate_per_256=1e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def records(photo_shards, tmp_path_factory):
+    """(folder, records) of a run on machines that come and go."""
+    out = tmp_path_factory.mktemp("elastic")
+    program = Path(__file__).with_name("elastic_run.py")
+    done = subprocess.run(
+        [sys.executable, program, photo_shards, str(out), *LONG], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, json.loads((out / "records.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_workers_and_grows_again(records):
+    _, seen = records
+    assert [record["workers"] for record in seen if record["kind"] == "start"] == [2, 1, 2, 1]
+    assert {record["batch_size"] for record in seen if record["kind"] == "start"} == {16}
+    reasons = [record["reason"] for record in seen if record["kind"] == "restart"]
+    assert reasons[0] == "a machine will be taken away; all steps are saved"
+    assert reasons[1] == "there is room for more workers; all steps are saved"
+    assert reasons[2].startswith("workers were lost (")
+
+
+@pytest.mark.slow
+def test_of_an_announced_end_no_step_is_lost(records):
+    _, seen = records
+    [*_, lost] = [n for n, record in enumerate(seen) if record["kind"] == "restart"]
+    steps = [record["step"] for record in seen[:lost] if record["kind"] == "training"]
+    assert all(after == before + 1 for before, after in pairwise(steps))
+
+
+@pytest.mark.slow
+def test_the_losses_are_those_of_a_run_whose_machines_stay(records, photo_shards, tmp_path):
+    out, _ = records
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    elastic = [record for record in lines if record["kind"] == "training"]
+    last = elastic[-1]["step"]
+    assert [record["step"] for record in elastic] == list(range(1, last + 1))
+    [steady, _] = in_group(2, train_several, photo_shards, tmp_path, {"steady": LONG}, {"steady": last})
+    for record, expected in zip(elastic, steady["steady"], strict=True):
+        for key, value in numbers(expected).items():
+            assert record[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (record["step"], key)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["step"], summary["restarts"]) == (last, 3)
