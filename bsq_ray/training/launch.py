@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -89,18 +90,25 @@ def train(
             with ray_session(address, dashboard=True) as dashboard, stop_on_signal(stop) as asked:
                 say({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
                 result = run_on_ray(job, sizes, device, max_failures, say, asked, share)
-    if result is None:
-        raise Interrupted("stopped before the workers began. Go on with the same command and --resume")
-    result = summary.complete(result)
-    facts = {**asdict(result), "restarts": len(result.restarts), "restart_reasons": result.restarts}
-    facts |= {"workers": workers, "minutes": minutes}
-    storage.write_bytes(storage.join(out_url, "summary.json"), json.dumps(facts, indent=1).encode())
+        if result is None:
+            raise Interrupted("stopped before the workers began. Go on with the same command and --resume")
+        result = summary.complete(result)
+        facts = {**asdict(result), "restarts": len(result.restarts), "restart_reasons": result.restarts}
+        _write_summary({**facts, "workers": workers, "minutes": minutes}, job, say)
     if not result.finished:
         raise Interrupted(
             f"stopped after step {result.step}; checkpoint and model are saved in {out_url}. "
             "Go on with the same command and --resume"
         )
     return result
+
+
+def _write_summary(facts: dict[str, Any], job: Job, say: Callable[[dict[str, Any]], None]) -> None:
+    write = partial(
+        storage.write_bytes, storage.join(job.out_url, "summary.json"), json.dumps(facts, indent=1).encode()
+    )
+    patience = job.config.training.storage_patience
+    storage.persistently(write, patience, lambda text: say({"kind": "warning", "step": 0, "text": text}))
 
 
 def _check(job: Job, resume: bool) -> None:

@@ -267,7 +267,7 @@ class _Run:
         [something] = self.worker.greatest([float(len(damaged) + len(delays))])
         if something:
             everyones = self.worker.gather((damaged, delays))
-            new = [text for texts, _ in everyones for text in texts]
+            new = list(dict.fromkeys(text for texts, _ in everyones for text in texts))
             for text in (text for _, texts in everyones for text in texts):
                 self._say(kind="warning", text=text)
             if new:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,8 @@ def run_on_ray(
                 say({"kind": "restart", "step": failures.step, "reason": reason})
     finally:
         ray.kill(board)
-        storage.remove_folder(storage.join(job.out_url, "ray"))
+        with suppress(storage.Unavailable):
+            storage.remove_folder(storage.join(job.out_url, "ray"))
 
 
 def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:

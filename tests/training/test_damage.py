@@ -1,14 +1,14 @@
 """Damaged samples in a run of two workers: skipped, counted over both, named in log and summary, up to a limit."""
 
 import json
-import shutil
 
 import pytest
 from process_group import in_group
 from small_runs import PRESET, SMALL, Listener, small_job
 
 from bsq_ray.config import load_config
-from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data import stream
+from bsq_ray.data.pack import pack_images
 from bsq_ray.training.launch import train
 from bsq_ray.training.loop import run
 from bsq_ray.training.worker import Worker, local_device
@@ -18,13 +18,12 @@ OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]
 
 
 @pytest.fixture
-def damaged(photo_shards, tmp_path):
+def damaged(photo_folders, tmp_path):
     """(URL, names) of shards in which every seventh photograph is broken."""
-    shards = tmp_path / "shards"
-    shutil.copytree(photo_shards, shards)
-    names = []
-    for number in range(0, read_manifest(photo_shards).samples, 7):
-        shard, index = read_manifest(photo_shards).locate(number)
+    shards, names = tmp_path / "shards", []
+    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, workers=0).manifest
+    for number in range(0, manifest.samples, 7):
+        shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
         content[shard.offsets[index] : shard.offsets[index] + 64] = bytes(64)
         (shards / shard.name).write_bytes(content)
@@ -33,7 +32,8 @@ def damaged(photo_shards, tmp_path):
 
 
 def of_two(rank, world, shards, out, overrides):
-    """(records, samples that this worker itself met, all that the result names) or the error."""
+    """(records, all samples that the result names) of a worker that reads one step at a time; or its error."""
+    stream._CHUNK = 1
     listener = Listener()
     job = small_job(shards, out, [*OVERRIDES, *overrides])
     try:
@@ -56,10 +56,10 @@ def test_both_workers_samples_are_named_in_the_log_and_in_the_result(damaged, tm
 
 def test_the_limit_holds_for_all_workers_together(damaged, tmp_path):
     shards, names = damaged
-    # Neither of them meets so many.
     limit = len(names) - 1
-    errors = in_group(2, of_two, shards, tmp_path / "run", [f"data.max_damaged={limit}"])
-    for error in errors:
+    # In so few steps neither of them meets all.
+    few = ["training.steps=3", f"data.max_damaged={limit}"]
+    for error in in_group(2, of_two, shards, tmp_path / "run", few):
         assert f"{len(names)} damaged samples are more than data.max_damaged = {limit}; the last one: shard-" in error
 
 

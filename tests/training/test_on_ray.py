@@ -1,7 +1,15 @@
-"""Training on Ray's workers: what they compute on."""
+"""Training on Ray's workers: what they compute on, and what Prometheus hears of them."""
+
+import re
+import threading
+import time
+import urllib.request
 
 import pytest
+from small_runs import PRESET, SMALL
 
+from bsq_ray.config import load_config
+from bsq_ray.training.launch import Interrupted, train
 from bsq_ray.training.on_ray import train_on_gpus
 
 
@@ -33,3 +41,30 @@ def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
     assert gpus_within_reach() == 0
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96, "GPU": 8})
     assert gpus_within_reach() == 8
+
+
+def test_figures_of_a_run_are_at_the_endpoint_that_prometheus_asks(photo_shards, tmp_path, ray_local):
+    import ray
+
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    stop, found, records = threading.Event(), [], []
+
+    def ask():
+        deadline = time.monotonic() + 120
+        while not found and time.monotonic() < deadline:
+            time.sleep(0.5)
+            text = urllib.request.urlopen(url, timeout=10).read().decode()
+            found.extend(re.findall(rf'^ray_bsq_training_loss{{.*run="{tmp_path}".*}} (\S+)$', text, re.M))
+        stop.set()
+
+    threading.Thread(target=ask).start()
+    with pytest.raises(Interrupted):
+        train(
+            load_config(PRESET, [*SMALL, "training.steps=1000000", "training.checkpoint_every=1000000"]),
+            *(photo_shards, str(tmp_path), 1),
+            show=records.append,
+            stop=stop,
+        )
+    losses = [record["loss"] for record in records if record["kind"] == "training"]
+    assert float(found[0]) in [pytest.approx(loss) for loss in losses]
