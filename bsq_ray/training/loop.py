@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from bsq_ray.storage import Value
 from bsq_ray.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_progress
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
+from bsq_ray.training.export import write_model
 from bsq_ray.training.finite import Loss, non_finite, unlike_numbers
 from bsq_ray.training.job import Job, Result, check_same_run, split_batch
 from bsq_ray.training.log import Log
@@ -368,21 +368,11 @@ class _Run:
                 self.stage.modules[self.main].load_state_dict(averaged)
         self._evaluate("plain" if self.ema is None else "ema")
         if self.worker.first:
-            self._persistently(lambda: self._write_model(averaged, plain if self.ema else None, states))
+            facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
+            weights = averaged, plain if self.ema else None
+            companions = self.stage.companions()
+            self._persistently(lambda: write_model(self.job, facts, self.figures, weights, states, companions))
         self.worker.barrier()
-
-    def _write_model(
-        self, averaged: dict[str, Tensor], plain: dict[str, Tensor] | None, others: dict[str, dict[str, Tensor]]
-    ) -> None:
-        """The model folder: averaged weights, plain ones beside, and the other modules of the stage."""
-        url = storage.join(self.job.out_url, "model")
-        facts = {"trained on": f"{self.job.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
-        facts |= {"initialised from": self.job.init_url} if self.job.init_url else {}
-        hub.write_model_folder(url, config.dump_config(self.job.config), averaged, plain, self.figures, facts)
-        for name, state in others.items():
-            storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
-        for name, companion in self.stage.companions().items():
-            storage.copy_folder(companion, storage.join(url, name))
 
     @contextmanager
     def _only(self, phase: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from ray import tune
 
 from bsq_ray import config, storage
 from bsq_ray.config import load_config
-from bsq_ray.training.job import NonFinite
+from bsq_ray.training.finite import NonFinite
 from bsq_ray.training.on_ray import Share
 from bsq_ray.training.worker import Device
 from bsq_ray.tuning.study import config_url, trial_url
