@@ -55,13 +55,15 @@ class _Run:
     def __init__(self, job: Job, worker: Worker) -> None:
         self.job, self.worker = job, worker
         self.log: Log | None = None
+        self.step = 0
         self.section = job.config.training
         self.source = open_source(job.config, job.data_url)
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         torch.manual_seed(self.section.seed)
         # A run that goes on has its weights in the checkpoint.
-        init_url = None if newest_progress(job.out_url) else job.init_url
+        begun = job.init_url and self._persistently(lambda: newest_progress(job.out_url))
+        init_url = None if begun else job.init_url
         self.stage: Stage = build_stage(job.config, self.source, worker.device, init_url)
         self.main = next(iter(self.stage.modules))
         self.engines = {
@@ -78,7 +80,6 @@ class _Run:
         self.checkpoints = CheckpointWriter(
             job.out_url, worker, self.section.keep_checkpoints, self.section.storage_patience, self._visible
         )
-        self.step = 0
         self.elapsed = 0.0
         self.stall = 0.0
         self.figures: dict[str, float] = {}

@@ -184,7 +184,7 @@ def test_samples_are_asked_for_again_and_not_called_damaged(photo_shards, outage
     class Breaker(Listener):
         def record(self, record):
             super().record(record)
-            if record["kind"] == "evaluation" and record["step"] == 0:
+            if record["kind"] == "start":
                 Outage.refuses, Outage.times = "shard-", 200
 
     listener = Breaker()
