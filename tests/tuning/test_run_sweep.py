@@ -168,8 +168,9 @@ def test_a_trial_that_is_killed_is_begun_again_and_goes_on_from_its_checkpoint(
     def kill(event, record, study):
         checkpoints = tmp_path / "out/trials/000/checkpoints"
         if event == "report" and not killed and checkpoints.exists() and record.reports[-1][0] >= 40:
-            # Tune's name for a class with parameters.
-            [trial] = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::_Inner")]
+            # Tune's name for a class with parameters, in the title of its process.
+            processes = psutil.Process().children(recursive=True)
+            [trial] = [process for process in processes if "_Inner" in " ".join(process.cmdline())]
             trial.send_signal(signal.SIGKILL)
             killed.append(trial.pid)
 
