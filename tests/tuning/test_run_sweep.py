@@ -208,7 +208,7 @@ def test_what_cannot_be_is_recorded_and_a_failing_trial_is_tried_again_and_ends_
     for file in Path(photo_shards).iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     tar = sorted(damaged.glob("*.tar"))[-1]
-    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 3])
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 4 // 5])
     sweep = small_sweep(
         tmp_path, space=space, budget={"concurrency": 2, "workers": 2, "held_out_images": 2}, set={"training.steps": 10}
     )
