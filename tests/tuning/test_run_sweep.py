@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -162,17 +161,19 @@ def test_a_trial_that_is_killed_is_begun_again_and_goes_on_from_its_checkpoint(
         space={"model.quantizer.bits": {"values": [6]}},
         budget={"steps": 200, "concurrency": 1, "held_out_images": 2},
     )
+    from ray._private.state import actors
+
     free = held()
     killed = []
 
     def kill(event, record, study):
         checkpoints = tmp_path / "out/trials/000/checkpoints"
         if event == "report" and not killed and checkpoints.exists() and record.reports[-1][0] >= 40:
-            # Tune's name for a class with parameters, in the title of its process.
-            processes = psutil.Process().children(recursive=True)
-            [trial] = [process for process in processes if "_Inner" in " ".join(process.cmdline())]
-            trial.send_signal(signal.SIGKILL)
-            killed.append(trial.pid)
+            alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+            # Tune's name for a class with parameters.
+            [pid] = [actor["Pid"] for actor in alive if actor["ActorClassName"].endswith("_Inner")]
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
 
     swept = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), show=kill)
     [record] = swept.study.records
