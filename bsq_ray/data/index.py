@@ -43,7 +43,10 @@ def _index(name: str, content: bytes, url: str) -> Shard:
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             for member in tar:
-                key, _, suffix = posixpath.basename(member.name).partition(".")
+                # Files of one name in two folders are two samples.
+                folder, name_inside = posixpath.split(member.name)
+                stem, _, suffix = name_inside.partition(".")
+                key = posixpath.join(folder, stem)
                 if f".{suffix.lower()}" in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
                     places[key] = (member.offset_data, member.size)
                     suffixes.add(f".{suffix.lower()}")

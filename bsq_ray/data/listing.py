@@ -64,8 +64,9 @@ def list_folder(source: str, kind: str, suffixes: tuple[str, ...], split_list: s
     classes = tuple(sorted(found)) or ("all",)
     names = list(paths)
     if split_list is not None:
-        # UCF-101 numbers its classes without regard to case.
-        classes = _numbered(split_list, found) or tuple(sorted(found, key=str.casefold)) or ("all",)
+        if found:
+            # UCF-101 numbers its classes without regard to case.
+            classes = _numbered(split_list, found) or tuple(sorted(found, key=str.casefold))
         names = _read_split(split_list, source, paths, classes)
     local = storage.is_local(source)
     return Listing(

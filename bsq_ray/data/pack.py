@@ -27,8 +27,6 @@ from bsq_ray.data.video_files import TooShort, stored_video
 from bsq_ray.data.videos import VIDEO_SUFFIXES
 from bsq_ray.session import ray_session
 
-__all__ = ["IMAGE_SUFFIXES", "PackReport", "pack_images", "pack_videos"]
-
 _ARCHIVE_BLOCK = 512
 
 
@@ -111,7 +109,8 @@ def pack_images(
         split_list: a list of the files to take, see `listing`.
 
     Raises:
-        ValueError: the folder is missing, holds no images or none that can be decoded, or the destination is in use.
+        ValueError: the folder is missing, holds no images or none that can be decoded, the destination is in use, or
+            storage fails.
     """
     _check(destination, shard_mb, max_side)
     plan = _plan(source, "images", IMAGE_SUFFIXES, split_list, shard_mb, seed)
@@ -266,6 +265,9 @@ def _pack_shard(name: str, sources: list[Source], destination: str, store: _Stor
             except TooShort as error:
                 result.too_short.append(f"{source.url}: {error}")
                 continue
+            except storage.Unavailable:
+                # Nothing is wrong with the file, so a data set without it would not be whole.
+                raise
             except ValueError as error:
                 result.damaged.append(f"{source.url}: {error}")
                 continue

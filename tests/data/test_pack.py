@@ -130,6 +130,41 @@ def test_shards_made_elsewhere_are_indexed(photos, tmp_path):
         index_shards(str(tmp_path / "nothing"))
 
 
+def test_files_of_one_name_in_two_folders_of_a_shard_are_two_samples(photos, tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
+        for number, photo in enumerate(photos[:2]):
+            writer.write({"__key__": f"class{number}/same", "jpg": photo, "cls": number})
+    [shard] = index_shards(str(tmp_path)).shards
+    assert shard.keys == ("class0/same", "class1/same")
+    assert shard.labels == (0, 1)
+
+
+def test_storage_that_fails_ends_the_packing_and_leaves_no_manifest(folder, tmp_path, monkeypatch):
+    read = storage.read_bytes
+
+    def failing(url):
+        if url.endswith("photo.4.jpg"):
+            raise storage.Unavailable(f"cannot read {url}: no answer")
+        return read(url)
+
+    monkeypatch.setattr(storage, "read_bytes", failing)
+    with pytest.raises(storage.Unavailable, match=r"photo\.4\.jpg: no answer"):
+        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_a_split_list_of_a_folder_without_classes_needs_no_class_numbers(photos, tmp_path):
+    for number, photo in enumerate(photos[:3]):
+        storage.write_bytes(str(tmp_path / "flat" / f"{number}.png"), b"")
+        photo.save(tmp_path / "flat" / f"{number}.png")
+    (tmp_path / "classInd.txt").write_text("1 Archery\n")
+    (tmp_path / "list.txt").write_text("0.png\n2.png\n")
+    listed = str(tmp_path / "list.txt")
+    report = pack_images(str(tmp_path / "flat"), str(tmp_path / "out"), workers=0, split_list=listed)
+    assert report.manifest.classes == ("all",)
+    assert report.manifest.samples == 2
+
+
 def test_inspection_counts_and_notices_a_changed_shard(folder, tmp_path):
     url = str(tmp_path / "out")
     pack_images(str(folder), url, workers=0)
