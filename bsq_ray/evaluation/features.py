@@ -16,7 +16,8 @@ from torch import Tensor
 from bsq_ray import config, storage
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.photos import PhotoSource
+from bsq_ray.data.source import Source
+from bsq_ray.data.sources import open_pixels
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
@@ -53,7 +54,12 @@ class Features:
 def real_features(
     manifest: Manifest, run: config.TokenizerConfig, workers: int, address: str | None = None
 ) -> Features:
-    """Features of all images of a data set, kept in the cache under the names of data, transform and weights."""
+    """Features of all images of a data set, kept in the cache under the names of data, transform and weights.
+
+    Raises:
+        ValueError: the data are no images.
+        RuntimeError: an image cannot be read.
+    """
     size, resize_filter = run.model.image_size, run.data.evaluation_filter
     weights = "-".join(resolve_once(network).sha256[:12] for network in NETWORKS)
     name = f"features-{manifest.hash[:16]}-{size}-{resize_filter}-{weights}.npz"
@@ -62,7 +68,7 @@ def real_features(
         with np.load(path) as kept:
             return Features(kept["features"], kept["seen"], kept["labels"], [str(key) for key in kept["keys"]])
     chunks = [range(first, min(first + _BATCH, manifest.samples)) for first in range(0, manifest.samples, _BATCH)]
-    source = PhotoSource(manifest, run.data, size)
+    source = open_pixels(run, manifest)
     parts = list(map_in_pool(chunks, partial(_RealMeasured, source), workers, address))
     features = Features(
         np.concatenate([part.features_ND for part in parts]),
@@ -78,11 +84,14 @@ def real_features(
 
 
 class _RealMeasured:
-    def __init__(self, source: PhotoSource) -> None:
+    def __init__(self, source: Source) -> None:
         self.source, self.networks = source, Networks()
 
     def __call__(self, samples: range) -> Features:
         block = self.source.read_held_out(samples)
+        if block.damaged:
+            # What is kept in the cache is said to be the whole data set.
+            raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.damaged[0]}")
         return Features(*self.networks(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation import generation
 from bsq_ray.evaluation.drawing import Request, draw
-from bsq_ray.evaluation.features import Features
+from bsq_ray.evaluation.features import Features, real_features
 from bsq_ray.evaluation.generation import evaluate_generation
 from bsq_ray.evaluation.token_frequencies import frequency_bits
 from bsq_ray.models.masked_lm import MaskedLM
@@ -100,6 +101,20 @@ def test_reference_features_are_read_from_the_cache(setting, results, monkeypatc
     assert found.features_ND.shape == (manifest.samples, 2048)
     assert found.seen_NC.shape == (manifest.samples, 1280)
     assert sorted(found.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
+
+
+def test_real_images_that_cannot_be_read_are_neither_left_out_nor_kept_in_the_cache(setting, cache, tmp_path):
+    run = config.load_config(f"{setting[0]}/tokenizer/config.yaml")
+    storage.copy_folder(setting[1], str(tmp_path / "shards"))
+    [shard] = (tmp_path / "shards").glob("*.tar")
+    shard.write_bytes(shard.read_bytes()[:-20_000])
+    manifest = read_manifest(str(tmp_path / "shards"))
+    # Another hash than that of the whole data set, whose features are in the cache.
+    damaged = replace(manifest, shards=(replace(manifest.shards[0], sha256="0" * 64),))
+    kept = set(cache.rglob("*.npz"))
+    with pytest.raises(RuntimeError, match=r"shards has an image that cannot be read: shard-000000\.tar: .*shard ends"):
+        real_features(damaged, run, 0)
+    assert set(cache.rglob("*.npz")) == kept
 
 
 def test_a_class_is_told_and_covered_by_its_nearest_known_images():
