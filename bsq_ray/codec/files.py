@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -64,7 +65,8 @@ class Part:
         """
         if self.frame is None and self.second is None:
             return None
-        number = self.frame if self.frame is not None else int(Fraction(self.second or 0) * clip.rate)
+        # By its decimal digits: the float nearest to 0.12 lies below it, which is a frame earlier at 25 a second.
+        number = self.frame if self.frame is not None else floor(Fraction(str(self.second)) * clip.rate)
         if not 0 <= number < clip.frames:
             length = float(clip.frames / clip.rate)
             raise ValueError(

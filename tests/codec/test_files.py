@@ -11,6 +11,7 @@ from PIL import Image
 from small_models import save_tokenizer
 
 from bsq_ray.codec.colour import SRGB
+from bsq_ray.codec.container import Clip
 from bsq_ray.codec.files import Part, compress_file, decompress_file
 from bsq_ray.codec.video import read_video, write_video
 
@@ -52,6 +53,16 @@ def test_a_cut_off_file_is_previewed_and_an_animation_refused(model, photo, tmp_
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="it is an animation"):
         compress_file(model, str(tmp_path / "a.webp"), coded)
+
+
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(100), Fraction(30000, 1001)])
+def test_the_moment_at_which_a_frame_begins_is_that_frame(rate):
+    clip = Clip(200, 1, rate, SRGB)
+    exact = [n for n in range(200) if (n / rate * 10_000).denominator == 1]
+    assert len(exact) >= 7
+    assert [Part(second=float(n / rate)).chosen_frame(clip) for n in exact] == exact
+    with pytest.raises(ValueError, match="there is no frame -1"):
+        Part(second=-0.001).chosen_frame(clip)
 
 
 def test_pipes(model, photo, tmp_path):
