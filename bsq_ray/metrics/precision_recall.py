@@ -31,9 +31,10 @@ def precision_recall(real_ND: np.ndarray, drawn_MD: np.ndarray, neighbours: int 
 
 def nearest_labels(features_ND: np.ndarray, known_MD: np.ndarray, labels_M: np.ndarray, neighbours: int) -> np.ndarray:
     """Class of each image (N,) by majority among its nearest known images, the nearer class where it is a tie."""
-    distance_NM = torch.cdist(torch.from_numpy(features_ND).double(), torch.from_numpy(known_MD).double())
-    near_Nk = distance_NM.argsort(1)[:, :neighbours].numpy()
-    return np.array([_majority(labels_M[row]) for row in near_Nk])
+    points_ND, known = torch.from_numpy(features_ND).double(), torch.from_numpy(known_MD).double()
+    voters = min(neighbours, len(known))
+    near = [torch.cdist(part, known).topk(voters, largest=False).indices for part in points_ND.split(_ROWS)]
+    return np.array([_majority(labels_M[row]) for row in torch.cat(near).numpy()])
 
 
 def _majority(labels_k: np.ndarray) -> int:
