@@ -90,19 +90,21 @@ def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
                 front.append(row)
         return [row["bits_per_pixel"] for row in front], [row["psnr"] for row in front]
 
-    ours = curve(curves[anchor])
+    reference = curve(curves[anchor])
     found: dict[str, float | None] = {}
     for codec, rows in curves.items():
         theirs = curve(rows)
         if codec == anchor or len(rows) < _FEWEST:
             continue
-        low, high = max(ours[1][0], theirs[1][0]), min(ours[1][-1], theirs[1][-1])
-        if low >= high or min(len(ours[0]), len(theirs[0])) < _FEWEST:
+        low, high = max(reference[1][0], theirs[1][0]), min(reference[1][-1], theirs[1][-1])
+        if low >= high or min(len(reference[0]), len(theirs[0])) < _FEWEST:
             found[codec] = None
             continue
         with warnings.catch_warnings():
             # It warns of a small common range, which the plot shows.
             warnings.simplefilter("ignore")
-            saved = bjontegaard.bd_rate(*ours, *theirs, method="akima", require_matching_points=False, min_overlap=0)
+            saved = bjontegaard.bd_rate(
+                *reference, *theirs, method="akima", require_matching_points=False, min_overlap=0
+            )
             found[codec] = float(saved)
     return found

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from bsq_ray.metrics.psnr import psnr
 
 
 def frames_of(clips_B3THW: Tensor) -> Tensor:
@@ -28,8 +29,7 @@ def by_frame(metric: Callable[[Tensor, Tensor], Tensor], original_B3THW: Tensor,
 
 def clip_psnr(original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:
     """PSNR with one error over the whole clip, in dB, (B,): not the mean of the frames' PSNR, but at most that."""
-    error_B = ((original_B3THW - clips_B3THW).double() * 127.5).square().mean((1, 2, 3, 4))
-    return 10 * torch.log10(255**2 / error_B.clamp_min(255**2 * 1e-10))
+    return psnr(original_B3THW.flatten(1, 2), clips_B3THW.flatten(1, 2))
 
 
 def flicker(original_B3THW: Tensor, clips_B3THW: Tensor) -> Tensor:

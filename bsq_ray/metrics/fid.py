@@ -69,7 +69,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
         ValueError: a set has fewer than two images.
     """
     if min(first.count, second.count) < 2:
-        raise ValueError("FID needs at least two images in each set")
+        raise ValueError("a Fréchet distance needs at least two images or clips in each set")
     difference_D = first.mean() - second.mean()
     first_DD, second_DD = first.covariance(), second.covariance()
     # Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive.
