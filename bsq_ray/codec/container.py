@@ -215,6 +215,22 @@ def read_container(data: bytes, whole: bool = True, max_pixels: int = MAX_PIXELS
     return Container(header, data, index_GE, ends_G - index_GE[:, 0])
 
 
+def read_image(data: bytes, whole: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
+    """As `read_container`, and refuses a clip."""
+    container = read_container(data, whole, max_pixels)
+    if container.header.clip is not None:
+        raise ValueError(f"the file holds a clip of {container.header.frames} frames, not an image")
+    return container
+
+
+def read_clip(data: bytes, whole: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
+    """As `read_container`, and refuses an image."""
+    container = read_container(data, whole, max_pixels)
+    if container.header.clip is None:
+        raise ValueError("the file holds an image, not a clip")
+    return container
+
+
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     """The header alone.
 

@@ -31,7 +31,8 @@ from bsq_ray.codec.container import (
     Container,
     Header,
     check_header,
-    read_container,
+    read_clip,
+    read_image,
     write_container,
 )
 from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size, groups_at_once
@@ -193,7 +194,7 @@ class Codec:
         Raises:
             ValueError: the file is damaged, of other models or a newer version, or a clip, or the region is outside.
         """
-        container = _container_of_image(data, True, max_pixels)
+        container = read_image(data, True, max_pixels)
         [pixels_HWC] = self._frames(container, range(1), region, progress, {} if seconds is None else seconds)
         return Image.fromarray(pixels_HWC)
 
@@ -217,7 +218,7 @@ class Codec:
         Raises:
             ValueError: as `decompress`, or the clip has no such frames.
         """
-        container = _container_of_clip(data, True, max_pixels)
+        container = read_clip(data, True, max_pixels)
         count = container.header.frames
         wanted = range(count) if frames is None else frames
         if not (0 <= wanted.start < wanted.stop <= count and wanted.step == 1):
@@ -230,7 +231,7 @@ class Codec:
         Raises:
             ValueError: the part ends before the index does, or is damaged.
         """
-        container = _container_of_image(data, False, max_pixels)
+        container = read_image(data, False, max_pixels)
         [pixels_HWC] = self._frames(container, range(1), None, _silent, {})
         return Image.fromarray(pixels_HWC), container.whole_groups / len(container.index_GE)
 
@@ -240,7 +241,7 @@ class Codec:
         Raises:
             ValueError: the part ends before the index does, or is damaged.
         """
-        container = _container_of_clip(data, False, max_pixels)
+        container = read_clip(data, False, max_pixels)
         header = container.header
         there = min(header.frames, -(-container.whole_groups // header.gop_groups) * header.gop)
         return self._frames(container, range(there), None, _silent, {}), there
@@ -382,20 +383,6 @@ def _gops(frames: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             gathered = []
     if gathered:
         yield np.stack(gathered)
-
-
-def _container_of_image(data: bytes, whole: bool, max_pixels: int) -> Container:
-    container = read_container(data, whole, max_pixels)
-    if container.header.clip is not None:
-        raise ValueError(f"the file holds a clip of {container.header.frames} frames, not an image")
-    return container
-
-
-def _container_of_clip(data: bytes, whole: bool, max_pixels: int) -> Container:
-    container = read_container(data, whole, max_pixels)
-    if container.header.clip is None:
-        raise ValueError("the file holds an image, not a clip")
-    return container
 
 
 def _short_id(model: Tokenizer | Prior) -> bytes:
