@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tempfile
 import time
 from contextlib import suppress
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from bsq_ray import storage
 
-# Remote files are rewritten whole, so not at every record.
+# Remote files and those of TensorBoard are rewritten whole, so not at every record.
 _FLUSH_SECONDS = 30.0
 
 
@@ -38,10 +40,10 @@ class Log:
         storage.write_bytes(self._url, "".join(self._old).encode())
         self._written = 0.0
         self._scratch = tempfile.TemporaryDirectory()
-        folder = storage.filesystem(storage.join(out_url, "tensorboard"))[1] if self._local else self._scratch.name
+        # Written aside and copied: at a full disk its thread ends in silence, and whoever writes then waits for ever.
         # Named by the step too: a run that is resumed within a second must not overwrite its own file.
         self._tensorboard = SummaryWriter(
-            folder, purge_step=step + 1 if step else None, filename_suffix=f".step-{step:07d}"
+            self._scratch.name, purge_step=step + 1 if step else None, filename_suffix=f".step-{step:07d}"
         )
 
     def write(self, record: dict[str, Any]) -> None:
@@ -50,12 +52,12 @@ class Log:
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-        if self._local:
-            self._write_new()
-        if time.monotonic() - self._written > _FLUSH_SECONDS:
-            # What storage refuses now it may take the next time; nothing is lost meanwhile.
-            with suppress(storage.Unavailable):
+        # What storage refuses now it may take the next time; nothing is lost meanwhile.
+        with suppress(storage.Unavailable):
+            if time.monotonic() - self._written > _FLUSH_SECONDS:
                 self.flush()
+            elif self._local:
+                self._write_new()
 
     def picture(self, name: str, pixels_3HW: Tensor) -> None:
         """Writes a uint8 picture as `out/samples/{name}.png`."""
@@ -72,14 +74,14 @@ class Log:
         self._written = time.monotonic()
         self._tensorboard.flush()
         self._write_new()
-        if not self._local:
-            for path in Path(self._scratch.name).iterdir():
-                storage.copy_in(str(path), storage.join(self.out_url, "tensorboard", path.name))
+        for path in Path(self._scratch.name).iterdir():
+            storage.copy_in(str(path), storage.join(self.out_url, "tensorboard", path.name))
 
     def close(self) -> None:
         """Flushes and releases the files."""
-        self.flush()
+        # First, because it waits for what is still on its way into the file.
         self._tensorboard.close()
+        self.flush()
         self._scratch.cleanup()
 
     def _write_new(self) -> None:
@@ -87,8 +89,13 @@ class Log:
         if not self._local:
             storage.write_bytes(self._url, "".join(self._old + self._new).encode())
             return
-        with storage.explained(self._url, "write"), open(storage.filesystem(self._url)[1], "a") as file:
-            file.writelines(self._new)
+        data = "".join(self._new).encode()
+        with storage.explained(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
+            end = file.tell()
+            if file.write(data) < len(data):
+                # All or nothing, so that no line is cut off.
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._new.clear()
 
 

@@ -46,6 +46,24 @@ def test_a_record_is_readable_while_the_run_goes_on(tmp_path):
     log.close()
 
 
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path):
+    log, file, kept = Log(str(tmp_path), 0), tmp_path / "metrics.jsonl", tmp_path / "kept.jsonl"
+    log.write({"kind": "training", "step": 1})
+    file.rename(kept)
+    file.symlink_to("/dev/full")
+    for step in range(2, 40):
+        # More numbers than TensorBoard's queue holds.
+        log.write({"kind": "training", "step": step, "loss": 0.5})
+    with pytest.raises(storage.Unavailable, match="cannot write .*metrics.jsonl.* No space left"):
+        log.flush()
+    file.unlink()
+    kept.rename(file)
+    log.write({"kind": "training", "step": 40})
+    assert steps(tmp_path) == list(range(1, 41))
+    log.close()
+    assert steps(tmp_path) == list(range(1, 41))
+
+
 def read_events(file):
     """(tag, step, value) of the scalars in a TensorBoard file: records of length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
