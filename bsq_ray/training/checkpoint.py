@@ -116,7 +116,7 @@ class CheckpointWriter:
         self._publishing = True
         files = [file for part, _ in answers for file in part]
         index = {"version": 1, "progress": asdict(self._progress), "files": files}
-        publish = partial(self._publish, _url(self._out_url, step), index)
+        publish = partial(self._publish, step, index)
         self._task = _in_background(publish if self._worker.first else _nothing)
 
     def finish(self) -> None:
@@ -140,10 +140,10 @@ class CheckpointWriter:
                 self._persistently(partial(storage.copy_in, str(folder / name), storage.join(url, name)))
         return described
 
-    def _publish(self, url: str, index: dict[str, Any]) -> None:
+    def _publish(self, step: int, index: dict[str, Any]) -> None:
         data = json.dumps(index, indent=1).encode()
-        self._persistently(partial(storage.write_bytes, storage.join(url, _INDEX), data))
-        self._persistently(partial(_remove_old, self._out_url, self._keep))
+        self._persistently(partial(storage.write_bytes, storage.join(_url(self._out_url, step), _INDEX), data))
+        self._persistently(partial(_remove_old, self._out_url, self._keep, step))
 
     def _persistently(self, operation: Callable[[], None]) -> None:
         storage.persistently(operation, self._patience, self._warnings.put)
@@ -196,7 +196,11 @@ def list_checkpoints(out_url: str) -> list[str]:
 
 
 def _url(out_url: str, step: int) -> str:
-    return storage.join(out_url, "checkpoints", f"step-{step:07d}")
+    return storage.join(out_url, "checkpoints", _name(step))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
 
 
 def _read_index(url: str) -> tuple[Progress, list[dict[str, Any]]]:
@@ -229,10 +233,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove_old(out_url: str, keep: int) -> None:
+def _remove_old(out_url: str, keep: int, step: int) -> None:
+    """Leaves the newest checkpoints up to that of `step`; later ones are damaged, or the run would be further."""
     root = storage.join(out_url, "checkpoints")
-    whole = list_checkpoints(out_url)
-    kept = set(whole[-keep:])
+    kept = set([name for name in list_checkpoints(out_url) if name <= _name(step)][-keep:])
     for name in storage.list_folder(root):
         # A folder without an index is what an interrupted save left behind.
         if name.startswith("step-") and name not in kept:

@@ -62,8 +62,8 @@ class _Run:
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         torch.manual_seed(self.section.seed)
         # A run that goes on has its weights in the checkpoint.
-        begun = job.init_url and self._persistently(lambda: newest_progress(job.out_url))
-        init_url = None if begun else job.init_url
+        self.begun = bool(job.init_url and self._persistently(lambda: newest_progress(job.out_url)))
+        init_url = None if self.begun else job.init_url
         self.stage: Stage = build_stage(job.config, self.source, worker.device, init_url)
         self.main = next(iter(self.stage.modules))
         self.engines = {
@@ -339,6 +339,11 @@ class _Run:
                 raise RuntimeError("the machines do not read the same newest checkpoint; is the folder shared by all?")
             for warning in warnings:
                 self._say(kind="warning", text=warning)
+            if progress is None and self.begun and self.job.init_url:
+                raise ValueError(
+                    f"no checkpoint in {self.job.out_url} is whole, and the run began with other weights; remove its "
+                    f"checkpoints to begin with {self.job.init_url} again"
+                )
             if progress is None:
                 return
             check_same_run(progress, self.job.config, self.source, self.job.out_url)

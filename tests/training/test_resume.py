@@ -126,6 +126,24 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_removed(two_checkpoints, 
     assert sorted(path.name for path in (two_checkpoints / "checkpoints").iterdir()) == ["step-0000003", "step-0000004"]
 
 
+def test_a_damaged_newer_checkpoint_does_not_push_out_those_that_are_written_after_it(two_checkpoints, photo_shards):
+    (two_checkpoints / "checkpoints" / "step-0000002").rename(two_checkpoints / "checkpoints" / "step-0000009")
+    [file] = (two_checkpoints / "checkpoints" / "step-0000009").glob("generator/**/*optim_states.pt")
+    file.unlink()
+    job = small_job(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=1"])
+    run(job, in_this_process(Listener(HALF)))
+    assert list_checkpoints(str(two_checkpoints)) == ["step-0000002"]
+
+
+def test_without_a_whole_checkpoint_a_run_that_began_with_other_weights_does_not_begin_with_random_ones(
+    two_checkpoints, photo_shards
+):
+    for file in two_checkpoints.glob("checkpoints/*/generator/**/*optim_states.pt"):
+        file.unlink()
+    with pytest.raises(ValueError, match="is whole, and the run began with other weights; remove its checkpoints"):
+        run(small_job(photo_shards, two_checkpoints, init_url="a-model"), in_this_process(Listener()))
+
+
 def test_another_model_cannot_go_on(two_checkpoints, photo_shards):
     job = small_job(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
     with pytest.raises(
