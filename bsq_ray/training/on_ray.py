@@ -92,6 +92,9 @@ def run_on_ray(
                 failures.add(group.failure, group.errors)
             if group.began:
                 say({"kind": "restart", "step": failures.step, "reason": reason})
+            else:
+                text = f"{size} workers could not begin: {reason}; trying again"
+                say({"kind": "warning", "step": failures.step, "text": text})
     finally:
         ray.kill(board)
         with suppress(storage.Unavailable):
@@ -263,8 +266,7 @@ def _worker_main(settings: dict[str, Any]) -> None:
         ray.get(board.fail.remote(error, True))
         return
     except Exception as error:
-        told = ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(_named(error))
-        ray.get(board.fail.remote(told, False))
+        ray.get(board.fail.remote(plain_error(error), False))
         # Raised, so that the workers that wait for this one are stopped too.
         raise
     if rank == 0:
@@ -282,8 +284,12 @@ def ray_storage(out_url: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
-def _named(error: Exception) -> str:
-    return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+def plain_error(error: Exception) -> Exception:
+    """What another process can read; the user's mistakes stay ValueErrors, and storage that is away is none of them."""
+    if isinstance(error, ValueError) and not isinstance(error, storage.Unavailable):
+        return ValueError(str(error))
+    plain = type(error) in (RuntimeError, storage.Unavailable)
+    return RuntimeError(str(error) if plain else f"{type(error).__name__}: {error}")
 
 
 def _last_line(errors: list[Exception]) -> str:

@@ -135,6 +135,9 @@ class Trial(tune.Trainable):
     def _run(self) -> None:
         try:
             self._told.put(self._train())
+        except storage.Unavailable as error:
+            # Says nothing about the configuration.
+            self._told.put(RuntimeError(str(error)))
         except ValueError as error:
             self._told.put(Ending("invalid", str(error), {}))
         except NonFinite as error:

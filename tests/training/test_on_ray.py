@@ -8,9 +8,10 @@ import urllib.request
 import pytest
 from small_runs import PRESET, SMALL
 
+from bsq_ray import storage
 from bsq_ray.config import load_config
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.on_ray import train_on_gpus
+from bsq_ray.training.on_ray import plain_error, train_on_gpus
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,20 @@ def test_workers_take_gpus_where_there_are_or_will_be_any(device, within_reach, 
 def test_a_cluster_that_will_never_have_enough_gpus_is_refused(device, within_reach, message):
     with pytest.raises(ValueError, match=message):
         train_on_gpus(device, 2, within_reach)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("bits -1"), ValueError, "bits -1"),
+        (storage.Unavailable("cannot read s3://a: 503"), RuntimeError, "cannot read s3://a: 503"),
+        (RuntimeError("too many"), RuntimeError, "too many"),
+        (KeyError("a"), RuntimeError, "KeyError: 'a'"),
+    ],
+)
+def test_only_what_is_wrong_with_the_input_is_told_as_such(error, kind, message):
+    told = plain_error(error)
+    assert (type(told), str(told)) == (kind, message)
 
 
 def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):

@@ -1,0 +1,37 @@
+"""How a trial says that it failed, which decides whether it is tried again."""
+
+import queue
+
+import pytest
+
+from bsq_ray import storage
+from bsq_ray.training.finite import NonFinite
+from bsq_ray.tuning.trial import Ending, Trial
+
+
+def told(error):
+    """What a trial hands to Tune when its training raises `error`."""
+
+    class Failing(Trial):
+        def _train(self):
+            raise error
+
+    trial = Failing.__new__(Failing)
+    trial._told = queue.Queue()
+    trial._run()
+    return trial._told.get()
+
+
+@pytest.mark.parametrize(("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFinite("step 3"), "diverged")])
+def test_what_another_attempt_would_not_change_is_an_ending(error, ending):
+    assert told(error) == Ending(ending, str(error), {})
+
+
+@pytest.mark.parametrize(
+    "error", [storage.Unavailable("cannot read s3://a: 503"), OSError("503"), RuntimeError("lost")]
+)
+def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
+    failure = told(error)
+    assert isinstance(failure, Exception)
+    assert not isinstance(failure, ValueError)
+    assert str(failure) == str(error)
