@@ -34,6 +34,8 @@ _PAGE = {"style.css": "text/css", "script.js": "text/javascript"}
 _POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 # Content types that are certainly not a file of the kind that is wanted.
 _NO_FILE = ("multipart/", "text/", "application/json", "application/xml")
+# Seconds before a model is loaded again that failed otherwise than by not being there yet.
+_FAILED_PAUSE = 5.0
 
 
 class TokensBody(Strict):
@@ -225,8 +227,12 @@ async def within(seconds: float, work: Awaitable[Any]) -> Any:
 async def _load(model: Model) -> None:
     """Loads a model, and again until it works: a replica that fails is started again by Ray Serve."""
     while not model.facts:
-        with suppress(Refused):
-            await model.load()
+        try:
+            with suppress(Refused):
+                await model.load()
+        except Exception as error:
+            _log.error("the model %s cannot be loaded; trying again", model.name, exc_info=error)
+            await asyncio.sleep(_FAILED_PAUSE)
         await asyncio.sleep(0.2)
 
 

@@ -320,6 +320,23 @@ def test_a_failure_inside_is_not_shown(settings, photo):
         assert answer.json() == {"error": "the service failed; its log says why"}
 
 
+def test_a_model_that_fails_while_it_is_loaded_is_loaded_again(settings, monkeypatch, caplog):
+    monkeypatch.setattr("bsq_ray.serving.api._FAILED_PAUSE", 0.01)
+
+    class Late:
+        failures = 2
+
+        async def call(self, method, *arguments):
+            if self.failures:
+                self.failures -= 1
+                raise RuntimeError("no room for the model")
+            return {"bits": 10}
+
+    with TestClient(app_of(Late(), settings.limits)) as client:
+        wait_until_loaded(client)
+    assert caplog.text.count("the model small cannot be loaded; trying again") == 2
+
+
 def test_with_authentication_only_the_page_and_health_are_open(settings, replicas, photo):
     with TestClient(make_app(settings, replicas, digest(TOKEN))) as client:
         wait_until_loaded(client)
