@@ -72,12 +72,13 @@ def _state(parameters: int, engine: config.Engine, workers: int) -> dict[str, fl
     """Weights, gradients and optimizer state for P parameters on N workers (Rajbhandari et al., 2020, section 5).
 
     Without ZeRO 4 P + 4 P + 8 P. ZeRO adds an fp32 copy of the weights of its own, 4 P / N, also where the weights are
-    fp32 already, and partitions the moments (stage 1), the gradients (2) and the weights (3).
+    fp32 already, and partitions the moments (stage 1), the gradients (2) and the weights (3). Offloaded, that copy and
+    the moments are in host memory.
     """
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     size = 4.0 * parameters
     return {
         "weights": size / workers if stage == 3 else size,
         "gradients": size / workers if stage >= 2 else size,
-        "optimizer": 3 * size / workers if stage else 2 * size,
+        "optimizer": 0.0 if engine.offload_optimizer else 3 * size / workers if stage else 2 * size,
     }

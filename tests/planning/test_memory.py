@@ -119,6 +119,15 @@ def test_zero_partitions_one_thing_more_at_each_stage():
     assert weights.weights < gradients.weights == none.weights
 
 
+def test_an_offloaded_optimizer_takes_nothing_of_the_card():
+    kept, offloaded = (
+        training_memory(load_config("demo", [f"training.engine.offload_optimizer={value}"]), 4, 4)
+        for value in ("false", "true")
+    )
+    assert offloaded.optimizer == 0 < kept.optimizer
+    assert (offloaded.weights, offloaded.gradients) == (kept.weights, kept.gradients)
+
+
 def test_gradient_checkpointing_keeps_a_fraction():
     plain = load_config("imagenet256-bsq18")
     less = load_config("imagenet256-bsq18", ["model.gradient_checkpointing=true"])
