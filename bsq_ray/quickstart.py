@@ -103,9 +103,7 @@ def run_quickstart(
                 minutes=minutes,
             )
         except Interrupted as stop:
-            raise Interrupted(
-                f"{str(stop).split(';')[0]}; checkpoint and model are in {run}. Run the same quickstart again to go on"
-            ) from None
+            raise Interrupted(f"{stop}. Run the same quickstart again to go on") from None
         say(f"measuring on {material.name} that training did not see")
         results = evaluate_reconstruction(f"{run}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS)
     report = out / "report.html"

@@ -41,9 +41,7 @@ def train(
         )
     except Interrupted as stop:
         again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-        told = str(stop).split(";")[0]
-        command = shlex.join(["bsq-ray", *again, "--resume"])
-        raise Interrupted(f"{told}; checkpoint and model are saved in {out}. Go on with: {command}") from None
+        raise Interrupted(f"{stop}. Go on with: {shlex.join(['bsq-ray', *again, '--resume'])}") from None
     print("\n".join(summary_lines(result, out)))
 
 

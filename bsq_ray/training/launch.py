@@ -26,7 +26,7 @@ from bsq_ray.training.worker import Device, Wish, Worker, local_device
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop and has saved; the message says how to go on."""
+    """The run was asked to stop, and what it did is saved; it can be resumed."""
 
 
 def train(
@@ -91,15 +91,12 @@ def train(
                 say({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
                 result = run_on_ray(job, sizes, device, max_failures, say, asked, share)
         if result is None:
-            raise Interrupted("stopped before the workers began. Go on with the same command and --resume")
+            raise Interrupted("stopped before the workers began; nothing is lost")
         result = summary.complete(result)
         facts = {**asdict(result), "restarts": len(result.restarts), "restart_reasons": result.restarts}
         _write_summary({**facts, "workers": workers, "minutes": minutes}, job, say)
     if not result.finished:
-        raise Interrupted(
-            f"stopped after step {result.step}; checkpoint and model are saved in {out_url}. "
-            "Go on with the same command and --resume"
-        )
+        raise Interrupted(f"stopped after step {result.step}; checkpoint and model are saved in {out_url}")
     return result
 
 
