@@ -15,6 +15,8 @@ from fsspec.core import url_to_fs
 
 Value = TypeVar("Value")
 
+# How often a folder is tried to be removed while others remove parts of it.
+_REMOVALS = 20
 _STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
 # What another try will not change: the names, the rights and the credentials are wrong.
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
@@ -188,10 +190,14 @@ def remove_folder(url: str) -> None:
     """Removes a folder and what lies in it; an absent one is fine."""
     fs, path = filesystem(url)
     with explained(url, "remove"):
-        while fs.exists(path):
+        for _ in range(_REMOVALS):
             # Another process may be removing parts of it.
             with suppress(FileNotFoundError):
+                if not fs.exists(path):
+                    return
                 fs.rm(path, recursive=True)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
 
 
 def copy_folder(source: str, dest: str) -> None:
