@@ -76,7 +76,7 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
         address: Ray cluster, see `ray_session`.
 
     Raises:
-        ValueError: the port is taken, or a model folder cannot be read.
+        ValueError: the port is taken, a model folder cannot be read, or the cluster serves already.
         RuntimeError: a replica did not start.
     """
     token = (os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)) if settings.authentication else None
@@ -89,6 +89,12 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
         from bsq_ray.serving.app import application
 
         app = application(settings, token)
+        if serve.status().proxies:
+            # Its port would stay as it is, and the end of this service would be the end of all.
+            raise ValueError(
+                "Ray Serve already runs on this cluster; add the models to what it serves (cluster/README.md, "
+                "'Serving'), or leave --address out"
+            )
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")

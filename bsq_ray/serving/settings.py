@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from pydantic import Field, model_validator
 
@@ -90,6 +91,10 @@ class Settings(Strict):
     def _models(self) -> Settings:
         if not self.models:
             raise ValueError("models: name at least one model folder")
+        for name in self.models:
+            # Names stand in HTTP headers and in those of deployments.
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                raise ValueError(f"models: '{name}' is no name; use letters, digits, '.', '_' and '-' (NAME=FOLDER)")
         return self
 
 

@@ -1,17 +1,20 @@
 """How the service is set up: names, token, scaling; and batches that may not change an answer."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ray import serve
+from ray.serve.schema import ServeStatus
 from small_models import save_tokenizer
 
 from bsq_ray.config.reading import check_section
 from bsq_ray.serving.app import build, options
 from bsq_ray.serving.exact import exact_sizes, in_pieces, pieces
-from bsq_ray.serving.running import is_loopback, settings_of
+from bsq_ray.serving.running import is_loopback, running, settings_of
 from bsq_ray.serving.settings import Settings
 
 
@@ -56,11 +59,24 @@ def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
         (["limits.waiting=0"], "limits.waiting"),
         (["codec.replicas=3", "codec.most_replicas=2"], "most_replicas 2 is below replicas 3"),
         (["models={}"], "name at least one model folder"),
+        (['models={"größer": "b"}'], "'größer' is no name"),
+        (['models={"": "b"}'], "'' is no name"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_key(overrides, said):
     with pytest.raises(ValueError, match=said.replace(".", r"\.").replace("?", r"\?")):
         check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
+
+
+def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
+    stopped = []
+    monkeypatch.setattr("bsq_ray.serving.running.ray_session", nullcontext)
+    monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={"a-machine": "HEALTHY"}))
+    monkeypatch.setattr(serve, "shutdown", lambda: stopped.append(True))
+    settings = Settings(models={"tiny": model}, authentication=False)
+    with pytest.raises(ValueError, match="Ray Serve already runs on this cluster"), running(settings, "127.0.0.1", 0):
+        pass
+    assert not stopped
 
 
 def test_each_kind_of_deployment_scales_on_its_own():
