@@ -140,6 +140,24 @@ def test_clipping_is_the_same_for_every_engine_and_does_something(runs, engine):
     assert losses["clipped ddp"][-1]["loss"] != losses["whole ddp"][-1]["loss"]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gradient_that_is_not_finite_is_told_and_changes_nothing(engine):
+    module = torch.nn.Linear(2, 1, bias=False)
+    section = load_config("demo", ENGINES[engine]).training
+    built = build_engine(module, section, 1, 1, torch.device("cpu"))
+    built.backward(built(torch.ones(1, 2)).sum())
+    assert np.isfinite(built.step(1e-3))
+    with built.whole_parameters():
+        before = module.weight.detach().clone()
+    # The loss is 0 and finite, the gradient of the root there is not.
+    built.backward((0 * built(torch.ones(1, 2))).square().sum().sqrt())
+    norm = built.step(1.0)
+    assert norm is not None
+    assert not np.isfinite(norm)
+    with built.whole_parameters():
+        assert torch.equal(module.weight.detach(), before)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
 def test_bf16_reaches_the_forward_pass_of_an_engine(photo_shards, tmp_path, monkeypatch, kind):
     # As on a GPU, where DeepSpeed sees the outer autocast and switches it off inside its engines.
