@@ -6,6 +6,8 @@ Shape suffixes: P samples, C channels, H and W pixels.
 from __future__ import annotations
 
 import io
+import posixpath
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO
@@ -21,6 +23,7 @@ from bsq_ray.data.source import Samples
 # Files up to this size are fetched whole, bytes.
 _SMALL = 4 * 2**20
 _Place = tuple[Shard, int]
+_HEADER = tarfile.BLOCKSIZE
 
 
 def read_samples(
@@ -91,9 +94,10 @@ def fetch(
 def _fetch_remote(url: str, places: list[_Place]) -> list[bytes | Exception]:
     fs, root = storage.filesystem(url)
     paths = [storage.join(root, shard.name) for shard, _ in places]
-    starts = [shard.offsets[index] for shard, index in places]
+    starts = [shard.offsets[index] - _HEADER for shard, index in places]
     ends = [shard.offsets[index] + shard.sizes[index] for shard, index in places]
-    return list(fs.cat_ranges(paths, starts, ends, on_error="return"))
+    blobs = fs.cat_ranges(paths, starts, ends, on_error="return")
+    return [_content(blob, *place) for blob, place in zip(blobs, places, strict=True)]
 
 
 def _fetch_local(url: str, places: list[_Place]) -> list[bytes | Exception]:
@@ -107,12 +111,28 @@ def _fetch_local(url: str, places: list[_Place]) -> list[bytes | Exception]:
             with open(storage.join(root, name), "rb", buffering=0) as file:
                 for place in sorted(here, key=lambda p: places[p][0].offsets[places[p][1]]):
                     shard, index = places[place]
-                    file.seek(shard.offsets[index])
-                    blobs[place] = file.read(shard.sizes[index]) or b""
+                    file.seek(shard.offsets[index] - _HEADER)
+                    blobs[place] = _content(file.read(_HEADER + shard.sizes[index]) or b"", shard, index)
         except OSError as error:
             for place in here:
                 blobs[place] = error
     return blobs
+
+
+def _content(read: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
+    """A file without its tar header, which is looked at: in a shard that was changed another file lies in its place."""
+    if isinstance(read, Exception) or len(read) <= _HEADER:
+        return read if isinstance(read, Exception) else b""
+    try:
+        header = tarfile.TarInfo.frombuf(read[:_HEADER], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return ValueError("its shard is not the one that the manifest speaks of")
+    # Names that do not fit the header stand elsewhere.
+    whole_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
+    key = posixpath.basename(header.name).partition(".")[0]
+    if header.size != shard.sizes[index] or (whole_name and key != shard.keys[index]):
+        return ValueError(f"{header.name} lies in its place")
+    return read[_HEADER:]
 
 
 class Files:
