@@ -274,7 +274,7 @@ def test_zero_3_goes_together_with_accumulation_without_a_discriminator_and_with
 
 def test_an_unknown_preset_is_answered_with_the_nearest_one():
     assert message_of("imagenet128-bsq8") == ("no preset is called 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
-    assert "presets are demo, imagenet128-bsq10" in message_of("xyz")
+    assert "presets are demo, demo-video, imagenet128-bsq10" in message_of("xyz")
 
 
 @pytest.mark.parametrize(

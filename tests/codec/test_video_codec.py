@@ -211,7 +211,7 @@ def test_files_from_video_to_video_and_pictures(folder, carphone, tmp_path):
         (Part(), "x.png", "this is a clip, so OUT must end in .mp4 or .mkv"),
         (Part(frame=2), "x.mp4", "this is an image or one frame"),
         (Part(frame=9), "x.png", "no frame 9: the clip has 9 frames"),
-        (Part(second=-1.0), "x.png", "no frame -29"),
+        (Part(second=-1.0), "x.png", "no frame -30"),
     ):
         with pytest.raises(ValueError, match=message):
             decompress_file(folder, coded, str(tmp_path / out), part)

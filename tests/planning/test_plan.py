@@ -12,7 +12,8 @@ from bsq_ray.planning.plan import reconstruction_rate
 @pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_preset_has_a_plan_for_every_card(name, gpu):
-    made = plan(load_config(name), gpu, 16)
+    run = load_config(name)
+    made = plan(run, gpu, min(16, run.training.batch_size))
     assert made.step_seconds > 0
     assert made.fits == (not made.advice)
     assert f"{made.days:.2f} days" in render(made)

@@ -1,5 +1,7 @@
 """The service without Ray: the application and the replicas' classes in one process."""
 
+import time
+
 import pytest
 import torch
 
@@ -84,7 +86,9 @@ def make_app(settings, replicas, token_digest=None):
 
 
 def wait_until_loaded(client):
-    for _ in range(200):
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
         if client.get("/healthz").status_code == 200:
             return
+        time.sleep(0.02)
     raise AssertionError("the models were not loaded")

@@ -52,7 +52,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_is_o
 
     def slow(local, url):
         # Without a thread that writes, the next step would never come.
-        assert next_step.wait(60)
+        assert "checkpoints" not in url or next_step.wait(60)
         copy_in(local, url)
 
     class Waker(Listener):
