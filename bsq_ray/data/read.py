@@ -9,8 +9,8 @@ import io
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import IO
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ from bsq_ray.data.source import Samples
 _SMALL = 4 * 2**20
 _Place = tuple[Shard, int]
 _HEADER = tarfile.BLOCKSIZE
+_Value = TypeVar("_Value")
 
 
 def read_samples(
@@ -154,7 +155,7 @@ class Files:
         patience: float = 0.0,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.url = manifest.url
+        self.url, self._patience, self._say = manifest.url, patience, say
         self._blobs: dict[tuple[str, int], bytes | Exception] = {}
         if storage.is_local(manifest.url):
             return
@@ -174,18 +175,33 @@ class Files:
         if blob is not None:
             yield io.BytesIO(whole(blob, size))
             return
-        with storage.open_url(storage.join(self.url, shard.name)) as file:
-            there = file.seek(0, io.SEEK_END) - shard.offsets[index]
+        url = storage.join(self.url, shard.name)
+        with ExitStack() as opened:
+            file = self._persistently(url, lambda: opened.enter_context(storage.open_url(url)))
+            there = self._persistently(url, lambda: file.seek(0, io.SEEK_END)) - shard.offsets[index]
             if there < size:
                 raise ValueError(f"the shard ends after {max(0, there)} of its {size} bytes")
-            yield io.BufferedReader(_Window(file, shard.offsets[index], size))
+
+            def read(place: int, count: int) -> bytes:
+                file.seek(shard.offsets[index] + place)
+                return bytes(file.read(count))
+
+            window = _Window(size, lambda place, count: self._persistently(url, lambda: read(place, count)))
+            yield io.BufferedReader(window)
+
+    def _persistently(self, url: str, operation: Callable[[], _Value]) -> _Value:
+        def explained() -> _Value:
+            with storage.explained(url, "read"):
+                return operation()
+
+        return storage.persistently(explained, self._patience, self._say)
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A part of a file as a file; `read` gives so many bytes from a place in it."""
 
-    def __init__(self, file: IO[bytes], offset: int, size: int) -> None:
-        self.file, self.offset, self.size, self.place = file, offset, size, 0
+    def __init__(self, size: int, read: Callable[[int, int], bytes]) -> None:
+        self.size, self.fetch, self.place = size, read, 0
 
     def readable(self) -> bool:
         return True
@@ -201,8 +217,7 @@ class _Window(io.RawIOBase):
         return self.place
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self.file.seek(self.offset + self.place)
-        data = self.file.read(max(0, min(len(buffer), self.size - self.place)))
+        data = self.fetch(self.place, max(0, min(len(buffer), self.size - self.place)))
         buffer[: len(data)] = data
         self.place += len(data)
         return len(data)

@@ -1,13 +1,14 @@
 """Clips of packed videos: the same frames for the same order, seed and epoch, whoever reads."""
 
 import io
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bsq_ray import config
+from bsq_ray import config, storage
 from bsq_ray.data import read
 from bsq_ray.data.clips import ClipSource
 from bsq_ray.data.images import evaluation_image
@@ -184,3 +185,39 @@ def test_images_and_videos_are_not_taken_for_each_other(photo_shards, video_shar
         open_source(image, video_shards)
     # Measured, an image is a clip of one frame.
     assert open_pixels(video, read_manifest(photo_shards)).read_held_out(range(2)).values_P.shape == (2, 3, 32, 32)
+
+
+class FailingOnce:
+    """A file whose first reading of content fails as an object store does that is overloaded."""
+
+    def __init__(self, file):
+        self.file, self.failed = file, False
+
+    def seek(self, *place):
+        return self.file.seek(*place)
+
+    def read(self, count):
+        if not self.failed:
+            self.failed = True
+            raise OSError("please reduce your request rate")
+        return self.file.read(count)
+
+
+def test_storage_that_fails_while_a_large_video_is_read_is_asked_again(video_shards, monkeypatch):
+    source = clips(video_shards)
+    expected = source.read_held_out(range(1))
+    open_url = storage.open_url
+
+    @contextmanager
+    def failing(url, mode="rb"):
+        with open_url(url, mode) as file:
+            yield FailingOnce(file)
+
+    monkeypatch.setattr(storage, "open_url", failing)
+    source.patience = 5.0
+    found = source.read_held_out(range(1))
+    assert found.damaged == []
+    assert (found.values_P == expected.values_P).all()
+    assert ["please reduce your request rate; trying again" in line for line in found.delays] == [True]
+    source.patience = 0.0
+    assert "please reduce your request rate" in source.read_held_out(range(1)).damaged[0]
