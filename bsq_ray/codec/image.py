@@ -153,8 +153,11 @@ class Codec:
             progress: called with frames done and 0, for how many follow is not known.
 
         Raises:
-            ValueError: there are no frames, they differ in size, or they are too large.
+            ValueError: there are no frames, they differ in size, they are too large, or the rate cannot be written.
         """
+        rate = Fraction(rate)
+        if rate <= 0 or max(rate.numerator, rate.denominator) >= 2**32:
+            raise ValueError(f"the rate {rate} must be positive, its numerator and denominator below 2^32")
         seconds: dict[str, float] = {}
         coded: list[CodedGroup] = []
         count, gop = 0, self.tokenizer.config.frames
@@ -162,7 +165,7 @@ class Codec:
         for number, pixels_THWC in enumerate(_gops(frames, gop)):
             count += len(pixels_THWC)
             if header is None:
-                clip = Clip(1, gop, Fraction(rate), colour)
+                clip = Clip(1, gop, rate, colour)
                 header = self._header(pixels_THWC.shape[2], pixels_THWC.shape[1], clip)
             if pixels_THWC.shape[1:3] != (header.height, header.width):
                 raise ValueError("the frames of a clip must all have one size")

@@ -57,6 +57,12 @@ def decoded(clip_codec, data):
     return list(clip_codec.decompress_clip(data))
 
 
+@pytest.mark.parametrize("rate", [0, -25, Fraction(29.97)])
+def test_a_rate_that_no_file_can_hold_is_refused(raw_clip_codec, frames, rate):
+    with pytest.raises(ValueError, match="must be positive, its numerator and denominator below"):
+        raw_clip_codec.compress_clip(frames, rate)
+
+
 def test_a_clip_comes_back_frame_by_frame_with_rate_and_colour(raw_clip_codec, frames, data, decoded):
     clip = read_container(data).header.clip
     assert (clip.frames, clip.gop, clip.rate, clip.colour) == (11, 4, RATE, (1, 1, 1, 0))
