@@ -14,13 +14,21 @@ from bsq_ray.metrics.weights import resolve_once
 _FID_IMAGES = 2048
 
 
-def contract(manifest: Manifest, images: int, size: int, resize_filter: str, networks: Sequence[str]) -> dict[str, Any]:
+def contract(
+    manifest: Manifest,
+    images: int,
+    size: int,
+    resize_filter: str,
+    networks: Sequence[str],
+    drawn: int | None = None,
+) -> dict[str, Any]:
     """Conditions of a measurement, as plain data.
 
     Args:
         images: how many images or clips were measured.
         size: side of the images or frames, pixels.
         networks: names of the metric networks whose weights were used.
+        drawn: how many other images they were compared with; None for their own reconstructions.
     """
     weights = {name: resolve_once(name) for name in networks}
     conditions: dict[str, Any] = {
@@ -38,9 +46,10 @@ def contract(manifest: Manifest, images: int, size: int, resize_filter: str, net
             **{name: metadata.version(name) for name in ("torch", "ray", "lpips", "pytorch-msssim", "pillow")},
         },
     }
-    if "fid-inception" in networks and images < _FID_IMAGES:
+    fewest = images if drawn is None else min(images, drawn)
+    if "fid-inception" in networks and fewest < _FID_IMAGES:
         conditions["warning"] = (
-            f"rFID of {images} images is biased upwards; compare it only with rFID of the same images, or use KID"
+            f"rFID of {fewest} images is biased upwards; compare it only with rFID of the same images, or use KID"
         )
     if "fvd-i3d" in networks and images < _FID_IMAGES:
         conditions["warning"] = f"rFVD of {images} clips is biased upwards; compare it only with rFVD of the same clips"

@@ -107,9 +107,8 @@ def evaluate_generation(
         drawn = Features(np.concatenate(features), np.concatenate(seen), np.array(labels), keys)
         rows[name] = _compare(drawn, real, known, top)
         pictures[name] = tiles
-    terms = contract(
-        manifest, manifest.samples, tokenizer.model.image_size, tokenizer.data.evaluation_filter, list(NETWORKS)
-    )
+    size, resize_filter = tokenizer.model.image_size, tokenizer.data.evaluation_filter
+    terms = contract(manifest, manifest.samples, size, resize_filter, NETWORKS, drawn=total)
     results = {
         "model": model_url,
         "model_id": folder.id,

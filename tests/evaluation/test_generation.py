@@ -20,6 +20,7 @@ from bsq_ray.data.pack import pack_images
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation import generation
+from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.drawing import Request, draw
 from bsq_ray.evaluation.features import Features, real_features
 from bsq_ray.evaluation.generation import evaluate_generation
@@ -101,6 +102,13 @@ def test_reference_features_are_read_from_the_cache(setting, results, monkeypatc
     assert found.features_ND.shape == (manifest.samples, 2048)
     assert found.seen_NC.shape == (manifest.samples, 1280)
     assert sorted(found.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
+
+
+def test_few_drawn_images_are_warned_of_however_many_real_ones_there_are(setting):
+    manifest = read_manifest(setting[1])
+    terms = contract(manifest, 50_000, 64, "lanczos", ["fid-inception"], drawn=100)
+    assert "of 100 images is biased" in terms["warning"]
+    assert "warning" not in contract(manifest, 50_000, 64, "lanczos", ["fid-inception"])
 
 
 def test_real_images_that_cannot_be_read_are_neither_left_out_nor_kept_in_the_cache(setting, cache, tmp_path):
