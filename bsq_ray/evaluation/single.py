@@ -19,6 +19,7 @@ from bsq_ray import config, hub, storage
 from bsq_ray.codec.video import read_video, write_video
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
 from bsq_ray.data.manifest import MANIFEST, read_manifest
+from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints
 
@@ -45,11 +46,10 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     png = io.BytesIO()
     Image.fromarray(beside).save(png, "PNG")
     storage.write_bytes(str(out), png.getvalue())
-    error_squared = float((original.float() - reconstruction.float()).square().mean())
-    psnr = 10 * np.log10(255**2 / max(error_squared, 1e-6))
+    [quality] = psnr(to_float(original[None]), to_float(reconstruction[None])).tolist()
     count = tokens.bits_BNL[0].numel()
     return (
-        f"{image_url}: {size} x {size} px in {count} bits ({count / size**2:g} bits per pixel), PSNR {psnr:.2f} dB; "
+        f"{image_url}: {size} x {size} px in {count} bits ({count / size**2:g} bits per pixel), PSNR {quality:.2f} dB; "
         f"original and reconstruction are side by side in {out}"
     )
 
@@ -81,7 +81,7 @@ def reconstruct_clip(
         except ValueError as error:
             raise ValueError(f"{clip_url} cannot be read as a clip: {error}") from error
         waiting: deque[np.ndarray] = deque()
-        errors: list[float] = []
+        qualities: list[float] = []
 
         def originals() -> Iterator[Tensor]:
             for pixels_HWC in video.frames:
@@ -91,20 +91,20 @@ def reconstruct_clip(
 
         def beside() -> Iterator[np.ndarray]:
             for rebuilt in _rebuilt(tokenizer, originals()):
-                for frame in to_uint8(rebuilt[0].transpose(0, 1)).numpy():
+                for frame in to_uint8(rebuilt[0].transpose(0, 1)):
                     original = waiting.popleft()
-                    errors.append(float(np.square(original.astype(np.float32) - frame).mean()))
+                    pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
+                    qualities.append(float(psnr(*pair)))
                     if progress is not None:
-                        progress(len(errors), max(video.count, len(errors)))
-                    yield np.concatenate([original, frame], axis=2).transpose(1, 2, 0)
+                        progress(len(qualities), max(video.count, len(qualities)))
+                    yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
 
         path = str(Path(scratch) / "beside.mp4")
         write_video(path, "mp4", beside(), video.rate, video.colour)
         storage.copy_in(path, str(out))
-    psnr = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-6))))
     return (
-        f"{clip_url}: {len(errors)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
-        f"pixel), PSNR {psnr:.2f} dB; original and reconstruction are side by side in {out}"
+        f"{clip_url}: {len(qualities)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
+        f"pixel), PSNR {np.mean(qualities):.2f} dB; original and reconstruction are side by side in {out}"
     )
 
 
