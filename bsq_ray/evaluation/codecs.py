@@ -26,7 +26,7 @@ def standard_codecs() -> dict[str, Standard]:
 
     codecs = {"JPEG": Standard((5, 10, 20, 35, 50, 70), _pillow("JPEG", optimize=True), _open)}
     if features.check("jpg_2000"):
-        codecs["JPEG 2000"] = Standard((160, 80, 48, 32, 20, 12), _jpeg2000, _open)
+        codecs["JPEG 2000"] = Standard((24, 27, 30, 33, 36, 40), _jpeg2000, _open)
     if features.check("webp"):
         codecs["WebP"] = Standard((0, 8, 20, 40, 60, 80), _pillow("WEBP", method=6), _open)
     if features.check("avif"):
@@ -36,7 +36,7 @@ def standard_codecs() -> dict[str, Standard]:
     except ImportError:
         return codecs
     codecs["JPEG XL"] = Standard(
-        (14.0, 9.0, 6.0, 4.0, 2.5, 1.5),
+        (20.0, 13.0, 8.0, 5.0, 3.0, 1.5),
         lambda image, distance: bytes(imagecodecs.jpegxl_encode(np.asarray(image), distance=distance, effort=7)),
         lambda data: Image.fromarray(imagecodecs.jpegxl_decode(data)),
     )
@@ -52,9 +52,10 @@ def _pillow(kind: str, **options: Any) -> Callable[[Image.Image, float], bytes]:
     return encode
 
 
-def _jpeg2000(image: Image.Image, ratio: float) -> bytes:
+def _jpeg2000(image: Image.Image, psnr: float) -> bytes:
+    # At a wanted PSNR: at a wanted size it would spend on easy images what others save.
     file = io.BytesIO()
-    image.save(file, "JPEG2000", quality_mode="rates", quality_layers=[ratio], irreversible=True, mct=1)
+    image.save(file, "JPEG2000", quality_mode="dB", quality_layers=[psnr], irreversible=True, mct=1)
     return file.getvalue()
 
 

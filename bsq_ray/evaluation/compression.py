@@ -27,7 +27,7 @@ from bsq_ray.evaluation.benchmark_sets import find_set
 from bsq_ray.evaluation.clip_files import Clip, read_clip
 from bsq_ray.evaluation.codecs import standard_codecs
 from bsq_ray.evaluation.compression_report import markdown, picture_sheet, plot_curves
-from bsq_ray.evaluation.rate_distortion import METRICS, Point, at_rate, bd_rates, mean_curves
+from bsq_ray.evaluation.rate_distortion import METRICS, Point, at_rate, mean_bd_rates, mean_curves
 from bsq_ray.evaluation.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
@@ -97,7 +97,7 @@ def evaluate_compression(
         "anchor": _ANCHOR[found.kind],
         "curves": curves,
         "at_our_rate": {codec: at_rate(rows, ours) for codec, rows in curves.items()},
-        "bd_rate": bd_rates(curves, _ANCHOR[found.kind]),
+        "bd_rate": mean_bd_rates(points, _ANCHOR[found.kind]),
         "prior_saves": 1 - ours / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in its_points] for name, its_points in points.items()},
     }

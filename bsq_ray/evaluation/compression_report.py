@@ -36,6 +36,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         f"Means over {results['items']} {results['kind']} of {results['set']}{_said_of_clips(results)}; sizes are "
         f"those of whole files, headers included. Times with {results['workers'] or 1} process(es) at work.",
+        f"BD-rates are means over {results['kind']}.",
     ]
     if results["prior_saves"] is not None:
         lines.append(f"The prior saves {results['prior_saves']:.1%} of the raw files.")

@@ -74,6 +74,20 @@ def at_rate(curve: Sequence[Row], rate: float) -> Row | None:
     return {"bits_per_pixel": rate} | row
 
 
+def mean_bd_rates(points_by_item: Mapping[str, Sequence[Point]], anchor: str) -> dict[str, float | None]:
+    """Mean over items of the BD-rates of each, see `bd_rates`, where they have one.
+
+    Of mean curves it would depend on how a codec shares bits out among items: at one PSNR for all, at one rate for all,
+    or, as most do, at one quantiser.
+    """
+    found: dict[str, list[float | None]] = defaultdict(list)
+    for name, points in points_by_item.items():
+        for codec, saved in bd_rates(mean_curves({name: points}), anchor).items():
+            found[codec].append(saved)
+    known = {codec: [saved for saved in each if saved is not None] for codec, each in found.items()}
+    return {codec: float(np.mean(each)) if each else None for codec, each in known.items()}
+
+
 def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
     """Bits saved (negative) or wasted at equal PSNR, in percent of the anchor's, for codecs with a curve.
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import Akima1DInterpolator
 
-from bsq_ray.evaluation.rate_distortion import Point, at_rate, bd_rates, mean_curves
+from bsq_ray.evaluation.rate_distortion import Point, at_rate, bd_rates, mean_bd_rates, mean_curves
 
 RATES = [0.1, 0.2, 0.45, 0.8, 1.6]
 
@@ -67,6 +67,25 @@ def test_bd_rate_is_the_mean_log_ratio_over_the_common_qualities():
     ]
     expected = 100 * (np.exp((curves[1](at) - curves[0](at)).mean()) - 1)
     assert bd_rates({"a": first, "b": second}, "a")["b"] == pytest.approx(expected, abs=0.01)
+
+
+def test_the_mean_bd_rate_does_not_depend_on_how_bits_are_shared_out():
+    """The same codec at half the anchor's rate: once at the anchor's qualities, once at one PSNR for both images."""
+    easy, hard = [36, 39, 42, 45, 48], [20, 23, 26, 29, 32]
+    anchors = {"easy": easy, "hard": hard}
+    shared = {"easy": [37, 40, 43, 46], "hard": [21, 22, 25, 28]}
+    items = {}
+    for name, psnrs in anchors.items():
+        its_rates = np.interp(shared[name], psnrs, np.log(RATES))
+        points = [point("A", n, rate, psnr) for n, (rate, psnr) in enumerate(zip(RATES, psnrs, strict=True))]
+        points += [point("B", n, rate / 2, psnr) for n, (rate, psnr) in enumerate(zip(RATES, psnrs, strict=True))]
+        points += [
+            point("C", n, np.exp(r) / 2, p) for n, (r, p) in enumerate(zip(its_rates, shared[name], strict=True))
+        ]
+        items[name] = points
+    found = mean_bd_rates(items, "A")
+    assert found["B"] == pytest.approx(-50, abs=0.01)
+    assert found["C"] == pytest.approx(-50, abs=1)
 
 
 def test_what_cannot_be_compared_has_no_bd_rate():
