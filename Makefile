@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install quickstart demo-generate demo-compress test test-slow lint benchmark clean
+.PHONY: help install quickstart demo-generate demo-compress test test-slow test-long lint benchmark clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -28,7 +28,10 @@ test: $(READY)   ## the tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow and not benchmark'
 
 test-slow: $(READY) ## the long tests: faults, clusters, demos
-	$(BIN)/python -m pytest -m 'slow and not benchmark'
+	$(BIN)/python -m pytest -m 'slow and not long and not benchmark'
+
+test-long: $(READY) ## whole sweeps, demos and every command of the README; an hour on two cores
+	$(BIN)/python -m pytest -m 'long and not benchmark'
 
 lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -190,8 +190,9 @@ def remove_folder(url: str) -> None:
     """Removes a folder and what lies in it; an absent one is fine."""
     fs, path = filesystem(url)
     with explained(url, "remove"):
-        for _ in range(_REMOVALS):
-            # Another process may be removing parts of it.
+        for attempt in range(_REMOVALS):
+            # Another process may be removing parts of it; who waits a little longer each time leaves it to the others.
+            time.sleep(0.01 * attempt)
             with suppress(FileNotFoundError):
                 if not fs.exists(path):
                     return

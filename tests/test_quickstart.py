@@ -43,6 +43,7 @@ def test_own_photographs_end_in_a_report_and_a_second_call_goes_on(photos, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_clips_end_in_a_report_with_an_animation_of_clips_from_another_file(tmp_path, ray_local):
     small = (*_SMALL, "training.steps=6", "training.batch_size=2", "data.clips_per_video=2")
     done = run_quickstart(None, tmp_path / "out", minutes=5, overrides=small, material=CLIPS)

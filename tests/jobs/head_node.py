@@ -87,7 +87,7 @@ def head_node(
         yield Head(address, environment)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(180)
 
 
 def _free_ports(count):

@@ -124,7 +124,7 @@ def test_a_gigabyte_is_cut_off_and_costs_others_nothing(service, client, files):
     before, most, sent = memory("ProxyActor"), 0.0, 0
     head = (
         f"POST /v1/compress HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    )
+    ).encode()
     piece = b"100000\r\n" + bytes(2**20) + b"\r\n"
     with connected(service) as stream:
         stream.sendall(head)
@@ -151,7 +151,7 @@ def test_clients_that_go_away_give_their_turn_back(service, client):
     body = b'{"class": 1, "steps": 256, "guidance": 1}'
     head = (
         f"POST /v1/generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    ).encode()
     streams = [connected(service) for _ in range(16)]
     for stream in streams:
         stream.sendall(head + body)

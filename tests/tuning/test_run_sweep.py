@@ -134,6 +134,7 @@ def test_a_sweep_that_is_done_is_not_done_again(demo, photo_shards, held_out_sha
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trials_that_are_stopped_early_give_back_what_they_held(photo_shards, held_out_shards, tmp_path, ray_local):
     # Long beside the moment it takes until a trial hears that it is to stop.
     every = {"training.evaluate_every": 20, "training.log_every": 20}
@@ -153,6 +154,7 @@ def test_trials_that_are_stopped_early_give_back_what_they_held(photo_shards, he
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_that_is_killed_is_begun_again_and_goes_on_from_its_checkpoint(
     photo_shards, held_out_shards, tmp_path, ray_local
 ):
@@ -191,6 +193,7 @@ def test_a_trial_that_is_killed_is_begun_again_and_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_cannot_be_is_recorded_and_a_failing_trial_is_tried_again_and_ends_no_sweep(
     photo_shards, held_out_shards, tmp_path, ray_local
 ):
@@ -233,6 +236,7 @@ def test_what_cannot_be_is_recorded_and_a_failing_trial_is_tried_again_and_ends_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_sweep_goes_on_where_it_was_and_does_not_repeat_what_is_done(
     photo_shards, held_out_shards, tmp_path, ray_local
 ):
@@ -265,6 +269,7 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_does_not_repeat_what_is_done(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_stops_at_ctrl_c_and_the_same_command_goes_on(photo_shards, held_out_shards, tmp_path):
     small_sweep(tmp_path, budget={"steps": 100000, "concurrency": 1, "held_out_images": 2})
     out = tmp_path / "out"
@@ -287,6 +292,7 @@ def test_the_command_stops_at_ctrl_c_and_the_same_command_goes_on(photo_shards, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_lives_in_a_bucket(photo_shards, held_out_shards, tmp_path, bucket, ray_local):
     from bsq_ray import storage
 
