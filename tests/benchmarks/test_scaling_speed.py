@@ -1,0 +1,95 @@
+"""Training the demo's model as its user does: speed, waiting for data, start-up, and after a worker was lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.benchmark
+# The discriminator learns from the first step, so that all steps are alike.
+_RUN = ["training.steps=100000", "training.log_every=1", "training.checkpoint_every=20", "training.evaluate_batches=1"]
+_RUN += ["training.evaluate_every=100000", "training.sample_every=100000", "loss.adversarial.start_step=0"]
+_WARM_UP, _TIMED = 30, 150
+
+
+class Run:
+    """`bsq-ray train` in a process of its own, followed by the records it writes."""
+
+    def __init__(self, shards, out, workers):
+        command = ["train", "tokenizer", "--config", "demo", "--data", shards, "--out", str(out)]
+        command += ["--workers", str(workers), *_RUN]
+        self.log = out / "metrics.jsonl"
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from bsq_ray.cli import main; main()", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def records(self):
+        """What the run has logged so far."""
+        return list(map(json.loads, self.log.read_text().splitlines())) if self.log.exists() else []
+
+    def reach(self, step):
+        """Waits until a step is taken; returns its record."""
+        while True:
+            assert self.process.poll() is None
+            found = [r for r in self.records() if r["kind"] == "training" and r["step"] >= step]
+            if found:
+                return found[0]
+            time.sleep(0.05)
+
+    def kill_worker(self):
+        """Kills one of the workers; returns how long no step is taken."""
+        workers = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in p.name()]
+        workers[-1].kill()
+        killed = time.monotonic()
+        # The log is cut back to the newest checkpoint and goes on with another start.
+        while [record["kind"] for record in self.records()].count("start") < 2:
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        while self.records()[-1]["kind"] != "training":
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        return time.monotonic() - killed
+
+    def end(self):
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(120)
+
+
+def rate(before, after):
+    """Images per second between two records, and the share of that time spent waiting for data."""
+    seconds = after["seconds"] - before["seconds"]
+    waited = after["data_wait"] * after["seconds"] - before["data_wait"] * before["seconds"]
+    return 16 * (after["step"] - before["step"]) / seconds, waited / seconds
+
+
+def test_scaling_speed(photo_shards, tmp_path, figure):
+    names = {0: "in one process, without Ray", 1: "one Ray worker", 2: "two Ray workers"}
+    speeds, starts, waits = {}, {}, {}
+    for workers in names:
+        run = Run(photo_shards, tmp_path / f"{workers}", workers)
+        try:
+            run.reach(1)
+            starts[workers] = time.monotonic() - run.began
+            first = run.reach(_WARM_UP)
+            speeds[workers], waits[workers] = rate(first, run.reach(_WARM_UP + _TIMED))
+            lost = run.kill_worker() if workers == 2 else 0.0
+        finally:
+            run.end()
+    for workers, name in names.items():
+        ratio = f"{speeds[workers] / speeds[0]:.2f} x without Ray"
+        what = f"training the demo's tokenizer, batch 16, {os.cpu_count()} cores, {name}"
+        figure(what, f"{speeds[workers]:.1f} images/s, {waits[workers]:.1%} of the time waiting for data", ratio)
+    for workers, name in names.items():
+        beside = f"{starts[0]:.1f} s without Ray"
+        figure(f"from the command to the first step, {name}", f"{starts[workers]:.1f} s", beside)
+    figure(
+        "from a killed worker to the next step, two Ray workers", f"{lost:.1f} s", f"{starts[2]:.1f} s from the command"
+    )

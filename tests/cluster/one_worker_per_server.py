@@ -1,0 +1,18 @@
+"""Trains with two workers on the cluster whose head this is run on, each too large to share a server with the other.
+
+python one_worker_per_server.py SHARDS OUT key=value …
+"""
+
+import sys
+
+from small_runs import PRESET, SMALL
+
+from bsq_ray.config import load_config
+from bsq_ray.training.launch import train
+from bsq_ray.training.on_ray import Share
+
+if __name__ == "__main__":
+    shards, out, *overrides = sys.argv[1:]
+    run = load_config(PRESET, [*SMALL, *overrides])
+    share = Share(resources={"CPU": 3})
+    train(run, shards, out, workers=2, address="auto", resume=True, show=print, share=share)

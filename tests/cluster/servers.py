@@ -1,0 +1,225 @@
+"""Servers on one machine: namespaces, each with an address, processes, home, /tmp, /opt and /dev/shm of its own.
+
+    server 10.0.0.1 ─eth0─┐
+    server 10.0.0.2 ─eth0─┴─ Switch: passes frames on, late, or now and then not at all
+
+Nothing of the machine's own network and processes is reached from inside, and a server ends with all it runs when its
+first process is killed. `/opt/bsq_ray` is this repository, `/tmp/shared` one folder for all, as a mounted one would be.
+"""
+
+import ctypes
+import fcntl
+import os
+import pwd
+import random
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# With a token, as everywhere.
+TOKEN = "a-token-for-servers-of-tests-" + "0" * 32
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+_UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork"]
+_SET_TAP, _TAP, _NO_HEADER, _NET_NAMESPACE = 0x400454CA, 0x0002, 0x1000, 0x40000000
+# What is mounted over becomes the server's own; Python and this repository stay where they are.
+_BOOT = """
+set -e
+mount --make-rprivate /
+for folder in {folders}; do mkdir -p {own}/$folder; done
+for kept in {kept}; do
+  for folder in {folders}; do
+    case $kept in $folder/*) mkdir -p {own}/$kept; mount --rbind $kept {own}/$kept ;; esac
+  done
+done
+mkdir -p {own}/opt/bsq_ray {own}/tmp/shared
+mount --rbind {repository} {own}/opt/bsq_ray
+mount --bind {shared} {own}/tmp/shared
+for folder in {folders}; do mkdir -p $folder; mount --rbind {own}/$folder $folder; done
+mount -t tmpfs -o size=2g tmpfs /dev/shm
+ip link set lo up
+echo ready
+# Stays, and buries what its children leave behind, as an init does.
+sleep infinity & wait
+"""
+
+
+class Switch(threading.Thread):
+    """Connects servers as a hub does.
+
+    Attributes:
+        delay: seconds a frame takes.
+        loss: share of frames that never arrive, 0 to 1.
+    """
+
+    def __init__(self, delay=0.0, loss=0.0):
+        super().__init__(daemon=True)
+        self.delay, self.loss = delay, loss
+        self._ports, self._late, self._ended = [], deque(), False
+        self._random = random.Random(0)
+
+    def plug(self, pid):
+        """Gives the server whose first process is `pid` an interface eth0 on this switch."""
+
+        def enter():
+            namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
+            # Moves this thread alone.
+            assert ctypes.CDLL(None).setns(namespace, _NET_NAMESPACE) == 0
+            os.close(namespace)
+            port = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            fcntl.ioctl(port, _SET_TAP, struct.pack("16sH22x", b"eth0", _TAP | _NO_HEADER))
+            self._ports.append(port)
+
+        entering = threading.Thread(target=enter)
+        entering.start()
+        entering.join()
+
+    def run(self):
+        while not self._ended:
+            wait = 0.05 if not self._late else min(0.05, max(0.0, self._late[0][0] - time.monotonic()))
+            ready, _, _ = select.select(list(self._ports), [], [], wait)
+            for port in ready:
+                self._take(port)
+            while self._late and self._late[0][0] <= time.monotonic():
+                self._deliver(*self._late.popleft()[1:])
+
+    def end(self):
+        self._ended = True
+        self.join()
+        for port in self._ports:
+            os.close(port)
+
+    def _take(self, port):
+        try:
+            frame = os.read(port, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            # The server has gone, and its interface with it.
+            self._ports.remove(port)
+            os.close(port)
+            return
+        if self._random.random() >= self.loss:
+            self._late.append((time.monotonic() + self.delay, port, frame))
+
+    def _deliver(self, source, frame):
+        for port in self._ports:
+            if port != source:
+                # A full or absent interface loses it.
+                with suppress(OSError):
+                    os.write(port, frame)
+
+
+class Server:
+    """One of them; `boot` starts it, `cut_power` ends it and everything on it at once."""
+
+    def __init__(self, folder, shared, switch, number):
+        self.address = f"10.0.0.{number}"
+        self.own, self.shared, self.switch = folder / str(number), shared, switch
+        self.home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+
+    def boot(self):
+        kept = " ".join(dict.fromkeys(map(str, (Path(sys.base_prefix).resolve(), sys.prefix, REPOSITORY))))
+        places = {"folders": f"{self.home} /opt /tmp", "kept": kept, "repository": REPOSITORY}
+        script = _BOOT.format(own=self.own, shared=self.shared, **places)
+        # A test run that is killed takes its servers with it.
+        command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "--kill-child", "--mount-proc", "bash", "-c", script]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self._process.stdout.readline() == "ready\n", self._process.stderr.read()
+        [first] = psutil.Process(self._process.pid).children()
+        self._first = first.pid
+        self.switch.plug(self._first)
+        self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0", check=True)
+        self.run("ip", "link", "set", "eth0", "up", check=True)
+        # Nobody answers there; it is by the way to the world that programs learn their own address.
+        self.run("ip", "route", "add", "default", "via", "10.0.0.254", check=True)
+
+    def cut_power(self):
+        self._process.kill()
+        self._process.wait()
+
+    def processes(self):
+        """What runs on the server, as this machine sees it."""
+        mine = os.readlink(f"/proc/{self._first}/ns/pid")
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError):
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == mine:
+                    found.append(process)
+        return found
+
+    def run(self, *command, timeout=400, check=False, **environment):
+        """Runs a command on the server, in the repository's folder, and waits for it."""
+        done = subprocess.run(
+            self._inside(command), env=self._environment(environment), capture_output=True, text=True, timeout=timeout
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def start(self, *command, log, **environment):
+        """Starts a command on the server; it ends with the server at the latest."""
+        with log.open("w") as told:
+            return subprocess.Popen(
+                self._inside(command), env=self._environment(environment), stdout=told, stderr=subprocess.STDOUT
+            )
+
+    def count_nodes(self):
+        """Starts to count the nodes of the cluster this server belongs to; the file gets a line for each change."""
+        counts = self.shared / f"nodes-{time.time()}"
+        counts.touch()
+        command = ["python", "tests/cluster/count_nodes.py", f"/tmp/shared/{counts.name}"]
+        self.start(*command, log=self.shared / f"{counts.name}.log")
+        return counts
+
+    def _inside(self, command):
+        enter = ["nsenter", f"--target={self._first}", "--mount", "--net", "--pid"]
+        return [*enter, "bash", "-c", 'cd /opt/bsq_ray && exec "$@"', "bash", *map(str, command)]
+
+    def _environment(self, more):
+        kept = {name: os.environ[name] for name in ("LANG", "TERM", "USER") if name in os.environ}
+        path = f"/opt/bsq_ray/.venv/bin:{os.environ['PATH']}"
+        return kept | {"HOME": str(self.home), "PATH": path, **RAY} | more
+
+
+def wait_until(true, log):
+    """Waits until the call is true; fails after four minutes, showing the log."""
+    deadline = time.monotonic() + 240
+    while not true():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.3)
+
+
+@contextmanager
+def servers(count, delay=0.0, loss=0.0):
+    """(servers, folder that they see as /tmp/shared); skips the test where this machine cannot make them."""
+    tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip"))) and Path("/dev/net/tun").exists()
+    if not tools or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
+        pytest.skip("servers are made of namespaces, which needs root, unshare, ip (iproute2) and /dev/net/tun")
+    if Path(sys.prefix) != REPOSITORY / ".venv":
+        pytest.skip("servers find the package in .venv of this repository, and it is installed elsewhere")
+    folder = Path(tempfile.mkdtemp(prefix="servers"))
+    switch, booted = Switch(delay, loss), []
+    (folder / "shared").mkdir()
+    switch.start()
+    try:
+        for number in range(1, count + 1):
+            server = Server(folder, folder / "shared", switch, number)
+            server.boot()
+            booted.append(server)
+        yield booted, folder / "shared"
+    finally:
+        for server in booted:
+            server.cut_power()
+        switch.end()
+        shutil.rmtree(folder, ignore_errors=True)

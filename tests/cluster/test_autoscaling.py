@@ -1,0 +1,75 @@
+"""A cluster that starts and ends machines as runs ask for them: a submitted run finds none, gets some, and they go.
+
+Ray's own autoscaler decides; its provider for tests starts processes where a cloud would start machines.
+"""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from servers import servers, wait_until
+from small_job import TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+HEAD_ID = "f" * 51 + "00000"
+NOTHING = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
+NOTHING += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"]
+CONFIG = {
+    "cluster_name": "bsq",
+    "provider": {
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+        "head_node_id": HEAD_ID,
+    },
+    "max_workers": 2,
+    "idle_timeout_minutes": 0.1,
+    "upscaling_speed": 1.0,
+    "head_node_type": "ray.head.default",
+    "available_node_types": {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "cpu2": {
+            "resources": {"CPU": 2, "object_store_memory": 150_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 2,
+        },
+    },
+    **{name: {} for name in ("auth", "docker", "file_mounts")},
+    "file_mounts_sync_continuously": False,
+    **{name: [] for name in (*NOTHING, "rsync_filter")},
+}
+AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+}
+
+
+def test_a_submitted_run_brings_machines_up_from_none_and_they_go_when_it_is_done(photo_shards):
+    with servers(1) as ([head], shared):
+        shutil.copytree(photo_shards, shared / "shards")
+        (shared / "autoscaling.yaml").write_text(yaml.safe_dump(CONFIG))
+        where = ["--autoscaling-config=/tmp/shared/autoscaling.yaml", "--dashboard-host=127.0.0.1", "--num-cpus=0"]
+        start = ["ray", "start", "--head", "--block", "--port=6379", "--object-store-memory=200000000", *where]
+        head.start(*start, log=shared / "head.log", **AUTOSCALER)
+        counted = head.count_nodes()
+        wait_until(lambda: counted.read_text() == "1\n", shared / "head.log")
+
+        job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo", "--data", "/tmp/shared/shards"]
+        job += ["--out", "/tmp/shared/run", "--workers", "2", *TINY, "training.steps=20"]
+        # Without a working directory: all machines keep theirs in one place, and the first that goes takes it along.
+        submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--"]
+        done = head.run(*submit, *job)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert json.loads((shared / "run" / "summary.json").read_text())["step"] == 20
+
+        wait_until(lambda: counted.read_text().endswith("\n1\n"), counted)
+        history = [int(line) for line in counted.read_text().split()]
+        assert 2 <= max(history) <= 3
