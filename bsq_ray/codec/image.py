@@ -171,7 +171,8 @@ class Codec:
                 raise ValueError("the frames of a clip must all have one size")
             # The last group is filled with its last frame.
             filled = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], gop - len(pixels_THWC), 0)])
-            coded += self._encode(header, number, filled, seconds, _silent)
+            before = count - len(pixels_THWC)
+            coded += self._encode(header, number, filled, seconds, lambda *_, done=before: progress(done, 0))
             progress(count, 0)
         if header is None:
             raise ValueError("the clip has no frames")
@@ -340,8 +341,7 @@ class Codec:
                 gop, (_, down, right) = place // len(groups), groups[place % len(groups)]
                 group_RCNL = bits_BNL.unflatten(0, (len(down), len(right)))
                 put(bits_GRCNL[gop], known_GRC[gop], group_RCNL, (down, right), rows, columns)
-                if header.clip is None:
-                    progress(count, len(groups))
+                progress(*((count, len(groups)) if header.clip is None else (done, len(frames))))
             for bits_RCNL, known_RC, part in zip(bits_GRCNL, known_GRC, wanted, strict=True):
                 began = time.perf_counter()
                 pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box)

@@ -17,6 +17,7 @@ import av
 import numpy as np
 
 from bsq_ray.codec.colour import Colour
+from bsq_ray.codec.container import MAX_PIXELS
 
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
 _MATRICES = {1, 2, 4, 5, 6, 7, 9}
@@ -36,6 +37,7 @@ class Video:
         frames: one after the other, read as they are asked for.
         rate: frames per second.
         count: how many the file says there are; 0 where it does not say.
+        size: width and height that the file says its frames are stored with, pixels.
         colour: as the file is marked.
         has_sound: whether sound is left out.
     """
@@ -43,18 +45,30 @@ class Video:
     frames: Iterator[np.ndarray]
     rate: Fraction
     count: int
+    size: tuple[int, int]
     colour: Colour
     has_sound: bool
 
 
-def read_video(file: IO[bytes] | str) -> Video:
+class TooLarge(ValueError):
+    """The frames have more pixels than are taken."""
+
+
+def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int = MAX_PIXELS) -> Video:
     """Opens a video by its path or as an open file.
 
+    Args:
+        kind: FFmpeg's name of the container; None lets FFmpeg look at the file.
+        max_pixels: of a frame; a video with larger ones is refused before any of them is decoded.
+
     Raises:
+        TooLarge: its frames are too large.
         ValueError: it is not one; while frames are taken, that it is damaged.
     """
+    limit = {"max_pixels": str(max_pixels)}
     try:
-        container = av.open(file)
+        # FFmpeg decodes frames already to find out what the streams are.
+        container = av.open(file, format=kind, options=limit)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"not a video of a known format ({_fault(error)})") from error
     if not container.streams.video:
@@ -62,6 +76,11 @@ def read_video(file: IO[bytes] | str) -> Video:
         raise ValueError("it holds no video")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
+    stream.codec_context.options = limit
+    size = stream.width, stream.height
+    if size[0] * size[1] > max_pixels:
+        container.close()
+        raise TooLarge(f"its frames have {size[0]} x {size[1]} pixels; at most {max_pixels} are taken")
     frames = _frames(container, stream)
     first = next(frames, None)
     if first is None:
@@ -70,7 +89,7 @@ def read_video(file: IO[bytes] | str) -> Video:
         int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2)
     )
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    return Video(_pixels(first, frames), rate, stream.frames, colour, bool(container.streams.audio))
+    return Video(_pixels(first, frames), rate, stream.frames, size, colour, bool(container.streams.audio))
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
@@ -95,10 +114,11 @@ def _upright(frame: Any) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
-def write_video(path: str, kind: str, frames: Iterable[np.ndarray], rate: Fraction, colour: Colour) -> int:
-    """Writes frames to a local file; returns how many.
+def write_video(file: IO[bytes] | str, kind: str, frames: Iterable[np.ndarray], rate: Fraction, colour: Colour) -> int:
+    """Writes frames to a file; returns how many.
 
     Args:
+        file: the path of a local one, or an open one that can be sought in.
         kind: "mp4" (H.264) or "matroska" (FFV1, lossless).
         colour: what the file is marked with.
 
@@ -109,7 +129,7 @@ def write_video(path: str, kind: str, frames: Iterable[np.ndarray], rate: Fracti
     count = 0
     stream: Any = None
     try:
-        with av.open(path, "w", format=kind) as container:
+        with av.open(file, "w", format=kind) as container:
             for pixels_HWC in frames:
                 if stream is None:
                     stream = container.add_stream(codec, rate=rate, options=options)
@@ -148,4 +168,4 @@ def _frame(pixels_HWC: np.ndarray, stream: Any) -> Any:
 
 
 def _fault(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:160] or type(error).__name__

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from typing import Annotated
 
 import typer
@@ -15,7 +13,7 @@ from bsq_ray.commands.options import Address, Overrides
 def serve(
     model: Annotated[list[str], typer.Option(help="Model folder, or NAME=FOLDER; several times for several models.")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on, of the cluster's head.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     token: Annotated[
         bool | None,
@@ -30,14 +28,14 @@ def serve(
     The token is that of the environment variable BSQ_RAY_TOKEN, or a new one that is printed.
     """
     from bsq_ray.serving.running import running, settings_of
+    from bsq_ray.signals import stop_on_signal
 
     settings = settings_of(model, host, token, overrides or [])
     print(f"loading {', '.join(settings.models)}", file=sys.stderr)
-    with running(settings, host, port, address) as service:
+    with running(settings, host, port, address) as service, stop_on_signal() as stopped:
         print(service.url, flush=True)
+        if service.note:
+            print(service.note, file=sys.stderr)
         if service.token is not None:
             print(f"token: {service.token}", flush=True)
-        stopped = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-        while not stopped.wait(1):
-            pass
+        stopped.wait()

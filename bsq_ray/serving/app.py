@@ -17,7 +17,7 @@ from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.front import Front
 from bsq_ray.serving.guard import digest
 from bsq_ray.serving.models import ROLES
-from bsq_ray.serving.settings import Batching, Scaling, Settings, token_from_environment
+from bsq_ray.serving.settings import Batching, Computing, Scaling, Settings, token_from_environment
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -50,7 +50,7 @@ def application(settings: Settings, token: str | None) -> Application:
 
 
 def _models(role: str, name: str, url: str, settings: Settings) -> Application:
-    section: Scaling = getattr(settings, role)
+    section: Computing = getattr(settings, role)
     # One batch is computed while the next one waits; a codec computes one request and has the next one's file at hand.
     ongoing = 2 * section.largest_batch if isinstance(section, Batching) else 2
     deployment = serve.deployment(replica_class(role), name=f"{role}-{name}", **options(section, ongoing, settings))
@@ -60,10 +60,11 @@ def _models(role: str, name: str, url: str, settings: Settings) -> Application:
 
 def options(section: Scaling, ongoing: int, settings: Settings) -> dict[str, Any]:
     """A deployment's options; `ongoing` requests are at a replica at once, and a limited number waits before it."""
+    gpus = section.gpus if isinstance(section, Computing) else 0
     fixed: dict[str, Any] = {
         "max_ongoing_requests": ongoing,
         "max_queued_requests": settings.limits.waiting,
-        "ray_actor_options": {"num_cpus": section.cpus, "num_gpus": section.gpus},
+        "ray_actor_options": {"num_cpus": section.cpus, "num_gpus": gpus},
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "health_check_period_s": 5,
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import re
 import urllib.request
+from collections.abc import Iterable
+from http.client import HTTPException
 
 import ray
 
@@ -21,13 +23,25 @@ async def cluster_metrics() -> str:
     """The series of Ray Serve, machine by machine; one that does not answer is left out."""
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"] and node["MetricsExportPort"]]
     urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
-    return "".join(await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls)))
+    return merged(await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls)))
+
+
+def merged(texts: Iterable[str]) -> str:
+    """One text of several: each metric once, with the series of all of them."""
+    metrics: dict[str, dict[str, None]] = {}
+    for text in texts:
+        lines: dict[str, None] = {}
+        for line in filter(_OURS.match, text.splitlines()):
+            if line.startswith("#"):
+                lines = metrics.setdefault(line.split(" ")[2], {})
+            lines[line] = None
+    return "".join(line + "\n" for lines in metrics.values() for line in lines)
 
 
 def _read(url: str) -> str:
     try:
         with _direct.open(url, timeout=5) as answer:
-            text = answer.read().decode()
-    except OSError:
+            text: str = answer.read().decode()
+            return text
+    except (OSError, HTTPException):
         return ""
-    return "".join(line + "\n" for line in text.splitlines() if _OURS.match(line))

@@ -32,10 +32,12 @@ class Running:
     Attributes:
         url: of the page.
         token: what requests must carry; None if there is no authentication.
+        note: how to reach it from here, where the URL alone does not say.
     """
 
     url: str
     token: str | None
+    note: str = ""
 
 
 def settings_of(models: Sequence[str], host: str, token: bool | None, overrides: Sequence[str]) -> Settings:
@@ -72,7 +74,7 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
     """The service, loaded and answering, for the time of the block.
 
     Args:
-        port: 0 takes a free one.
+        port: of the cluster's head, which listens; 0 takes a free one, if that is this machine.
         address: Ray cluster, see `ray_session`.
 
     Raises:
@@ -80,7 +82,6 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
         RuntimeError: a replica did not start.
     """
     token = (os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)) if settings.authentication else None
-    port = _free_port(host, port)
     for name, value in _SERVE_SETTINGS.items():
         os.environ.setdefault(name, value)
     with ray_session(address):
@@ -95,14 +96,46 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
                 "Ray Serve already runs on this cluster; add the models to what it serves (cluster/README.md, "
                 "'Serving'), or leave --address out"
             )
+        place = _place(host, port)
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+            serve.start(http_options={"host": host, "port": place.port}, proxy_location="HeadOnly")
             serve.run(app, name="bsq", route_prefix="/")
-            shown = f"[{host}]" if ":" in host else host
-            yield Running(f"http://{shown}:{port}/", token)
+            yield Running(place.url, token, place.note)
         finally:
             serve.shutdown()
+
+
+@dataclass(frozen=True)
+class _Place:
+    port: int
+    url: str
+    note: str
+
+
+def _place(host: str, port: int) -> _Place:
+    """Where the service listens: on the head of the cluster that this process has joined."""
+    import ray
+
+    [head] = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
+    if head["NodeID"] == ray.get_runtime_context().get_node_id():
+        port = _free_port(host, port)
+        return _Place(port, f"http://{_in_url(host)}:{port}/", "")
+    if not port:
+        raise ValueError("--port 0 looks for a free port here, but the cluster's head is another machine; choose one")
+    address = head["NodeManagerAddress"]
+    if is_loopback(host):
+        note = (
+            f"only the cluster's head {address} reaches this address: `ssh -N -L {port}:{host}:{port} {address}` "
+            "brings it here, --host 0.0.0.0 opens it to others"
+        )
+        return _Place(port, f"http://{_in_url(host)}:{port}/", note)
+    shown = address if host in ("0.0.0.0", "::") else host
+    return _Place(port, f"http://{_in_url(shown)}:{port}/", f"the cluster's head {address} listens")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _free_port(host: str, port: int) -> int:

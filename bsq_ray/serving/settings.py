@@ -23,10 +23,6 @@ class Scaling(Strict):
     most_replicas: int | None = Field(None, ge=1)
     queue: float = Field(4.0, gt=0)
     cpus: float = Field(0.5, ge=0)
-    # Share of a GPU; 0 computes on the CPU.
-    gpus: float = Field(0.0, ge=0)
-    # Threads of PyTorch; 0 is one for each core of the machine.
-    threads: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _range(self) -> Scaling:
@@ -34,13 +30,22 @@ class Scaling(Strict):
             raise ValueError(f"most_replicas {self.most_replicas} is below replicas {self.replicas}")
         return self
 
+
+class Computing(Scaling):
+    """A deployment that computes with PyTorch."""
+
+    # Share of a GPU; 0 computes on the CPU.
+    gpus: float = Field(0.0, ge=0)
+    # Threads of PyTorch; 0 is one for each core of the machine.
+    threads: int = Field(0, ge=0)
+
     @property
     def device(self) -> str:
         """Where the models of a replica live."""
         return "cuda" if self.gpus else "cpu"
 
 
-class Batching(Scaling):
+class Batching(Computing):
     """A deployment whose requests are computed together.
 
     Attributes:
@@ -84,7 +89,7 @@ class Settings(Strict):
     limits: Limits = Limits()
     front: Scaling = Scaling(cpus=0.25)
     tokenizer: Batching = Batching()
-    codec: Scaling = Scaling()
+    codec: Computing = Computing()
     generator: Batching = Batching()
 
     @model_validator(mode="after")

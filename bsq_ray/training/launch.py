@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.data.sources import fill_in, open_source
 from bsq_ray.models.initialisation import initial_weights
 from bsq_ray.session import ray_session
+from bsq_ray.signals import stop_on_signal
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, Result, check_same_run, possible_sizes
 from bsq_ray.training.loop import run
@@ -86,7 +85,6 @@ def train(
                 worker = Worker(0, 1, local_device(device), "local", _LocalReporter(say, asked))
                 result: Result | None = run(job, worker)
         else:
-            # In this order, because Ray takes SIGTERM for itself when it starts.
             with ray_session(address, dashboard=True) as dashboard, stop_on_signal(stop) as asked:
                 say({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
                 result = run_on_ray(job, sizes, device, max_failures, say, asked, share)
@@ -136,27 +134,6 @@ def _display(show: Callable[[dict[str, Any]], None] | None) -> Iterator[Callable
         return
     with ProgressLine() as line:
         yield line.show
-
-
-@contextmanager
-def stop_on_signal(given: threading.Event | None = None) -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the event; the second one is not caught. A given event is its giver's to set."""
-    stop = given or threading.Event()
-    if given is not None or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _LocalReporter:

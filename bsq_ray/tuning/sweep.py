@@ -21,7 +21,7 @@ from bsq_ray import storage
 from bsq_ray.config.reading import load_config
 from bsq_ray.data.sources import open_source
 from bsq_ray.session import ray_session, resources_within_reach
-from bsq_ray.training.launch import Interrupted, stop_on_signal
+from bsq_ray.training.launch import Interrupted
 from bsq_ray.training.on_ray import Share, ray_storage, train_on_gpus
 from bsq_ray.training.worker import Device
 from bsq_ray.tuning.results import write_results

@@ -1,9 +1,12 @@
 """How the service is set up: names, token, scaling; and batches that may not change an answer."""
 
+import socket
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +59,7 @@ def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
     ("overrides", "said"),
     [
         (["tokenizer.gpu=1"], "did you mean tokenizer.gpus?"),
+        (["front.gpus=1"], "front.gpus"),
         (["limits.waiting=0"], "limits.waiting"),
         (["codec.replicas=3", "codec.most_replicas=2"], "most_replicas 2 is below replicas 3"),
         (["models={}"], "name at least one model folder"),
@@ -79,15 +83,65 @@ def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
     assert not stopped
 
 
+@pytest.mark.parametrize(
+    ("host", "url", "note"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000/", "ssh -N -L 8000:127.0.0.1:8000 10.0.0.1"),
+        ("0.0.0.0", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
+        ("::", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
+    ],
+)
+def test_on_another_machines_cluster_its_head_listens(model, monkeypatch, host, url, note):
+    head = {
+        "Alive": True,
+        "NodeID": "far",
+        "NodeManagerAddress": "10.0.0.1",
+        "Resources": {"node:__internal_head__": 1},
+    }
+    here = {"Alive": True, "NodeID": "here", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4}}
+    asked = []
+    monkeypatch.setattr("bsq_ray.serving.running.ray_session", nullcontext)
+    monkeypatch.setattr(ray, "nodes", lambda: [here, head])
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={}))
+    for name in ("run", "shutdown"):
+        monkeypatch.setattr(serve, name, lambda *_, **__: None)
+    monkeypatch.setattr(serve, "start", lambda http_options, **_: asked.append(http_options))
+    settings = Settings(models={"tiny": model}, authentication=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        # Taken here, which says nothing about the head.
+        with running(settings, host, port, "10.0.0.1:6379") as service:
+            assert service.url == url.replace("8000", str(port))
+            assert note.replace("8000", str(port)) in service.note
+    assert asked == [{"host": host, "port": port}]
+    with pytest.raises(ValueError, match="choose a --port"), running(settings, host, 0, "10.0.0.1:6379"):
+        pass
+
+
+def test_a_port_that_is_taken_is_named(ray_local, model):
+    settings = Settings(models={"tiny": model}, authentication=False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another --port"),
+            running(settings, "127.0.0.1", port),
+        ):
+            pass
+
+
 def test_each_kind_of_deployment_scales_on_its_own():
     overrides = [
         "tokenizer.replicas=2", "tokenizer.gpus=0.25", "codec.most_replicas=5", "codec.queue=3", "generator.cpus=4",
-        "limits.waiting=7",
+        "limits.waiting=7", "front.replicas=3", "front.cpus=2",
     ]  # fmt: skip
     settings = check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
-    tokenizer, codec, generator = (
-        options(section, 8, settings) for section in (settings.tokenizer, settings.codec, settings.generator)
-    )
+    sections = settings.tokenizer, settings.codec, settings.generator, settings.front
+    tokenizer, codec, generator, front = (options(section, 8, settings) for section in sections)
+    assert (front["num_replicas"], front["ray_actor_options"]) == (3, {"num_cpus": 2, "num_gpus": 0})
     assert (tokenizer["num_replicas"], tokenizer["ray_actor_options"]["num_gpus"]) == (2, 0.25)
     assert settings.tokenizer.device == "cuda"
     scaling = codec["autoscaling_config"]

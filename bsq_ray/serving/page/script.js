@@ -42,7 +42,8 @@ async function begin() {
   offer("compress", "codec");
   offer("generate", "drawer");
   at("codec-row").hidden = at("codec").options.length < 2;
-  if (at("drawer").options.length) showClasses();
+  // What has been typed stays while other models are still being loaded.
+  if (at("drawer").value !== shownDrawer) showClasses();
   if (models.some((model) => !model.ready)) setTimeout(begin, 2000);
 }
 
@@ -204,8 +205,10 @@ for (const name of ["dragover", "dragleave", "drop"]) {
 // Drawing ------------------------------------------------------------------------------------------------------------
 
 let drawing = null;
+let shownDrawer = "";
 
 function showClasses() {
+  shownDrawer = at("drawer").value;
   const model = models.find(({ name }) => name === at("drawer").value);
   const options = Array.from({ length: model.classes }, (_, number) => new Option(`class ${number}`, number));
   at("class").replaceChildren(...options, new Option("any class", model.classes));

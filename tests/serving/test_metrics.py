@@ -1,0 +1,67 @@
+"""`/metrics` of several machines: one text that Prometheus takes."""
+
+import asyncio
+import re
+import socket
+import threading
+
+import pytest
+import ray
+
+from bsq_ray.serving.metrics import cluster_metrics
+
+TEXT = """# HELP ray_serve_latency_ms how long
+# TYPE ray_serve_latency_ms histogram
+ray_serve_latency_ms_bucket{node="N",le="1"} 4
+ray_serve_latency_ms_count{node="N"} 5
+# HELP python_gc collections
+# TYPE python_gc counter
+python_gc{node="N"} 9
+# HELP ray_serve_requests how many
+# TYPE ray_serve_requests counter
+ray_serve_requests{node="N"} 7
+"""
+
+
+@pytest.fixture
+def machine():
+    """Starts a machine's port of metrics, which answers with the text and claims a length; the port."""
+    servers = []
+
+    def answer(server, text, length):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length or len(text)}\r\n\r\n{text}".encode())
+
+    def start(text, length=None):
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+        threading.Thread(target=answer, args=(server, text, length), daemon=True).start()
+        return server.getsockname()[1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def metrics_of(monkeypatch, ports):
+    nodes = [{"Alive": True, "NodeManagerAddress": "127.0.0.1", "MetricsExportPort": port} for port in ports]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    return asyncio.run(cluster_metrics())
+
+
+def test_each_metric_is_described_once_and_its_series_stand_together(monkeypatch, machine):
+    text = metrics_of(monkeypatch, [machine(TEXT.replace("N", name)) for name in "AB"])
+    assert re.sub("{.*?}", "", text).split("\n") == [
+        "# HELP ray_serve_latency_ms how long", "# TYPE ray_serve_latency_ms histogram",
+        "ray_serve_latency_ms_bucket 4", "ray_serve_latency_ms_count 5",
+        "ray_serve_latency_ms_bucket 4", "ray_serve_latency_ms_count 5",
+        "# HELP ray_serve_requests how many", "# TYPE ray_serve_requests counter",
+        "ray_serve_requests 7", "ray_serve_requests 7", "",
+    ]  # fmt: skip
+
+
+def test_a_machine_that_breaks_off_is_left_out(monkeypatch, machine):
+    text = metrics_of(monkeypatch, [machine(TEXT, length=9999), machine(TEXT.replace("N", "whole"))])
+    assert set(re.findall('node="(.*?)"', text)) == {"whole"}
