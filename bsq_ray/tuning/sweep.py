@@ -21,6 +21,7 @@ from bsq_ray import storage
 from bsq_ray.config.reading import load_config
 from bsq_ray.data.sources import open_source
 from bsq_ray.session import ray_session, resources_within_reach
+from bsq_ray.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
 from bsq_ray.training.on_ray import Share, ray_storage, train_on_gpus
 from bsq_ray.training.worker import Device
@@ -88,7 +89,6 @@ def run_sweep(
     study = Study(sweep, out_url)
     longest = sweep.budget.steps or run.training.steps
     os.environ.update(_QUIET)
-    # In this order, because Ray takes SIGTERM for itself when it starts.
     with ray_session(address), stop_on_signal() as stop:
         if study.left:
             timer = threading.Timer(60 * stop_after, stop.set) if stop_after is not None else None

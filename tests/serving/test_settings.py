@@ -116,7 +116,7 @@ def test_on_another_machines_cluster_its_head_listens(model, monkeypatch, host, 
             assert service.url == url.replace("8000", str(port))
             assert note.replace("8000", str(port)) in service.note
     assert asked == [{"host": host, "port": port}]
-    with pytest.raises(ValueError, match="choose a --port"), running(settings, host, 0, "10.0.0.1:6379"):
+    with pytest.raises(ValueError, match="choose one"), running(settings, host, 0, "10.0.0.1:6379"):
         pass
 
 
