@@ -53,7 +53,8 @@ def run_on_ray(
 
     Args:
         sizes: numbers of workers that may be at work, ascending; with several of them the most for which there is room.
-        max_failures: losses of workers in a row, without a new checkpoint between them.
+        max_failures: losses of workers, and starts that failed, in a row without a new checkpoint between them. Waiting
+            for room is none, and lasts as long as it takes.
         say: receives the run's records; one of the kind "restart" for each group after the first.
 
     Returns:
@@ -81,19 +82,18 @@ def run_on_ray(
             if size is None:
                 return None
             ray.get(board.new_group.remote())
-            group = _Group(job, size, worker, settings, elastic=len(sizes) > 1)
+            group = _Group(job, size, worker, settings)
             reason = group.follow(Growth(size, sizes, worker), failures.heard(say), stop)
             if group.result is not None and (group.result.finished or stop.is_set()):
                 return group.result
             if not group.began and stop.is_set():
                 return None
-            # Fewer or more workers than wanted may find no room after all; then they have not begun.
-            if group.result is None and (group.began or len(sizes) == 1):
-                failures.add(group.failure, group.errors)
+            if group.result is None and not group.without_room:
+                failures.add(group.failure, group.errors, group.began)
             if group.began:
                 say({"kind": "restart", "step": failures.step, "reason": reason})
             else:
-                text = f"{size} workers could not begin: {reason}; trying again"
+                text = f"{size} workers could not begin: {'no room' if group.without_room else reason}; trying again"
                 say({"kind": "warning", "step": failures.step, "text": text})
     finally:
         ray.kill(board)
@@ -148,8 +148,8 @@ class _Failures:
 
         return hear
 
-    def add(self, failure: Failure | None, errors: list[Exception]) -> None:
-        """One more.
+    def add(self, failure: Failure | None, errors: list[Exception], began: bool) -> None:
+        """One more, of workers that had begun or of their start.
 
         Raises:
             Exception: what the workers failed with, if they will fail again.
@@ -161,7 +161,8 @@ class _Failures:
         if failure and (failure.final or again or self._count > self._limit):
             raise failure.error
         if self._count > self._limit:
-            raise RuntimeError(_last_line(errors))
+            told = "" if began else f"workers could not begin ({self._count} failures in a row): "
+            raise RuntimeError(told + _last_line(errors))
 
 
 class _Group:
@@ -174,7 +175,7 @@ class _Group:
         errors: what Ray Train says about it.
     """
 
-    def __init__(self, job: Job, size: int, worker: Resources, settings: dict[str, Any], elastic: bool) -> None:
+    def __init__(self, job: Job, size: int, worker: Resources, settings: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
@@ -190,8 +191,8 @@ class _Group:
             scaling_config=ScalingConfig(num_workers=size, use_gpu=settings["gpu"], resources_per_worker=worker),
             run_config=RunConfig(
                 name=f"ray-{int(time.time() * 1000)}",
-                # A fixed number waits for its room for as long as it takes; otherwise another number is tried.
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0 if elastic else -1),
+                # Whether to try again is decided here, where another number can be tried too.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 **ray_storage(job.out_url),
             ),
         )
@@ -221,6 +222,17 @@ class _Group:
                 fitting.join(_POLL_SECONDS)
         finally:
             growth.end()
+
+    @property
+    def without_room(self) -> bool:
+        """Whether they have not begun because there was no room after all, such as that of a machine yet to come."""
+        from ray.train import ControllerError
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+        return not self.began and any(
+            isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+            for error in self.errors
+        )
 
     def _cause(self) -> str:
         return (str(self.failure.error) if self.failure else _last_line(self.errors))[:200]

@@ -10,8 +10,9 @@ from small_runs import PRESET, SMALL
 
 from bsq_ray import storage
 from bsq_ray.config import load_config
+from bsq_ray.training import on_ray
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.on_ray import plain_error, train_on_gpus
+from bsq_ray.training.on_ray import Share, plain_error, train_on_gpus
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,43 @@ def test_figures_of_a_run_are_at_the_endpoint_that_prometheus_asks(photo_shards,
         )
     losses = [record["loss"] for record in records if record["kind"] == "training"]
     assert float(found[0]) in [pytest.approx(loss) for loss in losses]
+
+
+def test_a_start_that_fails_again_and_again_ends_an_elastic_run(photo_shards, tmp_path, ray_local, monkeypatch):
+    def broken(settings):
+        raise OSError("the driver is missing")
+
+    monkeypatch.setattr(on_ray, "_worker_main", broken)
+    records, told = [], r"^workers could not begin \(2 failures in a row\): .*the driver is missing"
+    with pytest.raises(RuntimeError, match=told):
+        train(
+            load_config(PRESET, SMALL),
+            *(photo_shards, str(tmp_path), 2),
+            min_workers=1,
+            max_failures=1,
+            show=records.append,
+        )
+    [text] = [record["text"] for record in records if record["kind"] == "warning"]
+    assert re.fullmatch(r"2 workers could not begin: .*the driver is missing.*; trying again", text, re.S)
+
+
+def test_waiting_for_room_is_no_failure(photo_shards, tmp_path, ray_local, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    waited, stop = [], threading.Event()
+
+    def show(record):
+        if record["kind"] == "warning":
+            waited.append(record["text"])
+            if len(waited) == 2:
+                stop.set()
+
+    with pytest.raises(Interrupted, match="stopped before the workers began"):
+        train(
+            load_config(PRESET, SMALL),
+            *(photo_shards, str(tmp_path), 1),
+            max_failures=0,
+            show=show,
+            stop=stop,
+            share=Share({"CPU": 1, "a machine that is yet to come": 1}),
+        )
+    assert waited == ["1 workers could not begin: no room; trying again"] * 2
