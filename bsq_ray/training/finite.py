@@ -34,7 +34,8 @@ def unlike_numbers(losses: list[Loss], worker: Worker) -> tuple[str, list[str]] 
     found = [loss for loss in losses if not bool(torch.isfinite(loss.total))]
     terms = {name for loss in found for name, value in loss.scalars.items() if not bool(torch.isfinite(value).all())}
     told = sorted({term for part in worker.gather(sorted(terms)) for term in part})
-    return f"the loss ({', '.join(told)})", [key for loss in found for key in loss.keys]
+    what = f"the loss ({', '.join(told)})" if told else "the sum of the loss's terms"
+    return what, [key for loss in found for key in loss.keys]
 
 
 def non_finite(what: str, keys: list[str], step: int, out_url: str, worker: Worker) -> NonFinite:
