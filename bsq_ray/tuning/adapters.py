@@ -14,7 +14,6 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search import Searcher
 
 from bsq_ray.tuning.orphans import remove_orphaned_groups
-from bsq_ray.tuning.schema import Sweep
 from bsq_ray.tuning.study import Record, Study
 
 # Ray needs a moment to see that what a killed process owned is dead.
@@ -58,20 +57,23 @@ class AskingScheduler(FIFOScheduler):
     Args:
         decides: Tune's scheduler.
         ask: called with the number of a trial that is to stop.
-        earlier: trials of earlier parts of the sweep, which `decides` sees again, so that a sweep that was stopped
-            compares with all of them.
+        study: a sweep that goes on; `decides` sees again what its trials have reported, so that it compares with all of
+            them.
     """
 
-    def __init__(self, decides: TrialScheduler, ask: Callable[[int], None], earlier: list[Record]) -> None:
+    def __init__(self, decides: TrialScheduler, ask: Callable[[int], None], study: Study) -> None:
         super().__init__()
         self.decides, self.ask = decides, ask
         self._asked: set[str] = set()
-        for record in earlier:
+        self._reported = {record.number: list(record.reports) for record in study.going_on}
+        for record in study.ended:
             self._show(record)
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
         """See Tune's `TrialScheduler`."""
         self.decides.on_trial_add(tune_controller, trial)
+        for step, figures in self._reported.pop(trial.config["number"], []):
+            self.on_trial_result(tune_controller, trial, {"reached": step, **figures})
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Lets every trial continue; those that are asked to stop will end by themselves."""
@@ -90,9 +92,9 @@ class AskingScheduler(FIFOScheduler):
                 return
 
 
-def build_scheduler(sweep: Sweep, longest: int, ask: Callable[[int], None], earlier: list[Record]) -> TrialScheduler:
+def build_scheduler(study: Study, longest: int, ask: Callable[[int], None]) -> TrialScheduler:
     """The sweep's scheduler; `longest` is the most steps a trial can take."""
-    section, (metric, direction) = sweep.scheduler, sweep.watched
+    section, (metric, direction) = study.sweep.scheduler, study.sweep.watched
     if section.kind == "none":
         return FIFOScheduler()
     if section.kind == "asha":
@@ -115,7 +117,7 @@ def build_scheduler(sweep: Sweep, longest: int, ask: Callable[[int], None], earl
             # It would pause trials to let others catch up, and a paused training holds its workers.
             min_time_slice=float("inf"),
         )
-    return AskingScheduler(decides, ask, earlier)
+    return AskingScheduler(decides, ask, study)
 
 
 class Watcher(tune.Callback):

@@ -79,6 +79,11 @@ class Study:
         return [record for record in self.records if record.state not in _AGAIN]
 
     @property
+    def going_on(self) -> list[Record]:
+        """Trials of earlier parts of the sweep that go on from where they were."""
+        return list(self._waiting)
+
+    @property
     def left(self) -> int:
         """Trials that are still to be run, those to be run again among them."""
         return len(self._waiting) + max(0, self.sweep.trials - len(self.records))
@@ -93,6 +98,8 @@ class Study:
                 record = self._waiting.pop(0)
                 record.state, record.reason, record.attempts = "running", "", record.attempts + 1
                 self._asked[record.number] = self._ask(record.number, record.parameters)
+                for step, figures in record.reports:
+                    self._report(record, step, figures)
             elif (number := self._free_number()) < self.sweep.trials:
                 self._asked[number] = self._ask(number, self._combination(number))
                 drawn = self._asked[number].params
@@ -116,10 +123,8 @@ class Study:
         # Of a step that is taken again after a failure, the newer figures count; Optuna keeps the older ones.
         record.reports = [*(report for report in record.reports if report[0] < step), (step, figures)]
         record.figures = figures
-        name, _ = self.sweep.first_metric
-        new = step not in seen and math.isfinite(figures.get(name, math.nan))
-        if new and len(self.sweep.metrics) == 1:
-            self._asked[record.number].report(figures[name], step)
+        if step not in seen:
+            self._report(record, step, figures)
         self._save(record)
 
     def retry(self, record: Record, reason: str) -> None:
@@ -189,6 +194,12 @@ class Study:
     def preset_url(self, record: Record) -> str:
         """The trial as a preset file."""
         return storage.join(self.trial_url(record), "preset.yaml")
+
+    def _report(self, record: Record, step: int, figures: dict[str, float]) -> None:
+        """Tells Optuna, which compares trials along the way by one metric only."""
+        value = figures.get(self.sweep.first_metric[0], math.nan)
+        if len(self.sweep.metrics) == 1 and math.isfinite(value):
+            self._asked[record.number].report(value, step)
 
     def _save(self, record: Record) -> None:
         url = storage.join(self.trial_url(record), "trial.json")

@@ -114,7 +114,7 @@ def _claim(sweep: Sweep, data_url: str, held_out_url: str, out_url: str, resume:
     url = storage.join(out_url, "sweep.yaml")
     now = {**sweep.model_dump(mode="json", exclude_none=True), "data": data_url, "held_out": held_out_url}
     if storage.exists(url):
-        before = yaml.safe_load(storage.read_bytes(url))
+        before = _noted(url)
         different = [key for key in sorted(before.keys() | now.keys()) if _lasting(before, key) != _lasting(now, key)]
         if different:
             raise ValueError(
@@ -125,6 +125,21 @@ def _claim(sweep: Sweep, data_url: str, held_out_url: str, out_url: str, resume:
     elif storage.list_folder(out_url):
         raise ValueError(f"{out_url} is not empty and holds no sweep; choose another --out")
     storage.write_bytes(url, yaml.safe_dump(now, sort_keys=False).encode())
+
+
+def _noted(url: str) -> dict[str, Any]:
+    """What a folder's sweep is.
+
+    Raises:
+        ValueError: the note is damaged.
+    """
+    try:
+        values = yaml.safe_load(storage.read_bytes(url))
+    except yaml.YAMLError:
+        values = None
+    if isinstance(values, dict) and all(isinstance(values.get(section), dict) for section in ("budget", "metrics")):
+        return values
+    raise ValueError(f"{url} is damaged and does not say which sweep is there; put it right, or choose another --out")
 
 
 def _lasting(values: Mapping[str, Any], key: str) -> Any:
@@ -154,7 +169,7 @@ def _tune(
     from bsq_ray.tuning.adapters import StudySearcher, Watcher, build_scheduler
     from bsq_ray.tuning.trial import Task, Trial, Wishes
 
-    sweep, budget = study.sweep, study.sweep.budget
+    budget = study.sweep.budget
     total = resources_within_reach()
     if budget.resources:
         gpu = budget.resources.get("GPU", 0.0) > 0
@@ -182,7 +197,7 @@ def _tune(
             num_samples=study.left,
             resources_per_trial=tune.PlacementGroupFactory([{"CPU": _TRIAL_CPUS}]),
             search_alg=StudySearcher(study, concurrency, stop),
-            scheduler=build_scheduler(sweep, longest, ask, study.ended),
+            scheduler=build_scheduler(study, longest, ask),
             max_failures=budget.retries,
             callbacks=[watcher],
             verbose=0,

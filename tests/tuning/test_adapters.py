@@ -7,7 +7,7 @@ from small_sweeps import small_sweep
 
 from bsq_ray.tuning.adapters import build_scheduler
 from bsq_ray.tuning.schema import Budget
-from bsq_ray.tuning.study import Record
+from bsq_ray.tuning.study import Study
 from bsq_ray.tuning.sweep import divide
 
 SCHEDULERS = {
@@ -17,14 +17,15 @@ SCHEDULERS = {
 
 
 def reports(value, steps=(0, 10, 20, 30)):
+    """(step, figures) of a trial that is better from evaluation to evaluation."""
     return [(step, {"psnr": value + step / 100}) for step in steps]
 
 
-def tried(scheduler, number, value):
+def tried(scheduler, number, value, steps=(0, 10, 20, 30)):
     """Shows a trial's evaluations to the scheduler, which must let it continue whatever it decides."""
     trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
     scheduler.on_trial_add(None, trial)
-    for step, figures in reports(value):
+    for step, figures in reports(value, steps):
         decision = scheduler.on_trial_result(None, trial, {"reached": step, "figures": figures, **figures})
         assert decision == TrialScheduler.CONTINUE
     # How it ended is no evaluation.
@@ -34,7 +35,9 @@ def tried(scheduler, number, value):
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_the_worse_trials_are_asked_to_stop_once_and_never_killed(tmp_path, kind):
     asked = []
-    scheduler = build_scheduler(small_sweep(tmp_path, scheduler=SCHEDULERS[kind]), 1000, asked.append, [])
+    scheduler = build_scheduler(
+        Study(small_sweep(tmp_path, scheduler=SCHEDULERS[kind]), str(tmp_path)), 1000, asked.append
+    )
     for number, psnr in enumerate((20.0, 21.0, 5.0, 22.0)):
         tried(scheduler, number, psnr)
     assert asked == [2]
@@ -42,18 +45,43 @@ def test_the_worse_trials_are_asked_to_stop_once_and_never_killed(tmp_path, kind
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_a_sweep_that_goes_on_compares_with_the_trials_before(tmp_path, kind):
-    sweep = small_sweep(tmp_path, scheduler=SCHEDULERS[kind])
-    earlier = [Record(number, {}, "finished", reports=reports(psnr)) for number, psnr in enumerate((20.0, 21.0, 22.0))]
-    for before, expected in ((earlier, [3]), ([], [])):
+    sweep = small_sweep(tmp_path, scheduler=SCHEDULERS[kind], space={"model.quantizer.bits": {"values": [6, 7, 8, 9]}})
+    study = Study(sweep, str(tmp_path / "out"))
+    for psnr in (20.0, 21.0, 22.0):
+        record = study.next()
+        for step, figures in reports(psnr):
+            study.report(record, step, figures)
+        study.end(record, "finished", figures={"psnr": psnr})
+    for folder, expected in (("out", [3]), ("empty", [])):
         asked = []
-        tried(build_scheduler(sweep, 1000, asked.append, before), 3, 5.0)
+        tried(build_scheduler(Study(sweep, str(tmp_path / folder)), 1000, asked.append), 3, 5.0)
         assert asked == expected
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_trial_that_goes_on_is_compared_by_what_it_reported_before(tmp_path, kind):
+    """Its first reports count for itself and for the others, though it does not make them again."""
+    sweep = small_sweep(tmp_path, scheduler=SCHEDULERS[kind], space={"model.quantizer.bits": {"values": [6, 7, 8, 9]}})
+    before = Study(sweep, str(tmp_path / "out"))
+    for psnr in (20.0, 21.0, 22.0):
+        record = before.next()
+        for step, figures in reports(psnr, (0, 10)):
+            before.report(record, step, figures)
+    study, asked = Study(sweep, str(tmp_path / "out")), []
+    scheduler = build_scheduler(study, 1000, asked.append)
+    for _ in range(3):
+        number = study.next().number
+        trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+        scheduler.on_trial_add(None, trial)
+    # It has come to step 10, like them.
+    tried(scheduler, 3, 5.0, (0, 10))
+    assert asked == [3]
 
 
 def test_the_scheduler_can_follow_a_metric_of_its_own(tmp_path):
     asked = []
     follows = {**SCHEDULERS["asha"], "metric": "perceptual", "direction": "min"}
-    scheduler = build_scheduler(small_sweep(tmp_path, scheduler=follows), 1000, asked.append, [])
+    scheduler = build_scheduler(Study(small_sweep(tmp_path, scheduler=follows), str(tmp_path)), 1000, asked.append)
     for number, loss in enumerate((0.2, 0.9)):
         trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
         scheduler.on_trial_add(None, trial)
@@ -62,7 +90,7 @@ def test_the_scheduler_can_follow_a_metric_of_its_own(tmp_path):
 
 
 def test_without_a_scheduler_nobody_is_stopped(tmp_path):
-    assert type(build_scheduler(small_sweep(tmp_path), 1000, print, [])) is FIFOScheduler
+    assert type(build_scheduler(Study(small_sweep(tmp_path), str(tmp_path)), 1000, print)) is FIFOScheduler
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,24 @@ def test_a_study_that_is_read_again_goes_on_as_if_it_had_not_stopped(tmp_path, s
     assert Study(sweep, str(tmp_path / "parts")).next() is None
 
 
+def test_what_a_trial_reported_before_the_sweep_stopped_counts_when_it_goes_on(tmp_path):
+    """TPE ranks trials that were stopped early by their last report; so few trials are drawn at random that it acts."""
+    sweep = random_sweep(tmp_path, "tpe", 16)
+
+    def drawn(folder, interrupted):
+        study, all_drawn = Study(sweep, str(tmp_path / folder)), []
+        while (record := study.next()) is not None:
+            all_drawn.append(record.parameters)
+            study.report(record, 5, {"psnr": -abs(record.parameters["training.optimizer.weight_decay"] - 0.3)})
+            if interrupted:
+                study = Study(sweep, str(tmp_path / folder))
+                record = study.next()
+            study.end(record, "stopped")
+        return all_drawn
+
+    assert drawn("parts", True) == drawn("whole", False)
+
+
 def test_what_was_running_or_failed_is_run_again_and_nothing_else(tmp_path):
     sweep = small_sweep(tmp_path, space={"model.quantizer.bits": {"values": [6, 7, 8, 9, 10, 33]}})
     study = Study(sweep, str(tmp_path / "out"))
