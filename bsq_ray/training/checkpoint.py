@@ -35,7 +35,7 @@ class Progress:
     Attributes:
         step: steps taken.
         position: samples consumed by all workers together.
-        elapsed: seconds of training, over all its parts.
+        elapsed: seconds of training, over all its parts, with the evaluations along the way.
         world: workers that wrote the checkpoint.
         dataset: hash of the data set.
         config: the configuration, as YAML.

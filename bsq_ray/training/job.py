@@ -25,7 +25,8 @@ class Job:
         data_url: packed training images.
         out_url: folder of the run.
         held_out_url: packed images for the evaluations along the way; None takes training images.
-        minutes: time limit of the training; the schedule then follows the clock. None trains all steps.
+        minutes: time limit of the training with its evaluations; the schedule then follows the clock. None trains all
+            steps.
         init_url: model folder whose weights a new run begins with; None begins with random ones.
     """
 
@@ -44,9 +45,9 @@ class Result:
     Attributes:
         step: steps taken.
         finished: whether it came to its end, rather than being asked to stop or to make room.
-        seconds: time in training steps over all parts of the run.
-        images_per_second: of this part, all workers together.
-        data_wait: share of this part's time spent waiting for data, 0 to 1.
+        seconds: of training over all parts of the run, with the evaluations along the way: what `minutes` limits.
+        images_per_second: of this part, all workers together, without the time of evaluations.
+        data_wait: share of that time spent waiting for data, 0 to 1.
         checkpoints: how many were written.
         checkpoint_stall: seconds for which steps were held up by them.
         damaged: samples that could not be read by any worker.

@@ -23,6 +23,7 @@ from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
 from bsq_ray.storage import Value
 from bsq_ray.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_progress
+from bsq_ray.training.clock import Clock
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
 from bsq_ray.training.export import write_model
@@ -98,37 +99,35 @@ class _Run:
             # What would fail after an hour fails now: the evaluation, its networks, and writing to the folder.
             self._evaluate("plain")
         sums: _Sums = defaultdict(list)
-        began, first_step, waited = time.monotonic(), self.step, 0.0
-        logged, logged_step = began, self.step
-        before = self.elapsed
+        first_step = logged_step = self.step
+        clock = Clock(self.elapsed)
         wish, progress = self._agree()
         stopped = progress >= 1
         while not stopped:
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
+            with clock.waiting():
+                batch = next(batches)
             rate = peak * schedule_factor(section.schedule, self.step, section.steps, progress)
             self._optimise(batch, rate, sums)
             self.step += 1
-            self.elapsed = before + time.monotonic() - began
+            self.elapsed = clock.elapsed
             wish, progress = self._agree()
             stopped = wish > Wish.GO_ON or progress >= 1
             if self.step % section.log_every == 0 or stopped:
-                now = time.monotonic()
-                speed = section.batch_size * (self.step - logged_step) / (now - logged)
-                logged, logged_step = now, self.step
+                speed = section.batch_size * (self.step - logged_step) / clock.lap()
+                logged_step = self.step
                 self._tell_of_data()
-                self._log_training(sums, rate, speed, waited / (now - began), progress)
+                self._log_training(sums, rate, speed, clock.data_wait, progress)
                 sums.clear()
             if self.step % section.checkpoint_every == 0 or stopped:
                 self._save()
             if stopped:
                 self.checkpoints.finish()
-            if self.step % section.evaluate_every == 0 and not stopped:
-                self._evaluate("plain")
-            elif self.step % section.sample_every == 0 and not stopped:
-                self._picture()
-        seconds = max(time.monotonic() - began, 1e-9)
+            with clock.aside():
+                if self.step % section.evaluate_every == 0 and not stopped:
+                    self._evaluate("plain")
+                elif self.step % section.sample_every == 0 and not stopped:
+                    self._picture()
+        stepping, data_wait = clock.stepping, clock.data_wait
         batches.close()
         if wish is not Wish.MAKE_ROOM or progress >= 1:
             self._export()
@@ -138,8 +137,8 @@ class _Run:
             step=self.step,
             finished=progress >= 1,
             seconds=self.elapsed,
-            images_per_second=section.batch_size * (self.step - first_step) / seconds,
-            data_wait=waited / seconds,
+            images_per_second=section.batch_size * (self.step - first_step) / stepping,
+            data_wait=data_wait,
             damaged=list(self.damage.found),
             figures=dict(self.figures),
         )
