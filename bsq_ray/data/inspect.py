@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,8 @@ from bsq_ray.data.videos import read_frames
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
 # Image sizes are measured on at most this many samples, spread over the data set.
 _MEASURED = 1000
+# So many files are in memory at once.
+_AT_ONCE = 32
 
 
 @dataclass
@@ -99,15 +101,26 @@ def inspect_shards(url: str, sheet: str | None = None) -> Inspection:
 
 def _images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
     """Images, or the middle frames of videos; what is wrong stands in the place of one that cannot be read."""
-    places = [manifest.locate(sample) for sample in samples]
-    files = Files(manifest, places if manifest.kind == "videos" else [])
-    blobs = fetch(manifest, samples if manifest.kind == "images" else [])
-    for number, (shard, index) in enumerate(places):
+    read = _pictures if manifest.kind == "images" else _middle_frames
+    for first in range(0, len(samples), _AT_ONCE):
+        yield from read(manifest, samples[first : first + _AT_ONCE])
+
+
+def _pictures(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
+    for sample, blob in zip(samples, fetch(manifest, samples), strict=True):
+        shard, index = manifest.locate(sample)
         try:
-            if manifest.kind == "images":
-                yield decode(blobs[number], shard.sizes[index], None)
-                continue
-            video = shard.videos[index]
+            yield decode(blob, shard.sizes[index], None)
+        except ValueError as error:
+            yield f"{shard.name}: {shard.keys[index]}: {error}"
+
+
+def _middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
+    places = [manifest.locate(sample) for sample in samples]
+    files = Files(manifest, places)
+    for shard, index in places:
+        video = shard.videos[index]
+        try:
             with files.open(shard, index) as file:
                 yield from read_frames(file, video, video.frames // 2, 1, 1)
         except ValueError as error:

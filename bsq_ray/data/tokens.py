@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -202,6 +204,12 @@ class TokenSource(Source):
     def read_held_out(self, samples: range) -> Samples:
         """The same rows."""
         return self.read(np.asarray(samples), np.zeros(len(samples), np.int64), 0)
+
+    def blocks(self) -> Iterator[Samples]:
+        """All rows in their order, a row group at a time."""
+        for start, end in pairwise(self.starts.tolist()):
+            for first in range(start, end, _GROUP):
+                yield self.read_held_out(range(first, min(first + _GROUP, end)))
 
 
 @lru_cache(_GROUPS_KEPT)

@@ -19,7 +19,7 @@ from torch import Tensor
 from bsq_ray import storage
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
 from bsq_ray.evaluation.features import device
-from bsq_ray.evaluation.sheets import class_sheet
+from bsq_ray.evaluation.sheets import ClassSheet
 from bsq_ray.models.generator import Generator
 
 _BATCH, _COLUMNS = 16, 12
@@ -61,22 +61,20 @@ def draw(model_url: str, out_url: str, request: Request, weights: Literal["ema",
     if (request.image is None) != (request.mask is None):
         raise ValueError("filling in needs both --image and --mask")
     generator = Generator.from_pretrained(model_url, weights, device())
-    labels, drawn = [], []
+    sheet = ClassSheet([f"class {n}" for n in range(generator.model.any_class)], _COLUMNS)
+    number = 0
     try:
         for label, images_BCHW in _draw(generator, request):
             for pixels in to_uint8(images_BCHW).cpu().numpy():
-                labels.append(label)
-                drawn.append(pixels)
+                suffix, content = ("png", _png(pixels)) if pixels.ndim == 3 else ("webp", _animated(pixels))
+                storage.write_bytes(storage.join(out_url, f"class-{label:03}-{number:04}.{suffix}"), content)
+                sheet.add(label, pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2])
+                number += 1
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
-    for number, (label, pixels) in enumerate(zip(labels, drawn, strict=True)):
-        suffix, content = ("png", _png(pixels)) if pixels.ndim == 3 else ("webp", _animated(pixels))
-        storage.write_bytes(storage.join(out_url, f"class-{label:03}-{number:04}.{suffix}"), content)
-    tiles = [pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2] for pixels in drawn]
-    names = [f"class {n}" for n in range(generator.model.any_class)]
-    storage.write_bytes(storage.join(out_url, "sheet.png"), class_sheet(tiles, labels, names, _COLUMNS))
-    return len(drawn)
+    storage.write_bytes(storage.join(out_url, "sheet.png"), sheet.png())
+    return number
 
 
 def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]]:

@@ -25,7 +25,7 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.features import NETWORKS, Features, Networks, device, real_features
-from bsq_ray.evaluation.sheets import class_sheet
+from bsq_ray.evaluation.sheets import ClassSheet
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
@@ -39,6 +39,8 @@ _BATCH = 32
 # Neighbours that vote on the class of an image.
 _VOTERS = 5
 _PICTURED_PER_CLASS = 8
+# Rows of a token table that are unpacked at once.
+_ROWS = 1024
 
 
 def evaluate_generation(
@@ -95,18 +97,20 @@ def evaluate_generation(
         source = TokenSource(read_table(baseline_url), run.model)
         draws["per-position frequencies"] = partial(_FrequencyDraw, source, seed)
     chunks = [(first, labels[first : first + _BATCH]) for first in range(0, total, _BATCH)]
-    rows, pictures, top = {}, {}, Classifier()
+    rows, top = {}, Classifier()
+    sheets = {name: ClassSheet(manifest.classes, _PICTURED_PER_CLASS) for name in draws}
     for place, (name, draw) in enumerate(draws.items()):
-        features, seen, tiles = [], [], []
-        for (part, part_seen), shown in map_in_pool(chunks, partial(_Measured, draw), workers, address):
+        features, seen = [], []
+        measured = map_in_pool(chunks, partial(_Measured, draw), workers, address)
+        for (_, wanted), ((part, part_seen), shown) in zip(chunks, measured, strict=True):
             features.append(part)
             seen.append(part_seen)
-            tiles += list(shown)
+            for label, pixels in zip(wanted, shown, strict=True):
+                sheets[name].add(label, pixels)
             progress(place * total + min(len(features) * _BATCH, total), total * len(draws))
         keys = [f"{name}-{n}" for n in range(total)]
         drawn = Features(np.concatenate(features), np.concatenate(seen), np.array(labels), keys)
         rows[name] = _compare(drawn, real, known, top)
-        pictures[name] = tiles
     size, resize_filter = tokenizer.model.image_size, tokenizer.data.evaluation_filter
     terms = contract(manifest, manifest.samples, size, resize_filter, NETWORKS, drawn=total)
     results = {
@@ -123,13 +127,12 @@ def evaluate_generation(
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     storage.write_bytes(storage.join(out_url, "results.md"), (markdown(results) + "\n").encode())
-    sheet = class_sheet(pictures["model"], labels, list(manifest.classes), _PICTURED_PER_CLASS)
-    storage.write_bytes(storage.join(out_url, "samples.png"), sheet)
+    storage.write_bytes(storage.join(out_url, "samples.png"), sheets["model"].png())
     return results
 
 
 class _Measured:
-    """Draws images and measures them; returns features and small pictures."""
+    """Draws images and measures them; returns features and the images."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
         self.draw, self.networks = draw(), Networks()
@@ -153,21 +156,27 @@ class _FrequencyDraw:
     """Each token is that of a random training image of the class, place by place: exact class frequencies."""
 
     def __init__(self, source: TokenSource, seed: int) -> None:
-        facts = source.table.facts
-        block = source.read_held_out(range(source.samples))
-        bits = unpack_bits(torch.from_numpy(block.values_P), facts.tokens * facts.bits)
-        self.bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits)).numpy()
-        self.labels_P, self.grid, self.seed = block.labels_P, facts.grid, seed
+        self.source, self.seed = source, seed
+        self.labels_P = np.concatenate([block.labels_P for block in source.blocks()])
         self.tokenizer = Tokenizer.from_pretrained(source.tokenizer_url)
 
     def __call__(self, labels: list[int], first: int) -> Tensor:
-        tokens = self.bits_PNL.shape[1]
-        drawn = np.empty((len(labels), *self.bits_PNL.shape[1:]), bool)
+        facts = self.source.table.facts
+        rows_BN = np.empty((len(labels), facts.tokens), np.int64)
         for place, label in enumerate(labels):
             rng = np.random.default_rng((self.seed, first + place))
-            rows = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
-            drawn[place] = self.bits_PNL[rows, np.arange(tokens)]
-        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn), self.grid))
+            rows_BN[place] = rng.choice(np.flatnonzero(self.labels_P == label), facts.tokens)
+        drawn_BNL = np.empty((*rows_BN.shape, facts.bits), bool)
+        # A table is read in its order and never held whole.
+        wanted_P = np.unique(rows_BN)
+        for start in range(0, len(wanted_P), _ROWS):
+            part_P = wanted_P[start : start + _ROWS]
+            values = self.source.read(part_P, np.zeros_like(part_P), 0).values_P
+            bits = unpack_bits(torch.from_numpy(values), facts.tokens * facts.bits)
+            bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits)).numpy()
+            b, n = np.nonzero((rows_BN >= part_P[0]) & (rows_BN <= part_P[-1]))
+            drawn_BNL[b, n] = bits_PNL[np.searchsorted(part_P, rows_BN[b, n]), n]
+        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn_BNL), facts.grid))
 
 
 def _compare(drawn: Features, real: Features, known: Features, top: Classifier) -> dict[str, float]:

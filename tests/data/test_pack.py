@@ -9,6 +9,7 @@ import webdataset
 from PIL import Image
 
 from bsq_ray import storage
+from bsq_ray.data import inspect
 from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
@@ -176,6 +177,29 @@ def test_inspection_counts_and_notices_a_changed_shard(folder, tmp_path):
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-30000])
     assert any("not the file that was packed" in fault for fault in inspect_shards(url).faults)
+
+
+@pytest.mark.parametrize("kind", ["photo_shards", "video_shards"])
+def test_inspection_holds_few_files_in_memory_at_once(kind, request, tmp_path, monkeypatch):
+    url, read = request.getfixturevalue(kind), []
+
+    def watched(name):
+        function = getattr(inspect, name)
+
+        def counting(manifest, places, *more):
+            read.append(len(places))
+            return function(manifest, places, *more)
+
+        monkeypatch.setattr(inspect, name, counting)
+
+    whole = inspect.inspect_shards(url, str(tmp_path / "whole.png"))
+    monkeypatch.setattr(inspect, "_AT_ONCE", 2)
+    watched("fetch")
+    watched("Files")
+    parts = inspect.inspect_shards(url, str(tmp_path / "parts.png"))
+    assert max(read) == 2
+    assert sum(read) == parts.measured == whole.measured > 2
+    assert (tmp_path / "parts.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
 def test_an_unreachable_object_store_is_one_sentence(monkeypatch):

@@ -19,13 +19,15 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.tokens import TokenSource, read_table
-from bsq_ray.evaluation import generation
+from bsq_ray.evaluation import drawing, generation
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.drawing import Request, draw
 from bsq_ray.evaluation.features import Features, real_features
 from bsq_ray.evaluation.generation import evaluate_generation
+from bsq_ray.evaluation.sheets import ClassSheet
 from bsq_ray.evaluation.token_frequencies import frequency_bits
 from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.quantizers.bits import unpack_bits
 
 SECTION = config.MaskedLMModel(grid=(1, 4, 4), bits=10, sub_bits=5, classes=2, width=32, layers=1, heads=2, dropout=0)
 
@@ -165,6 +167,49 @@ def test_frequencies_of_a_constant_table_are_cheap(setting):
     source = TokenSource(read_table(setting[2]), SECTION)
     itself = frequency_bits(source, source, 5)
     assert 0 < itself < 10
+
+
+def test_tokens_by_frequency_are_those_of_their_class_and_place_without_a_whole_table_in_memory(setting, monkeypatch):
+    source = TokenSource(read_table(setting[2]), SECTION)
+    block = source.read_held_out(range(source.samples))
+    bits_PNL = unpack_bits(torch.from_numpy(block.values_P), 160).view(-1, 16, 10)
+    rows, drawn = [], []
+    read, decode = TokenSource.read, generation.Tokenizer.decode
+    monkeypatch.setattr(generation, "_ROWS", 5)
+    draw_images = generation._FrequencyDraw(source, 0)
+    monkeypatch.setattr(TokenSource, "read", lambda s, p, *more: rows.append(len(p)) or read(s, p, *more))
+    monkeypatch.setattr(generation.Tokenizer, "decode", lambda t, tokens: drawn.append(tokens) or decode(t, tokens))
+    labels = [1, 0, 1, 1]
+    draw_images(labels, 0)
+    assert source.samples > max(rows) == 5
+    for bits_NL, label in zip(drawn[0].bits_BNL, labels, strict=True):
+        own_PNL = bits_PNL[torch.from_numpy(block.labels_P == label)]
+        assert (own_PNL == bits_NL).all(-1).any(0).all()
+        # No single image has all of them.
+        assert not (own_PNL == bits_NL).all(-1).all(-1).any()
+
+
+def test_drawing_keeps_small_copies_of_what_the_sheet_shows(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "_COLUMNS", 2)
+    written = []
+    monkeypatch.setattr(
+        drawing.storage, "write_bytes", lambda url, data: written.append((url.rpartition("/")[2], len(kept(sheets))))
+    )
+    sheets = []
+
+    def kept(sheets):
+        return [tile for sheet in sheets for row in sheet._rows.values() for tile in row]
+
+    class Watched(ClassSheet):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            sheets.append(self)
+
+    monkeypatch.setattr(drawing, "ClassSheet", Watched)
+    draw(setting[0], str(tmp_path), Request([1], count=4, sampling={"steps": 1}))
+    # Each file is written before the next image is kept, and only two are.
+    assert written == [*((f"class-001-{n:04}.png", min(n, 2)) for n in range(4)), ("sheet.png", 2)]
+    assert {tile.size for tile in kept(sheets)} == {(96, 96)}
 
 
 def test_images_are_drawn_to_files(setting, tmp_path):
