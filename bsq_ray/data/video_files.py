@@ -8,15 +8,18 @@ from fractions import Fraction
 from typing import Any
 
 import av
+import numpy as np
 from PIL import Image
 
 from bsq_ray.data.manifest import Video
-from bsq_ray.data.videos import Probe, decode, open_video, probe, time_of, upright
+from bsq_ray.data.videos import Probe, decode, even_size, open_video, probe, time_of, upright
 
 # H.264 that the eye does not tell from its source, with a key frame often enough to begin anywhere.
 _CODEC, _OPTIONS = "libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf": "0"}
 # Longest time that one frame is held, seconds: longer ones are broken time stamps.
 _HELD = 60.0
+# As many pictures, at most, for each frame that a video of variable rate has: more come of broken time stamps.
+_REPEATED = 50
 
 
 class TooShort(ValueError):
@@ -48,9 +51,7 @@ def stored_video(data: bytes, suffix: str, max_side: int | None, min_frames: int
 
 
 def _made_again(data: bytes, found: Probe, max_side: int) -> bytes:
-    scale = max_side / max(found.video.width, found.video.height)
-    # H.264 stores colour for two by two pixels.
-    width, height = (max(2, 2 * round(side * scale / 2)) for side in (found.video.width, found.video.height))
+    width, height = even_size(found.video.width, found.video.height, max_side)
     rate = Fraction(1 / found.interval).limit_denominator(1001)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
@@ -65,15 +66,25 @@ def _made_again(data: bytes, found: Probe, max_side: int) -> bytes:
 
 
 def _at_constant_rate(data: bytes, found: Probe) -> Iterator[Image.Image]:
-    """One picture for each interval: the frame that is shown at that time."""
+    """One picture for each interval: the frame that is shown at that time.
+
+    Raises:
+        ValueError: the time stamps are broken: they jump, or ask for far more pictures than there are frames.
+    """
+    times = np.maximum.accumulate(found.seconds) - found.seconds[0]
+    jump, pictures = np.diff(times).max(initial=0), 1 + round(times[-1] / found.interval)
+    if jump > _HELD:
+        raise ValueError(f"its time stamps jump by {jump:.0f} s")
+    if pictures > _REPEATED * len(times):
+        raise ValueError(
+            f"its time stamps make {pictures} pictures of {len(times)} frames at {found.video.fps:.4g} fps"
+        )
     held: Any = None
     shown = 0
     with open_video(io.BytesIO(data)) as (container, stream):
         for frame in decode(container, stream):
             seconds = float(time_of(frame) * stream.time_base) - found.seconds[0]
             due = round(seconds / found.interval)
-            if (due - shown) * found.interval > _HELD:
-                raise ValueError(f"its time stamps jump by {(due - shown) * found.interval:.0f} s")
             for _ in range(due - shown if held is not None else 0):
                 yield held
             shown, held = max(shown, due), upright(frame)

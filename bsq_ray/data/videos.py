@@ -188,3 +188,9 @@ def upright(frame: Any) -> Image.Image:
 def _upright_size(frame: Any) -> tuple[int, int]:
     turned = abs(frame.rotation) % 180 == 90
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
+
+
+def even_size(width: int, height: int, max_side: int) -> tuple[int, int]:
+    """The size with this longer side, or the next smaller even one: H.264 stores colour for two by two pixels."""
+    scale = max(2, max_side - max_side % 2) / max(width, height)
+    return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.images import DECODE_ERRORS, decode_image
-from bsq_ray.data.videos import VIDEO_SUFFIXES, decode, open_video, upright
+from bsq_ray.data.videos import VIDEO_SUFFIXES, decode, even_size, open_video, upright
 
 RAW_SUFFIX = ".yuv"
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".y4m", RAW_SUFFIX)
@@ -112,9 +112,7 @@ def _folder(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
 
 
 def _fitting(picture: Image.Image, max_side: int | None) -> np.ndarray:
-    longest = max(picture.size)
-    if max_side is not None and longest > max_side:
-        width, height = (max(2, 2 * round(side * max_side / longest / 2)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    if max_side is not None and max(picture.size) > max_side:
+        picture = picture.resize(even_size(*picture.size, max_side), Image.Resampling.LANCZOS)
     pixels_HW3 = np.asarray(picture)
     return pixels_HW3[: pixels_HW3.shape[0] // 2 * 2, : pixels_HW3.shape[1] // 2 * 2]

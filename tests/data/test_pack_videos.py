@@ -14,6 +14,7 @@ from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_videos
 from bsq_ray.data.read import Files
+from bsq_ray.data.video_files import stored_video
 from bsq_ray.data.videos import probe, read_frames
 
 
@@ -134,6 +135,19 @@ def test_a_video_of_variable_rate_keeps_its_speed(photos, tmp_path):
         shown = max(n for n, time in enumerate(times) if time <= 40 * slot)
         difference = np.abs(np.asarray(image, float) - np.asarray(source[shown], float)).mean()
         assert difference < 4, (slot, shown)
+
+
+@pytest.mark.parametrize(
+    ("times", "reason"),
+    [
+        # A rate of frames a millisecond apart, and then each of them is held for almost a minute.
+        ([*range(30), *range(30, 20 * 50_000, 50_000)], "make 950031 pictures of 50 frames at 1000 fps"),
+        ([*range(0, 800, 40), 90_000, *range(90_100, 91_000, 100)], "jump by 89 s"),
+    ],
+)
+def test_time_stamps_that_ask_for_endless_copies_of_frames_are_refused(photos, times, reason):
+    with pytest.raises(ValueError, match=f"its time stamps {reason}"):
+        stored_video(made_video(photos[0], times), "mkv", None, 16)
 
 
 def _probed(photo, times):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_videos import made_video
 
 from bsq_ray.data import videos
-from bsq_ray.data.videos import decode, open_video, probe, read_frames, upright
+from bsq_ray.data.videos import decode, even_size, open_video, probe, read_frames, upright
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
@@ -92,3 +94,20 @@ def test_dropped_frames_are_no_variable_rate_but_uneven_times_are(photos):
     assert not probe(io.BytesIO(steady)).variable
     assert probe(io.BytesIO(steady)).video.fps == pytest.approx(25)
     assert probe(io.BytesIO(uneven)).variable
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side", "expected"),
+    [((1080, 720), 255, (254, 170)), ((720, 1080), 255, (170, 254)), ((1920, 1080), 177, (176, 100))],
+)
+def test_an_odd_longest_side_becomes_the_even_one_below(size, max_side, expected):
+    assert even_size(*size, max_side) == expected
+
+
+@given(st.integers(2, 5000), st.integers(2, 5000), st.integers(8, 2000))
+def test_sizes_are_even_no_longer_than_asked_for_and_keep_their_shape(width, height, max_side):
+    made = even_size(width, height, max_side)
+    assert all(side % 2 == 0 and side >= 2 for side in made)
+    assert max(made) == max_side - max_side % 2
+    scale = max(made) / max(width, height)
+    assert all(abs(new - old * scale) <= 1 or new == 2 for new, old in zip(made, (width, height), strict=True))
