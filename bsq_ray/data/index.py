@@ -17,16 +17,27 @@ from bsq_ray.data.videos import VIDEO_SUFFIXES, probe
 def index_shards(url: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
     """Writes the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
 
+    Without any `.cls` all samples are of one class.
+
     Raises:
-        ValueError: there are no tar files, or one is damaged, holds neither images nor videos, or a video is damaged.
+        ValueError: there are no tar files, or one is damaged, holds neither images nor videos, a video is damaged, or
+            only some samples have a class.
     """
     names = [name for name in storage.list_folder(url) if name.endswith(".tar")]
     if not names:
         raise ValueError(f"{url} holds no .tar shards to index")
-    shards = []
+    shards, without = [], []
     for number, name in enumerate(names, 1):
-        shards.append(_index(name, storage.read_bytes(storage.join(url, name)), storage.join(url, name)))
+        shard, its_without = _index(name, storage.read_bytes(storage.join(url, name)), storage.join(url, name))
+        shards.append(shard)
+        without += [f"{name}: {key}" for key in its_without]
         progress(number, len(names))
+    samples = sum(len(shard.keys) for shard in shards)
+    if 0 < len(without) < samples:
+        raise ValueError(
+            f"{len(without)} of {samples} samples in {url} have no class, such as {without[0]}; give each a .cls, or "
+            "none of them"
+        )
     labels = 1 + max(max(shard.labels) for shard in shards)
     kinds = {"videos" if shard.videos else "images": shard.name for shard in shards}
     if len(kinds) > 1:
@@ -36,7 +47,8 @@ def index_shards(url: str, progress: Callable[[int, int], None] = lambda done, t
     return manifest
 
 
-def _index(name: str, content: bytes, url: str) -> Shard:
+def _index(name: str, content: bytes, url: str) -> tuple[Shard, list[str]]:
+    """What a shard holds, and the keys of samples without a class."""
     places: dict[str, tuple[int, int]] = {}
     classes: dict[str, int] = {}
     suffixes: set[str] = set()
@@ -54,6 +66,8 @@ def _index(name: str, content: bytes, url: str) -> Shard:
                     classes[key] = int(content[member.offset_data : member.offset_data + member.size])
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ValueError(f"{url} is damaged: {error}") from error
+    if any(label < 0 for label in classes.values()):
+        raise ValueError(f"{url} has the class {min(classes.values())}; classes are numbers from 0")
     if not places:
         raise ValueError(
             f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
@@ -68,7 +82,7 @@ def _index(name: str, content: bytes, url: str) -> Shard:
             except ValueError as error:
                 raise ValueError(f"{url}: {key} {error}; take it out of the shard, or pack the videos again") from error
     keys = tuple(places)
-    return Shard(
+    shard = Shard(
         name,
         len(content),
         hashlib.sha256(content).hexdigest(),
@@ -78,3 +92,4 @@ def _index(name: str, content: bytes, url: str) -> Shard:
         tuple(places[key][1] for key in keys),
         tuple(videos),
     )
+    return shard, [key for key in keys if key not in classes]

@@ -131,6 +131,29 @@ def test_shards_made_elsewhere_are_indexed(photos, tmp_path):
         index_shards(str(tmp_path / "nothing"))
 
 
+def test_shards_of_which_some_samples_have_no_class_are_refused(photos, tmp_path):
+    """They would be taken for class 0 in silence; where none has one, all are of one class."""
+
+    def shard(name, *labels):
+        tmp_path.joinpath(name).mkdir(exist_ok=True)
+        with webdataset.TarWriter(str(tmp_path / name / f"other-{len(labels)}.tar")) as writer:
+            for number, label in enumerate(labels):
+                known = {} if label is None else {"cls": label}
+                writer.write({"__key__": f"n{number}", "jpg": photos[number].resize((32, 32)), **known})
+        return str(tmp_path / name)
+
+    with pytest.raises(
+        ValueError, match=r"1 of 3 samples in .*mixed have no class, such as other-3.tar: n1; give each"
+    ):
+        index_shards(shard("mixed", 1, None, 0))
+    shard("apart", 1)
+    with pytest.raises(ValueError, match="2 of 3 samples in .*apart have no class, such as other-2.tar: n0"):
+        index_shards(shard("apart", None, None))
+    with pytest.raises(ValueError, match="other-1.tar has the class -1; classes are numbers from 0"):
+        index_shards(shard("negative", -1))
+    assert index_shards(shard("without", None, None)).classes == ("0",)
+
+
 def test_files_of_one_name_in_two_folders_of_a_shard_are_two_samples(photos, tmp_path):
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, photo in enumerate(photos[:2]):
