@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import random
@@ -183,7 +184,16 @@ def copy_out(url: str, local: str) -> None:
     """Copies a file to a local path."""
     with explained(url, "read"):
         fs, path = filesystem(url)
-        fs.get_file(path, local)
+        try:
+            fs.get_file(path, local)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            folder = os.path.dirname(local)
+            raise Unavailable(
+                f"cannot copy {url} to the scratch folder {folder}: its disk is full; make room there, or set TMPDIR "
+                "to a folder with more"
+            ) from error
 
 
 def remove_folder(url: str) -> None:

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bsq_ray.storage import remove_folder
+from bsq_ray.storage import Unavailable, copy_out, remove_folder
 
 
 def test_several_may_remove_the_same_folder_at_once(tmp_path):
@@ -26,3 +26,12 @@ def test_a_folder_that_cannot_be_removed_is_told_and_not_tried_for_ever(tmp_path
     # fsspec asks for the working folder, which is no more.
     with pytest.raises(ValueError, match="cannot remove"):
         remove_folder(str(tmp_path / "folder"))
+
+
+def test_a_full_local_disk_is_not_taken_for_storage_that_is_away(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    (tmp_path / "copy").symlink_to("/dev/full")
+    with pytest.raises(
+        Unavailable, match=f"to the scratch folder {tmp_path}: its disk is full; make room there, or set"
+    ):
+        copy_out(str(tmp_path / "file"), str(tmp_path / "copy"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import threading
 import time
@@ -133,8 +134,7 @@ class CheckpointWriter:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             for name, write in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                write(folder / name)
+                _write_aside(write, folder, name)
             described = [_describe(folder / name, folder) for name in files]
             for name in files:
                 self._persistently(partial(storage.copy_in, str(folder / name), storage.join(url, name)))
@@ -214,6 +214,24 @@ def _read_index(url: str) -> tuple[Progress, list[dict[str, Any]]]:
         return Progress(**index["progress"]), list(index["files"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{_INDEX} is not the index of a checkpoint ({error})") from error
+
+
+def _write_aside(write: Callable[[Path], None], folder: Path, name: str) -> None:
+    """Writes a file into the scratch folder.
+
+    Raises:
+        RuntimeError: it cannot, mostly because the disk is full.
+    """
+    try:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name)
+    except Exception as error:
+        # Each library has its own error for a full disk.
+        free = shutil.disk_usage(folder).free / 1e6
+        raise RuntimeError(
+            f"{name} cannot be written to the scratch folder {folder}, where {free:.0f} MB are free "
+            f"({' '.join(str(error).split())}); make room there, or set TMPDIR to a folder with more"
+        ) from error
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tempfile
 import threading
 
 import fsspec
@@ -15,9 +16,9 @@ from small_runs import STEPS, Listener, in_this_process, small_job, train_severa
 from test_resume import EVERY_STEP, HALF, assert_identical, numbers, weights
 
 from bsq_ray import storage
-from bsq_ray.training.checkpoint import list_checkpoints
+from bsq_ray.training.checkpoint import CheckpointWriter, Progress, list_checkpoints
 from bsq_ray.training.loop import run
-from bsq_ray.training.snapshot import in_host_memory
+from bsq_ray.training.snapshot import in_host_memory, pickled
 
 AT_HALF = [f"training.checkpoint_every={HALF}"]
 
@@ -210,3 +211,18 @@ def train_with_a_full_disk(rank, world, shards, out):
     if rank == 1:
         storage.copy_in = full
     return train_several(rank, world, shards, out, {"run": [*AT_HALF, "training.storage_patience=0"]})
+
+
+def test_a_full_scratch_disk_is_named_with_what_to_do(tmp_path):
+    def onto_a_full_disk(path):
+        path.symlink_to("/dev/full")
+        pickled({"weights": torch.zeros(100_000)})(path)
+
+    writer = CheckpointWriter(str(tmp_path), in_this_process(Listener()), 1, 0.0, print)
+    writer.save(Progress(3, 48, 1.0, 1, "", ""), {"state/weights": onto_a_full_disk})
+    told = (
+        r"worker 0 cannot write the checkpoint of step 3: state/weights cannot be written to the scratch folder "
+        rf"{tempfile.gettempdir()}/\w+, where \d+ MB are free \(.+\); make room there, or set TMPDIR"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        writer.finish()
