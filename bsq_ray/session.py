@@ -54,6 +54,7 @@ def ray_session(address: str | None = None, cpus: int | None = None, dashboard: 
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
+        _keep_data_services_here()
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
@@ -70,6 +71,16 @@ def ray_session(address: str | None = None, cpus: int | None = None, dashboard: 
         yield _dashboard()
     finally:
         ray.shutdown()
+
+
+def _keep_data_services_here() -> None:
+    """Lets Ray Data start its two book-keeping actors, which it does where it is used first and once per cluster.
+
+    They outlive what started them. On a worker's machine they would keep the autoscaler from ever giving it back.
+    """
+    import ray
+
+    ray.data.from_items([0]).map_batches(lambda batch: batch, num_cpus=0).materialize()
 
 
 def _dashboard() -> str:

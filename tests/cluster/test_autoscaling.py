@@ -11,7 +11,7 @@ import yaml
 from servers import servers, wait_until
 from small_job import TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 HEAD_ID = "f" * 51 + "00000"
 NOTHING = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
 NOTHING += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from servers import REPOSITORY, TOKEN, servers, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 STORE = "200000000"
 SSHD = """
 Port 22

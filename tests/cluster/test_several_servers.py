@@ -9,7 +9,7 @@ from servers import servers, wait_until
 from small_runs import train_several
 from test_resume import assert_identical, weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 LONG = ["training.steps=30", "training.log_every=1", "training.checkpoint_every=5"]
 # A server is given up after seconds, so that the test does not wait for a minute.
 QUICK = {

@@ -32,7 +32,6 @@ def records(photo_shards, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_run_goes_on_with_fewer_workers_and_grows_again(records):
     _, seen = records
     assert [record["workers"] for record in seen if record["kind"] == "start"] == [2, 1, 2, 1]
@@ -44,7 +43,6 @@ def test_a_run_goes_on_with_fewer_workers_and_grows_again(records):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_of_an_announced_end_no_step_is_lost(records):
     _, seen = records
     [*_, lost] = [n for n, record in enumerate(seen) if record["kind"] == "restart"]
@@ -53,7 +51,6 @@ def test_of_an_announced_end_no_step_is_lost(records):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_the_losses_are_those_of_a_run_whose_machines_stay(records, photo_shards, tmp_path):
     out, _ = records
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

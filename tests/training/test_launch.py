@@ -219,13 +219,13 @@ def wait_for_a_checkpoint(out, process):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, tmp_path):
     in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
     out = tmp_path / "disturbed"
     process = subprocess.Popen(command(photo_shards, out), stderr=subprocess.DEVNULL)
     wait_for_a_checkpoint(out, process)
-    family = psutil.Process(process.pid).children(recursive=True)
+    # Ray's own agents stay a minute longer: they try to tell the dead head node that it is dead.
+    family = [p for p in psutil.Process(process.pid).children(recursive=True) if not p.name().endswith("Agent")]
     process.kill()
     process.wait()
     assert not (out / "model").exists()
@@ -238,7 +238,6 @@ def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, t
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_the_command_stops_at_ctrl_c_and_says_how_to_go_on(photo_shards, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
