@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,10 +95,10 @@ class Worker:
     def node_folder(self) -> Iterator[tuple[Path, int]]:
         """A temporary folder shared by the workers of a machine, and the rank of the one that is to fill it."""
         with tempfile.TemporaryDirectory() as own:
-            host = socket.gethostname()
-            everyone = self.gather((host, own))
-            filler = next(rank for rank, (other, _) in enumerate(everyone) if other == host)
-            yield Path(everyone[filler][1]), filler
+            # Names of hosts need not differ, and containers of one host need not see each other's files.
+            everyone = [Path(folder) for folder in self.gather(own)]
+            filler = next(rank for rank, folder in enumerate(everyone) if folder.exists())
+            yield everyone[filler], filler
             self.barrier()
 
 

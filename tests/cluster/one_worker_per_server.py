@@ -14,5 +14,6 @@ from bsq_ray.training.on_ray import Share
 if __name__ == "__main__":
     shards, out, *overrides = sys.argv[1:]
     run = load_config(PRESET, [*SMALL, *overrides])
-    share = Share(resources={"CPU": 3})
+    # Both servers are one machine, whose cores they share.
+    share = Share(resources={"CPU": 3}, runs=2)
     train(run, shards, out, workers=2, address="auto", resume=True, show=print, share=share)
