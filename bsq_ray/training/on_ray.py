@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -297,11 +299,17 @@ def ray_storage(out_url: str) -> dict[str, Any]:
 
 
 def plain_error(error: Exception) -> Exception:
-    """What another process can read; the user's mistakes stay ValueErrors, and storage that is away is none of them."""
+    """What another process can read; the user's mistakes stay ValueErrors, and storage that is away is none of them.
+
+    What nobody foresaw names its place in the code, because its traceback stays in the worker's log.
+    """
     if isinstance(error, ValueError) and not isinstance(error, storage.Unavailable):
         return ValueError(str(error))
-    plain = type(error) in (RuntimeError, storage.Unavailable)
-    return RuntimeError(str(error) if plain else f"{type(error).__name__}: {error}")
+    if type(error) in (RuntimeError, storage.Unavailable):
+        return RuntimeError(str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    at = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)
+    return RuntimeError(f"{type(error).__name__}: {error}{at}")
 
 
 def _last_line(errors: list[Exception]) -> str:

@@ -49,6 +49,13 @@ def test_only_what_is_wrong_with_the_input_is_told_as_such(error, kind, message)
     assert (type(told), str(told)) == (kind, message)
 
 
+def test_what_nobody_foresaw_names_its_place():
+    with pytest.raises(ZeroDivisionError) as caught:
+        _ = 1 / len([])
+    told = str(plain_error(caught.value))
+    assert re.fullmatch(r"ZeroDivisionError: division by zero \(test_on_ray\.py, line \d+\)", told)
+
+
 def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
     from ray._private.state import state
 
