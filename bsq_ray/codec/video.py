@@ -65,10 +65,9 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
         TooLarge: its frames are too large.
         ValueError: it is not one; while frames are taken, that it is damaged.
     """
-    limit = {"max_pixels": str(max_pixels)}
     try:
-        # FFmpeg decodes frames already to find out what the streams are.
-        container = av.open(file, format=kind, options=limit)
+        # FFmpeg would decode frames already to find out what the streams are.
+        container = av.open(file, format=kind, options={"skip_frame": "all"})
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"not a video of a known format ({_fault(error)})") from error
     if not container.streams.video:
@@ -76,7 +75,8 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
         raise ValueError("it holds no video")
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
-    stream.codec_context.options = limit
+    # Frames may grow on the way. FFmpeg counts the edges that its decoders pad them with.
+    stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**17)}
     size = stream.width, stream.height
     if size[0] * size[1] > max_pixels:
         container.close()

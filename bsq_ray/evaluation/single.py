@@ -20,6 +20,7 @@ from bsq_ray.codec.video import read_video, write_video
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
 from bsq_ray.data.manifest import MANIFEST, read_manifest
 from bsq_ray.metrics.psnr import psnr
+from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints
 
@@ -110,12 +111,9 @@ def reconstruct_clip(
 
 def _rebuilt(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
-    if tokenizer.config.causal or tokenizer.config.frames == 1:
-        yield from tokenizer.decode_stream(tokenizer.encode_stream(frames))
-        return
-    following = iter(frames)
-    while clip := list(islice(following, tokenizer.config.frames)):
-        yield tokenizer.reconstruct(torch.stack(clip, 2))
+    encode, decode, following = clip_encoder(tokenizer), clip_decoder(tokenizer), iter(frames)
+    while chunk := list(islice(following, chunk_frames(tokenizer.config))):
+        yield decode(encode(torch.stack(chunk, 2)))
 
 
 def describe(what: str) -> str:

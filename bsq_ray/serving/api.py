@@ -16,22 +16,28 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from bsq_ray.config.schema import Strict
+from bsq_ray.serving.answers import File, PackedTokens
+from bsq_ray.serving.clips import MKV, MP4, wanted_type
 from bsq_ray.serving.docs import described, html
-from bsq_ray.serving.drawing import DrawBody, draw, lines
+from bsq_ray.serving.drawing import PICTURES, DrawBody, draw, lines, picture_type
 from bsq_ray.serving.guard import Guard
 from bsq_ray.serving.models import Model, Models
 from bsq_ray.serving.refusals import Refused, too_slow
 from bsq_ray.serving.settings import Limits
 
-BSQ = "application/x-bsq"
 _log = logging.getLogger("bsq_ray.serving")
 _PAGE = {"style.css": "text/css", "script.js": "text/javascript"}
+# Frames per second of tokens that do not say so.
+_RATE = "25"
 # Scripts, styles and pictures come from this server or from the page itself, and from nowhere else.
-_POLICY = "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; media-src blob:; base-uri 'none'; frame-ancestors 'none'; "
+    "form-action 'none'"
+)
 # Content types that are certainly not a file of the kind that is wanted.
 _NO_FILE = ("multipart/", "text/", "application/json", "application/xml")
 # Seconds before a model is loaded again that failed otherwise than by not being there yet.
@@ -39,12 +45,26 @@ _FAILED_PAUSE = 5.0
 
 
 class TokensBody(Strict):
-    """Tokens of one image, as `encode` answers."""
+    """Tokens of one image, or of a clip at a rate of frames per second, as `encode` answers."""
 
     model: str | None = None
-    grid: list[int]
+    grid: tuple[int, int, int]
     bits: int
+    rate: str | None = Field(None, pattern=r"^[1-9]\d{0,8}(/[1-9]\d{0,8})?$")
     packed: str
+
+    def tokens(self) -> PackedTokens:
+        """What a replica takes.
+
+        Raises:
+            Refused: 422 they are not base64.
+        """
+        try:
+            packed = base64.b64decode(self.packed, validate=True)
+        except (binascii.Error, ValueError):
+            raise Refused(422, "packed: not base64") from None
+        rate = self.rate or (_RATE if self.grid[0] > 1 else None)
+        return PackedTokens(list(self.grid), packed, rate)
 
 
 def create_app(
@@ -87,16 +107,18 @@ def create_app(
         _log.error("a request failed", exc_info=error)
         return JSONResponse({"error": "the service failed; its log says why"}, 500)
 
-    async def of_image(offer: str, name: str | None, data: bytes) -> tuple[Model, Any]:
-        chosen = models.choose(offer, name)
-        return chosen, await within(limits.seconds, chosen.serving(offer).call(offer, data))
+    async def of_file(offer: str, name: str | None, data: bytes, *more: Any) -> tuple[Model, Any]:
+        chosen = models.taker_of(data, offer, name)
+        return chosen, await within(limits.seconds, chosen.serving(offer).call(offer, data, *more))
 
     @app.post("/v1/encode", **described("encode"))
     async def encode(request: Request, model: str | None = None) -> Response:
         async with admitted(request, "encode") as data:
-            chosen, packed = await of_image("encode", model, data)
-        facts = {key: chosen.facts[key] for key in ("grid", "bits")}
-        return JSONResponse({"model": chosen.name, **facts, "packed": base64.b64encode(packed).decode()})
+            chosen, tokens = await of_file("encode", model, data)
+        rate = {} if tokens.rate is None else {"rate": tokens.rate}
+        packed = base64.b64encode(tokens.packed).decode()
+        facts = {"model": chosen.name, "grid": tokens.grid, "bits": chosen.facts["bits"]}
+        return JSONResponse({**facts, **rate, "packed": packed})
 
     @app.post("/v1/decode", **described("decode"))
     async def decode(request: Request) -> Response:
@@ -106,42 +128,35 @@ def create_app(
             replicas = chosen.serving("decode")
             if body.bits != chosen.facts["bits"]:
                 raise Refused(422, f"bits: tokens of this model have {chosen.facts['bits']}")
-            try:
-                packed = base64.b64decode(body.packed, validate=True)
-            except binascii.Error:
-                raise Refused(422, "packed: not base64") from None
-            return Response(
-                await within(limits.seconds, replicas.call("decode", body.grid, packed)), media_type="image/png"
-            )
+            file = await within(limits.seconds, replicas.call("decode", body.tokens(), _video_type(request, MP4)))
+        return _answer(file, {"X-Model": chosen.name})
 
     @app.post("/v1/reconstruct", **described("reconstruct"))
     async def reconstruct(request: Request, model: str | None = None) -> Response:
         async with admitted(request, "reconstruct") as data:
-            chosen, (png, psnr) = await of_image("reconstruct", model, data)
-        rate = chosen.facts["bits_per_pixel"]
-        headers = {"X-Model": chosen.name, "X-Bits-Per-Pixel": f"{rate:.6g}", "X-PSNR": f"{psnr:.3f}"}
-        return Response(png, media_type="image/png", headers=headers)
+            chosen, file = await of_file("reconstruct", model, data, _video_type(request, MP4))
+        return _answer(file, {"X-Model": chosen.name, **_rate(chosen.facts["bits_per_pixel"])})
 
     @app.post("/v1/compress", **described("compress"))
     async def compress(request: Request, model: str | None = None) -> Response:
         async with admitted(request, "compress") as data:
-            chosen, (file, (width, height)) = await of_image("compress", model, data)
-        headers = {"X-Model": chosen.name, "X-Bits-Per-Pixel": f"{8 * len(file) / (width * height):.6g}"}
-        headers["Content-Disposition"] = 'attachment; filename="image.bsq"'
-        return Response(file, media_type=BSQ, headers=headers)
+            chosen, file = await of_file("compress", model, data)
+        name = "image" if file.frames is None else "clip"
+        headers = {"X-Model": chosen.name, "Content-Disposition": f'attachment; filename="{name}.bsq"'}
+        return _answer(file, {**headers, **_rate(8 * len(file.data) / file.pixels)})
 
     @app.post("/v1/decompress", **described("decompress"))
     async def decompress(request: Request, model: str | None = None) -> Response:
         async with admitted(request, "decompress") as data:
             chosen = models.reader_of(data, model)
-            png, (width, height) = await within(limits.seconds, chosen.serving("decompress").call("decompress", data))
-        headers = {"X-Model": chosen.name, "X-Bits-Per-Pixel": f"{8 * len(data) / (width * height):.6g}"}
-        return Response(png, media_type="image/png", headers=headers)
+            call = chosen.serving("decompress").call("decompress", data, _video_type(request, MKV))
+            file = await within(limits.seconds, call)
+        return _answer(file, {"X-Model": chosen.name, **_rate(8 * len(data) / file.pixels)})
 
     @app.post("/v1/measure", **described("measure"))
     async def measure(request: Request, model: str | None = None) -> Response:
         async with admitted(request, "measure") as data:
-            chosen, figures = await of_image("measure", model, data)
+            chosen, figures = await of_file("measure", model, data)
         return JSONResponse({"model": chosen.name, **figures})
 
     @app.post("/v1/generate", **described("generate"))
@@ -151,11 +166,12 @@ def create_app(
         pictures = draw(body, models, guard, limits.seconds)
         # The first one tells what is wrong with a request, while the answer has not begun.
         picture = await anext(pictures)
-        if "image/png" in request.headers.get("accept", ""):
+        chosen = models.choose("generate", body.model)
+        if any(kind in request.headers.get("accept", "") for kind in PICTURES):
             image = [picture, *[picture async for picture in pictures]][-1]
-            return Response(image, media_type="image/png", headers={"X-Seed": str(body.seed)})
-        steps = body.steps or models.choose("generate", body.model).facts["steps"]
-        return StreamingResponse(lines(picture, pictures, body, steps), media_type="application/x-ndjson")
+            return Response(image, media_type=picture_type(chosen.kind), headers={"X-Seed": str(body.seed)})
+        steps, kind = body.steps or chosen.facts["steps"], picture_type(chosen.kind)
+        return StreamingResponse(lines(picture, pictures, body, steps, kind), media_type="application/x-ndjson")
 
     @asynccontextmanager
     async def received(request: Request) -> AsyncIterator[bytes]:
@@ -234,6 +250,21 @@ async def _load(model: Model) -> None:
             _log.error("the model %s cannot be loaded; trying again", model.name, exc_info=error)
             await asyncio.sleep(_FAILED_PAUSE)
         await asyncio.sleep(0.2)
+
+
+def _video_type(request: Request, default: str) -> str:
+    return wanted_type(request.headers.get("accept", ""), default)
+
+
+def _rate(bits_per_pixel: float) -> dict[str, str]:
+    return {"X-Bits-Per-Pixel": f"{bits_per_pixel:.6g}"}
+
+
+def _answer(file: File, headers: dict[str, str]) -> Response:
+    """A file, and what is known of it as headers."""
+    known = {"X-Frames": file.frames, "X-PSNR": None if file.psnr is None else f"{file.psnr:.3f}"}
+    headers |= {name: str(value) for name, value in known.items() if value is not None}
+    return Response(file.data, media_type=file.media_type, headers=headers)
 
 
 def _parsed(form: type[Any], data: bytes) -> Any:

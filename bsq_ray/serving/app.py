@@ -16,7 +16,7 @@ from bsq_ray.config.reading import check_section
 from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.front import Front
 from bsq_ray.serving.guard import digest
-from bsq_ray.serving.models import ROLES
+from bsq_ray.serving.models import ROLES, kind_of
 from bsq_ray.serving.settings import Batching, Computing, Scaling, Settings, token_from_environment
 
 
@@ -39,13 +39,13 @@ def application(settings: Settings, token: str | None) -> Application:
     Raises:
         ValueError: a model folder cannot be read.
     """
-    stages = {name: hub.read_config(url).stage for name, url in settings.models.items()}
+    kinds = {name: kind_of(hub.read_config(url)) for name, url in settings.models.items()}
     handles = {
-        name: {role: _models(role, name, url, settings) for role in ROLES[stages[name]]}
+        name: {role: _models(role, name, url, settings) for role in ROLES[kinds[name].stage]}
         for name, url in settings.models.items()
     }
     front = serve.deployment(Front, name="front", **options(settings.front, settings.limits.waiting * 8, settings))
-    bound: Application = front.bind(settings, token and digest(token), stages, handles)
+    bound: Application = front.bind(settings, token and digest(token), kinds, handles)
     return bound
 
 

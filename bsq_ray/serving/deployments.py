@@ -9,20 +9,26 @@ Batches form while the one before is computed.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 from ray import serve
 from torch import Tensor
 
-from bsq_ray.serving.engines import CodecEngine, GeneratorEngine, TokenizerEngine, Work, use_threads
+from bsq_ray.serving.answers import File, PackedTokens
+from bsq_ray.serving.clips import is_clip
+from bsq_ray.serving.engines import CodecEngine, GeneratorEngine, TokenizerEngine, use_threads
 from bsq_ray.serving.figures import Figures
 from bsq_ray.serving.images import png
 from bsq_ray.serving.settings import Batching, Settings
+from bsq_ray.serving.work import awaited
+
+# Videos that a tokenizer's replica works on at once, a few frames of each in turn.
+_CLIPS = 4
 
 
 class _Computing:
@@ -34,9 +40,9 @@ class _Computing:
     async def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def build(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """The same for a constructor, which is not awaited."""
-        return self._thread.submit(make, *arguments).result()
+    def wait(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The same for a thread that waits."""
+        return self._thread.submit(function, *arguments).result()
 
     def batched(self, function: Callable[[list[Any]], list[Any]], section: Batching) -> Callable[[Any], Any]:
         """`function` of many as an awaitable function of one."""
@@ -52,13 +58,14 @@ class _Computing:
 
 
 class TokenizerReplica:
-    """Encodes and decodes squares of the tokenizer's size."""
+    """Encodes and decodes squares of the tokenizer's size, and clips of them."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         section = settings.tokenizer
-        self._compute = _Computing(section.threads)
-        arguments = url, section.device, section.largest_batch, settings.limits.pixels
-        self._engine: TokenizerEngine = self._compute.build(TokenizerEngine, *arguments)
+        self._compute, self._seconds = _Computing(section.threads), settings.limits.seconds
+        arguments = url, section.device, section.largest_batch, settings.limits
+        self._engine: TokenizerEngine = self._compute.wait(TokenizerEngine, *arguments)
+        self._clips = ThreadPoolExecutor(_CLIPS, "clip", lambda: use_threads(1))
         self._encode = self._compute.batched(self._engine.encode, section)
         self._decode = self._compute.batched(self._engine.decode, section)
 
@@ -66,55 +73,72 @@ class TokenizerReplica:
         """See the engine."""
         return self._engine.facts()
 
-    async def encode(self, data: bytes) -> bytes:
-        """An image file to its packed tokens."""
+    async def encode(self, data: bytes) -> PackedTokens:
+        """An image or video file to its tokens."""
+        if is_clip(data):
+            tokens: PackedTokens = await self._of_clip(self._engine.clips.encode, data)
+            return tokens
         packed: np.ndarray = await self._encode(await asyncio.to_thread(self._engine.prepare, data))
-        return packed.tobytes()
+        return PackedTokens([1, self._engine.side, self._engine.side], packed.tobytes())
 
-    async def decode(self, grid: list[int], packed: bytes) -> bytes:
-        """Packed tokens to a PNG."""
-        return png(await self._decode(self._engine.check_tokens(grid, packed)))
+    async def decode(self, tokens: PackedTokens, media_type: str) -> File:
+        """Tokens to a PNG, or those of a clip to a video of this media type."""
+        packed = self._engine.check_tokens(tokens.grid, tokens.packed)
+        if tokens.rate is None:
+            return self._picture(await self._decode(packed))
+        video: File = await self._of_clip(self._engine.clips.decode, packed, Fraction(tokens.rate), media_type)
+        return video
 
-    async def reconstruct(self, data: bytes) -> tuple[bytes, float]:
-        """An image file to the PNG of what is left of it, and its PSNR in dB."""
+    async def reconstruct(self, data: bytes, media_type: str) -> File:
+        """An image file to the PNG of what is left of it, or a video file to a video of this media type."""
+        if is_clip(data):
+            video: File = await self._of_clip(self._engine.clips.reconstruct, data, media_type)
+            return video
         original = await asyncio.to_thread(self._engine.prepare, data)
         shown = await self._decode(await self._encode(original))
         error = float(np.square(original.astype(np.float32) - shown).mean())
-        return png(shown), float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))
+        return self._picture(shown, float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10))))
+
+    def _picture(self, pixels_CHW: np.ndarray, psnr: float | None = None) -> File:
+        return File(png(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
+
+    async def _of_clip(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls the engine in a thread for clips, which asks the computing thread for each few frames."""
+        loop = asyncio.get_running_loop()
+        with awaited(self._seconds) as work:
+            call = partial(function, *arguments, self._compute.wait, work)
+            return await loop.run_in_executor(self._clips, call)
 
 
 class CodecReplica:
-    """Compresses and decompresses images of any size."""
+    """Compresses and decompresses images and clips of any size."""
 
     def __init__(self, url: str, settings: Settings) -> None:
-        section, limits = settings.codec, settings.limits
-        self._compute, self._seconds = _Computing(section.threads), limits.seconds
-        arguments = url, section.device, limits.pixels, limits.seconds
-        self._engine: CodecEngine = self._compute.build(CodecEngine, *arguments)
+        section = settings.codec
+        self._compute, self._seconds = _Computing(section.threads), settings.limits.seconds
+        self._engine: CodecEngine = self._compute.wait(CodecEngine, url, section.device, settings.limits)
 
     async def facts(self) -> dict[str, Any]:
         """See the engine."""
         return self._engine.facts()
 
-    async def compress(self, data: bytes) -> tuple[bytes, tuple[int, int]]:
-        """An image file to a .bsq file, and the image's size."""
-        return await self._while_awaited(self._engine.compress, data)
+    async def compress(self, data: bytes) -> File:
+        """An image or video file to a .bsq file."""
+        with awaited(self._seconds) as work:
+            file: File = await self._compute(self._engine.compress, data, work)
+            return file
 
-    async def decompress(self, data: bytes) -> tuple[bytes, tuple[int, int]]:
-        """A .bsq file to a PNG, and the image's size."""
-        return await self._while_awaited(self._engine.decompress, data)
+    async def decompress(self, data: bytes, media_type: str) -> File:
+        """A .bsq file to a PNG, or that of a clip to a video of this media type."""
+        with awaited(self._seconds) as work:
+            file: File = await self._compute(self._engine.decompress, data, media_type, work)
+            return file
 
     async def measure(self, data: bytes) -> Figures:
         """Figures of an image file."""
-        return await self._while_awaited(self._engine.measure, data)
-
-    async def _while_awaited(self, function: Callable[..., Any], data: bytes) -> Any:
-        """Calls the engine, which stops when the one who asked has gone."""
-        work = Work(time.monotonic() + self._seconds, Event())
-        try:
-            return await self._compute(function, data, work)
-        finally:
-            work.abandoned.set()
+        with awaited(self._seconds) as work:
+            figures: Figures = await self._compute(self._engine.measure, data, work)
+            return figures
 
 
 class GeneratorReplica:
@@ -124,7 +148,7 @@ class GeneratorReplica:
         section = settings.generator
         self._compute = _Computing(section.threads)
         arguments = url, section.device, section.largest_batch, settings.limits.steps
-        self._engine: GeneratorEngine = self._compute.build(GeneratorEngine, *arguments)
+        self._engine: GeneratorEngine = self._compute.wait(GeneratorEngine, *arguments)
         self._forward = self._compute.batched(self._engine.forward, section)
         # A request's own part of the work: drawing from the logits and packing the PNG.
         self._drawing = ThreadPoolExecutor(settings.limits.waiting, "draw", lambda: use_threads(1))

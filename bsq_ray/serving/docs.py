@@ -9,10 +9,13 @@ _FILE = {"type": "string", "format": "binary"}
 _MODEL = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"},
           "description": "name or id of the model; default: the first one that can"}  # fmt: skip
 _IMAGE_IN, _BSQ = {"image/*": {"schema": _FILE}}, {"application/x-bsq": {"schema": _FILE}}
+_FILE_IN = {**_IMAGE_IN, "video/*": {"schema": _FILE}}
 _PNG = {"image/png": {"schema": _FILE}}
+_SHOWN = {**_PNG, "video/mp4": {"schema": _FILE}, "video/x-matroska": {"schema": _FILE}}
+_DRAWN = {**_PNG, "image/webp": {"schema": _FILE}}
 _JSON = {"application/json": {"schema": {"type": "object"}}}
 _REFUSALS = {
-    401: "the bearer token is missing or wrong", 404: "no such model", 413: "too many bytes or pixels",
+    401: "the bearer token is missing or wrong", 404: "no such model", 413: "too many bytes, or pixels in all frames",
     415: "not a file of the kind that is wanted", 422: "damaged, or a value that cannot be",
     429: "too many requests are under way: come again after Retry-After seconds",
     503: "models are being loaded, or the answer took too long",
@@ -31,24 +34,39 @@ _DRAW = {
 # Summary, body, answer, and what else is to be known.
 _ENDPOINTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], str]] = {
     "encode": (
-        "Image to tokens", _IMAGE_IN, _JSON,
-        "The image is resized and cropped to the model's square. packed is base64: for each token ceil(bits / 8) "
-        "bytes, bit 1 least significant.",
+        "Image or video to tokens", _FILE_IN, _JSON,
+        "Pictures are resized and cropped to the model's square. grid is frames, rows, columns; packed is base64: for "
+        "each token ceil(bits / 8) bytes, bit 1 least significant. Of a video also rate, frames per second. A model of "
+        "images takes a video frame by frame.",
     ),
-    "decode": ("Tokens to image", _JSON, _PNG, "The body is what encode answers."),
+    "decode": (
+        "Tokens to image or video", _JSON, _SHOWN,
+        "The body is what encode answers. A video is MP4 (H.264); with Accept: video/x-matroska MKV (FFV1, lossless).",
+    ),
     "reconstruct": (
-        "Image to what is left of it", _IMAGE_IN, _PNG,
-        "Encode and decode in one, of the model's square. Headers: X-Bits-Per-Pixel, X-PSNR.",
+        "Image or video to what is left of it", _FILE_IN, _SHOWN,
+        "Encode and decode in one, of the model's square; of a video as decode answers. Headers: X-Bits-Per-Pixel, "
+        "X-PSNR (mean over frames), X-Frames of a video.",
     ),
-    "compress": ("Image to .bsq file", _IMAGE_IN, _BSQ, "Of any size. Header: X-Bits-Per-Pixel."),
-    "decompress": (".bsq file to image", _BSQ, _PNG, "The file says which model is needed."),
+    "compress": (
+        "Image or video to .bsq file", _FILE_IN, _BSQ,
+        "Of any size; sound is left out. Videos are MP4, MOV, 3GP, MKV, WebM, AVI, Ogg and WMV; the first model of "
+        "clips takes them if model names none. Headers: X-Bits-Per-Pixel, X-Frames of a video.",
+    ),
+    "decompress": (
+        ".bsq file to image or video", _BSQ, _SHOWN,
+        "The file says which model is needed. A clip becomes MKV (FFV1, every byte as it was decoded); with Accept: "
+        "video/mp4 MP4 (H.264), as players and browsers take it.",
+    ),
     "measure": (
         "Rate and quality of an image", _IMAGE_IN, _JSON,
         "Bits per pixel, PSNR, LPIPS, and the sizes of JPEG and WebP files of equal PSNR and of equal LPIPS.",
     ),
     "generate": (
-        "Class to image", {"application/json": {"schema": _DRAW}}, {"application/x-ndjson": {"schema": {}}, **_PNG},
-        "A line of JSON after each step, its image a data URL. With Accept: image/png the image only.",
+        "Class to image or clip", {"application/json": {"schema": _DRAW}},
+        {"application/x-ndjson": {"schema": {}}, **_DRAWN},
+        "A line of JSON after each step, its image a data URL. With Accept: image/png the image only; clips are "
+        "animated WebP.",
     ),
     "models": ("Models, what they offer, and whether they are loaded", None, _JSON, ""),
     "healthz": ("Whether all models are loaded", None, _JSON, "Needs no token."),
@@ -59,7 +77,7 @@ _ENDPOINTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], str]] = 
 def described(name: str) -> dict[str, Any]:
     """Arguments of the route decorator."""
     summary, body, answer, more = _ENDPOINTS[name]
-    extra: dict[str, Any] = {"parameters": [_MODEL]} if body == _IMAGE_IN or name == "decompress" else {}
+    extra: dict[str, Any] = {"parameters": [_MODEL]} if body in (_IMAGE_IN, _FILE_IN) or name == "decompress" else {}
     if body is not None:
         extra["requestBody"] = {"required": True, "content": body}
     refusals = {code: {"description": text} for code, text in _REFUSALS.items()} if body is not None else {}

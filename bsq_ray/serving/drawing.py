@@ -14,8 +14,11 @@ from pydantic import Field
 
 from bsq_ray.config.schema import Strict
 from bsq_ray.serving.guard import Guard
-from bsq_ray.serving.models import Models
+from bsq_ray.serving.models import Kind, Models
 from bsq_ray.serving.refusals import Refused, too_slow
+
+# An image, and a clip, which moves.
+PICTURES = ("image/png", "image/webp")
 
 
 class DrawBody(Strict):
@@ -35,7 +38,7 @@ class DrawBody(Strict):
 
 
 async def draw(body: DrawBody, models: Models, guard: Guard, seconds: float) -> AsyncIterator[bytes]:
-    """PNGs after each step.
+    """Pictures after each step.
 
     Raises:
         Refused: there is no such model or class, too many requests are under way, or the time is up.
@@ -55,18 +58,26 @@ async def draw(body: DrawBody, models: Models, guard: Guard, seconds: float) -> 
             yield picture
 
 
-async def lines(first: bytes, rest: AsyncIterator[bytes], body: DrawBody, steps: int) -> AsyncIterator[bytes]:
+def picture_type(kind: Kind) -> str:
+    """Media type of what a model draws."""
+    return PICTURES[kind.frames > 1]
+
+
+async def lines(
+    first: bytes, rest: AsyncIterator[bytes], body: DrawBody, steps: int, media_type: str
+) -> AsyncIterator[bytes]:
     """A line of JSON for each step; the last one has the image, or says why there is none.
 
     Args:
         first, rest: of `draw`.
         steps: how many there will be.
+        media_type: of the pictures.
     """
     step, picture = 1, first
     async with aclosing(rest):  # type: ignore[type-var]
         try:
             while True:
-                image = "data:image/png;base64," + base64.b64encode(picture).decode()
+                image = f"data:{media_type};base64," + base64.b64encode(picture).decode()
                 yield json.dumps({"step": step, "steps": steps, "seed": body.seed, "image": image}).encode() + b"\n"
                 picture, step = await anext(rest), step + 1
         except StopAsyncIteration:

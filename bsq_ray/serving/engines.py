@@ -1,7 +1,7 @@
 """The models behind the deployments, as plain objects: files and numbers in, files and numbers out.
 
     TokenizerEngine   image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels     in exact batches
-    CodecEngine       image file ─compress─▶ .bsq ─decompress─▶ PNG                      one after the other
+    CodecEngine       image or video ─compress─▶ .bsq ─decompress─▶ PNG or video         one after the other
     GeneratorEngine   class ─draw, step by step─▶ PNGs; forward passes of many requests  in exact batches
 
 Shape suffixes: B batch, N tokens, L bits of a token, S sub-tokens, C channels or classes, H and W pixels.
@@ -10,10 +10,7 @@ Shape suffixes: B batch, N tokens, L bits of a token, S sub-tokens, C channels o
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -22,15 +19,21 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import config, hub
+from bsq_ray.codec.container import read_header
 from bsq_ray.codec.image import Codec
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
+from bsq_ray.serving.answers import BSQ, File
+from bsq_ray.serving.clip_engine import ClipEngine
+from bsq_ray.serving.clips import check_length, is_clip, read_clip, written
 from bsq_ray.serving.exact import exact_sizes, in_pieces
 from bsq_ray.serving.figures import Figures, measure
-from bsq_ray.serving.images import png, png_of, read_image
-from bsq_ray.serving.refusals import Refused, too_slow
+from bsq_ray.serving.images import animated, png, png_of, read_image
+from bsq_ray.serving.refusals import Refused
+from bsq_ray.serving.settings import Limits
+from bsq_ray.serving.work import Work
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Decode = Callable[[Tensor], Tensor]
@@ -42,12 +45,17 @@ def use_threads(count: int) -> None:
 
 
 class TokenizerEngine:
-    """Images to tokens and back; what an image gets does not depend on its batch."""
+    """Images to tokens and back; what an image gets does not depend on its batch.
 
-    def __init__(self, url: str, device: str, largest_batch: int, max_pixels: int) -> None:
+    Attributes:
+        clips: the same for clips, one at a time.
+    """
+
+    def __init__(self, url: str, device: str, largest_batch: int, limits: Limits) -> None:
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
         run = config.expect(hub.read_config(url), config.TokenizerConfig, url)
-        self._filter, self._max_pixels, self._device = run.data.evaluation_filter, max_pixels, device
+        self._filter, self._max_pixels, self._device = run.data.evaluation_filter, limits.pixels, device
+        self.clips = ClipEngine(self.tokenizer, self._filter, limits, device)
         section = self.tokenizer.config
         self.side = section.image_size // section.patch_size
         images_BCHW = _example(largest_batch, 3, section.image_size, section.image_size)
@@ -87,18 +95,20 @@ class TokenizerEngine:
         images_BCHW = to_uint8(in_pieces(self._decode, bits_BNL, self.decode_sizes))
         return list(images_BCHW.cpu().numpy())
 
-    def check_tokens(self, grid: Any, packed: bytes) -> np.ndarray:
-        """Tokens from a request as `decode` takes them.
+    def check_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
+        """Tokens of an image, or of all frames of a clip, from a request, as `decode` takes them.
 
         Raises:
             Refused: 422 they are not of this model.
         """
         tokens, width = self.side**2, -(-self.tokenizer.quantizer.bits // 8)
-        if grid != [1, self.side, self.side] or len(packed) != tokens * width:
+        if grid[1:] != [self.side, self.side] or grid[0] < 1 or len(packed) != grid[0] * tokens * width:
             raise Refused(
-                422, f"this model takes the grid [1, {self.side}, {self.side}] and {tokens} tokens of {width} bytes"
+                422,
+                f"this model takes the grid [frames, {self.side}, {self.side}] and for each frame {tokens} tokens of "
+                f"{width} bytes",
             )
-        return np.frombuffer(packed, np.uint8).reshape(tokens, width)
+        return np.frombuffer(packed, np.uint8).reshape(-1, width)
 
     @torch.no_grad()
     def _features(self, images_BCHW: Tensor) -> Tensor:
@@ -113,70 +123,73 @@ class TokenizerEngine:
         return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.side, self.side)))
 
 
-@dataclass
-class Work:
-    """A request under way: whether anyone still waits for it, and until when (seconds of the monotonic clock)."""
-
-    until: float
-    abandoned: Event
-
-    def check(self, seconds: float) -> None:
-        """Raises when it is no longer worth going on."""
-        if self.abandoned.is_set() or time.monotonic() > self.until:
-            raise too_slow(seconds)
-
-
 class CodecEngine:
-    """Images of any size to .bsq files and back, one request after the other, each until its time is up."""
+    """Images and clips of any size to .bsq files and back, one request after the other, each until its time is up."""
 
-    def __init__(self, url: str, device: str, max_pixels: int, seconds: float) -> None:
+    def __init__(self, url: str, device: str, limits: Limits) -> None:
         self.codec = Codec.from_pretrained(url, device=device)
         self._raw = Codec(self.codec.tokenizer)
-        self._max_pixels, self._seconds = max_pixels, seconds
+        self._limits, self._tile = limits, self.codec.tokenizer.config.image_size
 
     def facts(self) -> dict[str, Any]:
         """What the list of models says of it."""
         prior = self.codec.prior
         return {"tokenizer_id": self.codec.tokenizer.model_id, "prior_id": prior.model_id if prior else None}
 
-    def compress(self, data: bytes, work: Work) -> tuple[bytes, tuple[int, int]]:
-        """An image file to a .bsq file, and the image's size.
+    def compress(self, data: bytes, work: Work) -> File:
+        """An image or video file to a .bsq file.
 
         Raises:
-            Refused: see `read_image`; 503 when its time is up.
+            Refused: see `read_image` and `read_clip`; 422 this model does not take it; 503 when its time is up.
         """
-        image, check = read_image(data, self._max_pixels), self._check(work)
-        return self.codec.compress(image, check).data, image.size
-
-    def decompress(self, data: bytes, work: Work) -> tuple[bytes, tuple[int, int]]:
-        """A .bsq file to a PNG, and the image's size.
-
-        Raises:
-            Refused: 422 damaged or of other models; 503 when its time is up.
-        """
+        work.check()
         try:
-            image = self.codec.decompress(data, max_pixels=self._max_pixels, progress=self._check(work))
+            if is_clip(data):
+                video = read_clip(data, self._limits, self._tile**2)
+                coded = self.codec.compress_clip(video.frames, video.rate, video.colour, work.check)
+            else:
+                coded = self.codec.compress(read_image(data, self._limits.pixels), work.check)
         except ValueError as error:
             raise Refused(422, str(error)) from None
-        return png_of(image), image.size
+        pixels = round(8 * len(coded.data) / coded.bits_per_pixel)
+        return File(coded.data, BSQ, pixels, coded.frames if is_clip(data) else None)
+
+    def decompress(self, data: bytes, media_type: str, work: Work) -> File:
+        """A .bsq file to a PNG, or to a video of this media type.
+
+        Raises:
+            Refused: 413 the clip is too long, 422 damaged or of other models, 503 when its time is up.
+        """
+        work.check()
+        most = self._limits.pixels
+        try:
+            header = read_header(data, most)
+            if header.clip is None:
+                image = self.codec.decompress(data, max_pixels=most, progress=work.check)
+                return File(png_of(image), "image/png", image.width * image.height)
+            pixels = header.width * header.height
+            check_length(header.frames, max(pixels, self._tile**2), self._limits)
+            frames = self.codec.decompress_clip(data, max_pixels=most, progress=work.check)
+            file, count = written(frames, media_type, header.clip.rate, header.clip.colour)
+        except ValueError as error:
+            raise Refused(422, str(error)) from None
+        return File(file, media_type, count * pixels, count)
 
     def measure(self, data: bytes, work: Work) -> Figures:
         """Rate and quality of an image file beside JPEG and WebP at equal quality.
 
         Raises:
-            Refused: as `compress`.
+            Refused: as `compress`; 415 a video.
         """
-        image, check = read_image(data, self._max_pixels), self._check(work)
-        size = len(self.codec.compress(image, check).data)
+        work.check()
+        if is_clip(data):
+            raise Refused(415, "the body is a video; only images are measured")
+        image = read_image(data, self._limits.pixels)
+        size = len(self.codec.compress(image, work.check).data)
         # The prior loses nothing, so the picture need not go through it.
-        raw = self._raw.compress(image, check).data
-        shown = self._raw.decompress(raw, max_pixels=self._max_pixels, progress=check)
-        return measure(image, shown, size, lambda: work.check(self._seconds))
-
-    def _check(self, work: Work) -> Callable[[int, int], None]:
-        """What the codec calls after each group of tiles: ends a request that is no longer worth going on."""
-        work.check(self._seconds)
-        return lambda done, total: work.check(self._seconds)
+        raw = self._raw.compress(image, work.check).data
+        shown = self._raw.decompress(raw, max_pixels=self._limits.pixels, progress=work.check)
+        return measure(image, shown, size, work.check)
 
 
 class GeneratorEngine:
@@ -219,9 +232,10 @@ class GeneratorEngine:
             raise Refused(422, f"steps: at most {self._most_steps} are taken")
 
     def draw(self, label: int, seed: int, changes: dict[str, Any], predict: Predict, decode: Decode) -> Iterator[bytes]:
-        """A PNG after each step, masked parts grey; the last one is the image."""
-        for images_BCHW in self.generator.steps([label], seed, predict, decode, **changes):
-            yield png(to_uint8(images_BCHW)[0].cpu().numpy())
+        """A PNG, or an animated WebP of a clip, after each step, masked parts grey; the last one is the image."""
+        for images in self.generator.steps([label], seed, predict, decode, **changes):
+            pixels = to_uint8(images)[0].cpu().numpy()
+            yield png(pixels) if pixels.ndim == 3 else animated(pixels)
 
     def forward(self, requests: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Logits for the rows (sub-tokens, classes) of several requests."""

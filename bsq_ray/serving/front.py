@@ -20,7 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from bsq_ray.serving.api import create_app
 from bsq_ray.serving.metrics import cluster_metrics
-from bsq_ray.serving.models import Model, Models
+from bsq_ray.serving.models import Kind, Model, Models
 from bsq_ray.serving.refusals import Refused, busy, loading
 from bsq_ray.serving.settings import Settings
 
@@ -85,7 +85,7 @@ class Front:
     """The HTTP interface as a deployment.
 
     Args:
-        stages: what each model was trained as.
+        kinds: what each model is.
         handles: by model and role.
     """
 
@@ -93,13 +93,13 @@ class Front:
         self,
         settings: Settings,
         token_digest: str | None,
-        stages: Mapping[str, str],
+        kinds: Mapping[str, Kind],
         handles: Mapping[str, Mapping[str, DeploymentHandle]],
     ) -> None:
         self._settings, self._token_digest = settings, token_digest
         retries = settings.limits.retries
         self._models = [
-            Model(name, stages[name], {role: RayReplicas(handle, retries) for role, handle in roles.items()})
+            Model(name, kinds[name], {role: RayReplicas(handle, retries) for role, handle in roles.items()})
             for name, roles in handles.items()
         ]
 

@@ -11,8 +11,11 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault, to_rgb
+from bsq_ray.serving.clips import VIDEOS
 from bsq_ray.serving.refusals import Refused
 
+# Between frames of a drawn clip: tokens do not tell the rate of the videos they were learnt from.
+_FRAME_MS = 40
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -32,7 +35,7 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError):
             raise Refused(413, f"the image has more than the {max_pixels} pixels that are taken") from None
-        raise Refused(415, "the body is not an image: JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF and PPM are read") from None
+        raise Refused(415, f"the body is not an image or video: {', '.join(FORMATS)}, {VIDEOS} are read") from None
     if image.width * image.height > max_pixels:
         raise Refused(
             413, f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are taken, shrink it first"
@@ -49,6 +52,14 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
 def png(pixels_CHW: np.ndarray) -> bytes:
     """A PNG of uint8 pixels (3, H, W)."""
     return png_of(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))))
+
+
+def animated(pixels_CTHW: np.ndarray) -> bytes:
+    """An animated WebP of the uint8 frames of a clip (3, T, H, W), nothing lost."""
+    first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels_CTHW.transpose(1, 2, 3, 0))
+    file = io.BytesIO()
+    first.save(file, "WEBP", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, lossless=True, method=0)
+    return file.getvalue()
 
 
 def png_of(image: Image.Image) -> bytes:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from bsq_ray import config
 from bsq_ray.codec.container import read_header
+from bsq_ray.serving.clips import is_clip
 from bsq_ray.serving.refusals import Refused, loading
 
 # What each role offers, as the last part of /v1/….
@@ -30,18 +32,30 @@ class Replicas(Protocol):
         """The results of a method that has several, as they come."""
 
 
+class Kind(NamedTuple):
+    """What a model was trained as: the stage, and the frames that it sees at once, more than 1 if of clips."""
+
+    stage: str
+    frames: int
+
+
+def kind_of(run: config.AnyConfig) -> Kind:
+    """The kind of a model with this configuration."""
+    return Kind(run.stage, run.model.frames if isinstance(run, config.TokenizerConfig) else run.model.grid[0])
+
+
 @dataclass(eq=False)
 class Model:
     """One model.
 
     Attributes:
-        stage: what it was trained as.
+        kind: what it was trained as.
         replicas: by role.
         facts: what the replicas say of themselves; empty until all are loaded.
     """
 
     name: str
-    stage: str
+    kind: Kind
     replicas: Mapping[str, Replicas]
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -98,6 +112,16 @@ class Models:
             raise Refused(422, f"the model {named[0].name} does not {offer}; {', '.join(named[0].offers)} it does")
         return next(model for model in named if model in able)
 
+    def taker_of(self, data: bytes, offer: str, name: str | None) -> Model:
+        """As `choose`, but without a name rather a model of clips for a video, and one of images for an image.
+
+        Raises:
+            Refused: as `choose`.
+        """
+        clip = is_clip(data)
+        fitting = [model for model in self if offer in model.offers and (model.kind.frames > 1) == clip]
+        return fitting[0] if name is None and fitting else self.choose(offer, name)
+
     def reader_of(self, data: bytes, name: str | None) -> Model:
         """The model that a .bsq file was written with.
 
@@ -125,7 +149,14 @@ class Models:
     def described(self) -> list[dict[str, Any]]:
         """What `GET /v1/models` says."""
         return [
-            {"name": model.name, "stage": model.stage, "ready": bool(model.facts), "offers": model.offers} | model.facts
+            {
+                "name": model.name,
+                "stage": model.kind.stage,
+                "frames": model.kind.frames,
+                "ready": bool(model.facts),
+                "offers": model.offers,
+                **model.facts,
+            }
             for model in self
         ]
 

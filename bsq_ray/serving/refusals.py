@@ -33,4 +33,4 @@ def loading(what: str) -> Refused:
 
 def too_slow(seconds: float) -> Refused:
     """The answer was not there in time."""
-    return Refused(503, f"the answer took longer than {seconds:g} s; a smaller image is faster", 10)
+    return Refused(503, f"the answer took longer than {seconds:g} s; a smaller image or a shorter video is faster", 10)

@@ -63,8 +63,10 @@ class Limits(Strict):
     # Body of a request, and of all that one replica of the front holds.
     body_mb: float = Field(32.0, gt=0)
     bodies_mb: float = Field(512.0, gt=0)
-    # Of an image, before it is decoded.
+    # Of an image or a frame, before it is decoded.
     pixels: int = Field(2**24, ge=1)
+    # Of all frames of a video together, each counted as at least the model's square.
+    clip_pixels: int = Field(2**27, ge=1)
     # Requests under way in one replica of the front, their bodies arrived; the next one is told to come again later.
     waiting: int = Field(64, ge=1)
     # For the body to arrive, and for the answer.

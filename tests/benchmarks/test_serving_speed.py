@@ -93,7 +93,7 @@ def test_serving_speed(preset, photos, tmp_path, figure):
     alone, many = _MODELS[preset]
     with served(preset, tmp_path) as (folder, url, started):
         torch.set_num_threads(os.cpu_count())
-        engine = TokenizerEngine(folder, "cpu", 16, 2**24)
+        engine = TokenizerEngine(folder, "cpu", 16, Limits())
         load(url, body, 16, 32)
         load(url, body, 1, 2)
         pairs = [(load(url, body, 1, alone // 3)[0], direct(engine, body, 1, alone // 3)) for _ in range(3)]

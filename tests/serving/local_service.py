@@ -10,7 +10,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
 from bsq_ray.serving import deployments
 from bsq_ray.serving.api import create_app
-from bsq_ray.serving.models import ROLES, Model, Models
+from bsq_ray.serving.models import ROLES, Model, Models, kind_of
 
 
 def save_models(folder):
@@ -35,6 +35,31 @@ def save_models(folder):
         model.save_pretrained(str(folder / name))
         if name != "small":
             tokenizer.save_pretrained(str(folder / name / "tokenizer"))
+    return {name: str(folder / name) for name in made}
+
+
+def save_clip_models(folder):
+    """Untrained models of 4 frames of 4 x 4 tokens of 10 bits at 32 px, by name; `whole` looks at later frames."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    tokens = {"grid": [4, 4, 4], "bits": 10, "sub_bits": 5, **sizes}
+    tokenizers = {
+        name: Tokenizer(
+            config.TokenizerModel(
+                image_size=32, frames=4, causal=causal, encoder=config.Transformer(**sizes),
+                decoder=config.Decoder(**sizes, head_width=32), quantizer=config.BSQ(bits=10),
+            )
+        )
+        for name, causal in (("clips", True), ("whole", False))
+    }  # fmt: skip
+    made = tokenizers | {
+        "clip-prior": Prior(config.PriorModel(**tokens)),
+        "moves": MaskedLM(config.MaskedLMModel(**tokens, classes=2)),
+    }
+    for name, model in made.items():
+        model.save_pretrained(str(folder / name))
+    for name in ("clip-prior", "moves"):
+        tokenizers["clips"].save_pretrained(str(folder / name / "tokenizer"))
     return {name: str(folder / name) for name in made}
 
 
@@ -79,7 +104,7 @@ def make_app(settings, replicas, token_digest=None):
         return "ray_serve_nothing 0\n"
 
     models = [
-        Model(name, hub.read_config(settings.models[name]).stage, {k: LocalReplicas(v) for k, v in roles.items()})
+        Model(name, kind_of(hub.read_config(settings.models[name])), {k: LocalReplicas(v) for k, v in roles.items()})
         for name, roles in replicas.items()
     ]
     return create_app(Models(models), settings.limits, token_digest, metrics)

@@ -19,7 +19,7 @@ from bsq_ray.data.images import evaluation_image, to_float, to_uint8
 from bsq_ray.evaluation.codecs import standard_codecs
 from bsq_ray.serving.api import create_app
 from bsq_ray.serving.guard import digest
-from bsq_ray.serving.models import Model, Models
+from bsq_ray.serving.models import Kind, Model, Models
 from bsq_ray.serving.settings import Limits, Settings
 
 TOKEN = "a-token-of-enough-length"
@@ -158,8 +158,8 @@ def claims(file, width):
     ("path", "body", "status", "said"),
     [
         ("encode", b"", 422, "empty"),
-        ("encode", b"no image", 415, "not an image"),
-        ("encode", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not an image"),
+        ("encode", b"no image", 415, "not an image or video"),
+        ("encode", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not an image or video"),
         ("compress", lambda photo, _: file_of(photo)[:3000], 422, "damaged"),
         ("encode?model=other", lambda photo, _: file_of(photo), 404, "no model other"),
         ("encode?model=draws", lambda photo, _: file_of(photo), 422, "draws does not encode"),
@@ -270,7 +270,7 @@ def test_beyond_the_limit_requests_are_told_to_come_again(settings, replicas, ph
 
 def app_of(replicas, limits):
     """The application with one tokenizer whose replicas behave badly."""
-    return create_app(Models([Model("small", "tokenizer", {"tokenizer": replicas})]), limits, None, lambda: "")
+    return create_app(Models([Model("small", Kind("tokenizer", 1), {"tokenizer": replicas})]), limits, None, lambda: "")
 
 
 def test_before_the_models_are_loaded_the_answer_is_503(settings, photo):
@@ -366,7 +366,7 @@ def test_the_interface_describes_itself_without_outside_scripts(client):
         for name in ("encode", "decode", "reconstruct", "compress", "decompress", "measure", "generate", "models")
     }
     assert schema["paths"]["/v1/compress"]["post"]["requestBody"]["content"] == {
-        "image/*": {"schema": {"type": "string", "format": "binary"}}
+        kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "video/*")
     }
     for path in ("/docs", "/"):
         answer = client.get(path)

@@ -179,7 +179,7 @@ def test_a_class_is_drawn_step_by_step_and_can_be_stopped(page):
 def test_a_file_that_is_no_picture_is_answered_in_words(page, tmp_path):
     (tmp_path / "note.txt").write_text("not a picture")
     page.find("file").send_keys(str(tmp_path / "note.txt"))
-    wait_for(lambda: "the body is not an image" in page.text("compress-status"))
+    wait_for(lambda: "the body is not an image or video" in page.text("compress-status"))
     assert not page.find("result").is_displayed()
 
 

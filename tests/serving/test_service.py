@@ -11,9 +11,11 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from local_service import save_models
+from local_service import save_clip_models, save_models
 from PIL import Image
+from small_videos import cut_video
 
+from bsq_ray.codec.video import read_video
 from bsq_ray.serving.running import running
 from bsq_ray.serving.settings import Limits, Settings
 
@@ -22,10 +24,13 @@ TOKEN = "the-token-of-this-test"
 
 @pytest.fixture(scope="module")
 def service(ray_local, tmp_path_factory):
-    """URL of a service with a tokenizer, a prior and a generator on loopback, that asks for a token."""
+    """URL of a service with tokenizers of images and clips, a prior and a generator, that asks for a token."""
     limits = Limits(body_mb=4, waiting=16, seconds=90)
     folder = tmp_path_factory.mktemp("served")
-    settings = Settings(models=save_models(folder), limits=limits)
+    models = save_models(folder) | {"clips": save_clip_models(folder)["clips"]}
+    # Each deployment's share is small, because the session's CPUs are counted.
+    parts = {name: {"cpus": 0.25} for name in ("tokenizer", "codec", "generator")}
+    settings = Settings(models=models, limits=limits, **parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BSQ_RAY_TOKEN", TOKEN)
         with running(settings, "127.0.0.1", 0) as served:
@@ -75,6 +80,22 @@ def test_every_answer_under_load_is_the_answer_alone(client, files):
     for request, one, other in zip(requests * 2, alone * 2, together, strict=True):
         assert other.status_code == 200, other.text
         assert other.content == one.content, request[0]
+
+
+def test_every_answer_to_a_video_under_load_is_the_answer_alone(client, files):
+    clips = [cut_video(6 + n, start=40 * n) for n in range(3)]
+    requests = [(kind, clip) for clip in clips for kind in ("encode", "reconstruct", "compress")]
+    alone = [client.post(f"/v1/{kind}", content=clip) for kind, clip in requests]
+    assert {answer.status_code for answer in alone} == {200}
+    assert {answer.headers.get("x-model") or answer.json()["model"] for answer in alone} == {"clips"}
+    images = [("encode", file) for file in files]
+    together = ask(client, requests * 2 + images, 8)
+    assert {answer.status_code for answer in together[-len(images) :]} == {200}
+    for request, one, other in zip(requests * 2, alone * 2, together, strict=False):
+        assert other.status_code == 200, other.text
+        assert other.content == one.content, request[0]
+    shown = client.post("/v1/decompress", content=alone[2].content, headers={"Accept": "video/mp4"})
+    assert len(list(read_video(io.BytesIO(shown.content)).frames)) == 6
 
 
 def test_generated_images_do_not_depend_on_others_that_are_drawn_with_them(client):

@@ -1,0 +1,280 @@
+"""Videos as bodies and answers: what the command line makes of them, within the limits, beside other requests."""
+
+import asyncio
+import base64
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from local_service import make_app, make_replicas, save_clip_models, save_models, wait_until_loaded
+from PIL import Image
+from small_videos import cut_video
+from starlette.testclient import TestClient
+
+from bsq_ray import Generator, Tokenizer
+from bsq_ray.codec import video as video_files
+from bsq_ray.codec.files import compress_file, decompress_file
+from bsq_ray.codec.video import read_video
+from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.evaluation.single import reconstruct_clip
+from bsq_ray.models.quantizers.bits import pack_bits
+from bsq_ray.serving.refusals import Refused
+from bsq_ray.serving.settings import Limits, Settings
+from bsq_ray.serving.work import awaited
+
+MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = {"small": save_models(folder)["small"]} | save_clip_models(folder)
+    limits = Limits(body_mb=1, pixels=10_000, clip_pixels=200_000, seconds=60)
+    return Settings(models=models, limits=limits, authentication=False)
+
+
+@pytest.fixture(scope="module")
+def replicas(settings):
+    return make_replicas(settings)
+
+
+@pytest.fixture(scope="module")
+def client(settings, replicas):
+    with TestClient(make_app(settings, replicas), raise_server_exceptions=False) as client:
+        wait_until_loaded(client)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A video file: ten frames of a street, 64 x 48 pixels."""
+    return cut_video(10)
+
+
+@pytest.fixture(scope="module")
+def photo(photos):
+    file = io.BytesIO()
+    photos[0].resize((80, 60)).save(file, "PNG")
+    return file.getvalue()
+
+
+def frames_of(answer, media_type):
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == media_type
+    return np.stack(list(read_video(io.BytesIO(answer.content)).frames))
+
+
+@pytest.mark.parametrize("name", ["clips", "whole", "small"])
+def test_tokens_and_frames_are_those_of_the_library(client, settings, clip, name, tmp_path):
+    """Of a causal model, one that looks ahead, and one of images."""
+    tokenizer = Tokenizer.from_pretrained(settings.models[name])
+    size, side = tokenizer.config.image_size, tokenizer.config.image_size // 8
+    originals = [
+        to_float(torch.from_numpy(evaluation_image(Image.fromarray(frame), size, "lanczos"))[None])
+        for frame in read_video(io.BytesIO(clip)).frames
+    ]
+    if name == "whole":
+        tokens = [tokenizer.encode(torch.stack(originals[n : n + 4], 2)) for n in (0, 4, 8)]
+        expected = torch.cat([tokenizer.decode(part) for part in tokens], 2)
+    else:
+        tokens = list(tokenizer.encode_stream(originals))
+        expected = torch.cat(list(tokenizer.decode_stream(tokens)), 2)
+    expected = to_uint8(expected)[0].permute(1, 2, 3, 0).numpy()
+    answer = client.post("/v1/encode", params={"model": name}, content=clip).json()
+    packed = torch.cat([pack_bits(part.bits_BNL)[0] for part in tokens]).numpy().tobytes()
+    assert answer == {
+        "model": name, "grid": [10, side, side], "bits": 10, "rate": "25", "packed": base64.b64encode(packed).decode(),
+    }  # fmt: skip
+    decoded = client.post("/v1/decode", json=answer, headers=MKV)
+    assert np.array_equal(frames_of(decoded, "video/x-matroska"), expected)
+    assert decoded.headers["x-frames"] == "10"
+    both = client.post("/v1/reconstruct", params={"model": name}, content=clip, headers=MKV)
+    assert np.array_equal(frames_of(both, "video/x-matroska"), expected)
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    told = reconstruct_clip(settings.models[name], str(tmp_path / "clip.mp4"), tmp_path / "beside.mp4")
+    assert f"PSNR {float(both.headers['x-psnr']):.2f} dB" in told
+    assert both.headers["x-bits-per-pixel"] == "0.15625"
+    for path, body in (("reconstruct", clip), ("decode", json.dumps(answer).encode())):
+        shown = client.post(f"/v1/{path}", params={"model": name}, content=body)
+        near = frames_of(shown, "video/mp4").astype(int)
+        assert np.abs(near - expected).mean() < 8, "H.264 with halved colour changes little"
+
+
+@pytest.mark.parametrize("name", ["clips", "clip-prior", "small"])
+def test_a_bsq_file_and_its_video_are_the_command_lines(client, settings, clip, name, tmp_path):
+    answer = client.post("/v1/compress", params={"model": name}, content=clip)
+    (tmp_path / "clip.mp4").write_bytes(clip)
+    compress_file(settings.models[name], str(tmp_path / "clip.mp4"), str(tmp_path / "clip.bsq"))
+    assert answer.content == (tmp_path / "clip.bsq").read_bytes()
+    assert answer.headers["content-disposition"] == 'attachment; filename="clip.bsq"'
+    assert answer.headers["x-frames"] == "10"
+    assert answer.headers["x-bits-per-pixel"] == f"{8 * len(answer.content) / (64 * 48 * 10):.6g}"
+    for kind, headers, media_type in (("mkv", {}, "video/x-matroska"), ("mp4", MP4, "video/mp4")):
+        back = client.post("/v1/decompress", content=answer.content, headers=headers)
+        assert back.headers["x-model"] == name
+        decompress_file(settings.models[name], str(tmp_path / "clip.bsq"), str(tmp_path / f"back.{kind}"))
+        expected = np.stack(list(read_video(str(tmp_path / f"back.{kind}")).frames))
+        assert np.array_equal(frames_of(back, media_type), expected)
+
+
+def test_a_video_goes_to_a_model_of_clips_and_an_image_to_one_of_images(client, clip, photo):
+    for path, body in (("encode", clip), ("encode", photo)):
+        assert client.post(f"/v1/{path}", content=body).json()["model"] == ("clips" if body == clip else "small")
+    for path in ("compress", "reconstruct"):
+        assert client.post(f"/v1/{path}", content=clip).headers["x-model"] == "clips"
+        assert client.post(f"/v1/{path}", content=photo).headers["x-model"] == "small"
+    # An image is a clip of one frame.
+    image = client.post("/v1/compress", params={"model": "clips"}, content=photo)
+    shown = client.post("/v1/decompress", content=image.content)
+    assert (shown.headers["x-model"], shown.headers["content-type"]) == ("clips", "image/png")
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [("mp4", "libx264"), ("mov", "mjpeg"), ("matroska", "ffv1"), ("webm", "libvpx"), ("avi", "mpeg4"), ("3gp", "mpeg4"),
+     ("asf", "wmv2"), ("ogg", "libvpx")],
+)  # fmt: skip
+def test_videos_come_in_the_formats_people_have(client, kind, codec):
+    body = cut_video(3, kind=kind, codec=codec, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    for headers in ({}, {"Content-Type": "application/octet-stream"}, {"Content-Type": "video/mp4"}):
+        answer = client.post("/v1/encode", content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["grid"] == [3, 4, 4]
+
+
+def test_a_clip_is_drawn_as_a_moving_picture(client, settings):
+    body = {"class": 1, "seed": 3, "steps": 2, "model": "moves"}
+    first, last = [json.loads(line) for line in client.post("/v1/generate", json=body).text.splitlines()]
+    kind, data = last["image"].split(";base64,")
+    assert (first["step"], last["step"], kind) == (1, 2, "data:image/webp")
+    moving = Image.open(io.BytesIO(base64.b64decode(data)))
+    pictures = []
+    for frame in range(moving.n_frames):
+        moving.seek(frame)
+        pictures.append(np.asarray(moving.convert("RGB")))
+    [expected] = to_uint8(Generator.from_pretrained(settings.models["moves"]).generate([1], 3, steps=2))
+    assert np.array_equal(np.stack(pictures), expected.permute(1, 2, 3, 0).numpy())
+    only = client.post("/v1/generate", json=body, headers={"Accept": "image/webp"})
+    assert (only.headers["content-type"], only.content) == ("image/webp", base64.b64decode(data))
+
+
+def claiming_avi(width, height, frames):
+    """A video of one small raw frame whose header claims more and larger ones."""
+    file = bytearray(cut_video(1, size=(16, 16), kind="avi", codec="rawvideo", pixels="bgr24"))
+    file[48:52] = struct.pack("<I", frames)
+    strh, strf = file.index(b"strh") + 8, file.index(b"strf") + 8
+    file[strh + 32 : strh + 36] = struct.pack("<I", frames)
+    file[strf + 4 : strf + 12] = struct.pack("<II", width, height)
+    return bytes(file)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "said"),
+    [((8192, 8192, 1), "8192 x 8192 pixels; at most 10000"), ((16, 16, 1_000_000), "more than the 200000 pixels")],
+)
+def test_what_a_header_claims_is_refused_before_it_is_decoded(client, monkeypatch, claimed, said):
+    decoded = []
+    monkeypatch.setattr(video_files, "_upright", lambda frame: decoded.append(frame))
+    for path in ("encode", "reconstruct", "compress"):
+        answer = client.post(f"/v1/{path}", content=claiming_avi(*claimed))
+        assert answer.status_code == 413
+        assert said in answer.json()["error"]
+    assert not decoded
+
+
+def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client, monkeypatch):
+    """250 frames of 64 x 48 pixels, in a container that does not count them."""
+    decoded = []
+    upright = video_files._upright
+    monkeypatch.setattr(video_files, "_upright", lambda frame: decoded.append(1) or upright(frame))
+    body = cut_video(250, kind="matroska", codec="libx264")
+    for path in ("encode", "reconstruct", "compress"):
+        decoded.clear()
+        answer = client.post(f"/v1/{path}", content=body)
+        assert answer.status_code == 413
+        assert "shorten or shrink it" in answer.json()["error"]
+        assert len(decoded) == 200_000 // (64 * 48) + 1
+
+
+def claims_frames(file, frames):
+    return file[:37] + struct.pack("<I", frames) + file[41:]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("encode", lambda clip, _: clip[:-1000], 422, "cannot be read"),
+        ("compress", lambda clip, _: clip[:2000], 422, "cannot be read"),
+        ("compress", b"\x1a\x45\xdf\xa3" + bytes(3000), 422, "cannot be read"),
+        ("reconstruct", b"RIFF\x00\x00\x00\x00AVI " + bytes(3000), 422, "cannot be read"),
+        ("encode", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/x\n", 415, "not an image or video"),
+        ("encode", b"ffconcat version 1.0\nfile /etc/passwd\n", 415, "not an image or video"),
+        ("measure", lambda clip, _: clip, 415, "only images are measured"),
+        ("compress?model=moves", lambda clip, _: clip, 422, "moves does not compress"),
+        ("decompress", lambda _, file: claims_frames(file, 1_000_000), 413, "more than the 200000 pixels"),
+        ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
+        ("decompress", lambda _, file: file[: len(file) // 2], 422, "cut off"),
+        ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "for each frame 16 tokens of 2 bytes"),
+        ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "takes the grid"),
+        ("decode", {"grid": [-1, 4, 4], "bits": 10, "packed": ""}, 422, "takes the grid"),
+        ("decode", {"grid": [1, 4, 4], "bits": 10, "packed": "", "rate": "1/0"}, 422, "rate"),
+        ("decode", {"grid": [1, 4, 4], "bits": 10, "packed": "", "rate": "fast"}, 422, "rate"),
+        ("decode", {"grid": [200, 4, 4], "bits": 10, "packed": "AAAA" * 2133 + "AA=="}, 413, "more than the 200000"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_a_sentence(client, clip, path, body, status, said):
+    if callable(body):
+        body = body(clip, client.post("/v1/compress", content=clip).content)
+    if isinstance(body, dict):
+        body = json.dumps({"model": "clips", **body}).encode()
+    answer = client.post(f"/v1/{path}", content=body)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]
+    assert not {"/", "<", "Errno"} & set(answer.json()["error"].split())
+
+
+def test_a_model_that_looks_ahead_says_that_it_takes_no_image(client, photo):
+    answer = client.post("/v1/compress", params={"model": "whole"}, content=photo)
+    assert answer.status_code == 422
+    assert "takes clips only" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("end", ["abandoned", "late"])
+def test_work_on_a_clip_ends_when_nobody_waits_for_it(replicas, clip, end):
+    """After the first frame its client is gone, or its time is up."""
+    engine, calls = replicas["clips"]["tokenizer"]._engine.clips, []
+
+    def compute(function, *arguments):
+        calls.append(1)
+        if end == "abandoned":
+            work.abandoned.set()
+        else:
+            object.__setattr__(work, "until", 0.0)
+        return function(*arguments)
+
+    with awaited(60) as work, pytest.raises(Refused, match="took longer than 60 s"):
+        engine.reconstruct(clip, "video/mp4", compute, work)
+    assert len(calls) == 1
+
+
+def test_images_are_answered_while_a_clip_is_computed(replicas, photo):
+    """A clip takes its turn frame by frame."""
+    replica, done = replicas["clips"]["tokenizer"], []
+
+    async def ask(body, name):
+        await replica.encode(body)
+        done.append(name)
+
+    async def check():
+        long = asyncio.create_task(ask(cut_video(60), "clip"))
+        await asyncio.sleep(0.05)
+        for n in range(3):
+            await ask(photo, f"image {n}")
+        await long
+
+    asyncio.run(check())
+    assert done[-1] == "clip"
