@@ -1,5 +1,6 @@
 """The page in a real browser: compressing, comparing, downloading, drawing; by mouse and keyboard, wide and narrow."""
 
+import asyncio
 import shutil
 import socket
 import threading
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import uvicorn
-from local_service import make_app, make_replicas, save_models
+from local_service import make_app, make_replicas, save_clip_models, save_models
 from PIL import Image
+from small_videos import cut_video
 
 from bsq_ray import Codec
+from bsq_ray.codec.files import compress_file
 from bsq_ray.serving.guard import digest
 from bsq_ray.serving.settings import Settings
 
@@ -27,7 +30,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return Settings(models=save_models(tmp_path_factory.mktemp("models")))
+    folder = tmp_path_factory.mktemp("models")
+    return Settings(models=save_models(folder) | {"clips": save_clip_models(folder)["clips"]})
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +44,13 @@ def serve(settings, replicas):
     """Starts the application on loopback, with or without a token; the URL."""
     servers = []
 
-    def start(token=None):
+    def start(token=None, **late):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        app = make_app(settings, replicas, token and digest(token))
+        models = settings.models | dict.fromkeys(late, settings.models["small"])
+        served = settings.model_copy(update={"models": models})
+        app = make_app(served, replicas | late, token and digest(token))
         server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
         threading.Thread(target=server.run, daemon=True).start()
         servers.append(server)
@@ -174,6 +180,69 @@ def test_a_class_is_drawn_step_by_step_and_can_be_stopped(page):
     wait_for(lambda: page.find("start").text == "Stop")
     page.find("start").click()
     wait_for(lambda: page.text("draw-status") == "Stopped.")
+
+
+class NeverLoaded:
+    async def facts(self):
+        return await asyncio.Event().wait()
+
+
+def test_what_is_typed_stays_while_another_model_is_loaded(browser, serve):
+    from selenium.webdriver.support.ui import Select
+
+    page = page_of(browser, serve(late={"tokenizer": NeverLoaded()}))
+    page.wait_shown("generate")
+    Select(page.find("class")).select_by_visible_text("class 3")
+    page.find("steps").clear()
+    page.find("steps").send_keys("7")
+    asked = "return performance.getEntriesByType('resource').filter((entry) => entry.name.endsWith('models')).length"
+    before = page.run(asked)
+    wait_for(lambda: page.run(asked) >= before + 2)
+    assert page.find("steps").get_attribute("value") == "7"
+    assert Select(page.find("class")).first_selected_option.text == "class 3"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "street.mp4"
+    path.write_bytes(cut_video(30, size=(160, 96)))
+    return path
+
+
+def playing(page, name):
+    return page.run("return arguments[0].readyState >= 2 && !arguments[0].paused", page.find(name))
+
+
+def test_a_video_is_shown_beside_its_reconstruction_and_its_file_alone(page, clip, downloads, settings):
+    page.find("file").send_keys(str(clip))
+    page.wait_shown("clips")
+    wait_for(lambda: "Done with the model clips" in page.text("compress-status"))
+    compress_file(settings.models["clips"], str(clip), str(downloads / "expected.bsq"))
+    data = (downloads / "expected.bsq").read_bytes()
+    assert f"bits\n{8 * len(data):,}" in page.text("facts")
+    assert "frames\n30" in page.text("facts")
+    for name in ("source", "clip"):
+        wait_for(lambda name=name: page.run("return arguments[0].videoWidth", page.find(name)) == 160)
+    assert not page.find("picture").is_displayed()
+    page.run("arguments[0].play()", page.find("clip"))
+    wait_for(lambda: playing(page, "clip") and playing(page, "source"))
+    page.run("arguments[0].pause(); arguments[0].currentTime = 0.6", page.find("source"))
+    wait_for(lambda: not playing(page, "clip"))
+    wait_for(lambda: page.run("return arguments[0].currentTime", page.find("clip")) == pytest.approx(0.6, abs=0.1))
+    page.find("download").click()
+    file = downloads / "clip.bsq"
+    wait_for(lambda: file.exists() and file.read_bytes() == data)
+    page.find("file").send_keys(str(file))
+    wait_for(lambda: "clip.bsq, written with the model clips" in page.text("compress-status"))
+    assert page.find("clip").is_displayed()
+    assert not page.find("source").is_displayed()
+
+
+def test_a_video_that_the_browser_cannot_play_is_compressed_all_the_same(page, tmp_path):
+    (tmp_path / "raw.mkv").write_bytes(cut_video(6, kind="matroska", codec="ffv1"))
+    page.find("file").send_keys(str(tmp_path / "raw.mkv"))
+    page.wait_shown("clip")
+    wait_for(lambda: not page.find("source").is_displayed())
 
 
 def test_a_file_that_is_no_picture_is_answered_in_words(page, tmp_path):

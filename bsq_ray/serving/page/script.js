@@ -39,18 +39,18 @@ async function begin() {
     return;
   }
   at("access").hidden = true;
-  offer("compress", "codec");
+  offer("compress", "codec", new Option("the first that suits the file", ""));
   offer("generate", "drawer");
-  at("codec-row").hidden = at("codec").options.length < 2;
+  at("codec-row").hidden = at("codec").options.length < 3;
   // What has been typed stays while other models are still being loaded.
   if (at("drawer").value !== shownDrawer) showClasses();
   if (models.some((model) => !model.ready)) setTimeout(begin, 2000);
 }
 
-function offer(request, select) {
+function offer(request, select, ...others) {
   const able = models.filter((model) => model.ready && model.offers.includes(request));
   const chosen = at(select).value;
-  at(select).replaceChildren(...able.map((model) => new Option(model.name, model.name)));
+  at(select).replaceChildren(...others, ...able.map((model) => new Option(model.name, model.name)));
   if (able.some((model) => model.name === chosen)) at(select).value = chosen;
   at(request).hidden = able.length === 0;
 }
@@ -105,47 +105,73 @@ async function open(file) {
   const mine = ++turn;
   at("result").hidden = true;
   at("sizes").hidden = true;
+  for (const id of ["source", "clip"]) at(id).pause();
   try {
     if (new TextDecoder().decode(await file.slice(0, 4).arrayBuffer()) === "BSQ1") await openFile(file, mine);
-    else await openPhotograph(file, mine);
+    else await openOriginal(file, mine);
   } catch (refusal) {
     if (mine === turn) say("compress-status", `That did not work: ${refusal.message}.`, true);
   }
 }
 
+// A clip as the browser plays it; an image is a PNG.
+const decompressed = (file) => ask("/v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
+
 async function openFile(file, mine) {
   say("compress-status", "Decompressing …");
-  const answer = await ask("/v1/decompress", { method: "POST", body: file });
-  const picture = await answer.blob();
+  const answer = await decompressed(file);
+  const shown = await answer.blob();
   if (mine !== turn) return;
-  await present(picture, null, file, answer.headers.get("X-Bits-Per-Pixel"));
+  await present(shown, null, file, answer.headers);
   say("compress-status", `${file.name ?? "The file"}, written with the model ${answer.headers.get("X-Model")}.`);
 }
 
-async function openPhotograph(file, mine) {
-  say("compress-status", "Compressing …");
+async function openOriginal(file, mine) {
+  say("compress-status", file.type.startsWith("video/") ? "Compressing … a video takes its time." : "Compressing …");
   const { blob, scaled, visible, size } = await prepared(file);
-  const model = `?model=${encodeURIComponent(at("codec").value)}`;
-  const answer = await ask(`/v1/compress${model}`, { method: "POST", body: blob });
+  const chosen = at("codec").value;
+  const answer = await ask(`/v1/compress${chosen && `?model=${encodeURIComponent(chosen)}`}`, { method: "POST", body: blob });
   const compressed = await answer.blob();
-  const rate = answer.headers.get("X-Bits-Per-Pixel");
-  const picture = await (await ask(`/v1/decompress${model}`, { method: "POST", body: compressed })).blob();
+  const isClip = answer.headers.has("X-Frames");
+  if (isClip && mine === turn) say("compress-status", "Decompressing …");
+  const shown = await (await decompressed(compressed)).blob();
   if (mine !== turn) return;
-  await present(picture, visible ? blob : null, compressed, rate);
+  await present(shown, isClip ? file : visible ? blob : null, compressed, answer.headers);
+  if (isClip) {
+    const share = compressed.size / file.size;
+    say("compress-status", `Done with the model ${answer.headers.get("X-Model")}: ${share < 0.995 ? `${(100 * share).toFixed(1)} %` : `${share.toFixed(2)} times the size`} of the original file.`);
+    return;
+  }
   say("compress-status", `${scaled ? `Shrunk to ${size} pixels first. ` : ""}Measuring …`);
-  const figures = await (await ask(`/v1/measure${model}`, { method: "POST", body: blob })).json();
+  const measuring = `/v1/measure?model=${encodeURIComponent(answer.headers.get("X-Model"))}`;
+  const figures = await (await ask(measuring, { method: "POST", body: blob })).json();
   if (mine !== turn) return;
-  facts([...rates(compressed, rate), ["PSNR", `${figures.psnr.toFixed(2)} dB`], ["LPIPS", figures.lpips.toFixed(3)]]);
+  facts([...rates(compressed, answer.headers), ["PSNR", `${figures.psnr.toFixed(2)} dB`], ["LPIPS", figures.lpips.toFixed(3)]]);
   compareSizes(figures);
   say("compress-status", scaled ? `Shrunk to ${size} pixels first.` : "Done.");
 }
 
-const rates = (file, rate) => [
-  ["bits", (8 * file.size).toLocaleString("en")], ["bits per pixel", Number(rate).toFixed(3)], ["bytes", bytes(file.size)],
+const rates = (file, headers) => [
+  ["bits", (8 * file.size).toLocaleString("en")],
+  ["bits per pixel", Number(headers.get("X-Bits-Per-Pixel")).toFixed(3)],
+  ["bytes", bytes(file.size)],
+  ...(headers.has("X-Frames") ? [["frames", headers.get("X-Frames")]] : []),
 ];
 
-async function present(picture, original, file, rate) {
-  show("shown", "src", picture);
+async function present(shown, original, file, headers) {
+  const isClip = headers.has("X-Frames");
+  at("clips").hidden = !isClip;
+  at("picture").hidden = isClip;
+  if (isClip) presentClip(shown, original);
+  else await presentPicture(shown, original);
+  show("download", "href", new Blob([file], { type: "application/x-bsq" }));
+  at("download").download = isClip ? "clip.bsq" : "image.bsq";
+  facts(rates(file, headers));
+  at("result").hidden = false;
+}
+
+async function presentPicture(shown, original) {
+  show("shown", "src", shown);
   at("compare").classList.toggle("alone", original === null);
   at("slider-help").hidden = original === null;
   if (original) show("original", "src", original);
@@ -153,10 +179,24 @@ async function present(picture, original, file, rate) {
   // Small pictures are shown at twice their size, never wider than the page.
   const width = at("shown").naturalWidth;
   at("compare").style.width = `${width < 420 ? 2 * width : width}px`;
-  show("download", "href", new Blob([file], { type: "application/x-bsq" }));
-  facts(rates(file, rate));
   slide(50);
-  at("result").hidden = false;
+}
+
+function presentClip(shown, original) {
+  // Whatever the browser cannot play is not shown.
+  at("source-part").hidden = original === null;
+  if (original) show("source", "src", original);
+  show("clip", "src", shown);
+}
+
+at("source").addEventListener("error", () => { at("source-part").hidden = true; });
+for (const [one, other] of [["source", "clip"], ["clip", "source"]]) {
+  // What is done to one video happens to the other one, so that they show the same moment.
+  at(one).addEventListener("play", () => at(other).play().catch(() => {}));
+  at(one).addEventListener("pause", () => at(other).pause());
+  at(one).addEventListener("seeked", () => {
+    if (Math.abs(at(one).currentTime - at(other).currentTime) > 0.1) at(other).currentTime = at(one).currentTime;
+  });
 }
 
 function compareSizes({ equal, bytes: ours }) {
