@@ -11,14 +11,14 @@ H heads, E width of one head, L bits of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray import config, hub
+from bsq_ray import config
+from bsq_ray.models.pretrained import Pretrained
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 
@@ -44,7 +44,7 @@ class PostNormBlock(nn.Module):
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(Pretrained[config.MaskedLMModel]):
     """Predicts every sub-token of an image from those that are not masked, and from its class.
 
     Attributes:
@@ -52,12 +52,12 @@ class MaskedLM(nn.Module):
         any_class: the class that stands for none in particular (C - 1).
     """
 
+    run_type = config.MaskedLMConfig
+
     def __init__(self, section: config.MaskedLMModel) -> None:
-        super().__init__()
-        self.config = section
+        super().__init__(section)
         self.mask = 2**section.sub_bits
         self.any_class = section.classes
-        self.model_id: str | None = None
         width = section.width
         # One table for all sub-tokens: rows s · (V + 1) to s · (V + 1) + V, the last of which is the mask.
         self.embedding = nn.Embedding(section.sub_tokens * (self.mask + 1), width)
@@ -113,31 +113,6 @@ class MaskedLM(nn.Module):
     def join(self, sub_tokens_BNS: Tensor) -> Tensor:
         """The inverse of `split`; masked sub-tokens become zeros."""
         return integers_to_bits(sub_tokens_BNS % self.mask, self.config.sub_bits)
-
-    @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> MaskedLM:
-        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
-
-        Raises:
-            ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
-        """
-        folder = hub.read_model_folder(url, weights)
-        model = cls(config.expect(folder.config, config.MaskedLMConfig, url).model)
-        hub.load_weights(model, folder.weights, url)
-        model.model_id = folder.id
-        return model.eval()
-
-    def save_pretrained(
-        self,
-        url: str,
-        run: config.MaskedLMConfig | None = None,
-        plain_weights: Mapping[str, Tensor] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        facts: Mapping[str, str] | None = None,
-    ) -> str:
-        """Writes a model folder and returns the model's id; arguments as `Tokenizer.save_pretrained`."""
-        run = run or config.MaskedLMConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
-        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
 
 
 def masked_cross_entropy(

@@ -13,14 +13,14 @@ E width of one head, L bits of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray import config, hub
+from bsq_ray import config
+from bsq_ray.models.pretrained import Pretrained
 
 
 class CausalBlock(nn.Module):
@@ -51,13 +51,13 @@ class CausalBlock(nn.Module):
         return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
 
 
-class Prior(nn.Module):
+class Prior(Pretrained[config.PriorModel]):
     """Probabilities of the bits of an image's tokens, given those before them."""
 
+    run_type = config.PriorConfig
+
     def __init__(self, section: config.PriorModel) -> None:
-        super().__init__()
-        self.config = section
-        self.model_id: str | None = None
+        super().__init__(section)
         width, values = section.width, 2**section.sub_bits
         # One table for all sub-tokens: value v of sub-token s is row s · 2^k + v.
         self.embedding = nn.Embedding(section.sub_tokens * values, width)
@@ -104,31 +104,6 @@ class Prior(nn.Module):
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
         rows_S = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
         return cast(Tensor, self.embedding(sub_tokens_BNS + rows_S).sum(2))
-
-    @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> Prior:
-        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
-
-        Raises:
-            ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
-        """
-        folder = hub.read_model_folder(url, weights)
-        model = cls(config.expect(folder.config, config.PriorConfig, url).model)
-        hub.load_weights(model, folder.weights, url)
-        model.model_id = folder.id
-        return model.eval()
-
-    def save_pretrained(
-        self,
-        url: str,
-        run: config.PriorConfig | None = None,
-        plain_weights: Mapping[str, Tensor] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        facts: Mapping[str, str] | None = None,
-    ) -> str:
-        """Writes a model folder and returns the model's id; arguments as `Tokenizer.save_pretrained`."""
-        run = run or config.PriorConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
-        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
 
 
 class Decoding:

@@ -8,14 +8,15 @@ C channels of a code, D width, P values of a patch. Images are floats in [-1, 1]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, storage
+from bsq_ray.models.pretrained import Pretrained
 from bsq_ray.models.quantizers import Quantized, build_quantizer
 from bsq_ray.models.streaming import Window
 from bsq_ray.models.transformer import Block, VisionTransformer
@@ -84,18 +85,13 @@ def _transformer(model: config.TokenizerModel, sizes: config.Transformer) -> Vis
     return VisionTransformer(sizes, frame_tokens, model.frames, model.causal, model.gradient_checkpointing)
 
 
-class Tokenizer(nn.Module):
-    """An image tokenizer, or with `frames` > 1 a video tokenizer for which an image is a clip of one frame.
+class Tokenizer(Pretrained[config.TokenizerModel]):
+    """An image tokenizer, or with `frames` > 1 a video tokenizer for which an image is a clip of one frame."""
 
-    Attributes:
-        config: the model section of the configuration.
-        model_id: SHA-256 of weights and configuration when read from a model folder, else None.
-    """
+    run_type = config.TokenizerConfig
 
     def __init__(self, model: config.TokenizerModel) -> None:
-        super().__init__()
-        self.config = model
-        self.model_id: str | None = None
+        super().__init__(model)
         self.encoder = Encoder(model)
         self.quantizer = build_quantizer(model.quantizer)
         self.to_code = nn.Linear(model.encoder.width, self.quantizer.channels)
@@ -173,23 +169,6 @@ class Tokenizer(nn.Module):
         return self.decode(self.encode(images)).reshape(images.shape)
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> Tokenizer:
-        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
-
-        Args:
-            weights: "ema" for the folder's main weights (averaged if the training averaged them), "plain" for the
-                weights as the optimiser left them.
-
-        Raises:
-            ValueError: there is no such folder, or its parts do not belong together.
-        """
-        folder = hub.read_model_folder(url, weights)
-        tokenizer = cls(config.expect(folder.config, config.TokenizerConfig, url).model)
-        hub.load_weights(tokenizer, folder.weights, url)
-        tokenizer.model_id = folder.id
-        return tokenizer.eval()
-
-    @classmethod
     def of_tokens(cls, url: str, section: config.TokenModel) -> Tokenizer:
         """The tokenizer kept in the folder of a model of tokens.
 
@@ -208,25 +187,6 @@ class Tokenizer(nn.Module):
                 f"was trained on tokens of {str(section.tokenizer)[:12]}; put that one there"
             )
         return tokenizer
-
-    def save_pretrained(
-        self,
-        url: str,
-        run: config.TokenizerConfig | None = None,
-        plain_weights: Mapping[str, Tensor] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        facts: Mapping[str, str] | None = None,
-    ) -> str:
-        """Writes a model folder and returns the model's id.
-
-        Args:
-            url: path or fsspec URL of the folder.
-            run: the configuration it was trained with; by default this model with default training.
-            plain_weights: the weights as the optimiser left them, if this module holds averaged ones.
-            metrics, facts: rows of the model card, see `hub.write_model_folder`.
-        """
-        run = run or config.TokenizerConfig(name=url.rstrip("/").rsplit("/", 1)[-1], model=self.config)
-        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
 
     @torch.no_grad()
     def _encode(self, clips_B3THW: Tensor, body: Body | None = None) -> Tokens:
