@@ -48,8 +48,9 @@ def contract(
     }
     fewest = images if drawn is None else min(images, drawn)
     if "fid-inception" in networks and fewest < _FID_IMAGES:
+        name = "rFID" if drawn is None else "FID"
         conditions["warning"] = (
-            f"rFID of {fewest} images is biased upwards; compare it only with rFID of the same images, or use KID"
+            f"{name} of {fewest} images is biased upwards; compare it only with {name} of the same images, or use KID"
         )
     if "fvd-i3d" in networks and images < _FID_IMAGES:
         conditions["warning"] = f"rFVD of {images} clips is biased upwards; compare it only with rFVD of the same clips"

@@ -26,6 +26,7 @@ from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.features import NETWORKS, Features, Networks, device, real_features
 from bsq_ray.evaluation.sheets import ClassSheet
+from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
@@ -201,7 +202,7 @@ def _class_accuracy(images: Features, known: Features) -> float:
     return float((told_N == images.labels_N).mean())
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, Column] = {
     "fid": ("FID", 2, min),
     "kid": ("KID", 4, min),
     "inception_score": ("IS (EfficientNet)", 2, max),
@@ -214,15 +215,7 @@ _COLUMNS = {
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
-    rows = results["rows"]
-    lines = ["| | " + " | ".join(title for title, _, _ in _COLUMNS.values()) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
-    for name, figures in rows.items():
-        cells = []
-        for key, (_, digits, better) in _COLUMNS.items():
-            best = len(rows) > 1 and figures[key] == better(other[key] for other in rows.values())
-            text = f"{figures[key]:.{digits}f}"
-            cells.append(f"**{text}**" if best else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = metric_table(results["rows"], _COLUMNS)
     terms, sampling = results["contract"], results["sampling"]
     drawn = (
         f"{results['drawn']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
@@ -235,5 +228,5 @@ def markdown(results: dict[str, Any]) -> str:
     if "class_accuracy" in there:
         lines.append(f"Of the real images' classes, {there['class_accuracy']:.3f} are told the same way.")
     if "warning" in terms:
-        lines.append(f"Note: {terms['warning'].replace('rFID', 'FID')}.")
+        lines.append(f"Note: {terms['warning']}.")
     return "\n".join(lines)

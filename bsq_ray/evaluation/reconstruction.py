@@ -27,6 +27,7 @@ from bsq_ray.evaluation.measure_clips import ClipMeasurer
 from bsq_ray.evaluation.measure_images import ImageMeasurer
 from bsq_ray.evaluation.pictures import draw
 from bsq_ray.evaluation.strips import animate, draw_strips
+from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import FEWEST_FRAMES
 from bsq_ray.session import gpus_within_reach, ray_session
 
@@ -193,7 +194,7 @@ def _taken(stride: int) -> str:
     return f"every {stride}{ending} one" if stride > 1 else "every one"
 
 
-COLUMNS = {
+COLUMNS: dict[str, Column] = {
     "bits_per_pixel": ("bits/pixel", 4, None),
     "psnr": ("PSNR", 2, max),
     "psnr_clip": ("PSNR (whole clips)", 2, max),
@@ -214,17 +215,7 @@ COLUMNS = {
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
-    rows = results["rows"]
-    shown = {key: spec for key, spec in COLUMNS.items() if any(key in figures for figures in rows.values())}
-    lines = ["| | " + " | ".join(spec[0] for spec in shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
-    for name, figures in rows.items():
-        cells = []
-        for key, (_, digits, better) in shown.items():
-            values = [other[key] for other in rows.values() if key in other]
-            text = f"{figures[key]:.{digits}f}" if key in figures else "–"
-            best = better is not None and key in figures and len(values) > 1 and figures[key] == better(values)
-            cells.append(f"**{text}**" if best else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = metric_table(results["rows"], COLUMNS)
     terms = results["contract"]
     data = f"{terms['data']} ({terms['data_hash'][:12]})"
     lines += ["", f"{terms['images']} {_UNITS[terms['kind']]} of {data}, {terms['resize']}; {terms['pixels']}."]
