@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,21 @@ def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, 
             f"{source} holds {len(found)} {material.files}; the quickstart needs at least {material.fewest}"
         )
     folders = out / material.name / "train", out / material.name / "held_out"
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    # By content, so that two copies of a file are on the same side.
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in found}
-    for place, digest in enumerate(sorted(by_digest)):
-        path = by_digest[digest]
-        shutil.copy(path, folders[place % _HELD_OUT_SHARE == 0] / f"{digest[:12]}{path.suffix.lower()}")
+    split_by_content(found, *folders, _HELD_OUT_SHARE)
     return folders
+
+
+def split_by_content(found: Iterable[Path], train: Path, held_out: Path, share: int) -> None:
+    """Copies files into two folders, in the order of their SHA-256 one in `share` to the held-out ones.
+
+    By content, so that two copies of a file count once and are never on both sides.
+    """
+    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in found}
+    for folder in (train, held_out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for place, (digest, path) in enumerate(sorted(by_digest.items())):
+        folder = train if place % share else held_out
+        shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
 
 
 def packed(folder: Path, destination: Path, material: Material = PHOTOGRAPHS) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.quickstart import CLIPS, run_quickstart
+from bsq_ray.quickstart import CLIPS, run_quickstart, split_by_content
 
 _SMALL = (
     "model.image_size=32", "model.encoder.width=32", "model.encoder.layers=1", "model.encoder.heads=2",
@@ -59,6 +61,15 @@ def test_clips_end_in_a_report_with_an_animation_of_clips_from_another_file(tmp_
     assert names == [{"demo", "bikes", "bigbuckbunny"}, {"carphone_pristine", "cityCC0"}]
     with pytest.raises(ValueError, match="was made from sample clips; choose another --out for sample photographs"):
         run_quickstart(None, tmp_path / "out", minutes=5)
+
+
+def test_copies_of_a_file_count_once_and_one_file_in_five_is_held_out(photo_folders, tmp_path):
+    found = sorted(photo_folders[0].iterdir())[:11]
+    copies = [Path(shutil.copy(path, tmp_path / f"copy-{path.name}")) for path in found]
+    split_by_content([*found, *copies], tmp_path / "train", tmp_path / "held_out", 5)
+    sides = [{path.read_bytes() for path in (tmp_path / side).iterdir()} for side in ("train", "held_out")]
+    assert [len(side) for side in sides] == [8, 3]
+    assert set.union(*sides) == {path.read_bytes() for path in found}
 
 
 def test_a_folder_with_one_clip_is_too_little(video_folders, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated, Any, Literal, cast
 
@@ -41,6 +42,12 @@ def which_device(name: str) -> Literal["auto", "cpu", "gpu"]:
     if name not in ("auto", "cpu", "gpu"):
         raise ValueError(f"--device {name} is not known; choose auto, cpu or gpu")
     return cast(Literal["auto", "cpu", "gpu"], name)
+
+
+def going_on() -> str:
+    """The command that goes on with what this one has begun."""
+    again = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join(["bsq-ray", *again, "--resume"])
 
 
 class Bar:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, Overrides, number_or_range, which_device
+from bsq_ray.commands.options import Address, Overrides, going_on, number_or_range, which_device
 
 
 def train(
@@ -40,8 +38,7 @@ def train(
             run, data, out, most, resume, address, held_out, minutes, which_device(device), fewest, init_url=init
         )
     except Interrupted as stop:
-        again = [argument for argument in sys.argv[1:] if argument != "--resume"]
-        raise Interrupted(f"{stop}. Go on with: {shlex.join(['bsq-ray', *again, '--resume'])}") from None
+        raise Interrupted(f"{stop}. Go on with: {going_on()}") from None
     print("\n".join(summary_lines(result, out)))
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, which_device
+from bsq_ray.commands.options import Address, going_on, which_device
 
 
 def sweep(
@@ -43,8 +41,7 @@ def sweep(
         with ProgressLine() as line:
             done = run_sweep(wanted, data, held_out, out, resume, address, kind, stop_after, SweepLine(line).show)
     except Interrupted as stop:
-        again = shlex.join(["bsq-ray", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
-        raise Interrupted(f"{stop}. Go on with: {again}") from None
+        raise Interrupted(f"{stop}. Go on with: {going_on()}") from None
     print(markdown(done.study))
     folder = out.rstrip("/")
     print(f"\nbest: trial {done.best.number}, as a preset in {folder}/best.yaml")

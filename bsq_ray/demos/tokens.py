@@ -5,12 +5,10 @@ Everything runs as the single commands would run it; an interrupted demo goes on
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.quickstart import packed, say
+from bsq_ray.quickstart import packed, say, split_by_content
 
 WORKERS = 2
 _HELD_OUT_SHARE, _FEWEST = 10, 5
@@ -109,10 +107,5 @@ def _collect(images: Path | None, out: Path) -> dict[str, Path]:
         told = f"; too few are in {', '.join(few)}" if few else f"; it has {len(found)} of them"
         raise ValueError(f"{images} must have two or more class folders with {_FEWEST} photographs or more each{told}")
     for name, paths in found.items():
-        by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in paths}
-        for place, digest in enumerate(sorted(by_digest)):
-            path = by_digest[digest]
-            folder = folders["train" if place % _HELD_OUT_SHARE else "held_out"] / name
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
+        split_by_content(paths, folders["train"] / name, folders["held_out"] / name, _HELD_OUT_SHARE)
     return folders
