@@ -90,7 +90,7 @@ def read_model_folder(url: str, weights: Weights = "ema") -> ModelFolder:
             together.
     """
     folder = _locate(url)
-    text = storage.read_bytes(storage.join(folder, "config.yaml")).decode()
+    text = storage.read_text(storage.join(folder, "config.yaml"))
     run = config.parse_config(text, storage.join(folder, "config.yaml"))
     has_plain = weights == "plain" and storage.exists(storage.join(folder, _PLAIN))
     path = storage.join(folder, _PLAIN if has_plain else _MAIN)
@@ -113,7 +113,7 @@ def read_config(url: str) -> config.AnyConfig:
         ValueError: there is no such folder, or its configuration is not valid.
     """
     path = storage.join(_locate(url), "config.yaml")
-    return config.parse_config(storage.read_bytes(path).decode(), path)
+    return config.parse_config(storage.read_text(path), path)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

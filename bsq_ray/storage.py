@@ -56,10 +56,17 @@ def explained(url: str, action: str) -> Iterator[None]:
         raise ValueError(f"cannot {action} {url}: it does not exist") from error
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
-            reason = " ".join(str(error).split()) or type(error).__name__
             kind = Unavailable if may_pass(error) else ValueError
-            raise kind(f"cannot {action} {url}: {reason}") from error
+            raise kind(f"cannot {action} {url}: {_reason(error, url)}") from error
         raise
+
+
+def _reason(error: Exception, url: str) -> str:
+    """What a file system says is wrong, and with which other file or folder if it is not the one of the URL."""
+    if isinstance(error, OSError) and error.strerror:
+        other = isinstance(error.filename, str) and not error.filename.endswith(url.rpartition("/")[2])
+        return f"{error.strerror}: {error.filename}" if other else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def persistently(operation: Callable[[], Value], patience: float, say: Callable[[str], None]) -> Value:
@@ -142,12 +149,23 @@ def read_bytes(url: str) -> bytes:
         return bytes(fs.cat_file(path))
 
 
+def read_text(url: str) -> str:
+    """The whole file, which must be text (UTF-8)."""
+    try:
+        return read_bytes(url).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{url} is not a text file") from error
+
+
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file aside and then makes it visible in one step, so a reader never sees half of it."""
     with explained(url, "write"):
         fs, path = filesystem(url)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if is_local(url):
+            if fs.isdir(path):
+                # Moving into it would be no error.
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             fs.pipe_file(path + ".partial", data)
             fs.mv(path + ".partial", path)
         else:

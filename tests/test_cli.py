@@ -12,6 +12,9 @@ from bsq_ray import cli
 SWEEP = ["sweep", "--data", "x", "--held-out", "x", "--out", "y", "--config"]
 DEMO_SWEEP = str(Path(__file__).parents[1] / "jobs" / "sweeps" / "demo.yaml")
 
+TOKENIZE = ["tokenize", "--model", "a", "--data", "b", "--out", "c"]
+RECONSTRUCTION = ["evaluate", "reconstruction", "--model", "a", "--data", "b", "--out", "c"]
+
 
 @pytest.fixture
 def call(monkeypatch, capsys):
@@ -79,6 +82,22 @@ def test_the_commands_are_exactly_these(call):
         (["demo-compress", "--minutes", "0"], "--minutes 0.0 must be positive"),
         (["import-reference", "/none.pt", "--config", "demo", "--out", "y"], "/none.pt"),
         (["info", "/none"], "is not a model folder"),
+        (["info", "demmo"], "a token table or a preset; did you mean demo?"),
+        (["plan", "--config", "python.yaml", "--gpu", "a5000", "--gpus", "1"], "python.yaml is not a text file"),
+        (["plan", "--config", "./", "--gpu", "a5000", "--gpus", "1"], "cannot read ./: Is a directory"),
+        (["data", "pack", "a", "b", "--workers", "-1"], "Invalid value for '--workers'"),
+        (
+            ["tokenize", "--model", "a", "--data", "b", "--out", "c", "--batch-size", "0"],
+            "Invalid value for '--batch-size'",
+        ),
+        (["tokenize", "--model", "a", "--data", "b", "--out", "c", "--scale", "0.5"], "Invalid value for '--scale'"),
+        ([*RECONSTRUCTION, "--max-damaged", "-1"], "Invalid value for '--max-damaged'"),
+        ([*RECONSTRUCTION, "--workers", "-1"], "Invalid value for '--workers'"),
+        (["evaluate", "compression", "--model", "a", "--data", "b", "--out", "c", "--max-side", "0"], "'--max-side'"),
+        (
+            ["reconstruct", "--model", "a", "b.png", "b.xyz"],
+            "b.xyz must end in .png (of an image) or .mp4 (of a video)",
+        ),
         (["serve", "--model", "/none"], "/none is not a model folder"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
         (["quickstart", "--videos", "somewhere"], "--images is a folder of photographs, --video --videos one of clips"),
@@ -91,6 +110,7 @@ def test_the_commands_are_exactly_these(call):
 )
 def test_a_wrong_call_ends_with_two_and_one_line(call, arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "python.yaml").symlink_to(sys.executable)
     status, out, error = call(*arguments)
     assert status == 2
     assert said in error

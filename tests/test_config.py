@@ -281,7 +281,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest_one():
     ("text", "answer"),
     [
         ("- a\n- b", "expected keys and values, found list"),
-        ("", "expected keys and values, found NoneType"),
+        ("", "expected keys and values, found nothing"),
         ("name: [1, 2", "not valid YAML"),
         ("name: a\ntraining: {steps: 1, steps: 2}", "the key steps is given twice"),
         ("name: a\nbase: 7", "base must be the name of a preset or a file, got 7"),

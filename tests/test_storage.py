@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bsq_ray.storage import Unavailable, copy_out, remove_folder
+from bsq_ray.storage import Unavailable, copy_out, remove_folder, write_bytes
 
 
 def test_several_may_remove_the_same_folder_at_once(tmp_path):
@@ -35,3 +35,16 @@ def test_a_full_local_disk_is_not_taken_for_storage_that_is_away(tmp_path):
         Unavailable, match=f"to the scratch folder {tmp_path}: its disk is full; make room there, or set"
     ):
         copy_out(str(tmp_path / "file"), str(tmp_path / "copy"))
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_written_into(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=f"^cannot write {tmp_path}/out: Is a directory$"):
+        write_bytes(str(tmp_path / "out"), b"data")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^cannot write {tmp_path}/file/a.png: .*: {tmp_path}/file$"):
+        write_bytes(str(tmp_path / "file" / "a.png"), b"data")

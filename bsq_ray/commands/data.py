@@ -20,7 +20,7 @@ def data_pack(
     max_side: Annotated[int | None, typer.Option(help="Shrink images or videos with a longer side to it.")] = None,
     min_frames: Annotated[int | None, typer.Option(help="Leave out videos with fewer frames; default 16.")] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle over shards.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Tasks at once; 0 packs without Ray.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Tasks at once; 0 packs without Ray.")] = None,
     address: Address = None,
 ) -> None:
     """Pack a folder of images or videos into WebDataset shards with a manifest."""
@@ -87,11 +87,13 @@ def tokenize_images(
     model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
     data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the token table.")],
-    workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
-    views: Annotated[int, typer.Option(help="Rows of each image or clip: its centre, then random crops.")] = 1,
-    scale: Annotated[float, typer.Option(help="Random crops come from images up to so many times larger.")] = 1.25,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works without Ray.")] = 1,
+    views: Annotated[int, typer.Option(min=1, help="Rows of each image or clip: its centre, then random crops.")] = 1,
+    scale: Annotated[
+        float, typer.Option(min=1.0, help="Random crops come from images up to so many times larger.")
+    ] = 1.25,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the random crops.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
     address: Address = None,
 ) -> None:

@@ -13,11 +13,11 @@ def evaluate_reconstruction(
     model: Annotated[str, typer.Option(help="Model folder.")],
     data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(help="Measuring processes; 0 measures without Ray.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Measuring processes; 0 measures without Ray.")] = 1,
     weights: Weights = "ema",
-    batch_size: Annotated[int | None, typer.Option(help="At once; default 32 images or 2 clips.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images or clips.")] = None,
-    max_damaged: Annotated[int, typer.Option(help="Images or clips that may be unreadable.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="At once; default 32 images or 2 clips.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images or clips.")] = None,
+    max_damaged: Annotated[int, typer.Option(min=0, help="Images or clips that may be unreadable.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Show published figures beside.")] = False,
     address: Address = None,
 ) -> None:
@@ -29,7 +29,7 @@ def evaluate_reconstruction(
         evaluate(model, data, out, workers, address, kind, batch_size, limit, published, max_damaged, bar)
     from bsq_ray import storage
 
-    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(storage.read_text(storage.join(out, "results.md")), end="")
     print(f"\nresults: {out.rstrip('/')}/results.json, results.md, reconstructions.png")
 
 
@@ -37,7 +37,7 @@ def evaluate_generation(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     data: Annotated[str, typer.Option(help="Packed real images.")],
     out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(help="Drawing and measuring processes; 0 works without Ray.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Drawing and measuring processes; 0 works without Ray.")] = 1,
     count: Annotated[int | None, typer.Option(help="Images to draw; default: as many as there are real ones.")] = None,
     steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
@@ -55,7 +55,7 @@ def evaluate_generation(
     with progress_bar("drawing") as bar:
         kind = which_weights(weights)
         evaluate(model, data, out, workers, address, count, changes, seed, known, baseline, kind, bar)
-    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(storage.read_text(storage.join(out, "results.md")), end="")
     print(f"\nresults: {out.rstrip('/')}/results.json, results.md, samples.png")
 
 
@@ -63,9 +63,9 @@ def evaluate_compression(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
     data: Annotated[str, typer.Option(help="Folder of images, or of clips: Kodak, MCL-JCV, UVG or your own.")],
     out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(help="Processes; 0 works without Ray.")] = 1,
-    frames: Annotated[int | None, typer.Option(help="Only the first so many frames of each clip.")] = None,
-    max_side: Annotated[int | None, typer.Option(help="Shrink what has a longer side to it before.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works without Ray.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Only the first so many frames of each clip.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=8, help="Shrink what has a longer side to it before.")] = None,
     weights: Weights = "ema",
     address: Address = None,
 ) -> None:
@@ -76,5 +76,5 @@ def evaluate_compression(
     kind = which_weights(weights)
     with progress_bar("compressing") as bar:
         evaluate(model, data, out, workers, address, frames, max_side, kind, bar)
-    print(storage.read_bytes(storage.join(out, "results.md")).decode(), end="")
+    print(storage.read_text(storage.join(out, "results.md")), end="")
     print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, pictures.png")

@@ -15,7 +15,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     out: Annotated[str, typer.Option(help="Folder for the images.")],
     classes: Annotated[str, typer.Option(help="Numbers of classes, such as 1,2; default: all.")] = "",
-    count: Annotated[int, typer.Option(help="Images of each class.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 8,
     steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the noise on confidences.")] = None,
@@ -75,7 +75,7 @@ def decompress(
     frame: Annotated[int | None, typer.Option(help="Of a clip only this frame, from 0.")] = None,
     seek: Annotated[float | None, typer.Option(help="Of a clip only the frame at this second.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Show what is there of a file that is cut off.")] = False,
-    max_pixels: Annotated[int, typer.Option(help="Larger images are refused.")] = 2**27,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Larger images are refused.")] = 2**27,
     weights: Weights = "ema",
 ) -> None:
     """Decompress a .bsq file."""
@@ -108,7 +108,7 @@ def import_reference(
 
 
 def info(
-    what: Annotated[str, typer.Argument(metavar="M", help="Model folder, run folder, packed data set or preset.")],
+    what: Annotated[str, typer.Argument(metavar="M", help="Model or run folder, data set, token table or preset.")],
 ) -> None:
     """Say what a folder or preset is."""
     from bsq_ray.evaluation.single import describe

@@ -91,7 +91,7 @@ def read_section(source: str, schema: type[Config]) -> Config:
     Raises:
         ValueError: as `load_config`.
     """
-    return _validate(_parse_section(storage.read_bytes(source).decode(), source), {}, source, schema)
+    return _validate(_parse_section(storage.read_text(source), source), {}, source, schema)
 
 
 def known_keys(schema: type[BaseModel]) -> list[str]:
@@ -126,7 +126,7 @@ def _open(source: str) -> tuple[str, str]:
         return (resources.files("bsq_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), f"preset {source}"
     if not _is_file(source):
         raise ValueError(f"no preset is called '{source}'; {nearest(source, preset_names(), 'presets')}")
-    return storage.read_bytes(source).decode(), source
+    return storage.read_text(source), source
 
 
 def _is_file(source: str) -> bool:
@@ -171,7 +171,8 @@ def _parse_yaml(text: str, label: str) -> Any:
 def _parse_section(text: str, label: str) -> Keys:
     keys = _parse_yaml(text, label)
     if not isinstance(keys, dict):
-        raise ValueError(f"{label}: expected keys and values, found {type(keys).__name__}")
+        found = "nothing" if keys is None else type(keys).__name__
+        raise ValueError(f"{label}: expected keys and values, found {found}")
     return keys
 
 

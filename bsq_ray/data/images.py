@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from bsq_ray import storage
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -47,6 +49,19 @@ def decode_image(data: bytes, short_side: int | None = None) -> Image.Image:
         factor = 2 * short_side / min(image.size)
         image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
     return to_rgb(image)
+
+
+def read_image(url: str) -> Image.Image:
+    """The image of a file, as `decode_image`.
+
+    Raises:
+        ValueError: there is no such file, or it is not an image; the message names it.
+    """
+    data = storage.read_bytes(url)
+    try:
+        return decode_image(data)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
 
 
 def stored_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:

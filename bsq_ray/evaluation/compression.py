@@ -22,7 +22,7 @@ from PIL import Image
 
 from bsq_ray import hub, storage
 from bsq_ray.codec.image import Codec
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, to_float
+from bsq_ray.data.images import read_image, to_float
 from bsq_ray.evaluation.benchmark_sets import find_set
 from bsq_ray.evaluation.clip_files import Clip, read_clip
 from bsq_ray.evaluation.codecs import standard_codecs
@@ -117,10 +117,7 @@ class _Reading:
     def __call__(self, url: str) -> Content:
         if self.kind == "clips":
             return read_clip(url, self.frames, self.max_side)
-        try:
-            image = decode_image(storage.read_bytes(url))
-        except DECODE_ERRORS as error:
-            raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
+        image = read_image(url)
         if self.max_side is not None and max(image.size) > self.max_side:
             image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
         return image

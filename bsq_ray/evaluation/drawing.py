@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
+from bsq_ray.data.images import evaluation_image, read_image, to_float, to_uint8
 from bsq_ray.evaluation.features import device
 from bsq_ray.evaluation.sheets import ClassSheet
 from bsq_ray.models.generator import Generator
@@ -87,7 +87,7 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
     if request.image is not None and request.mask is not None:
         if generator.model.config.grid[0] > 1:
             raise ValueError("the model draws clips; --image and --mask fill in images only")
-        picture, mask = _read(request.image), _read(request.mask)
+        picture, mask = read_image(request.image), read_image(request.mask)
         if picture.size != mask.size:
             sizes = f"{mask.width} x {mask.height} pixels, {request.image} has {picture.width} x {picture.height}"
             raise ValueError(f"{request.mask} has {sizes}; give a mask of the image's size")
@@ -105,13 +105,6 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
             wanted = [label] * min(_BATCH, request.count - start)
             yield label, generator.generate(wanted, request.seed, first, **request.sampling)
             first += len(wanted)
-
-
-def _read(url: str) -> Image.Image:
-    try:
-        return decode_image(storage.read_bytes(url))
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
 
 
 def _png(pixels_CHW: np.ndarray) -> bytes:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
+from bsq_ray.config.reading import check_section
 from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.tokens import TokenSource, read_table
@@ -78,7 +79,7 @@ def evaluate_generation(
     """
     folder = hub.read_model_folder(model_url, weights)
     run = config.expect(folder.config, config.MaskedLMConfig, model_url)
-    section = config.Sampling.model_validate(run.sampling.model_dump() | (sampling or {}))
+    section = check_section(run.sampling.model_dump() | (sampling or {}), [], config.Sampling, "sampling")
     if run.model.grid[0] > 1:
         raise ValueError(f"{model_url} draws clips; what is measured here are images")
     manifest = read_manifest(data_url)

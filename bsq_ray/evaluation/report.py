@@ -32,7 +32,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     """
     results = json.loads(storage.read_bytes(storage.join(evaluation_url, "results.json")))
     records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
-    text = storage.read_bytes(storage.join(run_url, "config.yaml")).decode()
+    text = storage.read_text(storage.join(run_url, "config.yaml"))
     summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
     clips = results["contract"]["kind"] == "videos"
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)

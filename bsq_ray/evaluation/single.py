@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bsq_ray import config, hub, storage
 from bsq_ray.codec.video import read_video, write_video
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image, evaluation_image, to_float, to_uint8
+from bsq_ray.config.reading import nearest
+from bsq_ray.data.images import evaluation_image, read_image, to_float, to_uint8
 from bsq_ray.data.manifest import MANIFEST, read_manifest
+from bsq_ray.data.tokens import TABLE, read_table
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
 from bsq_ray.models.tokenizer import Tokenizer
@@ -33,12 +35,11 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     Raises:
         ValueError: the model or the image cannot be read.
     """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out} must end in .png (of an image) or .mp4 (of a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
     run = config.expect(hub.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
-    try:
-        image = decode_image(storage.read_bytes(image_url))
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{image_url} cannot be read as an image: {decode_fault(error)}") from error
+    image = read_image(image_url)
     size = run.model.image_size
     original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
     tokens = tokenizer.encode(to_float(original[None]))
@@ -117,7 +118,7 @@ def _rebuilt(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]
 
 
 def describe(what: str) -> str:
-    """What a model folder, run folder, packed data set or preset is.
+    """What a model folder, run folder, packed data set, token table or preset is.
 
     Raises:
         ValueError: it is none of these.
@@ -139,9 +140,18 @@ def describe(what: str) -> str:
         checkpoints = list_checkpoints(what)
         run = config.load_config(storage.join(what, "config.yaml"))
         return f"run folder {what}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_describe_run(run)}"
+    if storage.exists(storage.join(what, TABLE)):
+        table = read_table(what)
+        facts = table.facts
+        return (
+            f"token table {what}\n"
+            f"{table.rows} rows, {facts.views} of each image or clip, {len(facts.classes)} classes\n"
+            f"{' x '.join(map(str, facts.grid))} tokens of {facts.bits} bits, tokenizer {facts.tokenizer_id}\n"
+            f"hash {table.hash}"
+        )
     raise ValueError(
-        f"{what} is not a model folder, a run folder, a packed data set or a preset; "
-        f"presets are {', '.join(config.preset_names())}"
+        f"{what} is not a model folder, a run folder, a packed data set, a token table or a preset; "
+        f"{nearest(what, config.preset_names(), 'presets')}"
     )
 
 

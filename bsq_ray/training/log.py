@@ -101,6 +101,6 @@ class Log:
 
 def _lines_until(url: str, step: int) -> list[str]:
     """The records of an earlier part of the run; a last line cut off by a crash is not one."""
-    lines = storage.read_bytes(url).decode().splitlines(keepends=True) if storage.exists(url) else []
+    lines = storage.read_text(url).splitlines(keepends=True) if storage.exists(url) else []
     whole = [line.rstrip("\n") for line in lines if line.endswith("\n")]
     return [line for line in whole if json.loads(line)["step"] <= step]

@@ -159,6 +159,8 @@ def test_what_cannot_be_measured_is_said(setting, photo_shards, tmp_path):
         evaluate_generation(setting[0], photo_shards, str(tmp_path), 0)
     with pytest.raises(ValueError, match="3 images are too few"):
         evaluate_generation(setting[0], setting[1], str(tmp_path), 0, count=3)
+    with pytest.raises(ValueError, match="^sampling: steps: Input should be greater than or equal to 1, got 0$"):
+        evaluate_generation(setting[0], setting[1], str(tmp_path), 0, sampling={"steps": 0})
     with pytest.raises(ValueError, match="is of the stage tokenizer"):
         evaluate_generation(f"{setting[0]}/tokenizer", setting[1], str(tmp_path), 0)
 
@@ -252,7 +254,7 @@ def test_clips_are_drawn_to_animated_files(tmp_path):
         (Request([0], count=0), "count 0"),
         (Request([0], sampling={"steps": 0}), "steps: Input should be greater than or equal to 1, got 0"),
         (Request([0], image="x.png"), "needs both --image and --mask"),
-        (Request([0], image="x.png", mask="y.png"), "x.png cannot be read as an image"),
+        (Request([0], image="x.png", mask="y.png"), "cannot read x.png: it does not exist"),
         (Request([0], between=True), "two classes"),
     ],
 )
