@@ -86,7 +86,6 @@ class Trial(tune.Trainable):
         assert task is not None
         self._number, self._task, self._wishes = int(given["number"]), task, wishes
         self._folder = trial_url(task.out_url, self._number)
-        self._config = load_config(config_url(self._folder))
         if task.device == "cpu":
             # Ray allows one, by the small part of a CPU that it counts for this process.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.share.runs))
@@ -148,13 +147,15 @@ class Trial(tune.Trainable):
     def _train(self) -> Ending:
         from bsq_ray.training.launch import Interrupted, train
 
+        # Here and not in `setup`, after whose errors all that Tune knows is that the process was lost.
+        run_config = load_config(config_url(self._folder))
         self._hear_wishes()
         if self._wish:
             return Ending(self._wish, "", {})
         task = self._task
         try:
             result = train(
-                self._config,
+                run_config,
                 task.data_url,
                 self._folder,
                 task.workers,
@@ -169,13 +170,13 @@ class Trial(tune.Trainable):
         except Interrupted:
             return Ending(self._wish, "", {})
         facts = {"steps": float(result.step), "train_seconds": result.seconds}
-        return Ending("finished", "", {**result.figures, **facts, **self._measure()})
+        return Ending("finished", "", {**result.figures, **facts, **self._measure(run_config)})
 
-    def _measure(self) -> dict[str, float]:
+    def _measure(self, run_config: config.AnyConfig) -> dict[str, float]:
         """Figures of the trained model on held-out images, for the stages that have such a measurement."""
         from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
 
-        if not isinstance(self._config, config.TokenizerConfig):
+        if not isinstance(run_config, config.TokenizerConfig):
             return {}
         task = self._task
         results = evaluate_reconstruction(

@@ -6,7 +6,8 @@ import pytest
 
 from bsq_ray import storage
 from bsq_ray.training.finite import NonFinite
-from bsq_ray.tuning.trial import Ending, Trial
+from bsq_ray.training.on_ray import Share
+from bsq_ray.tuning.trial import Ending, Task, Trial
 
 
 def told(error):
@@ -35,3 +36,10 @@ def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
     assert isinstance(failure, Exception)
     assert not isinstance(failure, ValueError)
     assert str(failure) == str(error)
+
+
+def test_a_configuration_that_cannot_be_read_is_told_and_does_not_end_the_process(tmp_path):
+    task = Task(str(tmp_path), "", "", 1, "cpu", Share(), None, None)
+    trial = Trial({"number": 0}, task=task, wishes=None)
+    failure = trial._told.get(timeout=60)
+    assert "trials/000/config.yaml" in str(failure)
