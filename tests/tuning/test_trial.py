@@ -40,6 +40,7 @@ def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
 
 def test_a_configuration_that_cannot_be_read_is_told_and_does_not_end_the_process(tmp_path):
     task = Task(str(tmp_path), "", "", 1, "cpu", Share(), None, None)
-    trial = Trial({"number": 0}, task=task, wishes=None)
+    trial = Trial.__new__(Trial)
+    trial.setup({"number": 0}, task)
     failure = trial._told.get(timeout=60)
     assert "trials/000/config.yaml" in str(failure)
