@@ -5,6 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from starlette.responses import Response
+
 _FILE = {"type": "string", "format": "binary"}
 _MODEL = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"},
           "description": "name or id of the model; default: the first one that can"}  # fmt: skip
@@ -82,7 +84,9 @@ def described(name: str) -> dict[str, Any]:
         extra["requestBody"] = {"required": True, "content": body}
     refusals = {code: {"description": text} for code, text in _REFUSALS.items()} if body is not None else {}
     responses = {200: {"description": "done", "content": answer}, **refusals}
-    return {"summary": summary, "description": more, "openapi_extra": extra, "responses": responses, "name": name}
+    told = {"summary": summary, "description": more, "openapi_extra": extra, "responses": responses, "name": name}
+    # Otherwise every answer would be described as JSON, too.
+    return {**told, "response_class": Response}
 
 
 def html(schema: dict[str, Any]) -> str:

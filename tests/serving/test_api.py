@@ -368,6 +368,10 @@ def test_the_interface_describes_itself_without_outside_scripts(client):
     assert schema["paths"]["/v1/compress"]["post"]["requestBody"]["content"] == {
         kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("image/*", "video/*")
     }
+    given = {path: set(route["post"]["responses"]["200"]["content"]) for path, route in schema["paths"].items()
+             if "post" in route}  # fmt: skip
+    assert given["/v1/decompress"] == {"image/png", "video/mp4", "video/x-matroska"}
+    assert given["/v1/encode"] == {"application/json"}
     for path in ("/docs", "/"):
         answer = client.get(path)
         assert "default-src 'self'" in answer.headers["content-security-policy"]
