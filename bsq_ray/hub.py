@@ -146,7 +146,8 @@ def _locate(url: str) -> str:
         raise ValueError(f"{url} is the folder of a run; its model folder is {inner}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
-    if storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
+    inside = "/" in url and storage.exists(url.rpartition("/")[0])
+    if inside or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
         raise ValueError(f"{url} is not a model folder: it has no config.yaml")
     try:
         from huggingface_hub import snapshot_download

@@ -119,7 +119,7 @@ def _claim(out: Path, folder: Path | None, material: Material) -> None:
     source = str(folder.resolve()) if folder else f"sample {material.name}"
     try:
         if note.exists():
-            before = json.loads(note.read_text())["images"]
+            before = _noted(note)
             if before != source:
                 raise ValueError(f"{out} was made from {before}; choose another --out for {source}")
             return
@@ -127,6 +127,14 @@ def _claim(out: Path, folder: Path | None, material: Material) -> None:
         note.write_text(json.dumps({"images": source}))
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def _noted(note: Path) -> str:
+    """What a folder was made from."""
+    try:
+        return str(json.loads(note.read_text())["images"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{note} is damaged and does not say what {note.parent} is; choose another --out") from None
 
 
 def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, Path]:

@@ -159,11 +159,15 @@ def test_a_long_list_of_keys_is_shortened():
         hub.load_weights(target, {}, "nothing")
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
+def test_a_folder_that_is_no_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is not a model folder: it has no config.yaml"):
         Tokenizer.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="is not a model folder"):
         Tokenizer.from_pretrained(str(tmp_path / "absent"))
+    # Looks like a hub id, and is not one where its first part is a folder.
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(ValueError, match=f"^{tmp_path.name}/tokenizer is not a model folder"):
+        Tokenizer.from_pretrained(f"{tmp_path.name}/tokenizer")
 
 
 def test_writing_again_to_s3_replaces_weights_and_drops_older_plain_ones(bucket):

@@ -96,3 +96,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="cannot write to"):
         run_quickstart(None, tmp_path / "file" / "out", minutes=1)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_note_of_what_a_folder_was_made_from_is_named(tmp_path, text):
+    (tmp_path / "quickstart.json").write_text(text)
+    with pytest.raises(ValueError, match=r"quickstart.json is damaged and does not say what .*; choose another --out"):
+        run_quickstart(None, tmp_path, 1.0)

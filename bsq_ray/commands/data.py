@@ -71,12 +71,13 @@ def data_inspect(
         print(f"  {name}: {count}")
     if len(found.per_class) > 20:
         print(f"  and {len(found.per_class) - 20} more classes")
-    for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
-        print(f"{side} {low} to {high} px, median {middle} ({found.measured} {manifest.kind} measured)")
+    if found.measured:
+        for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
+            print(f"{side} {low} to {high} px, median {middle} ({found.measured} {manifest.kind} measured)")
     if manifest.kind == "videos":
         low, middle, high = found.frames
         print(f"frames {low} to {high}, median {middle}; {found.seconds / 60:.1f} minutes in all, {found.rates}")
-    print(f"contact sheet: {sheet}")
+    print(f"contact sheet: {sheet}" if found.measured else f"no contact sheet: no {manifest.kind} can be read")
     for fault in found.faults:
         print(f"fault: {fault}")
     if found.faults:

@@ -11,6 +11,7 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -128,31 +129,30 @@ def read_manifest(url: str) -> Manifest:
             f"Pack a folder of images or videos with `bsq-ray data pack FOLDER {url}`, or index shards that are there "
             f"already with `bsq-ray data index {url}`"
         )
+    content, newer = storage.read_bytes(path), False
     try:
         # pq.read_table starts threads; those that are still there when the process ends abort it.
-        table = pq.ParquetFile(io.BytesIO(storage.read_bytes(path)), pre_buffer=False).read(use_threads=False)
+        table = pq.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
         facts = json.loads((table.schema.metadata or {})[b"bsq_ray"])
-    except (pa.ArrowException, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
-    if facts["version"] > _VERSION:
+        newer = facts["version"] > _VERSION
+        shards = tuple(_shard(row) for row in table.to_pylist())
+        classes, kind = tuple(facts["classes"]), facts["kind"]
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        # What a newer version writes need not be readable here.
+        if not newer:
+            raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
+    if newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this data set")
-    shards = tuple(
-        Shard(
-            row["name"],
-            row["bytes"],
-            row["sha256"],
-            tuple(row["keys"]),
-            tuple(row["labels"]),
-            tuple(row["offsets"]),
-            tuple(row["sizes"]),
-            tuple(
-                Video(**{**video, "key_frames": tuple(video["key_frames"]), "key_times": tuple(video["key_times"])})
-                for video in row.get("videos", ())
-            ),
-        )
-        for row in table.to_pylist()
+    return Manifest(url, shards, classes, kind)
+
+
+def _shard(row: dict[str, Any]) -> Shard:
+    videos = tuple(
+        Video(**{**video, "key_frames": tuple(video["key_frames"]), "key_times": tuple(video["key_times"])})
+        for video in row.get("videos", ())
     )
-    return Manifest(url, shards, tuple(facts["classes"]), facts["kind"])
+    keys, labels, offsets, sizes = (tuple(row[name]) for name in ("keys", "labels", "offsets", "sizes"))
+    return Shard(row["name"], row["bytes"], row["sha256"], keys, labels, offsets, sizes, videos)
 
 
 def write_manifest(manifest: Manifest) -> None:

@@ -133,14 +133,18 @@ def read_table(url: str) -> TokenTable:
             f"{url} is not a whole token table: it has no {TABLE}. Make it with `bsq-ray tokenize --model TOKENIZER "
             f"--data SHARDS --out {url}`; what was begun is gone on with"
         )
+    content, newer = storage.read_bytes(path), False
     try:
-        record = json.loads(storage.read_bytes(path))
-        if record.pop("version") > _VERSION:
-            raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this table")
+        record = json.loads(content)
+        newer = record.pop("version") > _VERSION
         parts = tuple((str(name), int(rows), str(digest)) for name, rows, digest in record.pop("parts"))
         facts = TokenFacts(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # What a newer version writes need not be readable here.
+        if not newer:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    if newer:
+        raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this table")
     return TokenTable(url, facts, parts)
 
 
@@ -224,7 +228,8 @@ def _read_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarra
     except storage.Unavailable:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise RuntimeError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).removeprefix(f"cannot read {url}: ")
+        raise RuntimeError(f"{url} cannot be read: {reason}") from error
     bits = table["bits"].combine_chunks()
     values = np.frombuffer(b"".join(bits.to_pylist()), np.uint8).reshape(len(table), -1)
     return table["key"].to_pylist(), table["label"].to_numpy(), values

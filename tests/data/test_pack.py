@@ -3,6 +3,7 @@
 import io
 import tarfile
 
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 import webdataset
@@ -117,6 +118,27 @@ def test_a_folder_that_was_not_packed_is_named(tmp_path):
     (tmp_path / "manifest.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(ValueError, match="damaged or not a manifest"):
         read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda table: table.drop_columns(["sha256"]), "damaged or not a manifest of this program: 'sha256'"),
+        (lambda table: table.replace_schema_metadata({"bsq_ray": "[]"}), "damaged or not a manifest"),
+        (lambda table: table.replace_schema_metadata({"bsq_ray": "{}"}), "damaged or not a manifest"),
+        (lambda table: table.replace_schema_metadata({"other": "{}"}), "damaged or not a manifest"),
+        (
+            lambda table: table.replace_schema_metadata({"bsq_ray": '{"version": 9}'}),
+            "newer version",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named(folder, tmp_path, damage, message):
+    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    path = tmp_path / "out" / "manifest.parquet"
+    pq.write_table(damage(pq.read_table(path)), path)
+    with pytest.raises(ValueError, match=f"manifest.parquet .*{message}"):
+        read_manifest(str(tmp_path / "out"))
 
 
 def test_shards_made_elsewhere_are_indexed(photos, tmp_path):

@@ -176,6 +176,10 @@ def test_what_does_not_fit_is_refused(table, model, photo_shards, tmp_path):
     (tmp_path / "tokens.json").write_text(json.dumps(record | {"version": 9}))
     with pytest.raises(ValueError, match="newer version"):
         read_table(str(tmp_path))
-    (tmp_path / "tokens.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    (tmp_path / "tokens.json").write_text('{"version": 9}')
+    with pytest.raises(ValueError, match="newer version"):
         read_table(str(tmp_path))
+    for text in ("{", "[]", '"text"', '{"version": 1}', '{"version": 1, "parts": [[1]]}'):
+        (tmp_path / "tokens.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokens.json is damaged"):
+            read_table(str(tmp_path))
