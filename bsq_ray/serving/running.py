@@ -22,7 +22,11 @@ _SERVE_SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Threads that wait for more to compute leave the cores to those who read requests and files.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
+# A line in a file for every request takes longer than what it tells is worth; `/metrics` counts them.
+_LOGGING = {"enable_access_log": False}
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
         place = _place(host, port)
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
-            serve.start(http_options={"host": host, "port": place.port}, proxy_location="HeadOnly")
-            serve.run(app, name="bsq", route_prefix="/")
+            serve.start(
+                http_options={"host": host, "port": place.port}, proxy_location="HeadOnly", logging_config=_LOGGING
+            )
+            serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING)
             yield Running(place.url, token, place.note)
         finally:
             serve.shutdown()
