@@ -59,10 +59,10 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
 
     Args:
         kind: FFmpeg's name of the container; None lets FFmpeg look at the file.
-        max_pixels: of a frame; a video with larger ones is refused before any of them is decoded.
+        max_pixels: of a frame; a video that says that its frames are larger is refused before any of them is decoded.
 
     Raises:
-        TooLarge: its frames are too large.
+        TooLarge: its frames are too large; while frames are taken, too.
         ValueError: it is not one; while frames are taken, that it is damaged.
     """
     try:
@@ -78,10 +78,12 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
     # Frames may grow on the way. FFmpeg counts the edges that its decoders pad them with.
     stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**17)}
     size = stream.width, stream.height
-    if size[0] * size[1] > max_pixels:
+    try:
+        _check_size(*size, max_pixels)
+    except TooLarge:
         container.close()
-        raise TooLarge(f"its frames have {size[0]} x {size[1]} pixels; at most {max_pixels} are taken")
-    frames = _frames(container, stream)
+        raise
+    frames = _frames(container, stream, max_pixels)
     first = next(frames, None)
     if first is None:
         raise ValueError("its video has no frames")
@@ -92,11 +94,18 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
     return Video(_pixels(first, frames), rate, stream.frames, size, colour, bool(container.streams.audio))
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(f"its frames have {width} x {height} pixels; at most {max_pixels} are taken")
+
+
+def _frames(container: Any, stream: Any, max_pixels: int) -> Iterator[Any]:
     count = 0
     with container:
         try:
             for frame in container.decode(stream):
+                # What the file says of itself need not be so.
+                _check_size(frame.width, frame.height, max_pixels)
                 yield frame
                 count += 1
         except (av.error.FFmpegError, OSError) as error:

@@ -49,7 +49,7 @@ def read_clip(data: bytes, limits: Limits, least: int = 1) -> Video:
     try:
         video = read_video(io.BytesIO(data), _container(data), limits.pixels)
     except TooLarge as error:
-        raise Refused(413, f"the video is too large: {error}") from None
+        raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, f"the video cannot be read: {error}") from None
     check_length(video.count, max(video.size[0] * video.size[1], least), limits)
@@ -107,5 +107,11 @@ def _bounded(frames: Iterator[np.ndarray], limits: Limits, least: int) -> Iterat
             count += 1
             check_length(count, max(frame.shape[0] * frame.shape[1], least), limits)
             yield frame
+    except TooLarge as error:
+        raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, str(error)) from None
+
+
+def _too_large(error: TooLarge) -> Refused:
+    return Refused(413, f"the video is too large: {error}")

@@ -185,6 +185,17 @@ def test_what_a_header_claims_is_refused_before_it_is_decoded(client, monkeypatc
     assert not decoded
 
 
+def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
+    """Frames of 192 x 144 pixels, H.264, in an MP4 that says 16 x 16."""
+    file = bytearray(cut_video(2, size=(192, 144)))
+    place = file.index(struct.pack(">HH", 192, 144), file.index(b"stsd"))
+    file[place : place + 4] = struct.pack(">HH", 16, 16)
+    for path in ("encode", "reconstruct", "compress"):
+        answer = client.post(f"/v1/{path}", content=bytes(file))
+        assert answer.status_code == 413, answer.text
+        assert "192 x 144 pixels; at most 10000 are taken" in answer.json()["error"]
+
+
 def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client, monkeypatch):
     """250 frames of 64 x 48 pixels, in a container that does not count them."""
     decoded = []
