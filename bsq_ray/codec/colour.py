@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from PIL import Image, ImageCms
 
-from bsq_ray.data.images import to_rgb
-
 
 class Colour(NamedTuple):
     """Code points of ITU-T H.273, and whether all 256 values of a source are used (1) or 16 to 235 (0)."""
@@ -24,6 +22,9 @@ SRGB = Colour(1, 13, 0, 1)
 
 def to_srgb(image: Image.Image) -> Image.Image:
     """RGB with 8 bits a channel, upright, transparency on white; an embedded profile's colours become those of sRGB."""
+    # Here, so that what knows colours only loads no PyTorch.
+    from bsq_ray.data.images import to_rgb
+
     profile, mode = image.info.get("icc_profile"), image.mode
     rgb = to_rgb(image)
     if not profile or mode not in ("RGB", "RGBA", "P"):

@@ -8,7 +8,7 @@ A frame is uint8 RGB (H, W, 3), upright. Sound is left out, and uneven times bec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import IO, Any
@@ -34,7 +34,7 @@ class Video:
     """A video being read.
 
     Attributes:
-        frames: one after the other, read as they are asked for.
+        frames: one after the other, read as they are asked for; closed with the file.
         rate: frames per second.
         count: how many the file says there are; 0 where it does not say.
         size: width and height that the file says its frames are stored with, pixels.
@@ -42,7 +42,7 @@ class Video:
         has_sound: whether sound is left out.
     """
 
-    frames: Iterator[np.ndarray]
+    frames: Generator[np.ndarray, None, None]
     rate: Fraction
     count: int
     size: tuple[int, int]
@@ -112,7 +112,7 @@ def _frames(container: Any, stream: Any, max_pixels: int) -> Iterator[Any]:
             raise ValueError(f"the video is damaged after {count} frames ({_fault(error)})") from error
 
 
-def _pixels(first: Any, frames: Iterator[Any]) -> Iterator[np.ndarray]:
+def _pixels(first: Any, frames: Iterator[Any]) -> Generator[np.ndarray, None, None]:
     yield _upright(first)
     for frame in frames:
         yield _upright(frame)

@@ -1,7 +1,7 @@
 """Clips of any length through the tokenizer, a few frames at a time, between the batches of other requests.
 
     video file ─▶ frames ─▶ chunks ─encode─▶ tokens ─decode─▶ frames ─▶ video file
-    a thread of the request         the thread that computes   the request's again
+    a process of the request        the thread that computes   a thread of the request
 
 Nothing but the answer grows with the clip. The tokens and pixels are those of `bsq-ray reconstruct`.
 

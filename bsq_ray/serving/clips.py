@@ -1,22 +1,23 @@
 """Video files that strangers send: recognised, bounded and decoded frame by frame; and frames back to files.
 
 Only containers that say in their first bytes what they are, and what streams they hold, are opened, each by its own
-reader: FFmpeg never looks for one, and none of these follows addresses that a file names.
+reader: FFmpeg never looks for one, and none of these follows addresses that a file names. It works in a process apart.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
 from bsq_ray.codec.colour import Colour
-from bsq_ray.codec.video import TooLarge, Video, read_video, write_video
+from bsq_ray.codec.video import TooLarge, Video, write_video
 from bsq_ray.serving.refusals import Refused
 from bsq_ray.serving.settings import Limits
+from bsq_ray.serving.video_process import read_apart
 
 # What answers can be: media types, and FFmpeg's names of them.
 MP4, MKV = "video/mp4", "video/x-matroska"
@@ -46,14 +47,15 @@ def read_clip(data: bytes, limits: Limits, least: int = 1) -> Video:
     Raises:
         Refused: 413 too many pixels, 422 damaged; while frames are taken, too.
     """
+    kind = _container(data)
+    assert kind is not None
     try:
-        video = read_video(io.BytesIO(data), _container(data), limits.pixels)
+        video = read_apart(data, kind, limits.pixels, limits.seconds)
     except TooLarge as error:
         raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, f"the video cannot be read: {error}") from None
-    check_length(video.count, max(video.size[0] * video.size[1], least), limits)
-    return replace(video, frames=_bounded(video.frames, limits, least))
+    return replace(video, frames=_bounded(video, limits, least))
 
 
 def check_length(frames: int, pixels: int, limits: Limits) -> None:
@@ -100,9 +102,10 @@ def _container(data: bytes) -> str | None:
     return None
 
 
-def _bounded(frames: Iterator[np.ndarray], limits: Limits, least: int) -> Iterator[np.ndarray]:
-    count = 0
+def _bounded(video: Video, limits: Limits, least: int) -> Generator[np.ndarray, None, None]:
+    frames, count = video.frames, 0
     try:
+        check_length(video.count, max(video.size[0] * video.size[1], least), limits)
         for frame in frames:
             count += 1
             check_length(count, max(frame.shape[0] * frame.shape[1], least), limits)
@@ -111,6 +114,8 @@ def _bounded(frames: Iterator[np.ndarray], limits: Limits, least: int) -> Iterat
         raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, str(error)) from None
+    finally:
+        frames.close()
 
 
 def _too_large(error: TooLarge) -> Refused:

@@ -4,9 +4,13 @@ import asyncio
 import base64
 import io
 import json
+import resource
 import struct
+import time
 
+import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from local_service import make_app, make_replicas, save_clip_models, save_models, wait_until_loaded
@@ -15,14 +19,15 @@ from small_videos import cut_video
 from starlette.testclient import TestClient
 
 from bsq_ray import Generator, Tokenizer
-from bsq_ray.codec import video as video_files
 from bsq_ray.codec.files import compress_file, decompress_file
 from bsq_ray.codec.video import read_video
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
 from bsq_ray.evaluation.single import reconstruct_clip
 from bsq_ray.models.quantizers.bits import pack_bits
+from bsq_ray.serving import clips
 from bsq_ray.serving.refusals import Refused
 from bsq_ray.serving.settings import Limits, Settings
+from bsq_ray.serving.video_process import _CODE, read_apart
 from bsq_ray.serving.work import awaited
 
 MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
@@ -175,14 +180,11 @@ def claiming_avi(width, height, frames):
     ("claimed", "said"),
     [((8192, 8192, 1), "8192 x 8192 pixels; at most 10000"), ((16, 16, 1_000_000), "more than the 200000 pixels")],
 )
-def test_what_a_header_claims_is_refused_before_it_is_decoded(client, monkeypatch, claimed, said):
-    decoded = []
-    monkeypatch.setattr(video_files, "_upright", lambda frame: decoded.append(frame))
+def test_what_a_header_claims_is_refused_whatever_follows(client, claimed, said):
     for path in ("encode", "reconstruct", "compress"):
         answer = client.post(f"/v1/{path}", content=claiming_avi(*claimed))
         assert answer.status_code == 413
         assert said in answer.json()["error"]
-    assert not decoded
 
 
 def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
@@ -198,16 +200,60 @@ def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
 
 def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client, monkeypatch):
     """250 frames of 64 x 48 pixels, in a container that does not count them."""
-    decoded = []
-    upright = video_files._upright
-    monkeypatch.setattr(video_files, "_upright", lambda frame: decoded.append(1) or upright(frame))
+    taken = []
+    check = clips.check_length
+    monkeypatch.setattr(clips, "check_length", lambda frames, *more: taken.append(frames) or check(frames, *more))
     body = cut_video(250, kind="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
-        decoded.clear()
+        taken.clear()
         answer = client.post(f"/v1/{path}", content=body)
         assert answer.status_code == 413
         assert "shorten or shrink it" in answer.json()["error"]
-        assert len(decoded) == 200_000 // (64 * 48) + 1
+        assert taken == list(range(200_000 // (64 * 48) + 2))
+
+
+def claiming_mp4(samples):
+    """A video of three frames whose index claims more, all in one chunk: a few bytes that FFmpeg makes a list of."""
+    file = bytearray(cut_video(3))
+    sizes, chunks = file.index(b"stsz") + 8, file.index(b"stsc") + 8
+    file[sizes : sizes + 8] = struct.pack(">II", 1, samples)
+    file[chunks + 8 : chunks + 12] = struct.pack(">I", samples)
+    return bytes(file)
+
+
+def test_an_index_that_asks_for_gigabytes_takes_none_of_the_services_memory(client):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for path in ("encode", "compress"):
+        answer = client.post(f"/v1/{path}", content=claiming_mp4(30_000_000))
+        assert answer.status_code == 422, answer.text
+        assert "the video cannot be read" in answer.json()["error"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000
+
+
+def test_videos_are_opened_in_a_process_of_their_own(client, clip, monkeypatch):
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened here"))
+    assert client.post("/v1/encode", content=clip).json()["grid"] == [10, 4, 4]
+
+
+@pytest.mark.parametrize("seconds", [0.001, 1.0])
+def test_a_video_that_takes_too_long_is_refused_and_its_process_ends(seconds):
+    """While it is opened, and while frames wait to be taken."""
+
+    def slowly():
+        for frame in read_apart(cut_video(60), "mov", 10_000, seconds).frames:
+            assert frame.shape == (48, 64, 3)
+            time.sleep(0.1)
+
+    with pytest.raises(ValueError, match="takes more memory or time than a request has"):
+        slowly()
+    assert not [child for child in psutil.Process().children() if _CODE in child.cmdline()]
+
+
+def test_a_video_that_is_closed_leaves_no_process():
+    video = read_apart(cut_video(60), "mov", 10_000, 60)
+    next(video.frames)
+    video.frames.close()
+    assert not [child for child in psutil.Process().children() if _CODE in child.cmdline()]
 
 
 def claims_frames(file, frames):

@@ -1,0 +1,121 @@
+"""Videos that strangers send, decoded in a process of their own: what a hostile file does to FFmpeg ends with that.
+
+    body ─file─▶ read_video ─stdout─▶ what the file says, frames one by one, how it ended
+
+The index of an MP4 of a thousand bytes can ask for gigabytes or for hours, and FFmpeg itself has no limit for either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import suppress
+from fractions import Fraction
+from typing import IO, Any
+
+import numpy as np
+
+from bsq_ray.codec.colour import Colour
+from bsq_ray.codec.video import TooLarge, Video, read_video
+
+# Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
+_OWN_BYTES, _PIXEL_BYTES = 2**30, 64
+_SHAPE = struct.Struct("<II")
+_CODE = "from bsq_ray.serving.video_process import main; main()"
+
+
+def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video:
+    """As `read_video`; its process ends with the frames, when they are closed, or when the time is up.
+
+    Args:
+        seconds: from now until the last frame is taken.
+
+    Raises:
+        TooLarge: its frames are too large; while frames are taken, too.
+        ValueError: it cannot be read with this memory in this time; while frames are taken, too.
+    """
+    answers = _answers(data, kind, max_pixels, seconds)
+    told: dict[str, Any] = next(answers)
+    return Video(
+        answers, Fraction(told["rate"]), told["count"], tuple(told["size"]), Colour(*told["colour"]), told["sound"]
+    )
+
+
+def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generator[Any, None, None]:
+    """What the file says of itself, and then its frames."""
+    arguments = [sys.executable, "-P", "-c", _CODE, kind, str(max_pixels)]
+    # Threads reserve memory that they never touch, and the limit would count it.
+    lean = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    environment = {**os.environ, **lean, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with tempfile.TemporaryFile() as body:
+        body.write(data)
+        body.seek(0)
+        process = subprocess.Popen(arguments, stdin=body, stdout=subprocess.PIPE, env=environment)
+    # Whoever takes frames may be waiting for one of them.
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    with process:
+        assert process.stdout is not None
+        try:
+            yield _told(process.stdout)
+            while (frame := _frame(process.stdout, max_pixels)) is not None:
+                yield frame
+            _told(process.stdout)
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def _told(file: IO[bytes]) -> dict[str, Any]:
+    """A line of JSON; raises what it says."""
+    line = file.readline()
+    if not line.endswith(b"\n"):
+        raise ValueError("decoding it takes more memory or time than a request has")
+    told: dict[str, Any] = json.loads(line)
+    if error := told.get("error"):
+        raise TooLarge(error) if told["large"] else ValueError(error)
+    return told
+
+
+def _frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
+    """The next frame (H, W, 3); None after the last one, or where the process has ended."""
+    shape = file.read(_SHAPE.size)
+    height, width = _SHAPE.unpack(shape) if len(shape) == _SHAPE.size else (0, 0)
+    if not 0 < height * width <= max_pixels:
+        return None
+    pixels_HWC = np.frombuffer(bytearray(file.read(height * width * 3)), np.uint8)
+    return pixels_HWC.reshape(height, width, 3) if len(pixels_HWC) == height * width * 3 else None
+
+
+def main() -> None:
+    """What the process runs."""
+    kind, max_pixels = sys.argv[1], int(sys.argv[2])
+    most = _OWN_BYTES + _PIXEL_BYTES * max_pixels
+    # Not every system has this limit.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    out, begun = sys.stdout.buffer, False
+    end: dict[str, Any] = {}
+    try:
+        video = read_video(sys.stdin.buffer, kind, max_pixels)
+        told = {"rate": str(video.rate), "count": video.count, "size": video.size, "colour": video.colour}
+        out.write(json.dumps({**told, "sound": video.has_sound}).encode() + b"\n")
+        begun = True
+        for frame in video.frames:
+            out.write(_SHAPE.pack(*frame.shape[:2]))
+            out.write(frame.data)
+    except ValueError as error:
+        end = {"error": str(error), "large": isinstance(error, TooLarge)}
+    except MemoryError:
+        # Nothing is said: whoever waits knows what that means.
+        os._exit(1)
+    out.write((_SHAPE.pack(0, 0) if begun else b"") + json.dumps(end).encode() + b"\n")
+    out.flush()
