@@ -50,7 +50,7 @@ class TokensBody(Strict):
     model: str | None = None
     grid: tuple[int, int, int]
     bits: int
-    rate: str | None = Field(None, pattern=r"^[1-9]\d{0,8}(/[1-9]\d{0,8})?$")
+    rate: str | None = Field(None, pattern=r"^[1-9]\d{0,9}(/[1-9]\d{0,9})?$")
     packed: str
 
     def tokens(self) -> PackedTokens:

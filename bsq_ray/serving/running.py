@@ -131,9 +131,10 @@ def _place(host: str, port: int) -> _Place:
         raise ValueError("--port 0 looks for a free port here, but the cluster's head is another machine; choose one")
     address = head["NodeManagerAddress"]
     if is_loopback(host):
+        tunnel = f"ssh -N -L {port}:{_in_url(host)}:{port} {address}"
         note = (
-            f"only the cluster's head {address} reaches this address: `ssh -N -L {port}:{host}:{port} {address}` "
-            "brings it here, --host 0.0.0.0 opens it to others"
+            f"only the cluster's head {address} reaches this address: `{tunnel}` brings it here, --host 0.0.0.0 opens "
+            "it to others"
         )
         return _Place(port, f"http://{_in_url(host)}:{port}/", note)
     shown = address if host in ("0.0.0.0", "::") else host

@@ -87,6 +87,7 @@ def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
     ("host", "url", "note"),
     [
         ("127.0.0.1", "http://127.0.0.1:8000/", "ssh -N -L 8000:127.0.0.1:8000 10.0.0.1"),
+        ("::1", "http://[::1]:8000/", "ssh -N -L 8000:[::1]:8000 10.0.0.1"),
         ("0.0.0.0", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
         ("::", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
     ],

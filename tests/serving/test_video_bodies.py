@@ -7,6 +7,7 @@ import json
 import resource
 import struct
 import time
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -148,6 +149,16 @@ def test_videos_come_in_the_formats_people_have(client, kind, codec):
         answer = client.post("/v1/encode", content=body, headers=headers)
         assert answer.status_code == 200, answer.text
         assert answer.json()["grid"] == [3, 4, 4]
+
+
+def test_a_rate_of_many_digits_comes_back(client):
+    """As of files whose frames do not follow each other evenly."""
+    rate = Fraction(1111050000, 37079123)
+    tokens = client.post("/v1/encode", content=cut_video(3, rate=rate)).json()
+    assert tokens["rate"] == str(rate)
+    video = client.post("/v1/decode", json=tokens)
+    assert video.status_code == 200, video.text
+    assert read_video(io.BytesIO(video.content)).rate == rate
 
 
 def test_a_clip_is_drawn_as_a_moving_picture(client, settings):
