@@ -54,7 +54,6 @@ def ray_session(address: str | None = None, cpus: int | None = None, dashboard: 
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
-        _keep_data_services_here()
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
@@ -68,6 +67,8 @@ def ray_session(address: str | None = None, cpus: int | None = None, dashboard: 
                 object_store_memory=2**30,
             )
     try:
+        if address:
+            _keep_data_services_here()
         yield _dashboard()
     finally:
         ray.shutdown()

@@ -1,16 +1,16 @@
-"""Joining Ray where there is none."""
+"""Joining a Ray that is not there, or does not do what it should."""
 
 import socket
 import time
 
 import pytest
+import ray
 
+from bsq_ray import session
 from bsq_ray.session import ray_session
 
 
 def test_an_address_without_a_cluster_is_told_at_once(monkeypatch):
-    import ray
-
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -19,3 +19,14 @@ def test_an_address_without_a_cluster_is_told_at_once(monkeypatch):
     with pytest.raises(ValueError, match=f"no Ray cluster answers at {address}"), ray_session(address):
         pass
     assert time.monotonic() - began < 10
+
+
+def test_a_cluster_is_left_when_its_data_services_do_not_start(monkeypatch):
+    left = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: left.append(True))
+    monkeypatch.setattr(session, "_keep_data_services_here", lambda: pytest.fail("no node has room"))
+    with pytest.raises(pytest.fail.Exception, match="no node has room"), ray_session("auto"):
+        pass
+    assert left
