@@ -168,8 +168,9 @@ def create_app(
         picture = await anext(pictures)
         chosen = models.choose("generate", body.model)
         if any(kind in request.headers.get("accept", "") for kind in PICTURES):
-            image = [picture, *[picture async for picture in pictures]][-1]
-            return Response(image, media_type=picture_type(chosen.kind), headers={"X-Seed": str(body.seed)})
+            async for later in pictures:
+                picture = later
+            return Response(picture, media_type=picture_type(chosen.kind), headers={"X-Seed": str(body.seed)})
         steps, kind = body.steps or chosen.facts["steps"], picture_type(chosen.kind)
         return StreamingResponse(lines(picture, pictures, body, steps, kind), media_type="application/x-ndjson")
 
