@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,12 +74,14 @@ def decode_groups(
     frames: int,
     batch: int | None,
     seconds: dict[str, float],
+    check: Callable[[], None],
 ) -> Iterator[tuple[int, Tensor]]:
     """The tokens of groups that are there, as (place in `groups`, bits (B, N, L)); N is that of the first `frames`.
 
     Args:
         groups: number in the file and tiles of each.
         frames: how many of the coded frames are wanted.
+        check: called between parts of the work; what it raises ends it.
 
     Raises:
         ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than was allowed.
@@ -102,7 +104,7 @@ def decode_groups(
             decoded = [_unpack(payloads[0], tiles[0], coded, header.bits)[:, :wanted]]
         else:
             try:
-                decoded = decode_tokens(prior, payloads, tiles, coded, wanted, batch, seconds)
+                decoded = decode_tokens(prior, payloads, tiles, coded, wanted, batch, seconds, check)
             except Undecodable as error:
                 raise ValueError(_mismatch(header.tolerance)) from error
         for place, bits_BNL in zip(there, decoded, strict=True):

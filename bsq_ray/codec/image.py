@@ -274,7 +274,8 @@ class Codec:
         """The groups of one group of pictures."""
         began = time.perf_counter()
         tiles = cut(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2), header.tile)
-        bits_RCNL = self._pixels.encode(tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])
+        bits_BNL = self._pixels.encode(tiles.flatten(0, 1), lambda: progress(0, header.gop_groups))
+        bits_RCNL = bits_BNL.unflatten(0, tiles.shape[:2])
         seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
         coded = []
         for place, rows, columns in header.groups():
@@ -311,7 +312,7 @@ class Codec:
     def _decode(
         self, container: Container, frames: range, box: Box, progress: Progress, seconds: dict[str, float]
     ) -> Iterator[np.ndarray]:
-        header, tile, done = container.header, container.header.tile, 0
+        header, tile, done, count = container.header, container.header.tile, 0, 0
         # The tiles next to the region take part in blending its seams.
         rows = range(max(0, box[1] // tile - 1), min(header.tiles[0], -(-box[3] // tile) + 1))
         columns = range(max(0, box[0] // tile - 1), min(header.tiles[1], -(-box[2] // tile) + 1))
@@ -320,6 +321,10 @@ class Codec:
         inner_box = (*inner, inner[0] + box[2] - box[0], inner[1] + box[3] - box[1])
         first, last = frames.start // header.gop, -(-frames.stop // header.gop)
         together = max(1, groups_at_once(self.prior, header) // len(groups))
+
+        def tell() -> None:
+            progress(*((count, len(groups)) if header.clip is None else (done, len(frames))))
+
         for start in range(first, last, together):
             gops = range(start, min(start + together, last))
             wanted = [
@@ -336,20 +341,20 @@ class Codec:
                 for gop in gops
                 for number, down, right in groups
             ]
-            decoded = decode_groups(self.prior, container, numbers, needed, self.batch, seconds)
-            for count, (place, bits_BNL) in enumerate(decoded, 1):
+            decoded = decode_groups(self.prior, container, numbers, needed, self.batch, seconds, tell)
+            for place, bits_BNL in decoded:
+                count += 1
                 gop, (_, down, right) = place // len(groups), groups[place % len(groups)]
                 group_RCNL = bits_BNL.unflatten(0, (len(down), len(right)))
                 put(bits_GRCNL[gop], known_GRC[gop], group_RCNL, (down, right), rows, columns)
-                progress(*((count, len(groups)) if header.clip is None else (done, len(frames))))
+                tell()
             for bits_RCNL, known_RC, part in zip(bits_GRCNL, known_GRC, wanted, strict=True):
                 began = time.perf_counter()
-                pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box)
+                pixels_CTHW = self._pixels.picture(bits_RCNL, known_RC, needed, inner_box, tell)
                 seconds["tokenizer"] = seconds.get("tokenizer", 0.0) + time.perf_counter() - began
                 for frame in part:
                     done += 1
-                    if header.clip is not None:
-                        progress(done, len(frames))
+                    tell()
                     yield pixels_CTHW[:, frame].permute(1, 2, 0).contiguous().numpy()
 
     def _check_models(self, header: Header) -> None:

@@ -13,7 +13,7 @@ tree, L bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,6 +117,7 @@ def decode_tokens(
     wanted: int,
     batch: int | None = None,
     seconds: dict[str, float] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """The bits (B, N, L) of several groups, step by step together.
 
@@ -129,6 +130,7 @@ def decode_tokens(
         wanted: tokens of a tile to decode, the first ones (N).
         batch: tiles that go through the prior at once.
         seconds: "prior" and "coder" are added to it.
+        check: called before each token; what it raises ends the work.
 
     Raises:
         ValueError: the bytes cannot be those of such groups.
@@ -143,6 +145,7 @@ def decode_tokens(
     with plain_arithmetic(device):
         passes = [prior.start_decoding(size, wanted) for size in sizes]
         for n in range(wanted):
+            check()
             with timed(seconds, "prior"):
                 features = [decoding.features() for decoding in passes]
             for s in range(section.sub_tokens):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image, ImageCms
 from small_codecs import SECTION, Disturbed
 from small_models import save_tokenizer
 
-from bsq_ray import Codec, Prior
+from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.codec.tiles import as_grid, cut, join
+from bsq_ray.models.prior import Decoding
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +216,26 @@ def test_progress_is_told_and_time_is_split(codec, photo):
     codec.decompress(coded.data, progress=lambda *done: told.append(done), seconds=seconds)
     assert told[-1] == (2, 2)
     assert set(seconds) == {"tokenizer", "prior", "coder"}
+
+
+@pytest.mark.parametrize("folder", ["", "/tokenizer"])
+def test_between_two_passes_of_a_model_progress_is_told_so_that_work_can_end(codec_folder, photo, monkeypatch, folder):
+    """With a prior and without; its passes are the tokens that it decodes."""
+    happened = []
+
+    def watched(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: happened.append(name) or function(*given))
+
+    for name in ("encode", "decode"):
+        watched(Tokenizer, name)
+    watched(Decoding, "features")
+    # One pass for each tile, and one of the prior for a token of all tiles.
+    codec = Codec.from_pretrained(codec_folder + folder, batch=100)
+    codec._pixels._batch = 1
+    coded = codec.compress(photo, lambda *_: happened.append("told"))
+    codec.decompress(coded.data, progress=lambda *_: happened.append("told"))
+    passes = {"encode", "decode"} if folder else {"encode", "decode", "features"}
+    assert set(happened) == {"told", *passes}
+    assert all(happened.count(name) > 10 for name in passes)
+    assert not [pair for pair in pairwise(happened) if "told" not in pair]
