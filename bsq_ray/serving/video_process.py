@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Generator
 from contextlib import suppress
 from fractions import Fraction
@@ -35,7 +35,7 @@ def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video
     """As `read_video`; its process ends with the frames, when they are closed, or when the time is up.
 
     Args:
-        seconds: from now until the last frame is taken.
+        seconds: until the last frame is taken.
 
     Raises:
         TooLarge: its frames are too large; while frames are taken, too.
@@ -50,7 +50,7 @@ def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video
 
 def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generator[Any, None, None]:
     """What the file says of itself, and then its frames."""
-    arguments = [sys.executable, "-P", "-c", _CODE, kind, str(max_pixels)]
+    arguments = [sys.executable, "-P", "-c", _CODE, kind, str(max_pixels), str(seconds)]
     # Threads reserve memory that they never touch, and the limit would count it.
     lean = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     environment = {**os.environ, **lean, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -58,10 +58,6 @@ def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generat
         body.write(data)
         body.seek(0)
         process = subprocess.Popen(arguments, stdin=body, stdout=subprocess.PIPE, env=environment)
-    # Whoever takes frames may be waiting for one of them.
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
     with process:
         assert process.stdout is not None
         try:
@@ -70,7 +66,6 @@ def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generat
                 yield frame
             _told(process.stdout)
         finally:
-            timer.cancel()
             process.kill()
 
 
@@ -97,7 +92,9 @@ def _frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
 
 def main() -> None:
     """What the process runs."""
-    kind, max_pixels = sys.argv[1], int(sys.argv[2])
+    kind, max_pixels, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    # The system ends it then, whatever FFmpeg is at, and even if whoever waits is gone.
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     most = _OWN_BYTES + _PIXEL_BYTES * max_pixels
     # Not every system has this limit.
     with suppress(ValueError, OSError):
