@@ -33,7 +33,6 @@ from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
 from bsq_ray.models.generator import Generator
-from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.pool import map_in_pool
 
@@ -41,8 +40,6 @@ _BATCH = 32
 # Neighbours that vote on the class of an image.
 _VOTERS = 5
 _PICTURED_PER_CLASS = 8
-# Rows of a token table that are unpacked at once.
-_ROWS = 1024
 
 
 def evaluate_generation(
@@ -155,30 +152,33 @@ class _ModelDraw:
 
 
 class _FrequencyDraw:
-    """Each token is that of a random training image of the class, place by place: exact class frequencies."""
+    """Each token is that of a random training image of the class, place by place: exact class frequencies.
+
+    A batch draws from rows all over the table, so it is read once and its bits stay in memory packed, in every process
+    that draws: 0.74 GB for ImageNet's 1.28 million images of 256 tokens of 18 bits. Only drawn tokens are unpacked.
+    """
 
     def __init__(self, source: TokenSource, seed: int) -> None:
-        self.source, self.seed = source, seed
-        self.labels_P = np.concatenate([block.labels_P for block in source.blocks()])
+        self.facts, self.seed = source.table.facts, seed
+        self.labels_P = np.empty(source.samples, np.int64)
+        self.packed_PB = np.empty((source.samples, source.sample_bytes), np.uint8)
+        first = 0
+        for block in source.blocks():
+            rows = slice(first, first + len(block.keys))
+            self.labels_P[rows], self.packed_PB[rows] = block.labels_P, block.values_P
+            first = rows.stop
         self.tokenizer = Tokenizer.from_pretrained(source.tokenizer_url)
 
     def __call__(self, labels: list[int], first: int) -> Tensor:
-        facts = self.source.table.facts
-        rows_BN = np.empty((len(labels), facts.tokens), np.int64)
+        tokens, bits = self.facts.tokens, self.facts.bits
+        rows_BN = np.empty((len(labels), tokens), np.int64)
         for place, label in enumerate(labels):
             rng = np.random.default_rng((self.seed, first + place))
-            rows_BN[place] = rng.choice(np.flatnonzero(self.labels_P == label), facts.tokens)
-        drawn_BNL = np.empty((*rows_BN.shape, facts.bits), bool)
-        # A table is read in its order and never held whole.
-        wanted_P = np.unique(rows_BN)
-        for start in range(0, len(wanted_P), _ROWS):
-            part_P = wanted_P[start : start + _ROWS]
-            values = self.source.read(part_P, np.zeros_like(part_P), 0).values_P
-            bits = unpack_bits(torch.from_numpy(values), facts.tokens * facts.bits)
-            bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits)).numpy()
-            b, n = np.nonzero((rows_BN >= part_P[0]) & (rows_BN <= part_P[-1]))
-            drawn_BNL[b, n] = bits_PNL[np.searchsorted(part_P, rows_BN[b, n]), n]
-        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn_BNL), facts.grid))
+            rows_BN[place] = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
+        # Bit 1 of a byte is the least significant one.
+        byte_NL, bit_NL = np.divmod(np.arange(tokens * bits).reshape(tokens, bits), 8)
+        drawn_BNL = (self.packed_PB[rows_BN[..., None], byte_NL] >> bit_NL & 1).astype(bool)
+        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn_BNL), self.facts.grid))
 
 
 def _compare(drawn: Features, real: Features, known: Features, top: Classifier) -> dict[str, float]:

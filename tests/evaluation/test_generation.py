@@ -171,19 +171,21 @@ def test_frequencies_of_a_constant_table_are_cheap(setting):
     assert 0 < itself < 10
 
 
-def test_tokens_by_frequency_are_those_of_their_class_and_place_without_a_whole_table_in_memory(setting, monkeypatch):
+def test_tokens_by_frequency_are_those_of_their_class_and_place_from_a_table_that_is_read_once(setting, monkeypatch):
     source = TokenSource(read_table(setting[2]), SECTION)
     block = source.read_held_out(range(source.samples))
     bits_PNL = unpack_bits(torch.from_numpy(block.values_P), 160).view(-1, 16, 10)
     rows, drawn = [], []
     read, decode = TokenSource.read, generation.Tokenizer.decode
-    monkeypatch.setattr(generation, "_ROWS", 5)
+    monkeypatch.setattr(TokenSource, "read", lambda s, p, *more: rows.extend(p) or read(s, p, *more))
     draw_images = generation._FrequencyDraw(source, 0)
-    monkeypatch.setattr(TokenSource, "read", lambda s, p, *more: rows.append(len(p)) or read(s, p, *more))
     monkeypatch.setattr(generation.Tokenizer, "decode", lambda t, tokens: drawn.append(tokens) or decode(t, tokens))
     labels = [1, 0, 1, 1]
     draw_images(labels, 0)
-    assert source.samples > max(rows) == 5
+    draw_images(labels, len(labels))
+    assert rows == list(range(source.samples))
+    # As small in memory as in the table: 160 bits of an image are 20 bytes.
+    assert draw_images.packed_PB.nbytes == source.samples * 20
     for bits_NL, label in zip(drawn[0].bits_BNL, labels, strict=True):
         own_PNL = bits_PNL[torch.from_numpy(block.labels_P == label)]
         assert (own_PNL == bits_NL).all(-1).any(0).all()
