@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -103,6 +104,15 @@ def resources_within_reach() -> dict[str, float]:
 def gpus_within_reach() -> float:
     """Its GPUs."""
     return resources_within_reach().get("GPU", 0.0)
+
+
+def cpus_within_reach() -> float:
+    """Its CPUs; infinitely many if it was joined and nothing is known of what its autoscaler may bring up."""
+    import ray
+
+    started_here = ray._private.worker._global_node.head
+    known = started_here or ray._private.state.state.get_max_resources_from_cluster_config()
+    return resources_within_reach().get("CPU", 0.0) if known else math.inf
 
 
 @contextmanager

@@ -22,15 +22,17 @@ from typing import Any
 import torch
 
 from bsq_ray import storage
-from bsq_ray.session import gpus_within_reach
+from bsq_ray.session import cpus_within_reach, gpus_within_reach
 from bsq_ray.training.board import Board, Failure, Notes, RayReporter
 from bsq_ray.training.finite import NonFinite
 from bsq_ray.training.job import Job, Result
 from bsq_ray.training.loop import run
-from bsq_ray.training.room import Growth, Resources, nodes_to_be_taken, wait_for_room
+from bsq_ray.training.room import READER, Growth, Resources, nodes_to_be_taken, wait_for_room
 from bsq_ray.training.worker import Device, Wish, Worker, local_device
 
 _POLL_SECONDS = 0.5
+# Of sums of fractions of CPUs.
+_ROUNDING = 1e-6
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -63,7 +65,7 @@ def run_on_ray(
         How the run ended; None if it was asked to stop before its workers began.
 
     Raises:
-        ValueError: the cluster can never have the GPUs that are asked for.
+        ValueError: the cluster can never have the GPUs or CPUs that are asked for.
         RuntimeError: the training failed; the message says why.
     """
     import ray
@@ -73,6 +75,7 @@ def run_on_ray(
     # Whole CPUs for the workers, as long as some are left for the tasks that read.
     cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > sizes[-1] else 0.5
     worker = share.resources or ({"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus})
+    check_cpus(sizes[0], worker.get("CPU", 0.0), cpus_within_reach())
     # Beside this process: what needs no CPU is else put anywhere, and would be lost with a server that is.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -124,6 +127,26 @@ def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
             else "--device gpu needs a cluster with GPUs, and this one has none; give --device cpu"
         )
     return True
+
+
+def check_cpus(workers: int, each: float, within_reach: float) -> None:
+    """Refuses workers for which there will never be room, with the tasks that read for them.
+
+    Args:
+        workers: the fewest that may be at work.
+        each: CPUs of each.
+        within_reach: CPUs of the whole cluster, with those its autoscaler may start.
+
+    Raises:
+        ValueError: there will never be enough of them.
+    """
+    wanted = workers * each + READER["CPU"]
+    if wanted > within_reach + _ROUNDING:
+        most = max(0, int((within_reach - READER["CPU"]) / each + _ROUNDING)) if each else 0
+        raise ValueError(
+            f"{workers} workers of {each:g} CPUs and the tasks that read want {wanted:g} CPUs and the cluster has "
+            f"{within_reach:g}; give --workers {most}" + (" or fewer" if most else ", which needs no Ray")
+        )
 
 
 class _Failures:

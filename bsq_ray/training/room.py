@@ -16,7 +16,8 @@ Resources = dict[str, float]
 _PATIENCE, _FEWER_PATIENCE = 10.0, 3.0
 # A smaller group has worked for so long before it is ended for a larger one; each larger number is waited for in turn.
 _GROW_AFTER, _GROW_PATIENCE = 60.0, 30.0
-_READER: Resources = {"CPU": 1}
+# For the tasks that read.
+READER: Resources = {"CPU": 1}
 
 
 def wait_for_room(sizes: Sequence[int], worker: Resources, stopped: Callable[[], bool]) -> int | None:
@@ -29,7 +30,7 @@ def wait_for_room(sizes: Sequence[int], worker: Resources, stopped: Callable[[],
     """
     while True:
         for size in reversed(sizes):
-            question = _ask([worker] * size + [_READER])
+            question = _ask([worker] * size + [READER])
             try:
                 end = time.monotonic() + (_PATIENCE if size == sizes[-1] else _FEWER_PATIENCE)
                 while time.monotonic() < end:
@@ -68,7 +69,7 @@ class Growth:
             self.end()
             more = self._wanted.pop()
             self._wanted.insert(0, more)
-            self._question = _ask([self._worker] * more + [_READER])
+            self._question = _ask([self._worker] * more + [READER])
             self._until = time.monotonic() + _GROW_PATIENCE
         return False
 

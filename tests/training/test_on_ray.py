@@ -1,18 +1,21 @@
 """Training on Ray's workers: what they compute on, and what Prometheus hears of them."""
 
+import math
 import re
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from small_runs import PRESET, SMALL
 
 from bsq_ray import storage
 from bsq_ray.config import load_config
+from bsq_ray.session import cpus_within_reach
 from bsq_ray.training import on_ray
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.on_ray import Share, plain_error, train_on_gpus
+from bsq_ray.training.on_ray import Share, check_cpus, plain_error, train_on_gpus
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,45 @@ def test_workers_take_gpus_where_there_are_or_will_be_any(device, within_reach, 
 def test_a_cluster_that_will_never_have_enough_gpus_is_refused(device, within_reach, message):
     with pytest.raises(ValueError, match=message):
         train_on_gpus(device, 2, within_reach)
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "within_reach"),
+    [(6, 0.5, 4), (3, 1, 4), (1, 3, 4), (1, 0.5, 2), (8, 1, math.inf), (4, 0, 1), (3, 0.1, 1.3)],
+)
+def test_workers_that_leave_a_cpu_for_the_tasks_that_read_are_admitted(workers, each, within_reach):
+    check_cpus(workers, each, within_reach)
+
+
+@pytest.mark.parametrize(
+    ("workers", "each", "within_reach", "message"),
+    [
+        (7, 0.5, 4, "7 workers of 0.5 CPUs and .* want 4.5 CPUs and the cluster has 4; give --workers 6 or fewer"),
+        (4, 1, 4, "4 workers of 1 CPUs and .* want 5 CPUs and the cluster has 4; give --workers 3 or fewer"),
+        (1, 0.5, 1, "want 1.5 CPUs and the cluster has 1; give --workers 0, which needs no Ray"),
+        (1, 0, 0, "want 1 CPUs and the cluster has 0; give --workers 0, which needs no Ray"),
+    ],
+)
+def test_workers_that_a_cluster_can_never_hold_are_refused(workers, each, within_reach, message):
+    with pytest.raises(ValueError, match=message):
+        check_cpus(workers, each, within_reach)
+
+
+def test_of_a_range_of_workers_the_fewest_must_find_room(photo_shards, tmp_path, ray_local):
+    for least, share, asked in ((8, Share(), "8 workers of 0.5 CPUs"), (2, Share({"CPU": 2}), "2 workers of 2 CPUs")):
+        with pytest.raises(ValueError, match=f"{asked} .*; give --workers"):
+            train(load_config(PRESET, SMALL), photo_shards, str(tmp_path), 16, min_workers=least, share=share)
+
+
+def test_cpus_that_an_autoscaler_could_bring_up_count_and_may_be_unknown(ray_local, monkeypatch):
+    from ray._private import worker
+    from ray._private.state import state
+
+    assert cpus_within_reach() == 4
+    monkeypatch.setattr(worker, "_global_node", SimpleNamespace(head=False))
+    assert cpus_within_reach() == math.inf
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96})
+    assert cpus_within_reach() == 96
 
 
 @pytest.mark.parametrize(
