@@ -25,7 +25,7 @@ def serve(
 ) -> None:
     """Serve models: a page at /, the HTTP interface at /v1, its description at /docs.
 
-    The token is that of the environment variable BSQ_RAY_TOKEN, or a new one that is printed.
+    The token is that of the environment variable BSQ_RAY_TOKEN, of 16 characters or more, or a new one that is printed.
     """
     from bsq_ray.serving.running import running, settings_of
     from bsq_ray.signals import stop_on_signal

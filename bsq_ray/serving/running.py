@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bsq_ray import hub
 from bsq_ray.config.reading import check_section
-from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings
+from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings, token_from_environment
 from bsq_ray.session import ray_session
 
 # Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
@@ -82,10 +82,11 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
         address: Ray cluster, see `ray_session`.
 
     Raises:
-        ValueError: the port is taken, a model folder cannot be read, or the cluster serves already.
+        ValueError: the token in the environment is too short, the port is taken, a model folder cannot be read, or the
+            cluster serves already.
         RuntimeError: a replica did not start.
     """
-    token = (os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)) if settings.authentication else None
+    token = _token() if settings.authentication else None
     for name, value in _SERVE_SETTINGS.items():
         os.environ.setdefault(name, value)
     with ray_session(address):
@@ -110,6 +111,10 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
             yield Running(place.url, token, place.note)
         finally:
             serve.shutdown()
+
+
+def _token() -> str:
+    return token_from_environment() if os.environ.get(TOKEN_VARIABLE) else secrets.token_urlsafe(24)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,15 @@ def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
         build({"models": {"tiny": model}})
 
 
+@pytest.mark.parametrize("token", ["x", "15-characters-x"])
+def test_a_short_token_is_refused_on_this_machine_too(model, monkeypatch, token):
+    monkeypatch.setenv("BSQ_RAY_TOKEN", token)
+    settings = Settings(models={"tiny": model})
+    monkeypatch.setattr("bsq_ray.serving.running.ray_session", lambda _: pytest.fail("Ray is started"))
+    with pytest.raises(ValueError, match="must hold a token of 16 characters"), running(settings, "0.0.0.0", 0):
+        pass
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
