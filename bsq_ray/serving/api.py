@@ -68,16 +68,16 @@ class TokensBody(Strict):
 
 
 def create_app(
-    models: Models, limits: Limits, token_digest: str | None, metrics: Callable[[], Awaitable[str]]
+    models: Models, limits: Limits, token_digest: str | None, loopback: bool, metrics: Callable[[], Awaitable[str]]
 ) -> FastAPI:
     """The application.
 
     Args:
         models: they are loaded while the application already answers.
-        token_digest: see `Guard`.
+        token_digest, loopback: see `Guard`.
         metrics: the text of `/metrics`.
     """
-    guard = Guard(limits, token_digest)
+    guard = Guard(limits, token_digest, loopback)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -176,7 +176,7 @@ def create_app(
 
     @asynccontextmanager
     async def received(request: Request) -> AsyncIterator[bytes]:
-        guard.check_token(request)
+        guard.check_sender(request)
         async with guard.body(request) as data:
             yield data
 
@@ -193,7 +193,7 @@ def create_app(
 
     @app.get("/v1/models", **described("models"))
     async def list_models(request: Request) -> Response:
-        guard.check_token(request)
+        guard.check_sender(request)
         return JSONResponse({"models": models.described()})
 
     @app.get("/healthz", **described("healthz"))
@@ -205,7 +205,7 @@ def create_app(
 
     @app.get("/metrics", **described("metrics"))
     async def of_ray(request: Request) -> Response:
-        guard.check_token(request)
+        guard.check_sender(request)
         return Response(await metrics(), media_type="text/plain; version=0.0.4")
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -27,14 +27,17 @@ def build(args: dict[str, Any]) -> Application:
         ValueError: the settings are not valid, a model folder cannot be read, or the token is missing.
     """
     settings = check_section(args, [], Settings, "args of the application")
-    return application(settings, token_from_environment() if settings.authentication else None)
+    token = token_from_environment() if settings.authentication else None
+    # On which address Ray Serve listens is said elsewhere.
+    return application(settings, token, loopback=False)
 
 
-def application(settings: Settings, token: str | None) -> Application:
+def application(settings: Settings, token: str | None, loopback: bool) -> Application:
     """The application.
 
     Args:
         token: what requests must carry; None admits everyone.
+        loopback: whether only the machine that listens can reach the service.
 
     Raises:
         ValueError: a model folder cannot be read.
@@ -45,7 +48,7 @@ def application(settings: Settings, token: str | None) -> Application:
         for name, url in settings.models.items()
     }
     front = serve.deployment(Front, name="front", **options(settings.front, settings.limits.waiting * 8, settings))
-    bound: Application = front.bind(settings, token and digest(token), kinds, handles)
+    bound: Application = front.bind(settings, token and digest(token), loopback, kinds, handles)
     return bound
 
 

@@ -85,6 +85,7 @@ class Front:
     """The HTTP interface as a deployment.
 
     Args:
+        token_digest, loopback: see `Guard`.
         kinds: what each model is.
         handles: by model and role.
     """
@@ -93,10 +94,11 @@ class Front:
         self,
         settings: Settings,
         token_digest: str | None,
+        loopback: bool,
         kinds: Mapping[str, Kind],
         handles: Mapping[str, Mapping[str, DeploymentHandle]],
     ) -> None:
-        self._settings, self._token_digest = settings, token_digest
+        self._settings, self._token_digest, self._loopback = settings, token_digest, loopback
         retries = settings.limits.retries
         self._models = [
             Model(name, kinds[name], {role: RayReplicas(handle, retries) for role, handle in roles.items()})
@@ -104,7 +106,8 @@ class Front:
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(Models(self._models), self._settings.limits, self._token_digest, cluster_metrics)
+        models, limits = Models(self._models), self._settings.limits
+        return create_app(models, limits, self._token_digest, self._loopback, cluster_metrics)
 
 
 def _refusal(error: Exception) -> Exception:

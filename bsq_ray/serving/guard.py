@@ -1,7 +1,7 @@
-"""What a request must pass before anything is computed for it: the token, room for its body, its turn.
+"""What a request must pass before anything is computed for it: token and host, room for its body, its turn.
 
-request ─token?─▶ body, as it arrives ─size, time, memory?─▶ turn ─free?─▶ work
-401 ◀──┘              413, 408, 429 ◀──┘            429 ◀──┘
+request ─token, host?─▶ body, as it arrives ─size, time, memory?─▶ turn ─free?─▶ work
+401, 403 ◀──┘                 413, 408, 429 ◀──┘            429 ◀──┘
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -25,27 +27,38 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Guard:
     """Admits requests to one replica of the front.
 
     Args:
         limits: what they may cost.
         token_digest: `digest` of the bearer token they must carry; None admits everyone.
+        loopback: whether only this machine can reach the service, so that without a token they must be meant for it.
     """
 
-    def __init__(self, limits: Limits, token_digest: str | None) -> None:
-        self._limits, self._token_digest = limits, token_digest
+    def __init__(self, limits: Limits, token_digest: str | None, loopback: bool) -> None:
+        self._limits, self._token_digest, self._loopback = limits, token_digest, loopback
         self._held = 0
         self._working = 0
 
-    def check_token(self, request: Request) -> None:
-        """Refuses a request without the token.
+    def check_sender(self, request: Request) -> None:
+        """Refuses a request without the token, or one that a foreign page makes this machine's browser send.
 
         Raises:
-            Refused: 401.
+            Refused: 401; 403 the host that is asked for is another one.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if self._token_digest is None:
+            if self._loopback and not is_loopback(_host(request)):
+                raise Refused(403, "this service has no token and takes requests to localhost, 127.0.0.1 or [::1] only")
             return
         if scheme.lower() != "bearer" or not hmac.compare_digest(digest(token.strip()), self._token_digest):
             raise Refused(401, "the request needs the header 'Authorization: Bearer TOKEN' with this service's token")
@@ -93,3 +106,11 @@ class Guard:
             raise Refused(400, "the body did not arrive") from None
         finally:
             self._held -= len(body)
+
+
+def _host(request: Request) -> str:
+    """The host that the sender has asked for, without its port; a page's name can be made to lead to any address."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import secrets
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from bsq_ray import hub
 from bsq_ray.config.reading import check_section
+from bsq_ray.serving.guard import is_loopback
 from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings, token_from_environment
 from bsq_ray.session import ray_session
 
@@ -65,14 +65,6 @@ def settings_of(models: Sequence[str], host: str, token: bool | None, overrides:
     return check_section({"models": named, "authentication": authentication}, overrides, Settings, "bsq-ray serve")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 @contextmanager
 def running(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[Running]:
     """The service, loaded and answering, for the time of the block.
@@ -94,7 +86,7 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
 
         from bsq_ray.serving.app import application
 
-        app = application(settings, token)
+        app = application(settings, token, is_loopback(host))
         if serve.status().proxies:
             # Its port would stay as it is, and the end of this service would be the end of all.
             raise ValueError(

@@ -98,7 +98,7 @@ def make_replicas(settings):
 
 
 def make_app(settings, replicas, token_digest=None):
-    """The application in front of replicas that are made already."""
+    """The application in front of replicas that are made already, as if it listened on loopback."""
 
     async def metrics():
         return "ray_serve_nothing 0\n"
@@ -107,7 +107,7 @@ def make_app(settings, replicas, token_digest=None):
         Model(name, kind_of(hub.read_config(settings.models[name])), {k: LocalReplicas(v) for k, v in roles.items()})
         for name, roles in replicas.items()
     ]
-    return create_app(Models(models), settings.limits, token_digest, metrics)
+    return create_app(Models(models), settings.limits, token_digest, True, metrics)
 
 
 def wait_until_loaded(client):

@@ -38,7 +38,7 @@ def replicas(settings):
 
 @pytest.fixture(scope="module")
 def client(settings, replicas):
-    with TestClient(make_app(settings, replicas), raise_server_exceptions=False) as client:
+    with TestClient(make_app(settings, replicas), "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         wait_until_loaded(client)
         yield client
 
@@ -229,8 +229,9 @@ async def ask(app, path="/v1/encode", body=(), delay=0.0):
         sent.append(message)
 
     scope = {
-        "type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [], "http_version": "1.1",
-        "scheme": "http", "server": ("test", 80), "client": ("test", 1), "root_path": "",
+        "type": "http", "method": "POST", "path": path, "query_string": b"", "http_version": "1.1",
+        "headers": [(b"host", b"localhost")], "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+        "root_path": "",
     }  # fmt: skip
     await app(scope, receive, send)
     return sent[0]["status"], dict(sent[0]["headers"])
@@ -269,8 +270,9 @@ def test_beyond_the_limit_requests_are_told_to_come_again(settings, replicas, ph
 
 
 def app_of(replicas, limits):
-    """The application with one tokenizer whose replicas behave badly."""
-    return create_app(Models([Model("small", Kind("tokenizer", 1), {"tokenizer": replicas})]), limits, None, lambda: "")
+    """The application, open to all machines, with one tokenizer whose replicas behave badly."""
+    models = Models([Model("small", Kind("tokenizer", 1), {"tokenizer": replicas})])
+    return create_app(models, limits, None, False, lambda: "")
 
 
 def test_before_the_models_are_loaded_the_answer_is_503(settings, photo):
@@ -357,6 +359,25 @@ def test_with_authentication_only_the_page_and_health_are_open(settings, replica
         right = {"Authorization": f"Bearer {TOKEN}"}
         assert client.get("/v1/models", headers=right).status_code == 200
         assert client.post("/v1/encode", content=file_of(photo), headers=right).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.0.1:80", "[::1]", "[::1]:8000")),
+        *(
+            (host, 403)
+            for host in ("attacker.example:8000", "localhost.attacker.example", "127.0.0.1.attacker.example")
+        ),
+        *((host, 403) for host in ("192.168.1.5:8000", "attacker@example", "[::1", "[::2]", "")),
+    ],
+)
+def test_without_a_token_a_page_whose_name_was_made_to_lead_here_is_refused(client, photo, host, status):
+    paths = {path: client.get(path, headers={"Host": host}) for path in ("/v1/models", "/metrics")}
+    paths["/v1/encode"] = client.post("/v1/encode", content=file_of(photo), headers={"Host": host})
+    assert {path: answer.status_code for path, answer in paths.items()} == dict.fromkeys(paths, status)
+    if status == 403:
+        assert all("takes requests to localhost" in answer.json()["error"] for answer in paths.values())
 
 
 def test_the_interface_describes_itself_without_outside_scripts(client):

@@ -49,7 +49,7 @@ def replicas(settings):
 
 @pytest.fixture(scope="module")
 def client(settings, replicas):
-    with TestClient(make_app(settings, replicas), raise_server_exceptions=False) as client:
+    with TestClient(make_app(settings, replicas), "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
         wait_until_loaded(client)
         yield client
 
