@@ -8,8 +8,10 @@ taken for one, on a disk or in an object store, and a damaged one is recognised.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import threading
@@ -27,6 +29,9 @@ from bsq_ray.training.snapshot import Files
 from bsq_ray.training.worker import Worker
 
 _INDEX = "checkpoint.json"
+# The disk is full, or this user's share of it.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_PROBE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class CheckpointWriter:
             return
         assert self._task is not None
         failure = self._task.exception()
-        answers = self._worker.gather((None if failure else self._task.result(), failure and str(failure)))
+        text = failure and (str(failure) or repr(failure))
+        answers = self._worker.gather((None if failure else self._task.result(), text))
         step = self._progress.step
         for rank, (_, text) in enumerate(answers):
             if text:
@@ -220,18 +226,38 @@ def _write_aside(write: Callable[[Path], None], folder: Path, name: str) -> None
     """Writes a file into the scratch folder.
 
     Raises:
-        RuntimeError: it cannot, mostly because the disk is full.
+        RuntimeError: there is no room for it.
+        Exception: whatever else it is that fails.
     """
     try:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write(folder / name)
     except Exception as error:
-        # Each library has its own error for a full disk.
+        if not _without_room(error, folder / name):
+            raise
         free = shutil.disk_usage(folder).free / 1e6
         raise RuntimeError(
             f"{name} cannot be written to the scratch folder {folder}, where {free:.0f} MB are free "
             f"({' '.join(str(error).split())}); make room there, or set TMPDIR to a folder with more"
         ) from error
+
+
+def _without_room(error: Exception, path: Path) -> bool:
+    """Whether a file could not be written because the disk is full; each library has its own error for it."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_ROOM
+    # safetensors tells what the system said.
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(told[1]) in _NO_ROOM
+    if not isinstance(error, RuntimeError):
+        return False
+    # torch.save tells that writing failed, and not why; writing on behind what it has left does.
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as again:
+        return again.errno in _NO_ROOM
+    return False
 
 
 def _describe(path: Path, folder: Path) -> dict[str, Any]:

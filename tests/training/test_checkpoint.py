@@ -1,5 +1,6 @@
 """Checkpoints are written beside the training, whole or not at all, and in spite of storage that fails for a while."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from fsspec.implementations.memory import MemoryFileSystem
 from process_group import in_group
+from safetensors import SafetensorError
 from small_runs import STEPS, Listener, in_this_process, small_job, train_several
 from test_resume import EVERY_STEP, HALF, assert_identical, numbers, weights
 
@@ -213,16 +215,54 @@ def train_with_a_full_disk(rank, world, shards, out):
     return train_several(rank, world, shards, out, {"run": [*AT_HALF, "training.storage_patience=0"]})
 
 
-def test_a_full_scratch_disk_is_named_with_what_to_do(tmp_path):
-    def onto_a_full_disk(path):
-        path.symlink_to("/dev/full")
-        pickled({"weights": torch.zeros(100_000)})(path)
+def failing(error):
+    def fail(path):
+        raise error
 
-    writer = CheckpointWriter(str(tmp_path), in_this_process(Listener()), 1, 0.0, print)
-    writer.save(Progress(3, 48, 1.0, 1, "", ""), {"state/weights": onto_a_full_disk})
+    return fail
+
+
+def onto_a_full_disk(path):
+    path.symlink_to("/dev/full")
+    pickled({"weights": torch.zeros(100_000)})(path)
+
+
+def written_aside(out, write):
+    """Has a checkpoint written one of whose files is written by `write`."""
+    writer = CheckpointWriter(str(out), in_this_process(Listener()), 1, 0.0, print)
+    writer.save(Progress(3, 48, 1.0, 1, "", ""), {"state/weights": write})
+    writer.finish()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        onto_a_full_disk,
+        failing(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        failing(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+        failing(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ],
+    ids=["torch", "system", "quota", "safetensors"],
+)
+def test_a_full_scratch_disk_is_named_with_what_to_do(tmp_path, write):
     told = (
         r"worker 0 cannot write the checkpoint of step 3: state/weights cannot be written to the scratch folder "
         rf"{tempfile.gettempdir()}/\w+, where \d+ MB are free \(.+\); make room there, or set TMPDIR"
     )
     with pytest.raises(RuntimeError, match=told):
-        writer.finish()
+        written_aside(tmp_path, write)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"\[Errno 5\] Input/output error"),
+        (SafetensorError("I/O error: Input/output (os error 5)"), r"I/O error: Input/output \(os error 5\)"),
+        (RuntimeError("CUDA error: an illegal memory access"), "CUDA error: an illegal memory access"),
+        (TypeError("cannot pickle a lock"), "cannot pickle a lock"),
+        (MemoryError(), r"MemoryError\(\)"),
+    ],
+)
+def test_what_else_fails_while_a_checkpoint_is_written_aside_says_so_itself(tmp_path, error, message):
+    with pytest.raises(RuntimeError, match=f"^worker 0 cannot write the checkpoint of step 3: {message}$"):
+        written_aside(tmp_path, failing(error))
