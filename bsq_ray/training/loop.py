@@ -209,8 +209,12 @@ class _Run:
         """The same held-out images each time; every worker sees all of them, so that no engine waits for another."""
         source = open_source(self.job.config, self.job.held_out_url) if self.job.held_out_url else self.source
         limit = batches * self.micro_batch
-        damage = Damage(limit)
-        yield from evaluation_batches(source, self.micro_batch, limit, damage)
+        damage, images = Damage(limit), 0
+        for batch in evaluation_batches(source, self.micro_batch, limit, damage):
+            images += len(batch.keys)
+            yield batch
+        if not images:
+            raise ValueError(f"{source.url} has no readable image to evaluate on: {damage.found[-1]}")
         for text in damage.delays:
             self._say(kind="warning", text=text)
 
@@ -224,8 +228,6 @@ class _Run:
                 images += len(batch.keys)
                 for name, value in figures.items():
                     sums[name] += value * len(batch.keys)
-        if not images:
-            raise ValueError(f"{self.job.held_out_url or self.job.data_url} has no readable image to evaluate on")
         self.figures = {name: value / images for name, value in sums.items()}
         self._say(kind="evaluation", weights=weights, images=images, **self.figures)
         self._show(picture)

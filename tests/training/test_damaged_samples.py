@@ -75,3 +75,19 @@ def test_the_summary_counts_and_names_them(damaged, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {tuple(line.split(": ")[:2]) for line in summary["damaged"]} == set(names)
     assert result.damaged == summary["damaged"]
+
+
+def test_held_out_shards_that_are_gone_are_named_with_the_cause(photo_shards, photo_folders, tmp_path):
+    held_out = tmp_path / "held-out"
+    pack_images(str(photo_folders[1]), str(held_out), max_side=64, workers=0)
+    for tar in held_out.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(ValueError, match=r"held-out has no readable image to evaluate on: shard-\d+\.tar"):
+        train(
+            load_config(PRESET, [*SMALL, *OVERRIDES]),
+            photo_shards,
+            str(tmp_path / "run"),
+            workers=0,
+            held_out_url=str(held_out),
+            show=lambda record: None,
+        )
