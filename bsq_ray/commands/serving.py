@@ -14,7 +14,7 @@ def serve(
     model: Annotated[list[str], typer.Option(help="Model folder, or NAME=FOLDER; several times for several models.")],
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="Address to listen on, of the cluster's head.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     token: Annotated[
         bool | None,
         typer.Option(
