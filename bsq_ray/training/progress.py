@@ -27,7 +27,8 @@ class ProgressLine:
     """Turns a run's records into lines on stderr; a context manager, so that the terminal is left in order."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, highlight=False)
+        # Brackets and colons in paths and messages are themselves, and no markup.
+        self.console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
         self._said = 0.0
 
