@@ -22,8 +22,12 @@ _SERVE_SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    # Threads that wait for more to compute leave the cores to those who read requests and files.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Requests between the processes of a machine are small and many.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # Threads that wait for more to compute soon leave the cores to those who read requests and files; at once would
+    # cost more than it gives, for they are woken dozens of times in each forward pass.
+    "GOMP_SPINCOUNT": "3000",
 }
 # A line in a file for every request takes longer than what it tells is worth; `/metrics` counts them.
 _LOGGING = {"enable_access_log": False}
