@@ -22,7 +22,7 @@ from bsq_ray.serving.settings import Limits, Settings
 pytestmark = pytest.mark.benchmark
 
 # Requests at concurrency 1 and 16.
-_MODELS = {"demo": (150, 640), "imagenet128-bsq18": (12, 48)}
+_MODELS = {"demo": (150, 640), "imagenet128-bsq18": (12, 48), "imagenet256-bsq18": (6, 32)}
 
 
 class Client(threading.Thread):
