@@ -107,12 +107,20 @@ def gpus_within_reach() -> float:
 
 
 def cpus_within_reach() -> float:
-    """Its CPUs; infinitely many if it was joined and nothing is known of what its autoscaler may bring up."""
+    """Its CPUs; infinitely many if nobody knows what its autoscaler may bring up."""
+    return resources_within_reach().get("CPU", 0.0) if reach_is_known() else math.inf
+
+
+def reach_is_known() -> bool:
+    """Whether it cannot become larger than `resources_within_reach`.
+
+    Known of a Ray that this process has started, and where the autoscaler says what it may bring up. Those of `ray up`
+    and KubeRay do not.
+    """
     import ray
 
-    started_here = ray._private.worker._global_node.head
-    known = started_here or ray._private.state.state.get_max_resources_from_cluster_config()
-    return resources_within_reach().get("CPU", 0.0) if known else math.inf
+    started_here: bool = ray._private.worker._global_node.head
+    return started_here or ray._private.state.state.get_max_resources_from_cluster_config() is not None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Every group goes on from the newest checkpoint. Of an announced end nothing is l
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bsq_ray import storage
-from bsq_ray.session import cpus_within_reach, gpus_within_reach
+from bsq_ray.session import cpus_within_reach, gpus_within_reach, reach_is_known
 from bsq_ray.training.board import Board, Failure, Notes, RayReporter
 from bsq_ray.training.finite import NonFinite
 from bsq_ray.training.job import Job, Result
@@ -71,7 +72,7 @@ def run_on_ray(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    gpu = train_on_gpus(device, sizes[0], gpus_within_reach())
+    gpu = train_on_gpus(device, sizes[0], gpus_in_sight(device, say))
     # Whole CPUs for the workers, as long as some are left for the tasks that read.
     cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > sizes[-1] else 0.5
     worker = share.resources or ({"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus})
@@ -104,6 +105,21 @@ def run_on_ray(
         ray.kill(board)
         with suppress(storage.Unavailable):
             storage.remove_folder(storage.join(job.out_url, "ray"))
+
+
+def gpus_in_sight(device: Device, say: Say) -> float:
+    """GPUs of the whole cluster; infinitely many if its autoscaler may bring up more, which only the user can know.
+
+    Says so where none is up and none was asked for.
+    """
+    up = gpus_within_reach()
+    if reach_is_known() or device == "cpu":
+        return up
+    if device == "auto" and not up:
+        text = "no GPU is up on this cluster, so that CPUs train; --device gpu waits for an autoscaler to bring some"
+        say({"kind": "warning", "step": 0, "text": text})
+        return 0.0
+    return math.inf
 
 
 def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:

@@ -98,6 +98,26 @@ def test_what_nobody_foresaw_names_its_place():
     assert re.fullmatch(r"ZeroDivisionError: division by zero \(test_on_ray\.py, line \d+\)", told)
 
 
+@pytest.mark.parametrize(
+    ("known", "device", "up", "expected", "warned"),
+    [
+        (True, "gpu", 0, 0, False),
+        (False, "gpu", 0, math.inf, False),
+        (False, "auto", 8, math.inf, False),
+        (False, "auto", 0, 0, True),
+        (False, "cpu", 0, 0, False),
+    ],
+)
+def test_what_an_autoscaler_that_tells_nothing_may_bring_up_is_waited_for(
+    known, device, up, expected, warned, monkeypatch
+):
+    monkeypatch.setattr(on_ray, "gpus_within_reach", lambda: up)
+    monkeypatch.setattr(on_ray, "reach_is_known", lambda: known)
+    told = []
+    assert on_ray.gpus_in_sight(device, told.append) == expected
+    assert ["--device gpu waits" in record["text"] for record in told] == [True] * warned
+
+
 def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
     from ray._private.state import state
 
