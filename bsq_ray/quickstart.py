@@ -16,6 +16,8 @@ from typing import Any
 
 from bsq_ray.config import load_config
 
+# The minutes end a run, not the steps of its preset.
+BY_THE_CLOCK = "training.steps=1000000"
 _WORKERS = 2
 _HELD_OUT_SHARE = 5
 
@@ -78,7 +80,7 @@ def run_quickstart(
     """
     if minutes <= 0:
         raise ValueError(f"--minutes {minutes} must be positive")
-    config = load_config(material.preset, overrides)
+    config = load_config(material.preset, (BY_THE_CLOCK, *overrides))
     _claim(out, source, material)
     train_folder, held_out_folder = _collect(source, out, material)
 

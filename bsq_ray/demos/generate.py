@@ -10,7 +10,7 @@ from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.demos.tokens import WORKERS, TokenDemo
-from bsq_ray.quickstart import say
+from bsq_ray.quickstart import BY_THE_CLOCK, say
 
 _GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)
 # Precision and recall look at the third neighbour.
@@ -63,7 +63,7 @@ def run_demo(
         )
     with ray_session():
         demo.prepare(tokenizer_overrides)
-        lm = config.load_config("masked-lm-demo", (f"model.classes={len(demo.classes)}", *lm_overrides))
+        lm = config.load_config("masked-lm-demo", (BY_THE_CLOCK, f"model.classes={len(demo.classes)}", *lm_overrides))
         model = demo.train(lm, "masked-lm", demo.tables)
         results = _measure(model, demo.shards, demo.tables, out, drawn)
     return Demo(Path(model), out / "samples.png", results, _summary(results, model, out))

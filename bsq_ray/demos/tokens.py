@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.quickstart import packed, say, split_by_content
+from bsq_ray.quickstart import BY_THE_CLOCK, packed, say, split_by_content
 
 WORKERS = 2
 _HELD_OUT_SHARE, _FEWEST = 10, 5
@@ -55,7 +55,7 @@ class TokenDemo:
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
             raise ValueError(f"training and held-out photographs in {self.out} have different classes")
-        tokenizer = self.train(config.load_config("demo", overrides), "tokenizer", self.shards)
+        tokenizer = self.train(config.load_config("demo", (BY_THE_CLOCK, *overrides)), "tokenizer", self.shards)
         for name, views in (("train", _VIEWS), ("held_out", 1)):
             self.tables[name] = str(self.out / "tokens" / name)
             made = tokenize(
