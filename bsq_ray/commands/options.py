@@ -51,18 +51,21 @@ def going_on() -> str:
 
 
 class Bar:
-    """A progress bar on stderr, called with done and total; total 0 where it is not known."""
+    """A progress bar on stderr, called with done and total, 0 where it is not known; without a terminal one line."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
         from rich.progress import Progress
 
+        self._label = label
         console = Console(file=sys.stderr)
         self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=None)
 
     def __enter__(self) -> Bar:
         self._progress.start()
+        if not self._progress.console.is_terminal:
+            self._progress.console.print(f"{self._label} …")
         return self
 
     def __exit__(self, *_: object) -> None:
