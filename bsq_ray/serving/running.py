@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from bsq_ray import hub
@@ -106,7 +106,9 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
             serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING)
             yield Running(place.url, token, place.note)
         finally:
-            serve.shutdown()
+            # Ray reports the end of Serve's controller, which was asked for, as a failure.
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                serve.shutdown()
 
 
 def _token() -> str:
