@@ -43,6 +43,7 @@ def test_the_readme_names_only_presets_and_files_that_exist():
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
     """In the order of the README, in one folder that holds photographs and clips."""
     (tmp_path / "videos").symlink_to(video_folders[0])
