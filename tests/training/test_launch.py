@@ -219,6 +219,7 @@ def wait_for_a_checkpoint(out, process):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, tmp_path):
     in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
     out = tmp_path / "disturbed"
@@ -238,6 +239,7 @@ def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_stops_at_ctrl_c_and_says_how_to_go_on(photo_shards, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(

@@ -265,6 +265,7 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_does_not_repeat_what_is_done(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_stops_at_ctrl_c_and_the_same_command_goes_on(photo_shards, held_out_shards, tmp_path):
     small_sweep(tmp_path, budget={"steps": 100000, "concurrency": 1, "held_out_images": 2})
     out = tmp_path / "out"
