@@ -30,7 +30,7 @@ test: $(READY)   ## the tests, under 25 minutes on two cores
 test-slow: $(READY) ## the long tests: faults, clusters, demos
 	$(BIN)/python -m pytest -m 'slow and not long and not benchmark'
 
-test-long: $(READY) ## whole sweeps, demos and every command of the README; an hour on two cores
+test-long: $(READY) ## commands that are killed, the README as printed, the video quickstart; half an hour on two cores
 	$(BIN)/python -m pytest -m 'long and not benchmark'
 
 lint: $(READY)   ## ruff and mypy
