@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from local_service import make_app, make_replicas, save_models, wait_until_loaded
+from local_service import make_app, save_models, wait_until_loaded
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -29,18 +29,6 @@ TOKEN = "a-token-of-enough-length"
 def settings(tmp_path_factory):
     limits = Limits(body_mb=0.5, pixels=300_000, upload_seconds=1, seconds=60, waiting=4)
     return Settings(models=save_models(tmp_path_factory.mktemp("models")), limits=limits, authentication=False)
-
-
-@pytest.fixture(scope="module")
-def replicas(settings):
-    return make_replicas(settings)
-
-
-@pytest.fixture(scope="module")
-def client(settings, replicas):
-    with TestClient(make_app(settings, replicas), "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
-        wait_until_loaded(client)
-        yield client
 
 
 @pytest.fixture(scope="module")

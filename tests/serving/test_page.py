@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import uvicorn
-from local_service import make_app, make_replicas, save_clip_models, save_models
+from local_service import make_app, save_clip_models, save_models
 from PIL import Image
 from small_videos import cut_video
 
@@ -32,11 +32,6 @@ pytestmark = [
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return Settings(models=save_models(folder) | {"clips": save_clip_models(folder)["clips"]})
-
-
-@pytest.fixture(scope="module")
-def replicas(settings):
-    return make_replicas(settings)
 
 
 @pytest.fixture(scope="module")

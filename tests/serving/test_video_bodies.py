@@ -14,10 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from local_service import make_app, make_replicas, save_clip_models, save_models, wait_until_loaded
+from local_service import save_clip_models, save_models
 from PIL import Image
 from small_videos import cut_video
-from starlette.testclient import TestClient
 
 from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
@@ -40,18 +39,6 @@ def settings(tmp_path_factory):
     models = {"small": save_models(folder)["small"]} | save_clip_models(folder)
     limits = Limits(body_mb=1, pixels=10_000, clip_pixels=200_000, seconds=60)
     return Settings(models=models, limits=limits, authentication=False)
-
-
-@pytest.fixture(scope="module")
-def replicas(settings):
-    return make_replicas(settings)
-
-
-@pytest.fixture(scope="module")
-def client(settings, replicas):
-    with TestClient(make_app(settings, replicas), "http://127.0.0.1:8000", raise_server_exceptions=False) as client:
-        wait_until_loaded(client)
-        yield client
 
 
 @pytest.fixture(scope="module")
