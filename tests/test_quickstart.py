@@ -10,6 +10,7 @@ from PIL import Image
 
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.quickstart import CLIPS, run_quickstart, split_by_content
+from bsq_ray.training import launch
 
 _SMALL = (
     "model.image_size=32", "model.encoder.width=32", "model.encoder.layers=1", "model.encoder.heads=2",
@@ -70,6 +71,25 @@ def test_copies_of_a_file_count_once_and_one_file_in_five_is_held_out(photo_fold
     sides = [{path.read_bytes() for path in (tmp_path / side).iterdir()} for side in ("train", "held_out")]
     assert [len(side) for side in sides] == [8, 3]
     assert set.union(*sides) == {path.read_bytes() for path in found}
+
+
+def test_the_minutes_and_not_the_steps_of_the_preset_end_it(photos, tmp_path, ray_local, monkeypatch):
+    asked = []
+
+    def train(run, *arguments, minutes, **more):
+        asked.append((run.training.steps, minutes))
+        raise launch.Interrupted("stopped")
+
+    monkeypatch.setattr(launch, "train", train)
+    (tmp_path / "mine").mkdir()
+    for number, photo in enumerate(photos):
+        photo.resize((64, 64)).save(tmp_path / "mine" / f"{number}.png")
+    with pytest.raises(launch.Interrupted, match="Run the same quickstart again"):
+        run_quickstart(tmp_path / "mine", tmp_path / "out", minutes=600)
+    [(steps, minutes)] = asked
+    # More than two cores could take in ten hours.
+    assert minutes == 600
+    assert steps > 300_000
 
 
 def test_a_folder_with_one_clip_is_too_little(video_folders, tmp_path):
