@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ def test_scaling_speed(photo_shards, tmp_path, figure):
             starts[workers] = time.monotonic() - run.began
             first = run.reach(_WARM_UP)
             speeds[workers], waits[workers] = rate(first, run.reach(_WARM_UP + _TIMED))
+            saved = [record for record in run.records() if record["kind"] == "checkpoint"]
             lost = run.kill_worker() if workers == 2 else 0.0
         finally:
             run.end()
@@ -93,3 +95,5 @@ def test_scaling_speed(photo_shards, tmp_path, figure):
     figure(
         "from a killed worker to the next step, two Ray workers", f"{lost:.1f} s", f"{starts[2]:.1f} s from the command"
     )
+    stall, whole = (1e3 * statistics.median(record[key] for record in saved) for key in ("stall", "seconds"))
+    figure("steps wait for a checkpoint, two Ray workers", f"{stall:.0f} ms", f"until it is visible {whole:.0f} ms")
