@@ -8,6 +8,7 @@ has no parameters of another engine in it, unless they are frozen.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -117,7 +118,7 @@ class DataParallelEngine(Engine):
         self.clip = clip
         self.accumulation = accumulation
         self._micro_batches = 0
-        if dist.is_initialized():
+        if dist.is_initialized() and dist.get_world_size() > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
@@ -171,6 +172,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         # Otherwise it tells on stdout that there is no GPU and no tensor parallelism.
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
+        _choose_accelerator(device)
         import deepspeed
 
         join_process_group(device)
@@ -252,6 +254,27 @@ class DeepSpeedEngine(Engine):
             yield
 
 
+def _choose_accelerator(device: torch.device) -> None:
+    """Has DeepSpeed compute where the module is; by itself it takes a GPU wherever there is one.
+
+    Raises:
+        ValueError: it already computes on something else in this process.
+    """
+    given = "DS_ACCELERATOR" in os.environ
+    # Read when DeepSpeed is imported. It does not stay, so that processes begun by this one choose for themselves.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from deepspeed.accelerator import get_accelerator
+
+    chosen = get_accelerator().device_name()
+    if not given:
+        del os.environ["DS_ACCELERATOR"]
+    if chosen != device.type:
+        raise ValueError(
+            f"DeepSpeed computes on {chosen} in this process and cannot train on {device.type} too; begin another "
+            "process, or give training.engine.kind=ddp"
+        )
+
+
 def join_process_group(device: torch.device) -> None:
     """Makes DeepSpeed use the process group that is there, or one of this process alone."""
     import deepspeed
@@ -260,6 +283,8 @@ def join_process_group(device: torch.device) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # NCCL complains of a process that ends without having left its group.
+        atexit.register(dist.destroy_process_group)
     # The shared-memory operator is compiled on first use and serves only DeepSpeed's own launcher.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
