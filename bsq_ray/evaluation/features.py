@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, storage
+from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.source import Source
@@ -99,6 +100,7 @@ class Networks:
     """Both networks, on the GPU if there is one."""
 
     def __init__(self) -> None:
+        whole_fp32()
         self.inception, self.classifier = Inception().to(device()), Classifier().to(device())
 
     def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:

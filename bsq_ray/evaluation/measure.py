@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.source import Samples
 from bsq_ray.evaluation.baseline import MeanColourCodec
@@ -67,6 +68,7 @@ class Measurer(ABC):
     networks: ClassVar[tuple[str, ...]]
 
     def __init__(self, model_url: str, weights: Literal["ema", "plain"], total: int) -> None:
+        whole_fp32()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         section = self.tokenizer.config

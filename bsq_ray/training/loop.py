@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
+from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.source import Batch
 from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
@@ -61,6 +62,8 @@ class _Run:
         self.source = open_source(job.config, job.data_url)
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
+        if self.precision == "fp32":
+            whole_fp32()
         torch.manual_seed(self.section.seed)
         # A run that goes on has its weights in the checkpoint.
         self.begun = bool(job.init_url and self._persistently(lambda: newest_progress(job.out_url)))
