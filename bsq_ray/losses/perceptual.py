@@ -46,7 +46,8 @@ class PerceptualLoss(nn.Module):
         distance_B = reconstruction_BCHW.new_zeros(len(reconstruction_BCHW), dtype=torch.float32)
         for theirs, ours, head in zip(originals, self.features(reconstruction_BCHW), self.lpips.lins, strict=True):
             weight_C = cast(Tensor, head.model[-1].weight).flatten()
-            distance_B = distance_B + ((ours - theirs).square().mean((2, 3)) @ weight_C)
+            # A product of matrices would be rounded to bf16 under autocast.
+            distance_B = distance_B + ((ours - theirs).square().mean((2, 3)) * weight_C).sum(1)
         return distance_B
 
 

@@ -82,9 +82,9 @@ class Generator:
             holes_B1HW: above 0 where the image is to be drawn.
             labels: a class for each image.
         """
-        tokens = self.tokenizer.encode(images)
+        tokens = self.tokenizer.encode(images.to(self._device))
         patch = self.tokenizer.config.patch_size
-        open_BN = F.max_pool2d(holes_B1HW.float(), patch).flatten(1) > 0
+        open_BN = F.max_pool2d(holes_B1HW.to(self._device).float(), patch).flatten(1) > 0
         given_BNS = self.model.split(tokens.bits_BNL)
         section, classes_BC = self._section(sampling), self._classes(labels)
         return self.decode(sample(self.model, classes_BC, section, seed, 0, given_BNS, open_BN))

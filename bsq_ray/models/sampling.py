@@ -62,7 +62,8 @@ def sample_steps(
     masked_BNS = open_BN[..., None].expand(-1, -1, shape[1])
     tokens_BNS = given_BNS.masked_fill(masked_BNS, model.mask)
     by_token = model.config.mask_by == "token"
-    units_B = open_BN.sum(1) * (1 if by_token else shape[1])
+    # Read once: on a GPU every look at a number waits for all work before it.
+    units_B: list[int] = (open_BN.sum(1) * (1 if by_token else shape[1])).tolist()
     for step in range(1, section.steps + 1):
         logits_BNSV = _guided(predict or model, model.any_class, tokens_BNS, classes_BC, section, step)
         drawn_BNS, surety_BNS = _draw(logits_BNSV, _uniform(generators, shape, device))
@@ -71,7 +72,7 @@ def sample_steps(
         confidence_BU = confidence_BU + section.temperature * (1 - step / section.steps) * noise_BU
         masked_BU = masked_BNS[..., 0] if by_token else masked_BNS.flatten(1)
         tokens_BNS = torch.where(masked_BNS, drawn_BNS, tokens_BNS)
-        left_B = torch.tensor([masked_after(step, section.steps, int(units)) for units in units_B], device=device)
+        left_B = torch.tensor([masked_after(step, section.steps, units) for units in units_B], device=device)
         masked_BU = _least_sure(confidence_BU, masked_BU, left_B)
         masked_BNS = masked_BU[..., None].expand_as(masked_BNS) if by_token else masked_BU.view_as(masked_BNS)
         tokens_BNS = tokens_BNS.masked_fill(masked_BNS, model.mask)

@@ -52,8 +52,9 @@ class MaskedLMStage(Stage):
         section, model = self.run.loss, self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, dropped_B = self._hide(batch.keys, step, section.class_dropout)
-        labels_B = batch.labels_B.to(self.device).masked_fill(dropped_B, model.any_class)
-        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask), model.classes_of(labels_B))
+        # Still on the host, where checking them waits for nothing.
+        classes_BC = model.classes_of(batch.labels_B.masked_fill(dropped_B, model.any_class)).to(self.device)
+        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
         loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, section.label_smoothing)
         right_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
         accuracy = right_BNS.sum() / masked_BNS.sum()
@@ -68,7 +69,7 @@ class MaskedLMStage(Stage):
         model = self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, _ = self._hide(batch.keys, -1, 0.0)
-        classes_BC = model.classes_of(batch.labels_B.to(self.device))
+        classes_BC = model.classes_of(batch.labels_B).to(self.device)
         logits_BNSV = engines["masked_lm"](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
         nats = float(masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, 0.0))
         shown = slice(0, _PICTURED)
@@ -96,7 +97,7 @@ class MaskedLMStage(Stage):
         return model.split(bits_BNL.unflatten(1, (section.tokens, section.bits)))
 
     def _hide(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
-        """What is masked (B, N, S), and whose class is hidden (B,).
+        """What is masked (B, N, S), and on the host whose class is hidden (B,).
 
         Drawn from (seed, step, key) of each sample, so that it does not depend on the number of workers.
         """
@@ -112,7 +113,7 @@ class MaskedLMStage(Stage):
             dropped.append(rng.random() < class_dropout)
         masked_BU = torch.from_numpy(np.stack(masks)).to(self.device)
         masked_BNS = masked_BU.view(len(keys), section.tokens, -1).expand(-1, -1, section.sub_tokens)
-        return masked_BNS, torch.tensor(dropped, device=self.device)
+        return masked_BNS, torch.tensor(dropped)
 
     def _decode(self, bits_BNL: Tensor) -> Tensor:
         if self._tokenizer is None:
