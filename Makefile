@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install quickstart demo-generate demo-compress test test-slow test-long lint benchmark clean
+.PHONY: help install quickstart demo-generate demo-compress test test-slow test-long test-gpu lint benchmark clean
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -32,6 +32,9 @@ test-slow: $(READY) ## the long tests: faults, clusters, demos
 
 test-long: $(READY) ## commands that are killed, the README as printed, the video quickstart; half an hour on two cores
 	$(BIN)/python -m pytest -m 'long and not benchmark'
+
+test-gpu: $(READY) ## the tests on a CUDA GPU, of a machine that has one
+	$(BIN)/python -m pytest -m 'gpu and not benchmark'
 
 lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,74 @@
+"""Models for the tests on a GPU, what they are shown, and how their results are compared with a CPU's."""
+
+import copy
+
+import numpy as np
+import torch
+
+from bsq_ray import Tokenizer, config
+from bsq_ray.data.images import evaluation_image, to_float
+from bsq_ray.metrics.weights import resolve_once
+
+SIZE = 32
+
+
+def small_tokenizer(quantizer=None, **changes):
+    """4 x 4 tokens at 32 px; temporal positions that matter, as a trained video model's do."""
+    torch.manual_seed(0)
+    sizes = {"width": 64, "layers": 2, "heads": 4}
+    section = {
+        "image_size": SIZE,
+        "encoder": config.Transformer(**sizes),
+        "decoder": config.Decoder(**sizes, head_width=64),
+        "quantizer": quantizer or config.BSQ(bits=18),
+    }
+    tokenizer = Tokenizer(config.TokenizerModel(**section | changes))
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        if part.transformer.temporal_position is not None:
+            torch.nn.init.normal_(part.transformer.temporal_position, std=0.5)
+    return tokenizer
+
+
+def photographs(photos, size=SIZE):
+    """Squares of real photographs, (B, 3, size, size) in [-1, 1]."""
+    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, size, "lanczos") for photo in photos])))
+
+
+def pan(photo, frames, size=SIZE):
+    """A clip (1, 3, T, size, size) of a camera that pans over a photograph, eight pixels a frame."""
+    pixels = np.asarray(photo.resize((size + 8 * frames, size))).transpose(2, 0, 1)
+    cuts = [pixels[:, :, 8 * t : 8 * t + size] for t in range(frames)]
+    return to_float(torch.from_numpy(np.stack(cuts, 1)[None]))
+
+
+def on_both(module, gpu):
+    """The module on the CPU, and its twin on the GPU."""
+    return module, copy.deepcopy(module).to(gpu)
+
+
+def missing_weights(*networks):
+    """Why a test that looks through published networks cannot run here; empty if it can."""
+    for network in networks:
+        try:
+            resolve_once(network)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def assert_agree(there, here, tolerance, what=""):
+    """The difference is at most `tolerance` of the length of what the CPU says."""
+    here, there = here.detach().double(), there.detach().cpu().double()
+    assert there.shape == here.shape
+    assert torch.isfinite(there).all(), what
+    error = float((there - here).norm() / here.norm().clamp_min(1e-12))
+    assert error <= tolerance, f"{what}: {error:.2e} apart"
+
+
+def assert_same_gradients(there, here, tolerance):
+    """Of all parameters; those whose gradient is nothing but rounding may differ by a thousandth of the longest."""
+    expected = {name: parameter.grad for name, parameter in here.named_parameters()}
+    longest = max(float(gradient.norm()) for gradient in expected.values())
+    for name, parameter in there.named_parameters():
+        error = float((parameter.grad.cpu() - expected[name]).norm())
+        assert error <= tolerance * (float(expected[name].norm()) + 1e-3 * longest), f"{name}: {error:.2e} apart"

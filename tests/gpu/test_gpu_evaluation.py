@@ -1,0 +1,83 @@
+"""Metrics measured on a GPU are those measured on a CPU."""
+
+import numpy as np
+import pytest
+import torch
+from small_gpu_models import missing_weights, photographs, small_tokenizer
+
+from bsq_ray.data.images import to_uint8
+from bsq_ray.data.source import Samples
+from bsq_ray.evaluation.measure import Measurer
+from bsq_ray.evaluation.measure_images import ImageMeasurer
+from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+from bsq_ray.metrics.psnr import psnr
+from bsq_ray.metrics.ssim import structural_similarity
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("model"))
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """Hides the GPU from what looks for one."""
+
+    def hide():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    return hide
+
+
+class WithoutInception(ImageMeasurer):
+    """Everything of each image, nothing of their distribution."""
+
+    def __init__(self, model_url, weights, total):
+        Measurer.__init__(self, model_url, weights, total)
+
+    def features(self, samples):
+        return None
+
+
+def test_psnr_and_ssim(gpu, photos):
+    original = photographs(photos, 176)
+    blurred = torch.nn.functional.avg_pool2d(original, 3, 1, 1)
+    here = structural_similarity(original, blurred) | {"psnr": psnr(original, blurred)}
+    pair = original.to(gpu), blurred.to(gpu)
+    there = structural_similarity(*pair) | {"psnr": psnr(*pair)}
+    assert here.keys() == {"ssim", "ms_ssim", "psnr"}
+    for name, value in here.items():
+        torch.testing.assert_close(there[name].cpu(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_each_images_figures(model, photos, gpu, without_gpu):
+    if reason := missing_weights("lpips-alex", "lpips-vgg"):
+        pytest.skip(reason)
+    pixels = to_uint8(photographs(photos)).numpy()
+    samples = Samples(pixels, np.zeros(len(pixels), np.int64), [str(n) for n in range(len(pixels))])
+    measurer = WithoutInception(model, "ema", len(pixels))
+    assert measurer.device.type == gpu.type
+    there = measurer(samples)
+    without_gpu()
+    here = WithoutInception(model, "ema", len(pixels))(samples)
+    assert np.array_equal(there.packed, here.packed)
+    assert there.seconds > 0
+    for row, figures in here.figures.items():
+        for name, value in figures.items():
+            np.testing.assert_allclose(there.figures[row][name], value, rtol=1e-3, err_msg=f"{row} {name}")
+
+
+def test_a_whole_evaluation(model, held_out_shards, without_gpu, tmp_path):
+    if reason := missing_weights(*ImageMeasurer.networks):
+        pytest.skip(reason)
+    rows = [evaluate_reconstruction(model, held_out_shards, str(tmp_path / "gpu"), workers=0)["rows"]]
+    without_gpu()
+    rows.append(evaluate_reconstruction(model, held_out_shards, str(tmp_path / "cpu"), workers=0)["rows"])
+    for name, figures in rows[1].items():
+        for key, value in figures.items():
+            if key != "images_per_second":
+                assert rows[0][name][key] == pytest.approx(value, rel=2e-3, abs=1e-4), (name, key)
