@@ -6,24 +6,18 @@ the plan's efficiency follows as it does for the A5000 from the one published fi
 
 import statistics
 import time
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from training_steps import Training
 
 from bsq_ray.config import load_config
-from bsq_ray.data.source import Batch
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning import plan
 from bsq_ray.planning.activations import tokenizer_bytes
 from bsq_ray.planning.flops import tokenizer_forward
 from bsq_ray.planning.gpus import GPU
-from bsq_ray.training.ema import EMA
-from bsq_ray.training.engine import build_engine
-from bsq_ray.training.stages.masked_lm import MaskedLMStage
-from bsq_ray.training.stages.prior import PriorStage
-from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 pytestmark = pytest.mark.benchmark
 CPU = torch.device("cpu")
@@ -68,45 +62,6 @@ def efficiency(card):
     return tokenizer_forward(run.model) / (card.bf16_tflops * 1e12) / (seconds - traffic)
 
 
-def some_batch(run):
-    size = run.training.batch_size
-    if run.stage == "tokenizer":
-        shape = (size, 3, run.model.image_size, run.model.image_size)
-    else:
-        shape = (size, run.model.tokens * run.model.bits // 8)
-    values = torch.randint(0, 256, shape, dtype=torch.uint8)
-    return Batch(values, torch.zeros(size, dtype=torch.int64), list(map(str, range(size))))
-
-
-class Training:
-    """Steps of a preset, without what surrounds them in a run."""
-
-    def __init__(self, name):
-        self.run = preset(name)
-        tokens = SimpleNamespace(tokenizer_url="")
-        self.stage = {
-            "tokenizer": lambda: TokenizerStage(self.run, CPU),
-            "masked-lm": lambda: MaskedLMStage(self.run, tokens, CPU),
-            "prior": lambda: PriorStage(self.run, tokens, CPU),
-        }[self.run.stage]()
-        section, modules = self.run.training, self.stage.modules
-        self.engines = {n: build_engine(m, section, section.batch_size, 1, CPU) for n, m in modules.items()}
-        self.main = next(iter(modules.values()))
-        self.average = EMA(self.main, section.ema_decay)
-        self.batch = some_batch(self.run)
-
-    def step(self, number):
-        carry = {}
-        for phase in self.stage.phases(number):
-            for name, module in self.stage.modules.items():
-                module.requires_grad_(name == phase)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss, _ = self.stage.loss(phase, self.batch, self.engines, carry, number)
-            self.engines[phase].backward(loss)
-            self.engines[phase].step(1e-4)
-        self.average.update(self.main)
-
-
 def seconds_of_a_step(training):
     """On average: what comes every sixteenth step is a sixteenth of it."""
 
@@ -142,7 +97,7 @@ def test_plan_accuracy(name, card, figure):
     kept = []
 
     def build_and_step():
-        kept.append(Training(name))
+        kept.append(Training(preset(name), CPU))
         for number in (0, 1, 15):
             kept[0].step(number)
 

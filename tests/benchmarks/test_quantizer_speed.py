@@ -5,9 +5,7 @@ import timeit
 
 import pytest
 import torch
-
-from bsq_ray import config
-from bsq_ray.models.quantizers import build_quantizer
+from quantizer_steps import quantizer_steps
 
 pytestmark = pytest.mark.benchmark
 _BATCH, _TOKENS = 32, 256
@@ -23,28 +21,6 @@ def milliseconds(steps, rounds=9, calls=5):
     return {name: 1000 * statistics.median(values) for name, values in times.items()}
 
 
-def ours(bits, **entropy):
-    quantizer = build_quantizer(config.BSQ(bits=bits, entropy=config.Entropy(**entropy)))
-    v = torch.randn(_BATCH, _TOKENS, bits, requires_grad=True)
-
-    def step():
-        result = quantizer(v)
-        (result.codes_BNC.sum() + result.loss).backward()
-
-    return step
-
-
-def theirs(module, width):
-    v = torch.randn(_BATCH, _TOKENS, width, requires_grad=True)
-
-    def step():
-        result = module(v)
-        loss = result[2] if len(result) > 2 else 0
-        (result[0].sum() + loss).backward()
-
-    return step
-
-
 def peak_megabytes(step):
     """Most memory that tensors made by a call hold at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -58,15 +34,7 @@ def peak_megabytes(step):
 
 
 def test_quantizer_speed(figure):
-    library = pytest.importorskip("vector_quantize_pytorch")
-    torch.manual_seed(0)
-    lfq = library.LFQ(codebook_size=2**9, num_codebooks=2, dim=18, spherical=True, entropy_loss_weight=0.1)
-    fsq = library.FSQ(levels=[8, 8, 8, 5, 5, 5])
-    steps = {f"BSQ {bits} bits, analytical": ours(bits) for bits in (18, 36, 64, 128)}
-    steps["BSQ 18 bits, groups of 9"] = ours(18, estimate="group", group_size=9)
-    steps["BSQ 18 bits, groups of 18"] = ours(18, estimate="group", group_size=18)
-    steps["vector-quantize-pytorch LFQ 2 x 2^9"] = theirs(lfq.train(), 18)
-    steps["vector-quantize-pytorch FSQ 6 channels"] = theirs(fsq.train(), 6)
+    steps = quantizer_steps((_BATCH, _TOKENS), torch.device("cpu"))
     rows = milliseconds(steps)
     base = rows["BSQ 18 bits, analytical"]
     for name, value in rows.items():

@@ -1,8 +1,7 @@
 """One full training step: generator, LPIPS (VGG), discriminator, R1 amortised over its 16 steps, both optimisers.
 
 Width 256, 6 + 6 layers, 128 px, batch 4, StyleGAN2 discriminator with channel base 32,768. The neighbour is the same
-step spelt without care: filter and stride apart in the default memory layout, discriminator not frozen while the
-generator learns, originals' perceptual features with gradients, optimisers not fused.
+step spelt without care, see `CarelessTraining`.
 """
 
 import resource
@@ -12,113 +11,30 @@ import time
 
 import pytest
 import torch
-import torch.nn.functional as F
+from training_steps import CarelessTraining, Training
 
 from bsq_ray import config
-from bsq_ray.data.source import Batch
-from bsq_ray.training.engine import DataParallelEngine
-from bsq_ray.training.stages.tokenizer import TokenizerStage
 
 pytestmark = pytest.mark.benchmark
 _SIZE, _BATCH = 128, 4
+CPU = torch.device("cpu")
 
 
-def configuration(compiled=False):
+def configuration(precision, compiled):
+    engine = config.Engine(kind="ddp", precision=precision, compile=compiled)
     sizes = {"width": 256, "layers": 6, "heads": 4}
     return config.TokenizerConfig(
         name="step",
         model=config.TokenizerModel(encoder=config.Transformer(**sizes), decoder=config.Decoder(**sizes)),
-        training=config.Training(engine=config.Engine(compile=compiled)),
+        training=config.Training(engine=engine, batch_size=_BATCH),
     )
-
-
-def batch():
-    images = torch.randint(0, 256, (_BATCH, 3, _SIZE, _SIZE), dtype=torch.uint8)
-    return Batch(images, torch.zeros(_BATCH, dtype=torch.int64), ["x"] * _BATCH)
-
-
-def careful(precision, compiled):
-    stage = TokenizerStage(configuration(compiled), torch.device("cpu"))
-    engines = {
-        name: DataParallelEngine(module, torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True), 0.0, 1)
-        for name, module in stage.modules.items()
-    }
-
-    def step(number):
-        carry = {}
-        for phase in stage.phases(number):
-            for name, module in stage.modules.items():
-                module.requires_grad_(name == phase)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                loss, _ = stage.loss(phase, batch(), engines, carry, number)
-            engines[phase].backward(loss)
-            engines[phase].step(1e-4)
-
-    return step
-
-
-class CarelessConv(torch.nn.Module):
-    """The literal order of the description: pad, filter, then stride, on whatever layout comes."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x):
-        conv, channels = self.conv, x.shape[1]
-        weight = conv.weight * conv.scale
-        if conv.down:
-            taps = conv.filter_HW.to(x.dtype).expand(channels, 1, 4, 4)
-            pad = 1 if conv.size == 1 else 2
-            x = F.conv2d(F.pad(x.contiguous(), (pad,) * 4), taps, groups=channels)
-            x = F.conv2d(x, weight, stride=2)
-        else:
-            x = F.conv2d(x.contiguous(), weight, padding=conv.size // 2)
-        if conv.bias is None:
-            return x * conv.gain
-        return F.leaky_relu(x + conv.bias.to(x.dtype)[:, None, None], 0.2) * 2**0.5 * conv.gain
-
-
-def careless(precision):
-    stage = TokenizerStage(configuration(), torch.device("cpu"))
-    discriminator = stage.modules["discriminator"]
-    for module in list(discriminator.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "EqualizedConv":
-                setattr(module, name, CarelessConv(child))
-    optimisers = {n: torch.optim.AdamW(m.parameters(), lr=1e-4, foreach=False) for n, m in stage.modules.items()}
-    perceptual = stage.perceptual.lpips.to(memory_format=torch.contiguous_format)
-
-    def step(number):
-        x = batch().values_B.float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            output = stage.modules["generator"](x)
-            fake = output.images.clamp(-1, 1)
-            loss = (output.images - x).abs().mean() + 0.1 * perceptual(fake, x.requires_grad_()).mean()
-            loss = loss + 0.1 * F.softplus(-discriminator(fake)[0]).mean() + 0.1 * output.quantized.loss
-        loss.backward()
-        optimisers["generator"].step()
-        for optimiser in optimisers.values():
-            optimiser.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            real_images = x.detach().requires_grad_()
-            real, fake = discriminator(real_images)[0], discriminator(fake.detach())[0]
-            loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-            if (number + 1) % 16 == 0:
-                [gradient] = torch.autograd.grad(real.sum(), real_images, create_graph=True)
-                loss = loss + 80 * gradient.square().sum((1, 2, 3)).mean()
-        loss.backward()
-        optimisers["discriminator"].step()
-        optimisers["discriminator"].zero_grad()
-
-    return step
 
 
 def measure(kind, precision, compiled):
     """Seconds of an average step, and the process's peak memory in GB."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    step = careful(precision, compiled) if kind == "careful" else careless(precision)
+    step = {"careful": Training, "careless": CarelessTraining}[kind](configuration(precision, compiled), CPU).step
     step(0)
     times = []
     for number in (1, 2, 15):

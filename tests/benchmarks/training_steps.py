@@ -1,0 +1,127 @@
+"""Steps of a training without what surrounds them in a run, on any device, and the tokenizer's step without care."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from bsq_ray.data.source import Batch
+from bsq_ray.training.ema import EMA
+from bsq_ray.training.engine import build_engine
+from bsq_ray.training.stages import Stage
+from bsq_ray.training.stages.masked_lm import MaskedLMStage
+from bsq_ray.training.stages.prior import PriorStage
+from bsq_ray.training.stages.tokenizer import TokenizerStage
+
+
+def some_batch(run):
+    """As many samples as a step takes, on the host, as the loader gives them."""
+    size = run.training.batch_size
+    if run.stage == "tokenizer":
+        shape = (size, 3, run.model.image_size, run.model.image_size)
+    else:
+        shape = (size, run.model.tokens * run.model.bits // 8)
+    values = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return Batch(values, torch.zeros(size, dtype=torch.int64), list(map(str, range(size))))
+
+
+def stage_of(run, device) -> Stage:
+    """The stage that a configuration names; those of tokens read no table."""
+    tokens = SimpleNamespace(tokenizer_url="")
+    if run.stage == "tokenizer":
+        return TokenizerStage(run, device)
+    return MaskedLMStage(run, tokens, device) if run.stage == "masked-lm" else PriorStage(run, tokens, device)
+
+
+class Training:
+    """Steps of a configuration by its engine in its precision."""
+
+    def __init__(self, run, device):
+        self.stage, self.device = stage_of(run, device), device
+        self.half = run.training.engine.precision == "bf16"
+        section = run.training
+        self.engines = {
+            name: build_engine(module, section, section.batch_size, 1, device, self.half)
+            for name, module in self.stage.modules.items()
+        }
+        self.main = next(iter(self.stage.modules.values()))
+        self.average = EMA(self.main, section.ema_decay)
+        self.batch = some_batch(run)
+
+    def step(self, number):
+        carry = {}
+        for phase in self.stage.phases(number):
+            for name, module in self.stage.modules.items():
+                module.requires_grad_(name == phase)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                loss, _ = self.stage.loss(phase, self.batch, self.engines, carry, number)
+            self.engines[phase].backward(loss)
+            self.engines[phase].step(1e-4)
+        self.average.update(self.main)
+
+
+class CarelessConv(torch.nn.Module):
+    """The literal order of the description: pad, filter, then stride, on whatever layout comes."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        conv, channels = self.conv, x.shape[1]
+        weight = conv.weight * conv.scale
+        if conv.down:
+            taps = conv.filter_HW.to(x.dtype).expand(channels, 1, 4, 4)
+            pad = 1 if conv.size == 1 else 2
+            x = F.conv2d(F.pad(x.contiguous(), (pad,) * 4), taps, groups=channels)
+            x = F.conv2d(x, weight, stride=2)
+        else:
+            x = F.conv2d(x.contiguous(), weight, padding=conv.size // 2)
+        if conv.bias is None:
+            return x * conv.gain
+        return F.leaky_relu(x + conv.bias.to(x.dtype)[:, None, None], 0.2) * 2**0.5 * conv.gain
+
+
+class CarelessTraining:
+    """The tokenizer's step spelt without care.
+
+    Filter and stride apart in the default memory layout, discriminator not frozen while the generator learns,
+    originals' perceptual features with gradients, optimisers not fused.
+    """
+
+    def __init__(self, run, device):
+        stage = TokenizerStage(run, device)
+        self.generator, self.discriminator = stage.modules["generator"], stage.modules["discriminator"]
+        for module in list(self.discriminator.modules()):
+            for name, child in list(module.named_children()):
+                if type(child).__name__ == "EqualizedConv":
+                    setattr(module, name, CarelessConv(child))
+        self.optimisers = {
+            name: torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=False)
+            for name, module in stage.modules.items()
+        }
+        self.perceptual = stage.perceptual.lpips.to(memory_format=torch.contiguous_format)
+        self.batch, self.device = some_batch(run), device
+        self.half = run.training.engine.precision == "bf16"
+
+    def step(self, number):
+        x = self.batch.values_B.to(self.device).float() / 127.5 - 1
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            output = self.generator(x)
+            fake = output.images.clamp(-1, 1)
+            loss = (output.images - x).abs().mean() + 0.1 * self.perceptual(fake, x.requires_grad_()).mean()
+            loss = loss + 0.1 * F.softplus(-self.discriminator(fake)[0]).mean() + 0.1 * output.quantized.loss
+        loss.backward()
+        self.optimisers["generator"].step()
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            real_images = x.detach().requires_grad_()
+            real, fake = self.discriminator(real_images)[0], self.discriminator(fake.detach())[0]
+            loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+            if (number + 1) % 16 == 0:
+                [gradient] = torch.autograd.grad(real.sum(), real_images, create_graph=True)
+                loss = loss + 80 * gradient.square().sum((1, 2, 3)).mean()
+        loss.backward()
+        self.optimisers["discriminator"].step()
+        self.optimisers["discriminator"].zero_grad()
