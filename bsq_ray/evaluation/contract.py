@@ -41,9 +41,9 @@ def contract(
         "pixels": "originals and reconstructions rounded to 8 bits",
         "weights": {name: {"source": w.source, "sha256": w.sha256} for name, w in weights.items()},
         "versions": {
-            "bsq_ray": metadata.version("bsq-ray"),
+            "bsq_ray": _version("bsq-ray"),
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "ray", "lpips", "pytorch-msssim", "pillow")},
+            **{name: _version(name) for name in ("torch", "ray", "lpips", "pytorch-msssim", "pillow")},
         },
     }
     fewest = images if drawn is None else min(images, drawn)
@@ -55,3 +55,11 @@ def contract(
     if "fvd-i3d" in networks and images < _FID_IMAGES:
         conditions["warning"] = f"rFVD of {images} clips is biased upwards; compare it only with rFVD of the same clips"
     return conditions
+
+
+def _version(package: str) -> str:
+    """Of what need not be there: one process measures without Ray, and a checkout is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,13 +1,16 @@
 """Measuring a tokenizer: the same numbers for any number of workers, with a contract and a baseline."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
 from PIL import Image
 
 from bsq_ray import config
+from bsq_ray.data.manifest import read_manifest
 from bsq_ray.evaluation.baseline import MeanColourCodec
+from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
 from bsq_ray.evaluation.single import describe, reconstruct_file
 from bsq_ray.models.tokenizer import Tokenizer
@@ -51,6 +54,17 @@ def test_the_trivial_codec_is_better_than_an_untrained_model(results):
     assert rows["model"]["bits_per_pixel"] == 36 / 64
     assert 0 < rows["model"]["code_usage"] < 1
     assert len(results[0]["bit_entropies"]) == 36
+
+
+def test_what_is_not_installed_is_said_to_be_so(held_out_shards, monkeypatch):
+    def version(package):
+        if package == "ray":
+            raise metadata.PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    versions = contract(read_manifest(held_out_shards), 12, 32, "lanczos", ())["versions"]
+    assert (versions["ray"], versions["torch"]) == ("not installed", "1")
 
 
 def test_results_carry_their_contract(results, held_out_shards):
