@@ -15,6 +15,7 @@ from training_steps import CarelessTraining, Training
 from bsq_ray import Generator, Prior, Tokenizer
 from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.config import load_config
+from bsq_ray.data.images import to_float
 from bsq_ray.metrics.weights import resolve_once
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.planning import plan
@@ -108,6 +109,49 @@ def test_a_full_training_step(name, precision, way, figure):
         beside = f"{CARELESS[name, precision] / seconds:.2f} x the neighbour's speed; {beside}"
     speed = f"{BATCH / seconds:.0f} images/s, {planned.step_flops / seconds / 1e12:.0f} TFLOP/s"
     figure(what, f"{seconds:.3f} s, {speed}, {peak:.1f} GB", beside)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_parts_of_a_training_step(name, figure):
+    """Where its time goes, and how fast each part calculates; optimisers and moving average are in none of them."""
+    run = preset(name, "bf16", "training.engine.kind=ddp")
+
+    def work():
+        training = Training(run, GPU)
+        stage, engines = training.stage, training.engines
+        real = to_float(training.batch.values_B.to(GPU))
+        fake = (real + 0.1 * torch.randn_like(real)).clamp(-1, 1).requires_grad_()
+
+        def generator():
+            output = stage.modules["generator"](real)
+            return (output.images - real).abs().mean() + output.quantized.loss
+
+        def discriminator(step):
+            carry = {"real": real}
+            judged = stage._judge(fake, engines, carry)
+            return judged + stage._discriminator_loss(engines, carry, step)[0]
+
+        parts = {
+            "generator": generator,
+            "LPIPS": lambda: stage.perceptual(fake, real).mean(),
+            "discriminator": lambda: discriminator(0),
+            "discriminator with R1": lambda: discriminator(15),
+        }
+
+        def both_ways(part):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = part()
+            loss.backward()
+
+        return {told: milliseconds(lambda part=part: both_ways(part), 5, warm=2) for told, part in parts.items()}
+
+    found, _ = alone(work)
+    if found is None:
+        pytest.skip("more memory than there is")
+    operations = plan(run, PLANNED, 1).sample.flops
+    for told, took in found.items():
+        speed = f"{operations[told] * BATCH / took / 1e9:.0f} TFLOP/s" if told in operations else ""
+        figure(f"of a training step, {name}, {BATCH} images, bf16, eager: {told}", f"{took:.1f} ms", speed)
 
 
 @pytest.mark.parametrize("name", ["imagenet128-masked-lm", "imagenet128-prior"])
