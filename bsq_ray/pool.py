@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bsq_ray.session import gpus_within_reach, ray_session
+from bsq_ray.session import gpu_share, ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +22,8 @@ def map_in_pool(
     Args:
         items: what to work on.
         build: called once in each actor; what it returns is called for each item.
-        workers: actors, each with a CPU, and with a GPU where the cluster has enough; 0 works in this process.
+        workers: actors, each with a CPU, and where the cluster has GPUs with one, or a part of one; 0 works in this
+            process.
         address: Ray cluster, see `ray_session`.
 
     Raises:
@@ -54,13 +55,13 @@ def map_in_pool(
                     result[0] = _Failed(error)
                 return {"result": result}
 
-        gpus = 1 if gpus_within_reach() >= workers else 0
+        share = gpu_share(workers)
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         numbers = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
         pool = ActorPoolStrategy(size=min(workers, len(items)))
-        for row in numbers.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
+        for row in numbers.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=share).iter_rows():
             if isinstance(row["result"], _Failed):
                 raise row["result"].error
             yield row["result"]

@@ -106,6 +106,15 @@ def gpus_within_reach() -> float:
     return resources_within_reach().get("GPU", 0.0)
 
 
+def gpu_share(workers: int) -> float:
+    """What of a GPU each of so many processes takes: a whole one, an even part where there are fewer GPUs, or none.
+
+    To be asked for: a process to which Ray gives none sees all of its machine's and would take the first.
+    """
+    gpus = int(gpus_within_reach())
+    return 1 / math.ceil(workers / gpus) if gpus else 0.0
+
+
 def cpus_within_reach() -> float:
     """Its CPUs; infinitely many if nobody knows what its autoscaler may bring up."""
     return resources_within_reach().get("CPU", 0.0) if reach_is_known() else math.inf

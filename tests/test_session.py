@@ -30,3 +30,12 @@ def test_a_cluster_is_left_when_its_data_services_do_not_start(monkeypatch):
     with pytest.raises(pytest.fail.Exception, match="no node has room"), ray_session("auto"):
         pass
     assert left
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "share"), [(2, 8, 1), (8, 8, 1), (16, 8, 1 / 2), (4, 3, 1 / 2), (2, 1, 1 / 2), (2, 0, 0)]
+)
+def test_processes_share_the_gpus_that_there_are(workers, gpus, share, monkeypatch):
+    monkeypatch.setattr(session, "gpus_within_reach", lambda: float(gpus))
+    assert session.gpu_share(workers) == share
+    assert not share or gpus * int(1 / share) >= workers, "each share lies on one GPU"

@@ -29,7 +29,7 @@ from bsq_ray.evaluation.pictures import draw
 from bsq_ray.evaluation.strips import animate, draw_strips
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import FEWEST_FRAMES
-from bsq_ray.session import gpus_within_reach, ray_session
+from bsq_ray.session import gpu_share, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
 _ANIMATION_FPS = 6.0
@@ -132,10 +132,10 @@ def _on_ray(job: _Job, workers: int, address: str | None) -> Iterator[Measured]:
                 measured[0] = self.measure(rows["block"][0])
                 return {"measured": measured}
 
-        gpus = 1 if gpus_within_reach() >= workers else 0
+        share = gpu_share(workers)
         samples = evaluation_dataset(*job.samples())
         pool = ray.data.ActorPoolStrategy(size=min(workers, -(-job.total // job.batch_size)))
-        for row in samples.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus).iter_rows():
+        for row in samples.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=share).iter_rows():
             yield row["measured"]
 
 
