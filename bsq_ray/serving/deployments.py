@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from ray import serve
+from ray.serve.metrics import Histogram
 from torch import Tensor
 
 from bsq_ray.serving.answers import File, PackedTokens
+from bsq_ray.serving.batches import Batches
 from bsq_ray.serving.clips import is_clip
 from bsq_ray.serving.engines import CodecEngine, GeneratorEngine, TokenizerEngine, use_threads
 from bsq_ray.serving.figures import Figures
@@ -44,17 +45,18 @@ class _Computing:
         """The same for a thread that waits."""
         return self._thread.submit(function, *arguments).result()
 
-    def batched(self, function: Callable[[list[Any]], list[Any]], section: Batching) -> Callable[[Any], Any]:
+    def batched(self, function: Callable[[list[Any]], list[Any]], section: Batching) -> Batches:
         """`function` of many as an awaitable function of one."""
+        sizes = Histogram(
+            "serve_bsq_batch_size", "Requests computed together.", [1, 2, 4, 8, 16, 32, 64], ("function",)
+        )
 
         async def together(items: list[Any]) -> list[Any]:
+            sizes.observe(len(items), {"function": function.__name__})
             results: list[Any] = await self(function, items)
             return results
 
-        together.__name__ = function.__name__
-        batch = serve.batch(max_batch_size=section.largest_batch, batch_wait_timeout_s=section.wait_ms / 1000)
-        joined: Callable[[Any], Any] = batch(together)
-        return joined
+        return Batches(together, section.largest_batch, section.wait_ms / 1000)
 
 
 class TokenizerReplica:

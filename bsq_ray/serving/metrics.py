@@ -1,7 +1,7 @@
 """`/metrics`: what Ray Serve counts, of every machine of the cluster, in Prometheus' text format.
 
-Requests, latencies, queues, replicas and sizes of batches of every deployment are counted by Ray Serve itself; each
-machine gives them out at its own port.
+Requests, latencies, queues and replicas of every deployment are counted by Ray Serve itself, sizes of batches by the
+replicas; each machine gives them out at its own port.
 """
 
 from __future__ import annotations
