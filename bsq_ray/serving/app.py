@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from bsq_ray import hub
 from bsq_ray.config.reading import check_section
+from bsq_ray.host_memory import keep_memory
 from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.front import Front
 from bsq_ray.serving.guard import digest
@@ -64,10 +65,15 @@ def _models(role: str, name: str, url: str, settings: Settings) -> Application:
 def options(section: Scaling, ongoing: int, settings: Settings) -> dict[str, Any]:
     """A deployment's options; `ongoing` requests are at a replica at once, and a limited number waits before it."""
     gpus = section.gpus if isinstance(section, Computing) else 0
+    on_cpu = isinstance(section, Computing) and section.device == "cpu"
     fixed: dict[str, Any] = {
         "max_ongoing_requests": ongoing,
         "max_queued_requests": settings.limits.waiting,
-        "ray_actor_options": {"num_cpus": section.cpus, "num_gpus": gpus},
+        "ray_actor_options": {
+            "num_cpus": section.cpus,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": keep_memory()} if on_cpu else {},
+        },
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "health_check_period_s": 5,
     }

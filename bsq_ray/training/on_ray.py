@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bsq_ray import storage
+from bsq_ray.host_memory import keep_memory
 from bsq_ray.session import cpus_within_reach, gpus_within_reach, reach_is_known
 from bsq_ray.training.board import Board, Failure, Notes, RayReporter
 from bsq_ray.training.finite import NonFinite
@@ -234,6 +235,7 @@ class _Group:
                 name=f"ray-{int(time.time() * 1000)}",
                 # Whether to try again is decided here, where another number can be tried too.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                worker_runtime_env={} if settings["gpu"] else {"env_vars": keep_memory()},
                 **ray_storage(job.out_url),
             ),
         )

@@ -151,12 +151,15 @@ def test_each_kind_of_deployment_scales_on_its_own():
     settings = check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
     sections = settings.tokenizer, settings.codec, settings.generator, settings.front
     tokenizer, codec, generator, front = (options(section, 8, settings) for section in sections)
-    assert (front["num_replicas"], front["ray_actor_options"]) == (3, {"num_cpus": 2, "num_gpus": 0})
+    nothing_told = {"runtime_env": {}}
+    assert (front["num_replicas"], front["ray_actor_options"]) == (3, {"num_cpus": 2, "num_gpus": 0} | nothing_told)
     assert (tokenizer["num_replicas"], tokenizer["ray_actor_options"]["num_gpus"]) == (2, 0.25)
     assert settings.tokenizer.device == "cuda"
     scaling = codec["autoscaling_config"]
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 5, 3)
     assert generator["ray_actor_options"]["num_cpus"] == 4
+    assert "GLIBC_TUNABLES" in generator["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert tokenizer["ray_actor_options"]["runtime_env"] == {}
     assert {part["max_queued_requests"] for part in (tokenizer, codec, generator)} == {7}
 
 

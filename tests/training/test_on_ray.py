@@ -8,7 +8,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from small_runs import PRESET, SMALL
+from small_runs import PRESET, SMALL, small_job
 
 from bsq_ray import storage
 from bsq_ray.config import load_config
@@ -58,6 +58,14 @@ def test_workers_that_leave_a_cpu_for_the_tasks_that_read_are_admitted(workers, 
 def test_workers_that_a_cluster_can_never_hold_are_refused(workers, each, within_reach, message):
     with pytest.raises(ValueError, match=message):
         check_cpus(workers, each, within_reach)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_workers_on_cpus_are_started_so_that_they_keep_their_memory(gpu, tmp_path):
+    job = small_job("shards", tmp_path)
+    group = on_ray._Group(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
+    told = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
+    assert ("GLIBC_TUNABLES" in told) == (not gpu)
 
 
 def test_of_a_range_of_workers_the_fewest_must_find_room(photo_shards, tmp_path, ray_local):
