@@ -28,7 +28,7 @@ from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
 from bsq_ray.serving.answers import BSQ, File
 from bsq_ray.serving.clip_engine import ClipEngine
 from bsq_ray.serving.clips import check_length, is_clip, read_clip, written
-from bsq_ray.serving.exact import exact_sizes, in_pieces
+from bsq_ray.serving.exact import ExactBatches
 from bsq_ray.serving.figures import Figures, measure
 from bsq_ray.serving.images import animated, png, png_of, read_image
 from bsq_ray.serving.refusals import Refused
@@ -59,9 +59,9 @@ class TokenizerEngine:
         section = self.tokenizer.config
         self.side = section.image_size // section.patch_size
         images_BCHW = _example(largest_batch, 3, section.image_size, section.image_size)
-        self.encode_sizes = exact_sizes(self._features, images_BCHW)
+        self._encode = ExactBatches(self._features_and_bits, images_BCHW, cores=_cores(device))
         bits_BNL = _example(largest_batch, self.side**2, self.tokenizer.quantizer.bits) > 0
-        self.decode_sizes = exact_sizes(self._decode, bits_BNL)
+        self._decode = ExactBatches(self._pixels, bits_BNL, cores=_cores(device))
 
     def facts(self) -> dict[str, Any]:
         """What the list of models says of it."""
@@ -86,13 +86,13 @@ class TokenizerEngine:
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Pixels (3, S, S) to packed bits (N, ceil(L / 8)), uint8."""
         images_BCHW = to_float(torch.from_numpy(np.stack(images)))
-        bits_BNL = in_pieces(self._encode, images_BCHW, self.encode_sizes)
+        bits_BNL = self._encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
         return list(pack_bits(bits_BNL).cpu().numpy())
 
     def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
         """Packed bits to pixels, the inverse of `encode`."""
         bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
-        images_BCHW = to_uint8(in_pieces(self._decode, bits_BNL, self.decode_sizes))
+        images_BCHW = to_uint8(self._decode(bits_BNL))
         return list(images_BCHW.cpu().numpy())
 
     def check_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
@@ -111,15 +111,13 @@ class TokenizerEngine:
         return np.frombuffer(packed, np.uint8).reshape(-1, width)
 
     @torch.no_grad()
-    def _features(self, images_BCHW: Tensor) -> Tensor:
+    def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
+        """(B, N, …): features, in which every difference shows, and the bits made of them."""
         patches_BNP = patchify(images_BCHW.to(self._device).unsqueeze(2), self.tokenizer.config.patch_size)
-        features: Tensor = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
-        return features
+        v_BNC = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
+        return torch.cat([v_BNC, self.tokenizer.quantizer(v_BNC).bits_BNL.to(v_BNC.dtype)], -1)
 
-    def _encode(self, images_BCHW: Tensor) -> Tensor:
-        return self.tokenizer.encode(images_BCHW.to(self._device)).bits_BNL
-
-    def _decode(self, bits_BNL: Tensor) -> Tensor:
+    def _pixels(self, bits_BNL: Tensor) -> Tensor:
         return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.side, self.side)))
 
 
@@ -200,7 +198,8 @@ class GeneratorEngine:
         self._device, self._most_steps = device, most_steps
         model = self.generator.model
         tokens_BNS = torch.randint(0, model.mask + 1, (largest_batch, model.config.tokens, model.config.sub_tokens))
-        self.forward_sizes = exact_sizes(lambda rows: self._forward(rows, self._classes(len(rows))), tokens_BNS)
+        classes_BC = model.classes_of(torch.full((largest_batch,), model.any_class))
+        self._together = ExactBatches(self._forward, tokens_BNS, classes_BC, cores=_cores(device))
 
     def facts(self) -> dict[str, Any]:
         """What the list of models says of it."""
@@ -241,11 +240,7 @@ class GeneratorEngine:
         """Logits for the rows (sub-tokens, classes) of several requests."""
         tokens_BNS = torch.cat([tokens for tokens, _ in requests])
         classes_BC = torch.cat([classes for _, classes in requests])
-        logits_BNSV = in_pieces(
-            lambda rows: self._forward(tokens_BNS[rows], classes_BC[rows]),
-            torch.arange(len(tokens_BNS)),
-            self.forward_sizes,
-        )
+        logits_BNSV = self._together(tokens_BNS, classes_BC)
         return list(logits_BNSV.split([len(tokens) for tokens, _ in requests]))
 
     def decode(self, bits_BNL: Tensor) -> Tensor:
@@ -257,9 +252,9 @@ class GeneratorEngine:
         logits: Tensor = self.generator.model(tokens_BNS.to(self._device), classes_BC.to(self._device))
         return logits
 
-    def _classes(self, count: int) -> Tensor:
-        model = self.generator.model
-        return model.classes_of(torch.full((count,), model.any_class))
+
+def _cores(device: str) -> int:
+    return torch.get_num_threads() if device == "cpu" else 1
 
 
 def _example(*shape: int) -> Tensor:

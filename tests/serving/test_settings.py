@@ -1,6 +1,7 @@
 """How the service is set up: names, token, scaling; and batches that may not change an answer."""
 
 import socket
+import threading
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from small_models import save_tokenizer
 
 from bsq_ray.config.reading import check_section
 from bsq_ray.serving.app import build, options
-from bsq_ray.serving.exact import exact_sizes, in_pieces, pieces
+from bsq_ray.serving.exact import ExactBatches, pieces
 from bsq_ray.serving.running import is_loopback, running, settings_of
 from bsq_ray.serving.settings import Settings
 
@@ -172,11 +173,37 @@ def test_only_sizes_that_change_no_bit_are_used():
         return rows * 3 + (1e-7 if len(rows) == 4 else 0)
 
     rows = torch.rand(8, 5)
-    sizes = exact_sizes(run, rows)
-    assert sizes == [8, 2, 1]
+    exact = ExactBatches(run, rows)
+    assert (exact.sizes, exact.core_sizes) == ([8, 2, 1], [])
     seen.clear()
-    assert torch.equal(in_pieces(run, torch.cat([rows, rows[:7]]), sizes), torch.cat([rows, rows[:7]]) * 3)
+    assert torch.equal(exact(torch.cat([rows, rows[:7]])), torch.cat([rows, rows[:7]]) * 3)
     assert seen == [8, 2, 2, 2, 1]
+
+
+def test_cores_share_a_batch_and_compute_the_rest_together():
+    seen = []
+
+    def run(rows, more):
+        seen.append((threading.current_thread().name[:4], torch.get_num_threads(), len(rows)))
+        return rows + more
+
+    rows = torch.rand(8, 5)
+    exact = ExactBatches(run, rows, rows, cores=2)
+    assert (exact.sizes, exact.core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
+    seen.clear()
+    assert torch.equal(exact(rows[:7], rows[:7]), 2 * rows[:7])
+    together = (threading.current_thread().name[:4], torch.get_num_threads(), 1)
+    assert sorted(seen[:4]) == [("core", 1, 1)] * 2 + [("core", 1, 2)] * 2
+    assert seen[4:] == [together]
+
+
+def test_cores_do_not_share_a_batch_if_that_changes_a_bit():
+    def run(rows):
+        return rows * 3 + (1e-7 if torch.get_num_threads() == 1 else 0)
+
+    exact = ExactBatches(run, torch.rand(8, 5), cores=2)
+    assert (exact.sizes, exact.core_sizes) == ([8, 4, 2, 1], [])
+    assert torch.equal(exact(torch.ones(3, 5)), torch.full((3, 5), 3.0))
 
 
 def test_a_model_that_takes_long_is_not_tried_in_large_batches():
@@ -184,7 +211,7 @@ def test_a_model_that_takes_long_is_not_tried_in_large_batches():
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert exact_sizes(run, torch.rand(64, 2), seconds=0.2) in ([2, 1], [4, 2, 1])
+    assert ExactBatches(run, torch.rand(64, 2), seconds=0.2).sizes in ([2, 1], [4, 2, 1])
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))
