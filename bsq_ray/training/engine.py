@@ -94,7 +94,7 @@ def build_engine(
     """
     settings = section.optimizer
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        sorted(module.parameters(), key=_unaligned),
         lr=settings.learning_rate_per_256,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -107,6 +107,11 @@ def build_engine(
         # DeepSpeed switches an outer autocast off around the forward passes of its engines, so it is put inside.
         module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
     return DeepSpeedEngine(module, optimizer, section, micro_batch, accumulation, device)
+
+
+def _unaligned(parameter: Tensor) -> bool:
+    """Whether what follows it in ZeRO's flat buffer does not begin at 16 bytes, as compiled kernels expect of it."""
+    return parameter.numel() * parameter.element_size() % 16 > 0
 
 
 class DataParallelEngine(Engine):

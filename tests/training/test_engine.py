@@ -12,6 +12,7 @@ from process_group import in_group
 from small_runs import PRESET, SMALL, Listener, in_this_process, small_job, train_several
 
 from bsq_ray.config import load_config
+from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.engine import build_engine
 from bsq_ray.training.loop import run
 from bsq_ray.training.worker import autocast_precision
@@ -186,3 +187,14 @@ def test_automatic_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert autocast_precision("auto", torch.device("cpu")) == ("bf16" if has else "fp32")
     assert autocast_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_in_zeros_flat_buffer_parameters_begin_where_compiled_kernels_can_read_them(stage):
+    """A bias of 18 values in their midst would leave all that follow at odd places."""
+    section = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"])
+    tokenizer = Tokenizer(section.model)
+    assert any(parameter.numel() % 4 for parameter in tokenizer.parameters())
+    build_engine(tokenizer, section.training, 4, 1, torch.device("cpu"))
+    places = {name: p.data_ptr() % 16 for name, p in tokenizer.named_parameters() if p.numel() % 4 == 0}
+    assert set(places.values()) == {0}, places

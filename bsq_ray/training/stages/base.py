@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,22 @@ from bsq_ray.data.source import Batch
 from bsq_ray.training.engine import Engine
 
 Engines = Mapping[str, Engine]
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles transformer blocks in place; a kernel is shared by all of the same shape.
+
+    Raises:
+        ValueError: a parameter's size would leave the next one, in ZeRO's flat buffer, where no kernel can read it.
+    """
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            if parameter.numel() % 4:
+                raise ValueError(
+                    f"training.engine.compile needs widths that are multiples of 4, and {name} of a block has "
+                    f"{parameter.numel()} values; choose other widths, or leave compile off"
+                )
+        block.compile()
 
 
 class Stage(ABC):

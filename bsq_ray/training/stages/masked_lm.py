@@ -23,7 +23,7 @@ from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.base import Engines, Stage
+from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 
@@ -36,8 +36,7 @@ class MaskedLMStage(Stage):
         self.tokenizer_url = source.tokenizer_url
         model = MaskedLM(run.model).to(device)
         if run.training.engine.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model.blocks)
         self.modules: dict[str, nn.Module] = {"masked_lm": model}
         self._tokenizer: Tokenizer | None = None
 

@@ -18,7 +18,7 @@ from bsq_ray.data.tokens import TokenSource
 from bsq_ray.models.prior import Prior, path_cost
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.base import Engines, Stage
+from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 
@@ -31,8 +31,7 @@ class PriorStage(Stage):
         self.tokenizer_url = source.tokenizer_url
         model = Prior(run.model).to(device)
         if run.training.engine.compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model.blocks)
         self.modules: dict[str, nn.Module] = {"prior": model}
         self._tokenizer: Tokenizer | None = None
 

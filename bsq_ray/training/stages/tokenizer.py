@@ -26,7 +26,7 @@ from bsq_ray.models.initialisation import initial_weights
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.training.schedule import ramp
-from bsq_ray.training.stages.base import Engines, Stage
+from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 
@@ -41,8 +41,7 @@ class TokenizerStage(Stage):
         if init_url:
             tokenizer.load_state_dict(initial_weights(run.model, init_url))
         if run.training.engine.compile:
-            for block in tokenizer.blocks:
-                block.compile()
+            compile_blocks(tokenizer.blocks)
         self.modules: dict[str, nn.Module] = {"generator": tokenizer}
         if self.section.adversarial.weight:
             discriminator = build_discriminator(self.section.adversarial, run.model.image_size, run.model.frames)

@@ -223,3 +223,9 @@ def test_a_stage_can_begin_with_an_image_model(clips, tmp_path):
     video = TokenizerStage(run, CPU, str(tmp_path)).modules["generator"]
     frame = to_float(clips.values_B[:, :, 0])
     assert torch.equal(video(frame).images, image.modules["generator"](frame).images)
+
+
+def test_widths_that_compiled_kernels_cannot_take_are_refused():
+    narrow = ["model.encoder.width=18", "model.encoder.heads=3", "training.engine.compile=true"]
+    with pytest.raises(ValueError, match="widths that are multiples of 4"):
+        build(*narrow)
