@@ -33,6 +33,7 @@ PUBLISHED = {"imagenet256-bsq18": 45.1}
 
 @pytest.fixture(autouse=True)
 def _on_an_empty_gpu():
+    torch.cuda.init()
     whole_fp32()
     torch.manual_seed(0)
     yield

@@ -100,7 +100,7 @@ def test_lpips_and_its_gradient(network, gpu, photos):
     blurred = torch.nn.functional.avg_pool2d(original, 3, 1, 1)
     found = []
     for module, device in ((here, "cpu"), (there, gpu)):
-        reconstruction = blurred.to(device).requires_grad_()
+        reconstruction = blurred.to(device, copy=True).requires_grad_()
         distance = module(reconstruction, original.to(device))
         distance.sum().backward()
         found.append((distance, reconstruction.grad.cpu()))
