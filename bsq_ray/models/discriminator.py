@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
+from bsq_ray.models.blur import blur
 
 _SLOPE = 0.2
 _GAIN = sqrt(2)
@@ -46,8 +47,6 @@ class EqualizedConv(nn.Module):
         gain: factor on the output; with `activate` it multiplies the leaky ReLU's own gain of sqrt(2).
     """
 
-    filter_HW: Tensor
-
     def __init__(
         self, inputs: int, outputs: int, size: int, down: bool = False, activate: bool = True, gain: float = 1.0
     ) -> None:
@@ -58,8 +57,6 @@ class EqualizedConv(nn.Module):
         self.size = size
         self.scale = 1 / sqrt(inputs * size**2)
         self.gain = gain
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("filter_HW", torch.outer(taps, taps), persistent=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Convolves; the size stays, or is halved."""
@@ -70,15 +67,10 @@ class EqualizedConv(nn.Module):
         if not self.down:
             x_BCHW = F.conv2d(x_BCHW, weight, bias, padding=self.size // 2)
         elif self.size == 1:
-            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=2, pad=(1, 1)), weight, bias)
+            x_BCHW = F.conv2d(blur(x_BCHW, stride=2, pad=1), weight, bias)
         else:
-            x_BCHW = F.conv2d(self._blur(x_BCHW, stride=1, pad=(2, 2)), weight, bias, stride=2)
+            x_BCHW = F.conv2d(blur(x_BCHW, stride=1, pad=2), weight, bias, stride=2)
         return x_BCHW if bias is None else F.leaky_relu(x_BCHW, _SLOPE, inplace=True)
-
-    def _blur(self, x_BCHW: Tensor, stride: int, pad: tuple[int, int]) -> Tensor:
-        channels = x_BCHW.shape[1]
-        taps_C1HW = self.filter_HW.to(x_BCHW.dtype).expand(channels, 1, -1, -1)
-        return F.conv2d(x_BCHW, taps_C1HW, stride=stride, padding=pad, groups=channels)
 
 
 class EqualizedLinear(nn.Module):

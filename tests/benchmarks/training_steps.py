@@ -66,12 +66,14 @@ class CarelessConv(torch.nn.Module):
     def __init__(self, conv):
         super().__init__()
         self.conv = conv
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=conv.weight.device) / 8
+        self.filter_HW = torch.outer(taps, taps)
 
     def forward(self, x):
         conv, channels = self.conv, x.shape[1]
         weight = conv.weight * conv.scale
         if conv.down:
-            taps = conv.filter_HW.to(x.dtype).expand(channels, 1, 4, 4)
+            taps = self.filter_HW.to(x.dtype).expand(channels, 1, 4, 4)
             pad = 1 if conv.size == 1 else 2
             x = F.conv2d(F.pad(x.contiguous(), (pad,) * 4), taps, groups=channels)
             x = F.conv2d(x, weight, stride=2)

@@ -1,0 +1,70 @@
+"""StyleGAN2's low-pass filter, [1, 3, 3, 1] x [1, 3, 3, 1] / 64 on every channel, with derivatives of any order.
+
+    x ─blur─▶ y          of the gradient penalty: blur, spread, and blur again
+    x ◀─spread─ y        (the filter is linear: each is the other's gradient)
+
+PyTorch's second derivative of a convolution in groups also makes the gradient of the filter, channel by channel, which
+nobody asks for; it would be most of a step with the R1 penalty.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+_Grad = tuple[Tensor, None, None]
+
+
+def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    """Filters every channel: (B, C, H, W) to (B, C, (H + 2 pad - 4) / stride + 1, …); under autocast in its precision.
+
+    Args:
+        stride, pad: 1, 2: one row and column more; 2, 1: half the size.
+    """
+    if torch.is_autocast_enabled(x_BCHW.device.type):
+        x_BCHW = x_BCHW.to(torch.get_autocast_dtype(x_BCHW.device.type))
+    filtered: Tensor = _Blur.apply(x_BCHW, stride, pad)
+    return filtered
+
+
+class _Blur(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+        ctx.stride, ctx.pad = stride, pad
+        return _filtered(x_BCHW, stride, pad)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> _Grad:
+        return _Spread.apply(gradients[0], ctx.stride, ctx.pad), None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+        ctx.stride, ctx.pad = stride, pad
+        if stride == 1:
+            # The filter is symmetric, so this is the transposed convolution.
+            return _filtered(y_BCHW, 1, 3 - pad)
+        with torch.autocast(y_BCHW.device.type, enabled=False):
+            # At least in fp32, because CPUs take several times as long for the same in bf16.
+            whole = y_BCHW.to(torch.promote_types(y_BCHW.dtype, torch.float32))
+            spread = F.conv_transpose2d(whole, _taps(whole), stride=stride, padding=pad, groups=y_BCHW.shape[1])
+            return spread.to(y_BCHW.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> _Grad:
+        return _Blur.apply(gradients[0], ctx.stride, ctx.pad), None, None
+
+
+def _filtered(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        return F.conv2d(x_BCHW, _taps(x_BCHW), stride=stride, padding=pad, groups=x_BCHW.shape[1])
+
+
+def _taps(like_BCHW: Tensor) -> Tensor:
+    taps = torch.tensor(_TAPS, dtype=like_BCHW.dtype, device=like_BCHW.device)
+    return torch.outer(taps, taps).expand(like_BCHW.shape[1], 1, -1, -1)
