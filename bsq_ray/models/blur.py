@@ -9,6 +9,7 @@ nobody asks for; it would be most of a step with the R1 penalty.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,11 +50,7 @@ class _Spread(torch.autograd.Function):
         if stride == 1:
             # The filter is symmetric, so this is the transposed convolution.
             return _filtered(y_BCHW, 1, 3 - pad)
-        with torch.autocast(y_BCHW.device.type, enabled=False):
-            # At least in fp32, because CPUs take several times as long for the same in bf16.
-            whole = y_BCHW.to(torch.promote_types(y_BCHW.dtype, torch.float32))
-            spread = F.conv_transpose2d(whole, _taps(whole), stride=stride, padding=pad, groups=y_BCHW.shape[1])
-            return spread.to(y_BCHW.dtype)
+        return _spread_on_gpu(y_BCHW, stride, pad) if y_BCHW.is_cuda else _spread_on_cpu(y_BCHW, stride, pad)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> _Grad:
@@ -62,9 +59,39 @@ class _Spread(torch.autograd.Function):
 
 def _filtered(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     with torch.autocast(x_BCHW.device.type, enabled=False):
-        return F.conv2d(x_BCHW, _taps(x_BCHW), stride=stride, padding=pad, groups=x_BCHW.shape[1])
+        return F.conv2d(x_BCHW, _taps(x_BCHW, x_BCHW.dtype), stride=stride, padding=pad, groups=x_BCHW.shape[1])
 
 
-def _taps(like_BCHW: Tensor) -> Tensor:
-    taps = torch.tensor(_TAPS, dtype=like_BCHW.dtype, device=like_BCHW.device)
-    return torch.outer(taps, taps).expand(like_BCHW.shape[1], 1, -1, -1)
+def _spread_on_cpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    # At least in fp32, because CPUs take several times as long for the same in bf16.
+    dtype = torch.promote_types(y_BCHW.dtype, torch.float32)
+    with torch.autocast(y_BCHW.device.type, enabled=False):
+        spread = F.conv_transpose2d(
+            y_BCHW.to(dtype), _taps(y_BCHW, dtype), stride=stride, padding=pad, groups=y_BCHW.shape[1]
+        )
+    return spread.to(y_BCHW.dtype)
+
+
+def _spread_on_gpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    # The kernel that the gradient of a convolution takes, of which the input gives only shape and layout.
+    batch, channels, height, width = y_BCHW.shape
+    x_BCHW = y_BCHW.new_empty(batch, channels, stride * height, stride * width)
+    if y_BCHW.is_contiguous(memory_format=torch.channels_last):
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    spread: Tensor = torch.ops.aten.convolution_backward(
+        y_BCHW, x_BCHW, _taps(y_BCHW, y_BCHW.dtype), None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], channels,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return spread
+
+
+def _taps(like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    return _filter(dtype, like_BCHW.device).expand(like_BCHW.shape[1], 1, -1, -1)
+
+
+@cache
+def _filter(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: a copy from the host would have a GPU's queue run empty."""
+    with torch.inference_mode(False):
+        taps = torch.tensor(_TAPS, dtype=dtype, device=device)
+        return torch.outer(taps, taps)

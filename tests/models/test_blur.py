@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bsq_ray.models.blur import blur
+from bsq_ray.models.blur import _spread_on_cpu, _spread_on_gpu, blur
 
 SHAPES = pytest.mark.parametrize(("stride", "pad"), [(1, 2), (2, 1)], ids=["before a stride", "with the stride"])
 
@@ -55,3 +55,8 @@ def test_the_second_derivative_takes_no_more_convolutions_for_more_channels(stri
         return sum(event.count for event in profiler.key_averages() if event.key == "aten::convolution")
 
     assert convolutions(64) == convolutions(2)
+
+
+def test_both_ways_to_spread_agree():
+    y = torch.randn(2, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(_spread_on_gpu(y, 2, 1), _spread_on_cpu(y, 2, 1))
