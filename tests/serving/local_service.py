@@ -2,14 +2,13 @@
 
 import time
 
-import pytest
 import torch
 
 from bsq_ray import Tokenizer, config, hub
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
-from bsq_ray.serving import deployments
 from bsq_ray.serving.api import create_app
+from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.models import ROLES, Model, Models, kind_of
 
 
@@ -77,24 +76,12 @@ class LocalReplicas:
             yield result
 
 
-def one_by_one(**_):
-    """In place of `serve.batch`, which works inside of Ray Serve only."""
-    return lambda together: lambda item: _first(together([item]))
-
-
-async def _first(results):
-    [result] = await results
-    return result
-
-
 def make_replicas(settings):
     """Replicas by model and role."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deployments.serve, "batch", one_by_one)
-        return {
-            name: {role: deployments.replica_class(role)(url, settings) for role in ROLES[hub.read_config(url).stage]}
-            for name, url in settings.models.items()
-        }
+    return {
+        name: {role: replica_class(role)(url, settings) for role in ROLES[hub.read_config(url).stage]}
+        for name, url in settings.models.items()
+    }
 
 
 def make_app(settings, replicas, token_digest=None):
