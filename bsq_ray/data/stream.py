@@ -28,9 +28,8 @@ Executor = Literal["ray", "local"]
 
 # Samples and bytes of crops read by one task: enough to hide a task's cost, few enough to begin soon and fit memory.
 _CHUNK, _CHUNK_BYTES = 256, 12 * 2**20
-# Most chunks of a Ray Data execution, whose start costs as much as reading a hundred photographs, and executions ahead
-# of the one being consumed.
-_CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 8, 2
+# Chunks of one Ray Data execution, and executions ahead of the one being consumed.
+_CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
 
 
 @dataclass
@@ -195,8 +194,8 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
 
     Ray Data is given a few chunks at a time and runs them to their end ahead of the consumer: while it waits for a slow
     consumer its scheduling loop would spin, on a core that trains. One execution begins before the other ends, so that
-    the cluster does not idle between them; the first has a single chunk, and the cluster to itself, and those after it
-    grow, so that training begins soon.
+    the cluster does not idle between them; only the first has a single chunk, and the cluster to itself, so that
+    training begins soon.
     """
     import ray
     from ray.data.block import BlockAccessor
@@ -204,7 +203,8 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
     reader = ray.put(read)
     with ThreadPoolExecutor(_EXECUTIONS_AHEAD, thread_name_prefix="read-ahead") as pool:
         blocks = _execute(reader, range(1), tasks)
-        later = (pool.submit(_execute, reader, chunks, tasks) for chunks in _executions())
+        starts = count(1, _CHUNKS_PER_EXECUTION)
+        later = (pool.submit(_execute, reader, range(n, n + _CHUNKS_PER_EXECUTION), tasks) for n in starts)
         ahead = deque(islice(later, _EXECUTIONS_AHEAD))
         while True:
             for block in blocks:
@@ -215,14 +215,6 @@ def _ray_blocks(read: Callable[[int], Samples], tasks: int) -> Iterator[Samples]
                 yield Samples(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), damaged, delays)
             blocks = ahead.popleft().result()
             ahead.extend(islice(later, 1))
-
-
-def _executions() -> Iterator[range]:
-    """Chunks of the executions after the first."""
-    first, length = 1, 1
-    while True:
-        yield range(first, first + length)
-        first, length = first + length, min(2 * length, _CHUNKS_PER_EXECUTION)
 
 
 def _execute(reader: Any, chunks: range, tasks: int) -> list[Any]:
