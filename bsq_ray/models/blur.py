@@ -75,9 +75,10 @@ def _spread_on_cpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
 def _spread_on_gpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     # The kernel that the gradient of a convolution takes, of which the input gives only shape and layout.
     batch, channels, height, width = y_BCHW.shape
-    x_BCHW = y_BCHW.new_empty(batch, channels, stride * height, stride * width)
-    if y_BCHW.is_contiguous(memory_format=torch.channels_last):
-        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    last = y_BCHW.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = batch, channels, stride * height, stride * width
+    x_BCHW = torch.empty(shape, dtype=y_BCHW.dtype, device=y_BCHW.device, memory_format=layout)
     spread: Tensor = torch.ops.aten.convolution_backward(
         y_BCHW, x_BCHW, _taps(y_BCHW, y_BCHW.dtype), None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], channels,
         [True, False, False],

@@ -62,8 +62,7 @@ class _Run:
         self.source = open_source(job.config, job.data_url)
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
-        if self.precision == "fp32":
-            whole_fp32()
+        whole_fp32()
         torch.manual_seed(self.section.seed)
         # A run that goes on has its weights in the checkpoint.
         self.begun = bool(job.init_url and self._persistently(lambda: newest_progress(job.out_url)))

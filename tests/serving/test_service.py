@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -105,12 +106,23 @@ def test_generated_images_do_not_depend_on_others_that_are_drawn_with_them(clien
     assert [answer.text for answer in together] == alone
 
 
-def test_the_metrics_of_every_deployment_are_there(client):
+def sizes_of_batches(text):
+    """Requests and batches of the tokenizer's encoding, as the metrics count them."""
+    return [
+        sum(map(float, re.findall(rf'^ray_serve_bsq_batch_size_{what}{{.*function="encode".*}} (\S+)$', text, re.M)))
+        for what in ("sum", "count")
+    ]
+
+
+def test_the_metrics_of_every_deployment_are_there_and_tell_that_requests_are_computed_together(client, files):
+    ask(client, [("encode", files[0])] * 32, 16)
     for _ in range(30):
         text = client.get("/metrics").text
-        if "ray_serve_deployment_request_counter" in text:
+        if "ray_serve_deployment_request_counter" in text and sizes_of_batches(text)[0] >= 32:
             break
         time.sleep(1)
+    requests, batches = sizes_of_batches(text)
+    assert requests > batches > 0
     for name in ("front", "tokenizer-small", "codec-prior", "generator-draws"):
         assert f'deployment="{name}"' in text
     assert all(line.startswith(("ray_serve_", "# HELP ray_serve_", "# TYPE ray_serve_")) for line in text.splitlines())
