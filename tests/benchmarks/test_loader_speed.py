@@ -1,14 +1,15 @@
 """Loading: images per second from the same shards to the same crops, beside webdataset's own loader; from S3 too."""
 
+import random
 import time
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from PIL import Image
 
 from bsq_ray import config, storage
-from bsq_ray.data.images import training_crop
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.photos import PhotoSource
@@ -16,7 +17,7 @@ from bsq_ray.data.stream import training_batches
 
 pytestmark = pytest.mark.benchmark
 _COUNT, _CROP, _BATCH = 2000, 128, 32
-_WARM_UP, _TIMED = 5000, 40000
+_WARM_UP, _TIMED, _ROUNDS = 5000, 24000, 2
 _TIMED_FROM_S3 = 6000
 
 
@@ -56,9 +57,15 @@ def ours(manifest, executor):
 
 
 def webdatasets(manifest, processes):
+    """The same tensors as its users make them, with Pillow."""
+
     def crop(sample):
         image = sample["jpg"].convert("RGB")
-        return torch.from_numpy(training_crop(image, _CROP, (1.0, 1.0), False, np.random.default_rng(0)))
+        factor = _CROP / min(image.size)
+        image = image.resize([round(side * factor) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = random.randint(0, image.width - _CROP), random.randint(0, image.height - _CROP)
+        pixels_HWC = np.array(image.crop((left, top, left + _CROP, top + _CROP)))
+        return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
 
     urls = [f"{manifest.url}/{shard.name}" for shard in manifest.shards]
     data = webdataset.WebDataset(urls, shardshuffle=False, resampled=True).decode("pil").map(crop)
@@ -70,13 +77,16 @@ def test_loader_speed(shards, bucket, ray_local, figure):
     side, url = shards
     storage.copy_folder(url, bucket)
     manifest, remote = read_manifest(url), read_manifest(bucket)
-    neighbour = rate(webdatasets(manifest, 2))
-    rows = {
-        "webdataset, 2 processes": neighbour,
-        "bsq_ray, threads of this process": rate(ours(manifest, "local")),
-        "bsq_ray, Ray Data": rate(ours(manifest, "ray")),
-        "bsq_ray, Ray Data, from S3 (a server on the same cores)": rate(ours(remote, "ray"), _TIMED_FROM_S3),
+    loaders = {
+        "webdataset, 2 processes": lambda: webdatasets(manifest, 2),
+        "bsq_ray, threads of this process": lambda: ours(manifest, "local"),
+        "bsq_ray, Ray Data": lambda: ours(manifest, "ray"),
     }
+    # In turns, and each one's best: what else a machine has to do comes and goes.
+    rounds = [{name: rate(loader()) for name, loader in loaders.items()} for _ in range(_ROUNDS)]
+    rows = {name: max(figures[name] for figures in rounds) for name in loaders}
+    rows["bsq_ray, Ray Data, from S3 (a server on the same cores)"] = rate(ours(remote, "ray"), _TIMED_FROM_S3)
+    neighbour = rows["webdataset, 2 processes"]
     for name, value in rows.items():
         what = f"loader, {side} px JPEGs to {_CROP} px crops: {name}"
         figure(what, f"{value:,.0f} images/s", f"{value / neighbour:.2f} x webdataset")
