@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
+from bsq_ray.models.attention import attention
 from bsq_ray.models.pretrained import Pretrained
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
@@ -39,7 +40,7 @@ class PostNormBlock(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """Same shape out as in."""
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
+        y_BHNE = attention(q_BHNE, k_BHNE, v_BHNE)
         x_BND = self.attention_norm(x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2))))
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 

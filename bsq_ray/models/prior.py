@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
+from bsq_ray.models.attention import attention, causal_attention
 from bsq_ray.models.pretrained import Pretrained
 
 
@@ -42,11 +43,12 @@ class CausalBlock(nn.Module):
         q_BHNE, k_BHNE, v_BHNE = (
             self.qkv(self.attention_norm(x_BND)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         )
-        if cache is not None:
+        if cache is None:
+            y_BHNE = causal_attention(q_BHNE, k_BHNE, v_BHNE)
+        else:
             keys, values = cache
             keys[:, :, place : place + 1], values[:, :, place : place + 1] = k_BHNE, v_BHNE
-            k_BHNE, v_BHNE = keys[:, :, : place + 1], values[:, :, : place + 1]
-        y_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, is_causal=cache is None)
+            y_BHNE = attention(q_BHNE, keys[:, :, : place + 1], values[:, :, : place + 1])
         x_BND = x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2)))
         return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
 

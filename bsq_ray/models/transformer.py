@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsq_ray import config
+from bsq_ray.models.attention import attention
 
 
 class KeyValueCache:
@@ -76,7 +76,7 @@ def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
     parts = []
     spans = q_BHNE.split(span, 2)
     for q_BHSE, k, v in zip(spans, _up_to(k_BHME, len(spans), span), _up_to(v_BHME, len(spans), span), strict=True):
-        parts.append(F.scaled_dot_product_attention(q_BHSE, k, v).transpose(1, 2))
+        parts.append(attention(q_BHSE, k, v).transpose(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
