@@ -17,6 +17,8 @@ os.environ.update(
     RAY_DATA_LOG_LEVEL="ERROR",
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_metrics_report_interval_ms="1000",
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="bsq_ray.serving.outgoing.middlewares",
+    BSQ_RAY_ANSWERS_MB="8",
     AWS_EC2_METADATA_DISABLED="true",
 )
 os.environ.pop("RAY_ADDRESS", None)

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from bsq_ray.config.schema import Strict
 
 TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
+# Read by Ray Serve's proxies, which know nothing of these settings: MB of answers that clients are reading.
+ANSWERS_VARIABLE = "BSQ_RAY_ANSWERS_MB"
 
 
 class Scaling(Strict):

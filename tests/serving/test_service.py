@@ -183,6 +183,26 @@ def test_a_gigabyte_is_cut_off_and_costs_others_nothing(service, client, files):
 
 
 @pytest.mark.slow
+def test_clients_that_do_not_read_are_not_given_all_memory(service, client, photos):
+    """The picture is larger than what the connection itself can hold, and two of them than what is allowed."""
+    picture = io.BytesIO()
+    photos[0].resize((2900, 2900)).save(picture, "JPEG")
+    data = client.post("/v1/compress", content=picture.getvalue()).content
+    whole = client.post("/v1/decompress", content=data)
+    print(f"{len(data):,} bytes became {len(whole.content):,}")
+    assert 5e6 < len(whole.content) < 8e6
+    with connected(service) as idle:
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+        idle.sendall(head_of("decompress", f"Content-Length: {len(data)}") + data)
+        assert idle.recv(12) == b"HTTP/1.1 200"
+        refused = client.post("/v1/decompress", content=data)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert client.post("/v1/encode", content=picture.getvalue()).status_code == 200
+    assert client.post("/v1/decompress", content=data).content == whole.content
+
+
+@pytest.mark.slow
 def test_clients_that_go_away_give_their_turn_back(service, client):
     """Sixteen long drawings fill the service; their clients leave, and the next one is served."""
     body = b'{"class": 1, "steps": 256, "guidance": 1}'
