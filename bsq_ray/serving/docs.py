@@ -20,7 +20,7 @@ _REFUSALS = {
     401: "the bearer token is missing or wrong", 403: "no token is asked for, and the host is not this machine",
     404: "no such model", 413: "too many bytes, or pixels in all frames",
     415: "not a file of the kind that is wanted", 422: "damaged, or a value that cannot be",
-    429: "too many requests are under way: come again after Retry-After seconds",
+    429: "too many requests are under way or answers being read: come again after Retry-After seconds",
     503: "models are being loaded, or the answer took too long",
 }  # fmt: skip
 

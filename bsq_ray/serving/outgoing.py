@@ -1,7 +1,7 @@
 """Answers on their way to clients, and what those that read slowly may hold of them.
 
-    replica ─answer, whole─▶ Outgoing ─a piece, as soon as the one before was taken─▶ client
-                          room for it?─▶ 429
+    replica ─answer, whole─▶ room for it? ─piece by piece, each after the one before was taken─▶ client
+                        429 ◀──┘                                             dropped ◀──┘ not in time
 
 It runs in Ray Serve's proxy, to which the clients are connected: the replica is done long before they have read.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.serving.refusals import busy
+from bsq_ray.serving.refusals import unread
 from bsq_ray.serving.settings import ANSWERS_VARIABLE
 
 _MB = 1_000_000
@@ -24,11 +25,11 @@ _PIECE = 2**16
 
 
 class Outgoing:
-    """An ASGI application whose answers are read in time and take bounded memory.
+    """An ASGI application whose answers take bounded memory while they are read.
 
     Args:
-        answers_mb: of all answers that are being read.
-        seconds: for a piece of 64 KB to be taken; then the client is cut off.
+        answers_mb: of all answers that are being read; a single one may be larger.
+        seconds: for a client to take 64 KB; then the rest of its answer is dropped.
     """
 
     def __init__(self, app: ASGIApp, answers_mb: float, seconds: float = 30.0) -> None:
@@ -37,8 +38,14 @@ class Outgoing:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carries out one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         start: Message | None = None
-        ended = scope["type"] != "http"
+        ended = False
+
+        async def in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), self._seconds)
 
         async def in_pieces(message: Message) -> None:
             nonlocal start, ended
@@ -49,44 +56,49 @@ class Outgoing:
                 start = message
                 return
             size = len(message.get("body", b""))
-            if start is not None:
-                first, start = start, None
-                if size and self._held + size > self._most:
-                    ended = True
-                    refusal = busy()
-                    headers = {"Retry-After": str(refusal.retry_after)}
-                    await JSONResponse({"error": refusal.message}, refusal.status, headers)(scope, receive, send)
-                    return
-                await send(first)
+            ended = self._held > 0 and self._held + size > self._most
             self._held += size
             try:
+                if ended and start is not None:
+                    await _refusal()(scope, receive, in_time)
+                if ended:
+                    return
+                if start is not None:
+                    await in_time(start)
+                    start = None
                 for piece in _pieces(message):
-                    await asyncio.wait_for(send(piece), self._seconds)
+                    await in_time(piece)
             except TimeoutError:
                 ended = True
             finally:
                 self._held -= size
 
-        await self._app(scope, receive, send if ended else in_pieces)
+        await self._app(scope, receive, in_pieces)
 
 
-def _pieces(message: Message) -> list[Message]:
+def _refusal() -> JSONResponse:
+    refusal = unread()
+    return JSONResponse({"error": refusal.message}, refusal.status, {"Retry-After": str(refusal.retry_after)})
+
+
+def _pieces(message: Message) -> Iterator[Message]:
     body, more = message.get("body", b""), message.get("more_body", False)
-    starts = range(0, max(1, len(body)), _PIECE)
-    return [
-        {**message, "body": body[start : start + _PIECE], "more_body": more or start != starts[-1]} for start in starts
-    ]
+    for start in range(0, max(1, len(body)), _PIECE):
+        end = start + _PIECE
+        yield {**message, "body": body[start:end], "more_body": more or end < len(body)}
 
 
 def middlewares() -> list[Middleware]:
     """What Ray Serve's proxies put around the service, which they find by the name of this function.
 
     Raises:
-        ValueError: the environment's limit is no number of MB.
+        ValueError: the environment's limit is no number of MB above 0.
     """
     text = os.environ.get(ANSWERS_VARIABLE, "512")
     try:
         megabytes = float(text)
     except ValueError:
-        raise ValueError(f"{ANSWERS_VARIABLE}={text} is no number of MB") from None
+        megabytes = 0
+    if not megabytes > 0:
+        raise ValueError(f"{ANSWERS_VARIABLE}={text}: give a number of MB above 0")
     return [Middleware(Outgoing, answers_mb=megabytes)]

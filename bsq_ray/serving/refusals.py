@@ -26,6 +26,11 @@ def busy() -> Refused:
     return Refused(429, "too many requests are under way; try again in a moment", 1)
 
 
+def unread() -> Refused:
+    """Other clients are still reading as much as may be held for them."""
+    return Refused(429, "too much is being read from this service; try again in a moment", 1)
+
+
 def loading(what: str) -> Refused:
     """Nothing can answer yet, or nothing any more."""
     return Refused(503, f"{what} is being loaded; try again in a moment", 2)

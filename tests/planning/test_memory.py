@@ -51,7 +51,7 @@ def autocast(half):
     ["model.frames=4"],
     ["model.frames=4", "model.causal=false"],
 )
-def test_the_tokenizer_keeps_what_the_formula_says_within_five_percent(overrides, half):
+def test_the_tokenizer_keeps_what_the_formula_says_within_five_percent(overrides, half, fused_attention):
     model = load_config("demo", overrides).model
     tokenizer, images_BCHW = Tokenizer(model), images(model.image_size, model.frames)
 

@@ -61,7 +61,7 @@ def test_operations_of_a_step_are_exact(name):
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("overrides", [[], ["model.sub_bits=6", "model.grid=[1,16,16]", "model.layers=2"]])
 @pytest.mark.parametrize("name", SMALL)
-def test_what_is_kept_is_what_the_formula_says_within_five_percent(name, overrides, half):
+def test_what_is_kept_is_what_the_formula_says_within_five_percent(name, overrides, half, fused_attention):
     run = load_config(name, ["model.dropout=0", *overrides])
     model, sub_tokens_BNS = build(run), some_tokens(run)
 

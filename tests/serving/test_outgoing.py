@@ -42,6 +42,16 @@ def outgoing(app, megabytes=1.0, seconds=5.0):
     return Outgoing(app, megabytes, seconds)
 
 
+def outgoing_beside(service, app):
+    """Another application behind the same limit."""
+
+    async def chosen(scope, receive, send):
+        await (app if scope.get("other") else first)(scope, receive, send)
+
+    first, service._app = service._app, chosen
+    return lambda scope, receive, send: service(scope | {"other": True}, receive, send)
+
+
 def test_an_answer_arrives_as_it_is_in_pieces_of_which_only_the_last_one_ends_it():
     body = bytes(range(256)) * 1000
     client = Client()
@@ -78,16 +88,41 @@ def test_beyond_the_memory_for_answers_the_next_client_comes_again_later():
     assert len(later.body) == 600_000
 
 
-def test_who_does_not_read_is_cut_off_and_holds_nothing_any_more():
+def test_a_stream_breaks_off_where_there_is_no_room_for_what_comes():
+    async def together():
+        service = outgoing(answering(bytes(600_000)))
+        idle, stream = Client(reads=2), Client()
+        reading = asyncio.create_task(service(SCOPE, None, idle.take))
+        await asyncio.sleep(0.01)
+        await outgoing_beside(service, answering(b"first line", bytes(600_000), b"last"))(SCOPE, None, stream.take)
+        reading.cancel()
+        return stream
+
+    stream = asyncio.run(together())
+    assert stream.status == 200
+    assert stream.body == b"first line"
+    assert stream.seen[-1]["more_body"]
+
+
+def test_a_single_answer_may_be_larger_than_the_memory_for_all():
+    client = Client()
+    asyncio.run(outgoing(answering(bytes(3_000_000)))(SCOPE, None, client.take))
+    assert len(client.body) == 3_000_000
+
+
+@pytest.mark.parametrize("reads", [0, 3])
+def test_who_does_not_read_is_cut_off_and_holds_nothing_any_more(reads):
+    """Not even the head of the answer, where the connection is still full of the one before."""
+
     async def in_turn():
         service = outgoing(answering(bytes(600_000), b"more"), seconds=0.05)
-        idle, next_one = Client(reads=3), Client()
+        idle, next_one = Client(reads), Client()
         await service(SCOPE, None, idle.take)
         await service(SCOPE, None, next_one.take)
         return idle, next_one
 
     idle, next_one = asyncio.run(in_turn())
-    assert len(idle.body) == 2 * 2**16
+    assert len(idle.body) == max(0, reads - 1) * 2**16
     assert next_one.status == 200
     assert len(next_one.body) == 600_004
 
@@ -105,6 +140,7 @@ def test_the_environment_says_how_much(monkeypatch):
     monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", "7.5")
     [middleware] = middlewares()
     assert middleware.kwargs == {"answers_mb": 7.5}
-    monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", "much")
-    with pytest.raises(ValueError, match="BSQ_RAY_ANSWERS_MB=much is no number of MB"):
-        middlewares()
+    for text in ("much", "nan", "-1"):
+        monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", text)
+        with pytest.raises(ValueError, match=f"BSQ_RAY_ANSWERS_MB={text}: give a number of MB above 0"):
+            middlewares()

@@ -1,0 +1,9 @@
+"""What the tests of the plan share."""
+
+import pytest
+
+
+@pytest.fixture
+def fused_attention(monkeypatch):
+    """Formulas are of a GPU, whose attention keeps no scores."""
+    monkeypatch.setattr("bsq_ray.models.attention._FEW", 0)
