@@ -144,8 +144,8 @@ def test_packing_and_inspecting_videos_of_a_list(call, video_folders, tmp_path):
     wanted = ["--kind", "videos", "--list", tmp_path / "list.txt", "--min-frames", "140", "--max-side", "64"]
     status, out, error = call("data", "pack", video_folders[0], tmp_path / "set", "--workers", "0", *wanted)
     assert status == 0, error
-    assert out.startswith("1 videos in 1 shards of 1 classes")
-    assert "1 videos are too short; they are listed in" in out
+    assert out.startswith("videos 1, shards 1, classes 1, in ")
+    assert "too short: 1, listed in " in out
     status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
     assert "frames 250 to 250, median 250; 0.2 minutes in all, 25 frames/s (1)" in out
@@ -155,7 +155,7 @@ def test_packing_and_inspecting_videos_of_a_list(call, video_folders, tmp_path):
 def test_packing_inspecting_and_describing_a_folder(call, photo_folders, tmp_path):
     status, out, _ = call("data", "pack", photo_folders[1], tmp_path / "set", "--workers", "0", "--max-side", "96")
     assert status == 0
-    assert out.startswith("12 images in 1 shards of 1 classes")
+    assert out.startswith("images 12, shards 1, classes 1, in ")
     status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
     assert "12 images measured" in out

@@ -34,15 +34,15 @@ def data_pack(
         place = (src, dest, shard_mb, max_side, seed, workers, address, bar, split_list)
         report = pack_images(*place) if kind == "images" else pack_videos(*place, **given(min_frames=min_frames))
     manifest = report.manifest
-    print(f"{manifest.samples} {kind} in {len(manifest.shards)} shards of {len(manifest.classes)} classes in {dest}")
+    print(f"{kind} {manifest.samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged:
-        print(f"{len(report.damaged)} files could not be decoded; they are listed in {dest}/damaged.txt")
+        print(f"could not be decoded: {len(report.damaged)}, listed in {dest}/damaged.txt")
     if report.too_short:
-        print(f"{len(report.too_short)} videos are too short; they are listed in {dest}/too-short.txt")
+        print(f"too short: {len(report.too_short)}, listed in {dest}/too-short.txt")
     if report.changed:
-        print(f"{len(report.changed)} videos of variable rate now have a constant one: {dest}/changed.txt lists them")
+        print(f"of variable rate, now of a constant one: {len(report.changed)}, listed in {dest}/changed.txt")
     if report.ignored:
-        print(f"{report.ignored} files are no {kind} and were left out")
+        print(f"left out, for they are no {kind}: {report.ignored}")
 
 
 def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
