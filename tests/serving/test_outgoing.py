@@ -42,16 +42,6 @@ def outgoing(app, megabytes=1.0, seconds=5.0):
     return Outgoing(app, megabytes, seconds)
 
 
-def outgoing_beside(service, app):
-    """Another application behind the same limit."""
-
-    async def chosen(scope, receive, send):
-        await (app if scope.get("other") else first)(scope, receive, send)
-
-    first, service._app = service._app, chosen
-    return lambda scope, receive, send: service(scope | {"other": True}, receive, send)
-
-
 def test_an_answer_arrives_as_it_is_in_pieces_of_which_only_the_last_one_ends_it():
     body = bytes(range(256)) * 1000
     client = Client()
@@ -90,11 +80,12 @@ def test_beyond_the_memory_for_answers_the_next_client_comes_again_later():
 
 def test_a_stream_breaks_off_where_there_is_no_room_for_what_comes():
     async def together():
-        service = outgoing(answering(bytes(600_000)))
+        parts = {"/whole": answering(bytes(600_000)), "/stream": answering(b"first line", bytes(600_000), b"last")}
+        service = outgoing(lambda scope, receive, send: parts[scope["path"]](scope, receive, send))
         idle, stream = Client(reads=2), Client()
-        reading = asyncio.create_task(service(SCOPE, None, idle.take))
+        reading = asyncio.create_task(service(SCOPE | {"path": "/whole"}, None, idle.take))
         await asyncio.sleep(0.01)
-        await outgoing_beside(service, answering(b"first line", bytes(600_000), b"last"))(SCOPE, None, stream.take)
+        await service(SCOPE | {"path": "/stream"}, None, stream.take)
         reading.cancel()
         return stream
 
@@ -108,6 +99,7 @@ def test_a_single_answer_may_be_larger_than_the_memory_for_all():
     client = Client()
     asyncio.run(outgoing(answering(bytes(3_000_000)))(SCOPE, None, client.take))
     assert len(client.body) == 3_000_000
+    assert [message["more_body"] for message in client.seen[1:]] == [True] * (len(client.seen) - 2) + [False]
 
 
 @pytest.mark.parametrize("reads", [0, 3])
