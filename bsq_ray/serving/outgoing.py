@@ -45,7 +45,8 @@ class Outgoing:
         ended = False
 
         async def in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._seconds)
+            async with asyncio.timeout(self._seconds):
+                await send(message)
 
         async def in_pieces(message: Message) -> None:
             nonlocal start, ended
