@@ -25,6 +25,7 @@ from bsq_ray.serving.clips import MKV, MP4, wanted_type
 from bsq_ray.serving.docs import described, html
 from bsq_ray.serving.drawing import PICTURES, DrawBody, draw, lines, picture_type
 from bsq_ray.serving.guard import Guard
+from bsq_ray.serving.incoming import Attached
 from bsq_ray.serving.models import Model, Models
 from bsq_ray.serving.refusals import Refused, too_slow
 from bsq_ray.serving.settings import Limits
@@ -87,6 +88,7 @@ def create_app(
             task.cancel()
 
     app = FastAPI(title="bsq_ray", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Attached)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, refusal: Refused) -> JSONResponse:

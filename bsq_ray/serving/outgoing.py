@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bsq_ray.serving.incoming import Attaching
 from bsq_ray.serving.refusals import unread
 from bsq_ray.serving.settings import ANSWERS_VARIABLE
 
@@ -102,4 +103,4 @@ def middlewares() -> list[Middleware]:
         megabytes = 0
     if not megabytes > 0:
         raise ValueError(f"{ANSWERS_VARIABLE}={text}: give a number of MB above 0")
-    return [Middleware(Outgoing, answers_mb=megabytes)]
+    return [Middleware(Outgoing, answers_mb=megabytes), Middleware(Attaching)]

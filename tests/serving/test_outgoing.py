@@ -130,8 +130,7 @@ def test_what_is_no_request_passes():
 
 def test_the_environment_says_how_much(monkeypatch):
     monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", "7.5")
-    [middleware] = middlewares()
-    assert middleware.kwargs == {"answers_mb": 7.5}
+    assert middlewares()[0].kwargs == {"answers_mb": 7.5}
     for text in ("much", "nan", "-1"):
         monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", text)
         with pytest.raises(ValueError, match=f"BSQ_RAY_ANSWERS_MB={text}: give a number of MB above 0"):

@@ -1,0 +1,72 @@
+"""Requests on their way to the front: a small body goes with its request.
+
+    client ─▶ Ray Serve's proxy: Attaching ─request with its body─▶ front: Attached ─▶ api.py
+                                           └─ a large or slow one: as far as it is there ─▶ the front asks for the rest
+
+By itself Ray Serve's front asks the proxy for every body, and then whether the client is still there. Both cost as
+much as the request itself, and the proxy cancels requests of clients that are gone without being asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# Bytes of a body that go with its request.
+_LARGEST = 2**18
+# For them to arrive; how long the rest may take is the front's to say.
+_SECONDS = 0.05
+# In the scope, on the way from the proxy to the front.
+_KEY = "bsq_ray.messages"
+
+
+class Attaching:
+    """An ASGI application whose scope holds what has arrived of the body, for `Attached`; it runs in the proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carries out one request."""
+        if scope["type"] == "http":
+            scope[_KEY] = await _arrived(receive)
+        await self._app(scope, receive, send)
+
+
+class Attached:
+    """An ASGI application that receives first what came with the request; it runs in the front."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Carries out one request."""
+        messages: list[Message] = scope.pop(_KEY, [])
+        complete = bool(messages) and not messages[-1].get("more_body", False)
+        if complete and hasattr(receive, "_receive_asgi_messages"):
+            # Called by the task that Ray Serve has made for this request, which first runs when the request waits.
+            receive._receive_asgi_messages = _never
+
+        async def receive_attached() -> Message:
+            return messages.pop(0) if messages else await (_never() if complete else receive())
+
+        await self._app(scope, receive_attached, send)
+
+
+async def _arrived(receive: Receive) -> list[Message]:
+    """The messages of a body until it is whole, or as many as are small and arrive at once."""
+    messages: list[Message] = []
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_SECONDS):
+            while size < _LARGEST and (not messages or messages[-1].get("more_body", False)):
+                messages.append(await receive())
+                size += len(messages[-1].get("body", b""))
+    return messages
+
+
+async def _never(*_: object) -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
