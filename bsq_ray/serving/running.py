@@ -28,7 +28,7 @@ _SERVE_SETTINGS = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # Threads that wait for more to compute soon leave the cores to those who read requests and files; at once would
     # cost more than it gives, for they are woken dozens of times in each forward pass.
-    "GOMP_SPINCOUNT": "3000",
+    "GOMP_SPINCOUNT": "30000",
 }
 # A line in a file for every request takes longer than what it tells is worth; `/metrics` counts them.
 _LOGGING = {"enable_access_log": False}
