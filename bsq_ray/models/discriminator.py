@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.models.blur import blur
+from bsq_ray.models.convolution import convolution
 
 _SLOPE = 0.2
 _GAIN = sqrt(2)
@@ -65,11 +66,11 @@ class EqualizedConv(nn.Module):
         weight = self.weight * (self.scale * gain)
         bias = None if self.bias is None else self.bias * gain
         if not self.down:
-            x_BCHW = F.conv2d(x_BCHW, weight, bias, padding=self.size // 2)
+            x_BCHW = convolution(x_BCHW, weight, bias, padding=self.size // 2)
         elif self.size == 1:
-            x_BCHW = F.conv2d(blur(x_BCHW, stride=2, pad=1), weight, bias)
+            x_BCHW = convolution(blur(x_BCHW, stride=2, pad=1), weight, bias)
         else:
-            x_BCHW = F.conv2d(blur(x_BCHW, stride=1, pad=2), weight, bias, stride=2)
+            x_BCHW = convolution(blur(x_BCHW, stride=1, pad=2), weight, bias, stride=2)
         return x_BCHW if bias is None else F.leaky_relu(x_BCHW, _SLOPE, inplace=True)
 
 
@@ -164,6 +165,14 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
     return {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
 
 
+class PatchConv(nn.Conv2d):
+    """PyTorch's layer by `bsq_ray.models.convolution`."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, …)."""
+        return convolution(x_BCHW, self.weight, self.bias, self.stride[0], int(self.padding[0]))
+
+
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., CVPR 2017): a logit for each patch. Group norm, so images do not see each other.
 
@@ -174,15 +183,15 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, channel_max: int) -> None:
         super().__init__()
         widths = [min(width, channel_max) for width in (64, 128, 256, 512)]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(_SLOPE)]
+        layers: list[nn.Module] = [PatchConv(3, widths[0], 4, 2, 1), nn.LeakyReLU(_SLOPE)]
         for number, (inputs, outputs) in enumerate(pairwise(widths)):
             stride = 2 if number < 2 else 1
             layers += [
-                nn.Conv2d(inputs, outputs, 4, stride, 1, bias=False),
+                PatchConv(inputs, outputs, 4, stride, 1, bias=False),
                 nn.GroupNorm(gcd(outputs, 32), outputs),
                 nn.LeakyReLU(_SLOPE),
             ]
-        layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        layers.append(PatchConv(widths[-1], 1, 4, 1, 1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bsq_ray.models.convolution import convolution
 from bsq_ray.models.discriminator import EqualizedLinear, style_channels, with_batch_deviation
 
 _SLOPE = 0.2
@@ -37,8 +38,8 @@ class EqualizedConv3d(nn.Module):
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """The size stays; with a bias, a leaky ReLU with a gain of sqrt(2) follows."""
         if self.bias is None:
-            return F.conv3d(x_BCTHW, self.weight * self.scale, padding=self.size // 2)
-        x_BCTHW = F.conv3d(x_BCTHW, self.weight * (self.scale * _GAIN), self.bias * _GAIN, padding=self.size // 2)
+            return convolution(x_BCTHW, self.weight * self.scale, padding=self.size // 2)
+        x_BCTHW = convolution(x_BCTHW, self.weight * (self.scale * _GAIN), self.bias * _GAIN, padding=self.size // 2)
         return F.leaky_relu(x_BCTHW, _SLOPE, inplace=True)
 
 
