@@ -4,18 +4,21 @@
     x ◀─spread─ y        (the filter is linear: each is the other's gradient)
 
 PyTorch's second derivative of a convolution in groups also makes the gradient of the filter, channel by channel, which
-nobody asks for; it would be most of a step with the R1 penalty.
+nobody asks for; it would be most of a step with the R1 penalty. On a GPU a kernel of our own filters (blur_gpu.py).
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_log = logging.getLogger(__name__)
 _TAPS = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
 _Grad = tuple[Tensor, None, None]
 
@@ -50,7 +53,7 @@ class _Spread(torch.autograd.Function):
         if stride == 1:
             # The filter is symmetric, so this is the transposed convolution.
             return _filtered(y_BCHW, 1, 3 - pad)
-        return _spread_on_gpu(y_BCHW, stride, pad) if y_BCHW.is_cuda else _spread_on_cpu(y_BCHW, stride, pad)
+        return _spread(y_BCHW, stride, pad)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> _Grad:
@@ -58,11 +61,15 @@ class _Spread(torch.autograd.Function):
 
 
 def _filtered(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    if kernels := _kernels_for(x_BCHW):
+        return kernels.filtered(x_BCHW, stride, pad)
     with torch.autocast(x_BCHW.device.type, enabled=False):
         return F.conv2d(x_BCHW, _taps(x_BCHW, x_BCHW.dtype), stride=stride, padding=pad, groups=x_BCHW.shape[1])
 
 
-def _spread_on_cpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+def _spread(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+    if kernels := _kernels_for(y_BCHW):
+        return kernels.spread(y_BCHW, pad)
     # At least in fp32, because CPUs take several times as long for the same in bf16.
     dtype = torch.promote_types(y_BCHW.dtype, torch.float32)
     with torch.autocast(y_BCHW.device.type, enabled=False):
@@ -72,18 +79,21 @@ def _spread_on_cpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     return spread.to(y_BCHW.dtype)
 
 
-def _spread_on_gpu(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
-    # The kernel that the gradient of a convolution takes, of which the input gives only shape and layout.
-    batch, channels, height, width = y_BCHW.shape
-    last = y_BCHW.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    shape = batch, channels, stride * height, stride * width
-    x_BCHW = torch.empty(shape, dtype=y_BCHW.dtype, device=y_BCHW.device, memory_format=layout)
-    spread: Tensor = torch.ops.aten.convolution_backward(
-        y_BCHW, x_BCHW, _taps(y_BCHW, y_BCHW.dtype), None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], channels,
-        [True, False, False],
-    )[0]  # fmt: skip
-    return spread
+def _kernels_for(x_BCHW: Tensor) -> ModuleType | None:
+    return _kernels(x_BCHW.device) if x_BCHW.is_cuda and x_BCHW.dtype != torch.float64 else None
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """Our own for a GPU; None where Triton is not installed or cannot build them."""
+    try:
+        from bsq_ray.models import blur_gpu
+
+        blur_gpu.filtered(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
+    except Exception as error:
+        _log.warning("the discriminator's filter will take several times as long: no kernel for %s (%s)", device, error)
+        return None
+    return blur_gpu
 
 
 def _taps(like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from small_gpu_models import (
 from bsq_ray import config
 from bsq_ray.losses.adversarial import r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
+from bsq_ray.models.blur import _kernels, blur
 from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.models.quantizers import build_quantizer
 from bsq_ray.models.tokenizer import Tokens
@@ -89,6 +90,25 @@ def test_a_discriminators_logits_and_the_r1_penaltys_gradients(kind, gpu, photos
         (logits.square().mean() + r1_penalty(logits, real)).backward()
     assert_agree(there(images.to(gpu))[0], here(images)[0], VALUES, "logits")
     assert_same_gradients(there, here, GRADIENTS)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 4), (2, 70, 20, 36), (1, 256, 8, 16)], ids=str)
+@pytest.mark.parametrize(("stride", "pad"), [(1, 2), (2, 1)], ids=["before a stride", "with the stride"])
+def test_the_filters_kernels_and_their_derivatives(stride, pad, shape, gpu):
+    assert _kernels(gpu) is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", gpu):
+        image = x.to(device, copy=True).requires_grad_()
+        filtered = blur(image, stride, pad)
+        [gradient] = torch.autograd.grad(filtered.pow(3).sum(), image, create_graph=True)
+        gradient.square().sum().backward()
+        results.append((filtered, gradient, image.grad))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+    half = x.to(gpu, torch.bfloat16)
+    exact = blur(half.float(), stride, pad)
+    torch.testing.assert_close(blur(half, stride, pad).float(), exact.bfloat16().float(), rtol=0.01, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
