@@ -14,12 +14,14 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Bytes of a body that go with its request.
-_LARGEST = 2**18
+# Bytes of a body after which no more is waited for; the proxy has up to 256 KB more at a time.
+_ENOUGH = 2**17
 # For them to arrive; how long the rest may take is the front's to say.
 _SECONDS = 0.05
 # In the scope, on the way from the proxy to the front.
 _KEY = "bsq_ray.messages"
+# By which a client could have its request go on without it: then the proxy does not cancel.
+_GOES_ON = b"x-request-disconnect-disabled"
 
 
 class Attaching:
@@ -31,6 +33,7 @@ class Attaching:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carries out one request."""
         if scope["type"] == "http":
+            scope["headers"] = [header for header in scope["headers"] if header[0] != _GOES_ON]
             scope[_KEY] = await _arrived(receive)
         await self._app(scope, receive, send)
 
@@ -55,13 +58,18 @@ class Attached:
         await self._app(scope, receive_attached, send)
 
 
+def attached_bytes(scope: Scope) -> int:
+    """Bytes of a body that go with a request, and stay in the proxy until it is answered."""
+    return sum(len(message.get("body", b"")) for message in scope.get(_KEY, ()))
+
+
 async def _arrived(receive: Receive) -> list[Message]:
     """The messages of a body until it is whole, or as many as are small and arrive at once."""
     messages: list[Message] = []
     size = 0
     with suppress(TimeoutError):
         async with asyncio.timeout(_SECONDS):
-            while size < _LARGEST and (not messages or messages[-1].get("more_body", False)):
+            while size < _ENOUGH and (not messages or messages[-1].get("more_body", False)):
                 messages.append(await receive())
                 size += len(messages[-1].get("body", b""))
     return messages

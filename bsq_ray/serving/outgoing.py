@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.serving.incoming import Attaching
+from bsq_ray.serving.incoming import Attaching, attached_bytes
 from bsq_ray.serving.refusals import unread
 from bsq_ray.serving.settings import ANSWERS_VARIABLE
 
@@ -29,7 +29,8 @@ class Outgoing:
     """An ASGI application whose answers take bounded memory while they are read.
 
     Args:
-        answers_mb: of all answers that are being read; a single one may be larger.
+        answers_mb: of all answers that are being read, with the small bodies of their requests; a single one may be
+            larger.
         seconds: for a client to take 64 KB; then the rest of its answer is dropped.
     """
 
@@ -43,7 +44,7 @@ class Outgoing:
             await self._app(scope, receive, send)
             return
         start: Message | None = None
-        ended = False
+        ended, attached = False, attached_bytes(scope)
 
         async def in_time(message: Message) -> None:
             async with asyncio.timeout(self._seconds):
@@ -57,7 +58,7 @@ class Outgoing:
                 # The status is not sent before it is known that there is room for the answer.
                 start = message
                 return
-            size = len(message.get("body", b""))
+            size = len(message.get("body", b"")) + attached
             ended = self._held > 0 and self._held + size > self._most
             self._held += size
             try:

@@ -3,10 +3,14 @@
 import asyncio
 
 import pytest
+from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import ClientDisconnect, Request
 
+from bsq_ray.serving.api import create_app
 from bsq_ray.serving.incoming import Attached, Attaching
+from bsq_ray.serving.models import Models
+from bsq_ray.serving.settings import Limits
 
 SCOPE = {"type": "http", "method": "POST", "headers": []}
 
@@ -47,14 +51,32 @@ async def body_at_front(receive):
     return bodies[0], asked[0]
 
 
-@pytest.mark.parametrize("parts", [[b""], [b"whole"], [b"in ", b"two"], [bytes(2**16)] * 4])
+@pytest.mark.parametrize("parts", [[b""], [b"whole"], [b"in ", b"two"], [bytes(2**16)] * 2])
 def test_a_small_body_comes_with_its_request(parts):
     assert asyncio.run(body_at_front(Body(*((0, part) for part in parts)))) == (b"".join(parts), 0)
 
 
 def test_of_a_large_body_the_front_asks_for_the_rest():
     parts = [bytes([number]) * 2**16 for number in range(7)]
-    assert asyncio.run(body_at_front(Body(*((0, part) for part in parts)))) == (b"".join(parts), 3)
+    assert asyncio.run(body_at_front(Body(*((0, part) for part in parts)))) == (b"".join(parts), 5)
+
+
+def test_no_client_can_have_its_request_go_on_without_it():
+    """Of Ray Serve's headers the proxy reads those that are left."""
+    seen = []
+
+    async def proxy(scope, receive, send):
+        seen.extend(scope["headers"])
+
+    headers = [(b"x-request-disconnect-disabled", b"?1"), (b"host", b"x")]
+    asyncio.run(Attaching(proxy)(SCOPE | {"headers": headers}, Body((0, b"")), None))
+    assert seen == [(b"host", b"x")]
+    assert headers[0][0] == SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER.encode()
+
+
+def test_the_front_takes_what_came_with_a_request():
+    app = create_app(Models([]), Limits(), None, True, None)
+    assert [middleware.cls for middleware in app.user_middleware] == [Attached]
 
 
 def test_a_slow_body_does_not_hold_its_request_back():
@@ -67,7 +89,7 @@ def test_who_goes_away_while_sending_is_gone_at_the_front_too():
         asyncio.run(body_at_front(Body((0, b"first"), (0, None))))
 
 
-@pytest.mark.parametrize(("parts", "asked"), [([b"whole"], 0), ([bytes(2**18), b"rest"], 1)])
+@pytest.mark.parametrize(("parts", "asked"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
 def test_ray_serve_asks_the_proxy_only_for_what_is_missing(parts, asked):
     """Its own task asks over and over until the client is gone, whether or not anyone wants to know."""
     asking = []

@@ -4,9 +4,10 @@ import asyncio
 
 import pytest
 
+from bsq_ray.serving.incoming import Attaching
 from bsq_ray.serving.outgoing import Outgoing, middlewares
 
-SCOPE = {"type": "http", "method": "GET"}
+SCOPE = {"type": "http", "method": "GET", "headers": []}
 
 
 class Client:
@@ -27,6 +28,13 @@ class Client:
     @property
     def body(self):
         return b"".join(message.get("body", b"") for message in self.seen)
+
+
+def sending(body):
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
 
 
 def answering(*parts):
@@ -76,6 +84,22 @@ def test_beyond_the_memory_for_answers_the_next_client_comes_again_later():
     assert b"try again" in refused.body
     assert later.status == 200
     assert len(later.body) == 600_000
+
+
+def test_the_body_that_came_with_a_request_counts_while_its_answer_is_read():
+    async def together():
+        parts = {"/large": answering(bytes(600_000)), "/small": answering(b"small")}
+        of_path = outgoing(lambda scope, receive, send: parts[scope["path"]](scope, receive, send), megabytes=0.7)
+        service = Attaching(of_path)
+        idle, with_body, without = Client(reads=2), Client(), Client()
+        reading = asyncio.create_task(service(SCOPE | {"path": "/large"}, sending(b""), idle.take))
+        await asyncio.sleep(0.01)
+        await service(SCOPE | {"path": "/small"}, sending(bytes(120_000)), with_body.take)
+        await service(SCOPE | {"path": "/small"}, sending(b""), without.take)
+        reading.cancel()
+        return with_body.status, without.status
+
+    assert asyncio.run(together()) == (429, 200)
 
 
 def test_a_stream_breaks_off_where_there_is_no_room_for_what_comes():
@@ -130,6 +154,7 @@ def test_what_is_no_request_passes():
 
 def test_the_environment_says_how_much(monkeypatch):
     monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", "7.5")
+    assert [middleware.cls for middleware in middlewares()] == [Outgoing, Attaching]
     assert middlewares()[0].kwargs == {"answers_mb": 7.5}
     for text in ("much", "nan", "-1"):
         monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", text)
