@@ -29,7 +29,7 @@ def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     Args:
         stride, pad: 1, 2: one row and column more; 2, 1: half the size.
     """
-    if torch.is_autocast_enabled(x_BCHW.device.type):
+    if torch.is_autocast_enabled(x_BCHW.device.type) and x_BCHW.dtype != torch.float64:
         x_BCHW = x_BCHW.to(torch.get_autocast_dtype(x_BCHW.device.type))
     filtered: Tensor = _Blur.apply(x_BCHW, stride, pad)
     return filtered
@@ -69,9 +69,9 @@ def _filtered(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
 
 def _spread(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(y_BCHW):
-        return kernels.spread(y_BCHW, pad)
-    # At least in fp32, because CPUs take several times as long for the same in bf16.
-    dtype = torch.promote_types(y_BCHW.dtype, torch.float32)
+        return kernels.spread(y_BCHW, stride, pad)
+    # On CPUs at least in fp32: they take several times as long for the same in bf16.
+    dtype = y_BCHW.dtype if y_BCHW.is_cuda else torch.promote_types(y_BCHW.dtype, torch.float32)
     with torch.autocast(y_BCHW.device.type, enabled=False):
         spread = F.conv_transpose2d(
             y_BCHW.to(dtype), _taps(y_BCHW, dtype), stride=stride, padding=pad, groups=y_BCHW.shape[1]
@@ -90,6 +90,8 @@ def _kernels(device: torch.device) -> ModuleType | None:
         from bsq_ray.models import blur_gpu
 
         blur_gpu.filtered(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         _log.warning("the discriminator's filter will take several times as long: no kernel for %s (%s)", device, error)
         return None

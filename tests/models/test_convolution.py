@@ -70,7 +70,12 @@ def test_under_autocast_everything_is_in_its_precision():
         sum(gradient.pow(2).sum() for gradient in gradients).backward()
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), F.conv2d(x, w, bias, padding=1), atol=0.05, rtol=0.02)
-    assert {gradient.dtype for gradient in gradients} == {x.grad.dtype} == {torch.float32}
+    assert {gradient.dtype for gradient in (*gradients, x.grad, w.grad)} == {torch.float32}
+    whole = [tensor.detach().clone().requires_grad_() for tensor in (x, w, bias)]
+    exact = torch.autograd.grad(convolution(*whole, padding=1).pow(2).sum(), whole, create_graph=True)
+    sum(gradient.pow(2).sum() for gradient in exact).backward()
+    for ours, theirs in ((x.grad, whole[0].grad), (w.grad, whole[1].grad)):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def operations(call):
