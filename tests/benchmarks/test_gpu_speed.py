@@ -9,7 +9,10 @@ import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantizer_steps import quantizer_steps
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from training_steps import CarelessTraining, Training
 
 from bsq_ray import Generator, Prior, Tokenizer
@@ -17,6 +20,7 @@ from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.config import load_config
 from bsq_ray.data.images import to_float
 from bsq_ray.metrics.weights import resolve_once
+from bsq_ray.models.blur import blur
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.planning import plan
 from bsq_ray.planning.plan import reconstruction_rate
@@ -53,6 +57,15 @@ def milliseconds(call, times, warm=3):
         torch.cuda.synchronize()
         found.append(began.elapsed_time(ended))
     return statistics.median(found)
+
+
+def busy_milliseconds(call):
+    """Time that a GPU calculates in a call, whether or not it waits in between."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
 
 
 def alone(work):
@@ -144,13 +157,21 @@ def test_parts_of_a_training_step(name, figure):
                 loss = part()
             loss.backward()
 
-        return {told: milliseconds(lambda part=part: both_ways(part), 5, warm=2) for told, part in parts.items()}
+        found = {told: milliseconds(lambda part=part: both_ways(part), 5, warm=2) for told, part in parts.items()}
+        training.step(1)
+        return found, milliseconds(lambda: training.step(2), 5, warm=2), busy_milliseconds(lambda: training.step(2))
 
     found, _ = alone(work)
     if found is None:
         pytest.skip("more memory than there is")
+    parts, by_the_clock, busy = found
+    figure(
+        f"a training step, {name}, {BATCH} images, bf16, eager, plain data parallelism",
+        f"{by_the_clock:.1f} ms",
+        f"the GPU calculates for {busy:.1f} ms of it",
+    )
     operations = plan(run, PLANNED, 1).sample.flops
-    for told, took in found.items():
+    for told, took in parts.items():
         speed = f"{operations[told] * BATCH / took / 1e9:.0f} TFLOP/s" if told in operations else ""
         figure(f"of a training step, {name}, {BATCH} images, bf16, eager: {told}", f"{took:.1f} ms", speed)
 
@@ -186,6 +207,22 @@ def test_reconstruction(name, precision, figure):
     if name in PUBLISHED:
         beside.append(f"published {PUBLISHED[name]} on an A5000")
     figure(f"reconstruction, {name}, {precision}, {best} at once", f"{speeds[best]:.0f} images/s", "; ".join(beside))
+
+
+@pytest.mark.parametrize(("stride", "pad"), [(1, 2), (2, 1)], ids=["before a stride", "with the stride"])
+def test_the_discriminators_filter(stride, pad, figure):
+    """As the first block of `imagenet128-bsq18` takes it for 64 images, beside PyTorch's convolution in groups."""
+    shape = (64, 256, 128, 128)
+    images_BCHW = torch.randn(shape, device=GPU, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    taps = torch.tensor([1, 3, 3, 1], device=GPU, dtype=torch.bfloat16) / 8
+    filter_C1HW = torch.outer(taps, taps).expand(shape[1], 1, 4, 4)
+    ours = milliseconds(lambda: blur(images_BCHW, stride, pad), 10)
+    library = milliseconds(lambda: F.conv2d(images_BCHW, filter_C1HW, None, stride, pad, groups=shape[1]), 3)
+    copy = milliseconds(images_BCHW.clone, 10)
+    what = f"the discriminator's filter, stride {stride}, {shape[0]} x {shape[1]} channels of {shape[2]} px, bf16"
+    figure(
+        what, f"{ours:.2f} ms", f"convolution in groups {library:.2f} ms: {library / ours:.1f} x; a copy {copy:.2f} ms"
+    )
 
 
 def test_quantizers(figure):
