@@ -29,7 +29,7 @@ def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     Args:
         stride, pad: 1, 2: one row and column more; 2, 1: half the size.
     """
-    if torch.is_autocast_enabled(x_BCHW.device.type) and x_BCHW.dtype != torch.float64:
+    if torch.is_autocast_enabled(x_BCHW.device.type):
         x_BCHW = x_BCHW.to(torch.get_autocast_dtype(x_BCHW.device.type))
     filtered: Tensor = _Blur.apply(x_BCHW, stride, pad)
     return filtered

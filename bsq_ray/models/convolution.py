@@ -23,7 +23,7 @@ _Grad = Tensor | None
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     """Convolves images (B, I, H, W) or clips (B, I, T, H, W); under autocast in its precision."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     convolved: Tensor = _Convolution.apply(x, weight, bias, stride, padding)

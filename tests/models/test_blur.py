@@ -1,6 +1,7 @@
 """The low-pass filter before the stride, and its derivatives."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,3 +66,13 @@ def test_where_kernels_cannot_be_built_the_library_filters_and_that_is_said(capl
     monkeypatch.delattr("bsq_ray.models.blur_gpu", raising=False)
     assert _kernels.__wrapped__(torch.device("cuda", 0)) is None
     assert "will take several times as long: no kernel for cuda:0 (import of triton halted" in caplog.text
+
+
+def test_a_gpu_that_is_full_for_a_moment_does_not_lose_its_kernels_for_good(monkeypatch):
+    def filtered(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setitem(sys.modules, "bsq_ray.models.blur_gpu", SimpleNamespace(filtered=filtered))
+    monkeypatch.setattr("bsq_ray.models.blur_gpu", sys.modules["bsq_ray.models.blur_gpu"], raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        _kernels.__wrapped__(torch.device("cpu"))
