@@ -84,7 +84,7 @@ def run_quickstart(
     _claim(out, source, material)
     train_folder, held_out_folder = _collect(source, out, material)
 
-    from bsq_ray.session import ray_session
+    from bsq_ray.runtime.ray_session import ray_session
 
     with ray_session():
         from bsq_ray.evaluation.reconstruction import evaluate_reconstruction

@@ -32,7 +32,7 @@ torch.set_num_threads(2)
 @pytest.fixture(scope="session")
 def ray_local():
     """The one Ray session of a test run."""
-    from bsq_ray.session import ray_session
+    from bsq_ray.runtime.ray_session import ray_session
 
     with ray_session(cpus=4):
         yield

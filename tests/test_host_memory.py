@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bsq_ray.host_memory import keep_memory
+from bsq_ray.runtime.malloc import keep_memory
 
 _COUNT = """
 import resource, torch

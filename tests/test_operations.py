@@ -36,7 +36,7 @@ def test_every_file_that_is_linked_or_called_is_there(page):
     ("words", "source"),
     [
         ("the machines do not read the same newest checkpoint", "bsq_ray/training/loop.py"),
-        ("no Ray cluster answers at", "bsq_ray/session.py"),
+        ("no Ray cluster answers at", "bsq_ray/runtime/ray_session.py"),
         ("nonfinite.json", "bsq_ray/training/finite.py"),
     ],
 )

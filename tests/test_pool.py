@@ -2,7 +2,7 @@
 
 import pytest
 
-from bsq_ray.pool import map_in_pool
+from bsq_ray.runtime.actor_pool import map_in_pool
 
 
 @pytest.mark.parametrize("workers", [0, 2])

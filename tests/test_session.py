@@ -6,8 +6,8 @@ import time
 import pytest
 import ray
 
-from bsq_ray import session
-from bsq_ray.session import ray_session
+from bsq_ray.runtime import ray_session as session
+from bsq_ray.runtime.ray_session import ray_session
 
 
 def test_an_address_without_a_cluster_is_told_at_once(monkeypatch):

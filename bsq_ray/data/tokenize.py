@@ -23,7 +23,7 @@ from bsq_ray.data.sources import open_pixels
 from bsq_ray.data.tokens import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.pool import map_in_pool
+from bsq_ray.runtime.actor_pool import map_in_pool
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def run_demo(
         ValueError: there are too few photographs.
     """
     from bsq_ray.evaluation.compression import evaluate_compression
-    from bsq_ray.session import ray_session
+    from bsq_ray.runtime.ray_session import ray_session
 
     demo = TokenDemo(train_images, out, minutes)
     if images is None:

@@ -53,7 +53,7 @@ def run_demo(
     Raises:
         ValueError: too few photographs or classes.
     """
-    from bsq_ray.session import ray_session
+    from bsq_ray.runtime.ray_session import ray_session
 
     demo = TokenDemo(images, out, minutes)
     if demo.held_out < _FEWEST_HELD_OUT:

@@ -32,7 +32,7 @@ from bsq_ray.evaluation.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
-from bsq_ray.pool import map_in_pool
+from bsq_ray.runtime.actor_pool import map_in_pool
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
 _ANCHOR = {"images": "JPEG", "clips": "H.264"}

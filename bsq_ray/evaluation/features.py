@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, storage
-from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.source import Source
@@ -23,7 +22,8 @@ from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.weights import cache_folder, resolve_once
-from bsq_ray.pool import map_in_pool
+from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.precision import whole_fp32
 
 _BATCH = 32
 # Images that take part in comparisons of pairs.

@@ -34,7 +34,7 @@ from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.pool import map_in_pool
+from bsq_ray.runtime.actor_pool import map_in_pool
 
 _BATCH = 32
 # Neighbours that vote on the class of an image.

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.source import Samples
 from bsq_ray.evaluation.baseline import MeanColourCodec
@@ -27,6 +26,7 @@ from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.precision import whole_fp32
 
 ROWS = ("model", "mean colour")
 # Pictures that travel from the workers, of samples chosen by their keys.

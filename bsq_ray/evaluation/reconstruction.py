@@ -29,7 +29,7 @@ from bsq_ray.evaluation.pictures import draw
 from bsq_ray.evaluation.strips import animate, draw_strips
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import FEWEST_FRAMES
-from bsq_ray.session import gpu_share, ray_session
+from bsq_ray.runtime.ray_session import gpu_share, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
 _ANIMATION_FPS = 6.0

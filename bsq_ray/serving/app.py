@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from bsq_ray import hub
 from bsq_ray.config.reading import check_section
-from bsq_ray.host_memory import keep_memory
+from bsq_ray.runtime.malloc import keep_memory
 from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.front import Front
 from bsq_ray.serving.guard import digest

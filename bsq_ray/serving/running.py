@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from bsq_ray import hub
 from bsq_ray.config.reading import check_section
+from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.guard import is_loopback
 from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings, token_from_environment
-from bsq_ray.session import ray_session
 
 # Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
 # free and a request need not change threads on its way.

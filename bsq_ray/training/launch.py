@@ -13,8 +13,8 @@ from typing import Any
 from bsq_ray import config, storage
 from bsq_ray.data.sources import fill_in, open_source
 from bsq_ray.models.initialisation import initial_weights
-from bsq_ray.session import ray_session
-from bsq_ray.signals import stop_on_signal
+from bsq_ray.runtime.ray_session import ray_session
+from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 from bsq_ray.training.job import Job, Result, check_same_run, possible_sizes
 from bsq_ray.training.loop import run

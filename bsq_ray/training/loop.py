@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, hub, storage
-from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.data.source import Batch
 from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
+from bsq_ray.runtime.precision import whole_fp32
 from bsq_ray.storage import Value
 from bsq_ray.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_progress
 from bsq_ray.training.clock import Clock

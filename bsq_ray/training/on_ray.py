@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from bsq_ray import storage
-from bsq_ray.host_memory import keep_memory
-from bsq_ray.session import cpus_within_reach, gpus_within_reach, reach_is_known
+from bsq_ray.runtime.malloc import keep_memory
+from bsq_ray.runtime.ray_session import cpus_within_reach, gpus_within_reach, reach_is_known
 from bsq_ray.training.board import Board, Failure, Notes, RayReporter
 from bsq_ray.training.finite import NonFinite
 from bsq_ray.training.job import Job, Result

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from training_steps import CarelessTraining, Training
 
 from bsq_ray import Generator, Prior, Tokenizer
-from bsq_ray.arithmetic import whole_fp32
 from bsq_ray.config import load_config
 from bsq_ray.data.images import to_float
 from bsq_ray.metrics.weights import resolve_once
@@ -24,6 +23,7 @@ from bsq_ray.models.blur import blur
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.planning import plan
 from bsq_ray.planning.plan import reconstruction_rate
+from bsq_ray.runtime.precision import whole_fp32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 GPU = torch.device("cuda", 0)

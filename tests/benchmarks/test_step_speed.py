@@ -15,7 +15,7 @@ import torch
 from training_steps import CarelessTraining, Training
 
 from bsq_ray import config
-from bsq_ray.host_memory import keep_memory
+from bsq_ray.runtime.malloc import keep_memory
 
 pytestmark = pytest.mark.benchmark
 _SIZE, _BATCH = 128, 4

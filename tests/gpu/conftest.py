@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bsq_ray.arithmetic import whole_fp32
+from bsq_ray.runtime.precision import whole_fp32
 
 # The other tests' photographs come from more packages; scikit-image and scikit-learn bring these.
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}

@@ -12,7 +12,7 @@ from small_runs import PRESET, SMALL, small_job
 
 from bsq_ray import storage
 from bsq_ray.config import load_config
-from bsq_ray.session import cpus_within_reach
+from bsq_ray.runtime.ray_session import cpus_within_reach
 from bsq_ray.training import on_ray
 from bsq_ray.training.launch import Interrupted, train
 from bsq_ray.training.on_ray import Share, check_cpus, plain_error, train_on_gpus
@@ -129,7 +129,7 @@ def test_what_an_autoscaler_that_tells_nothing_may_bring_up_is_waited_for(
 def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
     from ray._private.state import state
 
-    from bsq_ray.session import gpus_within_reach
+    from bsq_ray.runtime.ray_session import gpus_within_reach
 
     assert gpus_within_reach() == 0
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96, "GPU": 8})

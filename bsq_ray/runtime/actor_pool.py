@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bsq_ray.session import gpu_share, ray_session
+from bsq_ray.runtime.ray_session import gpu_share, ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
