@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from bsq_ray import Tokenizer, config, hub
+from bsq_ray import Tokenizer, config, model_folder
 
 SIZES = {"width": 16, "layers": 1, "heads": 2}
 
@@ -70,13 +70,13 @@ def test_without_averaging_the_main_weights_are_the_plain_ones_and_older_plain_w
 def test_asking_for_plain_weights_that_were_not_kept_is_an_error(folder, tmp_path):
     (tmp_path / "small" / "model.plain.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no plain weights"):
-        hub.read_model_folder(folder, "plain")
+        model_folder.read_model_folder(folder, "plain")
 
 
 def test_the_id_depends_on_weights_and_model_but_not_on_training_or_memory_saving():
     def written_id(weights, **keys):
         run = config.TokenizerConfig.model_validate({"name": "m"} | keys)
-        return hub.write_model_folder("memory://ids/m", config.dump_config(run), weights)
+        return model_folder.write_model_folder("memory://ids/m", config.dump_config(run), weights)
 
     weights = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.bfloat16), "c": torch.tensor(3)}
     same = written_id(weights)
@@ -119,7 +119,7 @@ def test_a_changed_model_section_is_noticed_and_a_changed_training_section_is_no
     file = tmp_path / "small" / "config.yaml"
     text = file.read_text()
     file.write_text(text.replace("steps: 1000000", "steps: 5"))
-    assert hub.read_model_folder(folder).config.training.steps == 5
+    assert model_folder.read_model_folder(folder).config.training.steps == 5
     file.write_text(text.replace("causal: true", "causal: false"))
     with pytest.raises(ValueError, match="do not belong together"):
         Tokenizer.from_pretrained(folder)
@@ -131,10 +131,10 @@ def test_a_truncated_file_and_one_of_another_format_are_refused(folder, tmp_path
     for damaged in (data[:-10], b"", b"not a model at all"):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-            hub.read_model_folder(folder)
+            model_folder.read_model_folder(folder)
     file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
     with pytest.raises(ValueError, match="does not name a model id"):
-        hub.read_model_folder(folder)
+        model_folder.read_model_folder(folder)
 
 
 def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
@@ -145,7 +145,7 @@ def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
     weights["surplus"] = torch.zeros(1)
     del weights["encoder.patch_embedding.weight"]
     with pytest.raises(ValueError) as error:
-        hub.load_weights(target, weights, "model M")
+        model_folder.load_weights(target, weights, "model M")
     assert "weights of model M are not those of this model" in str(error.value)
     assert "missing: encoder.patch_embedding.weight" in str(error.value)
     assert "unexpected: surplus" in str(error.value)
@@ -156,7 +156,7 @@ def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
 def test_a_long_list_of_keys_is_shortened():
     target = small_tokenizer()
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
-        hub.load_weights(target, {}, "nothing")
+        model_folder.load_weights(target, {}, "nothing")
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.quickstart import CLIPS, run_quickstart, split_by_content
+from bsq_ray.demos.quickstart import CLIPS, run_quickstart, split_by_content
 from bsq_ray.training import launch
 
 _SMALL = (

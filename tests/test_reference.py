@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bsq_ray import Tokenizer, config, hub
+from bsq_ray import Tokenizer, config, model_folder
+from bsq_ray.import_bsq_vit import import_reference, read_checkpoint
 from bsq_ray.models.discriminator import build_discriminator
-from bsq_ray.reference import import_reference, read_checkpoint
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
 CONFIG = f"""
@@ -201,7 +201,7 @@ def test_reconstructions_agree_with_the_reference_for_averaged_and_plain_weights
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
     assert imported.iteration == 7000
     assert not imported.has_discriminator
-    assert imported.id == hub.read_model_folder(out).id
+    assert imported.id == model_folder.read_model_folder(out).id
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| imported from | checkpoint.pt |" in card
     assert "| training steps | 7000 |" in card

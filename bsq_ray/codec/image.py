@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bsq_ray import config, hub
+from bsq_ray import config, model_folder
 from bsq_ray.codec.colour import SRGB, Colour, to_srgb
 from bsq_ray.codec.container import (
     MAX_PIXELS,
@@ -120,7 +120,7 @@ class Codec:
         Raises:
             ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
         """
-        run = hub.read_model_folder(url, weights).config
+        run = model_folder.read_model_folder(url, weights).config
         if isinstance(run, config.TokenizerConfig):
             return cls(Tokenizer.from_pretrained(url, weights).to(device), None, batch, arithmetic)
         prior = Prior.from_pretrained(url, weights).to(device)

@@ -18,7 +18,7 @@ def quickstart(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
 ) -> None:
     """Train a small tokenizer on real photographs or clips and show what it can do."""
-    from bsq_ray.quickstart import CLIPS, PHOTOGRAPHS, run_quickstart
+    from bsq_ray.demos.quickstart import CLIPS, PHOTOGRAPHS, run_quickstart
 
     if (videos and not video) or (images and video):
         raise ValueError("--images is a folder of photographs, --video --videos one of clips; give one of them")
@@ -35,7 +35,7 @@ def demo_generate(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
 ) -> None:
     """Train a tokenizer and a masked language model on labelled photographs, and draw images of the classes."""
-    from bsq_ray.demos.generate import run_demo
+    from bsq_ray.demos.generate_demo import run_demo
 
     print(run_demo(images, out, minutes).summary)
 
@@ -47,7 +47,7 @@ def demo_compress(
     train_images: Annotated[Path | None, typer.Option(help="Photographs to train on, in class folders.")] = None,
 ) -> None:
     """Train a tokenizer and a prior, and compress unseen photographs beside the standard codecs."""
-    from bsq_ray.demos.compress import run_demo
+    from bsq_ray.demos.compress_demo import run_demo
     from bsq_ray.evaluation.compression_report import markdown
 
     print(markdown(run_demo(images, out, minutes, train_images)))

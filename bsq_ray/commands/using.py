@@ -100,7 +100,7 @@ def import_reference(
     weights: Weights = "ema",
 ) -> None:
     """Turn a checkpoint of the published reference code into a model folder, without running what it pickles."""
-    from bsq_ray.reference import import_reference as convert
+    from bsq_ray.import_bsq_vit import import_reference as convert
 
     imported = convert(checkpoint, config, out, which_weights(weights))
     steps = f", {imported.iteration} steps" if imported.iteration is not None else ""

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.data.clips import ClipSource
 from bsq_ray.data.images import to_float
 from bsq_ray.data.manifest import Manifest, read_manifest
@@ -65,7 +65,7 @@ def tokenize(
     Raises:
         ValueError: model or data are missing, or the folder holds a table of another tokenizer.
     """
-    folder = hub.read_model_folder(model_url)
+    folder = model_folder.read_model_folder(model_url)
     run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     if views < 1:
@@ -101,7 +101,7 @@ def tokenize(
 def _keep_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
     kept = storage.join(out_url, TOKENIZER)
     if storage.exists(storage.join(kept, "config.yaml")):
-        there = hub.read_model_folder(kept).id
+        there = model_folder.read_model_folder(kept).id
         if there != model_id:
             raise ValueError(
                 f"{out_url} holds tokens of another tokenizer ({there[:12]}, {model_url} is {model_id[:12]}); "

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bsq_ray import hub, storage
+from bsq_ray import model_folder, storage
 from bsq_ray.codec.image import Codec
 from bsq_ray.data.images import read_image, to_float
 from bsq_ray.evaluation.benchmark_sets import find_set
@@ -69,7 +69,7 @@ def evaluate_compression(
     Raises:
         ValueError: the folder holds nothing that can be measured, or the model is missing.
     """
-    folder = hub.read_model_folder(model_url, weights)
+    folder = model_folder.read_model_folder(model_url, weights)
     found = find_set(data_url)
     reading = _Reading(found.kind, frames, max_side)
     points: dict[str, list[Point]] = {}

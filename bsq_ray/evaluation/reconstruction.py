@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.source import Source
 from bsq_ray.data.sources import open_pixels
@@ -70,7 +70,7 @@ def evaluate_reconstruction(
         ValueError: model or data are missing or do not fit.
         RuntimeError: more images than allowed cannot be read.
     """
-    folder = hub.read_model_folder(model_url, weights)
+    folder = model_folder.read_model_folder(model_url, weights)
     run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     source = open_pixels(run, manifest)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.codec.video import read_video, write_video
 from bsq_ray.config.reading import nearest
 from bsq_ray.data.images import evaluation_image, read_image, to_float, to_uint8
@@ -38,7 +38,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} must end in .png (of an image) or .mp4 (of a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(hub.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     image = read_image(image_url)
     size = run.model.image_size
     original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
@@ -75,7 +75,7 @@ def reconstruct_clip(
         ValueError: the model or the clip cannot be read, or the video not be written.
     """
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(hub.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     size, bits = run.model.image_size, run.model.quantizer.bits * (run.model.image_size // run.model.patch_size) ** 2
     with storage.open_url(clip_url) as file, tempfile.TemporaryDirectory() as scratch:
         try:
@@ -126,7 +126,7 @@ def describe(what: str) -> str:
     if what in config.preset_names():
         return f"preset {what}\n{_describe_run(config.load_config(what))}"
     if storage.exists(storage.join(what, "model.safetensors")):
-        folder = hub.read_model_folder(what)
+        folder = model_folder.read_model_folder(what)
         parameters = sum(tensor.numel() for tensor in folder.weights.values())
         return f"model folder {what}\nid {folder.id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
     if storage.exists(storage.join(what, MANIFEST)):

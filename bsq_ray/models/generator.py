@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray import config, hub
+from bsq_ray import config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.sampling import between, sample, sample_steps
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
@@ -35,7 +35,7 @@ class Generator:
         Raises:
             ValueError: there is no such folder, or its parts do not belong together.
         """
-        run = config.expect(hub.read_model_folder(url, weights).config, config.MaskedLMConfig, url)
+        run = config.expect(model_folder.read_model_folder(url, weights).config, config.MaskedLMConfig, url)
         model = MaskedLM.from_pretrained(url, weights)
         return cls(model.to(device), Tokenizer.of_tokens(url, run.model).to(device), run.sampling)
 

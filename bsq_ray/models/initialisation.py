@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray import config, hub
+from bsq_ray import config, model_folder
 
 _PARTS = ("encoder", "decoder")
 # What may differ: the size of the images, how frames see each other, and what only training uses.
@@ -31,7 +31,7 @@ def initial_weights(model: config.TokenizerModel, url: str) -> dict[str, Tensor]
     Raises:
         ValueError: there is no such folder, or its model does not fit; the message names what differs.
     """
-    folder = hub.read_model_folder(url)
+    folder = model_folder.read_model_folder(url)
     given = config.expect(folder.config, config.TokenizerConfig, url).model
     different = [
         f"model.{key} is {was} there and {now} here"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 
-from bsq_ray import config, hub
+from bsq_ray import config, model_folder
 
 Section = TypeVar("Section")
 
@@ -39,10 +39,10 @@ class Pretrained(nn.Module, Generic[Section]):
         Raises:
             ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
         """
-        folder = hub.read_model_folder(url, weights)
+        folder = model_folder.read_model_folder(url, weights)
         run: Any = config.expect(folder.config, cls.run_type, url)
         model = cls(run.model)
-        hub.load_weights(model, folder.weights, url)
+        model_folder.load_weights(model, folder.weights, url)
         model.model_id = folder.id
         return model.eval()
 
@@ -64,4 +64,6 @@ class Pretrained(nn.Module, Generic[Section]):
         """
         named: dict[str, Any] = {"name": url.rstrip("/").rsplit("/", 1)[-1], "model": self.config}
         run = run or self.run_type(**named)
-        return hub.write_model_folder(url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts)
+        return model_folder.write_model_folder(
+            url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts
+        )

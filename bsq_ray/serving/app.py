@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from bsq_ray import hub
+from bsq_ray import model_folder
 from bsq_ray.config.reading import check_section
 from bsq_ray.runtime.malloc import keep_memory
 from bsq_ray.serving.deployments import replica_class
@@ -43,7 +43,7 @@ def application(settings: Settings, token: str | None, loopback: bool) -> Applic
     Raises:
         ValueError: a model folder cannot be read.
     """
-    kinds = {name: kind_of(hub.read_config(url)) for name, url in settings.models.items()}
+    kinds = {name: kind_of(model_folder.read_config(url)) for name, url in settings.models.items()}
     handles = {
         name: {role: _models(role, name, url, settings) for role in ROLES[kinds[name].stage]}
         for name, url in settings.models.items()

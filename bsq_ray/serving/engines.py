@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from bsq_ray import config, hub
+from bsq_ray import config, model_folder
 from bsq_ray.codec.container import read_header
 from bsq_ray.codec.image import Codec
 from bsq_ray.data.images import evaluation_image, to_float, to_uint8
@@ -53,7 +53,7 @@ class TokenizerEngine:
 
     def __init__(self, url: str, device: str, largest_batch: int, limits: Limits) -> None:
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
-        run = config.expect(hub.read_config(url), config.TokenizerConfig, url)
+        run = config.expect(model_folder.read_config(url), config.TokenizerConfig, url)
         self._filter, self._max_pixels, self._device = run.data.evaluation_filter, limits.pixels, device
         self.clips = ClipEngine(self.tokenizer, self._filter, limits, device)
         section = self.tokenizer.config

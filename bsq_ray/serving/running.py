@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
-from bsq_ray import hub
+from bsq_ray import model_folder
 from bsq_ray.config.reading import check_section
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.guard import is_loopback
@@ -62,7 +62,7 @@ def settings_of(models: Sequence[str], host: str, token: bool | None, overrides:
     for text in models:
         name, separator, url = text.partition("=")
         if not separator:
-            name, url = hub.read_config(text).name, text
+            name, url = model_folder.read_config(text).name, text
         if name in named:
             raise ValueError(f"two models are called {name}; give one another name: --model OTHER={url}")
         named[name] = url

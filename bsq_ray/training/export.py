@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import safetensors.torch
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.training.job import Job
 
 Weights = dict[str, Tensor]
@@ -32,7 +32,7 @@ def write_model(
     """
     url = storage.join(job.out_url, "model")
     facts = facts | ({"initialised from": job.init_url} if job.init_url else {})
-    hub.write_model_folder(url, config.dump_config(job.config), *weights, figures, facts)
+    model_folder.write_model_folder(url, config.dump_config(job.config), *weights, figures, facts)
     for name, state in others.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
     for name, companion in companions.items():

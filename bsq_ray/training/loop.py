@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.data.source import Batch
 from bsq_ray.data.sources import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
@@ -220,7 +220,7 @@ class _Run:
         for text in damage.delays:
             self._say(kind="warning", text=text)
 
-    def _evaluate(self, weights: hub.Weights) -> None:
+    def _evaluate(self, weights: model_folder.Weights) -> None:
         sums: dict[str, float] = defaultdict(float)
         images, picture = 0, None
         with self._autocast():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.demos import compress, generate
+from bsq_ray.demos import compress_demo, generate_demo
 
 pytestmark = pytest.mark.slow
 
@@ -35,25 +35,25 @@ def test_compression_compares_on_photographs_that_no_model_saw(labelled, photos,
     images = tmp_path / "images"
     images.mkdir()
     photos[2].resize((192, 176)).save(images / "unseen.png")
-    found = compress.run_demo(images, tmp_path / "demo", 0.1, labelled, SMALL, SMALL_TOKENS)
+    found = compress_demo.run_demo(images, tmp_path / "demo", 0.1, labelled, SMALL, SMALL_TOKENS)
     assert found["items"] == 1
     assert found["prior_saves"] < 1
     assert json.loads((tmp_path / "demo" / "evaluation" / "results.json").read_text())["set"] == str(images)
     assert (tmp_path / "demo" / "evaluation" / "curves.png").exists()
     with pytest.raises(ValueError, match="two or more class folders"):
-        compress.run_demo(images, tmp_path / "other", 0.1, images)
+        compress_demo.run_demo(images, tmp_path / "other", 0.1, images)
 
 
 def test_too_few_photographs_are_refused_before_anything_is_trained(photos, tmp_path):
     folder = by_brightness([photo.resize((96, 80)) for photo in photos], tmp_path)
     with pytest.raises(ValueError, match="has too few photographs: .*, which are 2, and"):
-        generate.run_demo(folder, tmp_path / "demo", 0.1)
+        generate_demo.run_demo(folder, tmp_path / "demo", 0.1)
     assert not (tmp_path / "demo" / "tokenizer").exists()
 
 
 def test_generation_shows_guidance_beside_the_frequencies(labelled, tmp_path, ray_local, monkeypatch):
-    monkeypatch.setattr(generate, "_GUIDANCE", (0.0, 2.0))
-    done = generate.run_demo(labelled, tmp_path, 0.1, SMALL, (*SMALL_TOKENS, "sampling.steps=2"), drawn=8)
+    monkeypatch.setattr(generate_demo, "_GUIDANCE", (0.0, 2.0))
+    done = generate_demo.run_demo(labelled, tmp_path, 0.1, SMALL, (*SMALL_TOKENS, "sampling.steps=2"), drawn=8)
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["guidance"]) == ["0", "2"]
     assert found["frequencies"].keys() == found["guidance"]["0"].keys()

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from bsq_ray import Tokenizer, config, hub
+from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
 from bsq_ray.serving.api import create_app
@@ -79,7 +79,7 @@ class LocalReplicas:
 def make_replicas(settings):
     """Replicas by model and role."""
     return {
-        name: {role: replica_class(role)(url, settings) for role in ROLES[hub.read_config(url).stage]}
+        name: {role: replica_class(role)(url, settings) for role in ROLES[model_folder.read_config(url).stage]}
         for name, url in settings.models.items()
     }
 
@@ -91,7 +91,11 @@ def make_app(settings, replicas, token_digest=None):
         return "ray_serve_nothing 0\n"
 
     models = [
-        Model(name, kind_of(hub.read_config(settings.models[name])), {k: LocalReplicas(v) for k, v in roles.items()})
+        Model(
+            name,
+            kind_of(model_folder.read_config(settings.models[name])),
+            {k: LocalReplicas(v) for k, v in roles.items()},
+        )
         for name, roles in replicas.items()
     ]
     return create_app(Models(models), settings.limits, token_digest, True, metrics)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bsq_ray import config
-from bsq_ray.demos.tokens import WORKERS, TokenDemo
-from bsq_ray.quickstart import BY_THE_CLOCK, say
+from bsq_ray.demos.demo_tokens import WORKERS, TokenDemo
+from bsq_ray.demos.quickstart import BY_THE_CLOCK, say
 
 
 def run_demo(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.quickstart import BY_THE_CLOCK, packed, say, split_by_content
+from bsq_ray.demos.quickstart import BY_THE_CLOCK, packed, say, split_by_content
 
 WORKERS = 2
 _HELD_OUT_SHARE, _FEWEST = 10, 5

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.demos.tokens import WORKERS, TokenDemo
-from bsq_ray.quickstart import BY_THE_CLOCK, say
+from bsq_ray.demos.demo_tokens import WORKERS, TokenDemo
+from bsq_ray.demos.quickstart import BY_THE_CLOCK, say
 
 _GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)
 # Precision and recall look at the third neighbour.

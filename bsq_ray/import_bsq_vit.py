@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bsq_ray import config, hub, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class ImportedModel:
 
 
 def import_reference(
-    checkpoint_url: str, config_name: str, out_url: str, weights: hub.Weights = "ema"
+    checkpoint_url: str, config_name: str, out_url: str, weights: model_folder.Weights = "ema"
 ) -> ImportedModel:
     """Converts a checkpoint of the published reference code into a model folder.
 
@@ -70,7 +70,7 @@ def import_reference(
         facts = {"imported from": checkpoint_url.rsplit("/", 1)[-1]}
         if isinstance(iteration, int):
             facts["training steps"] = str(iteration)
-        model_id = hub.write_model_folder(
+        model_id = model_folder.write_model_folder(
             out_url,
             config.dump_config(run),
             plain if averaged is None else averaged,
@@ -187,7 +187,7 @@ def _tokenizer_weights(
     reference = _tensors(checkpoint, part, source)
     weights = {_renamed(name, _TOKENIZER_NAMES): reference[name] for name in reference.keys() - _INDEX_TABLES}
     tokenizer = Tokenizer(model)
-    hub.load_weights(tokenizer, weights, f"{source} ({part})")
+    model_folder.load_weights(tokenizer, weights, f"{source} ({part})")
     return tokenizer.state_dict()
 
 
@@ -206,7 +206,7 @@ def _discriminator_weights(
             raise ValueError(f"{source} ({part}): {name} is another low-pass filter than [1, 3, 3, 1] / 8")
     discriminator = build_discriminator(run.loss.adversarial, run.model.image_size)
     weights = {name: reference[name] for name in reference.keys() - filters}
-    hub.load_weights(discriminator, weights, f"{source} ({part})")
+    model_folder.load_weights(discriminator, weights, f"{source} ({part})")
     return discriminator.state_dict()
 
 
