@@ -5,7 +5,7 @@ Takes what `bsq-ray evaluate compression` takes, and compresses on the cluster t
 
 import sys
 
-from bsq_ray.cli import main
+from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["evaluate", "compression"]

@@ -6,7 +6,7 @@ the same submission goes on with; `--resume` begins where there is nothing yet.
 
 import sys
 
-from bsq_ray.cli import main
+from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["sweep"]

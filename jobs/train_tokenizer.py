@@ -6,7 +6,7 @@ checkpoint and a model; the same submission with `--resume` goes on from there, 
 
 import sys
 
-from bsq_ray.cli import main
+from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:1] = ["train", "tokenizer"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bsq_ray import cli
+from bsq_ray.cli import main
 
 SWEEP = ["sweep", "--data", "x", "--held-out", "x", "--out", "y", "--config"]
 DEMO_SWEEP = str(Path(__file__).parents[1] / "jobs" / "sweeps" / "demo.yaml")
@@ -23,7 +23,7 @@ def call(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["bsq-ray", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            main.main()
         captured = capsys.readouterr()
         return exit_.value.code, captured.out, captured.err
 
@@ -128,7 +128,7 @@ def test_work_that_fails_ends_with_one_and_debug_shows_where(call, monkeypatch):
     assert "the disk is full (OSError; --debug shows where)" in error
     monkeypatch.setattr(sys, "argv", ["bsq-ray", "info", "demo", "--debug"])
     with pytest.raises(OSError, match="the disk is full"):
-        cli.main()
+        main.main()
 
 
 def test_an_interrupt_has_its_own_status(call, monkeypatch):

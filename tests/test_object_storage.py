@@ -55,7 +55,15 @@ def test_from_photographs_to_reports_no_local_folder_is_needed(photo_folders, bu
 @pytest.mark.slow
 def test_ray_workers_train_from_and_to_an_object_store_and_go_on_there(photo_folders, bucket):
     pack_images(str(photo_folders[1]), f"{bucket}/shards", max_side=64, workers=0)
-    command = [sys.executable, "-c", "from bsq_ray.cli import main; main()", "train", "tokenizer", "--config", "demo"]
+    command = [
+        sys.executable,
+        "-c",
+        "from bsq_ray.cli.main import main; main()",
+        "train",
+        "tokenizer",
+        "--config",
+        "demo",
+    ]
     command += ["--data", f"{bucket}/shards", "--out", f"{bucket}/run", "--workers", "2", "--resume", *SMALL_TRAINING]
     for steps in (2, 3):
         done = subprocess.run([*command, f"training.steps={steps}"], capture_output=True, text=True, timeout=200)

@@ -66,7 +66,7 @@ def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeyp
         if words[0] == "train":
             words += {"tokenizer": _STEPS, "masked-lm": _LM_STEPS, "prior": _PRIOR_STEPS}[words[1]]
         done = subprocess.run(
-            [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words],
+            [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *words],
             cwd=tmp_path, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr[-2000:])

@@ -27,7 +27,7 @@ class Run:
         self.log = out / "metrics.jsonl"
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from bsq_ray.cli import main; main()", *command],
+            [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *command],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -67,7 +67,7 @@ def test_the_moment_at_which_a_frame_begins_is_that_frame(rate):
 
 def test_pipes(model, photo, tmp_path):
     def call(*words, data):
-        code = "from bsq_ray.cli import main; main()"
+        code = "from bsq_ray.cli.main import main; main()"
         done = subprocess.run([sys.executable, "-c", code, *words, "--model", model], input=data, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout

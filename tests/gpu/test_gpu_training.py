@@ -121,7 +121,7 @@ def command(shards, out, device, *more):
     """Trains by the command line without Ray; the records of the run."""
     arguments = ["train", "tokenizer", "--config", PRESET, "--data", shards, "--out", str(out), "--workers", "0"]
     arguments += ["--device", device, *more, *SMALL, *STEADY, "training.schedule.final=1"]
-    call = [sys.executable, "-c", "from bsq_ray.cli import main; main()", *arguments]
+    call = [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from head_node import REPOSITORY, head_node
 from small_job import TINY
 from typer.main import get_command
 
-from bsq_ray.cli import app
+from bsq_ray.cli.main import app
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
 

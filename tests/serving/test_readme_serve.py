@@ -37,7 +37,7 @@ def served(tmp_path, photo_folders):
     words = [*_COMMAND.split()[1:], "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     service = subprocess.Popen(
-        [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words],
+        [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *words],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -209,7 +209,15 @@ def test_what_fails_in_one_worker_ends_the_run_and_is_told(photo_shards, tmp_pat
 
 def command(shards, out, *more):
     """`bsq-ray train` on two workers."""
-    start = [sys.executable, "-c", "from bsq_ray.cli import main; main()", "train", "tokenizer", "--config", PRESET]
+    start = [
+        sys.executable,
+        "-c",
+        "from bsq_ray.cli.main import main; main()",
+        "train",
+        "tokenizer",
+        "--config",
+        PRESET,
+    ]
     return [*start, "--data", shards, "--out", str(out), "--workers", "2", *SMALL, *LONG, *more]
 
 

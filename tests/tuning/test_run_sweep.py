@@ -270,7 +270,7 @@ def test_the_command_stops_at_ctrl_c_and_the_same_command_goes_on(photo_shards, 
     small_sweep(tmp_path, budget={"steps": 100000, "concurrency": 1, "held_out_images": 2})
     out = tmp_path / "out"
     words = ["sweep", "--config", str(tmp_path / "small.yaml"), "--data", photo_shards, "--held-out", held_out_shards]
-    command = [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words, "--out", str(out)]
+    command = [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *words, "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     lines = []
     reading = threading.Thread(target=lambda: lines.extend(process.stderr))
@@ -293,7 +293,7 @@ def test_a_sweep_lives_in_a_bucket(photo_shards, held_out_shards, tmp_path, buck
 
     small_sweep(tmp_path, space={"model.quantizer.bits": {"values": [6]}}, budget={"steps": 5})
     words = ["sweep", "--config", str(tmp_path / "small.yaml"), "--data", photo_shards, "--held-out", held_out_shards]
-    command = [sys.executable, "-c", "from bsq_ray.cli import main; main()", *words, "--out", f"{bucket}/sweep"]
+    command = [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *words, "--out", f"{bucket}/sweep"]
     # In a Ray of its own, whose processes know where the bucket is.
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, Weights, given, progress_bar, which_weights
+from bsq_ray.cli.options import Address, Weights, given, progress_bar, which_weights
 
 
 def evaluate_reconstruction(

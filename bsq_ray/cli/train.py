@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, Overrides, going_on, number_or_range, which_device
+from bsq_ray.cli.options import Address, Overrides, going_on, number_or_range, which_device
 
 
 def train(

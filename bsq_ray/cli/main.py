@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bsq_ray.commands import data, demos, measuring, serving, training, tuning, using
+from bsq_ray.cli import data, demos, evaluate, inference, serve, sweep, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, help="Pack images into shards, and look at what is packed.")
@@ -24,21 +24,21 @@ app.add_typer(data_app, name="data")
 data_app.command("pack")(data.data_pack)
 data_app.command("index")(data.data_index)
 data_app.command("inspect")(data.data_inspect)
-app.command("plan")(training.plan_run)
-app.command("train")(training.train)
-app.command("sweep")(tuning.sweep)
+app.command("plan")(train.plan_run)
+app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("tokenize")(data.tokenize_images)
 app.add_typer(evaluate_app, name="evaluate")
-evaluate_app.command("reconstruction")(measuring.evaluate_reconstruction)
-evaluate_app.command("generation")(measuring.evaluate_generation)
-evaluate_app.command("compression")(measuring.evaluate_compression)
-app.command("reconstruct")(using.reconstruct)
-app.command("generate")(using.generate)
-app.command("compress")(using.compress)
-app.command("decompress")(using.decompress)
-app.command("serve")(serving.serve)
-app.command("info")(using.info)
-app.command("import-reference")(using.import_reference)
+evaluate_app.command("reconstruction")(evaluate.evaluate_reconstruction)
+evaluate_app.command("generation")(evaluate.evaluate_generation)
+evaluate_app.command("compression")(evaluate.evaluate_compression)
+app.command("reconstruct")(inference.reconstruct)
+app.command("generate")(inference.generate)
+app.command("compress")(inference.compress)
+app.command("decompress")(inference.decompress)
+app.command("serve")(serve.serve)
+app.command("info")(inference.info)
+app.command("import-reference")(inference.import_reference)
 
 
 @app.callback()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Weights, given, numbers, progress_bar, which_weights
+from bsq_ray.cli.options import Weights, given, numbers, progress_bar, which_weights
 
 
 def generate(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, going_on, which_device
+from bsq_ray.cli.options import Address, going_on, which_device
 
 
 def sweep(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, Overrides
+from bsq_ray.cli.options import Address, Overrides
 
 
 def serve(

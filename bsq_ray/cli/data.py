@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.commands.options import Address, given, progress_bar
+from bsq_ray.cli.options import Address, given, progress_bar
 
 
 def data_pack(
