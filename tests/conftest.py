@@ -41,7 +41,7 @@ def ray_local():
 @pytest.fixture(scope="session")
 def photo_folders(tmp_path_factory):
     """(train, held_out): folders of real photographs."""
-    from bsq_ray.data.samples import collect_samples
+    from bsq_ray.samples.photos import collect_samples
 
     return collect_samples(tmp_path_factory.mktemp("photographs"))
 
@@ -77,7 +77,7 @@ def held_out_shards(photo_folders, tmp_path_factory):
 @pytest.fixture(scope="session")
 def video_folders(tmp_path_factory):
     """(train, held_out): folders of real clips."""
-    from bsq_ray.data.samples import collect_videos
+    from bsq_ray.samples.photos import collect_videos
 
     return collect_videos(tmp_path_factory.mktemp("videos"))
 

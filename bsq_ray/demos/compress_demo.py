@@ -35,7 +35,7 @@ def run_demo(
 
     demo = TokenDemo(train_images, out, minutes)
     if images is None:
-        from bsq_ray.data.pictures24 import collect_pictures
+        from bsq_ray.samples.wallpapers import collect_pictures
 
         images = collect_pictures(out / "pictures", out / "packages")
     with ray_session():

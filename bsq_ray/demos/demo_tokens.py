@@ -88,7 +88,7 @@ class TokenDemo:
 def _collect(images: Path | None, out: Path) -> dict[str, Path]:
     """Folders of training and held-out photographs, each with a subfolder for each class."""
     if images is None:
-        from bsq_ray.data.labelled import collect_labelled
+        from bsq_ray.samples.labeled_photos import collect_labelled
 
         train, held_out = collect_labelled(out / "photographs", out / "packages")
         return {"train": train, "held_out": held_out}

@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from bsq_ray.data import samples
+from bsq_ray.samples import photos
 
 
 def test_photographs_are_split_by_subject(photo_folders):
@@ -30,6 +30,6 @@ def test_nothing_of_the_carriers_is_imported(photo_folders):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples, "find_spec", lambda name: None)
+    monkeypatch.setattr(photos, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="skimage are not installed; get them with: pip install"):
-        samples.collect_samples(tmp_path)
+        photos.collect_samples(tmp_path)

@@ -14,7 +14,6 @@ from PIL import Image
 from small_models import save_tokenizer
 
 from bsq_ray import config, storage
-from bsq_ray.data.labelled import read_qt_resources
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.tokenize import tokenize
@@ -28,6 +27,7 @@ from bsq_ray.evaluation.sheets import ClassSheet
 from bsq_ray.evaluation.token_frequencies import frequency_bits
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.quantizers.bits import unpack_bits
+from bsq_ray.samples.labeled_photos import read_qt_resources
 
 SECTION = config.MaskedLMModel(grid=(1, 4, 4), bits=10, sub_bits=5, classes=2, width=32, layers=1, heads=2, dropout=0)
 
