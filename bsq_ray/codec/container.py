@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from bsq_ray.codec.colour import Colour
+from bsq_ray.media.color import Colour
 
 MAGIC, VERSION = b"BSQ1", 1
 IMAGE, CLIP = 0, 1

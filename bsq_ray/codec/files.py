@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
-from bsq_ray.codec.colour import to_srgb
 from bsq_ray.codec.container import MAX_PIXELS, Clip, read_header
 from bsq_ray.codec.image import Box, Codec, Compressed, Progress
-from bsq_ray.codec.video import Video, read_video, write_video
 from bsq_ray.data.images import DECODE_ERRORS, decode_fault
-from bsq_ray.data.videos import VIDEO_SUFFIXES
+from bsq_ray.media.color import to_srgb
+from bsq_ray.media.video_files import Video, read_video, write_video
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 
 _IMAGES: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
 _VIDEOS = {"mp4": "mp4", "mkv": "matroska"}

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from bsq_ray import config, model_folder
-from bsq_ray.codec.colour import SRGB, Colour, to_srgb
 from bsq_ray.codec.container import (
     MAX_PIXELS,
     PRIOR,
@@ -38,6 +37,7 @@ from bsq_ray.codec.container import (
 from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size, groups_at_once
 from bsq_ray.codec.pixels import PixelCoder
 from bsq_ray.codec.tiles import cut, put
+from bsq_ray.media.color import SRGB, Colour, to_srgb
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ from bsq_ray.data.images import draw_crop, evaluation_image
 from bsq_ray.data.manifest import Manifest, Shard
 from bsq_ray.data.read import Files
 from bsq_ray.data.source import Samples, Source
-from bsq_ray.data.videos import read_frames
+from bsq_ray.media.video_reader import read_frames
 
 
 class ClipSource(Source):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from bsq_ray import storage
 from bsq_ray.data.images import IMAGE_SUFFIXES
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.data.videos import VIDEO_SUFFIXES, probe
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 
 
 def index_shards(url: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:

@@ -24,7 +24,7 @@ from bsq_ray.data.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_fault, sto
 from bsq_ray.data.listing import list_folder
 from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, Video, write_manifest
 from bsq_ray.data.video_files import TooShort, stored_video
-from bsq_ray.data.videos import VIDEO_SUFFIXES
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.ray_session import ray_session
 
 _ARCHIVE_BLOCK = 512

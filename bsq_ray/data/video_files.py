@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray.data.manifest import Video
-from bsq_ray.data.videos import Probe, decode, even_size, open_video, probe, time_of, upright
+from bsq_ray.media.video_reader import Probe, decode, even_size, open_video, probe, time_of, upright
 
 # H.264 that the eye does not tell from its source, with a key frame often enough to begin anywhere.
 _CODEC, _OPTIONS = "libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf": "0"}

@@ -22,7 +22,7 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.images import DECODE_ERRORS, decode_image
-from bsq_ray.data.videos import VIDEO_SUFFIXES, decode, even_size, open_video, upright
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode, even_size, open_video, upright
 
 RAW_SUFFIX = ".yuv"
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".y4m", RAW_SUFFIX)

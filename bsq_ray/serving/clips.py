@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from bsq_ray.codec.colour import Colour
-from bsq_ray.codec.video import TooLarge, Video, write_video
+from bsq_ray.media.color import Colour
+from bsq_ray.media.video_files import TooLarge, Video, write_video
 from bsq_ray.serving.refusals import Refused
 from bsq_ray.serving.settings import Limits
 from bsq_ray.serving.video_process import read_apart

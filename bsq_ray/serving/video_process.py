@@ -22,8 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from bsq_ray.codec.colour import Colour
-from bsq_ray.codec.video import TooLarge, Video, read_video
+from bsq_ray.media.color import Colour
+from bsq_ray.media.video_files import TooLarge, Video, read_video
 
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
 _OWN_BYTES, _PIXEL_BYTES = 2**30, 64

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from bsq_ray.codec.colour import SRGB
 from bsq_ray.codec.container import Clip, Header, check_header, read_container, read_header, write_container
+from bsq_ray.media.color import SRGB
 
 IMAGE = Header(
     coding=0,

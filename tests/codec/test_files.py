@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from small_models import save_tokenizer
 
-from bsq_ray.codec.colour import SRGB
 from bsq_ray.codec.container import Clip
 from bsq_ray.codec.files import Part, compress_file, decompress_file
-from bsq_ray.codec.video import read_video, write_video
+from bsq_ray.media.color import SRGB
+from bsq_ray.media.video_files import read_video, write_video
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from PIL import Image
 from small_codecs import save_clip_codec
 
 from bsq_ray import Codec
-from bsq_ray.codec.colour import SRGB, Colour
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.files import Part, compress_file, decompress_file
-from bsq_ray.codec.video import read_video, write_video
+from bsq_ray.media.color import SRGB, Colour
+from bsq_ray.media.video_files import read_video, write_video
 
 RATE = Fraction(30000, 1001)
 

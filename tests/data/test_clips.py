@@ -16,7 +16,7 @@ from bsq_ray.data.manifest import Manifest, Shard, Video, read_manifest
 from bsq_ray.data.pack import pack_videos
 from bsq_ray.data.sources import open_pixels, open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_dataset, training_batches
-from bsq_ray.data.videos import decode, open_video, upright
+from bsq_ray.media.video_reader import decode, open_video, upright
 
 
 def clips(url, frames=4, **section):

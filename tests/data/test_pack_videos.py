@@ -15,7 +15,7 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_videos
 from bsq_ray.data.read import Files
 from bsq_ray.data.video_files import stored_video
-from bsq_ray.data.videos import probe, read_frames
+from bsq_ray.media.video_reader import probe, read_frames
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_videos import made_video
 
-from bsq_ray.data import videos
-from bsq_ray.data.videos import decode, even_size, open_video, probe, read_frames, upright
+from bsq_ray.media import video_reader
+from bsq_ray.media.video_reader import decode, even_size, open_video, probe, read_frames, upright
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
@@ -39,14 +39,14 @@ def test_only_frames_after_the_key_frame_before_are_decoded(video_folders, monke
     video = probe(io.BytesIO(data)).video
     start = video.key_frames[3] + 2
     numbers = []
-    counted = videos._from_key_frame
+    counted = video_reader._from_key_frame
 
     def watched(*arguments):
         for number, frame in counted(*arguments):
             numbers.append(number)
             yield number, frame
 
-    monkeypatch.setattr(videos, "_from_key_frame", watched)
+    monkeypatch.setattr(video_reader, "_from_key_frame", watched)
     list(read_frames(io.BytesIO(data), video, start, 4, 2))
     assert numbers == list(range(video.key_frames[3], start + 7))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bsq_ray.data.videos import probe, read_frames
+from bsq_ray.media.video_reader import probe, read_frames
 from bsq_ray.metrics.clips import by_frame, clip_psnr, flicker
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import FEATURES, FEWEST_FRAMES, I3D

@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from small_videos import cut_video
 
-from bsq_ray.codec.video import read_video
+from bsq_ray.media.video_files import read_video
 from bsq_ray.serving.running import running
 from bsq_ray.serving.settings import Limits, Settings
 

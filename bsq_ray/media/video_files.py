@@ -16,8 +16,8 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from bsq_ray.codec.colour import Colour
 from bsq_ray.codec.container import MAX_PIXELS
+from bsq_ray.media.color import Colour
 
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
 _MATRICES = {1, 2, 4, 5, 6, 7, 9}
