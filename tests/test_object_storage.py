@@ -10,8 +10,8 @@ import pytest
 from bsq_ray import Tokenizer, storage
 from bsq_ray.config import load_config
 from bsq_ray.data.pack import pack_images
+from bsq_ray.data.token_table import read_table
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.data.tokens import read_table
 from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
 from bsq_ray.evaluation.report import write_report
 from bsq_ray.training.checkpoint import list_checkpoints

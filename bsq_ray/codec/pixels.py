@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bsq_ray.codec.tiles import as_grid, join
 from bsq_ray.codec.tokens import plain_arithmetic
-from bsq_ray.data.images import to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 _PASS = 8192

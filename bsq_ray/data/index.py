@@ -9,8 +9,8 @@ import tarfile
 from collections.abc import Callable
 
 from bsq_ray import storage
-from bsq_ray.data.images import IMAGE_SUFFIXES
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
+from bsq_ray.data.transforms import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 
 

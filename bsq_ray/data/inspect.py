@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.images import evaluation_image
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.read import Files, decode, fetch
+from bsq_ray.data.shard_reader import Files, decode, fetch
+from bsq_ray.data.transforms import evaluation_image
 from bsq_ray.media.video_reader import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_fault, stored_image
-from bsq_ray.data.listing import list_folder
+from bsq_ray.data.file_list import list_folder
 from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, Video, write_manifest
-from bsq_ray.data.video_files import TooShort, stored_video
+from bsq_ray.data.transcode import TooShort, stored_video
+from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_fault, stored_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.ray_session import ray_session
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from bsq_ray import config
+from bsq_ray.data.data_source import Batch, Samples, Source
 from bsq_ray.data.order import Order, worker_positions
-from bsq_ray.data.source import Batch, Samples, Source
 
 Executor = Literal["ray", "local"]
 

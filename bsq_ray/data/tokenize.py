@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.clips import ClipSource
-from bsq_ray.data.images import to_float
+from bsq_ray.data.clip_source import ClipSource
+from bsq_ray.data.data_source import Samples, Source
+from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.source import Samples, Source
-from bsq_ray.data.sources import open_pixels
-from bsq_ray.data.tokens import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
+from bsq_ray.data.token_table import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
+from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.actor_pool import map_in_pool

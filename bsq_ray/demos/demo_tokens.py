@@ -92,7 +92,7 @@ def _collect(images: Path | None, out: Path) -> dict[str, Path]:
 
         train, held_out = collect_labelled(out / "photographs", out / "packages")
         return {"train": train, "held_out": held_out}
-    from bsq_ray.data.images import IMAGE_SUFFIXES
+    from bsq_ray.data.transforms import IMAGE_SUFFIXES
 
     if not images.is_dir():
         raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")

@@ -72,7 +72,7 @@ def run_demo(
 def _measure(
     model: str, shards: dict[str, str], tables: dict[str, str], out: Path, drawn: int | None
 ) -> dict[str, Any]:
-    from bsq_ray.data.tokens import TokenSource, read_table
+    from bsq_ray.data.token_table import TokenSource, read_table
     from bsq_ray.evaluation.generation import evaluate_generation
     from bsq_ray.evaluation.token_frequencies import frequency_bits
 

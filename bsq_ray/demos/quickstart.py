@@ -141,7 +141,7 @@ def _noted(note: Path) -> str:
 
 def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, Path]:
     """Folders of training and of held-out files: no file is on both sides."""
-    from bsq_ray.data.images import IMAGE_SUFFIXES
+    from bsq_ray.data.transforms import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
     from bsq_ray.samples.photos import collect_samples, collect_videos
 

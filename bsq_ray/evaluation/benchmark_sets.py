@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsq_ray import storage
-from bsq_ray.data.images import IMAGE_SUFFIXES
+from bsq_ray.data.transforms import IMAGE_SUFFIXES
 from bsq_ray.evaluation.clip_files import CLIP_SUFFIXES
 
 _UVG = "Beauty|Bosphorus|HoneyBee|Jockey|ReadyS(?:teady|et)Go|ShakeNDry|YachtRide"

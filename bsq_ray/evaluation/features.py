@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, storage
-from bsq_ray.data.images import to_float
+from bsq_ray.data.data_source import Source
+from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.source import Source
-from bsq_ray.data.sources import open_pixels
+from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.config.reading import check_section
-from bsq_ray.data.images import to_float, to_uint8
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.tokens import TokenSource, read_table
+from bsq_ray.data.token_table import TokenSource, read_table
+from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.features import NETWORKS, Features, Networks, device, real_features
 from bsq_ray.evaluation.sheets import ClassSheet

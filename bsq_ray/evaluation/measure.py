@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.data.images import to_float, to_uint8
-from bsq_ray.data.source import Samples
+from bsq_ray.data.data_source import Samples
+from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.baseline import MeanColourCodec
 from bsq_ray.evaluation.pictures import Comparison, keep
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from bsq_ray import config, model_folder, storage
+from bsq_ray.data.data_source import Source
+from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.source import Source
-from bsq_ray.data.sources import open_pixels
 from bsq_ray.data.stream import Damage, evaluation_blocks, evaluation_dataset
 from bsq_ray.evaluation import published
 from bsq_ray.evaluation.contract import contract

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.config.reading import nearest
-from bsq_ray.data.images import evaluation_image, read_image, to_float, to_uint8
 from bsq_ray.data.manifest import MANIFEST, read_manifest
-from bsq_ray.data.tokens import TABLE, read_table
+from bsq_ray.data.token_table import TABLE, read_table
+from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bsq_ray.data.tokens import TokenSource
+from bsq_ray.data.token_table import TokenSource
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 
 # Pseudo-counts spread over all values; the cheapest is taken, which flatters the baseline.

@@ -23,7 +23,7 @@ SRGB = Colour(1, 13, 0, 1)
 def to_srgb(image: Image.Image) -> Image.Image:
     """RGB with 8 bits a channel, upright, transparency on white; an embedded profile's colours become those of sRGB."""
     # Here, so that what knows colours only loads no PyTorch.
-    from bsq_ray.data.images import to_rgb
+    from bsq_ray.data.transforms import to_rgb
 
     profile, mode = image.info.get("icc_profile"), image.mode
     rgb = to_rgb(image)

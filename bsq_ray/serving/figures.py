@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bsq_ray.data.images import to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.codecs import standard_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr

@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, to_rgb
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault, to_rgb
 from bsq_ray.serving.clips import VIDEOS
 from bsq_ray.serving.refusals import Refused
 
@@ -24,7 +24,7 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
 
     Args:
         max_pixels: images with more are refused from their header, before anything is decoded.
-        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.data.images.decode_image` does.
+        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.data.transforms.decode_image` does.
 
     Raises:
         Refused: 415 not an image, 413 too many pixels, 422 damaged.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bsq_ray import config
-from bsq_ray.data.source import Source
+from bsq_ray.data.data_source import Source
 from bsq_ray.training.checkpoint import Progress
 
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.

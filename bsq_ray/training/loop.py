@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.source import Batch
-from bsq_ray.data.sources import open_source
+from bsq_ray.data.data_source import Batch
+from bsq_ray.data.factory import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
 from bsq_ray.runtime.precision import whole_fp32
 from bsq_ray.storage import Value

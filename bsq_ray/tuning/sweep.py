@@ -19,7 +19,7 @@ import yaml
 
 from bsq_ray import storage
 from bsq_ray.config.reading import load_config
-from bsq_ray.data.sources import open_source
+from bsq_ray.data.factory import open_source
 from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted

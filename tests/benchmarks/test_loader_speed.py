@@ -10,9 +10,9 @@ import webdataset
 from PIL import Image
 
 from bsq_ray import config, storage
+from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
-from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import training_batches
 
 pytestmark = pytest.mark.benchmark

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from bsq_ray.data.source import Batch
+from bsq_ray.data.data_source import Batch
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engine import build_engine
 from bsq_ray.training.stages import Stage

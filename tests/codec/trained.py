@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import Prior, Tokenizer, config
-from bsq_ray.data.images import to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.models.prior import path_cost
 from bsq_ray.models.quantizers.bits import bits_to_integers
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsq_ray import config, storage
-from bsq_ray.data import read
-from bsq_ray.data.clips import ClipSource
-from bsq_ray.data.images import evaluation_image
+from bsq_ray.data import shard_reader
+from bsq_ray.data.clip_source import ClipSource
+from bsq_ray.data.factory import open_pixels, open_source
 from bsq_ray.data.manifest import Manifest, Shard, Video, read_manifest
 from bsq_ray.data.pack import pack_videos
-from bsq_ray.data.sources import open_pixels, open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_dataset, training_batches
+from bsq_ray.data.transforms import evaluation_image
 from bsq_ray.media.video_reader import decode, open_video, upright
 
 
@@ -24,7 +24,7 @@ def clips(url, frames=4, **section):
 
 
 def frames_of(manifest, shard, index):
-    with read.Files(manifest, [(shard, index)]).open(shard, index) as file:
+    with shard_reader.Files(manifest, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
         return [upright(frame) for frame in decode(container, stream)]
@@ -168,7 +168,7 @@ def test_a_video_that_cannot_be_read_is_replaced_in_training_and_left_out_in_eva
 
 @pytest.mark.parametrize("small", [2**30, 1])
 def test_clips_come_from_an_object_store_whole_or_in_parts(video_folders, bucket, monkeypatch, small):
-    monkeypatch.setattr(read, "_SMALL", small)
+    monkeypatch.setattr(shard_reader, "_SMALL", small)
     pack_videos(str(video_folders[1]), f"{bucket}/set", max_side=64, workers=0)
     source = clips(f"{bucket}/set", clips_per_video=2)
     assert source.read_held_out(range(4)).values_P.std() > 10

@@ -7,7 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from bsq_ray.data.images import DECODE_ERRORS, decode_image, evaluation_image, to_float, to_rgb, to_uint8, training_crop
+from bsq_ray.data.transforms import (
+    DECODE_ERRORS,
+    decode_image,
+    evaluation_image,
+    to_float,
+    to_rgb,
+    to_uint8,
+    training_crop,
+)
 
 
 def encoded(image, file_format, **options):

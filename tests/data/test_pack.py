@@ -15,7 +15,7 @@ from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
-from bsq_ray.data.read import fetch
+from bsq_ray.data.shard_reader import fetch
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_videos
-from bsq_ray.data.read import Files
-from bsq_ray.data.video_files import stored_video
+from bsq_ray.data.shard_reader import Files
+from bsq_ray.data.transcode import stored_video
 from bsq_ray.media.video_reader import probe, read_frames
 
 

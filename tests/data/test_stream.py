@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bsq_ray import config
+from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.photos import PhotoSource
 from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_blocks, evaluation_dataset, training_batches
 
 SECTION = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)

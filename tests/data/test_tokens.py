@@ -10,13 +10,13 @@ import torch
 from small_models import save_tokenizer
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.data.images import to_float
+from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.photos import PhotoSource
-from bsq_ray.data.sources import open_pixels
 from bsq_ray.data.stream import training_batches
+from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.data.tokens import TokenSource, read_table
+from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokens
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageSequence
 
 from bsq_ray import config
-from bsq_ray.data.images import to_float, to_uint8
+from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.sources import open_pixels
+from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.pictures import Comparison, keep
 from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
 from bsq_ray.evaluation.strips import animate, draw_strips

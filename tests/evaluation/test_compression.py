@@ -12,7 +12,7 @@ from PIL import Image
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, config
-from bsq_ray.data.images import to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation import compression
 from bsq_ray.evaluation.codecs import standard_codecs
 from bsq_ray.evaluation.compression import PRIOR, RAW, evaluate_compression

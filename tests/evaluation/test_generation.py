@@ -16,8 +16,8 @@ from small_models import save_tokenizer
 from bsq_ray import config, storage
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
+from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.data.tokens import TokenSource, read_table
 from bsq_ray.evaluation import drawing, generation
 from bsq_ray.evaluation.contract import contract
 from bsq_ray.evaluation.drawing import Request, draw

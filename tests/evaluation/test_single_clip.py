@@ -10,7 +10,7 @@ import torch
 from real_clips import clip_file, street
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.data.images import to_uint8
+from bsq_ray.data.transforms import to_uint8
 from bsq_ray.evaluation.single import reconstruct_clip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.data.images import evaluation_image, to_float
+from bsq_ray.data.transforms import evaluation_image, to_float
 from bsq_ray.metrics.weights import resolve_once
 
 SIZE = 32

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_gpu_models import missing_weights, photographs, small_tokenizer
 
-from bsq_ray.data.images import to_uint8
-from bsq_ray.data.source import Samples
+from bsq_ray.data.data_source import Samples
+from bsq_ray.data.transforms import to_uint8
 from bsq_ray.evaluation.measure import Measurer
 from bsq_ray.evaluation.measure_images import ImageMeasurer
 from bsq_ray.evaluation.reconstruction import evaluate_reconstruction

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from bsq_ray.data.images import to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.losses.perceptual import PerceptualLoss
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bsq_ray.data.images import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bsq_ray.config import load_config, preset_names
-from bsq_ray.data.source import Batch
+from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminator import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer

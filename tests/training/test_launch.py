@@ -62,10 +62,10 @@ def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
 def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local, held_out_shards):
     import torch
 
-    from bsq_ray.data.images import to_float, to_uint8
+    from bsq_ray.data.image_source import PhotoSource
     from bsq_ray.data.manifest import read_manifest
-    from bsq_ray.data.photos import PhotoSource
     from bsq_ray.data.stream import evaluation_batches
+    from bsq_ray.data.transforms import to_float, to_uint8
 
     out, result, _ = local
     [batch] = evaluation_batches(PhotoSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)

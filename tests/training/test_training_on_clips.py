@@ -76,7 +76,7 @@ def test_a_video_model_is_trained_from_an_image_model(image_model, video_shards,
 
 
 def evaluated(job):
-    from bsq_ray.data.sources import open_source
+    from bsq_ray.data.factory import open_source
     from bsq_ray.data.stream import evaluation_batches
 
     return list(evaluation_batches(open_source(job.config, job.data_url), 8, 8))
@@ -86,7 +86,7 @@ def psnr(image, batch):
     """Mean over frames."""
     import torch
 
-    from bsq_ray.data.images import to_float, to_uint8
+    from bsq_ray.data.transforms import to_float, to_uint8
 
     frames = batch.values_B.transpose(1, 2).flatten(0, 1)
     error = (to_uint8(image.reconstruct(to_float(frames))).float() - frames.float()).square().mean((1, 2, 3))

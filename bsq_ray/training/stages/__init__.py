@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from bsq_ray import config
-from bsq_ray.data.source import Source
-from bsq_ray.data.tokens import TokenSource
+from bsq_ray.data.data_source import Source
+from bsq_ray.data.token_table import TokenSource
 from bsq_ray.training.stages.base import Stage
 from bsq_ray.training.stages.masked_lm import MaskedLMStage
 from bsq_ray.training.stages.prior import PriorStage

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bsq_ray.data.source import Batch
+from bsq_ray.data.data_source import Batch
 from bsq_ray.training.engine import Engine
 
 Engines = Mapping[str, Engine]

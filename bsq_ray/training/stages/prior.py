@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.data.images import to_uint8
-from bsq_ray.data.source import Batch
-from bsq_ray.data.tokens import TokenSource
+from bsq_ray.data.data_source import Batch
+from bsq_ray.data.token_table import TokenSource
+from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, path_cost
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.data.images import to_float, to_uint8
-from bsq_ray.data.source import Batch
+from bsq_ray.data.data_source import Batch
+from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminator import build_discriminator

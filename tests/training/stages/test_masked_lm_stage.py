@@ -10,7 +10,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import Generator
 from bsq_ray.config import load_config
-from bsq_ray.data.sources import open_source
+from bsq_ray.data.factory import open_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.training.launch import train

@@ -7,11 +7,11 @@ from real_clips import street
 
 from bsq_ray import config
 from bsq_ray.config import load_config
-from bsq_ray.data.images import to_float, to_uint8
+from bsq_ray.data.data_source import Batch
+from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.photos import PhotoSource
-from bsq_ray.data.source import Batch
 from bsq_ray.data.stream import evaluation_batches
+from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.training.engine import build_engine
 from bsq_ray.training.stages.tokenizer import TokenizerStage, frames_of
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bsq_ray import config
-from bsq_ray.data.clips import ClipSource
+from bsq_ray.data.clip_source import ClipSource
+from bsq_ray.data.data_source import Source
+from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.photos import PhotoSource
-from bsq_ray.data.source import Source
-from bsq_ray.data.tokens import TokenSource, read_table
+from bsq_ray.data.token_table import TokenSource, read_table
 
 
 def open_source(run: config.AnyConfig, url: str) -> Source:

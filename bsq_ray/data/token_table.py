@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import config, storage
-from bsq_ray.data.source import Samples, Source
+from bsq_ray.data.data_source import Samples, Source
 
 TABLE, TOKENIZER = "tokens.json", "tokenizer"
 _VERSION = 1

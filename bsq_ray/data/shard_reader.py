@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.images import DECODE_ERRORS, decode_fault, decode_image
+from bsq_ray.data.data_source import Samples
 from bsq_ray.data.manifest import Manifest, Shard
-from bsq_ray.data.source import Samples
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault, decode_image
 
 # Files up to this size are fetched whole, bytes.
 _SMALL = 4 * 2**20

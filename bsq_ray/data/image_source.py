@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from bsq_ray import config
-from bsq_ray.data.images import evaluation_image, training_crop
+from bsq_ray.data.data_source import Samples, Source
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.read import decode, fetch, read_samples
-from bsq_ray.data.source import Samples, Source
+from bsq_ray.data.shard_reader import decode, fetch, read_samples
+from bsq_ray.data.transforms import evaluation_image, training_crop
 
 
 class PhotoSource(Source):

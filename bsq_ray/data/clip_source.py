@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import config, storage
-from bsq_ray.data.images import draw_crop, evaluation_image
+from bsq_ray.data.data_source import Samples, Source
 from bsq_ray.data.manifest import Manifest, Shard
-from bsq_ray.data.read import Files
-from bsq_ray.data.source import Samples, Source
+from bsq_ray.data.shard_reader import Files
+from bsq_ray.data.transforms import draw_crop, evaluation_image
 from bsq_ray.media.video_reader import read_frames
 
 
