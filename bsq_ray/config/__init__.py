@@ -1,7 +1,16 @@
 """The configuration: one checked object made from a preset or file and `key.path=value` overrides."""
 
-from bsq_ray.config.reading import AnyConfig, dump_config, expect, load_config, parse_config, preset_names
-from bsq_ray.config.schema import (
+from bsq_ray.config.loader import AnyConfig, dump_config, expect, load_config, parse_config, preset_names
+from bsq_ray.config.token_models import (
+    MaskedLMConfig,
+    MaskedLMLoss,
+    MaskedLMModel,
+    PriorConfig,
+    PriorModel,
+    Sampling,
+    TokenModel,
+)
+from bsq_ray.config.tokenizer_config import (
     BSQ,
     FSQ,
     LFQ,
@@ -20,15 +29,6 @@ from bsq_ray.config.schema import (
     TokenizerModel,
     Training,
     Transformer,
-)
-from bsq_ray.config.tokens import (
-    MaskedLMConfig,
-    MaskedLMLoss,
-    MaskedLMModel,
-    PriorConfig,
-    PriorModel,
-    Sampling,
-    TokenModel,
 )
 
 __all__ = [

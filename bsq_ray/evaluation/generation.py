@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.config.reading import check_section
+from bsq_ray.config.loader import check_section
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.transforms import to_float, to_uint8

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.config.reading import nearest
+from bsq_ray.config.loader import nearest
 from bsq_ray.data.manifest import MANIFEST, read_manifest
 from bsq_ray.data.token_table import TABLE, read_table
 from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8

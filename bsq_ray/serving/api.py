@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from bsq_ray.config.schema import Strict
+from bsq_ray.config.tokenizer_config import Strict
 from bsq_ray.serving.answers import File, PackedTokens
 from bsq_ray.serving.clips import MKV, MP4, wanted_type
 from bsq_ray.serving.docs import described, html

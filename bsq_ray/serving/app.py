@@ -12,7 +12,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from bsq_ray import model_folder
-from bsq_ray.config.reading import check_section
+from bsq_ray.config.loader import check_section
 from bsq_ray.runtime.malloc import keep_memory
 from bsq_ray.serving.deployments import replica_class
 from bsq_ray.serving.front import Front

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bsq_ray.config.schema import Strict
+from bsq_ray.config.tokenizer_config import Strict
 from bsq_ray.serving.guard import Guard
 from bsq_ray.serving.models import Kind, Models
 from bsq_ray.serving.refusals import Refused, too_slow

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from bsq_ray import model_folder
-from bsq_ray.config.reading import check_section
+from bsq_ray.config.loader import check_section
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.guard import is_loopback
 from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings, token_from_environment

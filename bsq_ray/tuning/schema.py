@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bsq_ray import storage
-from bsq_ray.config.reading import STAGES, beside, known_keys, load_config, nearest, read_section
-from bsq_ray.config.schema import Strict
+from bsq_ray.config.loader import STAGES, beside, known_keys, load_config, nearest, read_section
+from bsq_ray.config.tokenizer_config import Strict
 from bsq_ray.tuning.space import Parameter, leaves
 
 Direction = Literal["min", "max"]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import model_validator
 
-from bsq_ray.config.schema import Strict
+from bsq_ray.config.tokenizer_config import Strict
 
 Changes = dict[str, Any]
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bsq_ray import config, storage
-from bsq_ray.config.reading import load_config
+from bsq_ray.config.loader import load_config
 from bsq_ray.tuning.schema import Sweep
 from bsq_ray.tuning.space import Changes, preset_text
 

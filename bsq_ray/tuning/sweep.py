@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from bsq_ray import storage
-from bsq_ray.config.reading import load_config
+from bsq_ray.config.loader import load_config
 from bsq_ray.data.factory import open_source
 from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
 from bsq_ray.runtime.signals import stop_on_signal

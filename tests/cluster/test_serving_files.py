@@ -6,7 +6,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from bsq_ray.config.reading import check_section
+from bsq_ray.config.loader import check_section
 from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"

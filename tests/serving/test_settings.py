@@ -15,7 +15,7 @@ from ray import serve
 from ray.serve.schema import ServeStatus
 from small_models import save_tokenizer
 
-from bsq_ray.config.reading import check_section
+from bsq_ray.config.loader import check_section
 from bsq_ray.serving.app import build, options
 from bsq_ray.serving.exact import ExactBatches, pieces
 from bsq_ray.serving.running import is_loopback, running, settings_of

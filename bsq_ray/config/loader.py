@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from bsq_ray import storage
-from bsq_ray.config.schema import BSQ, FSQ, LFQ, VQ, TokenizerConfig
-from bsq_ray.config.tokens import MaskedLMConfig, PriorConfig
+from bsq_ray.config.token_models import MaskedLMConfig, PriorConfig
+from bsq_ray.config.tokenizer_config import BSQ, FSQ, LFQ, VQ, TokenizerConfig
 
 AnyConfig = TokenizerConfig | MaskedLMConfig | PriorConfig
 Config = TypeVar("Config", bound=BaseModel)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bsq_ray.config.schema import Engine, Optimizer, Reading, Schedule, Strict, Training, Transformer
+from bsq_ray.config.tokenizer_config import Engine, Optimizer, Reading, Schedule, Strict, Training, Transformer
 
 
 class TokenModel(Strict):
