@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.attention import attention
+from bsq_ray.models.layers.attention import attention
 from bsq_ray.models.pretrained import Pretrained
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.attention import attention, causal_attention
+from bsq_ray.models.layers.attention import attention, causal_attention
 from bsq_ray.models.pretrained import Pretrained
 
 

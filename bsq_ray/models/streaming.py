@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bsq_ray.models.transformer import VisionTransformer
+from bsq_ray.models.layers.transformer import VisionTransformer
 
 
 class Window:

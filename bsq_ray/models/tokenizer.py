@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config, storage
+from bsq_ray.models.layers.transformer import Block, VisionTransformer
 from bsq_ray.models.pretrained import Pretrained
 from bsq_ray.models.quantizers import Quantized, build_quantizer
 from bsq_ray.models.streaming import Window
-from bsq_ray.models.transformer import Block, VisionTransformer
 
 # A transformer over whole clips, or a window of it over what comes next.
 Body = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.data.factory import fill_in, open_source
-from bsq_ray.models.initialisation import initial_weights
+from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.checkpoint import list_checkpoints, newest_progress

@@ -19,8 +19,8 @@ from bsq_ray import Generator, Prior, Tokenizer
 from bsq_ray.config import load_config
 from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.weights import resolve_once
-from bsq_ray.models.blur import blur
 from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.ops.blur import blur
 from bsq_ray.planning import plan
 from bsq_ray.planning.plan import reconstruction_rate
 from bsq_ray.runtime.precision import whole_fp32

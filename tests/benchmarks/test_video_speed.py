@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.models import transformer
+from bsq_ray.models.layers import transformer
 
 pytestmark = pytest.mark.benchmark
 _T, _SIZE = 16, 64

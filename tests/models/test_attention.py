@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bsq_ray.models.attention import attention, causal_attention
+from bsq_ray.models.layers.attention import attention, causal_attention
 
 FORMS = pytest.mark.parametrize(("form", "causal"), [(attention, False), (causal_attention, True)])
 

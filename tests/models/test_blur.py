@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bsq_ray.models.blur import _kernels, blur
+from bsq_ray.models.ops.blur import _kernels, blur
 
 SHAPES = pytest.mark.parametrize(("stride", "pad"), [(1, 2), (2, 1)], ids=["before a stride", "with the stride"])
 
@@ -62,8 +62,8 @@ def test_the_second_derivative_takes_no_more_convolutions_for_more_channels(stri
 
 def test_where_kernels_cannot_be_built_the_library_filters_and_that_is_said(caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "bsq_ray.models.blur_gpu", raising=False)
-    monkeypatch.delattr("bsq_ray.models.blur_gpu", raising=False)
+    monkeypatch.delitem(sys.modules, "bsq_ray.models.ops.blur_triton", raising=False)
+    monkeypatch.delattr("bsq_ray.models.ops.blur_triton", raising=False)
     assert _kernels.__wrapped__(torch.device("cuda", 0)) is None
     assert "will take several times as long: no kernel for cuda:0 (import of triton halted" in caplog.text
 
@@ -72,7 +72,7 @@ def test_a_gpu_that_is_full_for_a_moment_does_not_lose_its_kernels_for_good(monk
     def filtered(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setitem(sys.modules, "bsq_ray.models.blur_gpu", SimpleNamespace(filtered=filtered))
-    monkeypatch.setattr("bsq_ray.models.blur_gpu", sys.modules["bsq_ray.models.blur_gpu"], raising=False)
+    monkeypatch.setitem(sys.modules, "bsq_ray.models.ops.blur_triton", SimpleNamespace(filtered=filtered))
+    monkeypatch.setattr("bsq_ray.models.ops.blur_triton", sys.modules["bsq_ray.models.ops.blur_triton"], raising=False)
     with pytest.raises(torch.OutOfMemoryError):
         _kernels.__wrapped__(torch.device("cpu"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bsq_ray.models.convolution import convolution
+from bsq_ray.models.ops.conv_double_backward import convolution
 
 CASES = [
     # images, weights, stride, padding

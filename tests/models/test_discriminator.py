@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.discriminator import (
+from bsq_ray.models.discriminators.stylegan2 import (
     EqualizedConv,
     PatchDiscriminator,
     StyleDiscriminator,

@@ -5,8 +5,8 @@ import torch
 from real_clips import street
 
 from bsq_ray import config
-from bsq_ray.models.discriminator import build_discriminator
-from bsq_ray.models.discriminator3d import ClipBlock, ClipDiscriminator, time_halvings
+from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators.stylegan2_3d import ClipBlock, ClipDiscriminator, time_halvings
 
 
 def small(frames=4, size=32):

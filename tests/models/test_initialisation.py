@@ -5,7 +5,7 @@ import torch
 from real_clips import street
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.models.initialisation import initial_weights, resized_positions
+from bsq_ray.models.warm_start import initial_weights, resized_positions
 
 SIZES = {"width": 32, "layers": 2, "heads": 4}
 

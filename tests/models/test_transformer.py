@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.transformer import VisionTransformer, attend
+from bsq_ray.models.layers.transformer import VisionTransformer, attend
 
 
 def small_transformer(frames=1, causal=True, gradient_checkpointing=False):

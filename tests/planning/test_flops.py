@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminator import build_discriminator
+from bsq_ray.models.discriminators.stylegan2 import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.flops import tokenizer_flops, tokenizer_forward
 from bsq_ray.planning.networks import discriminator_parameters, perceptual_layers, tokenizer_parameters

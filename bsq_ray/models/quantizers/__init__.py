@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bsq_ray import config
-from bsq_ray.models.quantizers.base import Quantized, Quantizer
 from bsq_ray.models.quantizers.bsq import BinarySphericalQuantizer
 from bsq_ray.models.quantizers.fsq import FiniteScalarQuantizer
 from bsq_ray.models.quantizers.lfq import LookupFreeQuantizer
+from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 from bsq_ray.models.quantizers.vq import VectorQuantizer
 
 __all__ = ["Quantized", "Quantizer", "build_quantizer"]

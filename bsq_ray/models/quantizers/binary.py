@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.losses.entropy import bit_statistics, bitwise_codebook_entropy, grouped_codebook_entropy
-from bsq_ray.models.quantizers.base import Quantized, Quantizer
+from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 
 
 class BinaryQuantizer(Quantizer):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.models.quantizers.base import Quantized, Quantizer, straight_through
+from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
 # Keeps the bound just above the outermost level, so that it can be reached.
 _MARGIN = 1e-3

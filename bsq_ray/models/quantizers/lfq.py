@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.models.quantizers.base import Quantized
 from bsq_ray.models.quantizers.binary import BinaryQuantizer
+from bsq_ray.models.quantizers.quantizer import Quantized
 
 
 class LookupFreeQuantizer(BinaryQuantizer):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.quantizers.base import Quantized, Quantizer, straight_through
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
+from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
 # Distances held at once: bounds the memory of the search, whatever the codebook.
 _TILE = 2**24

@@ -21,10 +21,10 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminator import build_discriminator
-from bsq_ray.models.initialisation import initial_weights
+from bsq_ray.models.discriminators.stylegan2 import build_discriminator
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
+from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.models.convolution import convolution
-from bsq_ray.models.discriminator import EqualizedLinear, style_channels, with_batch_deviation
+from bsq_ray.models.discriminators.stylegan2 import EqualizedLinear, style_channels, with_batch_deviation
+from bsq_ray.models.ops.conv_double_backward import convolution
 
 _SLOPE = 0.2
 _GAIN = sqrt(2)

@@ -87,15 +87,15 @@ def _kernels_for(x_BCHW: Tensor) -> ModuleType | None:
 def _kernels(device: torch.device) -> ModuleType | None:
     """Our own for a GPU; None where Triton is not installed or cannot build them."""
     try:
-        from bsq_ray.models import blur_gpu
+        from bsq_ray.models.ops import blur_triton
 
-        blur_gpu.filtered(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
+        blur_triton.filtered(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         _log.warning("the discriminator's filter will take several times as long: no kernel for %s (%s)", device, error)
         return None
-    return blur_gpu
+    return blur_triton
 
 
 def _taps(like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsq_ray import config
-from bsq_ray.models.attention import attention
+from bsq_ray.models.layers.attention import attention
 
 
 class KeyValueCache:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.blur import blur
-from bsq_ray.models.convolution import convolution
+from bsq_ray.models.ops.blur import blur
+from bsq_ray.models.ops.conv_double_backward import convolution
 
 _SLOPE = 0.2
 _GAIN = sqrt(2)
@@ -34,7 +34,7 @@ def build_discriminator(section: config.Adversarial, image_size: int, frames: in
     if section.discriminator == "patchgan":
         return PatchDiscriminator(section.channel_max)
     if section.discriminator == "stylegan2-3d":
-        from bsq_ray.models.discriminator3d import ClipDiscriminator
+        from bsq_ray.models.discriminators.stylegan2_3d import ClipDiscriminator
 
         return ClipDiscriminator(image_size, frames, section.channel_base, section.channel_max)
     return StyleDiscriminator(image_size, section.channel_base, section.channel_max)
@@ -166,7 +166,7 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
 
 
 class PatchConv(nn.Conv2d):
-    """PyTorch's layer by `bsq_ray.models.convolution`."""
+    """PyTorch's layer by `bsq_ray.models.ops.conv_double_backward`."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, …)."""
