@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from bsq_ray.evaluation.measure import Measurer
-from bsq_ray.metrics.clips import by_frame, clip_psnr, clips_of, flicker, frames_of
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import FEWEST_FRAMES, I3D
 from bsq_ray.metrics.lpips import lpips
+from bsq_ray.metrics.per_frame import by_frame, clip_psnr, clips_of, flicker, frames_of
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 

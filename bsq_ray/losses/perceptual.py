@@ -7,8 +7,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.metrics.torchvision_stub import prepare_torchvision
-from bsq_ray.metrics.weights import resolve_once
 
 
 class PerceptualLoss(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.metrics.weights import resolve_once
+from bsq_ray.metrics.pretrained_weights import resolve_once
 
 FEATURES, CLASSES = 1280, 1000
 _SIDE, _MEAN, _SCALE = 224, 127 / 255, 128 / 255

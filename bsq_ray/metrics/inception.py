@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.metrics.torchvision_stub import prepare_torchvision
-from bsq_ray.metrics.weights import resolve_once
 
 FEATURES = 2048
 

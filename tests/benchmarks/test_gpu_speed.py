@@ -18,7 +18,7 @@ from training_steps import CarelessTraining, Training
 from bsq_ray import Generator, Prior, Tokenizer
 from bsq_ray.config import load_config
 from bsq_ray.data.transforms import to_float
-from bsq_ray.metrics.weights import resolve_once
+from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.planning import plan

@@ -7,7 +7,7 @@ import torch
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import evaluation_image, to_float
-from bsq_ray.metrics.weights import resolve_once
+from bsq_ray.metrics.pretrained_weights import resolve_once
 
 SIZE = 32
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from bsq_ray.media.video_reader import probe, read_frames
-from bsq_ray.metrics.clips import by_frame, clip_psnr, flicker
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import FEATURES, FEWEST_FRAMES, I3D
+from bsq_ray.metrics.per_frame import by_frame, clip_psnr, flicker
 from bsq_ray.metrics.psnr import psnr
 
 _GOLDEN = Path(__file__).parent.parent / "golden" / "i3d-logits.npz"
