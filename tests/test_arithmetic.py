@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_runs import Listener, in_this_process, small_job
 
-from bsq_ray.training.loop import run
+from bsq_ray.training.trainer import run
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

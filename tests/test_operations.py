@@ -35,9 +35,9 @@ def test_every_file_that_is_linked_or_called_is_there(page):
 @pytest.mark.parametrize(
     ("words", "source"),
     [
-        ("the machines do not read the same newest checkpoint", "bsq_ray/training/loop.py"),
+        ("the machines do not read the same newest checkpoint", "bsq_ray/training/trainer.py"),
         ("no Ray cluster answers at", "bsq_ray/runtime/ray_session.py"),
-        ("nonfinite.json", "bsq_ray/training/finite.py"),
+        ("nonfinite.json", "bsq_ray/training/nonfinite.py"),
     ],
 )
 def test_a_message_that_is_quoted_is_one_that_is_given(words, source):

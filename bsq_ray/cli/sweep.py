@@ -24,7 +24,7 @@ def sweep(
 ) -> None:
     """Train a model with many values of its configuration, and compare them."""
     from bsq_ray.training.launch import Interrupted
-    from bsq_ray.training.progress import ProgressLine
+    from bsq_ray.training.monitoring.console import ProgressLine
     from bsq_ray.tuning.progress import SweepLine
     from bsq_ray.tuning.results import markdown
     from bsq_ray.tuning.schema import load_sweep

@@ -27,7 +27,7 @@ def train(
     from bsq_ray.config import load_config
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.launch import train as launch
-    from bsq_ray.training.summary import summary_lines
+    from bsq_ray.training.monitoring.summary import summary_lines
 
     fewest, most = number_or_range(workers, "--workers")
     run = load_config(config, overrides or [])

@@ -66,7 +66,7 @@ class TokenDemo:
     def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
         """Trains for its share of the minutes, or goes on; the model folder."""
         from bsq_ray.runtime.ray_session import gpus_within_reach
-        from bsq_ray.training.checkpoint import list_checkpoints
+        from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import train
 
         where = str(self.out / name)

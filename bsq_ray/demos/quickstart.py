@@ -89,7 +89,7 @@ def run_quickstart(
     with ray_session():
         from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
         from bsq_ray.evaluation.report import write_report
-        from bsq_ray.training.checkpoint import list_checkpoints
+        from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train
 
         data = {name: packed(folder, out / "data" / name, material) for name, folder in

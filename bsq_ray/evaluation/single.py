@@ -24,7 +24,7 @@ from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.training.checkpoint import list_checkpoints
+from bsq_ray.training.checkpoints.writer import list_checkpoints
 
 
 def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal["ema", "plain"] = "ema") -> str:

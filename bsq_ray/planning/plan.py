@@ -83,7 +83,7 @@ def plan(
     Raises:
         ValueError: an unknown card, numbers out of range, or a batch that the workers cannot share evenly.
     """
-    from bsq_ray.training.job import split_batch
+    from bsq_ray.training.run_spec import split_batch
 
     card = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if gpus < 1 or gpus_per_server < 1:

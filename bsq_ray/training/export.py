@@ -8,7 +8,7 @@ import safetensors.torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.training.job import Job
+from bsq_ray.training.run_spec import Job
 
 Weights = dict[str, Tensor]
 

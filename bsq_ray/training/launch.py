@@ -15,13 +15,13 @@ from bsq_ray.data.factory import fill_in, open_source
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
-from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
-from bsq_ray.training.job import Job, Result, check_same_run, possible_sizes
-from bsq_ray.training.loop import run
-from bsq_ray.training.on_ray import Share, run_on_ray
-from bsq_ray.training.progress import ProgressLine
-from bsq_ray.training.summary import Summary
-from bsq_ray.training.worker import Device, Wish, Worker, local_device
+from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
+from bsq_ray.training.monitoring.console import ProgressLine
+from bsq_ray.training.monitoring.summary import Summary
+from bsq_ray.training.ray_trainer import Share, run_on_ray
+from bsq_ray.training.run_spec import Job, Result, check_same_run, possible_sizes
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Device, Wish, Worker, local_device
 
 
 class Interrupted(RuntimeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bsq_ray.training.progress import ProgressLine
+from bsq_ray.training.monitoring.console import ProgressLine
 from bsq_ray.tuning.study import Record, Study, shown
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.training.progress import duration
+from bsq_ray.training.monitoring.console import duration
 from bsq_ray.tuning import plots
 from bsq_ray.tuning.schema import ALONG
 from bsq_ray.tuning.study import Record, State, Study, shown

@@ -23,8 +23,8 @@ from bsq_ray.data.factory import open_source
 from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
-from bsq_ray.training.on_ray import Share, ray_storage, train_on_gpus
-from bsq_ray.training.worker import Device
+from bsq_ray.training.ray_trainer import Share, ray_storage, train_on_gpus
+from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.results import write_results
 from bsq_ray.tuning.schema import Budget, Sweep
 from bsq_ray.tuning.study import Record, Study

@@ -20,9 +20,9 @@ from ray import tune
 
 from bsq_ray import config, storage
 from bsq_ray.config import load_config
-from bsq_ray.training.finite import NonFinite
-from bsq_ray.training.on_ray import Share
-from bsq_ray.training.worker import Device
+from bsq_ray.training.nonfinite import NonFinite
+from bsq_ray.training.ray_trainer import Share
+from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.study import config_url, trial_url
 
 _POLL_SECONDS = 0.5

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from bsq_ray.data.data_source import Batch
 from bsq_ray.training.ema import EMA
-from bsq_ray.training.engine import build_engine
+from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.stages import Stage
-from bsq_ray.training.stages.masked_lm import MaskedLMStage
-from bsq_ray.training.stages.prior import PriorStage
-from bsq_ray.training.stages.tokenizer import TokenizerStage
+from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
+from bsq_ray.training.stages.prior_stage import PriorStage
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 
 def some_batch(run):

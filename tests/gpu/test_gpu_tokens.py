@@ -12,9 +12,9 @@ from bsq_ray.data.factory import fill_in, open_source
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.drawing import Request, draw
 from bsq_ray.models.masked_lm import MaskedLM
-from bsq_ray.training.job import Job
-from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.run_spec import Job
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Worker
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import torch
 from small_runs import PRESET, SMALL, STEPS, Listener, small_job
 from test_engine import ENGINES, UNCOMPARED, assert_same_run
 
-from bsq_ray.training.checkpoint import list_checkpoints
-from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.checkpoints.writer import list_checkpoints
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Worker
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from bsq_ray.cli.main import app
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
+from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
 

@@ -26,11 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from small_runs import PRESET, SMALL
 
 from bsq_ray.config import load_config
-from bsq_ray.training import room
+from bsq_ray.training import capacity
 from bsq_ray.training.launch import Interrupted, train
 
 # As short as a test can wait.
-room._PATIENCE, room._GROW_AFTER = 5.0, 3.0
+capacity._PATIENCE, capacity._GROW_AFTER = 5.0, 3.0
 MACHINE = {"num_cpus": 2, "object_store_memory": 150_000_000}
 STEPS_BETWEEN = 6
 

@@ -3,9 +3,9 @@
 import torch
 
 from bsq_ray.config import load_config
-from bsq_ray.training.job import Job
-from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Wish, Worker
+from bsq_ray.training.run_spec import Job
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Wish, Worker
 
 STEPS = 4
 PRESET = "imagenet128-bsq18"

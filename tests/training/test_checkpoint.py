@@ -18,9 +18,9 @@ from small_runs import STEPS, Listener, in_this_process, small_job, train_severa
 from test_resume import EVERY_STEP, HALF, assert_identical, numbers, weights
 
 from bsq_ray import storage
-from bsq_ray.training.checkpoint import CheckpointWriter, Progress, list_checkpoints
-from bsq_ray.training.loop import run
-from bsq_ray.training.snapshot import in_host_memory, pickled
+from bsq_ray.training.checkpoints.host_snapshot import in_host_memory, pickled
+from bsq_ray.training.checkpoints.writer import CheckpointWriter, Progress, list_checkpoints
+from bsq_ray.training.trainer import run
 
 AT_HALF = [f"training.checkpoint_every={HALF}"]
 

@@ -5,15 +5,15 @@ from functools import partial
 import pytest
 from small_runs import Listener, in_this_process, small_job
 
-from bsq_ray.training import loop
-from bsq_ray.training.clock import Clock
+from bsq_ray.training import trainer
+from bsq_ray.training.monitoring.throughput import Clock
 
 STEP, WAIT, EVALUATION = 1.0, 0.25, 100.0
 
 
 def test_evaluations_count_for_the_length_of_a_run_and_not_for_its_speed(photo_shards, tmp_path, monkeypatch):
     """Four steps of a second each, a quarter of it waiting, and an evaluation of 100 s after each but the last."""
-    time, batches = [0.0], loop.training_batches
+    time, batches = [0.0], trainer.training_batches
 
     def lasting(seconds, function):
         def longer(*arguments, **settings):
@@ -27,12 +27,12 @@ def test_evaluations_count_for_the_length_of_a_run_and_not_for_its_speed(photo_s
             time[0] += WAIT
             yield batch
 
-    monkeypatch.setattr(loop, "Clock", partial(Clock, now=lambda: time[0]))
-    monkeypatch.setattr(loop._Run, "_optimise", lasting(STEP - WAIT, loop._Run._optimise))
-    monkeypatch.setattr(loop._Run, "_evaluate", lasting(EVALUATION, loop._Run._evaluate))
-    monkeypatch.setattr(loop, "training_batches", slow)
+    monkeypatch.setattr(trainer, "Clock", partial(Clock, now=lambda: time[0]))
+    monkeypatch.setattr(trainer._Run, "_optimise", lasting(STEP - WAIT, trainer._Run._optimise))
+    monkeypatch.setattr(trainer._Run, "_evaluate", lasting(EVALUATION, trainer._Run._evaluate))
+    monkeypatch.setattr(trainer, "training_batches", slow)
     listener = Listener()
-    result = loop.run(small_job(photo_shards, tmp_path, ["training.evaluate_every=1"]), in_this_process(listener))
+    result = trainer.run(small_job(photo_shards, tmp_path, ["training.evaluate_every=1"]), in_this_process(listener))
     assert result.seconds == 4 * STEP + 3 * EVALUATION
     assert [record["seconds"] for record in listener.training] == [
         n * STEP + (n - 1) * EVALUATION for n in (1, 2, 3, 4)

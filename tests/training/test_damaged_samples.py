@@ -10,8 +10,8 @@ from bsq_ray.config import load_config
 from bsq_ray.data import stream
 from bsq_ray.data.pack import pack_images
 from bsq_ray.training.launch import train
-from bsq_ray.training.loop import run
-from bsq_ray.training.worker import Worker, local_device
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Worker, local_device
 
 # Two passes over the photographs, so that every sample is met.
 OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]

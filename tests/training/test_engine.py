@@ -13,9 +13,9 @@ from small_runs import PRESET, SMALL, Listener, in_this_process, small_job, trai
 
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.training.engine import build_engine
-from bsq_ray.training.loop import run
-from bsq_ray.training.worker import autocast_precision
+from bsq_ray.training.engines.engine import build_engine
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import autocast_precision
 
 ENGINES = {
     "zero 0": ["training.engine.zero_stage=0"],

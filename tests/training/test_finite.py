@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_runs import Listener, in_this_process
 
-from bsq_ray.training.finite import Loss, unlike_numbers
+from bsq_ray.training.nonfinite import Loss, unlike_numbers
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from small_runs import Listener, in_this_process
 from test_engine import UNCOMPARED
 
 from bsq_ray.config import load_config
-from bsq_ray.training.job import Job
-from bsq_ray.training.loop import run
+from bsq_ray.training.run_spec import Job
+from bsq_ray.training.trainer import run
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "demo-losses.json"
 # Smaller than the preset, and what may be tuned for speed or quality is held.

@@ -21,9 +21,9 @@ from test_resume import assert_identical, numbers, weights
 from bsq_ray import config
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
+from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.loop import run
+from bsq_ray.training.trainer import run
 
 
 def launch(shards, out, workers, overrides=(), **settings):
@@ -143,7 +143,7 @@ def test_ctrl_c_saves_checkpoint_and_model_and_the_run_goes_on_from_there(photo_
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(photo_shards, tmp_path):
-    from bsq_ray.training.finite import NonFinite
+    from bsq_ray.training.nonfinite import NonFinite
 
     # A learning rate this absurd overflows within a few steps.
     overrides = ["training.optimizer.learning_rate_per_256=1e30", "training.steps=40"]

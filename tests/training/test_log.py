@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.training.log import Log
+from bsq_ray.training.monitoring.metrics_log import Log
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -13,9 +13,9 @@ from small_runs import PRESET, SMALL, small_job
 from bsq_ray import storage
 from bsq_ray.config import load_config
 from bsq_ray.runtime.ray_session import cpus_within_reach
-from bsq_ray.training import on_ray
+from bsq_ray.training import ray_trainer
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.on_ray import Share, check_cpus, plain_error, train_on_gpus
+from bsq_ray.training.ray_trainer import Share, check_cpus, plain_error, train_on_gpus
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_workers_that_a_cluster_can_never_hold_are_refused(workers, each, within
 @pytest.mark.parametrize("gpu", [False, True])
 def test_workers_on_cpus_are_started_so_that_they_keep_their_memory(gpu, tmp_path):
     job = small_job("shards", tmp_path)
-    group = on_ray._Group(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
+    group = ray_trainer._Group(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
     told = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
     assert ("GLIBC_TUNABLES" in told) == (not gpu)
 
@@ -119,10 +119,10 @@ def test_what_nobody_foresaw_names_its_place():
 def test_what_an_autoscaler_that_tells_nothing_may_bring_up_is_waited_for(
     known, device, up, expected, warned, monkeypatch
 ):
-    monkeypatch.setattr(on_ray, "gpus_within_reach", lambda: up)
-    monkeypatch.setattr(on_ray, "reach_is_known", lambda: known)
+    monkeypatch.setattr(ray_trainer, "gpus_within_reach", lambda: up)
+    monkeypatch.setattr(ray_trainer, "reach_is_known", lambda: known)
     told = []
-    assert on_ray.gpus_in_sight(device, told.append) == expected
+    assert ray_trainer.gpus_in_sight(device, told.append) == expected
     assert ["--device gpu waits" in record["text"] for record in told] == [True] * warned
 
 
@@ -167,7 +167,7 @@ def test_a_start_that_fails_again_and_again_ends_an_elastic_run(photo_shards, tm
     def broken(settings):
         raise OSError("the driver is missing")
 
-    monkeypatch.setattr(on_ray, "_worker_main", broken)
+    monkeypatch.setattr(ray_trainer, "_worker_main", broken)
     records, told = [], r"^workers could not begin \(2 failures in a row\): .*the driver is missing"
     with pytest.raises(RuntimeError, match=told):
         train(

@@ -1,6 +1,6 @@
 """What a person reads while a run goes on."""
 
-from bsq_ray.training.progress import ProgressLine
+from bsq_ray.training.monitoring.console import ProgressLine
 
 
 def test_paths_and_messages_with_brackets_and_colons_are_shown_as_they_are(capsys):

@@ -12,8 +12,8 @@ from small_runs import STEPS, Listener, in_this_process, small_job, train_severa
 from test_engine import ENGINES, UNCOMPARED
 
 from bsq_ray import storage
-from bsq_ray.training.checkpoint import list_checkpoints, newest_progress
-from bsq_ray.training.loop import run
+from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
+from bsq_ray.training.trainer import run
 
 EVERY_STEP = ["training.checkpoint_every=1", "training.keep_checkpoints=3"]
 

@@ -8,7 +8,7 @@ from test_engine import assert_same_run
 
 from bsq_ray import Tokenizer
 from bsq_ray.training.launch import train
-from bsq_ray.training.loop import run
+from bsq_ray.training.trainer import run
 
 CLIPS = ["model.frames=4", "training.batch_size=8"]
 RUNS = {

@@ -15,7 +15,7 @@ import yaml
 from small_sweeps import SMALL, small_sweep
 
 from bsq_ray.config import load_config
-from bsq_ray.training.checkpoint import newest_progress
+from bsq_ray.training.checkpoints.writer import newest_progress
 from bsq_ray.training.launch import Interrupted, train
 from bsq_ray.tuning.schema import load_sweep
 from bsq_ray.tuning.study import read_records

@@ -5,8 +5,8 @@ import queue
 import pytest
 
 from bsq_ray import storage
-from bsq_ray.training.finite import NonFinite
-from bsq_ray.training.on_ray import Share
+from bsq_ray.training.nonfinite import NonFinite
+from bsq_ray.training.ray_trainer import Share
 from bsq_ray.tuning.trial import Ending, Task, Trial
 
 

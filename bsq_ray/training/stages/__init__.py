@@ -7,10 +7,10 @@ import torch
 from bsq_ray import config
 from bsq_ray.data.data_source import Source
 from bsq_ray.data.token_table import TokenSource
-from bsq_ray.training.stages.base import Stage
-from bsq_ray.training.stages.masked_lm import MaskedLMStage
-from bsq_ray.training.stages.prior import PriorStage
-from bsq_ray.training.stages.tokenizer import TokenizerStage
+from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
+from bsq_ray.training.stages.prior_stage import PriorStage
+from bsq_ray.training.stages.stage import Stage
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 __all__ = ["Stage", "build_stage"]
 

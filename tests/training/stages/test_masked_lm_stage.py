@@ -14,7 +14,7 @@ from bsq_ray.data.factory import open_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.training.launch import train
-from bsq_ray.training.stages.masked_lm import MaskedLMStage
+from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
 
 SMALL = [
     "model.grid=[1,4,4]",

@@ -12,8 +12,8 @@ from bsq_ray.data.image_source import PhotoSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.training.engine import build_engine
-from bsq_ray.training.stages.tokenizer import TokenizerStage, frames_of
+from bsq_ray.training.engines.engine import build_engine
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStage, frames_of
 
 CPU = torch.device("cpu")
 SMALL = [

@@ -18,7 +18,7 @@ from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, path_cost
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 

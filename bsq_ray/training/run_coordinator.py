@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from bsq_ray.training.gauges import Gauges
-from bsq_ray.training.worker import Wish
+from bsq_ray.training.monitoring.prometheus import Gauges
+from bsq_ray.training.worker_context import Wish
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from bsq_ray import storage
-from bsq_ray.training.snapshot import Files
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.checkpoints.host_snapshot import Files
+from bsq_ray.training.worker_context import Worker
 
 _INDEX = "checkpoint.json"
 # The disk is full, or this user's share of it.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bsq_ray.data.data_source import Batch
-from bsq_ray.training.engine import Engine
+from bsq_ray.training.engines.engine import Engine
 
 Engines = Mapping[str, Engine]
 

@@ -23,7 +23,7 @@ from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 

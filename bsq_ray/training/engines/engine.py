@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.training.snapshot import Files, pickled
+from bsq_ray.training.checkpoints.host_snapshot import Files, pickled
 
 
 class Engine(ABC):

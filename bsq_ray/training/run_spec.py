@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bsq_ray import config
 from bsq_ray.data.data_source import Source
-from bsq_ray.training.checkpoint import Progress
+from bsq_ray.training.checkpoints.writer import Progress
 
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.
 _LASTING = {

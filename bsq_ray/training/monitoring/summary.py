@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bsq_ray.training.job import Result
+from bsq_ray.training.run_spec import Result
 
 Say = Callable[[dict[str, Any]], None]
 

@@ -26,7 +26,7 @@ from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.training.schedule import ramp
-from bsq_ray.training.stages.base import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
 
 _PICTURED = 8
 

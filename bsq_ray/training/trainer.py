@@ -23,18 +23,18 @@ from bsq_ray.data.factory import open_source
 from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
 from bsq_ray.runtime.precision import whole_fp32
 from bsq_ray.storage import Value
-from bsq_ray.training.checkpoint import CheckpointWriter, Progress, load_checkpoint, newest_progress
-from bsq_ray.training.clock import Clock
+from bsq_ray.training.checkpoints.train_state import State
+from bsq_ray.training.checkpoints.writer import CheckpointWriter, Progress, load_checkpoint, newest_progress
 from bsq_ray.training.ema import EMA
-from bsq_ray.training.engine import build_engine
+from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.export import write_model
-from bsq_ray.training.finite import Loss, non_finite, unlike_numbers
-from bsq_ray.training.job import Job, Result, check_same_run, split_batch
-from bsq_ray.training.log import Log
+from bsq_ray.training.monitoring.metrics_log import Log
+from bsq_ray.training.monitoring.throughput import Clock
+from bsq_ray.training.nonfinite import Loss, non_finite, unlike_numbers
+from bsq_ray.training.run_spec import Job, Result, check_same_run, split_batch
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
-from bsq_ray.training.state import State
-from bsq_ray.training.worker import Wish, Worker, autocast_precision
+from bsq_ray.training.worker_context import Wish, Worker, autocast_precision
 
 _Sums = dict[str, list[Tensor | float]]
 

@@ -25,12 +25,12 @@ import torch
 from bsq_ray import storage
 from bsq_ray.runtime.malloc import keep_memory
 from bsq_ray.runtime.ray_session import cpus_within_reach, gpus_within_reach, reach_is_known
-from bsq_ray.training.board import Board, Failure, Notes, RayReporter
-from bsq_ray.training.finite import NonFinite
-from bsq_ray.training.job import Job, Result
-from bsq_ray.training.loop import run
-from bsq_ray.training.room import READER, Growth, Resources, nodes_to_be_taken, wait_for_room
-from bsq_ray.training.worker import Device, Wish, Worker, local_device
+from bsq_ray.training.capacity import READER, Growth, Resources, nodes_to_be_taken, wait_for_room
+from bsq_ray.training.nonfinite import NonFinite
+from bsq_ray.training.run_coordinator import Board, Failure, Notes, RayReporter
+from bsq_ray.training.run_spec import Job, Result
+from bsq_ray.training.trainer import run
+from bsq_ray.training.worker_context import Device, Wish, Worker, local_device
 
 _POLL_SECONDS = 0.5
 # Of sums of fractions of CPUs.

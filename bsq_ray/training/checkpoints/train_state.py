@@ -13,10 +13,10 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from bsq_ray.training.checkpoints.host_snapshot import Files, as_safetensors, inside, pickled
 from bsq_ray.training.ema import EMA
-from bsq_ray.training.engine import Engine
-from bsq_ray.training.snapshot import Files, as_safetensors, inside, pickled
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.engines.engine import Engine
+from bsq_ray.training.worker_context import Worker
 
 
 @dataclass

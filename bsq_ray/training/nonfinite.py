@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import storage
-from bsq_ray.training.worker import Worker
+from bsq_ray.training.worker_context import Worker
 
 
 class NonFinite(RuntimeError):
