@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bsq_ray.codec.image import Codec
+    from bsq_ray.codec.codec import Codec
     from bsq_ray.models.generator import Generator
     from bsq_ray.models.masked_lm import MaskedLM
     from bsq_ray.models.prior import Prior

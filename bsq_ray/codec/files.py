@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
+from bsq_ray.codec.codec import Box, Codec, Compressed, Progress
 from bsq_ray.codec.container import MAX_PIXELS, Clip, read_header
-from bsq_ray.codec.image import Box, Codec, Compressed, Progress
 from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault
 from bsq_ray.media.color import to_srgb
 from bsq_ray.media.video_files import Video, read_video, write_video

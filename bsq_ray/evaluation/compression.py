@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from bsq_ray import model_folder, storage
-from bsq_ray.codec.image import Codec
+from bsq_ray.codec.codec import Codec
 from bsq_ray.data.transforms import read_image, to_float
 from bsq_ray.evaluation.benchmark_sets import find_set
 from bsq_ray.evaluation.clip_files import Clip, read_clip

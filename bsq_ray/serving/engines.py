@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import config, model_folder
+from bsq_ray.codec.codec import Codec
 from bsq_ray.codec.container import read_header
-from bsq_ray.codec.image import Codec
 from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_codecs import Disturbed
 
-from bsq_ray.codec.tokens import decode_tokens, encode_tokens
+from bsq_ray.codec.entropy_coding import decode_tokens, encode_tokens
 
 TOLERANCE = 2.0**-14
 

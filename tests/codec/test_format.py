@@ -246,7 +246,7 @@ def test_the_example_with_a_prior_is_what_the_encoder_writes():
     import constriction
 
     from bsq_ray.codec import probabilities
-    from bsq_ray.codec.side import write_side
+    from bsq_ray.codec.side_info import write_side
 
     logits = np.array([-0.8, 0.6249, 3.0])
     steps, doubtful = probabilities.round_logits(logits, 2.0**-8)

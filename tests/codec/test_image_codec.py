@@ -133,7 +133,7 @@ def test_a_region_needs_only_the_groups_it_touches(codec, photos):
 def test_large_pictures_are_put_together_from_blocks(raw_codec, photos, monkeypatch):
     data = raw_codec.compress(photos[2].resize((300, 280))).data
     whole = raw_codec.decompress(data).tobytes()
-    monkeypatch.setattr("bsq_ray.codec.pixels._BLOCK_PIXELS", 70**2)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._BLOCK_PIXELS", 70**2)
     assert raw_codec.decompress(data).tobytes() == whole
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bsq_ray.codec import probabilities
-from bsq_ray.codec.side import read_side, read_varint, write_side, write_varint
+from bsq_ray.codec.side_info import read_side, read_varint, write_side, write_varint
 
 TOLERANCE = 2.0**-14
 LOGITS = arrays(np.float64, st.integers(1, 60), elements=st.floats(-30, 30))

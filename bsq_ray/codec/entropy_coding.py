@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray.codec import probabilities
-from bsq_ray.codec.side import read_side, write_side
+from bsq_ray.codec.side_info import read_side, write_side
 from bsq_ray.models.prior import Prior, path_nodes
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 

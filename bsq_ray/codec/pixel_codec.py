@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bsq_ray.codec.entropy_coding import plain_arithmetic
 from bsq_ray.codec.tiles import as_grid, join
-from bsq_ray.codec.tokens import plain_arithmetic
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray.codec.container import Container, Header
-from bsq_ray.codec.tokens import Undecodable, decode_tokens, encode_tokens
+from bsq_ray.codec.entropy_coding import Undecodable, decode_tokens, encode_tokens
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 

@@ -34,8 +34,8 @@ from bsq_ray.codec.container import (
     read_image,
     write_container,
 )
-from bsq_ray.codec.groups import CodedGroup, decode_groups, encode_group, group_size, groups_at_once
-from bsq_ray.codec.pixels import PixelCoder
+from bsq_ray.codec.pixel_codec import PixelCoder
+from bsq_ray.codec.tile_groups import CodedGroup, decode_groups, encode_group, group_size, groups_at_once
 from bsq_ray.codec.tiles import cut, put
 from bsq_ray.media.color import SRGB, Colour, to_srgb
 from bsq_ray.models.prior import Prior
