@@ -122,7 +122,7 @@ def test_work_that_fails_ends_with_one_and_debug_shows_where(call, monkeypatch):
     def fail(what):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("bsq_ray.evaluation.single.describe", fail)
+    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", fail)
     status, _, error = call("info", "demo")
     assert status == 1
     assert "the disk is full (OSError; --debug shows where)" in error
@@ -135,7 +135,7 @@ def test_an_interrupt_has_its_own_status(call, monkeypatch):
     def interrupt(what):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bsq_ray.evaluation.single.describe", interrupt)
+    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", interrupt)
     assert call("info", "demo")[0] == 130
 
 

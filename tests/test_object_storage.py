@@ -12,7 +12,7 @@ from bsq_ray.config import load_config
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.token_table import read_table
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
 from bsq_ray.evaluation.report import write_report
 from bsq_ray.training.checkpoints.writer import list_checkpoints
 from bsq_ray.training.launch import train

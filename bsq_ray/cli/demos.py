@@ -48,7 +48,7 @@ def demo_compress(
 ) -> None:
     """Train a tokenizer and a prior, and compress unseen photographs beside the standard codecs."""
     from bsq_ray.demos.compress_demo import run_demo
-    from bsq_ray.evaluation.compression_report import markdown
+    from bsq_ray.evaluation.compression.compression_report import markdown
 
     print(markdown(run_demo(images, out, minutes, train_images)))
     print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/pictures.png")

@@ -22,7 +22,7 @@ def evaluate_reconstruction(
     address: Address = None,
 ) -> None:
     """PSNR, SSIM, LPIPS, code usage, of images rFID and KID, of clips rFVD and flicker, beside the trivial codec."""
-    from bsq_ray.evaluation.reconstruction import evaluate_reconstruction as evaluate
+    from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction as evaluate
 
     kind = which_weights(weights)
     with progress_bar("measuring") as bar:
@@ -49,7 +49,7 @@ def evaluate_generation(
 ) -> None:
     """FID, KID, precision, recall, and whether the classes can be told."""
     from bsq_ray import storage
-    from bsq_ray.evaluation.generation import evaluate_generation as evaluate
+    from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation as evaluate
 
     changes = given(steps=steps, guidance=guidance)
     with progress_bar("drawing") as bar:
@@ -71,7 +71,7 @@ def evaluate_compression(
 ) -> None:
     """Rate and distortion beside JPEG, JPEG 2000, WebP, AVIF, JPEG XL; of clips beside H.264, HEVC, AV1."""
     from bsq_ray import storage
-    from bsq_ray.evaluation.compression import evaluate_compression as evaluate
+    from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression as evaluate
 
     kind = which_weights(weights)
     with progress_bar("compressing") as bar:

@@ -26,7 +26,7 @@ def generate(
     weights: Weights = "ema",
 ) -> None:
     """Draw images of classes, or fill in a part of one."""
-    from bsq_ray.evaluation.drawing import Request, draw
+    from bsq_ray.evaluation.generation.sample import Request, draw
 
     changes = given(steps=steps, guidance=guidance, temperature=temperature)
     request = Request(numbers(classes, "--classes"), count, seed, changes, between, image, mask)
@@ -41,7 +41,7 @@ def reconstruct(
     weights: Weights = "ema",
 ) -> None:
     """Encode and decode one image or video."""
-    from bsq_ray.evaluation.single import reconstruct_clip, reconstruct_file
+    from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip, reconstruct_file
 
     if out.suffix.lower() != ".mp4":
         print(reconstruct_file(model, source, out, which_weights(weights)))
@@ -111,6 +111,6 @@ def info(
     what: Annotated[str, typer.Argument(metavar="M", help="Model or run folder, data set, token table or preset.")],
 ) -> None:
     """Say what a folder or preset is."""
-    from bsq_ray.evaluation.single import describe
+    from bsq_ray.evaluation.reconstruction.reconstruct_file import describe
 
     print(describe(what))

@@ -30,7 +30,7 @@ def run_demo(
     Raises:
         ValueError: there are too few photographs.
     """
-    from bsq_ray.evaluation.compression import evaluate_compression
+    from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression
     from bsq_ray.runtime.ray_session import ray_session
 
     demo = TokenDemo(train_images, out, minutes)

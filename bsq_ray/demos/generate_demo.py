@@ -73,8 +73,8 @@ def _measure(
     model: str, shards: dict[str, str], tables: dict[str, str], out: Path, drawn: int | None
 ) -> dict[str, Any]:
     from bsq_ray.data.token_table import TokenSource, read_table
-    from bsq_ray.evaluation.generation import evaluate_generation
-    from bsq_ray.evaluation.token_frequencies import frequency_bits
+    from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation
+    from bsq_ray.evaluation.generation.frequency_baseline import frequency_bits
 
     run = config.expect(config.load_config(f"{model}/config.yaml"), config.MaskedLMConfig, model)
     sources = {name: TokenSource(read_table(url), run.model) for name, url in tables.items()}

@@ -87,7 +87,7 @@ def run_quickstart(
     from bsq_ray.runtime.ray_session import ray_session
 
     with ray_session():
-        from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+        from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
         from bsq_ray.evaluation.report import write_report
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from bsq_ray import config, storage
-from bsq_ray.evaluation.reconstruction import COLUMNS
+from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
 from bsq_ray.training.monitoring.console import duration
 
 # Curves of the report: title, unit, and the records and names they are drawn from.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from bsq_ray.data.transforms import to_float
-from bsq_ray.evaluation.codecs import standard_codecs
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 

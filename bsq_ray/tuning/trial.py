@@ -174,7 +174,7 @@ class Trial(tune.Trainable):
 
     def _measure(self, run_config: config.AnyConfig) -> dict[str, float]:
         """Figures of the trained model on held-out images, for the stages that have such a measurement."""
-        from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+        from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
 
         if not isinstance(run_config, config.TokenizerConfig):
             return {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bsq_ray.evaluation.benchmark_sets import find_set
+from bsq_ray.evaluation.compression.datasets import find_set
 
 UVG = ["Beauty", "Bosphorus", "HoneyBee", "Jockey", "ReadySteadyGo", "ShakeNDry", "YachtRide"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.evaluation.clip_files import read_clip
+from bsq_ray.evaluation.compression.clip_files import read_clip
 
 
 @pytest.fixture(scope="module")

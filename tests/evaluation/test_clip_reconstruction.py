@@ -12,9 +12,9 @@ from bsq_ray import config
 from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.evaluation.pictures import Comparison, keep
-from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
-from bsq_ray.evaluation.strips import animate, draw_strips
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep
+from bsq_ray.evaluation.plots.frame_strips import animate, draw_strips
+from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import I3D
 from bsq_ray.models.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.evaluation.clip_files import read_clip
-from bsq_ray.evaluation.codecs import standard_codecs
-from bsq_ray.evaluation.video_codecs import standard_video_codecs
+from bsq_ray.evaluation.compression.clip_files import read_clip
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs
+from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 
 MAGIC = {
     "JPEG": (b"\xff\xd8\xff", 0),

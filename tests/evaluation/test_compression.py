@@ -13,11 +13,11 @@ from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, config
 from bsq_ray.data.transforms import to_float
-from bsq_ray.evaluation import compression
-from bsq_ray.evaluation.codecs import standard_codecs
-from bsq_ray.evaluation.compression import PRIOR, RAW, evaluate_compression
-from bsq_ray.evaluation.rate_distortion import at_rate
-from bsq_ray.evaluation.video_codecs import standard_video_codecs
+from bsq_ray.evaluation.compression import evaluate_compression as compression
+from bsq_ray.evaluation.compression.evaluate_compression import PRIOR, RAW, evaluate_compression
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs
+from bsq_ray.evaluation.compression.rate_distortion import at_rate
+from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 
 SECTION = config.PriorModel(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)

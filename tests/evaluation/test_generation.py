@@ -18,13 +18,14 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.evaluation import drawing, generation
-from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.drawing import Request, draw
-from bsq_ray.evaluation.features import Features, real_features
-from bsq_ray.evaluation.generation import evaluate_generation
-from bsq_ray.evaluation.sheets import ClassSheet
-from bsq_ray.evaluation.token_frequencies import frequency_bits
+from bsq_ray.evaluation.generation import evaluate_generation as generation
+from bsq_ray.evaluation.generation import sample
+from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation
+from bsq_ray.evaluation.generation.features import Features, real_features
+from bsq_ray.evaluation.generation.frequency_baseline import frequency_bits
+from bsq_ray.evaluation.generation.sample import Request, draw
+from bsq_ray.evaluation.plots.class_grid import ClassSheet
+from bsq_ray.evaluation.provenance import contract
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.samples.labeled_photos import read_qt_resources
@@ -55,7 +56,7 @@ def setting(photos, tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        from bsq_ray.evaluation import features
+        from bsq_ray.evaluation.generation import features
 
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(features, "cache_folder", lambda kind: folder / kind)
@@ -95,7 +96,7 @@ def test_results_are_written_with_a_baseline_and_a_contract(results, cache):
 
 
 def test_reference_features_are_read_from_the_cache(setting, results, monkeypatch):
-    from bsq_ray.evaluation import features
+    from bsq_ray.evaluation.generation import features
 
     monkeypatch.setattr(features, "map_in_pool", lambda *arguments: pytest.fail("the real images are measured again"))
     run = config.load_config(f"{setting[0]}/tokenizer/config.yaml")
@@ -194,10 +195,10 @@ def test_tokens_by_frequency_are_those_of_their_class_and_place_from_a_table_tha
 
 
 def test_drawing_keeps_small_copies_of_what_the_sheet_shows(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "_COLUMNS", 2)
+    monkeypatch.setattr(sample, "_COLUMNS", 2)
     written = []
     monkeypatch.setattr(
-        drawing.storage, "write_bytes", lambda url, data: written.append((url.rpartition("/")[2], len(kept(sheets))))
+        sample.storage, "write_bytes", lambda url, data: written.append((url.rpartition("/")[2], len(kept(sheets))))
     )
     sheets = []
 
@@ -209,7 +210,7 @@ def test_drawing_keeps_small_copies_of_what_the_sheet_shows(setting, tmp_path, m
             super().__init__(*arguments)
             sheets.append(self)
 
-    monkeypatch.setattr(drawing, "ClassSheet", Watched)
+    monkeypatch.setattr(sample, "ClassSheet", Watched)
     draw(setting[0], str(tmp_path), Request([1], count=4, sampling={"steps": 1}))
     # Each file is written before the next image is kept, and only two are.
     assert written == [*((f"class-001-{n:04}.png", min(n, 2)) for n in range(4)), ("sheet.png", 2)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bsq_ray.evaluation.pictures import Comparison, keep, pick
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep, pick
 
 PIXELS = np.zeros((3, 3, 1, 1), np.uint8)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import Akima1DInterpolator
 
-from bsq_ray.evaluation.rate_distortion import Point, at_rate, bd_rates, mean_bd_rates, mean_curves
+from bsq_ray.evaluation.compression.rate_distortion import Point, at_rate, bd_rates, mean_bd_rates, mean_curves
 
 RATES = [0.1, 0.2, 0.45, 0.8, 1.6]
 

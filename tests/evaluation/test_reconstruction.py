@@ -9,10 +9,10 @@ from PIL import Image
 
 from bsq_ray import config
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.evaluation.baseline import MeanColourCodec
-from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
-from bsq_ray.evaluation.single import describe, reconstruct_file
+from bsq_ray.evaluation.provenance import contract
+from bsq_ray.evaluation.reconstruction.baseline import MeanColourCodec
+from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.reconstruction.reconstruct_file import describe, reconstruct_file
 from bsq_ray.models.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ from real_clips import clip_file, street
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import to_uint8
-from bsq_ray.evaluation.single import reconstruct_clip
+from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 
 
 @pytest.fixture(scope="module", params=["causal", "full attention", "images"])
@@ -81,7 +81,7 @@ def test_a_file_that_is_no_clip_is_refused(model, tmp_path):
 _MEASURED = """
 import resource, sys
 from pathlib import Path
-from bsq_ray.evaluation.single import reconstruct_clip
+from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 peaks = []
 def progress(done, total):
     if done in (60, total):

@@ -7,9 +7,9 @@ from small_gpu_models import missing_weights, photographs, small_tokenizer
 
 from bsq_ray.data.data_source import Samples
 from bsq_ray.data.transforms import to_uint8
-from bsq_ray.evaluation.measure import Measurer
-from bsq_ray.evaluation.measure_images import ImageMeasurer
-from bsq_ray.evaluation.reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
+from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
+from bsq_ray.evaluation.reconstruction.image_metrics import ImageMeasurer
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 

@@ -10,7 +10,7 @@ from bsq_ray import Generator, Prior, Tokenizer, config
 from bsq_ray.config import load_config
 from bsq_ray.data.factory import fill_in, open_source
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.evaluation.drawing import Request, draw
+from bsq_ray.evaluation.generation.sample import Request, draw
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.training.run_spec import Job
 from bsq_ray.training.trainer import run

@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from bsq_ray import Codec, Generator, Tokenizer
 from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
-from bsq_ray.evaluation.codecs import standard_codecs
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.serving.api import create_app
 from bsq_ray.serving.guard import digest
 from bsq_ray.serving.models import Kind, Model, Models

@@ -21,7 +21,7 @@ from small_videos import cut_video
 from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
 from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
-from bsq_ray.evaluation.single import reconstruct_clip
+from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 from bsq_ray.media.video_files import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.serving import clips

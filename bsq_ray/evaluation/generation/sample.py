@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bsq_ray import storage
 from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8
-from bsq_ray.evaluation.features import device
-from bsq_ray.evaluation.sheets import ClassSheet
+from bsq_ray.evaluation.generation.features import device
+from bsq_ray.evaluation.plots.class_grid import ClassSheet
 from bsq_ray.models.generator import Generator
 
 _BATCH, _COLUMNS = 16, 12

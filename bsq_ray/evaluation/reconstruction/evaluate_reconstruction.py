@@ -20,13 +20,13 @@ from bsq_ray.data.data_source import Source
 from bsq_ray.data.factory import open_pixels
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.stream import Damage, evaluation_blocks, evaluation_dataset
-from bsq_ray.evaluation import published
-from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.measure import Measured, Measurer, Totals
-from bsq_ray.evaluation.measure_clips import ClipMeasurer
-from bsq_ray.evaluation.measure_images import ImageMeasurer
-from bsq_ray.evaluation.pictures import draw
-from bsq_ray.evaluation.strips import animate, draw_strips
+from bsq_ray.evaluation import published_results
+from bsq_ray.evaluation.plots.comparison_grid import draw
+from bsq_ray.evaluation.plots.frame_strips import animate, draw_strips
+from bsq_ray.evaluation.provenance import contract
+from bsq_ray.evaluation.reconstruction.batch_metrics import Measured, Measurer, Totals
+from bsq_ray.evaluation.reconstruction.clip_metrics import ClipMeasurer
+from bsq_ray.evaluation.reconstruction.image_metrics import ImageMeasurer
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import FEWEST_FRAMES
 from bsq_ray.runtime.ray_session import gpu_share, ray_session
@@ -178,7 +178,9 @@ def _conclude(totals: Totals, job: _Job, out_url: str, published_rows: bool) -> 
     else:
         pictures = {"reconstructions.png": draw(totals.comparisons, totals.scores)}
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
-    table = markdown(results) + ("\n\n" + published.markdown(job.manifest.kind) if published_rows else "") + "\n"
+    table = (
+        markdown(results) + ("\n\n" + published_results.markdown(job.manifest.kind) if published_rows else "") + "\n"
+    )
     storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
     for name, picture in pictures.items():
         storage.write_bytes(storage.join(out_url, name), picture)

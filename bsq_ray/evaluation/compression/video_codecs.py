@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
-from bsq_ray.evaluation.clip_files import Clip
+from bsq_ray.evaluation.compression.clip_files import Clip
 
 _THREADS = "4"
 # Its encoder announces itself on stderr otherwise.

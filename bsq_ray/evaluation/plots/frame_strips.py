@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bsq_ray.evaluation.pictures import Comparison, pick
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, pick
 
 _ROWS = ("original", "tokenizer", "mean colours")
 _TILE, _GAP, _LABEL, _CAPTION = 128, 4, 110, 24

@@ -23,12 +23,12 @@ from PIL import Image
 from bsq_ray import model_folder, storage
 from bsq_ray.codec.codec import Codec
 from bsq_ray.data.transforms import read_image, to_float
-from bsq_ray.evaluation.benchmark_sets import find_set
-from bsq_ray.evaluation.clip_files import Clip, read_clip
-from bsq_ray.evaluation.codecs import standard_codecs
-from bsq_ray.evaluation.compression_report import markdown, picture_sheet, plot_curves
-from bsq_ray.evaluation.rate_distortion import METRICS, Point, at_rate, mean_bd_rates, mean_curves
-from bsq_ray.evaluation.video_codecs import standard_video_codecs
+from bsq_ray.evaluation.compression.clip_files import Clip, read_clip
+from bsq_ray.evaluation.compression.compression_report import markdown, picture_sheet, plot_curves
+from bsq_ray.evaluation.compression.datasets import find_set
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs
+from bsq_ray.evaluation.compression.rate_distortion import METRICS, Point, at_rate, mean_bd_rates, mean_curves
+from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity

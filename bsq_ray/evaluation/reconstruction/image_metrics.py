@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bsq_ray.evaluation.measure import Measurer
+from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bsq_ray.evaluation.measure import Measurer
+from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import FEWEST_FRAMES, I3D
 from bsq_ray.metrics.lpips import lpips

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bsq_ray.data.data_source import Samples
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.evaluation.baseline import MeanColourCodec
-from bsq_ray.evaluation.pictures import Comparison, keep
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep
+from bsq_ray.evaluation.reconstruction.baseline import MeanColourCodec
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage

@@ -24,9 +24,9 @@ from bsq_ray.config.loader import check_section
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.evaluation.contract import contract
-from bsq_ray.evaluation.features import NETWORKS, Features, Networks, device, real_features
-from bsq_ray.evaluation.sheets import ClassSheet
+from bsq_ray.evaluation.generation.features import NETWORKS, Features, Networks, device, real_features
+from bsq_ray.evaluation.plots.class_grid import ClassSheet
+from bsq_ray.evaluation.provenance import contract
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
