@@ -28,7 +28,7 @@ def serve(
     The token is that of the environment variable BSQ_RAY_TOKEN, of 16 characters or more, or a new one that is printed.
     """
     from bsq_ray.runtime.signals import stop_on_signal
-    from bsq_ray.serving.running import running, settings_of
+    from bsq_ray.serving.server import running, settings_of
 
     settings = settings_of(model, host, token, overrides or [])
     print(f"loading {', '.join(settings.models)}", file=sys.stderr)

@@ -14,11 +14,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from bsq_ray import model_folder
 from bsq_ray.config.loader import check_section
 from bsq_ray.runtime.malloc import keep_memory
-from bsq_ray.serving.deployments import replica_class
-from bsq_ray.serving.front import Front
-from bsq_ray.serving.guard import digest
-from bsq_ray.serving.models import ROLES, kind_of
-from bsq_ray.serving.settings import Batching, Computing, Scaling, Settings, token_from_environment
+from bsq_ray.serving.http.admission import digest
+from bsq_ray.serving.http.ingress import Front
+from bsq_ray.serving.registry import ROLES, kind_of
+from bsq_ray.serving.replicas.deployments import replica_class
+from bsq_ray.serving.service_config import Batching, Computing, Scaling, Settings, token_from_environment
 
 
 def build(args: dict[str, Any]) -> Application:

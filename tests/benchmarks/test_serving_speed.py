@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.serving.engines import TokenizerEngine
-from bsq_ray.serving.running import running
-from bsq_ray.serving.settings import Limits, Settings
+from bsq_ray.serving.replicas.engines import TokenizerEngine
+from bsq_ray.serving.server import running
+from bsq_ray.serving.service_config import Limits, Settings
 
 pytestmark = pytest.mark.benchmark
 

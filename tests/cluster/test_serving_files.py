@@ -7,7 +7,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from bsq_ray.config.loader import check_section
-from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings
+from bsq_ray.serving.service_config import TOKEN_VARIABLE, Settings
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 DEPLOYED = yaml.safe_load((CLUSTER / "serve.yaml").read_text())

@@ -7,9 +7,9 @@ import torch
 from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
-from bsq_ray.serving.api import create_app
-from bsq_ray.serving.deployments import replica_class
-from bsq_ray.serving.models import ROLES, Model, Models, kind_of
+from bsq_ray.serving.http.api import create_app
+from bsq_ray.serving.registry import ROLES, Model, Models, kind_of
+from bsq_ray.serving.replicas.deployments import replica_class
 
 
 def save_models(folder):

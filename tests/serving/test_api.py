@@ -17,10 +17,10 @@ from starlette.testclient import TestClient
 from bsq_ray import Codec, Generator, Tokenizer
 from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
-from bsq_ray.serving.api import create_app
-from bsq_ray.serving.guard import digest
-from bsq_ray.serving.models import Kind, Model, Models
-from bsq_ray.serving.settings import Limits, Settings
+from bsq_ray.serving.http.admission import digest
+from bsq_ray.serving.http.api import create_app
+from bsq_ray.serving.registry import Kind, Model, Models
+from bsq_ray.serving.service_config import Limits, Settings
 
 TOKEN = "a-token-of-enough-length"
 
@@ -311,7 +311,7 @@ def test_a_failure_inside_is_not_shown(settings, photo):
 
 
 def test_a_model_that_fails_while_it_is_loaded_is_loaded_again(settings, monkeypatch, caplog):
-    monkeypatch.setattr("bsq_ray.serving.api._FAILED_PAUSE", 0.01)
+    monkeypatch.setattr("bsq_ray.serving.http.api._FAILED_PAUSE", 0.01)
 
     class Late:
         failures = 2

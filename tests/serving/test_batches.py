@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from bsq_ray.serving.batches import Batches
+from bsq_ray.serving.batching import Batches
 
 
 class Computing:

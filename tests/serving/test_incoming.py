@@ -7,10 +7,10 @@ from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import ClientDisconnect, Request
 
-from bsq_ray.serving.api import create_app
-from bsq_ray.serving.incoming import Attached, Attaching
-from bsq_ray.serving.models import Models
-from bsq_ray.serving.settings import Limits
+from bsq_ray.serving.http.api import create_app
+from bsq_ray.serving.http.body_prefetch import Attached, Attaching
+from bsq_ray.serving.registry import Models
+from bsq_ray.serving.service_config import Limits
 
 SCOPE = {"type": "http", "method": "POST", "headers": []}
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import ray
 
-from bsq_ray.serving.metrics import cluster_metrics
+from bsq_ray.serving.http.service_metrics import cluster_metrics
 
 TEXT = """# HELP ray_serve_latency_ms how long
 # TYPE ray_serve_latency_ms histogram

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from bsq_ray.serving.incoming import Attaching
-from bsq_ray.serving.outgoing import Outgoing, middlewares
+from bsq_ray.serving.http.body_prefetch import Attaching
+from bsq_ray.serving.http.response_backpressure import Outgoing, middlewares
 
 SCOPE = {"type": "http", "method": "GET", "headers": []}
 

@@ -16,8 +16,8 @@ from small_videos import cut_video
 
 from bsq_ray import Codec
 from bsq_ray.codec.files import compress_file
-from bsq_ray.serving.guard import digest
-from bsq_ray.serving.settings import Settings
+from bsq_ray.serving.http.admission import digest
+from bsq_ray.serving.service_config import Settings
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 TOKEN = "the-token-of-this-test"

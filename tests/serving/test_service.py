@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from small_videos import cut_video
 
 from bsq_ray.media.video_files import read_video
-from bsq_ray.serving.running import running
-from bsq_ray.serving.settings import Limits, Settings
+from bsq_ray.serving.server import running
+from bsq_ray.serving.service_config import Limits, Settings
 
 TOKEN = "the-token-of-this-test"
 

@@ -17,9 +17,9 @@ from small_models import save_tokenizer
 
 from bsq_ray.config.loader import check_section
 from bsq_ray.serving.app import build, options
-from bsq_ray.serving.exact import ExactBatches, pieces
-from bsq_ray.serving.running import is_loopback, running, settings_of
-from bsq_ray.serving.settings import Settings
+from bsq_ray.serving.batch_invariance import ExactBatches, pieces
+from bsq_ray.serving.server import is_loopback, running, settings_of
+from bsq_ray.serving.service_config import Settings
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
 def test_a_short_token_is_refused_on_this_machine_too(model, monkeypatch, token):
     monkeypatch.setenv("BSQ_RAY_TOKEN", token)
     settings = Settings(models={"tiny": model})
-    monkeypatch.setattr("bsq_ray.serving.running.ray_session", lambda _: pytest.fail("Ray is started"))
+    monkeypatch.setattr("bsq_ray.serving.server.ray_session", lambda _: pytest.fail("Ray is started"))
     with pytest.raises(ValueError, match="must hold a token of 16 characters"), running(settings, "0.0.0.0", 0):
         pass
 
@@ -84,7 +84,7 @@ def test_wrong_settings_are_refused_with_the_key(overrides, said):
 
 def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
     stopped = []
-    monkeypatch.setattr("bsq_ray.serving.running.ray_session", nullcontext)
+    monkeypatch.setattr("bsq_ray.serving.server.ray_session", nullcontext)
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={"a-machine": "HEALTHY"}))
     monkeypatch.setattr(serve, "shutdown", lambda: stopped.append(True))
     settings = Settings(models={"tiny": model}, authentication=False)
@@ -111,7 +111,7 @@ def test_on_another_machines_cluster_its_head_listens(model, monkeypatch, host, 
     }
     here = {"Alive": True, "NodeID": "here", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4}}
     asked = []
-    monkeypatch.setattr("bsq_ray.serving.running.ray_session", nullcontext)
+    monkeypatch.setattr("bsq_ray.serving.server.ray_session", nullcontext)
     monkeypatch.setattr(ray, "nodes", lambda: [here, head])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={}))

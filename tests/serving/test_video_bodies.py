@@ -24,11 +24,11 @@ from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 from bsq_ray.media.video_files import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
-from bsq_ray.serving import clips
-from bsq_ray.serving.refusals import Refused
-from bsq_ray.serving.settings import Limits, Settings
-from bsq_ray.serving.video_process import _CODE, read_apart
-from bsq_ray.serving.work import awaited
+from bsq_ray.serving.deadline import awaited
+from bsq_ray.serving.errors import Refused
+from bsq_ray.serving.media import video_io
+from bsq_ray.serving.media.video_sandbox import _CODE, read_apart
+from bsq_ray.serving.service_config import Limits, Settings
 
 MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
 
@@ -199,8 +199,8 @@ def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
 def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client, monkeypatch):
     """250 frames of 64 x 48 pixels, in a container that does not count them."""
     taken = []
-    check = clips.check_length
-    monkeypatch.setattr(clips, "check_length", lambda frames, *more: taken.append(frames) or check(frames, *more))
+    check = video_io.check_length
+    monkeypatch.setattr(video_io, "check_length", lambda frames, *more: taken.append(frames) or check(frames, *more))
     body = cut_video(250, kind="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
         taken.clear()

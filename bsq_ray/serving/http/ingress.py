@@ -18,11 +18,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from bsq_ray.serving.api import create_app
-from bsq_ray.serving.metrics import cluster_metrics
-from bsq_ray.serving.models import Kind, Model, Models
-from bsq_ray.serving.refusals import Refused, busy, loading
-from bsq_ray.serving.settings import Settings
+from bsq_ray.serving.errors import Refused, busy, loading
+from bsq_ray.serving.http.api import create_app
+from bsq_ray.serving.http.service_metrics import cluster_metrics
+from bsq_ray.serving.registry import Kind, Model, Models
+from bsq_ray.serving.service_config import Settings
 
 _LOST = (RayActorError, ReplicaUnavailableError)
 

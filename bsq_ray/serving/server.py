@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from bsq_ray import model_folder
 from bsq_ray.config.loader import check_section
 from bsq_ray.runtime.ray_session import ray_session
-from bsq_ray.serving.guard import is_loopback
-from bsq_ray.serving.settings import TOKEN_VARIABLE, Settings, token_from_environment
+from bsq_ray.serving.http.admission import is_loopback
+from bsq_ray.serving.service_config import TOKEN_VARIABLE, Settings, token_from_environment
 
 # Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
 # free and a request need not change threads on its way.
@@ -22,7 +22,7 @@ _SERVE_SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "bsq_ray.serving.outgoing.middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "bsq_ray.serving.http.response_backpressure.middlewares",
     # Requests between the processes of a machine are small and many.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 
-from bsq_ray.serving.refusals import too_slow
+from bsq_ray.serving.errors import too_slow
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
-from bsq_ray.serving.refusals import Refused, busy
-from bsq_ray.serving.settings import Limits
+from bsq_ray.serving.errors import Refused, busy
+from bsq_ray.serving.service_config import Limits
 
 _MB = 1_000_000
 

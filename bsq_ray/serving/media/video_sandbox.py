@@ -28,7 +28,7 @@ from bsq_ray.media.video_files import TooLarge, Video, read_video
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
 _OWN_BYTES, _PIXEL_BYTES = 2**30, 64
 _SHAPE = struct.Struct("<II")
-_CODE = "from bsq_ray.serving.video_process import main; main()"
+_CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
 
 
 def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video:

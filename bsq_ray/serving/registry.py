@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from bsq_ray import config
 from bsq_ray.codec.container import read_header
-from bsq_ray.serving.clips import is_clip
-from bsq_ray.serving.refusals import Refused, loading
+from bsq_ray.serving.errors import Refused, loading
+from bsq_ray.serving.media.video_io import is_clip
 
 # What each role offers, as the last part of /v1/….
 OFFERS = {

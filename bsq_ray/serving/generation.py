@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field
 
 from bsq_ray.config.tokenizer_config import Strict
-from bsq_ray.serving.guard import Guard
-from bsq_ray.serving.models import Kind, Models
-from bsq_ray.serving.refusals import Refused, too_slow
+from bsq_ray.serving.errors import Refused, too_slow
+from bsq_ray.serving.http.admission import Guard
+from bsq_ray.serving.registry import Kind, Models
 
 # An image, and a clip, which moves.
 PICTURES = ("image/png", "image/webp")

@@ -20,15 +20,15 @@ from pydantic import Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from bsq_ray.config.tokenizer_config import Strict
-from bsq_ray.serving.answers import File, PackedTokens
-from bsq_ray.serving.clips import MKV, MP4, wanted_type
-from bsq_ray.serving.docs import described, html
-from bsq_ray.serving.drawing import PICTURES, DrawBody, draw, lines, picture_type
-from bsq_ray.serving.guard import Guard
-from bsq_ray.serving.incoming import Attached
-from bsq_ray.serving.models import Model, Models
-from bsq_ray.serving.refusals import Refused, too_slow
-from bsq_ray.serving.settings import Limits
+from bsq_ray.serving.errors import Refused, too_slow
+from bsq_ray.serving.generation import PICTURES, DrawBody, draw, lines, picture_type
+from bsq_ray.serving.http.admission import Guard
+from bsq_ray.serving.http.body_prefetch import Attached
+from bsq_ray.serving.http.openapi import described, html
+from bsq_ray.serving.media.video_io import MKV, MP4, wanted_type
+from bsq_ray.serving.payloads import File, PackedTokens
+from bsq_ray.serving.registry import Model, Models
+from bsq_ray.serving.service_config import Limits
 
 _log = logging.getLogger("bsq_ray.serving")
 _PAGE = {"style.css": "text/css", "script.js": "text/javascript"}

@@ -25,15 +25,15 @@ from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
-from bsq_ray.serving.answers import BSQ, File
-from bsq_ray.serving.clip_engine import ClipEngine
-from bsq_ray.serving.clips import check_length, is_clip, read_clip, written
-from bsq_ray.serving.exact import ExactBatches
-from bsq_ray.serving.figures import Figures, measure
-from bsq_ray.serving.images import animated, png, png_of, read_image
-from bsq_ray.serving.refusals import Refused
-from bsq_ray.serving.settings import Limits
-from bsq_ray.serving.work import Work
+from bsq_ray.serving.batch_invariance import ExactBatches
+from bsq_ray.serving.deadline import Work
+from bsq_ray.serving.errors import Refused
+from bsq_ray.serving.image_quality import Figures, measure
+from bsq_ray.serving.media.image_io import animated, png, png_of, read_image
+from bsq_ray.serving.media.video_io import check_length, is_clip, read_clip, written
+from bsq_ray.serving.payloads import BSQ, File
+from bsq_ray.serving.replicas.video_engine import ClipEngine
+from bsq_ray.serving.service_config import Limits
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Decode = Callable[[Tensor], Tensor]

@@ -27,10 +27,10 @@ from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.serving.answers import File, PackedTokens
-from bsq_ray.serving.clips import check_length, read_clip, written
-from bsq_ray.serving.settings import Limits
-from bsq_ray.serving.work import Work
+from bsq_ray.serving.deadline import Work
+from bsq_ray.serving.media.video_io import check_length, read_clip, written
+from bsq_ray.serving.payloads import File, PackedTokens
+from bsq_ray.serving.service_config import Limits
 
 # Calls a function where the model computes.
 Compute = Callable[..., Any]

@@ -16,9 +16,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.serving.incoming import Attaching, attached_bytes
-from bsq_ray.serving.refusals import unread
-from bsq_ray.serving.settings import ANSWERS_VARIABLE
+from bsq_ray.serving.errors import unread
+from bsq_ray.serving.http.body_prefetch import Attaching, attached_bytes
+from bsq_ray.serving.service_config import ANSWERS_VARIABLE
 
 _MB = 1_000_000
 # Bytes that are given to the connection at once; it waits when it holds as much.

@@ -15,9 +15,9 @@ import numpy as np
 
 from bsq_ray.media.color import Colour
 from bsq_ray.media.video_files import TooLarge, Video, write_video
-from bsq_ray.serving.refusals import Refused
-from bsq_ray.serving.settings import Limits
-from bsq_ray.serving.video_process import read_apart
+from bsq_ray.serving.errors import Refused
+from bsq_ray.serving.media.video_sandbox import read_apart
+from bsq_ray.serving.service_config import Limits
 
 # What answers can be: media types, and FFmpeg's names of them.
 MP4, MKV = "video/mp4", "video/x-matroska"

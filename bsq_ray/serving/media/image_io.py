@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault, to_rgb
-from bsq_ray.serving.clips import VIDEOS
-from bsq_ray.serving.refusals import Refused
+from bsq_ray.serving.errors import Refused
+from bsq_ray.serving.media.video_io import VIDEOS
 
 # Between frames of a drawn clip: tokens do not tell the rate of the videos they were learnt from.
 _FRAME_MS = 40

@@ -19,14 +19,14 @@ import numpy as np
 from ray.serve.metrics import Histogram
 from torch import Tensor
 
-from bsq_ray.serving.answers import File, PackedTokens
-from bsq_ray.serving.batches import Batches
-from bsq_ray.serving.clips import is_clip
-from bsq_ray.serving.engines import CodecEngine, GeneratorEngine, TokenizerEngine, use_threads
-from bsq_ray.serving.figures import Figures
-from bsq_ray.serving.images import png
-from bsq_ray.serving.settings import Batching, Settings
-from bsq_ray.serving.work import awaited
+from bsq_ray.serving.batching import Batches
+from bsq_ray.serving.deadline import awaited
+from bsq_ray.serving.image_quality import Figures
+from bsq_ray.serving.media.image_io import png
+from bsq_ray.serving.media.video_io import is_clip
+from bsq_ray.serving.payloads import File, PackedTokens
+from bsq_ray.serving.replicas.engines import CodecEngine, GeneratorEngine, TokenizerEngine, use_threads
+from bsq_ray.serving.service_config import Batching, Settings
 
 # Videos that a tokenizer's replica works on at once, a few frames of each in turn.
 _CLIPS = 4
