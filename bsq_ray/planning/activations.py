@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from bsq_ray import config
-from bsq_ray.planning.networks import (
+from bsq_ray.planning.layer_costs import (
     clip_lengths,
     code_channels,
     discriminator_layers,

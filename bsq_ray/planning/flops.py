@@ -9,7 +9,7 @@ only the second.
 from __future__ import annotations
 
 from bsq_ray import config
-from bsq_ray.planning.networks import (
+from bsq_ray.planning.layer_costs import (
     Convolution,
     code_channels,
     discriminator_layers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.needs import needs
+from bsq_ray.planning.requirements import needs
 
 # CUDA's context and the libraries' workspaces (1 GiB), and memory the allocator holds but cannot use (5 %): experience.
 CONTEXT = 2**30

@@ -12,7 +12,7 @@ from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminators.stylegan2 import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.flops import tokenizer_flops, tokenizer_forward
-from bsq_ray.planning.networks import discriminator_parameters, perceptual_layers, tokenizer_parameters
+from bsq_ray.planning.layer_costs import discriminator_parameters, perceptual_layers, tokenizer_parameters
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.prior import Prior, path_cost
-from bsq_ray.planning.tokens import token_bytes, token_flops, token_forward, token_parameters
+from bsq_ray.planning.token_costs import token_bytes, token_flops, token_forward, token_parameters
 
 PRESETS = [name for name in preset_names() if load_config(name).stage != "tokenizer"]
 SMALL = ["masked-lm-demo", "prior-demo"]

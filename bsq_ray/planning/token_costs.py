@@ -11,7 +11,7 @@ from math import pi
 from bsq_ray import config
 from bsq_ray.planning.activations import block_bytes
 from bsq_ray.planning.flops import blocks_flops
-from bsq_ray.planning.networks import blocks_parameters
+from bsq_ray.planning.layer_costs import blocks_parameters
 
 # Mean of the cosine schedule that decides how many tokens are hidden.
 _MASKED_SHARE = 2 / pi

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from bsq_ray import config
 from bsq_ray.planning.activations import discriminator_phase, generator_phase
 from bsq_ray.planning.flops import tokenizer_flops
-from bsq_ray.planning.networks import discriminator_parameters, perceptual_layers, tokenizer_parameters
-from bsq_ray.planning.tokens import token_bytes, token_flops, token_parameters
+from bsq_ray.planning.layer_costs import discriminator_parameters, perceptual_layers, tokenizer_parameters
+from bsq_ray.planning.token_costs import token_bytes, token_flops, token_parameters
 
 # An ImageNet JPEG as published (138 GB of 1.28 million images).
 _JPEG_BYTES = 110_000

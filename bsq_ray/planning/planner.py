@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from bsq_ray import config
 from bsq_ray.planning.activations import tokenizer_bytes
+from bsq_ray.planning.communication import bytes_sent, seconds_sending
 from bsq_ray.planning.flops import tokenizer_forward
 from bsq_ray.planning.gpus import GPU, find_gpu
 from bsq_ray.planning.memory import Memory, training_memory
-from bsq_ray.planning.needs import Needs, needs
-from bsq_ray.planning.network import bytes_sent, seconds_sending
+from bsq_ray.planning.requirements import Needs, needs
 
 # Share of the peak at which matrix products run. The one published measurement of this network, 45.1 images/s of
 # reconstruction at 256 px on an A5000, means this.

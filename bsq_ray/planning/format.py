@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from bsq_ray.planning.plan import Plan
+from bsq_ray.planning.planner import Plan
 
 
 def render(plan: Plan) -> str:
