@@ -25,10 +25,10 @@ def sweep(
     """Train a model with many values of its configuration, and compare them."""
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.monitoring.console import ProgressLine
-    from bsq_ray.tuning.progress import SweepLine
     from bsq_ray.tuning.results import markdown
-    from bsq_ray.tuning.schema import load_sweep
-    from bsq_ray.tuning.sweep import run_sweep
+    from bsq_ray.tuning.run_sweep import run_sweep
+    from bsq_ray.tuning.sweep_config import load_sweep
+    from bsq_ray.tuning.sweep_progress import SweepLine
 
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be 1 or more; a trial trains on Ray")

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 
 from bsq_ray import storage
 from bsq_ray.training.monitoring.console import duration
-from bsq_ray.tuning import plots
-from bsq_ray.tuning.schema import ALONG
+from bsq_ray.tuning import sweep_plots
 from bsq_ray.tuning.study import Record, State, Study, shown
+from bsq_ray.tuning.sweep_config import ALONG
 
 # Figures shown in the Markdown table after the sweep's own metrics; the Parquet table has all.
 _SHOWN = ("bits_per_pixel", "psnr", "lpips", "ssim", "bits_per_token", "steps", "train_seconds")
@@ -35,9 +35,9 @@ def write_results(study: Study) -> None:
     along = metric if metric in ALONG[study.sweep.stage] else ALONG[study.sweep.stage][0]
     losses = {record.number: _losses(study.trial_url(record)) for record in study.records}
     drawn = {
-        "rate-distortion.png": plots.rate_distortion(study.records),
-        "curves.png": plots.curves(study.records, losses, along),
-        "importance.png": plots.importance(study.importances(), metric),
+        "rate-distortion.png": sweep_plots.rate_distortion(study.records),
+        "curves.png": sweep_plots.curves(study.records, losses, along),
+        "importance.png": sweep_plots.importance(study.importances(), metric),
     }
     pictures = {name: png for name, png in drawn.items() if png is not None}
     for name, png in pictures.items():

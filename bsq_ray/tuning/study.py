@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from bsq_ray import config, storage
 from bsq_ray.config.loader import load_config
-from bsq_ray.tuning.schema import Sweep
 from bsq_ray.tuning.space import Changes, preset_text
+from bsq_ray.tuning.sweep_config import Sweep
 
 # running: begun and not ended; stopped: by the scheduler; invalid: a configuration that cannot be; diverged: a loss
 # became infinite; failed: anything else, after its retries.

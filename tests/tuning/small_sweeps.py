@@ -2,7 +2,7 @@
 
 import yaml
 
-from bsq_ray.tuning.schema import load_sweep
+from bsq_ray.tuning.sweep_config import load_sweep
 
 SMALL = {
     "model.image_size": 32,

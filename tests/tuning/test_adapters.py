@@ -5,10 +5,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from small_sweeps import small_sweep
 
-from bsq_ray.tuning.adapters import build_scheduler
-from bsq_ray.tuning.schema import Budget
+from bsq_ray.tuning.run_sweep import divide
 from bsq_ray.tuning.study import Study
-from bsq_ray.tuning.sweep import divide
+from bsq_ray.tuning.sweep_config import Budget
+from bsq_ray.tuning.tune_adapters import build_scheduler
 
 SCHEDULERS = {
     "asha": {"kind": "asha", "grace_steps": 10, "reduction": 2},

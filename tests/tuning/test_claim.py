@@ -3,7 +3,7 @@
 import pytest
 from small_sweeps import small_sweep
 
-from bsq_ray.tuning.sweep import run_sweep
+from bsq_ray.tuning.run_sweep import run_sweep
 
 
 @pytest.mark.parametrize(

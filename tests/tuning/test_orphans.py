@@ -5,7 +5,7 @@ import time
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from bsq_ray.tuning.orphans import remove_orphaned_groups
+from bsq_ray.tuning.placement_group_cleanup import remove_orphaned_groups
 
 
 def free(expected, seconds=30):

@@ -17,9 +17,9 @@ from small_sweeps import SMALL, small_sweep
 from bsq_ray.config import load_config
 from bsq_ray.training.checkpoints.writer import newest_progress
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.tuning.schema import load_sweep
+from bsq_ray.tuning.run_sweep import run_sweep
 from bsq_ray.tuning.study import read_records
-from bsq_ray.tuning.sweep import run_sweep
+from bsq_ray.tuning.sweep_config import load_sweep
 
 DEMO = Path(__file__).parents[2] / "jobs" / "sweeps" / "demo.yaml"
 # A learning rate that learns, and two that do not and are worse at every step.

@@ -7,8 +7,8 @@ import yaml
 from small_sweeps import small_sweep
 
 from bsq_ray.config import load_config
-from bsq_ray.tuning.schema import Sweep, load_sweep
 from bsq_ray.tuning.study import Study
+from bsq_ray.tuning.sweep_config import Sweep, load_sweep
 
 LPIPS = {"metrics": {"lpips": "min"}}
 SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "sweeps").glob("*.yaml"))

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from small_sweeps import small_sweep
 
 from bsq_ray.config import load_config
-from bsq_ray.tuning.plots import pareto_front
 from bsq_ray.tuning.results import markdown, write_results
 from bsq_ray.tuning.study import Record, Study, read_records
+from bsq_ray.tuning.sweep_plots import pareto_front
 
 TWO = {"model.quantizer.bits": {"values": [6, 10]}, "loss.quantizer_weight": {"values": [0.1, 1.0]}}
 RANGES = {

@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from bsq_ray.tuning.orphans import remove_orphaned_groups
+from bsq_ray.tuning.placement_group_cleanup import remove_orphaned_groups
 from bsq_ray.tuning.study import Record, Study
 
 # Ray needs a moment to see that what a killed process owned is dead.

@@ -26,8 +26,8 @@ from bsq_ray.training.launch import Interrupted
 from bsq_ray.training.ray_trainer import Share, ray_storage, train_on_gpus
 from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.results import write_results
-from bsq_ray.tuning.schema import Budget, Sweep
 from bsq_ray.tuning.study import Record, Study
+from bsq_ray.tuning.sweep_config import Budget, Sweep
 
 # A trial's own process, beside its workers.
 _TRIAL_CPUS = 0.1
@@ -166,8 +166,8 @@ def _tune(
     import ray
     from ray import tune
 
-    from bsq_ray.tuning.adapters import StudySearcher, Watcher, build_scheduler
     from bsq_ray.tuning.trial import Task, Trial, Wishes
+    from bsq_ray.tuning.tune_adapters import StudySearcher, Watcher, build_scheduler
 
     budget = study.sweep.budget
     total = resources_within_reach()
