@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer"]
 
 _HOME = {
-    "Codec": "codec.image",
+    "Codec": "codec.codec",
     "Generator": "models.generator",
     "MaskedLM": "models.masked_lm",
     "Prior": "models.prior",

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""The `bsq-ray` command, one module per command group."""

@@ -53,7 +53,7 @@ def plan_run(
 ) -> None:
     """Say what a training run needs before it is started: memory, time, data rate, network."""
     from bsq_ray.config import load_config
-    from bsq_ray.planning import planner, render
+    from bsq_ray.planning import plan, render
 
-    made = planner(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
+    made = plan(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
     print(render(made), end="")

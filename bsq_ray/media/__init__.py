@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Decoders and encoders of the image and video files that users have."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Ray sessions, actor pools, signals, memory allocator and numeric precision."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Sample photographs and clips from installed or downloaded packages."""

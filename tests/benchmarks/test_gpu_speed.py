@@ -21,8 +21,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
-from bsq_ray.planning import planner
-from bsq_ray.planning.planner import reconstruction_rate
+from bsq_ray.planning.planner import plan, reconstruction_rate
 from bsq_ray.runtime.precision import whole_fp32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
@@ -114,7 +113,7 @@ def test_a_full_training_step(name, precision, way, figure):
     if seconds is None:
         figure(what, "more memory than there is")
         return
-    planned = planner(run, PLANNED, 1)
+    planned = plan(run, PLANNED, 1)
     beside = f"planned {planned.step_seconds:.3f} s, {planned.memory.total / 1e9:.1f} GB"
     if way == "careless":
         CARELESS[name, precision] = seconds
@@ -170,7 +169,7 @@ def test_parts_of_a_training_step(name, figure):
         f"{by_the_clock:.1f} ms",
         f"the GPU calculates for {busy:.1f} ms of it",
     )
-    operations = planner(run, PLANNED, 1).sample.flops
+    operations = plan(run, PLANNED, 1).sample.flops
     for told, took in parts.items():
         speed = f"{operations[told] * BATCH / took / 1e9:.0f} TFLOP/s" if told in operations else ""
         figure(f"of a training step, {name}, {BATCH} images, bf16, eager: {told}", f"{took:.1f} ms", speed)
@@ -181,7 +180,7 @@ def test_parts_of_a_training_step(name, figure):
 def test_a_training_step_on_tokens(name, way, figure):
     run = preset(name, "bf16", f"training.engine.compile={'true' if way == 'compiled' else 'false'}")
     seconds, peak = alone(lambda: seconds_of_a_step(Training, run))
-    planned = planner(run, PLANNED, 1)
+    planned = plan(run, PLANNED, 1)
     speed = f"{BATCH / seconds:.0f} images/s, {planned.step_flops / seconds / 1e12:.0f} TFLOP/s"
     figure(
         f"training step, {name}, {BATCH} images, bf16, {way}",

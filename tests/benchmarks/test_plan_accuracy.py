@@ -14,10 +14,10 @@ from training_steps import Training
 
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.planning import planner
 from bsq_ray.planning.activations import tokenizer_bytes
 from bsq_ray.planning.flops import tokenizer_forward
 from bsq_ray.planning.gpus import GPU
+from bsq_ray.planning.planner import plan
 
 pytestmark = pytest.mark.benchmark
 CPU = torch.device("cpu")
@@ -103,7 +103,7 @@ def test_plan_accuracy(name, card, figure):
 
     held = most_held(build_and_step)
     seconds = seconds_of_a_step(kept[0])
-    planned = planner(preset(name), found, 1, efficiency=reached)
+    planned = plan(preset(name), found, 1, efficiency=reached)
     memory = planned.memory.total - planned.memory.overhead
     what = f"plan of {name} on this processor ({reached:.0%} of {found.bf16_tflops:.2f} bf16 TFLOP/s)"
     figure(f"{what}: time of a step", f"{planned.step_seconds:.3g} s", f"measured {seconds:.3g} s")

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Compare our codec with standard image and video codecs."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Generate images or clips from a trained model and measure them."""

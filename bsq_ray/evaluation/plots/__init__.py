@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Figures of evaluation results: comparison grids, class grids, frame strips."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Measure reconstructions of a tokenizer."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Discriminators of the adversarial loss."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Layers shared by the tokenizer, the masked language model and the prior."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Differentiable operations with hand-written backward passes."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""HTTP API of the service: routes, admission control, request and response bodies."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Images and videos in requests and responses."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Ray Serve replicas: one deployment and engine per kind of model."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Training state, its copy in host memory, and its files on any storage."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Engines that hold one optimized module each: plain data parallelism and DeepSpeed ZeRO."""

@@ -1,1 +1,1 @@
-"""TODO-INIT"""
+"""Metrics log, console, Prometheus gauges, throughput and run summary."""
