@@ -34,15 +34,15 @@ def data_pack(
         place = (src, dest, shard_mb, max_side, seed, workers, address, bar, split_list)
         report = pack_images(*place) if kind == "images" else pack_videos(*place, **given(min_frames=min_frames))
     manifest = report.manifest
-    print(f"{kind} {manifest.samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
+    print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged:
         print(f"could not be decoded: {len(report.damaged)}, listed in {dest}/damaged.txt")
     if report.too_short:
         print(f"too short: {len(report.too_short)}, listed in {dest}/too-short.txt")
     if report.changed:
         print(f"of variable rate, now of a constant one: {len(report.changed)}, listed in {dest}/changed.txt")
-    if report.ignored:
-        print(f"left out, for they are no {kind}: {report.ignored}")
+    if report.num_ignored:
+        print(f"left out, for they are no {kind}: {report.num_ignored}")
 
 
 def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
@@ -51,7 +51,7 @@ def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebData
 
     with progress_bar("indexing") as bar:
         manifest = index_shards(url, bar)
-    print(f"{manifest.samples} {manifest.kind} in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
+    print(f"{manifest.num_samples} {manifest.kind} in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
 
 
 def data_inspect(
@@ -65,23 +65,25 @@ def data_inspect(
     manifest = found.manifest
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(
-        f"{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}"
+        f"{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}"
     )
-    for name, count in sorted(found.per_class.items(), key=lambda item: -item[1])[:20]:
+    for name, count in sorted(found.class_counts.items(), key=lambda item: -item[1])[:20]:
         print(f"  {name}: {count}")
-    if len(found.per_class) > 20:
-        print(f"  and {len(found.per_class) - 20} more classes")
-    if found.measured:
+    if len(found.class_counts) > 20:
+        print(f"  and {len(found.class_counts) - 20} more classes")
+    if found.num_measured:
         for side, (low, middle, high) in {"width": found.widths, "height": found.heights}.items():
-            print(f"{side} {low} to {high} px, median {middle} ({found.measured} {manifest.kind} measured)")
+            print(f"{side} {low} to {high} px, median {middle} ({found.num_measured} {manifest.kind} measured)")
     if manifest.kind == "videos":
-        low, middle, high = found.frames
-        print(f"frames {low} to {high}, median {middle}; {found.seconds / 60:.1f} minutes in all, {found.rates}")
-    print(f"contact sheet: {sheet}" if found.measured else f"no contact sheet: no {manifest.kind} can be read")
-    for fault in found.faults:
+        low, middle, high = found.frame_counts
+        print(
+            f"frames {low} to {high}, median {middle}; {found.total_duration_s / 60:.1f} minutes in all, {found.frame_rates}"
+        )
+    print(f"contact sheet: {sheet}" if found.num_measured else f"no contact sheet: no {manifest.kind} can be read")
+    for fault in found.errors:
         print(f"fault: {fault}")
-    if found.faults:
-        raise RuntimeError(f"{dest} has {len(found.faults)} faults, listed above")
+    if found.errors:
+        raise RuntimeError(f"{dest} has {len(found.errors)} faults, listed above")
 
 
 def tokenize_images(
@@ -103,6 +105,6 @@ def tokenize_images(
 
     with progress_bar("tokenizing") as bar:
         done = tokenize(model, data, out, workers, address, views, scale, flip, batch_size, seed, bar)
-    print(f"{done.table.rows} rows in {len(done.table.parts)} parts ({done.made} made now) in {out}")
-    for line in done.damaged:
+    print(f"{done.table.num_rows} rows in {len(done.table.parts)} parts ({done.num_written} made now) in {out}")
+    for line in done.skipped:
         print(f"left out: {line}")

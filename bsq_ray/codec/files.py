@@ -25,9 +25,9 @@ from PIL import Image, UnidentifiedImageError
 from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, Compressed, Progress
 from bsq_ray.codec.container import MAX_PIXELS, Clip, read_header
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text
 from bsq_ray.media.color import to_srgb
-from bsq_ray.media.video_files import Video, read_video, write_video
+from bsq_ray.media.video_files import VideoStream, read_video, write_video
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 
 _IMAGES: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
@@ -103,7 +103,7 @@ def compress_file(
     return f"{source}: {what} {_told(coded)}, {time.perf_counter() - began:.2f} s in all"
 
 
-def _compress_video(codec: Codec, video: Video, progress: Progress) -> tuple[Compressed, str]:
+def _compress_video(codec: Codec, video: VideoStream, progress: Progress) -> tuple[Compressed, str]:
     size = (0, 0)
 
     def frames() -> Iterator[np.ndarray]:
@@ -112,9 +112,11 @@ def _compress_video(codec: Codec, video: Video, progress: Progress) -> tuple[Com
             size = frame.shape[1], frame.shape[0]
             yield frame
 
-    coded = codec.compress_clip(frames(), video.rate, video.colour, lambda done, _: progress(done, video.count))
-    silent = ", sound left out" if video.has_sound else ""
-    return coded, f"{coded.frames} frames of {size[0]} x {size[1]} px at {float(video.rate):g} a second{silent},"
+    coded = codec.compress_clip(
+        frames(), video.frame_rate, video.color, lambda done, _: progress(done, video.num_frames)
+    )
+    silent = ", sound left out" if video.has_audio else ""
+    return coded, f"{coded.frames} frames of {size[0]} x {size[1]} px at {float(video.frame_rate):g} a second{silent},"
 
 
 def _told(coded: Compressed) -> str:
@@ -213,7 +215,7 @@ def _decompress_video(
                 shutil.copyfileobj(file, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         else:
-            storage.copy_in(str(path), destination)
+            storage.upload(str(path), destination)
     return f"{count} frames{known}"
 
 
@@ -229,7 +231,7 @@ def _image(file: IO[bytes], source: str) -> Image.Image | None:
             return None
         raise ValueError(f"{source} cannot be read as an image or video: unknown format") from None
     except DECODE_ERRORS as error:
-        raise ValueError(f"{source} cannot be read as an image: {decode_fault(error)}") from error
+        raise ValueError(f"{source} cannot be read as an image: {decode_error_text(error)}") from error
 
 
 def _save(image: Image.Image, destination: str, kind: str) -> str:

@@ -35,9 +35,9 @@ def run_demo(
 
     demo = TokenDemo(train_images, out, minutes)
     if images is None:
-        from bsq_ray.samples.wallpapers import collect_pictures
+        from bsq_ray.samples.wallpapers import collect_wallpapers
 
-        images = collect_pictures(out / "pictures", out / "packages")
+        images = collect_wallpapers(out / "pictures", out / "packages")
     with ray_session():
         demo.prepare(tokenizer_overrides)
         prior = demo.train(config.load_config("prior-demo", (BY_THE_CLOCK, *prior_overrides)), "prior", demo.tables)

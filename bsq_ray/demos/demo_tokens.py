@@ -59,9 +59,9 @@ class TokenDemo:
         for name, views in (("train", _VIEWS), ("held_out", 1)):
             self.tables[name] = str(self.out / "tokens" / name)
             made = tokenize(
-                tokenizer, self.shards[name], self.tables[name], WORKERS, views=views, scale=_SCALE, flip=True
+                tokenizer, self.shards[name], self.tables[name], WORKERS, num_crops=views, scale=_SCALE, flip=True
             )
-            say(f"{made.table.rows} rows of tokens in {self.tables[name]}")
+            say(f"{made.table.num_rows} rows of tokens in {self.tables[name]}")
 
     def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
         """Trains for its share of the minutes, or goes on; the model folder."""
@@ -88,9 +88,9 @@ class TokenDemo:
 def _collect(images: Path | None, out: Path) -> dict[str, Path]:
     """Folders of training and held-out photographs, each with a subfolder for each class."""
     if images is None:
-        from bsq_ray.samples.labeled_photos import collect_labelled
+        from bsq_ray.samples.labeled_photos import collect_labeled_photos
 
-        train, held_out = collect_labelled(out / "photographs", out / "packages")
+        train, held_out = collect_labeled_photos(out / "photographs", out / "packages")
         return {"train": train, "held_out": held_out}
     from bsq_ray.data.transforms import IMAGE_SUFFIXES
 

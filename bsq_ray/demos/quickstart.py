@@ -143,10 +143,10 @@ def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, 
     """Folders of training and of held-out files: no file is on both sides."""
     from bsq_ray.data.transforms import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
-    from bsq_ray.samples.photos import collect_samples, collect_videos
+    from bsq_ray.samples.photos import collect_photos, collect_videos
 
     if source is None:
-        return (collect_samples if material is PHOTOGRAPHS else collect_videos)(out / material.name)
+        return (collect_photos if material is PHOTOGRAPHS else collect_videos)(out / material.name)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder" if source.exists() else f"{source} does not exist")
     suffixes = IMAGE_SUFFIXES if material is PHOTOGRAPHS else VIDEO_SUFFIXES
@@ -175,13 +175,13 @@ def split_by_content(found: Iterable[Path], train: Path, held_out: Path, share: 
 
 def packed(folder: Path, destination: Path, material: Material = PHOTOGRAPHS) -> str:
     """Packs a folder, unless that is done already; the packed folder."""
-    from bsq_ray.data.manifest import MANIFEST
+    from bsq_ray.data.manifest import MANIFEST_FILE
     from bsq_ray.data.pack import pack_images, pack_videos
 
-    if not (destination / MANIFEST).exists():
+    if not (destination / MANIFEST_FILE).exists():
         pack = pack_images if material is PHOTOGRAPHS else pack_videos
         report = pack(str(folder), str(destination), max_side=material.max_side)
-        say(f"packed {report.manifest.samples} {material.name} into {destination}")
+        say(f"packed {report.manifest.num_samples} {material.name} into {destination}")
         for line in report.damaged + report.too_short:
             say(f"left out {line}")
     return str(destination)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.data.factory import fill_in, open_source
+from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
@@ -71,7 +71,7 @@ def train(
     if init_url and storage.exists(init_url):
         # Otherwise it may be a hub id.
         init_url = storage.absolute(init_url)
-    run_config = fill_in(run_config, data_url)
+    run_config = resolve_tokenizer(run_config, data_url)
     job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
     sizes = possible_sizes(run_config.training, workers if min_workers is None else min_workers, workers)
     _check(job, resume)
@@ -103,16 +103,16 @@ def _write_summary(facts: dict[str, Any], job: Job, say: Callable[[dict[str, Any
         storage.write_bytes, storage.join(job.out_url, "summary.json"), json.dumps(facts, indent=1).encode()
     )
     patience = job.config.training.storage_patience
-    storage.persistently(write, patience, lambda text: say({"kind": "warning", "step": 0, "text": text}))
+    storage.retry_while_unavailable(write, patience, lambda text: say({"kind": "warning", "step": 0, "text": text}))
 
 
 def _check(job: Job, resume: bool) -> None:
     """What can be known to be wrong before anything is started."""
     if job.minutes is not None and job.minutes <= 0:
         raise ValueError(f"minutes {job.minutes} must be positive")
-    source = open_source(job.config, job.data_url)
-    for each in (source, open_source(job.config, job.held_out_url) if job.held_out_url else source):
-        if not each.samples:
+    source = build_source(job.config, job.data_url)
+    for each in (source, build_source(job.config, job.held_out_url) if job.held_out_url else source):
+        if not each.num_samples:
             raise ValueError(f"{each.url} holds no samples")
     checkpoints = list_checkpoints(job.out_url)
     if checkpoints and not resume:

@@ -104,7 +104,7 @@ def run_on_ray(
                 say({"kind": "warning", "step": failures.step, "text": text})
     finally:
         ray.kill(board)
-        with suppress(storage.Unavailable):
+        with suppress(storage.StorageUnavailableError):
             storage.remove_folder(storage.join(job.out_url, "ray"))
 
 
@@ -344,9 +344,9 @@ def plain_error(error: Exception) -> Exception:
 
     What nobody foresaw names its place in the code, because its traceback stays in the worker's log.
     """
-    if isinstance(error, ValueError) and not isinstance(error, storage.Unavailable):
+    if isinstance(error, ValueError) and not isinstance(error, storage.StorageUnavailableError):
         return ValueError(str(error))
-    if type(error) in (RuntimeError, storage.Unavailable):
+    if type(error) in (RuntimeError, storage.StorageUnavailableError):
         return RuntimeError(str(error))
     place = traceback.extract_tb(error.__traceback__)[-1:]
     at = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)

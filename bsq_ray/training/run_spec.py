@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bsq_ray import config
-from bsq_ray.data.data_source import Source
+from bsq_ray.data.data_source import DataSource
 from bsq_ray.training.checkpoints.writer import Progress
 
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.
@@ -110,7 +110,7 @@ def _can_share(section: config.Training, world: int) -> bool:
     return True
 
 
-def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, out_url: str) -> None:
+def check_same_run(progress: Progress, run: config.AnyConfig, source: DataSource, out_url: str) -> None:
     """Refuses to go on with a checkpoint of another model, another data set or another order of the data.
 
     Raises:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.data.data_source import Batch
-from bsq_ray.data.factory import open_source
-from bsq_ray.data.stream import Damage, evaluation_batches, training_batches
+from bsq_ray.data.factory import build_source
+from bsq_ray.data.stream import SkippedSamples, evaluation_batches, training_batches
 from bsq_ray.runtime.precision import whole_fp32
 from bsq_ray.storage import Value
 from bsq_ray.training.checkpoints.train_state import State
@@ -59,7 +59,7 @@ class _Run:
         self.log: Log | None = None
         self.step = 0
         self.section = job.config.training
-        self.source = open_source(job.config, job.data_url)
+        self.source = build_source(job.config, job.data_url)
         self.micro_batch, self.accumulation = split_batch(self.section, worker.world)
         self.precision = autocast_precision(self.section.engine.precision, worker.device)
         whole_fp32()
@@ -89,7 +89,7 @@ class _Run:
         torch.manual_seed(self.section.seed + 1 + worker.rank)
         self._resume()
         self.log = self._persistently(lambda: Log(job.out_url, self.step)) if worker.first else None
-        self.damage = Damage(job.config.data.max_damaged)
+        self.damage = SkippedSamples(job.config.data.max_damaged)
         self.damage_told = 0
 
     def train(self) -> Result:
@@ -141,7 +141,7 @@ class _Run:
             seconds=self.elapsed,
             images_per_second=section.batch_size * (self.step - first_step) / stepping,
             data_wait=data_wait,
-            damaged=list(self.damage.found),
+            damaged=list(self.damage.samples),
             figures=dict(self.figures),
         )
 
@@ -204,20 +204,20 @@ class _Run:
             self.section.seed,
             position=self.step * self.section.batch_size,
             executor=self.worker.executor,
-            damage=self.damage,
+            skipped=self.damage,
         )
 
     def _held_out(self, batches: int) -> Iterator[Batch]:
         """The same held-out images each time; every worker sees all of them, so that no engine waits for another."""
-        source = open_source(self.job.config, self.job.held_out_url) if self.job.held_out_url else self.source
+        source = build_source(self.job.config, self.job.held_out_url) if self.job.held_out_url else self.source
         limit = batches * self.micro_batch
-        damage, images = Damage(limit), 0
+        damage, images = SkippedSamples(limit), 0
         for batch in evaluation_batches(source, self.micro_batch, limit, damage):
             images += len(batch.keys)
             yield batch
         if not images:
-            raise ValueError(f"{source.url} has no readable image to evaluate on: {damage.found[-1]}")
-        for text in damage.delays:
+            raise ValueError(f"{source.url} has no readable image to evaluate on: {damage.samples[-1]}")
+        for text in damage.retries:
             self._say(kind="warning", text=text)
 
     def _evaluate(self, weights: model_folder.Weights) -> None:
@@ -245,7 +245,7 @@ class _Run:
         if self.log and pixels is not None:
             try:
                 self.log.picture(f"step-{self.step:07d}", pixels)
-            except storage.Unavailable as error:
+            except storage.StorageUnavailableError as error:
                 self._say(kind="warning", text=f"{error}; the picture is left out")
 
     def _say_start(self, peak: float) -> None:
@@ -259,7 +259,7 @@ class _Run:
             precision=self.precision,
             device=str(self.worker.device),
             parameters=sum(value.numel() for value in self.stage.modules[self.main].parameters()),
-            samples=self.source.samples,
+            samples=self.source.num_samples,
             steps=self.section.steps,
         )
         for note in self.source.notes:
@@ -267,7 +267,7 @@ class _Run:
 
     def _tell_of_data(self) -> None:
         """What any worker met while it read: damaged samples, not too many of all together, and failing storage."""
-        damaged, delays = self.damage.found[self.damage_told :], self.damage.delays
+        damaged, delays = self.damage.samples[self.damage_told :], self.damage.retries
         [something] = self.worker.greatest([float(len(damaged) + len(delays))])
         if something:
             everyones = self.worker.gather((damaged, delays))
@@ -277,8 +277,8 @@ class _Run:
             if new:
                 self._say(kind="damaged", samples=new)
             self.damage.add(new)
-        self.damage_told = len(self.damage.found)
-        self.damage.delays.clear()
+        self.damage_told = len(self.damage.samples)
+        self.damage.retries.clear()
 
     def _log_training(self, sums: _Sums, rate: float, speed: float, data_wait: float, progress: float) -> None:
         names = sorted(sums)
@@ -327,7 +327,7 @@ class _Run:
         self._tell_warnings()
         self._say(kind="checkpoint", checkpoint=step, seconds=seconds, stall=self.stall)
         if self.log:
-            with suppress(storage.Unavailable):
+            with suppress(storage.StorageUnavailableError):
                 self.log.flush()
 
     def _resume(self) -> None:
@@ -359,7 +359,7 @@ class _Run:
 
     def _persistently(self, operation: Callable[[], Value]) -> Value:
         """Calls it again while storage is away."""
-        return storage.persistently(
+        return storage.retry_while_unavailable(
             operation, self.section.storage_patience, lambda text: self._say(kind="warning", text=text)
         )
 
@@ -397,4 +397,4 @@ class _Run:
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
     """Every count-th sample each, as workers take theirs, so that the discriminator's groups stay as they are."""
     for first in range(count):
-        yield batch.part(slice(first, None, count))
+        yield batch.subset(slice(first, None, count))

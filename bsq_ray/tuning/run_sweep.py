@@ -19,7 +19,7 @@ import yaml
 
 from bsq_ray import storage
 from bsq_ray.config.loader import load_config
-from bsq_ray.data.factory import open_source
+from bsq_ray.data.factory import build_source
 from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
@@ -83,7 +83,7 @@ def run_sweep(
     data_url, held_out_url, out_url = map(storage.absolute, (data_url, held_out_url, out_url))
     run = load_config(sweep.preset)
     for url in (data_url, held_out_url):
-        if not open_source(run, url).samples:
+        if not build_source(run, url).num_samples:
             raise ValueError(f"{url} holds no samples")
     _claim(sweep, data_url, held_out_url, out_url, resume)
     study = Study(sweep, out_url)

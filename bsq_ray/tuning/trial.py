@@ -134,7 +134,7 @@ class Trial(tune.Trainable):
     def _run(self) -> None:
         try:
             self._told.put(self._train())
-        except storage.Unavailable as error:
+        except storage.StorageUnavailableError as error:
             # Says nothing about the configuration.
             self._told.put(RuntimeError(str(error)))
         except ValueError as error:

@@ -162,7 +162,7 @@ def test_a_lossless_video_keeps_every_byte(decoded, tmp_path):
     path = str(tmp_path / "a.mkv")
     assert write_video(path, "matroska", iter(decoded), RATE, SRGB) == 11
     again = read_video(path)
-    assert again.rate == RATE
+    assert again.frame_rate == RATE
     assert (np.stack(list(again.frames)) == np.stack(decoded)).all()
 
 
@@ -173,7 +173,7 @@ def test_an_mp4_looks_like_the_frames_and_says_how_its_colours_are_meant(frames,
     sized = [np.asarray(Image.fromarray(frame).resize(size)) for frame in frames]
     write_video(path, "mp4", iter(sized), RATE, colour)
     again = read_video(path)
-    assert again.colour == colour._replace(matrix=colour.matrix or 1)
+    assert again.color == colour._replace(matrix=colour.matrix or 1)
     difference = np.stack(list(again.frames)).astype(int) - np.stack(sized)
     assert np.abs(difference).mean() < 3
 
@@ -205,7 +205,7 @@ def test_files_from_video_to_video_and_pictures(folder, carphone, tmp_path):
     assert "9 frames" in decompress_file(folder, coded, str(tmp_path / "b.mkv"))
     decompress_file(folder, coded, str(tmp_path / "b.mp4"))
     frames = list(read_video(str(tmp_path / "b.mkv")).frames)
-    assert read_video(str(tmp_path / "b.mp4")).rate == RATE
+    assert read_video(str(tmp_path / "b.mp4")).frame_rate == RATE
     decompress_file(folder, coded, str(tmp_path / "5.png"), Part(frame=5))
     assert (np.asarray(Image.open(tmp_path / "5.png")) == frames[5]).all()
     decompress_file(folder, coded, str(tmp_path / "s.webp"), Part(second=0.2, region=(0, 0, 30, 20)))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from bsq_ray import config
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep
@@ -59,7 +59,7 @@ def test_two_ray_workers_measure_what_one_process_does(model, held_out_video_sha
 def test_figures_are_those_of_the_clips_that_the_model_gives_back(model, held_out_video_shards, results):
     tokenizer = Tokenizer.from_pretrained(model)
     run = config.load_config(f"{model}/config.yaml")
-    clips = open_pixels(run, read_manifest(held_out_video_shards)).read_held_out(range(4)).values_P
+    clips = build_pixel_source(run, read_manifest(held_out_video_shards)).read_eval(range(4)).values_P
     made = to_uint8(tokenizer.reconstruct(to_float(torch.from_numpy(clips)))).numpy()
     error = (clips.astype(float) - made) ** 2
     row = results[0]["rows"]["model"]

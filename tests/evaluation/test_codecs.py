@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.evaluation.compression.clip_files import read_clip
+from bsq_ray.evaluation.compression.clip_files import read_video_clip
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 
@@ -46,7 +46,7 @@ def test_more_bits_buy_more_quality_in_a_file_of_the_format(name, photos):
 
 @pytest.fixture(scope="module")
 def clip(video_folders):
-    return read_clip(str(video_folders[1] / "carphone_pristine.mp4"), frames=8)
+    return read_video_clip(str(video_folders[1] / "carphone_pristine.mp4"), max_frames=8)
 
 
 @pytest.mark.parametrize("name", ["H.264", "HEVC", "AV1"])

@@ -42,10 +42,10 @@ def setting(photos, tmp_path_factory):
         place.mkdir(parents=True, exist_ok=True)
         photo.resize((80, 80)).save(place / f"{number}.png")
     shards = str(folder / "shards")
-    pack_images(str(folder / "images"), shards, workers=0)
+    pack_images(str(folder / "images"), shards, num_workers=0)
     tokenizer = save_tokenizer(folder / "tokenizer", 0)
     tokens = str(folder / "tokens")
-    tokenize(tokenizer, shards, tokens, workers=0, views=3)
+    tokenize(tokenizer, shards, tokens, num_workers=0, num_crops=3)
     torch.manual_seed(0)
     model = str(folder / "model")
     MaskedLM(SECTION).save_pretrained(model)
@@ -102,8 +102,8 @@ def test_reference_features_are_read_from_the_cache(setting, results, monkeypatc
     run = config.load_config(f"{setting[0]}/tokenizer/config.yaml")
     manifest = read_manifest(setting[1])
     found = features.real_features(manifest, run, 0)
-    assert found.features_ND.shape == (manifest.samples, 2048)
-    assert found.seen_NC.shape == (manifest.samples, 1280)
+    assert found.features_ND.shape == (manifest.num_samples, 2048)
+    assert found.seen_NC.shape == (manifest.num_samples, 1280)
     assert sorted(found.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
 
 
@@ -174,7 +174,7 @@ def test_frequencies_of_a_constant_table_are_cheap(setting):
 
 def test_tokens_by_frequency_are_those_of_their_class_and_place_from_a_table_that_is_read_once(setting, monkeypatch):
     source = TokenSource(read_table(setting[2]), SECTION)
-    block = source.read_held_out(range(source.samples))
+    block = source.read_eval(range(source.num_samples))
     bits_PNL = unpack_bits(torch.from_numpy(block.values_P), 160).view(-1, 16, 10)
     rows, drawn = [], []
     read, decode = TokenSource.read, generation.Tokenizer.decode
@@ -184,9 +184,9 @@ def test_tokens_by_frequency_are_those_of_their_class_and_place_from_a_table_tha
     labels = [1, 0, 1, 1]
     draw_images(labels, 0)
     draw_images(labels, len(labels))
-    assert rows == list(range(source.samples))
+    assert rows == list(range(source.num_samples))
     # As small in memory as in the table: 160 bits of an image are 20 bytes.
-    assert draw_images.packed_PB.nbytes == source.samples * 20
+    assert draw_images.packed_PB.nbytes == source.num_samples * 20
     for bits_NL, label in zip(drawn[0].bits_BNL, labels, strict=True):
         own_PNL = bits_PNL[torch.from_numpy(block.labels_P == label)]
         assert (own_PNL == bits_NL).all(-1).any(0).all()

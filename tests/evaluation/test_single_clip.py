@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from real_clips import clip_file, street
+from real_clips import clip_path, street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import to_uint8
@@ -35,7 +35,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def short_clip(tmp_path):
     """Path of a lossless video of ten frames of the street, and the frames, uint8 (10, 32, 32, 3)."""
-    frames = to_uint8(street(10, 32))[0].permute(1, 2, 3, 0).numpy()
+    frames = to_uint8(street_clip(10, 32))[0].permute(1, 2, 3, 0).numpy()
     path = tmp_path / "street.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("ffv1", rate=25)
@@ -95,7 +95,7 @@ print(*peaks)
 @pytest.mark.parametrize("model", ["causal"], indirect=True)
 def test_memory_at_the_end_of_a_real_clip_of_a_minute_is_that_near_its_beginning(model, tmp_path):
     out = tmp_path / "out.mp4"
-    command = [sys.executable, "-c", _MEASURED, model, str(clip_file("demo.3gp")), str(out)]
+    command = [sys.executable, "-c", _MEASURED, model, str(clip_path("demo.3gp")), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
     early, *_, end = map(float, done.stdout.split())
     assert len(read(out)) == 1441

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.data.transforms import evaluation_image, to_float
+from bsq_ray.data.transforms import eval_transform, to_float
 from bsq_ray.metrics.pretrained_weights import resolve_once
 
 SIZE = 32
@@ -31,7 +31,7 @@ def small_tokenizer(quantizer=None, **changes):
 
 def photographs(photos, size=SIZE):
     """Squares of real photographs, (B, 3, size, size) in [-1, 1]."""
-    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, size, "lanczos") for photo in photos])))
+    return to_float(torch.from_numpy(np.stack([eval_transform(photo, size, "lanczos") for photo in photos])))
 
 
 def pan(photo, frames, size=SIZE):

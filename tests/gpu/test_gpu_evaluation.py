@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_gpu_models import missing_weights, photographs, small_tokenizer
 
-from bsq_ray.data.data_source import Samples
+from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.transforms import to_uint8
 from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
@@ -58,7 +58,7 @@ def test_each_images_figures(model, photos, gpu, without_gpu):
     if reason := missing_weights("lpips-alex", "lpips-vgg"):
         pytest.skip(reason)
     pixels = to_uint8(photographs(photos)).numpy()
-    samples = Samples(pixels, np.zeros(len(pixels), np.int64), [str(n) for n in range(len(pixels))])
+    samples = SampleBlock(pixels, np.zeros(len(pixels), np.int64), [str(n) for n in range(len(pixels))])
     measurer = WithoutInception(model, "ema", len(pixels))
     assert measurer.device.type == gpu.type
     there = measurer(samples)

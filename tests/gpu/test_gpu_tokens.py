@@ -8,7 +8,7 @@ from small_runs import Listener
 
 from bsq_ray import Generator, Prior, Tokenizer, config
 from bsq_ray.config import load_config
-from bsq_ray.data.factory import fill_in, open_source
+from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation.sample import Request, draw
 from bsq_ray.models.masked_lm import MaskedLM
@@ -51,14 +51,14 @@ def tokenizer_folder(tmp_path_factory):
 def tokens(tokenizer_folder, photo_shards, tmp_path_factory):
     """URL of a token table; made on the GPU, since there is one."""
     url = str(tmp_path_factory.mktemp("tokens"))
-    tokenize(tokenizer_folder, photo_shards, url, workers=0, views=2)
+    tokenize(tokenizer_folder, photo_shards, url, num_workers=0, num_crops=2)
     return url
 
 
 def train(device, preset, tokens, out, overrides=(), last=None):
     """The records of the steps."""
     listener = Listener(last)
-    section = fill_in(load_config(preset, [*SMALL, *STAGES[preset], *overrides]), tokens)
+    section = resolve_tokenizer(load_config(preset, [*SMALL, *STAGES[preset], *overrides]), tokens)
     run(Job(section, tokens, str(out)), Worker(0, 1, device, "local", listener))
     return listener.training
 
@@ -71,11 +71,11 @@ def assert_same_losses(found, expected, tolerance):
 def test_a_table_made_on_a_gpu_holds_the_tokens_that_a_cpu_finds(tokens, tokenizer_folder, photo_shards, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        tokenize(tokenizer_folder, photo_shards, str(tmp_path), workers=0, views=2)
+        tokenize(tokenizer_folder, photo_shards, str(tmp_path), num_workers=0, num_crops=2)
     tables = []
     for url in (tokens, str(tmp_path)):
-        source = open_source(fill_in(load_config("prior-demo", SMALL), url), url)
-        samples = source.read_held_out(range(source.samples))
+        source = build_source(resolve_tokenizer(load_config("prior-demo", SMALL), url), url)
+        samples = source.read_eval(range(source.num_samples))
         tables.append((samples.keys, samples.values_P))
     assert tables[0][0] == tables[1][0]
     turned = (tables[0][1] != tables[1][1]).mean()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
@@ -24,7 +24,7 @@ from bsq_ray.metrics.torchvision_stub import prepare_torchvision
 
 @pytest.fixture(scope="module")
 def originals(photos):
-    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, 176, "lanczos") for photo in photos[:6]])))
+    return to_float(torch.from_numpy(np.stack([eval_transform(photo, 176, "lanczos") for photo in photos[:6]])))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_public_classifier_knows_imagenet():
     """Photographs of ImageNet with the true class in their names; what it gets wrong is among its five best."""
     folder = Path(find_spec("foolbox").submodule_search_locations[0]) / "data"
     paths = sorted(folder.glob("imagenet_*.jpg"))
-    images = np.stack([evaluation_image(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])
+    images = np.stack([eval_transform(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])
     classes = torch.tensor([int(path.stem.split("_")[-1]) for path in paths])
     network = Classifier()
     seen = network(to_float(torch.from_numpy(images)))

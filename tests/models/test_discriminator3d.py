@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import config
 from bsq_ray.models.discriminators.stylegan2 import build_discriminator
@@ -34,14 +34,14 @@ def test_batches_given_together_get_the_logits_they_get_alone():
 
 
 def test_the_order_of_the_frames_matters():
-    model, clip = small(), street(4, 32)
+    model, clip = small(), street_clip(4, 32)
     assert not torch.allclose(model(clip)[0], model(clip.flip(2))[0])
 
 
 def test_signal_keeps_its_scale_through_the_network():
     torch.manual_seed(0)
     model = ClipDiscriminator(64, 8, 1024, 32)
-    clip = street(8, 64)
+    clip = street_clip(8, 64)
     x = model.fromrgb(clip / clip.std())
     for block in model.blocks:
         x = block(x)

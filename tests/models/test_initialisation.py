@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.warm_start import initial_weights, resized_positions
@@ -37,14 +37,14 @@ def begun(model, url):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_clip_of_one_frame_comes_out_exactly_as_from_the_image_model(image_model, causal):
     url, image = image_model
-    video, frame = begun(section(4, causal=causal), url), street(1, 32)
+    video, frame = begun(section(4, causal=causal), url), street_clip(1, 32)
     assert torch.equal(video.encode(frame).bits_BNL, image.encode(frame[:, :, 0]).bits_BNL)
     assert torch.equal(video.reconstruct(frame[:, :, 0]), image.reconstruct(frame[:, :, 0]))
 
 
 def test_so_does_the_first_frame_of_any_clip_in_a_causal_model(image_model):
     url, image = image_model
-    video, clip = begun(section(4), url), street(4, 32)
+    video, clip = begun(section(4), url), street_clip(4, 32)
     expected = image.encode(clip[:, :, 0])
     assert torch.equal(video.encode(clip).bits_BNL[:, :16], expected.bits_BNL)
     first = video.reconstruct(clip)[:, :, 0]
@@ -63,7 +63,7 @@ def test_another_image_size_gets_interpolated_positions_and_all_else_as_it_is(im
     coarse = resized_positions(position, 4)
     was = image.encoder.transformer.spatial_position
     assert torch.corrcoef(torch.stack([coarse.flatten(), was.detach().flatten()]))[0, 1] > 0.9
-    assert begun(section(4, image_size=64), url).reconstruct(street(4, 64)).shape == (1, 3, 4, 64, 64)
+    assert begun(section(4, image_size=64), url).reconstruct(street_clip(4, 64)).shape == (1, 3, 4, 64, 64)
 
 
 def test_interpolated_positions_keep_a_gradient_across_the_image():

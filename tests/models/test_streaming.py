@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from real_clips import frames_of_file, street
+from real_clips import iter_frames, street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.streaming import Window
@@ -57,7 +57,7 @@ def assert_same_bits(left, right, vectors):
 
 @pytest.mark.parametrize("cuts", [[1] * 6, [2, 3, 1], [6]], ids=str)
 def test_a_clip_of_the_models_length_has_the_tokens_and_pixels_of_one_pass(cuts):
-    tokenizer, clip = video_tokenizer(), street(T, 32)
+    tokenizer, clip = video_tokenizer(), street_clip(T, 32)
     whole = tokenizer.encode(clip)
     parts = list(tokenizer.encode_stream(chunks(clip, cuts)))
     assert [part.grid for part in parts] == [(frames, 4, 4) for frames in cuts]
@@ -69,7 +69,7 @@ def test_a_clip_of_the_models_length_has_the_tokens_and_pixels_of_one_pass(cuts)
 @pytest.mark.parametrize("overlap", [0, 2, 3, 5])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 def test_beyond_it_every_frame_is_that_of_one_pass_over_its_window(cuts, overlap):
-    tokenizer, clip = video_tokenizer(), street(12, 32)
+    tokenizer, clip = video_tokenizer(), street_clip(12, 32)
     bits = torch.cat([part.bits_BNL for part in tokenizer.encode_stream(chunks(clip, cuts), overlap)], 1)
     pixels = torch.cat(list(tokenizer.decode_stream(token_chunks(Tokens(bits, (12, 4, 4)), cuts), overlap)), 2)
     made = 0
@@ -88,7 +88,7 @@ def test_beyond_it_every_frame_is_that_of_one_pass_over_its_window(cuts, overlap
 
 
 def test_half_of_the_frames_stay_in_sight_by_default():
-    tokenizer, clip = video_tokenizer(), street(12, 32)
+    tokenizer, clip = video_tokenizer(), street_clip(12, 32)
     default, three = (
         torch.cat([part.bits_BNL for part in tokenizer.encode_stream(chunks(clip, [4] * 3), overlap)], 1)
         for overlap in (None, 3)
@@ -98,14 +98,14 @@ def test_half_of_the_frames_stay_in_sight_by_default():
 
 def test_single_frames_and_several_clips_at_once_are_taken():
     tokenizer = video_tokenizer()
-    clips = torch.cat([street(4, 32), street(4, 32, start=100)])
+    clips = torch.cat([street_clip(4, 32), street_clip(4, 32, start=100)])
     frames = tokenizer.encode_stream(frame for frame in clips.unbind(2))
     bits = torch.cat([part.bits_BNL for part in frames], 1)
     assert_same_bits(bits, tokenizer.encode(clips).bits_BNL, unit_vectors(tokenizer, clips))
 
 
 def test_an_image_model_takes_each_frame_by_itself():
-    tokenizer, clip = video_tokenizer(frames=1), street(3, 32)
+    tokenizer, clip = video_tokenizer(frames=1), street_clip(3, 32)
     parts = list(tokenizer.encode_stream(chunks(clip, [2, 1])))
     bits = torch.cat([part.bits_BNL for part in parts], 1)
     expected = torch.cat([tokenizer.encode(frame).bits_BNL for frame in clip.unbind(2)], 1)
@@ -113,7 +113,7 @@ def test_an_image_model_takes_each_frame_by_itself():
 
 
 def test_tokens_come_as_soon_as_their_frames_do():
-    tokenizer, clip = video_tokenizer(), street(T, 32)
+    tokenizer, clip = video_tokenizer(), street_clip(T, 32)
     taken = []
 
     def frames():
@@ -140,7 +140,7 @@ def held_bytes():
 
 def test_three_hundred_real_frames_pass_without_more_being_held_at_the_end_than_after_a_window():
     tokenizer = video_tokenizer()
-    stream = tokenizer.decode_stream(tokenizer.encode_stream(frames_of_file("demo.3gp", 32, 0, 300)))
+    stream = tokenizer.decode_stream(tokenizer.encode_stream(iter_frames("demo.3gp", 32, 0, 300)))
     held, passed = {}, 0
     for pixels in stream:
         passed += pixels.shape[2]

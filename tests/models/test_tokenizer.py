@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
@@ -115,7 +115,7 @@ def test_every_parameter_receives_a_gradient_from_a_training_step():
 
 @pytest.mark.parametrize("changed", range(5))
 def test_changing_a_frame_changes_no_token_and_no_pixel_of_the_frames_before(changed):
-    tokenizer, clip = small_tokenizer(frames=5), street(5, 32)
+    tokenizer, clip = small_tokenizer(frames=5), street_clip(5, 32)
     for part in (tokenizer.encoder, tokenizer.decoder):
         torch.nn.init.normal_(part.transformer.temporal_position)
     tokens = tokenizer.encode(clip)
@@ -137,7 +137,7 @@ def test_changing_a_frame_changes_no_token_and_no_pixel_of_the_frames_before(cha
 
 
 def test_with_full_attention_every_frame_sees_every_other():
-    tokenizer, clip = small_tokenizer(frames=5, causal=False), street(5, 32)
+    tokenizer, clip = small_tokenizer(frames=5, causal=False), street_clip(5, 32)
     other = clip.clone()
     other[:, :, 4] = -other[:, :, 4]
     different = (tokenizer._features(clip) != tokenizer._features(other)).unflatten(1, (5, 16))

@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from bsq_ray import Codec, Generator, Tokenizer
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.serving.http.admission import digest
 from bsq_ray.serving.http.api import create_app
@@ -59,7 +59,7 @@ def test_the_models_and_what_they_offer_are_listed(client, settings):
 
 def test_tokens_and_pixels_are_those_of_the_library(client, settings, photo):
     tokenizer = Tokenizer.from_pretrained(settings.models["small"])
-    original = to_float(torch.from_numpy(evaluation_image(photo, 64, "lanczos"))[None])
+    original = to_float(torch.from_numpy(eval_transform(photo, 64, "lanczos"))[None])
     tokens = tokenizer.encode(original)
     answer = client.post("/v1/encode", content=file_of(photo)).json()
     assert (answer["model"], answer["grid"], answer["bits"]) == ("small", [1, 8, 8], 10)

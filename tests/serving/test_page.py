@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from local_service import make_app, save_clip_models, save_models
 from PIL import Image
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray import Codec
 from bsq_ray.codec.files import compress_file
@@ -200,7 +200,7 @@ def test_what_is_typed_stays_while_another_model_is_loaded(browser, serve):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "street.mp4"
-    path.write_bytes(cut_video(30, size=(160, 96)))
+    path.write_bytes(make_street_video(30, size=(160, 96)))
     return path
 
 
@@ -234,7 +234,7 @@ def test_a_video_is_shown_beside_its_reconstruction_and_its_file_alone(page, cli
 
 
 def test_a_video_that_the_browser_cannot_play_is_compressed_all_the_same(page, tmp_path):
-    (tmp_path / "raw.mkv").write_bytes(cut_video(6, kind="matroska", codec="ffv1"))
+    (tmp_path / "raw.mkv").write_bytes(make_street_video(6, container_format="matroska", codec="ffv1"))
     page.find("file").send_keys(str(tmp_path / "raw.mkv"))
     page.wait_shown("clip")
     wait_for(lambda: not page.find("source").is_displayed())

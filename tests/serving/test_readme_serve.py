@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from local_service import save_models
 from PIL import Image
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray import Codec
 from bsq_ray.media.video_files import read_video
@@ -30,7 +30,7 @@ def served(tmp_path, photo_folders):
     for name, place in (("small", "runs/demo/model"), ("draws", "runs/lm/model")):
         shutil.copytree(made[name], tmp_path / place)
     shutil.copy(photo_folders[1] / "coffee.png", tmp_path / "photo.png")
-    (tmp_path / "clip.mp4").write_bytes(cut_video(5))
+    (tmp_path / "clip.mp4").write_bytes(make_street_video(5))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,7 +70,7 @@ def test_the_section_works_as_printed(served):
     assert (folder / "photo.bsq").read_bytes() == codec.compress(photo).data
     assert Image.open(folder / "back.png").size == photo.size
     clip = read_video(str(folder / "clip.mkv"))
-    data = codec.compress_clip(read_video(str(folder / "clip.mp4")).frames, clip.rate, clip.colour).data
+    data = codec.compress_clip(read_video(str(folder / "clip.mp4")).frames, clip.frame_rate, clip.color).data
     assert (folder / "clip.bsq").read_bytes() == data
     assert np.array_equal(np.stack(list(clip.frames)), np.stack(list(codec.decompress_clip(data))))
     for name in ("back", "reconstruction"):

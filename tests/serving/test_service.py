@@ -14,7 +14,7 @@ import pytest
 from local_service import save_clip_models, save_models
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray.media.video_files import read_video
 from bsq_ray.serving.server import running
@@ -84,7 +84,7 @@ def test_every_answer_under_load_is_the_answer_alone(client, files):
 
 
 def test_every_answer_to_a_video_under_load_is_the_answer_alone(client, files):
-    clips = [cut_video(6 + n, start=40 * n) for n in range(3)]
+    clips = [make_street_video(6 + n, start=40 * n) for n in range(3)]
     requests = [(kind, clip) for clip in clips for kind in ("encode", "reconstruct", "compress")]
     alone = [client.post(f"/v1/{kind}", content=clip) for kind, clip in requests]
     assert {answer.status_code for answer in alone} == {200}

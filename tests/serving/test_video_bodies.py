@@ -16,11 +16,11 @@ import pytest
 import torch
 from local_service import save_clip_models, save_models
 from PIL import Image
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 from bsq_ray.media.video_files import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
@@ -44,7 +44,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip():
     """A video file: ten frames of a street, 64 x 48 pixels."""
-    return cut_video(10)
+    return make_street_video(10)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_tokens_and_frames_are_those_of_the_library(client, settings, clip, name
     tokenizer = Tokenizer.from_pretrained(settings.models[name])
     size, side = tokenizer.config.image_size, tokenizer.config.image_size // 8
     originals = [
-        to_float(torch.from_numpy(evaluation_image(Image.fromarray(frame), size, "lanczos"))[None])
+        to_float(torch.from_numpy(eval_transform(Image.fromarray(frame), size, "lanczos"))[None])
         for frame in read_video(io.BytesIO(clip)).frames
     ]
     if name == "whole":
@@ -131,7 +131,9 @@ def test_a_video_goes_to_a_model_of_clips_and_an_image_to_one_of_images(client, 
      ("asf", "wmv2"), ("ogg", "libvpx")],
 )  # fmt: skip
 def test_videos_come_in_the_formats_people_have(client, kind, codec):
-    body = cut_video(3, kind=kind, codec=codec, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+    body = make_street_video(
+        3, container_format=kind, codec=codec, pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p"
+    )
     for headers in ({}, {"Content-Type": "application/octet-stream"}, {"Content-Type": "video/mp4"}):
         answer = client.post("/v1/encode", content=body, headers=headers)
         assert answer.status_code == 200, answer.text
@@ -141,11 +143,11 @@ def test_videos_come_in_the_formats_people_have(client, kind, codec):
 def test_a_rate_of_many_digits_comes_back(client):
     """As of files whose frames do not follow each other evenly."""
     rate = Fraction(1111050000, 37079123)
-    tokens = client.post("/v1/encode", content=cut_video(3, rate=rate)).json()
+    tokens = client.post("/v1/encode", content=make_street_video(3, frame_rate=rate)).json()
     assert tokens["rate"] == str(rate)
     video = client.post("/v1/decode", json=tokens)
     assert video.status_code == 200, video.text
-    assert read_video(io.BytesIO(video.content)).rate == rate
+    assert read_video(io.BytesIO(video.content)).frame_rate == rate
 
 
 def test_a_clip_is_drawn_as_a_moving_picture(client, settings):
@@ -166,7 +168,9 @@ def test_a_clip_is_drawn_as_a_moving_picture(client, settings):
 
 def claiming_avi(width, height, frames):
     """A video of one small raw frame whose header claims more and larger ones."""
-    file = bytearray(cut_video(1, size=(16, 16), kind="avi", codec="rawvideo", pixels="bgr24"))
+    file = bytearray(
+        make_street_video(1, size=(16, 16), container_format="avi", codec="rawvideo", pixel_format="bgr24")
+    )
     file[48:52] = struct.pack("<I", frames)
     strh, strf = file.index(b"strh") + 8, file.index(b"strf") + 8
     file[strh + 32 : strh + 36] = struct.pack("<I", frames)
@@ -187,7 +191,7 @@ def test_what_a_header_claims_is_refused_whatever_follows(client, claimed, said)
 
 def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
     """Frames of 192 x 144 pixels, H.264, in an MP4 that says 16 x 16."""
-    file = bytearray(cut_video(2, size=(192, 144)))
+    file = bytearray(make_street_video(2, size=(192, 144)))
     place = file.index(struct.pack(">HH", 192, 144), file.index(b"stsd"))
     file[place : place + 4] = struct.pack(">HH", 16, 16)
     for path in ("encode", "reconstruct", "compress"):
@@ -201,7 +205,7 @@ def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client,
     taken = []
     check = video_io.check_length
     monkeypatch.setattr(video_io, "check_length", lambda frames, *more: taken.append(frames) or check(frames, *more))
-    body = cut_video(250, kind="matroska", codec="libx264")
+    body = make_street_video(250, container_format="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
         taken.clear()
         answer = client.post(f"/v1/{path}", content=body)
@@ -212,7 +216,7 @@ def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client,
 
 def claiming_mp4(samples):
     """A video of three frames whose index claims more, all in one chunk: a few bytes that FFmpeg makes a list of."""
-    file = bytearray(cut_video(3))
+    file = bytearray(make_street_video(3))
     sizes, chunks = file.index(b"stsz") + 8, file.index(b"stsc") + 8
     file[sizes : sizes + 8] = struct.pack(">II", 1, samples)
     file[chunks + 8 : chunks + 12] = struct.pack(">I", samples)
@@ -238,7 +242,7 @@ def test_a_video_that_takes_too_long_is_refused_and_its_process_ends(seconds):
     """While it is opened, and while frames wait to be taken."""
 
     def slowly():
-        for frame in read_apart(cut_video(60), "mov", 10_000, seconds).frames:
+        for frame in read_apart(make_street_video(60), "mov", 10_000, seconds).frames:
             assert frame.shape == (48, 64, 3)
             time.sleep(0.1)
 
@@ -248,7 +252,7 @@ def test_a_video_that_takes_too_long_is_refused_and_its_process_ends(seconds):
 
 
 def test_a_video_that_is_closed_leaves_no_process():
-    video = read_apart(cut_video(60), "mov", 10_000, 60)
+    video = read_apart(make_street_video(60), "mov", 10_000, 60)
     next(video.frames)
     video.frames.close()
     assert not [child for child in psutil.Process().children() if _CODE in child.cmdline()]
@@ -325,7 +329,7 @@ def test_images_are_answered_while_a_clip_is_computed(replicas, photo):
         done.append(name)
 
     async def check():
-        long = asyncio.create_task(ask(cut_video(60), "clip"))
+        long = asyncio.create_task(ask(make_street_video(60), "clip"))
         await asyncio.sleep(0.05)
         for n in range(3):
             await ask(photo, f"image {n}")

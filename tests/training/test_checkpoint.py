@@ -51,7 +51,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_is_o
     photo_shards, tmp_path, undisturbed, monkeypatch
 ):
     next_step = threading.Event()
-    copy_in = storage.copy_in
+    copy_in = storage.upload
 
     def slow(local, url):
         # Without a thread that writes, the next step would never come.
@@ -83,7 +83,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_is_o
 def die_while_writing(shards, out, step):
     """Trains, and is killed when the second file of the checkpoint of `step` is to be copied."""
     copied = []
-    copy_in = storage.copy_in
+    copy_in = storage.upload
 
     def deadly(local, url):
         if f"step-{step:07d}" in url:
@@ -92,7 +92,7 @@ def die_while_writing(shards, out, step):
             os.kill(os.getpid(), signal.SIGKILL)
         copy_in(local, url)
 
-    storage.copy_in = deadly
+    storage.upload = deadly
     run(small_job(shards, out, EVERY_STEP), in_this_process(Listener()))
 
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_reached_is_not_taken_for_a_damaged_one(phot
 
 def test_samples_are_asked_for_again_and_not_called_damaged(photo_shards, outage, tmp_path, undisturbed):
     for name in os.listdir(photo_shards):
-        storage.copy_in(f"{photo_shards}/{name}", f"{outage}/shards/{name}")
+        storage.upload(f"{photo_shards}/{name}", f"{outage}/shards/{name}")
 
     class Breaker(Listener):
         def record(self, record):
@@ -208,10 +208,10 @@ def test_one_worker_that_cannot_write_ends_the_run_for_all(photo_shards, tmp_pat
 
 def train_with_a_full_disk(rank, world, shards, out):
     def full(local, url):
-        raise storage.Unavailable(f"cannot write {url}: No space left on device")
+        raise storage.StorageUnavailableError(f"cannot write {url}: No space left on device")
 
     if rank == 1:
-        storage.copy_in = full
+        storage.upload = full
     return train_several(rank, world, shards, out, {"run": [*AT_HALF, "training.storage_patience=0"]})
 
 

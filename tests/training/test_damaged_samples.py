@@ -21,8 +21,8 @@ OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]
 def damaged(photo_folders, tmp_path):
     """(URL, names) of shards in which every seventh photograph is broken."""
     shards, names = tmp_path / "shards", []
-    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, workers=0).manifest
-    for number in range(0, manifest.samples, 7):
+    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, num_workers=0).manifest
+    for number in range(0, manifest.num_samples, 7):
         shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
         content[shard.offsets[index] : shard.offsets[index] + 64] = bytes(64)
@@ -33,7 +33,7 @@ def damaged(photo_folders, tmp_path):
 
 def of_two(rank, world, shards, out, overrides):
     """(records, all samples that the result names) of a worker that reads one step at a time; or its error."""
-    stream._CHUNK = 1
+    stream._CHUNK_SAMPLES = 1
     listener = Listener()
     job = small_job(shards, out, [*OVERRIDES, *overrides])
     try:
@@ -79,7 +79,7 @@ def test_the_summary_counts_and_names_them(damaged, tmp_path):
 
 def test_held_out_shards_that_are_gone_are_named_with_the_cause(photo_shards, photo_folders, tmp_path):
     held_out = tmp_path / "held-out"
-    pack_images(str(photo_folders[1]), str(held_out), max_side=64, workers=0)
+    pack_images(str(photo_folders[1]), str(held_out), max_side=64, num_workers=0)
     for tar in held_out.glob("*.tar"):
         tar.unlink()
     with pytest.raises(ValueError, match=r"held-out has no readable image to evaluate on: shard-\d+\.tar"):

@@ -62,13 +62,13 @@ def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
 def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local, held_out_shards):
     import torch
 
-    from bsq_ray.data.image_source import PhotoSource
+    from bsq_ray.data.image_source import ImageSource
     from bsq_ray.data.manifest import read_manifest
     from bsq_ray.data.stream import evaluation_batches
     from bsq_ray.data.transforms import to_float, to_uint8
 
     out, result, _ = local
-    [batch] = evaluation_batches(PhotoSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)
+    [batch] = evaluation_batches(ImageSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)
     rebuilt = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
     error_B = (to_uint8(rebuilt).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())

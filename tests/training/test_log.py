@@ -54,7 +54,7 @@ def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path):
     for step in range(2, 40):
         # More numbers than TensorBoard's queue holds.
         log.write({"kind": "training", "step": step, "loss": 0.5})
-    with pytest.raises(storage.Unavailable, match="cannot write .*metrics.jsonl.* No space left"):
+    with pytest.raises(storage.StorageUnavailableError, match="cannot write .*metrics.jsonl.* No space left"):
         log.flush()
     file.unlink()
     kept.rename(file)

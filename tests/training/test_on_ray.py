@@ -89,7 +89,7 @@ def test_cpus_that_an_autoscaler_could_bring_up_count_and_may_be_unknown(ray_loc
     ("error", "kind", "message"),
     [
         (ValueError("bits -1"), ValueError, "bits -1"),
-        (storage.Unavailable("cannot read s3://a: 503"), RuntimeError, "cannot read s3://a: 503"),
+        (storage.StorageUnavailableError("cannot read s3://a: 503"), RuntimeError, "cannot read s3://a: 503"),
         (RuntimeError("too many"), RuntimeError, "too many"),
         (KeyError("a"), RuntimeError, "KeyError: 'a'"),
     ],

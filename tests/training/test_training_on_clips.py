@@ -76,10 +76,10 @@ def test_a_video_model_is_trained_from_an_image_model(image_model, video_shards,
 
 
 def evaluated(job):
-    from bsq_ray.data.factory import open_source
+    from bsq_ray.data.factory import build_source
     from bsq_ray.data.stream import evaluation_batches
 
-    return list(evaluation_batches(open_source(job.config, job.data_url), 8, 8))
+    return list(evaluation_batches(build_source(job.config, job.data_url), 8, 8))
 
 
 def psnr(image, batch):

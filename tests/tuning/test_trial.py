@@ -29,7 +29,7 @@ def test_what_another_attempt_would_not_change_is_an_ending(error, ending):
 
 
 @pytest.mark.parametrize(
-    "error", [storage.Unavailable("cannot read s3://a: 503"), OSError("503"), RuntimeError("lost")]
+    "error", [storage.StorageUnavailableError("cannot read s3://a: 503"), OSError("503"), RuntimeError("lost")]
 )
 def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
     failure = told(error)

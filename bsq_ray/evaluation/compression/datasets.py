@@ -50,7 +50,7 @@ def find_set(url: str) -> BenchmarkSet:
         ValueError: it is missing, holds neither images nor clips, or both.
     """
     fs, root = storage.filesystem(url)
-    with storage.explained(url, "read"):
+    with storage.translate_errors(url, "read"):
         if not fs.isdir(root):
             raise ValueError(f"{url} is not a folder" if fs.exists(root) else f"{url} does not exist")
         paths = sorted(posixpath.relpath(path, root) for path in fs.find(root))

@@ -23,7 +23,7 @@ from PIL import Image
 from bsq_ray import model_folder, storage
 from bsq_ray.codec.codec import Codec
 from bsq_ray.data.transforms import read_image, to_float
-from bsq_ray.evaluation.compression.clip_files import Clip, read_clip
+from bsq_ray.evaluation.compression.clip_files import VideoClip, read_video_clip
 from bsq_ray.evaluation.compression.compression_report import markdown, picture_sheet, plot_curves
 from bsq_ray.evaluation.compression.datasets import find_set
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
@@ -40,7 +40,7 @@ _PICTURED = 6
 # Frames of a clip that LPIPS looks at, evenly spaced: it takes as long as all the rest.
 _LPIPS_FRAMES = 8
 
-Content = Image.Image | Clip
+Content = Image.Image | VideoClip
 
 
 def evaluate_compression(
@@ -116,7 +116,7 @@ class _Reading:
 
     def __call__(self, url: str) -> Content:
         if self.kind == "clips":
-            return read_clip(url, self.frames, self.max_side)
+            return read_video_clip(url, self.frames, self.max_side)
         image = read_image(url)
         if self.max_side is not None and max(image.size) > self.max_side:
             image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
@@ -200,7 +200,7 @@ def _of_images(
 
 
 def _frames(content: Content) -> np.ndarray:
-    return content.frames_THW3 if isinstance(content, Clip) else np.asarray(content)[None]
+    return content.frames_THW3 if isinstance(content, VideoClip) else np.asarray(content)[None]
 
 
 def _measure(

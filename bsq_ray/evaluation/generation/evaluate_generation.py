@@ -82,7 +82,7 @@ def evaluate_generation(
     manifest = read_manifest(data_url)
     if len(manifest.classes) != run.model.classes:
         raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.classes}")
-    total = count or manifest.samples
+    total = count or manifest.num_samples
     if total < 4:
         raise ValueError(f"{total} images are too few to be compared; draw at least 4")
     tokenizer = config.expect(
@@ -111,7 +111,7 @@ def evaluate_generation(
         drawn = Features(np.concatenate(features), np.concatenate(seen), np.array(labels), keys)
         rows[name] = _compare(drawn, real, known, top)
     size, resize_filter = tokenizer.model.image_size, tokenizer.data.evaluation_filter
-    terms = contract(manifest, manifest.samples, size, resize_filter, NETWORKS, drawn=total)
+    terms = contract(manifest, manifest.num_samples, size, resize_filter, NETWORKS, drawn=total)
     results = {
         "model": model_url,
         "model_id": folder.id,
@@ -159,18 +159,18 @@ class _FrequencyDraw:
     """
 
     def __init__(self, source: TokenSource, seed: int) -> None:
-        self.facts, self.seed = source.table.facts, seed
-        self.labels_P = np.empty(source.samples, np.int64)
-        self.packed_PB = np.empty((source.samples, source.sample_bytes), np.uint8)
+        self.facts, self.seed = source.table.info, seed
+        self.labels_P = np.empty(source.num_samples, np.int64)
+        self.packed_PB = np.empty((source.num_samples, source.sample_bytes), np.uint8)
         first = 0
-        for block in source.blocks():
+        for block in source.iter_blocks():
             rows = slice(first, first + len(block.keys))
             self.labels_P[rows], self.packed_PB[rows] = block.labels_P, block.values_P
             first = rows.stop
         self.tokenizer = Tokenizer.from_pretrained(source.tokenizer_url)
 
     def __call__(self, labels: list[int], first: int) -> Tensor:
-        tokens, bits = self.facts.tokens, self.facts.bits
+        tokens, bits = self.facts.num_tokens, self.facts.bits
         rows_BN = np.empty((len(labels), tokens), np.int64)
         for place, label in enumerate(labels):
             rng = np.random.default_rng((self.seed, first + place))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, storage
-from bsq_ray.data.data_source import Source
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.data_source import DataSource
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.classifier import Classifier
@@ -68,8 +68,10 @@ def real_features(
     if path.exists():
         with np.load(path) as kept:
             return Features(kept["features"], kept["seen"], kept["labels"], [str(key) for key in kept["keys"]])
-    chunks = [range(first, min(first + _BATCH, manifest.samples)) for first in range(0, manifest.samples, _BATCH)]
-    source = open_pixels(run, manifest)
+    chunks = [
+        range(first, min(first + _BATCH, manifest.num_samples)) for first in range(0, manifest.num_samples, _BATCH)
+    ]
+    source = build_pixel_source(run, manifest)
     parts = list(map_in_pool(chunks, partial(_RealMeasured, source), workers, address))
     features = Features(
         np.concatenate([part.features_ND for part in parts]),
@@ -85,14 +87,14 @@ def real_features(
 
 
 class _RealMeasured:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DataSource) -> None:
         self.source, self.networks = source, Networks()
 
     def __call__(self, samples: range) -> Features:
-        block = self.source.read_held_out(samples)
-        if block.damaged:
+        block = self.source.read_eval(samples)
+        if block.skipped:
             # What is kept in the cache is said to be the whole data set.
-            raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.damaged[0]}")
+            raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.skipped[0]}")
         return Features(*self.networks(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
 
 

@@ -44,12 +44,12 @@ def frequency_bits(counted: TokenSource, paid: TokenSource, sub_bits: int) -> fl
 
 def _read(source: TokenSource, sub_bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Sub-tokens (P, N, S) in as few bytes as hold them, and labels."""
-    facts = source.table.facts
+    facts = source.table.info
     small = np.min_scalar_type(2**sub_bits - 1)
     tokens, labels = [], []
-    for block in source.blocks():
-        bits = unpack_bits(torch.from_numpy(block.values_P), facts.tokens * facts.bits)
-        bits_PNL = bits.unflatten(1, (facts.tokens, facts.bits))
+    for block in source.iter_blocks():
+        bits = unpack_bits(torch.from_numpy(block.values_P), facts.num_tokens * facts.bits)
+        bits_PNL = bits.unflatten(1, (facts.num_tokens, facts.bits))
         tokens.append(bits_to_integers(bits_PNL, sub_bits).numpy().astype(small))
         labels.append(block.labels_P)
     return np.concatenate(tokens), np.concatenate(labels)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
 from bsq_ray.models.generator import Generator
@@ -92,8 +92,8 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
             sizes = f"{mask.width} x {mask.height} pixels, {request.image} has {picture.width} x {picture.height}"
             raise ValueError(f"{request.mask} has {sizes}; give a mask of the image's size")
         size = generator.tokenizer.config.image_size
-        image = to_float(torch.from_numpy(evaluation_image(picture, size, "lanczos"))[None])
-        hole = torch.from_numpy(evaluation_image(mask, size, "lanczos")[None, :1] > 127)
+        image = to_float(torch.from_numpy(eval_transform(picture, size, "lanczos"))[None])
+        hole = torch.from_numpy(eval_transform(mask, size, "lanczos")[None, :1] > 127)
         for label in classes:
             copies, holes = image.repeat(request.count, 1, 1, 1), hole.repeat(request.count, 1, 1, 1)
             wanted = [label] * request.count

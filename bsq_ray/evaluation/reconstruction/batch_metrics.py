@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.data.data_source import Samples
+from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep
 from bsq_ray.evaluation.reconstruction.baseline import MeanColourCodec
@@ -92,9 +92,9 @@ class Measurer(ABC):
     def distances(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
         """Distances between two distributions of features, by name."""
 
-    def __call__(self, samples: Samples) -> Measured:
+    def __call__(self, samples: SampleBlock) -> Measured:
         """Measures one batch; pixels are rounded to 8 bits first."""
-        result = Measured(samples.keys, samples.damaged)
+        result = Measured(samples.keys, samples.skipped)
         if not samples.keys:
             return result
         original = to_float(torch.from_numpy(samples.values_P).to(self.device))

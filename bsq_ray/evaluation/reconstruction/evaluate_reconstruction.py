@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.data_source import Source
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.data_source import DataSource
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.stream import Damage, evaluation_blocks, evaluation_dataset
+from bsq_ray.data.stream import SkippedSamples, evaluation_blocks, evaluation_dataset
 from bsq_ray.evaluation import published_results
 from bsq_ray.evaluation.plots.comparison_grid import draw
 from bsq_ray.evaluation.plots.frame_strips import animate, draw_strips
@@ -73,13 +73,13 @@ def evaluate_reconstruction(
     folder = model_folder.read_model_folder(model_url, weights)
     run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
-    source = open_pixels(run, manifest)
+    source = build_pixel_source(run, manifest)
     batch_size = batch_size or _BATCHES[manifest.kind]
-    total = source.samples if limit is None else min(source.samples, limit)
+    total = source.num_samples if limit is None else min(source.num_samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; measuring needs at least 2")
     job = _Job(run, folder.id, model_url, weights, manifest, source, batch_size, total)
-    totals, damage = Totals(run.model.quantizer.bits, job.measurer), Damage(max_damaged)
+    totals, damage = Totals(run.model.quantizer.bits, job.measurer), SkippedSamples(max_damaged)
     parts = _in_this_process(job) if workers == 0 else _on_ray(job, workers, address)
     for part in parts:
         damage.add(part.damaged)
@@ -95,7 +95,7 @@ class _Job:
     model_url: str
     weights: Literal["ema", "plain"]
     manifest: Manifest
-    source: Source
+    source: DataSource
     batch_size: int
     total: int
 
@@ -110,7 +110,7 @@ class _Job:
     def measure(self) -> Measurer:
         return self.measurer(self.model_url, self.weights, self.total)
 
-    def samples(self) -> tuple[Source, int, int]:
+    def samples(self) -> tuple[DataSource, int, int]:
         """What is read: arguments of `evaluation_blocks` and `evaluation_dataset`."""
         return self.source, self.batch_size, self.total
 

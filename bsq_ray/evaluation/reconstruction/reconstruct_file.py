@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.config.loader import nearest
-from bsq_ray.data.manifest import MANIFEST, read_manifest
-from bsq_ray.data.token_table import TABLE, read_table
-from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8
+from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
+from bsq_ray.data.token_table import TABLE_FILE, read_table
+from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
@@ -41,7 +41,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     image = read_image(image_url)
     size = run.model.image_size
-    original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
+    original = torch.from_numpy(eval_transform(image, size, run.data.evaluation_filter))
     tokens = tokenizer.encode(to_float(original[None]))
     [reconstruction] = to_uint8(tokenizer.decode(tokens))
     beside = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
@@ -87,7 +87,7 @@ def reconstruct_clip(
 
         def originals() -> Iterator[Tensor]:
             for pixels_HWC in video.frames:
-                frame = evaluation_image(Image.fromarray(pixels_HWC), size, run.data.evaluation_filter)
+                frame = eval_transform(Image.fromarray(pixels_HWC), size, run.data.evaluation_filter)
                 waiting.append(frame)
                 yield to_float(torch.from_numpy(frame))[None]
 
@@ -98,12 +98,12 @@ def reconstruct_clip(
                     pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
                     qualities.append(float(psnr(*pair)))
                     if progress is not None:
-                        progress(len(qualities), max(video.count, len(qualities)))
+                        progress(len(qualities), max(video.num_frames, len(qualities)))
                     yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
 
         path = str(Path(scratch) / "beside.mp4")
-        write_video(path, "mp4", beside(), video.rate, video.colour)
-        storage.copy_in(path, str(out))
+        write_video(path, "mp4", beside(), video.frame_rate, video.color)
+        storage.upload(path, str(out))
     return (
         f"{clip_url}: {len(qualities)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
         f"pixel), PSNR {np.mean(qualities):.2f} dB; original and reconstruction are side by side in {out}"
@@ -129,23 +129,23 @@ def describe(what: str) -> str:
         folder = model_folder.read_model_folder(what)
         parameters = sum(tensor.numel() for tensor in folder.weights.values())
         return f"model folder {what}\nid {folder.id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
-    if storage.exists(storage.join(what, MANIFEST)):
+    if storage.exists(storage.join(what, MANIFEST_FILE)):
         manifest = read_manifest(what)
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         return (
-            f"packed data set {what}\n{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, "
+            f"packed data set {what}\n{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, "
             f"{size:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
         )
     if storage.exists(storage.join(what, "checkpoints")):
         checkpoints = list_checkpoints(what)
         run = config.load_config(storage.join(what, "config.yaml"))
         return f"run folder {what}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_describe_run(run)}"
-    if storage.exists(storage.join(what, TABLE)):
+    if storage.exists(storage.join(what, TABLE_FILE)):
         table = read_table(what)
-        facts = table.facts
+        facts = table.info
         return (
             f"token table {what}\n"
-            f"{table.rows} rows, {facts.views} of each image or clip, {len(facts.classes)} classes\n"
+            f"{table.num_rows} rows, {facts.views} of each image or clip, {len(facts.classes)} classes\n"
             f"{' x '.join(map(str, facts.grid))} tokens of {facts.bits} bits, tokenizer {facts.tokenizer_id}\n"
             f"hash {table.hash}"
         )

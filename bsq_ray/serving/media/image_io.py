@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault, to_rgb
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, to_rgb
 from bsq_ray.serving.errors import Refused
 from bsq_ray.serving.media.video_io import VIDEOS
 
@@ -46,7 +46,7 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
             image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
         return to_rgb(image)
     except DECODE_ERRORS as error:
-        raise Refused(422, f"the image is damaged: {decode_fault(error)}") from None
+        raise Refused(422, f"the image is damaged: {decode_error_text(error)}") from None
 
 
 def png(pixels_CHW: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from bsq_ray.media.color import Colour
-from bsq_ray.media.video_files import TooLarge, Video, write_video
+from bsq_ray.media.video_files import TooLargeError, VideoStream, write_video
 from bsq_ray.serving.errors import Refused
 from bsq_ray.serving.media.video_sandbox import read_apart
 from bsq_ray.serving.service_config import Limits
@@ -38,7 +38,7 @@ def is_clip(data: bytes) -> bool:
     return _container(data) is not None
 
 
-def read_clip(data: bytes, limits: Limits, least: int = 1) -> Video:
+def read_clip(data: bytes, limits: Limits, least: int = 1) -> VideoStream:
     """Opens a video; its frames are decoded as they are taken, and end with a refusal at the limit.
 
     Args:
@@ -51,7 +51,7 @@ def read_clip(data: bytes, limits: Limits, least: int = 1) -> Video:
     assert kind is not None
     try:
         video = read_apart(data, kind, limits.pixels, limits.seconds)
-    except TooLarge as error:
+    except TooLargeError as error:
         raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, f"the video cannot be read: {error}") from None
@@ -102,15 +102,15 @@ def _container(data: bytes) -> str | None:
     return None
 
 
-def _bounded(video: Video, limits: Limits, least: int) -> Generator[np.ndarray, None, None]:
+def _bounded(video: VideoStream, limits: Limits, least: int) -> Generator[np.ndarray, None, None]:
     frames, count = video.frames, 0
     try:
-        check_length(video.count, max(video.size[0] * video.size[1], least), limits)
+        check_length(video.num_frames, max(video.size[0] * video.size[1], least), limits)
         for frame in frames:
             count += 1
             check_length(count, max(frame.shape[0] * frame.shape[1], least), limits)
             yield frame
-    except TooLarge as error:
+    except TooLargeError as error:
         raise _too_large(error) from None
     except ValueError as error:
         raise Refused(422, str(error)) from None
@@ -118,5 +118,5 @@ def _bounded(video: Video, limits: Limits, least: int) -> Generator[np.ndarray, 
         frames.close()
 
 
-def _too_large(error: TooLarge) -> Refused:
+def _too_large(error: TooLargeError) -> Refused:
     return Refused(413, f"the video is too large: {error}")

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from bsq_ray.media.color import Colour
-from bsq_ray.media.video_files import TooLarge, Video, read_video
+from bsq_ray.media.video_files import TooLargeError, VideoStream, read_video
 
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
 _OWN_BYTES, _PIXEL_BYTES = 2**30, 64
@@ -31,7 +31,7 @@ _SHAPE = struct.Struct("<II")
 _CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
 
 
-def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video:
+def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> VideoStream:
     """As `read_video`; its process ends with the frames, when they are closed, or when the time is up.
 
     Args:
@@ -43,7 +43,7 @@ def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video
     """
     answers = _answers(data, kind, max_pixels, seconds)
     told: dict[str, Any] = next(answers)
-    return Video(
+    return VideoStream(
         answers, Fraction(told["rate"]), told["count"], tuple(told["size"]), Colour(*told["colour"]), told["sound"]
     )
 
@@ -76,7 +76,7 @@ def _told(file: IO[bytes]) -> dict[str, Any]:
         raise ValueError("decoding it takes more memory or time than a request has")
     told: dict[str, Any] = json.loads(line)
     if error := told.get("error"):
-        raise TooLarge(error) if told["large"] else ValueError(error)
+        raise TooLargeError(error) if told["large"] else ValueError(error)
     return told
 
 
@@ -103,14 +103,14 @@ def main() -> None:
     end: dict[str, Any] = {}
     try:
         video = read_video(sys.stdin.buffer, kind, max_pixels)
-        told = {"rate": str(video.rate), "count": video.count, "size": video.size, "colour": video.colour}
-        out.write(json.dumps({**told, "sound": video.has_sound}).encode() + b"\n")
+        told = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "colour": video.color}
+        out.write(json.dumps({**told, "sound": video.has_audio}).encode() + b"\n")
         begun = True
         for frame in video.frames:
             out.write(_SHAPE.pack(*frame.shape[:2]))
             out.write(frame.data)
     except ValueError as error:
-        end = {"error": str(error), "large": isinstance(error, TooLarge)}
+        end = {"error": str(error), "large": isinstance(error, TooLargeError)}
     except MemoryError:
         # Nothing is said: whoever waits knows what that means.
         os._exit(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bsq_ray import config, model_folder
 from bsq_ray.codec.codec import Codec
 from bsq_ray.codec.container import read_header
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
@@ -81,7 +81,7 @@ class TokenizerEngine:
             Refused: see `read_image`.
         """
         size = self.tokenizer.config.image_size
-        return evaluation_image(read_image(data, self._max_pixels, size), size, self._filter)
+        return eval_transform(read_image(data, self._max_pixels, size), size, self._filter)
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Pixels (3, S, S) to packed bits (N, ceil(L / 8)), uint8."""
@@ -144,7 +144,7 @@ class CodecEngine:
         try:
             if is_clip(data):
                 video = read_clip(data, self._limits, self._tile**2)
-                coded = self.codec.compress_clip(video.frames, video.rate, video.colour, work.check)
+                coded = self.codec.compress_clip(video.frames, video.frame_rate, video.color, work.check)
             else:
                 coded = self.codec.compress(read_image(data, self._limits.pixels), work.check)
         except ValueError as error:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.media.color import Colour
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
@@ -62,7 +62,7 @@ class ClipEngine:
         packed = [compute(self._encode, step, chunk) for chunk in self._chunks(map(self._prepared, video.frames), work)]
         frames = sum(len(part) for part in packed) // self._side**2
         return PackedTokens(
-            [frames, self._side, self._side], b"".join(part.tobytes() for part in packed), str(video.rate)
+            [frames, self._side, self._side], b"".join(part.tobytes() for part in packed), str(video.frame_rate)
         )
 
     def decode(self, packed: np.ndarray, rate: Fraction, media_type: str, compute: Compute, work: Work) -> File:
@@ -105,11 +105,11 @@ class ClipEngine:
                     qualities.append(float(psnr(*pair)))
                     yield frame
 
-        file, count = written(frames(), media_type, video.rate, video.colour)
+        file, count = written(frames(), media_type, video.frame_rate, video.color)
         return File(file, media_type, count * self._size**2, count, float(np.mean(qualities)))
 
     def _prepared(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        return evaluation_image(Image.fromarray(pixels_HWC), self._size, self._filter)
+        return eval_transform(Image.fromarray(pixels_HWC), self._size, self._filter)
 
     def _chunks(self, parts: Iterable[np.ndarray], work: Work) -> Iterator[list[np.ndarray]]:
         following = iter(parts)

@@ -143,7 +143,7 @@ class CheckpointWriter:
                 _write_aside(write, folder, name)
             described = [_describe(folder / name, folder) for name in files]
             for name in files:
-                self._persistently(partial(storage.copy_in, str(folder / name), storage.join(url, name)))
+                self._persistently(partial(storage.upload, str(folder / name), storage.join(url, name)))
         return described
 
     def _publish(self, step: int, index: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class CheckpointWriter:
         self._persistently(partial(_remove_old, self._out_url, self._keep, step))
 
     def _persistently(self, operation: Callable[[], None]) -> None:
-        storage.persistently(operation, self._patience, self._warnings.put)
+        storage.retry_while_unavailable(operation, self._patience, self._warnings.put)
 
 
 def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[str]]:
@@ -173,7 +173,7 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[s
                 list(pool.map(partial(_fetch, url, Path(scratch)), files))
                 for path in Path(scratch).iterdir():
                     path.rename(folder / path.name)
-        except storage.Unavailable:
+        except storage.StorageUnavailableError:
             raise
         except ValueError as error:
             warnings.append(f"the checkpoint {url} is damaged and is passed over: {error}")
@@ -187,7 +187,7 @@ def newest_progress(out_url: str) -> Progress | None:
     for name in reversed(list_checkpoints(out_url)):
         try:
             return _read_index(storage.join(out_url, "checkpoints", name))[0]
-        except storage.Unavailable:
+        except storage.StorageUnavailableError:
             raise
         except ValueError:
             continue
@@ -267,7 +267,7 @@ def _describe(path: Path, folder: Path) -> dict[str, Any]:
 def _fetch(url: str, folder: Path, file: dict[str, Any]) -> None:
     target = folder / file["name"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    storage.copy_out(storage.join(url, file["name"]), str(target))
+    storage.download(storage.join(url, file["name"]), str(target))
     if _sha256(target) != file["sha256"]:
         raise ValueError(f"{file['name']} is not the file that was written")
 

@@ -53,7 +53,7 @@ class Log:
             if isinstance(value, int | float) and name != "step":
                 self._tensorboard.add_scalar(f"{record['kind']}/{name}", value, record["step"])
         # What storage refuses now it may take the next time; nothing is lost meanwhile.
-        with suppress(storage.Unavailable):
+        with suppress(storage.StorageUnavailableError):
             if time.monotonic() - self._written > _FLUSH_SECONDS:
                 self.flush()
             elif self._local:
@@ -75,7 +75,7 @@ class Log:
         self._tensorboard.flush()
         self._write_new()
         for path in Path(self._scratch.name).iterdir():
-            storage.copy_in(str(path), storage.join(self.out_url, "tensorboard", path.name))
+            storage.upload(str(path), storage.join(self.out_url, "tensorboard", path.name))
 
     def close(self) -> None:
         """Flushes and releases the files."""
@@ -90,7 +90,7 @@ class Log:
             storage.write_bytes(self._url, "".join(self._old + self._new).encode())
             return
         data = "".join(self._new).encode()
-        with storage.explained(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
+        with storage.translate_errors(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
             end = file.tell()
             if file.write(data) < len(data):
                 # All or nothing, so that no line is cut off.

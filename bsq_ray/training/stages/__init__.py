@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bsq_ray import config
-from bsq_ray.data.data_source import Source
+from bsq_ray.data.data_source import DataSource
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
 from bsq_ray.training.stages.prior_stage import PriorStage
@@ -15,7 +15,7 @@ from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 __all__ = ["Stage", "build_stage"]
 
 
-def build_stage(run: config.AnyConfig, source: Source, device: torch.device, init_url: str | None = None) -> Stage:
+def build_stage(run: config.AnyConfig, source: DataSource, device: torch.device, init_url: str | None = None) -> Stage:
     """The stage that a configuration names, with its modules on the device.
 
     Args:

@@ -10,7 +10,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import Generator
 from bsq_ray.config import load_config
-from bsq_ray.data.factory import open_source
+from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.training.launch import train
@@ -41,7 +41,7 @@ SMALL = [
 def tokens(photo_shards, tmp_path_factory):
     model = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
     url = str(tmp_path_factory.mktemp("tokens"))
-    tokenize(model, photo_shards, url, workers=0, views=2)
+    tokenize(model, photo_shards, url, num_workers=0, num_crops=2)
     return url
 
 
@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_bit_identical(trained, tokens, tmp_path):
 
 def test_masks_depend_on_sample_and_step_alone(tokens):
     config = load_config("masked-lm-demo", [*SMALL, "model.mask_by=sub_token", "loss.class_dropout=0.5"])
-    source = open_source(config, tokens)
+    source = build_source(config, tokens)
     stage = MaskedLMStage(config, source, torch.device("cpu"))
     [batch] = evaluation_batches(source, 40, limit=40)
     masked, dropped = stage._hide(batch.keys, 3, 0.5)
@@ -123,7 +123,7 @@ def test_options_of_the_loss_change_it(trained, tokens, tmp_path):
 
 def test_clips_are_learnt_and_drawn_as_images_are(held_out_video_shards, tmp_path):
     model = save_tokenizer(tmp_path / "tokenizer", 0, frames=4)
-    tokenize(model, held_out_video_shards, str(tmp_path / "tokens"), workers=0)
+    tokenize(model, held_out_video_shards, str(tmp_path / "tokens"), num_workers=0)
     overrides = ["model.grid=[4,4,4]", "training.steps=2", "training.batch_size=2"]
     run(str(tmp_path / "tokens"), tmp_path / "run", 0, *overrides)
     drawn = Generator.from_pretrained(str(tmp_path / "run" / "model")).generate([0], steps=2)
@@ -141,12 +141,12 @@ def test_a_table_of_another_shape_is_refused_before_anything_starts(tokens, tmp_
 def test_a_run_belongs_to_the_tokenizer_of_its_tokens(trained, photo_shards, tmp_path):
     _, out = trained
     theirs = save_tokenizer(tmp_path / "other", 1)
-    other = tokenize(theirs, photo_shards, str(tmp_path / "tokens"), workers=0, views=2).table
+    other = tokenize(theirs, photo_shards, str(tmp_path / "tokens"), num_workers=0, num_crops=2).table
     kept = load_config(str(out / "model" / "config.yaml")).model.tokenizer
     assert kept == Generator.from_pretrained(str(out / "model")).tokenizer.model_id
-    with pytest.raises(ValueError, match=f"model.tokenizer was '{kept}' and is '{other.facts.tokenizer_id}'"):
+    with pytest.raises(ValueError, match=f"model.tokenizer was '{kept}' and is '{other.info.tokenizer_id}'"):
         run(other.url, out, 0, resume=True)
-    with pytest.raises(ValueError, match=f"the model reads those of {other.facts.tokenizer_id[:12]}"):
+    with pytest.raises(ValueError, match=f"the model reads those of {other.info.tokenizer_id[:12]}"):
         run(other.url, tmp_path / "mixed", 0, held_out_url=trained_on(out))
 
 

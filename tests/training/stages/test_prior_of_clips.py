@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bsq_ray import Codec, Tokenizer, config
-from bsq_ray.data.token_table import TokenFacts, TokenTable, finished_part, write_part, write_table
+from bsq_ray.data.token_table import TokenTable, TokenTableInfo, completed_part, write_part, write_table
 from bsq_ray.data.transforms import to_float
 from bsq_ray.media.video_files import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
@@ -56,10 +56,10 @@ def table(frames, tmp_path_factory):
     clips = np.stack(frames).reshape(-1, FRAMES, 144 // SIDE, SIDE, 176 // SIDE, SIDE, 3)
     clips = torch.from_numpy(clips.transpose(0, 2, 4, 6, 1, 3, 5).reshape(-1, 3, FRAMES, SIDE, SIDE))
     packed = pack_bits(tokenizer.encode(to_float(clips)).bits_BNL.flatten(1)).numpy()
-    facts = TokenFacts(identity, 6, (FRAMES, 2, 2), ("clip",), 1, "carphone")
+    facts = TokenTableInfo(identity, 6, (FRAMES, 2, 2), ("clip",), 1, "carphone")
     labels = np.zeros(len(packed), np.int64)
     write_part(f"{url}/part-000000.parquet", facts, [f"{n}" for n in labels], labels, labels, packed)
-    rows, digest = finished_part(f"{url}/part-000000.parquet", facts)
+    rows, digest = completed_part(f"{url}/part-000000.parquet", facts)
     write_table(TokenTable(url, facts, (("part-000000.parquet", rows, digest),)))
     return url
 

@@ -31,7 +31,7 @@ SMALL = [
 def tokens(photo_shards, tmp_path_factory):
     model = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
     url = str(tmp_path_factory.mktemp("tokens"))
-    tokenize(model, photo_shards, url, workers=0, views=2)
+    tokenize(model, photo_shards, url, num_workers=0, num_crops=2)
     return url
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import config
 from bsq_ray.config import load_config
 from bsq_ray.data.data_source import Batch
-from bsq_ray.data.image_source import PhotoSource
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.transforms import to_float, to_uint8
@@ -34,7 +34,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def batch(photo_shards):
-    return next(evaluation_batches(PhotoSource(read_manifest(photo_shards), config.Data(), 32), 8))
+    return next(evaluation_batches(ImageSource(read_manifest(photo_shards), config.Data(), 32), 8))
 
 
 def build(*overrides):
@@ -150,7 +150,7 @@ def test_compiled_blocks_compute_the_same_loss(batch):
 @pytest.fixture(scope="module")
 def clips():
     """Eight clips of four frames."""
-    values = torch.cat([street(4, 32, start=start) for start in range(0, 32, 4)])
+    values = torch.cat([street_clip(4, 32, start=start) for start in range(0, 32, 4)])
     return Batch(to_uint8(values), torch.zeros(8, dtype=torch.int64), [f"street@{n}" for n in range(8)])
 
 
