@@ -38,7 +38,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
     """Packing, training, evaluation, tokenization and the report work without a local folder."""
     shards, run, table, lm = (f"{bucket}/{name}" for name in ("shards", "run", "tokens", "lm"))
     pack_images(str(photo_folders[1]), shards, max_side=64, num_workers=0)
-    train(load_config("demo", SMALL_TRAINING), shards, run, 0, show=ignore_record)
+    train(load_config("demo", SMALL_TRAINING), shards, run, 0, on_record=ignore_record)
     assert list_checkpoints(run) == ["step-0000002"]
     assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
     assert storage.list_folder(f"{run}/tensorboard")
@@ -48,7 +48,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
     assert b"<html" in storage.read_bytes(f"{bucket}/report.html")
     tokenize(f"{run}/model", shards, table, num_workers=0)
     assert read_table(table).num_rows == sum(1 for path in photo_folders[1].iterdir())
-    train(load_config("masked-lm-demo", SMALL_TOKENS), table, lm, 0, held_out_url=table, show=ignore_record)
+    train(load_config("masked-lm-demo", SMALL_TOKENS), table, lm, 0, held_out_url=table, on_record=ignore_record)
     assert storage.exists(f"{lm}/model/model.safetensors")
     Tokenizer.from_pretrained(f"{lm}/model/tokenizer")
 

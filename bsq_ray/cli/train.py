@@ -27,7 +27,7 @@ def train(
     from bsq_ray.config import load_config
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.launch import train as launch
-    from bsq_ray.training.monitoring.summary import summary_lines
+    from bsq_ray.training.monitoring.summary import format_summary
 
     fewest, most = number_or_range(workers, "--workers")
     run = load_config(config, overrides or [])
@@ -39,7 +39,7 @@ def train(
         )
     except Interrupted as stop:
         raise Interrupted(f"{stop}. Go on with: {going_on()}") from None
-    print("\n".join(summary_lines(result, out)))
+    print("\n".join(format_summary(result, out)))
 
 
 def plan_run(

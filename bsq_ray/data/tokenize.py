@@ -30,7 +30,7 @@ from bsq_ray.data.token_table import (
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def tokenize(
     missing = [n for n, name in enumerate(names) if completed_part(storage.join(out_url, name), info) is None]
     task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
     skipped: list[str] = []
-    results = map_in_pool(missing, partial(_PartWriter, task), num_workers, address)
+    results = actor_map_ordered(missing, partial(_PartWriter, task), num_workers, address)
     for done, part_skipped in enumerate(results, len(names) - len(missing) + 1):
         skipped += part_skipped
         on_progress(done, len(names))

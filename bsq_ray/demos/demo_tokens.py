@@ -65,7 +65,7 @@ class TokenDemo:
 
     def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
         """Trains for its share of the minutes, or goes on; the model folder."""
-        from bsq_ray.runtime.ray_session import gpus_within_reach
+        from bsq_ray.runtime.ray_session import max_cluster_gpus
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import train
 
@@ -80,7 +80,7 @@ class TokenDemo:
             resume=bool(list_checkpoints(where)),
             held_out_url=data["held_out"],
             minutes=self.minutes * share,
-            device="gpu" if gpus_within_reach() >= WORKERS else "cpu",
+            device="gpu" if max_cluster_gpus() >= WORKERS else "cpu",
         )
         return storage.join(where, "model")
 

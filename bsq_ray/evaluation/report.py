@@ -11,7 +11,7 @@ import jinja2
 
 from bsq_ray import config, storage
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
-from bsq_ray.training.monitoring.console import duration
+from bsq_ray.training.monitoring.console import format_duration
 
 # Curves of the report: title, unit, and the records and names they are drawn from.
 _CURVES = (
@@ -50,7 +50,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         curves=[curve for spec in _CURVES if (curve := _curve(records, *spec))],
         figures=results["rows"]["model"],
         summary=summary,
-        duration=duration(summary["seconds"]),
+        duration=format_duration(summary["seconds"]),
         run_url=run_url,
         contract_text=json.dumps(results["contract"], indent=2),
     )

@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from bsq_ray import model_folder
 from bsq_ray.config.loader import check_section
-from bsq_ray.runtime.malloc import keep_memory
+from bsq_ray.runtime.malloc import malloc_env
 from bsq_ray.serving.http.admission import digest
 from bsq_ray.serving.http.ingress import Front
 from bsq_ray.serving.registry import ROLES, kind_of
@@ -72,7 +72,7 @@ def options(section: Scaling, ongoing: int, settings: Settings) -> dict[str, Any
         "ray_actor_options": {
             "num_cpus": section.cpus,
             "num_gpus": gpus,
-            "runtime_env": {"env_vars": keep_memory()} if on_cpu else {},
+            "runtime_env": {"env_vars": malloc_env()} if on_cpu else {},
         },
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "health_check_period_s": 5,

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.training.monitoring.console import duration
+from bsq_ray.training.monitoring.console import format_duration
 from bsq_ray.tuning import sweep_plots
 from bsq_ray.tuning.study import Record, State, Study, shown
 from bsq_ray.tuning.sweep_config import ALONG
@@ -123,7 +123,7 @@ def _parquet(study: Study) -> bytes:
 def _best_preset(study: Study, best: Record) -> str:
     name, direction = study.sweep.first_metric
     budget = study.sweep.budget
-    length = duration(60 * budget.minutes) if budget.minutes else f"{budget.steps or 'all'} steps"
+    length = format_duration(60 * budget.minutes) if budget.minutes else f"{budget.steps or 'all'} steps"
     comments = [
         f"Trial {best.number} of sweep {study.sweep.name}, best by {name} ({direction}): {shown(best.figures[name])}.",
         f"The trials trained for {length}; this preset trains as long as its base, unless training.steps is given.",

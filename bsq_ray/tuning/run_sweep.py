@@ -20,10 +20,10 @@ import yaml
 from bsq_ray import storage
 from bsq_ray.config.loader import load_config
 from bsq_ray.data.factory import build_source
-from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
+from bsq_ray.runtime.ray_session import max_cluster_resources, ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
-from bsq_ray.training.ray_trainer import Share, ray_storage, train_on_gpus
+from bsq_ray.training.ray_trainer import ResourceBudget, ray_storage_options, should_use_gpus
 from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.results import write_results
 from bsq_ray.tuning.study import Record, Study
@@ -170,11 +170,11 @@ def _tune(
     from bsq_ray.tuning.tune_adapters import StudySearcher, Watcher, build_scheduler
 
     budget = study.sweep.budget
-    total = resources_within_reach()
+    total = max_cluster_resources()
     if budget.resources:
         gpu = budget.resources.get("GPU", 0.0) > 0
     else:
-        gpu = train_on_gpus(device, budget.workers, total.get("GPU", 0.0))
+        gpu = should_use_gpus(device, budget.workers, total.get("GPU", 0.0))
     concurrency, share = divide(budget, total, gpu, study.left)
     task = Task(
         out_url=study.out_url,
@@ -202,7 +202,7 @@ def _tune(
             callbacks=[watcher],
             verbose=0,
             raise_on_failed_trial=False,
-            **ray_storage(study.out_url),
+            **ray_storage_options(study.out_url),
         )
     finally:
         ray.kill(wishes)
@@ -210,7 +210,7 @@ def _tune(
         storage.remove_folder(storage.join(study.out_url, "ray"))
 
 
-def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -> tuple[int, Share]:
+def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -> tuple[int, ResourceBudget]:
     """How many trials run at once, and what each of their workers takes.
 
     Args:
@@ -236,7 +236,7 @@ def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -
             f"reading of data: the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; lower "
             "budget.concurrency, budget.workers or budget.resources"
         )
-    return min(wanted, trials), Share(resources, runs=min(wanted, trials))
+    return min(wanted, trials), ResourceBudget(resources, concurrent_runs=min(wanted, trials))
 
 
 def _room(resources: Mapping[str, float], workers: int, total: Mapping[str, float]) -> int:

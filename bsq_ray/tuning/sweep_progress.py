@@ -16,15 +16,15 @@ class SweepLine:
         """One event, see `run_sweep`."""
         if event == "end":
             reason = f": {record.reason}" if record.reason else f"  {_figures(record, study)}"
-            self._line.say(f"trial {record.number} ({_values(record)}) {record.state}{reason}")
+            self._line.print_line(f"trial {record.number} ({_values(record)}) {record.state}{reason}")
         elif event == "retry":
-            self._line.say(f"trial {record.number} is begun again: {record.again[-1]}")
+            self._line.print_line(f"trial {record.number} is begun again: {record.again[-1]}")
         elif event == "interrupted":
-            self._line.say(f"trial {record.number} has saved")
+            self._line.print_line(f"trial {record.number} has saved")
         elif record.reports:
             step, _ = record.reports[-1]
             now = f"trial {record.number} at step {step}: {_figures(record, study)}"
-            self._line.status(f"{_summary(study)}  |  {now}")
+            self._line.update_status(f"{_summary(study)}  |  {now}")
 
 
 def _summary(study: Study) -> str:

@@ -20,8 +20,8 @@ from ray import tune
 
 from bsq_ray import config, storage
 from bsq_ray.config import load_config
-from bsq_ray.training.nonfinite import NonFinite
-from bsq_ray.training.ray_trainer import Share
+from bsq_ray.training.nonfinite import NonFiniteLossError
+from bsq_ray.training.ray_trainer import ResourceBudget
 from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.study import config_url, trial_url
 
@@ -64,7 +64,7 @@ class Task:
     held_out_url: str
     workers: int
     device: Device
-    share: Share
+    share: ResourceBudget
     minutes: float | None
     held_out_images: int | None
 
@@ -88,7 +88,7 @@ class Trial(tune.Trainable):
         self._folder = trial_url(task.out_url, self._number)
         if task.device == "cpu":
             # Ray allows one, by the small part of a CPU that it counts for this process.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.share.runs))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // task.share.concurrent_runs))
         self._wish = ""
         self._stop = threading.Event()
         self._told: queue.Queue[dict[str, Any] | Ending | Exception] = queue.Queue()
@@ -139,7 +139,7 @@ class Trial(tune.Trainable):
             self._told.put(RuntimeError(str(error)))
         except ValueError as error:
             self._told.put(Ending("invalid", str(error), {}))
-        except NonFinite as error:
+        except NonFiniteLossError as error:
             self._told.put(Ending("diverged", str(error), {}))
         except Exception as error:
             self._told.put(error)
@@ -163,14 +163,14 @@ class Trial(tune.Trainable):
                 held_out_url=task.held_out_url,
                 minutes=task.minutes,
                 device=task.device,
-                show=self._told.put,
-                stop=self._stop,
-                share=task.share,
+                on_record=self._told.put,
+                stop_event=self._stop,
+                budget=task.share,
             )
         except Interrupted:
             return Ending(self._wish, "", {})
         facts = {"steps": float(result.step), "train_seconds": result.seconds}
-        return Ending("finished", "", {**result.figures, **facts, **self._measure(run_config)})
+        return Ending("finished", "", {**result.metrics, **facts, **self._measure(run_config)})
 
     def _measure(self, run_config: config.AnyConfig) -> dict[str, float]:
         """Figures of the trained model on held-out images, for the stages that have such a measurement."""

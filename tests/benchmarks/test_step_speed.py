@@ -15,7 +15,7 @@ import torch
 from training_steps import CarelessTraining, Training
 
 from bsq_ray import config
-from bsq_ray.runtime.malloc import keep_memory
+from bsq_ray.runtime.malloc import malloc_env
 
 pytestmark = pytest.mark.benchmark
 _SIZE, _BATCH = 128, 4
@@ -62,7 +62,7 @@ def test_step_speed(figure):
         call = f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); import test_step_speed as t; "
         call += f"print(*t.measure(*{case!r}))"
         # Ours as Ray's workers are started; the neighbour as any process.
-        told = keep_memory() if case[0] == "careful" else {}
+        told = malloc_env() if case[0] == "careful" else {}
         environment = os.environ | told
         done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True, env=environment)
         value, memory = map(float, done.stdout.split()[-2:])

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from process_group import in_group
+from process_group import spawn_group
 from servers import servers, wait_until
-from small_runs import train_several
+from small_runs import train_runs
 from test_resume import assert_identical, weights
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def cluster(photo_shards):
 def undisturbed(photo_shards, tmp_path_factory):
     """Folder of the same run by two processes that talk to each other directly."""
     out = tmp_path_factory.mktemp("undisturbed")
-    in_group(2, train_several, photo_shards, out, {"run": LONG})
+    spawn_group(2, train_runs, photo_shards, out, {"run": LONG})
     return out
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from small_gpu_models import assert_agree, small_tokenizer
-from small_runs import Listener
+from small_runs import RecordingReporter
 
 from bsq_ray import Generator, Prior, Tokenizer, config
 from bsq_ray.config import load_config
@@ -12,9 +12,9 @@ from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation.sample import Request, draw
 from bsq_ray.models.masked_lm import MaskedLM
-from bsq_ray.training.run_spec import Job
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Worker
+from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import WorkerContext
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -57,9 +57,9 @@ def tokens(tokenizer_folder, photo_shards, tmp_path_factory):
 
 def train(device, preset, tokens, out, overrides=(), last=None):
     """The records of the steps."""
-    listener = Listener(last)
+    listener = RecordingReporter(last)
     section = resolve_tokenizer(load_config(preset, [*SMALL, *STAGES[preset], *overrides]), tokens)
-    run(Job(section, tokens, str(out)), Worker(0, 1, device, "local", listener))
+    run_training(RunSpec(section, tokens, str(out)), WorkerContext(0, 1, device, "local", listener))
     return listener.training
 
 

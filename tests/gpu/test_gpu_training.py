@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from small_runs import PRESET, SMALL, STEPS, Listener, small_job
+from small_runs import PRESET, SMALL, STEPS, RecordingReporter, small_job
 from test_engine import ENGINES, UNCOMPARED, assert_same_run
 
 from bsq_ray.training.checkpoints.writer import list_checkpoints
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Worker
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import WorkerContext
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ RELATIVE = 2e-3
 
 def train(device, shards, out, overrides=(), last=None):
     """The records of the steps; those of the runs of one folder go on from each other."""
-    listener = Listener(last)
-    run(small_job(shards, out, [*STEADY, *overrides]), Worker(0, 1, device, "local", listener))
+    listener = RecordingReporter(last)
+    run_training(small_job(shards, out, [*STEADY, *overrides]), WorkerContext(0, 1, device, "local", listener))
     return listener.training
 
 

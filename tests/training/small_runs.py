@@ -3,9 +3,9 @@
 import torch
 
 from bsq_ray.config import load_config
-from bsq_ray.training.run_spec import Job
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Wish, Worker
+from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import ControlSignal, WorkerContext
 
 STEPS = 4
 PRESET = "imagenet128-bsq18"
@@ -39,45 +39,49 @@ SMALL = [
 ]
 
 
-class Listener:
+class RecordingReporter:
     """Keeps a run's records; asks it to stop after a step."""
 
-    def __init__(self, last=None):
+    def __init__(self, stop_after=None):
         self.records = []
-        self.last = last
+        self.stop_after = stop_after
 
     def record(self, record):
         self.records.append(record)
 
-    def wish(self):
-        return Wish.STOP if self.last is not None and self.steps + 1 >= self.last else Wish.GO_ON
+    def control_signal(self):
+        return (
+            ControlSignal.STOP
+            if self.stop_after is not None and self.last_step + 1 >= self.stop_after
+            else ControlSignal.CONTINUE
+        )
 
     @property
-    def steps(self):
+    def last_step(self):
         return max((record["step"] for record in self.records), default=0)
 
     @property
-    def training(self):
+    def training_records(self):
         return [record for record in self.records if record["kind"] == "training"]
 
 
-def small_job(shards, out, overrides=(), **settings):
-    return Job(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), **settings)
+def small_spec(shards, out, overrides=(), **settings):
+    return RunSpec(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), **settings)
 
 
-def in_this_process(listener):
-    return Worker(0, 1, torch.device("cpu"), "local", listener)
+def local_worker(reporter):
+    return WorkerContext(0, 1, torch.device("cpu"), "local", reporter)
 
 
-def train_several(rank, world, shards, out, runs, last=None):
+def train_runs(rank, world_size, shards, out, runs, stop_after=None):
     """Trains each of `runs`, name → overrides, one after the other; returns the records of each one's steps.
 
     Those in `last` are asked to stop after that step.
     """
     losses = {}
     for name, overrides in runs.items():
-        listener = Listener((last or {}).get(name))
-        job = small_job(shards, f"{out}/{name}", overrides)
-        run(job, Worker(rank, world, torch.device("cpu"), "local", listener))
-        losses[name] = listener.training
+        reporter = RecordingReporter((stop_after or {}).get(name))
+        spec = small_spec(shards, f"{out}/{name}", overrides)
+        run_training(spec, WorkerContext(rank, world_size, torch.device("cpu"), "local", reporter))
+        losses[name] = reporter.training_records
     return losses

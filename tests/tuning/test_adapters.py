@@ -107,8 +107,8 @@ def test_without_a_scheduler_nobody_is_stopped(tmp_path):
 )
 def test_a_trial_gets_its_share_of_the_cluster(budget, total, gpu, expected):
     concurrency, share = divide(Budget(**budget), total, gpu, trials=20)
-    assert (concurrency, share.resources) == expected
-    assert share.runs == concurrency
+    assert (concurrency, share.resources_per_worker) == expected
+    assert share.concurrent_runs == concurrency
 
 
 def test_more_trials_than_are_left_get_no_share():

@@ -107,7 +107,7 @@ def test_training_takes_the_best_preset(demo, photo_shards, tmp_path):
     assert best.model == ran.model
     assert best.loss == ran.loss
     short = load_config(str(out / "best.yaml"), ["training.steps=1"])
-    assert train(short, photo_shards, str(tmp_path / "run"), 0, show=lambda record: None).finished
+    assert train(short, photo_shards, str(tmp_path / "run"), 0, on_record=lambda record: None).finished
 
 
 def test_after_a_sweep_the_cluster_is_as_free_as_before(demo):

@@ -5,8 +5,8 @@ import queue
 import pytest
 
 from bsq_ray import storage
-from bsq_ray.training.nonfinite import NonFinite
-from bsq_ray.training.ray_trainer import Share
+from bsq_ray.training.nonfinite import NonFiniteLossError
+from bsq_ray.training.ray_trainer import ResourceBudget
 from bsq_ray.tuning.trial import Ending, Task, Trial
 
 
@@ -23,7 +23,9 @@ def told(error):
     return trial._told.get()
 
 
-@pytest.mark.parametrize(("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFinite("step 3"), "diverged")])
+@pytest.mark.parametrize(
+    ("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFiniteLossError("step 3"), "diverged")]
+)
 def test_what_another_attempt_would_not_change_is_an_ending(error, ending):
     assert told(error) == Ending(ending, str(error), {})
 
@@ -39,7 +41,7 @@ def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
 
 
 def test_a_configuration_that_cannot_be_read_is_told_and_does_not_end_the_process(tmp_path):
-    task = Task(str(tmp_path), "", "", 1, "cpu", Share(), None, None)
+    task = Task(str(tmp_path), "", "", 1, "cpu", ResourceBudget(), None, None)
     trial = Trial.__new__(Trial)
     trial.setup({"number": 0}, task)
     failure = trial._told.get(timeout=60)

@@ -32,7 +32,7 @@ from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
-from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
 _ANCHOR = {"images": "JPEG", "clips": "H.264"}
@@ -75,7 +75,7 @@ def evaluate_compression(
     points: dict[str, list[Point]] = {}
     pictures: list[dict[str, np.ndarray]] = []
     compare = partial(_Comparer, model_url, weights, reading)
-    each = map_in_pool(list(found.items.values()), compare, workers, address)
+    each = actor_map_ordered(list(found.items.values()), compare, workers, address)
     for name, (its_points, shown) in zip(found.items, each, strict=True):
         points[name] = its_points
         if len(pictures) < _PICTURED:

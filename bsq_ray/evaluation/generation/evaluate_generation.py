@@ -34,7 +34,7 @@ from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 _BATCH = 32
 # Neighbours that vote on the class of an image.
@@ -100,7 +100,7 @@ def evaluate_generation(
     sheets = {name: ClassSheet(manifest.classes, _PICTURED_PER_CLASS) for name in draws}
     for place, (name, draw) in enumerate(draws.items()):
         features, seen = [], []
-        measured = map_in_pool(chunks, partial(_Measured, draw), workers, address)
+        measured = actor_map_ordered(chunks, partial(_Measured, draw), workers, address)
         for (_, wanted), ((part, part_seen), shown) in zip(chunks, measured, strict=True):
             features.append(part)
             seen.append(part_seen)

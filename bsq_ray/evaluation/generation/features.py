@@ -22,8 +22,8 @@ from bsq_ray.metrics.classifier import Classifier
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.pretrained_weights import cache_folder, resolve_once
-from bsq_ray.runtime.actor_pool import map_in_pool
-from bsq_ray.runtime.precision import whole_fp32
+from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.precision import strict_fp32
 
 _BATCH = 32
 # Images that take part in comparisons of pairs.
@@ -72,7 +72,7 @@ def real_features(
         range(first, min(first + _BATCH, manifest.num_samples)) for first in range(0, manifest.num_samples, _BATCH)
     ]
     source = build_pixel_source(run, manifest)
-    parts = list(map_in_pool(chunks, partial(_RealMeasured, source), workers, address))
+    parts = list(actor_map_ordered(chunks, partial(_RealMeasured, source), workers, address))
     features = Features(
         np.concatenate([part.features_ND for part in parts]),
         np.concatenate([part.seen_NC for part in parts]),
@@ -102,7 +102,7 @@ class Networks:
     """Both networks, on the GPU if there is one."""
 
     def __init__(self) -> None:
-        whole_fp32()
+        strict_fp32()
         self.inception, self.classifier = Inception().to(device()), Classifier().to(device())
 
     def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:

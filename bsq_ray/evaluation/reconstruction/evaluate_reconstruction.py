@@ -29,7 +29,7 @@ from bsq_ray.evaluation.reconstruction.clip_metrics import ClipMeasurer
 from bsq_ray.evaluation.reconstruction.image_metrics import ImageMeasurer
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import FEWEST_FRAMES
-from bsq_ray.runtime.ray_session import gpu_share, ray_session
+from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
 _ANIMATION_FPS = 6.0
@@ -132,7 +132,7 @@ def _on_ray(job: _Job, workers: int, address: str | None) -> Iterator[Measured]:
                 measured[0] = self.measure(rows["block"][0])
                 return {"measured": measured}
 
-        share = gpu_share(workers)
+        share = gpus_per_process(workers)
         samples = evaluation_dataset(*job.samples())
         pool = ray.data.ActorPoolStrategy(size=min(workers, -(-job.total // job.batch_size)))
         for row in samples.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=share).iter_rows():
