@@ -79,7 +79,7 @@ def decompress(
     weights: Weights = "ema",
 ) -> None:
     """Decompress a .bsq file."""
-    from bsq_ray.codec.files import Part, decompress_file
+    from bsq_ray.codec.files import DecodeSelection, decompress_file
 
     box = None
     if region is not None:
@@ -87,7 +87,7 @@ def decompress(
         if len(edges) != 4:
             raise ValueError(f"--region {region} are not four numbers: left,top,right,bottom")
         box = edges[0], edges[1], edges[2], edges[3]
-    part = Part(box, frame, seek, preview, max_pixels)
+    part = DecodeSelection(box, frame, seek, preview, max_pixels)
     with progress_bar("decompressing") as bar:
         told = decompress_file(model, source, out, part, which_weights(weights), bar)
     print(told, file=sys.stderr)
@@ -100,11 +100,11 @@ def import_reference(
     weights: Weights = "ema",
 ) -> None:
     """Turn a checkpoint of the published reference code into a model folder, without running what it pickles."""
-    from bsq_ray.import_bsq_vit import import_reference as convert
+    from bsq_ray.import_bsq_vit import import_bsq_vit as convert
 
     imported = convert(checkpoint, config, out, which_weights(weights))
     steps = f", {imported.iteration} steps" if imported.iteration is not None else ""
-    print(f"imported model {imported.id[:12]}{steps} to {out}")
+    print(f"imported model {imported.model_id[:12]}{steps} to {out}")
 
 
 def info(

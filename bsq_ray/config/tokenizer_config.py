@@ -42,7 +42,7 @@ class Transformer(Strict):
 class Decoder(Transformer):
     """The decoder adds a head of two linear layers with a Tanh between them."""
 
-    head_width: int = Field(3072, ge=1)
+    head_hidden_dim: int = Field(3072, ge=1)
 
 
 class Entropy(Strict):

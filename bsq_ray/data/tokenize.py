@@ -72,7 +72,7 @@ def tokenize(
     Raises:
         ValueError: model or data are missing, or the folder holds a table of another tokenizer.
     """
-    folder = model_folder.read_model_folder(model_url)
+    folder = model_folder.load_model_folder(model_url)
     run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     if num_crops < 1:
@@ -85,9 +85,9 @@ def tokenize(
     if manifest.kind == "videos":
         dataset += f" stride {run.data.frame_stride} clips {run.data.clips_per_video}"
     info = TokenTableInfo(
-        folder.id, run.model.quantizer.bits, (frames, side, side), manifest.classes, num_crops, dataset
+        folder.model_id, run.model.quantizer.bits, (frames, side, side), manifest.classes, num_crops, dataset
     )
-    _bundle_tokenizer(folder.id, model_url, out_url)
+    _bundle_tokenizer(folder.model_id, model_url, out_url)
     names = [f"part-{number:06}.parquet" for number in range(len(manifest.shards))]
     missing = [n for n, name in enumerate(names) if completed_part(storage.join(out_url, name), info) is None]
     task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
@@ -110,7 +110,7 @@ def tokenize(
 def _bundle_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
     bundled_url = storage.join(out_url, TOKENIZER_FOLDER)
     if storage.exists(storage.join(bundled_url, "config.yaml")):
-        bundled_id = model_folder.read_model_folder(bundled_url).id
+        bundled_id = model_folder.load_model_folder(bundled_url).model_id
         if bundled_id != model_id:
             raise ValueError(
                 f"{out_url} holds tokens of another tokenizer ({bundled_id[:12]}, {model_url} is {model_id[:12]}); "

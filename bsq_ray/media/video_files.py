@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from bsq_ray.codec.container import MAX_PIXELS
-from bsq_ray.media.color import Colour
+from bsq_ray.media.color import Color
 
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
 _SCALER_MATRICES = {1, 2, 4, 5, 6, 7, 9}
@@ -46,7 +46,7 @@ class VideoStream:
     frame_rate: Fraction
     num_frames: int
     size: tuple[int, int]
-    color: Colour
+    color: Color
     has_audio: bool
 
 
@@ -87,7 +87,7 @@ def read_video(file: IO[bytes] | str, container_format: str | None = None, max_p
     first = next(frames, None)
     if first is None:
         raise ValueError("its video has no frames")
-    color = Colour(int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2))
+    color = Color(int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2))
     frame_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     return VideoStream(_iter_rgb(first, frames), frame_rate, stream.frames, size, color, bool(container.streams.audio))
 
@@ -122,7 +122,7 @@ def _to_upright_rgb(frame: Any) -> np.ndarray:
 
 
 def write_video(
-    file: IO[bytes] | str, container_format: str, frames: Iterable[np.ndarray], frame_rate: Fraction, color: Colour
+    file: IO[bytes] | str, container_format: str, frames: Iterable[np.ndarray], frame_rate: Fraction, color: Color
 ) -> int:
     """Writes frames to a file; returns how many.
 
@@ -152,7 +152,7 @@ def write_video(
     return num_written
 
 
-def _set_color_tags(stream: Any, container_format: str, shape: tuple[int, ...], color: Colour) -> None:
+def _set_color_tags(stream: Any, container_format: str, shape: tuple[int, ...], color: Color) -> None:
     stream.height, stream.width = shape[:2]
     context = stream.codec_context
     context.color_primaries, context.color_trc = color.primaries, color.transfer

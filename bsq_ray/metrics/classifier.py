@@ -79,7 +79,7 @@ class _Conv(nn.Module):
         self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1, limit: float = 6.0
     ) -> None:
         super().__init__()
-        self.kernel, self.stride, self.limit = kernel, stride, limit
+        self.kernel, self.stride, self.max_value = kernel, stride, limit
         self.conv = nn.Conv2d(channels, out, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out, eps=1e-3)
 
@@ -89,7 +89,7 @@ class _Conv(nn.Module):
             missing = max((-(-side // self.stride) - 1) * self.stride + self.kernel - side, 0)
             padding += [missing // 2, missing - missing // 2]
         x_BCHW = self.norm(self.conv(F.pad(x_BCHW, padding)))
-        return x_BCHW if self.limit == float("inf") else x_BCHW.clamp(0, self.limit)
+        return x_BCHW if self.max_value == float("inf") else x_BCHW.clamp(0, self.max_value)
 
 
 class _Bottleneck(nn.Module):
@@ -101,8 +101,8 @@ class _Bottleneck(nn.Module):
         expand = [_Conv(channels, inner, 1)] if expansion > 1 else []
         depthwise = _Conv(inner, inner, kernel, stride, groups=inner)
         self.layers = nn.Sequential(*expand, depthwise, _Conv(inner, out, 1, limit=float("inf")))
-        self.adds = stride == 1 and channels == out
+        self.has_residual = stride == 1 and channels == out
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW: Tensor = self.layers(x_BCHW)
-        return x_BCHW + y_BCHW if self.adds else y_BCHW
+        return x_BCHW + y_BCHW if self.has_residual else y_BCHW

@@ -40,7 +40,7 @@ def tokenizer_bytes(model: config.TokenizerModel, half: bool) -> int:
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     operand = 2 if half else 4
     by_frame = model.causal and model.frames > 1
-    per_token = operand * (patch + model.decoder.head_width) + 12 * patch + 24 * channels
+    per_token = operand * (patch + model.decoder.head_hidden_dim) + 12 * patch + 24 * channels
     for sizes in (model.encoder, model.decoder):
         # The two outer norms, and the projection that follows.
         per_token += 8 * sizes.width + 16 + operand * sizes.width

@@ -45,7 +45,7 @@ def tokenizer_forward(model: config.TokenizerModel) -> int:
         patch * encoder.width
         + encoder.width * channels
         + channels * decoder.width
-        + (decoder.width + patch) * decoder.head_width
+        + (decoder.width + patch) * decoder.head_hidden_dim
     )
     return (
         2 * model.frames * frame_tokens * per_token

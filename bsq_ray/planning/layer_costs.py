@@ -77,8 +77,8 @@ def tokenizer_parameters(model: config.TokenizerModel) -> int:
         + codebook
         + (channels + 1) * decoder.width
         + transformer_parameters(decoder, tokens, model.frames)
-        + (decoder.width + 1) * decoder.head_width
-        + (decoder.head_width + 1) * patch
+        + (decoder.width + 1) * decoder.head_hidden_dim
+        + (decoder.head_hidden_dim + 1) * patch
     )
 
 

@@ -43,7 +43,7 @@ def application(settings: Settings, token: str | None, loopback: bool) -> Applic
     Raises:
         ValueError: a model folder cannot be read.
     """
-    kinds = {name: kind_of(model_folder.read_config(url)) for name, url in settings.models.items()}
+    kinds = {name: kind_of(model_folder.load_model_folder_config(url)) for name, url in settings.models.items()}
     handles = {
         name: {role: _models(role, name, url, settings) for role in ROLES[kinds[name].stage]}
         for name, url in settings.models.items()

@@ -62,7 +62,7 @@ def settings_of(models: Sequence[str], host: str, token: bool | None, overrides:
     for text in models:
         name, separator, url = text.partition("=")
         if not separator:
-            name, url = model_folder.read_config(text).name, text
+            name, url = model_folder.load_model_folder_config(text).name, text
         if name in named:
             raise ValueError(f"two models are called {name}; give one another name: --model OTHER={url}")
         named[name] = url

@@ -229,7 +229,7 @@ class Trainer:
         for text in skipped.retries:
             self._record(kind="warning", text=text)
 
-    def _evaluate(self, weights: model_folder.Weights) -> None:
+    def _evaluate(self, weights: model_folder.WeightsKind) -> None:
         metric_sums: dict[str, float] = defaultdict(float)
         num_images, sample_image = 0, None
         with self._autocast():

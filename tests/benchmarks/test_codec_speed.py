@@ -32,7 +32,7 @@ def test_the_range_coder_beside_torchac(figure):
     import torchac
 
     rng = np.random.default_rng(0)
-    odds = probabilities.probabilities(rng.normal(0, 12, DECISIONS).round().clip(-40, 40).astype(np.int64))
+    odds = probabilities.probabilities_of_levels(rng.normal(0, 12, DECISIONS).round().clip(-40, 40).astype(np.int64))
     bits = (rng.random(DECISIONS) < odds).astype(np.int32)
     bernoulli = constriction.stream.model.Bernoulli(perfect=False)
 

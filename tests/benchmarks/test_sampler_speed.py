@@ -15,7 +15,7 @@ pytestmark = pytest.mark.benchmark
 @pytest.mark.parametrize(("preset", "batch", "steps"), [("masked-lm-demo", 16, 32), ("imagenet128-masked-lm", 2, 32)])
 def test_sampler_speed(preset, batch, steps, figure):
     model = MaskedLM(load_config(preset).model).eval()
-    classes_BC = model.classes_of(torch.zeros(batch, dtype=torch.long))
+    classes_BC = model.class_weights(torch.zeros(batch, dtype=torch.long))
     inside = 0.0
 
     def timed(tokens_BNS, classes_BC):

@@ -27,7 +27,7 @@ def tokenizer(frames=_T, size=_SIZE, width=256, layers=4, heads=4):
         image_size=size,
         frames=frames,
         encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_width=4 * width),
+        decoder=config.Decoder(**sizes, head_hidden_dim=4 * width),
     )
     return Tokenizer(section)
 

@@ -28,7 +28,7 @@ def saved_model(url, frames, **data):
         image_size=32,
         frames=frames,
         encoder=config.Transformer(width=32, layers=1, heads=2),
-        decoder=config.Decoder(width=32, layers=1, heads=2, head_width=32),
+        decoder=config.Decoder(width=32, layers=1, heads=2, head_hidden_dim=32),
     )
     run = config.TokenizerConfig(name="clips", model=section, data=config.Data(**data))
     Tokenizer(section).save_pretrained(url, run)

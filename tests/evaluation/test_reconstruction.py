@@ -20,7 +20,7 @@ from bsq_ray.models.tokenizer import Tokenizer
 def model(tmp_path_factory):
     """An untrained tokenizer of 36 bits at 32 px."""
     torch.manual_seed(0)
-    small = config.Decoder(width=32, layers=1, heads=2, head_width=32)
+    small = config.Decoder(width=32, layers=1, heads=2, head_hidden_dim=32)
     section = config.TokenizerModel(
         image_size=32,
         encoder=config.Transformer(width=32, layers=1, heads=2),

@@ -24,7 +24,7 @@ def model(request, tmp_path_factory):
         frames=1 if request.param == "images" else 4,
         causal=request.param == "causal",
         encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_width=32),
+        decoder=config.Decoder(**sizes, head_hidden_dim=32),
         quantizer=config.BSQ(bits=10),
     )
     url = str(tmp_path_factory.mktemp("model") / "model")

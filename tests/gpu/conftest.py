@@ -22,7 +22,7 @@ def gpu():
 
 
 @pytest.fixture(autouse=True)
-def _exact_products():
+def _strict_fp32():
     """What is compared with the CPU multiplies as it does."""
     strict_fp32()
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
-from bsq_ray.models.prior import Prior, path_cost
+from bsq_ray.models.prior import Prior, code_length
 from bsq_ray.planning.token_costs import token_bytes, token_flops, token_forward, token_parameters
 
 PRESETS = [name for name in preset_names() if load_config(name).stage != "tokenizer"]
@@ -23,7 +23,7 @@ def build(run):
 def cost(run, model, sub_tokens_BNS):
     """The training loss; for the masked model with the share of tokens hidden that is hidden on average."""
     if run.stage == "prior":
-        return path_cost(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
+        return code_length(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
     count = round(run.model.tokens * 2 / torch.pi)
     masked_BNS = (torch.arange(run.model.tokens) < count)[None, :, None].expand_as(sub_tokens_BNS)
     classes_BC = model.classes_of(torch.arange(len(sub_tokens_BNS)))

@@ -20,7 +20,7 @@ def save_models(folder):
         config.TokenizerModel(
             image_size=64,
             encoder=config.Transformer(**sizes),
-            decoder=config.Decoder(**sizes, head_width=32),
+            decoder=config.Decoder(**sizes, head_hidden_dim=32),
             quantizer=config.BSQ(bits=10),
         )
     )
@@ -46,7 +46,7 @@ def save_clip_models(folder):
         name: Tokenizer(
             config.TokenizerModel(
                 image_size=32, frames=4, causal=causal, encoder=config.Transformer(**sizes),
-                decoder=config.Decoder(**sizes, head_width=32), quantizer=config.BSQ(bits=10),
+                decoder=config.Decoder(**sizes, head_hidden_dim=32), quantizer=config.BSQ(bits=10),
             )
         )
         for name, causal in (("clips", True), ("whole", False))
@@ -79,7 +79,9 @@ class LocalReplicas:
 def make_replicas(settings):
     """Replicas by model and role."""
     return {
-        name: {role: replica_class(role)(url, settings) for role in ROLES[model_folder.read_config(url).stage]}
+        name: {
+            role: replica_class(role)(url, settings) for role in ROLES[model_folder.load_model_folder_config(url).stage]
+        }
         for name, url in settings.models.items()
     }
 
@@ -93,7 +95,7 @@ def make_app(settings, replicas, token_digest=None):
     models = [
         Model(
             name,
-            kind_of(model_folder.read_config(settings.models[name])),
+            kind_of(model_folder.load_model_folder_config(settings.models[name])),
             {k: LocalReplicas(v) for k, v in roles.items()},
         )
         for name, roles in replicas.items()

@@ -69,7 +69,7 @@ def evaluate_compression(
     Raises:
         ValueError: the folder holds nothing that can be measured, or the model is missing.
     """
-    folder = model_folder.read_model_folder(model_url, weights)
+    folder = model_folder.load_model_folder(model_url, weights)
     found = find_set(data_url)
     reading = _Reading(found.kind, frames, max_side)
     points: dict[str, list[Point]] = {}
@@ -85,7 +85,7 @@ def evaluate_compression(
     ours = curves.get(PRIOR, curves[RAW])[0]["bits_per_pixel"]
     results = {
         "model": model_url,
-        "model_id": folder.id,
+        "model_id": folder.model_id,
         "weights": weights,
         "data": data_url,
         "set": found.name,

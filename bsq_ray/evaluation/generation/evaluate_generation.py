@@ -74,7 +74,7 @@ def evaluate_generation(
     Raises:
         ValueError: model or data are missing or do not fit.
     """
-    folder = model_folder.read_model_folder(model_url, weights)
+    folder = model_folder.load_model_folder(model_url, weights)
     run = config.expect(folder.config, config.MaskedLMConfig, model_url)
     section = check_section(run.sampling.model_dump() | (sampling or {}), [], config.Sampling, "sampling")
     if run.model.grid[0] > 1:
@@ -86,7 +86,7 @@ def evaluate_generation(
     if total < 4:
         raise ValueError(f"{total} images are too few to be compared; draw at least 4")
     tokenizer = config.expect(
-        model_folder.read_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
+        model_folder.load_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
     )
     real = real_features(manifest, tokenizer, workers, address)
     known = real if known_url is None else real_features(read_manifest(known_url), tokenizer, workers, address)
@@ -114,7 +114,7 @@ def evaluate_generation(
     terms = contract(manifest, manifest.num_samples, size, resize_filter, NETWORKS, drawn=total)
     results = {
         "model": model_url,
-        "model_id": folder.id,
+        "model_id": folder.model_id,
         "weights": weights,
         "sampling": section.model_dump(),
         "seed": seed,

@@ -61,7 +61,7 @@ def draw(model_url: str, out_url: str, request: Request, weights: Literal["ema",
     if (request.image is None) != (request.mask is None):
         raise ValueError("filling in needs both --image and --mask")
     generator = Generator.from_pretrained(model_url, weights, device())
-    sheet = ClassSheet([f"class {n}" for n in range(generator.model.any_class)], _COLUMNS)
+    sheet = ClassSheet([f"class {n}" for n in range(generator.model.null_class)], _COLUMNS)
     number = 0
     try:
         for label, images_BCHW in _draw(generator, request):
@@ -83,7 +83,7 @@ def _draw(generator: Generator, request: Request) -> Iterator[tuple[int, Tensor]
         images = generator.interpolate(request.classes, request.count, request.seed, **request.sampling)
         yield request.classes[0], images
         return
-    classes = request.classes or list(range(generator.model.any_class))
+    classes = request.classes or list(range(generator.model.null_class))
     if request.image is not None and request.mask is not None:
         if generator.model.config.grid[0] > 1:
             raise ValueError("the model draws clips; --image and --mask fill in images only")

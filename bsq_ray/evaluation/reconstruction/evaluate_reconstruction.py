@@ -70,7 +70,7 @@ def evaluate_reconstruction(
         ValueError: model or data are missing or do not fit.
         RuntimeError: more images than allowed cannot be read.
     """
-    folder = model_folder.read_model_folder(model_url, weights)
+    folder = model_folder.load_model_folder(model_url, weights)
     run = config.expect(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     source = build_pixel_source(run, manifest)
@@ -78,7 +78,7 @@ def evaluate_reconstruction(
     total = source.num_samples if limit is None else min(source.num_samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; measuring needs at least 2")
-    job = _Job(run, folder.id, model_url, weights, manifest, source, batch_size, total)
+    job = _Job(run, folder.model_id, model_url, weights, manifest, source, batch_size, total)
     totals, damage = Totals(run.model.quantizer.bits, job.measurer), SkippedSamples(max_damaged)
     parts = _in_this_process(job) if workers == 0 else _on_ray(job, workers, address)
     for part in parts:

@@ -22,7 +22,7 @@ from bsq_ray.data.token_table import TABLE_FILE, read_table
 from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
+from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoints.writer import list_checkpoints
 
@@ -38,7 +38,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} must end in .png (of an image) or .mp4 (of a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.expect(model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     image = read_image(image_url)
     size = run.model.image_size
     original = torch.from_numpy(eval_transform(image, size, run.data.evaluation_filter))
@@ -75,7 +75,7 @@ def reconstruct_clip(
         ValueError: the model or the clip cannot be read, or the video not be written.
     """
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.expect(model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
     size, bits = run.model.image_size, run.model.quantizer.bits * (run.model.image_size // run.model.patch_size) ** 2
     with storage.open_url(clip_url) as file, tempfile.TemporaryDirectory() as scratch:
         try:
@@ -113,7 +113,7 @@ def reconstruct_clip(
 def _rebuilt(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
     encode, decode, following = clip_encoder(tokenizer), clip_decoder(tokenizer), iter(frames)
-    while chunk := list(islice(following, chunk_frames(tokenizer.config))):
+    while chunk := list(islice(following, frames_per_chunk(tokenizer.config))):
         yield decode(encode(torch.stack(chunk, 2)))
 
 
@@ -126,9 +126,9 @@ def describe(what: str) -> str:
     if what in config.preset_names():
         return f"preset {what}\n{_describe_run(config.load_config(what))}"
     if storage.exists(storage.join(what, "model.safetensors")):
-        folder = model_folder.read_model_folder(what)
+        folder = model_folder.load_model_folder(what)
         parameters = sum(tensor.numel() for tensor in folder.weights.values())
-        return f"model folder {what}\nid {folder.id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
+        return f"model folder {what}\nid {folder.model_id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
     if storage.exists(storage.join(what, MANIFEST_FILE)):
         manifest = read_manifest(what)
         size = sum(shard.bytes for shard in manifest.shards) / 1e6

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from bsq_ray.media.color import Colour
+from bsq_ray.media.color import Color
 from bsq_ray.media.video_files import TooLargeError, VideoStream, write_video
 from bsq_ray.serving.errors import Refused
 from bsq_ray.serving.media.video_sandbox import read_apart
@@ -75,7 +75,7 @@ def check_length(frames: int, pixels: int, limits: Limits) -> None:
         )
 
 
-def written(frames: Iterable[np.ndarray], media_type: str, rate: Fraction, colour: Colour) -> tuple[bytes, int]:
+def written(frames: Iterable[np.ndarray], media_type: str, rate: Fraction, colour: Color) -> tuple[bytes, int]:
     """A video file of frames, uint8 (H, W, 3), and how many there were.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from bsq_ray.media.color import Colour
+from bsq_ray.media.color import Color
 from bsq_ray.media.video_files import TooLargeError, VideoStream, read_video
 
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
@@ -44,7 +44,7 @@ def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video
     answers = _answers(data, kind, max_pixels, seconds)
     told: dict[str, Any] = next(answers)
     return VideoStream(
-        answers, Fraction(told["rate"]), told["count"], tuple(told["size"]), Colour(*told["colour"]), told["sound"]
+        answers, Fraction(told["rate"]), told["count"], tuple(told["size"]), Color(*told["colour"]), told["sound"]
     )
 
 

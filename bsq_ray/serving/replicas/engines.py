@@ -53,7 +53,7 @@ class TokenizerEngine:
 
     def __init__(self, url: str, device: str, largest_batch: int, limits: Limits) -> None:
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
-        run = config.expect(model_folder.read_config(url), config.TokenizerConfig, url)
+        run = config.expect(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
         self._filter, self._max_pixels, self._device = run.data.evaluation_filter, limits.pixels, device
         self.clips = ClipEngine(self.tokenizer, self._filter, limits, device)
         section = self.tokenizer.config
@@ -150,7 +150,7 @@ class CodecEngine:
         except ValueError as error:
             raise Refused(422, str(error)) from None
         pixels = round(8 * len(coded.data) / coded.bits_per_pixel)
-        return File(coded.data, BSQ, pixels, coded.frames if is_clip(data) else None)
+        return File(coded.data, BSQ, pixels, coded.num_frames if is_clip(data) else None)
 
     def decompress(self, data: bytes, media_type: str, work: Work) -> File:
         """A .bsq file to a PNG, or to a video of this media type.
@@ -163,12 +163,12 @@ class CodecEngine:
         try:
             header = read_header(data, most)
             if header.clip is None:
-                image = self.codec.decompress(data, max_pixels=most, progress=work.check)
+                image = self.codec.decompress(data, max_pixels=most, on_progress=work.check)
                 return File(png_of(image), "image/png", image.width * image.height)
             pixels = header.width * header.height
-            check_length(header.frames, max(pixels, self._tile**2), self._limits)
-            frames = self.codec.decompress_clip(data, max_pixels=most, progress=work.check)
-            file, count = written(frames, media_type, header.clip.rate, header.clip.colour)
+            check_length(header.num_frames, max(pixels, self._tile**2), self._limits)
+            frames = self.codec.decompress_clip(data, max_pixels=most, on_progress=work.check)
+            file, count = written(frames, media_type, header.clip.frame_rate, header.clip.color)
         except ValueError as error:
             raise Refused(422, str(error)) from None
         return File(file, media_type, count * pixels, count)
@@ -186,7 +186,7 @@ class CodecEngine:
         size = len(self.codec.compress(image, work.check).data)
         # The prior loses nothing, so the picture need not go through it.
         raw = self._raw.compress(image, work.check).data
-        shown = self._raw.decompress(raw, max_pixels=self._limits.pixels, progress=work.check)
+        shown = self._raw.decompress(raw, max_pixels=self._limits.pixels, on_progress=work.check)
         return measure(image, shown, size, work.check)
 
 
@@ -197,8 +197,10 @@ class GeneratorEngine:
         self.generator = Generator.from_pretrained(url, device=device)
         self._device, self._most_steps = device, most_steps
         model = self.generator.model
-        tokens_BNS = torch.randint(0, model.mask + 1, (largest_batch, model.config.tokens, model.config.sub_tokens))
-        classes_BC = model.classes_of(torch.full((largest_batch,), model.any_class))
+        tokens_BNS = torch.randint(
+            0, model.mask_token + 1, (largest_batch, model.config.tokens, model.config.sub_tokens)
+        )
+        classes_BC = model.class_weights(torch.full((largest_batch,), model.null_class))
         self._together = ExactBatches(self._forward, tokens_BNS, classes_BC, cores=_cores(device))
 
     def facts(self) -> dict[str, Any]:
@@ -220,7 +222,7 @@ class GeneratorEngine:
             Refused: 422 an unknown class or an invalid value.
         """
         try:
-            self.generator.model.classes_of(torch.tensor([label]))
+            self.generator.model.class_weights(torch.tensor([label]))
             section = config.Sampling.model_validate(self.generator.sampling.model_dump() | changes)
         except ValidationError as error:
             first = error.errors()[0]
@@ -232,7 +234,7 @@ class GeneratorEngine:
 
     def draw(self, label: int, seed: int, changes: dict[str, Any], predict: Predict, decode: Decode) -> Iterator[bytes]:
         """A PNG, or an animated WebP of a clip, after each step, masked parts grey; the last one is the image."""
-        for images in self.generator.steps([label], seed, predict, decode, **changes):
+        for images in self.generator.iter_steps([label], seed, predict, decode, **changes):
             pixels = to_uint8(images)[0].cpu().numpy()
             yield png(pixels) if pixels.ndim == 3 else animated(pixels)
 

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
-from bsq_ray.media.color import Colour
+from bsq_ray.media.color import Color
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
+from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import Work
@@ -35,7 +35,7 @@ from bsq_ray.serving.service_config import Limits
 # Calls a function where the model computes.
 Compute = Callable[..., Any]
 # BT.709 as in most videos: tokens say nothing of their source's colours.
-_COLOUR = Colour(1, 1, 1, 0)
+_COLOUR = Color(1, 1, 1, 0)
 
 
 class ClipEngine:
@@ -50,7 +50,7 @@ class ClipEngine:
         section = tokenizer.config
         self._tokenizer, self._filter, self._limits, self._device = tokenizer, resize_filter, limits, device
         self._size, self._side = section.image_size, section.image_size // section.patch_size
-        self._chunk = chunk_frames(section)
+        self._chunk = frames_per_chunk(section)
 
     def encode(self, data: bytes, compute: Compute, work: Work) -> PackedTokens:
         """The tokens of a video file.

@@ -52,8 +52,8 @@ class MaskedLMStage(Stage):
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, dropped_B = self._sample_masks(batch.keys, step, loss_config.class_dropout)
         # Still on the host, where checking them waits for nothing.
-        classes_BC = model.classes_of(batch.labels_B.masked_fill(dropped_B, model.any_class)).to(self.device)
-        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
+        classes_BC = model.class_weights(batch.labels_B.masked_fill(dropped_B, model.null_class)).to(self.device)
+        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
         loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing)
         correct_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
         accuracy = correct_BNS.sum() / masked_BNS.sum()
@@ -68,8 +68,8 @@ class MaskedLMStage(Stage):
         model = self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, _ = self._sample_masks(batch.keys, -1, 0.0)
-        classes_BC = model.classes_of(batch.labels_B).to(self.device)
-        logits_BNSV = engines["masked_lm"](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
+        classes_BC = model.class_weights(batch.labels_B).to(self.device)
+        logits_BNSV = engines["masked_lm"](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
         nats = float(masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, 0.0))
         selected = slice(0, _NUM_SAMPLE_IMAGES)
         sampled_BNL = sample(
@@ -79,7 +79,7 @@ class MaskedLMStage(Stage):
             self.run_config.training.seed,
             predict=engines["masked_lm"],
         )
-        rows = [self._decode(bits_BNL) for bits_BNL in (model.join(tokens_BNS[selected]), sampled_BNL)]
+        rows = [self._decode(bits_BNL) for bits_BNL in (model.join_bits(tokens_BNS[selected]), sampled_BNL)]
         image = torch.cat([torch.cat(list(to_uint8(row)), dim=2) for row in rows], dim=1)
         return {"bits_per_token": nats / log(2) * self.run_config.model.sub_tokens}, image.cpu()
 
@@ -97,7 +97,7 @@ class MaskedLMStage(Stage):
     def _sub_tokens(self, model: MaskedLM, batch: Batch) -> Tensor:
         model_config = self.run_config.model
         bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.tokens * model_config.bits)
-        return model.split(bits_BNL.unflatten(1, (model_config.tokens, model_config.bits)))
+        return model.split_bits(bits_BNL.unflatten(1, (model_config.tokens, model_config.bits)))
 
     def _sample_masks(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
         """What is masked (B, N, S), and on the host whose class is hidden (B,).

@@ -15,7 +15,7 @@ from bsq_ray import config
 from bsq_ray.data.data_source import Batch
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.data.transforms import to_uint8
-from bsq_ray.models.prior import Prior, path_cost
+from bsq_ray.models.prior import Prior, code_length
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
@@ -73,4 +73,4 @@ class PriorStage(Stage):
     def _cost(self, batch: Batch, engines: Engines) -> Tensor:
         sub_tokens_BNS = bits_to_integers(self._bits(batch), self.run_config.model.sub_bits)
         logits_BNSK = engines["prior"](sub_tokens_BNS)
-        return path_cost(logits_BNSK, sub_tokens_BNS, self.run_config.model.sub_bits).sum(2).mean()
+        return code_length(logits_BNSK, sub_tokens_BNS, self.run_config.model.sub_bits).sum(2).mean()

@@ -48,7 +48,7 @@ def table(frames, tmp_path_factory):
         image_size=SIDE,
         frames=FRAMES,
         encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_width=32),
+        decoder=config.Decoder(**sizes, head_hidden_dim=32),
         quantizer=config.BSQ(bits=6),
     )
     tokenizer_id = Tokenizer(model_config).save_pretrained(f"{url}/tokenizer")
