@@ -56,7 +56,7 @@ def import_bsq_vit(
     Raises:
         ValueError: the file is damaged, asks for code to be run, or holds other tensors than this model has.
     """
-    run_config = config.expect(config.load_config(config_name), config.TokenizerConfig, config_name)
+    run_config = config.require_stage(config.load_config(config_name), config.TokenizerConfig, config_name)
     with _local_copy(checkpoint_url) as path:
         checkpoint = read_checkpoint(path, checkpoint_url)
         raw_weights = _tokenizer_weights(run_config.model, checkpoint, "state_dict", checkpoint_url)
@@ -182,7 +182,7 @@ _INDEX_TABLES = {"quantize.basis", "quantize.group_basis"}
 
 
 def _tokenizer_weights(
-    model_config: config.TokenizerModel, checkpoint: Mapping[str, Any], state_dict_key: str, source: str
+    model_config: config.TokenizerModelConfig, checkpoint: Mapping[str, Any], state_dict_key: str, source: str
 ) -> dict[str, Tensor]:
     reference = _tensors(checkpoint, state_dict_key, source)
     weights = {_rename_key(name, _TOKENIZER_KEY_PATTERNS): reference[name] for name in reference.keys() - _INDEX_TABLES}

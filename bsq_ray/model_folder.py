@@ -264,9 +264,9 @@ def _masked_lm_card(run_config: config.MaskedLMConfig) -> tuple[str, list[str], 
         "images = generator.generate([0, 1, 2], seed=0)  # classes; floats in [-1, 1]",
     ]
     rows = {
-        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.sub_tokens} symbols of "
+        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.num_sub_tokens} symbols of "
         f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
-        "classes": str(model.classes),
+        "classes": str(model.num_classes),
     }
     return "image-generation", example, rows
 
@@ -281,7 +281,7 @@ def _prior_card(run_config: config.PriorConfig) -> tuple[str, list[str], dict[st
         "image = codec.decompress(data)",
     ]
     rows = {
-        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.sub_tokens} symbols of "
+        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.num_sub_tokens} symbols of "
         f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
     }
     return "image-compression", example, rows

@@ -8,13 +8,13 @@ from bsq_ray import Tokenizer, config
 def save_tokenizer(url, seed, frames=1):
     """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, for images or clips, as a model folder."""
     torch.manual_seed(seed)
-    decoder_config = config.Decoder(width=32, layers=1, heads=2, head_hidden_dim=32)
-    model_config = config.TokenizerModel(
+    decoder_config = config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32)
+    model_config = config.TokenizerModelConfig(
         image_size=32,
         frames=frames,
-        encoder=config.Transformer(width=32, layers=1, heads=2),
+        encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=decoder_config,
-        quantizer=config.BSQ(bits=10),
+        quantizer=config.BSQConfig(bits=10),
     )
     Tokenizer(model_config).save_pretrained(str(url))
     return str(url)

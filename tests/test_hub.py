@@ -23,7 +23,7 @@ def small_tokenizer(seed=0, bits=6):
         "decoder": SIZES | {"head_width": 16},
         "quantizer": {"bits": bits},
     }
-    return Tokenizer(config.TokenizerModel.model_validate(keys))
+    return Tokenizer(config.TokenizerModelConfig.model_validate(keys))
 
 
 IMAGES = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -217,11 +217,11 @@ def test_load_model_folder_run_folder_names_model_folder(tmp_path):
 def test_model_card_video_model_shows_frames_and_streaming(tmp_path):
     """The card of a video model shows its number of frames and how to stream."""
     sizes = {"width": 32, "layers": 1, "heads": 2}
-    model = config.TokenizerModel(
+    model = config.TokenizerModelConfig(
         image_size=32,
         frames=4,
-        encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_hidden_dim=32),
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
     )
     Tokenizer(model).save_pretrained(str(tmp_path))
     card = (tmp_path / "README.md").read_text()

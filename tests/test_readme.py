@@ -25,16 +25,17 @@ _LM_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1", "sam
 _PRIOR_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1"]
 
 
-def blocks(language):
+def code_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", _README, re.S)
 
 
-def commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+def readme_commands():
+    lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.startswith("bsq-ray ")]
 
 
-def test_the_readme_names_only_presets_and_files_that_exist():
+def test_readme_presets_and_links_exist():
+    """Every preset and file that the README names exists."""
     for preset in re.findall(r"`(imagenet[\w-]+)`", _README):
         assert preset in config.preset_names(), preset
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", _README):
@@ -44,7 +45,7 @@ def test_the_readme_names_only_presets_and_files_that_exist():
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
+def test_readme_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
     """In the order of the README, in one folder that holds photographs and clips."""
     (tmp_path / "videos").symlink_to(video_folders[0])
     (tmp_path / "held-out-videos").symlink_to(video_folders[1])
@@ -56,8 +57,8 @@ def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeyp
     sweep["space"] = {"model.quantizer.bits": {"values": [6]}}
     sweep["budget"] |= {"steps": 2}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    ran = 0
-    for command in commands():
+    num_commands = 0
+    for command in readme_commands():
         if any(word in command for word in ("quickstart", "--address", "import-reference", "s3://", "bsq-ray serve")):
             continue
         for long, short in _SHRUNK.items():
@@ -70,8 +71,8 @@ def test_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeyp
             cwd=tmp_path, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr[-2000:])
-        ran += 1
-    assert ran >= 12
+        num_commands += 1
+    assert num_commands >= 12
     monkeypatch.chdir(tmp_path)
-    [python] = blocks("python")
+    [python] = code_blocks("python")
     exec(compile(python, "README.md", "exec"), {})

@@ -148,14 +148,14 @@ def decode_tokens(
         min(batch_size or num_tiles, num_tiles - start) for start in range(0, num_tiles, batch_size or num_tiles)
     ]
     boundaries = np.cumsum([0, *tile_counts])
-    tokens_BNS = torch.zeros(num_tiles, num_tokens, model_config.sub_tokens, dtype=torch.long)
+    tokens_BNS = torch.zeros(num_tiles, num_tokens, model_config.num_sub_tokens, dtype=torch.long)
     with deterministic_fp32(device):
         decoders = [prior.start_decoding(size, num_tokens) for size in batch_sizes]
         for n in range(num_tokens):
             check_deadline()
             with add_elapsed(timings_s, "prior"):
                 features = [decoder.next_features() for decoder in decoders]
-            for s in range(model_config.sub_tokens):
+            for s in range(model_config.num_sub_tokens):
                 with add_elapsed(timings_s, "prior"):
                     earlier = tokens_BNS[:, n : n + 1, :s].to(device).split(batch_sizes)
                     parts = [prior.node_logits(h, previous) for h, previous in zip(features, earlier, strict=True)]

@@ -148,4 +148,4 @@ def _token_crc(group_index: int, frame: int, bits_BNL: Tensor) -> int:
 def _cache_bytes_per_tile(prior: Prior) -> int:
     """Bytes of the keys and values of one tile."""
     model_config = prior.config
-    return 2 * 4 * model_config.layers * model_config.width * model_config.tokens
+    return 2 * 4 * model_config.layers * model_config.width * model_config.num_tokens

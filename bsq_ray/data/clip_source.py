@@ -40,7 +40,7 @@ class ClipSource(DataSource):
     """
 
     def __init__(
-        self, manifest: Manifest, data_config: config.Data, size: int, num_frames: int, timeout_s: float = 0.0
+        self, manifest: Manifest, data_config: config.DataConfig, size: int, num_frames: int, timeout_s: float = 0.0
     ) -> None:
         self.manifest, self.data_config, self.size, self.num_frames = manifest, data_config, size, num_frames
         self.timeout_s = timeout_s
@@ -117,7 +117,7 @@ class ClipSource(DataSource):
         return ShardFiles(self.manifest, locations, self.timeout_s, block.retries.append)
 
     def _center(self, image: Image.Image) -> np.ndarray:
-        return eval_transform(image, self.size, self.data_config.evaluation_filter)
+        return eval_transform(image, self.size, self.data_config.eval_interpolation)
 
     def _first_readable(
         self, sample: int, files: ShardFiles, rng: np.random.Generator, skipped: list[str]
@@ -129,7 +129,9 @@ class ClipSource(DataSource):
         for step in range(num_clips):
             shard, index, starts = self.locate(first + (sample - first + step) % num_clips)
             video, start = shard.videos[index], int(rng.integers(starts.start, starts.stop))
-            crop = sample_crop((video.width, video.height), self.size, data_config.crop_scale, data_config.flip, rng)
+            crop = sample_crop(
+                (video.width, video.height), self.size, data_config.resize_range, data_config.random_flip, rng
+            )
             try:
                 clip = self._read_clip(shard, index, start, files, crop)
             except ValueError as error:

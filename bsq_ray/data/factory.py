@@ -17,7 +17,7 @@ def build_source(run: config.AnyConfig, url: str) -> DataSource:
         ValueError: it is missing, damaged, or not what this stage trains on.
     """
     if not isinstance(run, config.TokenizerConfig):
-        return TokenSource(read_table(url), run.model, run.training.storage_patience)
+        return TokenSource(read_table(url), run.model, run.training.storage_timeout_s)
     manifest = read_manifest(url)
     if manifest.kind == "images" and run.model.frames > 1:
         raise ValueError(
@@ -33,7 +33,7 @@ def build_pixel_source(run: config.TokenizerConfig, manifest: Manifest) -> DataS
     Raises:
         ValueError: they are videos and the tokenizer takes only images, or no video is long enough.
     """
-    timeout_s = run.training.storage_patience
+    timeout_s = run.training.storage_timeout_s
     if manifest.kind == "images":
         return ImageSource(manifest, run.data, run.model.image_size, timeout_s)
     if run.model.frames == 1:

@@ -20,7 +20,7 @@ class ImageSource(DataSource):
         patience: seconds for which storage may fail before what lies there counts as damaged.
     """
 
-    def __init__(self, manifest: Manifest, data_config: config.Data, size: int, timeout_s: float = 0.0) -> None:
+    def __init__(self, manifest: Manifest, data_config: config.DataConfig, size: int, timeout_s: float = 0.0) -> None:
         self.manifest, self.data_config, self.size, self.timeout_s = manifest, data_config, size, timeout_s
         self.url, self.hash = manifest.url, manifest.hash
         self.shard_sizes = tuple(len(shard.keys) for shard in manifest.shards)
@@ -31,14 +31,14 @@ class ImageSource(DataSource):
 
         def crop(image: Any, p: int) -> np.ndarray:
             rng = np.random.default_rng((seed, int(epochs_P[p]), int(samples_P[p])))
-            return train_transform(image, self.size, self.data_config.crop_scale, self.data_config.flip, rng)
+            return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
 
-        short_side = round(self.size * self.data_config.crop_scale[1])
+        short_side = round(self.size * self.data_config.resize_range[1])
         return read_samples(self.manifest, samples_P.tolist(), short_side, crop, self.timeout_s)
 
     def read_eval(self, samples: range) -> SampleBlock:
         """Resized to the short side, then the centre."""
-        size, interpolation = self.size, self.data_config.evaluation_filter
+        size, interpolation = self.size, self.data_config.eval_interpolation
         block = SampleBlock(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
         images, labels = [], []
         blobs = fetch_encoded(self.manifest, samples, self.timeout_s, block.retries.append)

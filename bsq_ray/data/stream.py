@@ -60,7 +60,7 @@ class SkippedSamples:
 
 def training_batches(
     source: DataSource,
-    data_config: config.Reading,
+    data_config: config.DataOrderConfig,
     batch_size: int,
     rank: int,
     world_size: int,
@@ -85,10 +85,10 @@ def training_batches(
         ValueError: the batch cannot be shared evenly.
         RuntimeError: more samples are damaged than allowed.
     """
-    skipped = skipped or SkippedSamples(data_config.max_damaged)
+    skipped = skipped or SkippedSamples(data_config.max_skipped_samples)
     local_batch_size = batch_size // world_size
     chunk_size = local_batch_size * max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
-    order = Order(source.shard_sizes, seed, data_config.lanes, data_config.shuffle_window)
+    order = Order(source.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
     worker_positions(position, position, batch_size, rank, world_size)  # refuses an uneven share before anything starts
     read = partial(_read_chunk, source, order, (position, chunk_size, batch_size, rank, world_size))
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))

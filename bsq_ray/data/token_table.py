@@ -151,7 +151,7 @@ def read_table(url: str) -> TokenTable:
 class TokenSource(DataSource):
     """The rows of a token table; `values_P` are packed bits (P, bytes)."""
 
-    def __init__(self, table: TokenTable, model: config.TokenModel, timeout_s: float = 0.0) -> None:
+    def __init__(self, table: TokenTable, model: config.TokenModelConfig, timeout_s: float = 0.0) -> None:
         """Refuses a table that does not fit the model.
 
         Args:

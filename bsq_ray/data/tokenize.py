@@ -73,7 +73,7 @@ def tokenize(
         ValueError: model or data are missing, or the folder holds a table of another tokenizer.
     """
     folder = model_folder.load_model_folder(model_url)
-    run = config.expect(folder.config, config.TokenizerConfig, model_url)
+    run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     if num_crops < 1:
         raise ValueError(f"views {num_crops} must be 1 or more")

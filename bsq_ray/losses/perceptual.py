@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray.metrics.pretrained_weights import resolve_once
-from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
 
 class PerceptualLoss(nn.Module):
@@ -58,7 +58,7 @@ def _normalize(features_BCHW: Tensor) -> Tensor:
 
 
 def _build(network: str) -> Any:
-    prepare_torchvision()
+    stub_torchvision_ops()
     import warnings
 
     import lpips

@@ -24,7 +24,7 @@ _InputT = TypeVar("_InputT")
 _OutputT = TypeVar("_OutputT")
 
 
-def frames_per_chunk(model_config: config.TokenizerModel) -> int:
+def frames_per_chunk(model_config: config.TokenizerModelConfig) -> int:
     """Frames of a chunk; the last one may be shorter."""
     return 1 if model_config.causal else model_config.frames
 

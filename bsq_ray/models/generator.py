@@ -25,7 +25,7 @@ class Generator:
         sampling: what is used where a call does not say otherwise.
     """
 
-    def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.Sampling) -> None:
+    def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.SamplingConfig) -> None:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
 
     @classmethod
@@ -35,7 +35,9 @@ class Generator:
         Raises:
             ValueError: there is no such folder, or its parts do not belong together.
         """
-        run_config = config.expect(model_folder.load_model_folder(url, weights).config, config.MaskedLMConfig, url)
+        run_config = config.require_stage(
+            model_folder.load_model_folder(url, weights).config, config.MaskedLMConfig, url
+        )
         model = MaskedLM.from_pretrained(url, weights)
         return cls(model.to(device), Tokenizer.from_token_model(url, run_config.model).to(device), run_config.sampling)
 
@@ -107,8 +109,8 @@ class Generator:
     def _class_weights(self, labels: Sequence[int]) -> Tensor:
         return self.model.class_weights(torch.tensor(list(labels), dtype=torch.long)).to(self._device)
 
-    def _sampling_config(self, overrides: dict[str, Any]) -> config.Sampling:
-        return config.Sampling.model_validate(self.sampling.model_dump() | overrides)
+    def _sampling_config(self, overrides: dict[str, Any]) -> config.SamplingConfig:
+        return config.SamplingConfig.model_validate(self.sampling.model_dump() | overrides)
 
     def _upsample_to_pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
         """A value for each token to one for each of its pixels."""

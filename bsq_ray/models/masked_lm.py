@@ -26,7 +26,7 @@ from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 class PostNormBlock(nn.Module):
     """norm(x + attention(x)), then norm(x + mlp(x))."""
 
-    def __init__(self, model_config: config.TokenModel) -> None:
+    def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
         width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
         self.heads = model_config.heads
@@ -45,7 +45,7 @@ class PostNormBlock(nn.Module):
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 
 
-class MaskedLM(PretrainedModel[config.MaskedLMModel]):
+class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
     """Predicts every sub-token of an image from those that are not masked, and from its class.
 
     Attributes:
@@ -55,20 +55,20 @@ class MaskedLM(PretrainedModel[config.MaskedLMModel]):
 
     run_config_class = config.MaskedLMConfig
 
-    def __init__(self, model_config: config.MaskedLMModel) -> None:
+    def __init__(self, model_config: config.MaskedLMModelConfig) -> None:
         super().__init__(model_config)
         self.mask_token = 2**model_config.sub_bits
-        self.null_class = model_config.classes
+        self.null_class = model_config.num_classes
         width = model_config.width
         # One table for all sub-tokens: rows s · (V + 1) to s · (V + 1) + V, the last of which is the mask.
-        self.embedding = nn.Embedding(model_config.sub_tokens * (self.mask_token + 1), width)
-        self.classes = nn.Linear(model_config.classes + 1, width, bias=False)
-        self.position = nn.Parameter(torch.empty(model_config.tokens + 1, width))
+        self.embedding = nn.Embedding(model_config.num_sub_tokens * (self.mask_token + 1), width)
+        self.classes = nn.Linear(model_config.num_classes + 1, width, bias=False)
+        self.position = nn.Parameter(torch.empty(model_config.num_tokens + 1, width))
         self.input_norm = nn.LayerNorm(width)
         self.input_dropout = nn.Dropout(model_config.dropout)
         self.blocks = nn.ModuleList(PostNormBlock(model_config) for _ in range(model_config.layers))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(model_config.sub_tokens, self.mask_token))
+        self.bias = nn.Parameter(torch.zeros(model_config.num_sub_tokens, self.mask_token))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -83,7 +83,7 @@ class MaskedLM(PretrainedModel[config.MaskedLMModel]):
             sub_tokens_BNS: int64 values 0 to V - 1, or `mask`.
             classes_BC: weights of the classes, see `classes_of`; mixtures interpolate between classes.
         """
-        row_offsets = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * (self.mask_token + 1)
+        row_offsets = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * (self.mask_token + 1)
         x_BND = self.embedding(sub_tokens_BNS + row_offsets).sum(2)
         class_B1D = self.classes(classes_BC)[:, None]
         x_BND = torch.cat([class_B1D.to(x_BND.dtype), x_BND], 1) + self.position
@@ -91,7 +91,7 @@ class MaskedLM(PretrainedModel[config.MaskedLMModel]):
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.head(x_BND[:, 1:])
-        table_SVD = self.embedding.weight.unflatten(0, (self.config.sub_tokens, -1))[:, : self.mask_token]
+        table_SVD = self.embedding.weight.unflatten(0, (self.config.num_sub_tokens, -1))[:, : self.mask_token]
         logits_BNSV = torch.einsum("bnd,svd->bnsv", h_BND, table_SVD.to(h_BND.dtype))
         return logits_BNSV.float() + self.bias
 

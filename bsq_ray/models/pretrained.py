@@ -40,7 +40,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
             ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
         """
         folder = model_folder.load_model_folder(url, weights)
-        run_config: Any = config.expect(folder.config, cls.run_config_class, url)
+        run_config: Any = config.require_stage(folder.config, cls.run_config_class, url)
         model = cls(run_config.model)
         model_folder.load_weights(model, folder.weights, url)
         model.model_id = folder.model_id

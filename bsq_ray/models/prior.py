@@ -27,7 +27,7 @@ from bsq_ray.models.pretrained import PretrainedModel
 class CausalBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), where a token attends to itself and what is before it."""
 
-    def __init__(self, model_config: config.TokenModel) -> None:
+    def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
         width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
         self.heads = model_config.heads
@@ -53,24 +53,24 @@ class CausalBlock(nn.Module):
         return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
 
 
-class Prior(PretrainedModel[config.PriorModel]):
+class Prior(PretrainedModel[config.PriorModelConfig]):
     """Probabilities of the bits of an image's tokens, given those before them."""
 
     run_config_class = config.PriorConfig
 
-    def __init__(self, model_config: config.PriorModel) -> None:
+    def __init__(self, model_config: config.PriorModelConfig) -> None:
         super().__init__(model_config)
         width, num_values = model_config.width, 2**model_config.sub_bits
         # One table for all sub-tokens: value v of sub-token s is row s · 2^k + v.
-        self.embedding = nn.Embedding(model_config.sub_tokens * num_values, width)
+        self.embedding = nn.Embedding(model_config.num_sub_tokens * num_values, width)
         self.start = nn.Parameter(torch.empty(width))
-        self.position = nn.Parameter(torch.empty(model_config.tokens, width))
+        self.position = nn.Parameter(torch.empty(model_config.num_tokens, width))
         self.blocks = nn.ModuleList(CausalBlock(model_config) for _ in range(model_config.layers))
         self.output_norm = nn.LayerNorm(width)
         # What a token's earlier sub-tokens add to its features.
-        self.earlier = nn.Embedding(max(1, model_config.sub_tokens - 1) * num_values, width)
+        self.earlier = nn.Embedding(max(1, model_config.num_sub_tokens - 1) * num_values, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.sub_tokens))
+        self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.num_sub_tokens))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -89,7 +89,9 @@ class Prior(PretrainedModel[config.PriorModel]):
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.output_norm(x_BND)
-        return torch.stack([self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.sub_tokens)], 2)
+        return torch.stack(
+            [self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.num_sub_tokens)], 2
+        )
 
     def node_logits(self, h_BND: Tensor, earlier_BNs: Tensor) -> Tensor:
         """Logits (B, N, K) of the next sub-token's nodes, given the s sub-tokens of the same token before it."""
@@ -101,10 +103,10 @@ class Prior(PretrainedModel[config.PriorModel]):
 
     def start_decoding(self, batch_size: int, num_tokens: int | None = None) -> IncrementalDecoder:
         """Step-by-step decoding of a batch of images, with cached keys and values; of the first `tokens`, or of all."""
-        return IncrementalDecoder(self, batch_size, num_tokens or self.config.tokens)
+        return IncrementalDecoder(self, batch_size, num_tokens or self.config.num_tokens)
 
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
-        row_offsets_S = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
+        row_offsets_S = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
         return cast(Tensor, self.embedding(sub_tokens_BNS + row_offsets_S).sum(2))
 
 

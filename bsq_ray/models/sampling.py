@@ -32,7 +32,7 @@ def num_masked(step: int, steps: int, units: int) -> int:
 def sample_steps(
     model: MaskedLM,
     classes_BC: Tensor,
-    sampling_config: config.Sampling,
+    sampling_config: config.SamplingConfig,
     seed: int,
     first_index: int = 0,
     known_BNS: Tensor | None = None,
@@ -54,14 +54,14 @@ def sample_steps(
     device, batch = classes_BC.device, len(classes_BC)
     if (known_BNS is None) != (inpaint_mask_BN is None):
         raise ValueError("inpainting needs both the tokens of the images and which of them are to be drawn anew")
-    shape = (model.config.tokens, model.config.sub_tokens)
+    shape = (model.config.num_tokens, model.config.num_sub_tokens)
     if known_BNS is None or inpaint_mask_BN is None:
         inpaint_mask_BN = torch.ones(batch, shape[0], dtype=torch.bool, device=device)
         known_BNS = torch.full((batch, *shape), model.mask_token, device=device)
     generators = [_image_generator(seed, first_index + b) for b in range(batch)]
     masked_BNS = inpaint_mask_BN[..., None].expand(-1, -1, shape[1])
     tokens_BNS = known_BNS.masked_fill(masked_BNS, model.mask_token)
-    by_token = model.config.mask_by == "token"
+    by_token = model.config.mask_unit == "token"
     # Read once: on a GPU every look at a number waits for all work before it.
     num_units_B: list[int] = (inpaint_mask_BN.sum(1) * (1 if by_token else shape[1])).tolist()
     for step in range(1, sampling_config.steps + 1):
@@ -84,7 +84,7 @@ def sample_steps(
 def sample(
     model: MaskedLM,
     classes_BC: Tensor,
-    sampling_config: config.Sampling,
+    sampling_config: config.SamplingConfig,
     seed: int,
     first_index: int = 0,
     known_BNS: Tensor | None = None,
@@ -116,11 +116,11 @@ def _guided_logits(
     null_class: int,
     tokens_BNS: Tensor,
     classes_BC: Tensor,
-    sampling_config: config.Sampling,
+    sampling_config: config.SamplingConfig,
     step: int,
 ) -> Tensor:
     """Logits with classifier-free guidance, l_c + α (l_c - l_any); both halves run in one batch."""
-    alpha = sampling_config.guidance * (
+    alpha = sampling_config.guidance_scale * (
         step / sampling_config.steps if sampling_config.guidance_schedule == "ramped" else 1.0
     )
     if not alpha:

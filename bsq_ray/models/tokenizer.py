@@ -48,7 +48,7 @@ class TokenizerOutput(NamedTuple):
 class Encoder(nn.Module):
     """Patches to features: one linear layer per patch, then the transformer."""
 
-    def __init__(self, model_config: config.TokenizerModel) -> None:
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
         # No bias: the norm that follows the position embedding would remove it.
         self.patch_embedding = nn.Linear(3 * model_config.patch_size**2, model_config.encoder.width, bias=False)
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Features to patches: the transformer, then Linear-Tanh-Linear on each token."""
 
-    def __init__(self, model_config: config.TokenizerModel) -> None:
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
         decoder_config = model_config.decoder
         self.transformer = _build_transformer(model_config, decoder_config)
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
 
 
 def _build_transformer(
-    model_config: config.TokenizerModel, transformer_config: config.Transformer
+    model_config: config.TokenizerModelConfig, transformer_config: config.TransformerConfig
 ) -> VisionTransformer:
     tokens_per_frame = (model_config.image_size // model_config.patch_size) ** 2
     return VisionTransformer(
@@ -95,12 +95,12 @@ def _build_transformer(
     )
 
 
-class Tokenizer(PretrainedModel[config.TokenizerModel]):
+class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
     """An image tokenizer, or with `frames` > 1 a video tokenizer for which an image is a clip of one frame."""
 
     run_config_class = config.TokenizerConfig
 
-    def __init__(self, model_config: config.TokenizerModel) -> None:
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__(model_config)
         self.encoder = Encoder(model_config)
         self.quantizer = build_quantizer(model_config.quantizer)
@@ -179,7 +179,7 @@ class Tokenizer(PretrainedModel[config.TokenizerModel]):
         return self.decode(self.encode(images)).reshape(images.shape)
 
     @classmethod
-    def from_token_model(cls, url: str, model_config: config.TokenModel) -> Tokenizer:
+    def from_token_model(cls, url: str, model_config: config.TokenModelConfig) -> Tokenizer:
         """The tokenizer kept in the folder of a model of tokens.
 
         Args:

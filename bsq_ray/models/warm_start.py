@@ -19,7 +19,7 @@ _PARTS = ("encoder", "decoder")
 _IGNORED_KEYS = {"image_size", "frames", "causal", "gradient_checkpointing"}
 
 
-def initial_weights(model_config: config.TokenizerModel, url: str) -> dict[str, Tensor]:
+def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict[str, Tensor]:
     """Every weight of a new tokenizer, taken from a model folder.
 
     Spatial positions are interpolated (bicubic) when the image size differs; temporal ones are zero when the folder's
@@ -32,7 +32,7 @@ def initial_weights(model_config: config.TokenizerModel, url: str) -> dict[str, 
         ValueError: there is no such folder, or its model does not fit; the message names what differs.
     """
     folder = model_folder.load_model_folder(url)
-    source_config = config.expect(folder.config, config.TokenizerConfig, url).model
+    source_config = config.require_stage(folder.config, config.TokenizerConfig, url).model
     mismatches = [
         f"model.{key} is {source_value} there and {target_value} here"
         for key, source_value, target_value in _diff_configs(

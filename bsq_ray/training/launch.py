@@ -111,7 +111,7 @@ def _write_summary(summary_fields: dict[str, Any], spec: RunSpec, on_record: Cal
     write = partial(
         storage.write_bytes, storage.join(spec.out_url, "summary.json"), json.dumps(summary_fields, indent=1).encode()
     )
-    timeout_s = spec.config.training.storage_patience
+    timeout_s = spec.config.training.storage_timeout_s
     storage.retry_while_unavailable(
         write, timeout_s, lambda text: on_record({"kind": "warning", "step": 0, "text": text})
     )
@@ -135,7 +135,9 @@ def _validate(spec: RunSpec, resume: bool) -> None:
     if progress:
         check_resumable(progress, spec.config, source, spec.out_url)
     elif spec.init_url:
-        initial_weights(config.expect(spec.config, config.TokenizerConfig, "--init: this run").model, spec.init_url)
+        initial_weights(
+            config.require_stage(spec.config, config.TokenizerConfig, "--init: this run").model, spec.init_url
+        )
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class RunResult:
     restart_reasons: list[str] = field(default_factory=list)
 
 
-def split_batch(training_config: config.Training, world_size: int) -> tuple[int, int]:
+def split_batch(training_config: config.TrainingConfig, world_size: int) -> tuple[int, int]:
     """Micro batch and number of accumulations that make up each worker's share of the global batch.
 
     Raises:
@@ -88,7 +88,7 @@ def split_batch(training_config: config.Training, world_size: int) -> tuple[int,
     return micro_batch, per_worker // micro_batch
 
 
-def valid_world_sizes(training_config: config.Training, min_workers: int, max_workers: int) -> list[int]:
+def valid_world_sizes(training_config: config.TrainingConfig, min_workers: int, max_workers: int) -> list[int]:
     """Numbers of workers, ascending, that can share the global batch; the most must be one of them.
 
     Raises:
@@ -106,7 +106,7 @@ def valid_world_sizes(training_config: config.Training, min_workers: int, max_wo
     ]
 
 
-def _splits_evenly(training_config: config.Training, world_size: int) -> bool:
+def _splits_evenly(training_config: config.TrainingConfig, world_size: int) -> bool:
     try:
         split_batch(training_config, world_size)
     except ValueError:

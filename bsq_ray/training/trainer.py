@@ -89,7 +89,7 @@ class Trainer:
             spec.out_url,
             worker,
             self.training_config.keep_checkpoints,
-            self.training_config.storage_patience,
+            self.training_config.storage_timeout_s,
             self._on_checkpoint_published,
         )
         self.elapsed = 0.0
@@ -98,7 +98,7 @@ class Trainer:
         torch.manual_seed(self.training_config.seed + 1 + worker.rank)
         self._resume()
         self.metrics_log = self._retry(lambda: MetricsLog(spec.out_url, self.step)) if worker.is_main else None
-        self.skipped = SkippedSamples(spec.config.data.max_damaged)
+        self.skipped = SkippedSamples(spec.config.data.max_skipped_samples)
         self.num_skips_logged = 0
 
     def train(self) -> RunResult:
@@ -134,7 +134,7 @@ class Trainer:
             if should_stop:
                 self.checkpoints.wait()
             with timer.excluded():
-                if self.step % training_config.evaluate_every == 0 and not should_stop:
+                if self.step % training_config.eval_every == 0 and not should_stop:
                     self._evaluate("plain")
                 elif self.step % training_config.sample_every == 0 and not should_stop:
                     self._log_samples()
@@ -233,7 +233,7 @@ class Trainer:
         metric_sums: dict[str, float] = defaultdict(float)
         num_images, sample_image = 0, None
         with self._autocast():
-            for batch in self._eval_batches(self.training_config.evaluate_batches):
+            for batch in self._eval_batches(self.training_config.eval_batches):
                 metrics, pixels = self.stage.evaluate(batch, self.engines)
                 sample_image = pixels if sample_image is None else sample_image
                 num_images += len(batch.keys)
@@ -374,7 +374,7 @@ class Trainer:
     def _retry(self, operation: Callable[[], Value]) -> Value:
         """Calls it again while storage is away."""
         return storage.retry_while_unavailable(
-            operation, self.training_config.storage_patience, lambda text: self._record(kind="warning", text=text)
+            operation, self.training_config.storage_timeout_s, lambda text: self._record(kind="warning", text=text)
         )
 
     def _export(self) -> None:

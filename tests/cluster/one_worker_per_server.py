@@ -13,7 +13,7 @@ from bsq_ray.training.ray_trainer import ResourceBudget
 
 if __name__ == "__main__":
     shards, out, *overrides = sys.argv[1:]
-    run = load_config(PRESET, [*SMALL, *overrides])
+    run_config = load_config(PRESET, [*SMALL, *overrides])
     # Both servers are one machine, whose cores they share.
-    share = ResourceBudget(resources_per_worker={"CPU": 3}, concurrent_runs=2)
-    train(run, shards, out, num_workers=2, address="auto", resume=True, on_record=print, budget=share)
+    resource_budget = ResourceBudget(resources_per_worker={"CPU": 3}, concurrent_runs=2)
+    train(run_config, shards, out, num_workers=2, address="auto", resume=True, on_record=print, budget=resource_budget)

@@ -5,7 +5,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import Prior, Tokenizer, config
 
-PRIOR_CONFIG = config.PriorModel(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=2, heads=2, dropout=0)
+PRIOR_CONFIG = config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=2, heads=2, dropout=0)
 
 
 def save_prior(url, tokenizer_url, prior_config=PRIOR_CONFIG):
@@ -44,13 +44,13 @@ class NoisyPrior(torch.nn.Module):
 def save_clip_codec(folder):
     """Folder of a prior over clips of 4 frames of 2 x 2 tokens of 6 bits, at 16 px."""
     torch.manual_seed(0)
-    transformer_config = config.Transformer(width=32, layers=1, heads=2)
-    prior_config = config.TokenizerModel(
+    transformer_config = config.TransformerConfig(width=32, layers=1, heads=2)
+    prior_config = config.TokenizerModelConfig(
         image_size=16,
         frames=4,
         encoder=transformer_config,
-        decoder=config.Decoder(width=32, layers=1, heads=2, head_hidden_dim=32),
-        quantizer=config.BSQ(bits=6),
+        decoder=config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=6),
     )
     tokenizer = Tokenizer(prior_config)
     for part in (tokenizer.encoder, tokenizer.decoder):
@@ -67,15 +67,15 @@ def save_minimal_codecs(folder):
     for frames in (1, 2):
         torch.manual_seed(frames)
         sizes = {"width": 8, "layers": 1, "heads": 1}
-        prior_config = config.TokenizerModel(
+        prior_config = config.TokenizerModelConfig(
             image_size=16,
             patch_size=16,
             frames=frames,
-            encoder=config.Transformer(**sizes),
-            decoder=config.Decoder(**sizes, head_hidden_dim=8),
-            quantizer=config.BSQ(bits=4),
+            encoder=config.TransformerConfig(**sizes),
+            decoder=config.DecoderConfig(**sizes, head_hidden_dim=8),
+            quantizer=config.BSQConfig(bits=4),
         )
         Tokenizer(prior_config).save_pretrained(f"{folder}/tokenizer-{frames}")
-        prior = config.PriorModel(grid=(frames, 1, 1), bits=4, sub_bits=2, dropout=0, **sizes)
+        prior = config.PriorModelConfig(grid=(frames, 1, 1), bits=4, sub_bits=2, dropout=0, **sizes)
         urls.append(save_prior(f"{folder}/prior-{frames}", f"{folder}/tokenizer-{frames}", prior))
     return urls

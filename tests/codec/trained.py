@@ -42,11 +42,11 @@ def save_trained(folder, photos, steps=300):
     photos = [photo.resize((256, 256)) for photo in photos]
     torch.manual_seed(0)
     tokenizer = Tokenizer(
-        config.TokenizerModel(
+        config.TokenizerModelConfig(
             image_size=SIDE,
-            encoder=config.Transformer(**_SIZES),
-            decoder=config.Decoder(**_SIZES, head_hidden_dim=128),
-            quantizer=config.BSQ(bits=18),
+            encoder=config.TransformerConfig(**_SIZES),
+            decoder=config.DecoderConfig(**_SIZES, head_hidden_dim=128),
+            quantizer=config.BSQConfig(bits=18),
         )
     )
 
@@ -58,7 +58,7 @@ def save_trained(folder, photos, steps=300):
     train(tokenizer, steps, 3e-3, reconstruction_loss).save_pretrained(f"{folder}/tokenizer")
     tokens = torch.cat([tokenizer.encode(random_crops(photos, 64, rng)).bits_BNL for _ in range(10)])
     sub_tokens_XNS = bits_to_integers(tokens, 9)
-    prior = Prior(config.PriorModel(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))
+    prior = Prior(config.PriorModelConfig(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))
 
     def prior_loss():
         batch_BNS = sub_tokens_XNS[torch.from_numpy(rng.integers(len(sub_tokens_XNS), size=16))]

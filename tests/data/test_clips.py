@@ -20,7 +20,7 @@ from bsq_ray.media.video_reader import decode_frames, open_video, to_upright_rgb
 
 
 def make_source(url, num_frames=4, **overrides):
-    return ClipSource(read_manifest(url), config.Data(**{"lanes": 2, **overrides}), 32, num_frames)
+    return ClipSource(read_manifest(url), config.DataConfig(**{"lanes": 2, **overrides}), 32, num_frames)
 
 
 def decode_all_frames(manifest, shard, index):
@@ -85,7 +85,7 @@ def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, m
     videos = tuple(VideoInfo(length, 25.0, 64, 64, (0,), (0,)) for length in lengths)
     keys = tuple(str(n) for n in range(len(lengths)))
     shard = Shard("s", 1, "", keys, (0,) * len(keys), (0,) * len(keys), (1,) * len(keys), videos)
-    data_config, span = config.Data(frame_stride=stride, clips_per_video=max_clips), (frames - 1) * stride + 1
+    data_config, span = config.DataConfig(frame_stride=stride, clips_per_video=max_clips), (frames - 1) * stride + 1
     expected = [min(max_clips, length // span) for length in lengths]
     manifest = Manifest("x", (shard, shard), ("all",), "videos")
     if not sum(expected):
@@ -106,7 +106,7 @@ def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, m
 
 def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local):
     """Ray Data and threads deliver the same batches, and workers split them without overlap."""
-    source, data_config = make_source(video_shards, clips_per_video=4), config.Data(lanes=2, clips_per_video=4)
+    source, data_config = make_source(video_shards, clips_per_video=4), config.DataConfig(lanes=2, clips_per_video=4)
 
     def take(count, rank, world_size, executor):
         batches = training_batches(source, data_config, 4, rank, world_size, seed=3, position=8, executor=executor)
@@ -147,7 +147,7 @@ def test_chunk_bytes_are_bounded_for_any_clip_length(video_shards, monkeypatch):
             return samples
 
         monkeypatch.setattr(source, "read", read_and_measure)
-        batches = training_batches(source, config.Data(lanes=2), 2, 0, 1, seed=0)
+        batches = training_batches(source, config.DataConfig(lanes=2), 2, 0, 1, seed=0)
         for _ in range(6):
             next(batches)
         batches.close()
@@ -164,7 +164,7 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
     path.write_bytes(content)
     source = make_source(str(tmp_path))
     skipped = SkippedSamples(1)
-    batch = next(training_batches(source, config.Data(lanes=1), 2, 0, 1, seed=0, skipped=skipped))
+    batch = next(training_batches(source, config.DataConfig(lanes=1), 2, 0, 1, seed=0, skipped=skipped))
     assert {key.split("@")[0] for key in batch.keys} == {shard.keys[0]}
     assert [report.split(": ")[1] for report in skipped.samples] == [shard.keys[1]]
     eval_batches = list(evaluation_batches(source, 2, skipped=SkippedSamples(1)))
@@ -186,8 +186,8 @@ def test_clips_from_object_store_whole_or_by_range(video_folders, bucket, monkey
 
 def test_build_source_wrong_data_kind_raises(photo_shards, video_shards):
     """Image shards are rejected by a clip configuration, and video shards by an image configuration."""
-    video = config.TokenizerConfig(name="clips", model=config.TokenizerModel(image_size=32, frames=4))
-    image = config.TokenizerConfig(name="stills", model=config.TokenizerModel(image_size=32))
+    video = config.TokenizerConfig(name="clips", model=config.TokenizerModelConfig(image_size=32, frames=4))
+    image = config.TokenizerConfig(name="stills", model=config.TokenizerModelConfig(image_size=32))
     assert isinstance(build_source(video, video_shards), ClipSource)
     with pytest.raises(ValueError, match="holds images, but clips trains on clips of 4 frames"):
         build_source(video, photo_shards)

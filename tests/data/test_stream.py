@@ -18,7 +18,7 @@ from bsq_ray.data.stream import (
     training_batches,
 )
 
-DATA_CONFIG = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
+DATA_CONFIG = config.DataConfig(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
 
 
 def batches(

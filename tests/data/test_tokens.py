@@ -20,7 +20,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokens
 
-MODEL = config.MaskedLMModel(grid=(1, 4, 4), bits=10, sub_bits=5, classes=1, width=32, layers=1, heads=2)
+MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, classes=1, width=32, layers=1, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_tokenize_first_crop_encodes_the_center(table, model, photo_shards):
     tokenizer = Tokenizer.from_pretrained(model)
     manifest = read_manifest(photo_shards)
     count = len(manifest.shards[0].keys)
-    photos = ImageSource(manifest, config.Data(), 32).read_eval(range(count))
+    photos = ImageSource(manifest, config.DataConfig(), 32).read_eval(range(count))
     expected = tokenizer.encode(to_float(torch.from_numpy(photos.values_P))).bits_BNL
     rows = source.read_eval(range(count))
     bits_BNL = unpack_bits(torch.from_numpy(rows.values_P), 160).unflatten(1, (16, 10))
@@ -98,7 +98,7 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
 def test_token_source_epoch_has_each_row_once(table):
     """Every row is read exactly once per epoch, in shuffled order."""
     source = TokenSource(table, MODEL)
-    stream = training_batches(source, config.Reading(lanes=2, shuffle_window=8), 2, 0, 1, seed=1)
+    stream = training_batches(source, config.DataOrderConfig(lanes=2, shuffle_window=8), 2, 0, 1, seed=1)
     batches = [next(stream) for _ in range(table.rows // 2)]
     read = [(key, row.tobytes()) for b in batches for key, row in zip(b.keys, b.values_B.numpy(), strict=True)]
     block = source.read_eval(range(source.num_samples))
@@ -173,7 +173,7 @@ def test_tokenize_damaged_image_is_skipped(model, photo_folders, tmp_path):
 def test_token_table_mismatch_raises(table, model, photo_shards, tmp_path):
     """A table that does not match the model, and a damaged table, raise an error."""
     with pytest.raises(ValueError, match=r"give model.bits=10 model.grid=\[1, 4, 4\] model.classes=1"):
-        TokenSource(table, config.MaskedLMModel())
+        TokenSource(table, config.MaskedLMModelConfig())
     foreign = MODEL.model_copy(update={"tokenizer": "f" * 64})
     with pytest.raises(ValueError, match="the model reads those of ffffffffffff: the same bits mean something else"):
         TokenSource(table, foreign)

@@ -18,11 +18,11 @@ def small_tokenizer(quantizer=None, **changes):
     sizes = {"width": 64, "layers": 2, "heads": 4}
     model_config = {
         "image_size": SIZE,
-        "encoder": config.Transformer(**sizes),
-        "decoder": config.Decoder(**sizes, head_hidden_dim=64),
-        "quantizer": quantizer or config.BSQ(bits=18),
+        "encoder": config.TransformerConfig(**sizes),
+        "decoder": config.DecoderConfig(**sizes, head_hidden_dim=64),
+        "quantizer": quantizer or config.BSQConfig(bits=18),
     }
-    tokenizer = Tokenizer(config.TokenizerModel(**model_config | changes))
+    tokenizer = Tokenizer(config.TokenizerModelConfig(**model_config | changes))
     for part in (tokenizer.encoder, tokenizer.decoder):
         if part.transformer.temporal_position is not None:
             torch.nn.init.normal_(part.transformer.temporal_position, std=0.5)

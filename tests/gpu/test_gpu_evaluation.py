@@ -7,9 +7,9 @@ from small_gpu_models import missing_weights_reason, photo_batch, small_tokenize
 
 from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.transforms import to_uint8
-from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
+from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
-from bsq_ray.evaluation.reconstruction.image_metrics import ImageMeasurer
+from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 
@@ -33,11 +33,11 @@ def hide_gpu(monkeypatch):
     return hide
 
 
-class WithoutInception(ImageMeasurer):
+class WithoutInception(ImageReconstructionMetrics):
     """Everything of each image, nothing of their distribution."""
 
     def __init__(self, model_url, weights, total):
-        Measurer.__init__(self, model_url, weights, total)
+        ReconstructionMetrics.__init__(self, model_url, weights, total)
 
     def features(self, samples):
         return None
@@ -72,7 +72,7 @@ def test_each_images_figures(model, photos, gpu, hide_gpu):
 
 
 def test_reconstruction_evaluation_on_gpu_matches_cpu(model, held_out_shards, hide_gpu, tmp_path):
-    if reason := missing_weights_reason(*ImageMeasurer.networks):
+    if reason := missing_weights_reason(*ImageReconstructionMetrics.networks):
         pytest.skip(reason)
     rows = [evaluate_reconstruction(model, held_out_shards, str(tmp_path / "gpu"), workers=0)["rows"]]
     hide_gpu()

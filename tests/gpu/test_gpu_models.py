@@ -28,13 +28,13 @@ pytestmark = pytest.mark.gpu
 VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 
 QUANTIZERS = {
-    "bsq": config.BSQ(bits=18),
-    "bsq, groups of 9": config.BSQ(bits=18, entropy=config.Entropy(estimate="group", group_size=9)),
-    "bsq with commitment": config.BSQ(bits=36, commit_weight=0.25),
-    "lfq": config.LFQ(bits=18),
-    "fsq": config.FSQ(kind="fsq", levels=(8, 8, 5, 5)),
-    "vq": config.VQ(kind="vq", codebook_size=256),
-    "vq, not normalised": config.VQ(kind="vq", codebook_size=256, normalised=False),
+    "bsq": config.BSQConfig(bits=18),
+    "bsq, groups of 9": config.BSQConfig(bits=18, entropy=config.EntropyConfig(estimate="group", group_size=9)),
+    "bsq with commitment": config.BSQConfig(bits=36, commit_weight=0.25),
+    "lfq": config.LFQConfig(bits=18),
+    "fsq": config.FSQConfig(kind="fsq", levels=(8, 8, 5, 5)),
+    "vq": config.VQConfig(kind="vq", codebook_size=256),
+    "vq, not normalised": config.VQConfig(kind="vq", codebook_size=256, normalised=False),
 }
 
 
@@ -81,7 +81,7 @@ def test_tokenizer_bf16_keeps_quantization_in_fp32(gpu, photos):
 
 @pytest.mark.parametrize("kind", ["stylegan2", "patchgan", "stylegan2-3d"])
 def test_discriminator_logits_and_r1_gradients_match_cpu(kind, gpu, photos):
-    adversarial_config = config.Adversarial(discriminator=kind, channel_base=1024, channel_max=32)
+    adversarial_config = config.AdversarialConfig(discriminator=kind, channel_base=1024, channel_max=32)
     torch.manual_seed(0)
     uses_clips = kind == "stylegan2-3d"
     on_cpu, on_gpu = cpu_and_gpu_copies(build_discriminator(adversarial_config, 32, 4 if uses_clips else 1), gpu)
@@ -163,7 +163,10 @@ def test_stream_on_gpu_matches_single_pass(cuts, gpu, photos):
 def test_gradient_checkpointing_halves_peak_memory(gpu, photos):
     """Gradient checkpointing takes less than half the peak memory and gives the same gradients."""
     sizes = {"width": 128, "layers": 6, "heads": 4}
-    bodies = {"encoder": config.Transformer(**sizes), "decoder": config.Decoder(**sizes, head_hidden_dim=128)}
+    bodies = {
+        "encoder": config.TransformerConfig(**sizes),
+        "decoder": config.DecoderConfig(**sizes, head_hidden_dim=128),
+    }
     images = photo_batch(photos, 128).to(gpu)
     modules, peaks = [], []
     for is_enabled in (False, True):

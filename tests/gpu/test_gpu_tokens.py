@@ -10,7 +10,7 @@ from bsq_ray import Generator, Prior, Tokenizer, config
 from bsq_ray.config import load_config
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.evaluation.generation.sample import Request, draw
+from bsq_ray.evaluation.generation.sample import GenerateRequest, generate_files
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.training.run_spec import RunSpec
 from bsq_ray.training.trainer import run_training
@@ -107,7 +107,9 @@ def test_resume_restores_gpu_rng_for_dropout(gpu, tokens, tmp_path):
 
 def small_generator(device, folder):
     torch.manual_seed(0)
-    model_config = config.MaskedLMModel(grid=(1, 4, 4), bits=18, sub_bits=9, classes=3, width=64, layers=2, heads=4)
+    model_config = config.MaskedLMModelConfig(
+        grid=(1, 4, 4), bits=18, sub_bits=9, classes=3, width=64, layers=2, heads=4
+    )
     MaskedLM(model_config).save_pretrained(str(folder))
     small_tokenizer().save_pretrained(f"{folder}/tokenizer")
     return Generator.from_pretrained(str(folder), device=str(device))
@@ -139,15 +141,15 @@ def test_generate_and_inpaint_on_gpu_write_files(gpu, photos, tmp_path):
     Image.new("RGB", (48, 32), "white").save(tmp_path / "mask.png")
     inpaint_inputs = {"image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png")}
     for name, more in (("drawn", {}), ("between", {"between": True}), ("filled", inpaint_inputs)):
-        request = Request(classes=[0, 2], count=2, sampling={"steps": 2}, **more)
-        count = draw(str(tmp_path / "model"), str(tmp_path / name), request)
+        request = GenerateRequest(classes=[0, 2], count=2, sampling={"steps": 2}, **more)
+        count = generate_files(str(tmp_path / "model"), str(tmp_path / name), request)
         assert count == len(list((tmp_path / name).glob("class*"))) > 0
 
 
 def test_incremental_decoder_on_gpu_matches_cpu_logits(gpu):
     """Step-by-step decoding on a GPU matches the parallel pass and the CPU within the codec's tolerance."""
     torch.manual_seed(0)
-    model_config = config.PriorModel(grid=(4, 8, 8), bits=18, sub_bits=9, width=64, layers=3, heads=4, dropout=0)
+    model_config = config.PriorModelConfig(grid=(4, 8, 8), bits=18, sub_bits=9, width=64, layers=3, heads=4, dropout=0)
     prior = Prior(model_config).eval()
     with torch.no_grad():
         for tree in prior.trees:

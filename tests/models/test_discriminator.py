@@ -28,10 +28,10 @@ def test_style_discriminator_parameter_count_matches_paper(size, base, parameter
 
 
 def test_build_discriminator_config_selects_kind_and_channels():
-    style = build_discriminator(config.Adversarial(channel_base=512, channel_max=32), 32)
+    style = build_discriminator(config.AdversarialConfig(channel_base=512, channel_max=32), 32)
     assert style.b32.conv0.weight.shape == (16, 16, 3, 3)
     assert style.b8.conv1.weight.shape == (32, 32, 3, 3)
-    patch = build_discriminator(config.Adversarial(discriminator="patchgan", channel_max=96), 32)
+    patch = build_discriminator(config.AdversarialConfig(discriminator="patchgan", channel_max=96), 32)
     assert isinstance(patch, PatchDiscriminator)
     assert patch(images(2))[0].shape == (2, 1, 2, 2)
     assert max(p.shape[0] for p in patch.parameters()) == 96
@@ -47,7 +47,7 @@ def test_style_discriminator_bad_size_suggests_patchgan():
 def test_discriminator_joint_batches_match_separate_batches(kind):
     """Batches passed in one call get the logits they get in separate calls."""
     torch.manual_seed(0)
-    model = build_discriminator(config.Adversarial(discriminator=kind, channel_base=512, channel_max=32), 32)
+    model = build_discriminator(config.AdversarialConfig(discriminator=kind, channel_base=512, channel_max=32), 32)
     real, fake = images(4), 3 * images(8, seed=1)
     together = model(real, fake)
     torch.testing.assert_close(together[0], model(real)[0], rtol=1e-4, atol=1e-5)

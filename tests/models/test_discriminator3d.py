@@ -11,7 +11,7 @@ from bsq_ray.models.discriminators.stylegan2_3d import ClipBlock, ClipDiscrimina
 
 def small_discriminator(frames=4, size=32):
     torch.manual_seed(0)
-    section = config.Adversarial(discriminator="stylegan2-3d", channel_base=256, channel_max=16)
+    section = config.AdversarialConfig(discriminator="stylegan2-3d", channel_base=256, channel_max=16)
     return build_discriminator(section, size, frames)
 
 

@@ -12,7 +12,7 @@ SIZES = {"width": 32, "layers": 2, "heads": 4}
 
 def small_config(frames=1, image_size=32, **changes):
     keys = {"encoder": SIZES, "decoder": SIZES | {"head_width": 32}, "quantizer": {"bits": 10}} | changes
-    return config.TokenizerModel.model_validate({"frames": frames, "image_size": image_size, **keys})
+    return config.TokenizerModelConfig.model_validate({"frames": frames, "image_size": image_size, **keys})
 
 
 @pytest.fixture(scope="module")

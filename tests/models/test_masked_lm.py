@@ -18,7 +18,7 @@ def small_config(**changes):
         "heads": 4,
         "dropout": 0,
     }
-    return config.MaskedLMModel.model_validate(keys | changes)
+    return config.MaskedLMModelConfig.model_validate(keys | changes)
 
 
 def small_model(**changes):

@@ -11,7 +11,7 @@ from bsq_ray.models.prior import binary_tree_nodes, code_length
 
 def small_config(**changes):
     keys = {"grid": [1, 2, 3], "bits": 6, "sub_bits": 3, "width": 32, "layers": 2, "heads": 4, "dropout": 0}
-    return config.PriorModel.model_validate(keys | changes)
+    return config.PriorModelConfig.model_validate(keys | changes)
 
 
 def small_prior(**changes):

@@ -12,7 +12,7 @@ from bsq_ray.models.sampling import interpolate_classes, num_masked, sample, sam
 
 
 def sampling_config(**changes):
-    return config.Sampling(**({"steps": 4, "temperature": 1.0, "guidance": 0.5} | changes))
+    return config.SamplingConfig(**({"steps": 4, "temperature": 1.0, "guidance": 0.5} | changes))
 
 
 def class_weights(model, *labels):

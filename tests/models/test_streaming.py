@@ -18,13 +18,13 @@ def video_tokenizer(frames=T, causal=True):
     """An untrained model whose temporal positions matter, as those of a trained one do."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 2, "heads": 4}
-    model = config.TokenizerModel(
+    model = config.TokenizerModelConfig(
         image_size=32,
         frames=frames,
         causal=causal,
-        encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_hidden_dim=32),
-        quantizer=config.BSQ(bits=10),
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=10),
     )
     tokenizer = Tokenizer(model)
     for part in (tokenizer.encoder, tokenizer.decoder):

@@ -18,7 +18,7 @@ def small_config(**changes):
         "decoder": SIZES | {"head_width": 64},
         "quantizer": {"bits": 10},
     }
-    return config.TokenizerModel.model_validate(keys | changes)
+    return config.TokenizerModelConfig.model_validate(keys | changes)
 
 
 def small_tokenizer(**changes):
@@ -40,7 +40,7 @@ def images(*shape, seed=0):
 )
 def test_tokenizer_parameter_counts_match_paper(image_size, bits, total, encoder, decoder, to_code, from_code):
     with torch.device("meta"):
-        model = Tokenizer(config.TokenizerModel(image_size=image_size, quantizer=config.BSQ(bits=bits)))
+        model = Tokenizer(config.TokenizerModelConfig(image_size=image_size, quantizer=config.BSQConfig(bits=bits)))
 
     def count(module):
         return sum(p.numel() for p in module.parameters())

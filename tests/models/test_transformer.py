@@ -10,7 +10,7 @@ from bsq_ray.models.layers.transformer import VisionTransformer, attend
 
 def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
     torch.manual_seed(0)
-    sizes = config.Transformer(width=32, layers=2, heads=4)
+    sizes = config.TransformerConfig(width=32, layers=2, heads=4)
     return VisionTransformer(sizes, 4, frames, causal, gradient_checkpointing)
 
 

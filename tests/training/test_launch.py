@@ -70,7 +70,7 @@ def test_model_card_metrics_match_published_weights(local, held_out_shards):
     from bsq_ray.data.transforms import to_float, to_uint8
 
     out, result, _ = local
-    [batch] = evaluation_batches(ImageSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)
+    [batch] = evaluation_batches(ImageSource(read_manifest(held_out_shards), config.DataConfig(), 16), 16, limit=16)
     reconstructed = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
     error_B = (to_uint8(reconstructed).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from bsq_ray import config
 from bsq_ray.training.schedule import learning_rate, ramp, schedule_factor
 
-PAPER = config.Schedule()
+PAPER = config.ScheduleConfig()
 
 
 def test_learning_rate_default_matches_paper():
     """The peak learning rate is about 1e-4 at batch 256 and scales linearly with the batch."""
-    optimizer = config.Optimizer()
+    optimizer = config.OptimizerConfig()
     assert learning_rate(optimizer, 256) == pytest.approx(1.024e-4)
     assert learning_rate(optimizer, 32) == pytest.approx(1.024e-4 / 8)
 
@@ -31,14 +31,14 @@ def test_schedule_default_is_warmup_then_cosine(step, expected):
 
 def test_schedule_final_factor_half_ends_at_half():
     """With the published code's final factor of 0.5 the schedule ends at half the peak rate."""
-    released = config.Schedule(final=0.5)
+    released = config.ScheduleConfig(final=0.5)
     assert factor(released, 1_000_000, 1_000_000) == pytest.approx(0.5)
     assert factor(released, 502_500, 1_000_000) == pytest.approx(0.75)
 
 
 def test_schedule_time_limit_follows_progress():
     """Under a time limit the cosine follows the elapsed share of the time."""
-    schedule = config.Schedule(warmup_steps=0)
+    schedule = config.ScheduleConfig(warmup_steps=0)
     assert schedule_factor(schedule, 10, 1000, 0.5) == pytest.approx(0.5 * (1 + cos(pi / 2)))
     assert schedule_factor(schedule, 10, 1000, 1.0) == pytest.approx(0)
 
@@ -52,14 +52,14 @@ def test_schedule_time_limit_follows_progress():
 )
 def test_schedule_factor_stays_in_range(warmup, start, final, steps, place):
     """The factor stays between the smaller of its ends and 1."""
-    schedule = config.Schedule(warmup_steps=warmup, warmup_from=start, final=final)
+    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_from=start, final=final)
     value = factor(schedule, int(place * steps), steps)
     assert min(start, final) - 1e-9 <= value <= 1 + 1e-9
 
 
 def test_schedule_short_run_warms_up_to_peak():
     """A run shorter than its warm-up still approaches the peak rate."""
-    schedule = config.Schedule(warmup_steps=100, warmup_from=0)
+    schedule = config.ScheduleConfig(warmup_steps=100, warmup_from=0)
     assert factor(schedule, 9, 10) == pytest.approx(0.9)
 
 

@@ -25,7 +25,7 @@ _LEAKY_RELU_GAIN = sqrt(2)
 _STDDEV_GROUP_SIZE = 4
 
 
-def build_discriminator(adversarial_config: config.Adversarial, image_size: int, frames: int = 1) -> nn.Module:
+def build_discriminator(adversarial_config: config.AdversarialConfig, image_size: int, frames: int = 1) -> nn.Module:
     """The discriminator of a configuration: of images, or with stylegan2-3d of clips of `frames` frames.
 
     Raises:

@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        transformer_config: config.Transformer,
+        transformer_config: config.TransformerConfig,
         tokens_per_frame: int,
         frames: int,
         causal: bool,

@@ -21,11 +21,11 @@ from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 class BinaryQuantizer(Quantizer):
     """Keeps the sign of each coordinate; `scale` is the magnitude of a code's coordinates."""
 
-    def __init__(self, quantizer_config: config.BSQ | config.LFQ, scale: float) -> None:
+    def __init__(self, quantizer_config: config.BSQConfig | config.LFQConfig, scale: float) -> None:
         super().__init__()
         self.bits = self.channels = quantizer_config.bits
         self.entropy_config = quantizer_config.entropy
-        self.commitment_weight = quantizer_config.commit_weight
+        self.commitment_weight = quantizer_config.commitment_weight
         self.scale = scale
 
     def dequantize(self, bits_BNL: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class BinaryQuantizer(Quantizer):
             "codebook_entropy": codebook_entropy.detach() / log(2),
         }
         penalty = (weight * entropy_config.per_sample_weight) * per_sample_entropy - (
-            weight * entropy_config.dataset_weight
+            weight * entropy_config.codebook_weight
         ) * codebook_entropy
         return penalty, stats
 

@@ -19,7 +19,7 @@ class BinarySphericalQuantizer(BinaryQuantizer):
     carries it on to v. The quantisation error is below sqrt(2 - 2 / sqrt(L)), so no commit loss is needed.
     """
 
-    def __init__(self, quantizer_config: config.BSQ) -> None:
+    def __init__(self, quantizer_config: config.BSQConfig) -> None:
         super().__init__(quantizer_config, scale=quantizer_config.bits**-0.5)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:

@@ -23,7 +23,7 @@ class FiniteScalarQuantizer(Quantizer):
     half_C: Tensor
     shift_C: Tensor
 
-    def __init__(self, quantizer_config: config.FSQ) -> None:
+    def __init__(self, quantizer_config: config.FSQConfig) -> None:
         super().__init__()
         levels_C = torch.tensor(quantizer_config.levels)
         self.bit_widths = [(n - 1).bit_length() for n in quantizer_config.levels]

@@ -17,13 +17,13 @@ _MAX_DISTANCES = 2**24
 class VectorQuantizer(Quantizer):
     """The nearest row of the codebook. penalty = |sg(v) - e|² + commit_weight · |v - sg(e)|², mean over tokens."""
 
-    def __init__(self, quantizer_config: config.VQ) -> None:
+    def __init__(self, quantizer_config: config.VQConfig) -> None:
         super().__init__()
         self.bits = quantizer_config.bits
-        self.channels = quantizer_config.code_width
-        self.l2_normalize = quantizer_config.normalised
-        self.commitment_weight = quantizer_config.commit_weight
-        self.codebook = nn.Parameter(torch.empty(quantizer_config.codebook_size, quantizer_config.code_width))
+        self.channels = quantizer_config.code_dim
+        self.l2_normalize = quantizer_config.l2_normalize
+        self.commitment_weight = quantizer_config.commitment_weight
+        self.codebook = nn.Parameter(torch.empty(quantizer_config.codebook_size, quantizer_config.code_dim))
         nn.init.uniform_(self.codebook, -1 / quantizer_config.codebook_size, 1 / quantizer_config.codebook_size)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:

@@ -78,7 +78,7 @@ class Engine(ABC):
 
 def build_engine(
     module: nn.Module,
-    training_config: config.Training,
+    training_config: config.TrainingConfig,
     micro_batch: int,
     accumulation_steps: int,
     device: torch.device,
@@ -95,14 +95,14 @@ def build_engine(
     optimizer_config = training_config.optimizer
     optimizer = torch.optim.AdamW(
         sorted(module.parameters(), key=_is_unaligned),
-        lr=optimizer_config.learning_rate_per_256,
+        lr=optimizer_config.base_learning_rate,
         betas=optimizer_config.betas,
         weight_decay=optimizer_config.weight_decay,
-        eps=optimizer_config.epsilon,
+        eps=optimizer_config.eps,
         fused=True,
     )
     if training_config.engine.kind == "ddp":
-        return DataParallelEngine(module, optimizer, optimizer_config.gradient_clip, accumulation_steps)
+        return DataParallelEngine(module, optimizer, optimizer_config.max_grad_norm, accumulation_steps)
     if use_bf16:
         # DeepSpeed switches an outer autocast off around the forward passes of its engines, so it is put inside.
         module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
@@ -176,7 +176,7 @@ class DeepSpeedEngine(Engine):
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        training_config: config.Training,
+        training_config: config.TrainingConfig,
         micro_batch: int,
         accumulation_steps: int,
         device: torch.device,
@@ -191,7 +191,7 @@ class DeepSpeedEngine(Engine):
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation_steps,
             # Always said: DeepSpeed's own default clips at 1.
-            "gradient_clipping": training_config.optimizer.gradient_clip,
+            "gradient_clipping": training_config.optimizer.max_grad_norm,
             "zero_optimization": {"stage": training_config.engine.zero_stage},
             # AdamW of PyTorch steps on the host too; DeepSpeed's own would have to be compiled on every machine.
             "zero_force_ds_cpu_optimizer": False,

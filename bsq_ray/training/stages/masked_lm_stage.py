@@ -81,7 +81,7 @@ class MaskedLMStage(Stage):
         )
         rows = [self._decode(bits_BNL) for bits_BNL in (model.join_bits(tokens_BNS[selected]), sampled_BNL)]
         image = torch.cat([torch.cat(list(to_uint8(row)), dim=2) for row in rows], dim=1)
-        return {"bits_per_token": nats / log(2) * self.run_config.model.sub_tokens}, image.cpu()
+        return {"bits_per_token": nats / log(2) * self.run_config.model.num_sub_tokens}, image.cpu()
 
     def pop_metrics(self) -> dict[str, float]:
         """Nothing is gathered."""
@@ -96,8 +96,8 @@ class MaskedLMStage(Stage):
 
     def _sub_tokens(self, model: MaskedLM, batch: Batch) -> Tensor:
         model_config = self.run_config.model
-        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.tokens * model_config.bits)
-        return model.split_bits(bits_BNL.unflatten(1, (model_config.tokens, model_config.bits)))
+        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
+        return model.split_bits(bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits)))
 
     def _sample_masks(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
         """What is masked (B, N, S), and on the host whose class is hidden (B,).
@@ -105,7 +105,7 @@ class MaskedLMStage(Stage):
         Drawn from (seed, step, key) of each sample, so that it does not depend on the number of workers.
         """
         model_config = self.run_config.model
-        num_units = model_config.tokens * (1 if model_config.mask_by == "token" else model_config.sub_tokens)
+        num_units = model_config.num_tokens * (1 if model_config.mask_unit == "token" else model_config.num_sub_tokens)
         masks, dropped = [], []
         for key in keys:
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -115,7 +115,7 @@ class MaskedLMStage(Stage):
             masks.append(order < max(1, round(num_units * mask_ratio)))
             dropped.append(rng.random() < class_dropout)
         masked_BU = torch.from_numpy(np.stack(masks)).to(self.device)
-        masked_BNS = masked_BU.view(len(keys), model_config.tokens, -1).expand(-1, -1, model_config.sub_tokens)
+        masked_BNS = masked_BU.view(len(keys), model_config.num_tokens, -1).expand(-1, -1, model_config.num_sub_tokens)
         return masked_BNS, torch.tensor(dropped)
 
     def _decode(self, bits_BNL: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ class PriorStage(Stage):
 
     def _bits(self, batch: Batch) -> Tensor:
         model_config = self.run_config.model
-        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.tokens * model_config.bits)
-        return bits_BNL.unflatten(1, (model_config.tokens, model_config.bits))
+        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
+        return bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits))
 
     def _cost(self, batch: Batch, engines: Engines) -> Tensor:
         sub_tokens_BNS = bits_to_integers(self._bits(batch), self.run_config.model.sub_bits)

@@ -92,7 +92,7 @@ class TokenizerStage(Stage):
                 weight = weight * scalars["adaptive_weight"]
             total = total + weight * scalars["generator"]
         quantizer_weight = loss_config.quantizer_weight * ramp(
-            step, loss_config.quantizer_ramp_steps, loss_config.quantizer_ramp_from
+            step, loss_config.quantizer_weight_ramp_steps, loss_config.quantizer_weight_start_factor
         )
         total = total + quantizer_weight * output.quantized.loss
         context["real"] = self._discriminator_input(real)

@@ -10,12 +10,12 @@ from bsq_ray import config
 from bsq_ray.models.quantizers import build_quantizer
 
 CONFIGS = {
-    "bsq": config.BSQ(bits=18),
-    "bsq grouped": config.BSQ(bits=18, entropy=config.Entropy(estimate="group", group_size=9)),
-    "lfq": config.LFQ(bits=10),
-    "fsq": config.FSQ(kind="fsq", levels=(8, 5, 5, 3, 2)),
-    "vq": config.VQ(kind="vq", codebook_size=64, code_width=6),
-    "vq plain": config.VQ(kind="vq", codebook_size=64, code_width=6, normalised=False),
+    "bsq": config.BSQConfig(bits=18),
+    "bsq grouped": config.BSQConfig(bits=18, entropy=config.EntropyConfig(estimate="group", group_size=9)),
+    "lfq": config.LFQConfig(bits=10),
+    "fsq": config.FSQConfig(kind="fsq", levels=(8, 5, 5, 3, 2)),
+    "vq": config.VQConfig(kind="vq", codebook_size=64, code_width=6),
+    "vq plain": config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=False),
 }
 
 
@@ -50,14 +50,14 @@ def test_quantizer_gradient_flows_and_bf16_input_uses_fp32(quantizer):
 
 @pytest.mark.parametrize("bits", [1, 2, 18, 36, 63, 128])
 def test_bsq_any_number_of_bits_gives_unit_codes(bits):
-    quantizer = build_quantizer(config.BSQ(bits=bits))
+    quantizer = build_quantizer(config.BSQConfig(bits=bits))
     result = quantizer(random_vectors(bits))
     assert torch.allclose(result.codes_BNC.norm(dim=-1), torch.ones(2, 64))
     assert torch.equal(quantizer.dequantize(result.bits_BNL), result.codes_BNC)
 
 
 def test_bsq_sign_of_zero_is_positive():
-    result = build_quantizer(config.BSQ(bits=4))(torch.tensor([[[0.0, -1.0, 1.0, -0.0]]]))
+    result = build_quantizer(config.BSQConfig(bits=4))(torch.tensor([[[0.0, -1.0, 1.0, -0.0]]]))
     assert result.bits_BNL.tolist() == [[[True, False, True, True]]]
 
 
@@ -65,7 +65,7 @@ def test_bsq_gradient_matches_straight_through_formula():
     """1/sqrt(L) with respect to u, then the Jacobian of v / |v|."""
     v = random_vectors(6, tokens=1)[:1].requires_grad_()
     weight = random_vectors(6, tokens=1, seed=1)[:1]
-    (build_quantizer(config.BSQ(bits=6))(v).codes_BNC * weight).sum().backward()
+    (build_quantizer(config.BSQConfig(bits=6))(v).codes_BNC * weight).sum().backward()
     u, norm = F.normalize(v.detach(), dim=-1), v.detach().norm()
     expected = (weight - u * (u * weight).sum()) / norm / sqrt(6)
     torch.testing.assert_close(v.grad, expected)
@@ -73,7 +73,7 @@ def test_bsq_gradient_matches_straight_through_formula():
 
 def test_bsq_quantization_error_is_within_paper_bound():
     u = F.normalize(random_vectors(18, tokens=2000), dim=-1)
-    error = (build_quantizer(config.BSQ(bits=18))(u).codes_BNC - u).norm(dim=-1)
+    error = (build_quantizer(config.BSQConfig(bits=18))(u).codes_BNC - u).norm(dim=-1)
     assert error.mean() == pytest.approx(0.613, abs=0.005)
     assert error.max() < sqrt(2 - 2 / sqrt(18))
 
@@ -81,13 +81,13 @@ def test_bsq_quantization_error_is_within_paper_bound():
 def test_bsq_and_lfq_share_bits_but_only_bsq_normalizes():
     """BSQ and LFQ choose the same bits; LFQ codes have entries of ±1 instead of unit norm."""
     v = random_vectors(10)
-    bsq, lfq = build_quantizer(config.BSQ(bits=10))(v), build_quantizer(config.LFQ(bits=10))(v)
+    bsq, lfq = build_quantizer(config.BSQConfig(bits=10))(v), build_quantizer(config.LFQConfig(bits=10))(v)
     assert torch.equal(bsq.bits_BNL, lfq.bits_BNL)
     assert torch.equal(lfq.codes_BNC.abs(), torch.ones_like(v))
 
 
 def penalty(v, **entropy):
-    return build_quantizer(config.BSQ(bits=v.shape[-1], entropy=config.Entropy(**entropy)))(v).loss
+    return build_quantizer(config.BSQConfig(bits=v.shape[-1], entropy=config.EntropyConfig(**entropy)))(v).loss
 
 
 def test_entropy_penalty_diverse_batch_is_lower():
@@ -122,26 +122,28 @@ def test_entropy_penalty_every_option_has_an_effect():
     values = [penalty(v, **change) for change in changes]
     assert all(abs(value - default) > 1e-4 for value in values)
     assert penalty(v, weight=2.0) == pytest.approx(2 * default.item())
-    with_commit = build_quantizer(config.BSQ(bits=18, commit_weight=0.25))(v)
+    with_commit = build_quantizer(config.BSQConfig(bits=18, commit_weight=0.25))(v)
     assert with_commit.loss > default
     assert with_commit.stats["commit"] > 0
 
 
 def test_quantizer_stats_entropies_are_in_bits():
-    stats = build_quantizer(config.BSQ(bits=18))(random_vectors(18)).stats
+    stats = build_quantizer(config.BSQConfig(bits=18))(random_vectors(18)).stats
     assert 0 <= stats["per_sample_entropy"] <= 18
     assert 0 <= stats["codebook_entropy"] <= 18
 
 
 def test_grouped_entropy_of_18_bits_fits_in_memory():
     """2^18 codes for 2,048 tokens: the average is a matrix product of halves, not 0.5 G probabilities."""
-    section = config.BSQ(bits=18, entropy=config.Entropy(estimate="group", group_size=18, inverse_temperature=20.0))
+    section = config.BSQConfig(
+        bits=18, entropy=config.EntropyConfig(estimate="group", group_size=18, inverse_temperature=20.0)
+    )
     result = build_quantizer(section)(random_vectors(18, tokens=1024))
     assert 8 < result.stats["codebook_entropy"] < log2(2**18)
 
 
 def test_fsq_uses_exactly_its_levels():
-    quantizer = build_quantizer(config.FSQ(kind="fsq", levels=(8, 5, 2)))
+    quantizer = build_quantizer(config.FSQConfig(kind="fsq", levels=(8, 5, 2)))
     codes = quantizer(10 * random_vectors(3, tokens=4000)).codes_BNC
     for channel, levels in enumerate((8, 5, 2)):
         assert len(codes[..., channel].unique()) == levels
@@ -149,7 +151,7 @@ def test_fsq_uses_exactly_its_levels():
 
 
 def test_fsq_dequantize_clamps_to_last_level():
-    quantizer = build_quantizer(config.FSQ(kind="fsq", levels=(5,)))
+    quantizer = build_quantizer(config.FSQConfig(kind="fsq", levels=(5,)))
     all_patterns = torch.tensor([[[bool(i >> j & 1) for j in range(3)] for i in range(8)]])
     assert quantizer.dequantize(all_patterns).flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
 
@@ -157,7 +159,7 @@ def test_fsq_dequantize_clamps_to_last_level():
 @pytest.mark.parametrize("normalised", [True, False])
 def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
     monkeypatch.setattr("bsq_ray.models.quantizers.vq._TILE", 64 * 10)
-    quantizer = build_quantizer(config.VQ(kind="vq", codebook_size=64, code_width=6, normalised=l2_normalize))
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=l2_normalize))
     torch.nn.init.normal_(quantizer.codebook)
     v = random_vectors(6)
     rows = F.normalize(quantizer.codebook, dim=-1) if l2_normalize else quantizer.codebook
@@ -169,11 +171,11 @@ def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
 def test_vq_losses_train_vector_and_codebook_separately():
     """The commitment loss moves the vector, and the codebook loss moves the codebook row."""
     v = random_vectors(6).requires_grad_()
-    quantizer = build_quantizer(config.VQ(kind="vq", codebook_size=16, code_width=6, commit_weight=0.0))
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=0.0))
     quantizer(v).loss.backward()
     assert v.grad.abs().max() == 0
     assert quantizer.codebook.grad.abs().sum() > 0
-    build_quantizer(config.VQ(kind="vq", codebook_size=16, code_width=6, commit_weight=1.0))(v).loss.backward()
+    build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=1.0))(v).loss.backward()
     assert v.grad.abs().sum() > 0
 
 
@@ -183,4 +185,4 @@ def test_bsq_matches_vector_quantize_pytorch():
     public = vector_quantize.LFQ(codebook_size=2**12, dim=12, spherical=True, force_quantization_f32=True)
     v = random_vectors(12)
     expected, _, _ = public.eval()(v)
-    torch.testing.assert_close(build_quantizer(config.BSQ(bits=12))(v).codes_BNC, expected)
+    torch.testing.assert_close(build_quantizer(config.BSQConfig(bits=12))(v).codes_BNC, expected)

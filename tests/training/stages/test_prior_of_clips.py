@@ -44,12 +44,12 @@ def table(frames, tmp_path_factory):
     url = str(tmp_path_factory.mktemp("tokens"))
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
-    model_config = config.TokenizerModel(
+    model_config = config.TokenizerModelConfig(
         image_size=SIDE,
         frames=FRAMES,
-        encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_hidden_dim=32),
-        quantizer=config.BSQ(bits=6),
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=6),
     )
     tokenizer_id = Tokenizer(model_config).save_pretrained(f"{url}/tokenizer")
     tokenizer = Tokenizer.from_pretrained(f"{url}/tokenizer")

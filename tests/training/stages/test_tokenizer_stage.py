@@ -34,7 +34,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def batch(photo_shards):
-    return next(evaluation_batches(ImageSource(read_manifest(photo_shards), config.Data(), 32), 8))
+    return next(evaluation_batches(ImageSource(read_manifest(photo_shards), config.DataConfig(), 32), 8))
 
 
 def build(*overrides):
