@@ -14,9 +14,9 @@ from bsq_ray.training import launch
 
 _SMALL_OVERRIDES = (
     "model.image_size=32", "model.encoder.width=32", "model.encoder.layers=1", "model.encoder.heads=2",
-    "model.decoder.width=32", "model.decoder.layers=1", "model.decoder.heads=2", "model.decoder.head_width=64",
+    "model.decoder.width=32", "model.decoder.layers=1", "model.decoder.heads=2", "model.decoder.head_hidden_dim=64",
     "loss.adversarial.start_step=4", "loss.adversarial.channel_base=256", "loss.adversarial.channel_max=16",
-    "training.steps=12", "training.log_every=4", "training.evaluate_every=6", "training.checkpoint_every=6",
+    "training.steps=12", "training.log_every=4", "training.eval_every=6", "training.checkpoint_every=6",
 )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class SkippedSamples:
         self.samples.extend(report for report in dict.fromkeys(reports) if report not in self.samples)
         if len(self.samples) > self.limit:
             raise RuntimeError(
-                f"{len(self.samples)} damaged samples are more than data.max_damaged = {self.limit}; "
+                f"{len(self.samples)} damaged samples are more than data.max_skipped_samples = {self.limit}; "
                 f"the last one: {self.samples[-1]}"
             )
 

@@ -64,7 +64,7 @@ def run_demo(
     with ray_session():
         demo.prepare(tokenizer_overrides)
         lm_config = config.load_config(
-            "masked-lm-demo", (UNLIMITED_STEPS, f"model.classes={len(demo.classes)}", *lm_overrides)
+            "masked-lm-demo", (UNLIMITED_STEPS, f"model.num_classes={len(demo.classes)}", *lm_overrides)
         )
         model = demo.train(lm_config, "masked-lm", demo.tables)
         results = _evaluate(model, demo.shards, demo.tables, out, num_images)

@@ -56,6 +56,6 @@ def nonfinite_error(
     key_list = ", ".join(suspect_keys[:4]) + (f" and {len(suspect_keys) - 4} more" if len(suspect_keys) > 4 else "")
     return NonFiniteLossError(
         f"step {step}: {description} is not finite; the batch was {key_list} (all in {url}). The weights were not "
-        "changed by it; try a lower training.optimizer.learning_rate_per_256, a training.optimizer.gradient_clip, "
+        "changed by it; try a lower training.optimizer.base_learning_rate, a training.optimizer.max_grad_norm, "
         "or training.engine.precision=fp32"
     )

@@ -150,7 +150,7 @@ def test_training_batches_damaged_sample_is_replaced(damaged_manifest):
 def test_training_batches_too_many_skipped_raises(damaged_manifest):
     """More skipped samples than allowed raise an error that names the last one."""
     data_config = DATA_CONFIG.model_copy(update={"max_damaged": 0})
-    with pytest.raises(RuntimeError, match=r"data.max_damaged = 0; the last one: shard-000000.tar"):
+    with pytest.raises(RuntimeError, match=r"data.max_skipped_samples = 0; the last one: shard-000000.tar"):
         batches(damaged_manifest, 10, batch_size=4, data_config=data_config)
 
 
@@ -226,5 +226,5 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     skipped_keys = {line.split(": ")[1] for line in skipped.samples}
     assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
     assert not skipped_keys & delivered_keys
-    with pytest.raises(RuntimeError, match=f"data.max_damaged = 1; the last one: {shard.name}"):
+    with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
         batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 1}))

@@ -16,8 +16,8 @@ SMALL_TOKENIZER = (
     "model.decoder.width=32",
     "model.decoder.layers=1",
 )
-SMALL_TOKENIZER += ("training.evaluate_every=1000000", "loss.adversarial.weight=0")
-SMALL_TOKENS = ("model.width=32", "model.layers=1", "training.evaluate_every=1000000")
+SMALL_TOKENIZER += ("training.eval_every=1000000", "loss.adversarial.weight=0")
+SMALL_TOKENS = ("model.width=32", "model.layers=1", "training.eval_every=1000000")
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,14 @@ SMALL = [
     f"training.steps={STEPS}",
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.02",
-    "training.optimizer.epsilon=1e-4",
+    "training.optimizer.base_learning_rate=0.02",
+    "training.optimizer.eps=1e-4",
     "training.engine.kind=ddp",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.evaluate_batches=1",
+    "training.eval_batches=1",
 ]
-STAGES = {"masked-lm-demo": ["model.classes=1", "sampling.steps=3"], "prior-demo": []}
+STAGES = {"masked-lm-demo": ["model.num_classes=1", "sampling.steps=3"], "prior-demo": []}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 DDP = ENGINES["ddp"]
 # Otherwise gradients that are nothing but rounding move their weights as far as others do, each device its own way.
-STABLE_OPTIMIZER = ["training.optimizer.epsilon=1e-4"]
+STABLE_OPTIMIZER = ["training.optimizer.eps=1e-4"]
 # The R1 penalty's second derivatives amplify the last digits.
 RELATIVE_TOLERANCE = 2e-3
 
@@ -52,13 +52,13 @@ def cpu_records(photo_shards, tmp_path_factory):
 def runs(photo_shards, gpu, tmp_path_factory):
     """(folder, losses by name) of the same training by every engine, on the GPU."""
     out = tmp_path_factory.mktemp("engines")
-    no_codebook = ["model.quantizer.entropy.dataset_weight=0"]
+    no_codebook = ["model.quantizer.entropy.codebook_weight=0"]
     more = {
         "whole": [*DDP, *no_codebook],
         "accumulated ddp": [*DDP, *no_codebook, "training.micro_batch_size=4"],
         "accumulated zero 1": [*no_codebook, "training.micro_batch_size=4"],
-        "clipped ddp": [*DDP, "training.optimizer.gradient_clip=0.01"],
-        "clipped zero 2": ["training.engine.zero_stage=2", "training.optimizer.gradient_clip=0.01"],
+        "clipped ddp": [*DDP, "training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 2": ["training.engine.zero_stage=2", "training.optimizer.max_grad_norm=0.01"],
     }
     losses = {name: train(gpu, photo_shards, out / name, overrides) for name, overrides in (ENGINES | more).items()}
     return str(out), losses
@@ -127,7 +127,7 @@ def test_resume_on_other_device_matches_cpu_run(cpu_records, from_gpu, gpu, phot
 def train_by_command(shards, out, device, *more):
     """Trains by the command line without Ray; the records of the run."""
     arguments = ["train", "tokenizer", "--config", PRESET, "--data", shards, "--out", str(out), "--workers", "0"]
-    arguments += ["--device", device, *more, *SMALL, *STABLE_OPTIMIZER, "training.schedule.final=1"]
+    arguments += ["--device", device, *more, *SMALL, *STABLE_OPTIMIZER, "training.schedule.final_factor=1"]
     call = [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *arguments]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

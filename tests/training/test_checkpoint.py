@@ -170,7 +170,7 @@ def test_checkpoint_storage_timeout_raises(photo_shards, outage):
         RuntimeError, match=r"worker 0 cannot write the checkpoint of step 2: cannot write outage:.*503"
     ):
         run_training(
-            small_spec(photo_shards, outage, [*AT_HALF, "training.storage_patience=0.1"]),
+            small_spec(photo_shards, outage, [*AT_HALF, "training.storage_timeout_s=0.1"]),
             local_worker(RecordingReporter()),
         )
     assert list_checkpoints(outage) == []
@@ -223,7 +223,7 @@ def train_with_full_disk(rank, world, shards, out):
 
     if rank == 1:
         storage.upload = full
-    return train_runs(rank, world, shards, out, {"run": [*AT_HALF, "training.storage_patience=0"]})
+    return train_runs(rank, world, shards, out, {"run": [*AT_HALF, "training.storage_timeout_s=0"]})
 
 
 def failing_writer(error):

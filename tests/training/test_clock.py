@@ -32,9 +32,7 @@ def test_step_timer_excludes_evaluations_from_speed(photo_shards, tmp_path, monk
     monkeypatch.setattr(trainer.Trainer, "_evaluate", taking(EVALUATION, trainer.Trainer._evaluate))
     monkeypatch.setattr(trainer, "training_batches", slow_batches)
     listener = RecordingReporter()
-    result = trainer.run_training(
-        small_spec(photo_shards, tmp_path, ["training.evaluate_every=1"]), local_worker(listener)
-    )
+    result = trainer.run_training(small_spec(photo_shards, tmp_path, ["training.eval_every=1"]), local_worker(listener))
     assert result.seconds == 4 * STEP + 3 * EVALUATION
     assert [record["seconds"] for record in listener.training_records] == [
         n * STEP + (n - 1) * EVALUATION for n in (1, 2, 3, 4)

@@ -14,7 +14,7 @@ from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import WorkerContext, local_device
 
 # Two passes over the photographs, so that every sample is met.
-OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]
+OVERRIDES = ["training.steps=12", "data.interleave=1", "loss.adversarial.weight=0"]
 
 
 @pytest.fixture
@@ -60,9 +60,12 @@ def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
     shards, names = damaged
     limit = len(names) - 1
     # In so few steps neither of them meets all.
-    few = ["training.steps=3", f"data.max_damaged={limit}"]
+    few = ["training.steps=3", f"data.max_skipped_samples={limit}"]
     for error in spawn_group(2, train_worker, shards, tmp_path / "run", few):
-        assert f"{len(names)} damaged samples are more than data.max_damaged = {limit}; the last one: shard-" in error
+        assert (
+            f"{len(names)} damaged samples are more than data.max_skipped_samples = {limit}; the last one: shard-"
+            in error
+        )
 
 
 def test_summary_lists_skipped_samples(damaged, tmp_path):

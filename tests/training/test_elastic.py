@@ -15,7 +15,7 @@ from test_resume import comparable_values
 LONG = [
     *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=64", "layers=2")),
     *("loss.adversarial.weight=0", "training.steps=100000", "training.checkpoint_every=5"),
-    "training.optimizer.learning_rate_per_256=1e-3",
+    "training.optimizer.base_learning_rate=1e-3",
 ]
 
 

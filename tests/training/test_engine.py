@@ -71,13 +71,13 @@ def runs(photo_shards, tmp_path_factory):
         "accumulated ddp": [*ENGINES["ddp"], "training.micro_batch_size=4"],
         "accumulated zero 1": ["training.micro_batch_size=4"],
         "accumulated zero 2": ["training.engine.zero_stage=2", "training.micro_batch_size=4"],
-        "clipped ddp": [*ENGINES["ddp"], "training.optimizer.gradient_clip=0.01"],
-        "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.gradient_clip=0.01"],
-        "clipped zero 1": ["training.optimizer.gradient_clip=0.01"],
-        "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.gradient_clip=0.01"],
+        "clipped ddp": [*ENGINES["ddp"], "training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 1": ["training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.max_grad_norm=0.01"],
     }
     # The entropy of a batch is not the mean of its parts' entropies, so it is left out where parts are compared.
-    no_codebook = ["model.quantizer.entropy.dataset_weight=0"]
+    no_codebook = ["model.quantizer.entropy.codebook_weight=0"]
     accumulated = {name: [*overrides, *no_codebook] for name, overrides in accumulated.items()}
     accumulated["whole ddp"] = [*ENGINES["ddp"], *no_codebook]
     [variants, _] = spawn_group(2, train_runs, photo_shards, out, accumulated)

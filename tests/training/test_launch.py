@@ -36,7 +36,7 @@ def launch(shards, out, workers, overrides=(), **settings):
 def local_run(photo_shards, held_out_shards, tmp_path_factory):
     """(folder, result, listener) of a run in this process."""
     out = tmp_path_factory.mktemp("local") / "run"
-    overrides = ["training.evaluate_every=2", "training.sample_every=3"]
+    overrides = ["training.eval_every=2", "training.sample_every=3"]
     return out, *launch(photo_shards, out, 0, overrides, held_out_url=held_out_shards)
 
 
@@ -154,7 +154,7 @@ def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
     from bsq_ray.training.nonfinite import NonFiniteLossError
 
     # A learning rate this absurd overflows within a few steps.
-    overrides = ["training.optimizer.learning_rate_per_256=1e30", "training.steps=40"]
+    overrides = ["training.optimizer.base_learning_rate=1e30", "training.steps=40"]
     with pytest.raises(
         NonFiniteLossError, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
     ):
@@ -215,7 +215,7 @@ def test_worker_failure_ends_run_with_its_error(photo_shards, tmp_path, ray_loca
     for tar in sorted(shards.glob("*.tar"))[1:]:
         tar.unlink()
     with pytest.raises((ValueError, RuntimeError), match=r"\.tar"):
-        launch(str(shards), tmp_path / "run", 2, ["data.lanes=2", "data.max_damaged=0"])
+        launch(str(shards), tmp_path / "run", 2, ["data.interleave=2", "data.max_skipped_samples=0"])
 
 
 def train_command(shards, out, *more):

@@ -13,8 +13,8 @@ SMALL_OVERRIDES = {
     "training.engine.kind": "ddp",
     "training.engine.precision": "fp32",
     "training.batch_size": 8,
-    "training.evaluate_every": 5,
-    "training.evaluate_batches": 1,
+    "training.eval_every": 5,
+    "training.eval_batches": 1,
     "training.log_every": 5,
 }
 

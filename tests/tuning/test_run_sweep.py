@@ -23,7 +23,7 @@ from bsq_ray.tuning.sweep_config import load_sweep
 
 DEMO = Path(__file__).parents[2] / "jobs" / "sweeps" / "demo.yaml"
 # A learning rate that learns, and two that do not and are worse at every step.
-LEARNING_RATES = {"training.optimizer.learning_rate_per_256": {"values": [0.2, 1e-9, 1e-8]}}
+LEARNING_RATES = {"training.optimizer.base_learning_rate": {"values": [0.2, 1e-9, 1e-8]}}
 ASHA = {"kind": "asha", "grace_steps": 20, "reduction": 2}
 
 
@@ -143,7 +143,7 @@ def test_run_sweep_finished_sweep_trains_nothing(demo, photo_shards, held_out_sh
 def test_run_sweep_early_stop_releases_resources(photo_shards, held_out_shards, tmp_path, ray_local):
     """Trials that ASHA stops early save a model and release their resources."""
     # Long beside the moment it takes until a trial hears that it is to stop.
-    overrides = {"training.evaluate_every": 20, "training.log_every": 20}
+    overrides = {"training.eval_every": 20, "training.log_every": 20}
     budget = {"steps": 600, "concurrency": 2, "held_out_images": 2}
     sweep = small_sweep(tmp_path, space=LEARNING_RATES, scheduler=ASHA, budget=budget, set=overrides)
     free = free_resources()
@@ -154,7 +154,7 @@ def test_run_sweep_early_stop_releases_resources(photo_shards, held_out_shards, 
     for record in result.study.records:
         if record.state == "stopped":
             assert 20 <= record.reports[-1][0] < 600
-            assert record.parameters["training.optimizer.learning_rate_per_256"] < 1e-3
+            assert record.parameters["training.optimizer.base_learning_rate"] < 1e-3
             assert (tmp_path / "out" / "trials" / f"{record.number:03}" / "model").exists()
     assert wait_until(lambda: free_resources() == free, 20), (free, free_resources())
 
@@ -205,8 +205,8 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
                 "fine": {"model.quantizer.bits": 6},
                 "no configuration": {"model.image_size": 33},
                 "does not fit the workers": {"training.batch_size": 7},
-                "diverges": {"training.optimizer.learning_rate_per_256": 1e30, "training.steps": 60},
-                "cannot read": {"data.max_damaged": 0, "data.shuffle_window": 1},
+                "diverges": {"training.optimizer.base_learning_rate": 1e30, "training.steps": 60},
+                "cannot read": {"data.max_skipped_samples": 0, "data.shuffle_block_size": 1},
             }
         }
     }

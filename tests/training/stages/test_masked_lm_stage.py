@@ -20,7 +20,7 @@ SMALL = [
     "model.grid=[1,4,4]",
     "model.bits=10",
     "model.sub_bits=5",
-    "model.classes=1",
+    "model.num_classes=1",
     "model.width=32",
     "model.layers=2",
     "model.heads=2",
@@ -29,7 +29,7 @@ SMALL = [
     "training.steps=8",
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.05",
+    "training.optimizer.base_learning_rate=0.05",
     "training.engine.precision=fp32",
     "training.ema_decay=0.5",
     "training.log_every=1",
@@ -93,17 +93,17 @@ def test_masked_lm_zero_stages_match(trained_run, tokens, tmp_path, stage):
 
 
 def test_masked_lm_resumed_run_is_bit_identical(trained_run, tokens, tmp_path):
-    run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final=1")
-    run(tokens, tmp_path, 0, "training.schedule.final=1", resume=True)
+    run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final_factor=1")
+    run(tokens, tmp_path, 0, "training.schedule.final_factor=1", resume=True)
     whole = tmp_path / "whole"
-    run(tokens, whole, 0, "training.schedule.final=1")
+    run(tokens, whole, 0, "training.schedule.final_factor=1")
     resumed, unbroken = weights(tmp_path), weights(whole)
     assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
 
 
 def test_sample_masks_depend_on_key_and_step_only(tokens):
     """Masks depend on the sample's key and the step, not on the rest of the batch."""
-    config = load_config("masked-lm-demo", [*SMALL, "model.mask_by=sub_token", "loss.class_dropout=0.5"])
+    config = load_config("masked-lm-demo", [*SMALL, "model.mask_unit=sub_token", "loss.class_dropout=0.5"])
     source = build_source(config, tokens)
     stage = MaskedLMStage(config, source, torch.device("cpu"))
     [batch] = evaluation_batches(source, 40, limit=40)
@@ -118,7 +118,9 @@ def test_sample_masks_depend_on_key_and_step_only(tokens):
 
 
 def test_loss_options_change_loss(trained_run, tokens, tmp_path):
-    for number, override in enumerate(["loss.label_smoothing=0.5", "loss.class_dropout=1", "model.mask_by=sub_token"]):
+    for number, override in enumerate(
+        ["loss.label_smoothing=0.5", "loss.class_dropout=1", "model.mask_unit=sub_token"]
+    ):
         changed = run(tokens, tmp_path / str(number), 0, "training.steps=1", override)
         assert changed[0]["loss"] != trained_run[0][0]["loss"], override
 

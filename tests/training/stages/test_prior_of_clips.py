@@ -24,7 +24,7 @@ SMALL = [
     "training.batch_size=16",
     "training.micro_batch_size=8",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.1",
+    "training.optimizer.base_learning_rate=0.1",
     "training.engine.precision=fp32",
     "training.ema_decay=0.5",
     "training.log_every=1",
@@ -68,7 +68,7 @@ def test_clip_prior_trains_and_compresses(table, frames, tmp_path):
     """A prior trained on clips lowers its loss and compresses the clips it was trained on."""
     records = []
     train(
-        config.load_config("ucf101-prior", [*SMALL, "training.evaluate_every=30", "training.sample_every=30"]),
+        config.load_config("ucf101-prior", [*SMALL, "training.eval_every=30", "training.sample_every=30"]),
         table, str(tmp_path), 0, held_out_url=table, on_record=records.append,
     )  # fmt: skip
     training = [record["bits_per_token"] for record in records if record["kind"] == "training"]

@@ -20,7 +20,7 @@ SMALL = [
     "training.steps=20",
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.1",
+    "training.optimizer.base_learning_rate=0.1",
     "training.engine.precision=fp32",
     "training.ema_decay=0.5",
     "training.log_every=1",
@@ -67,8 +67,8 @@ def test_prior_two_workers_match_one_process(tokens, tmp_path, ray_local):
 
 
 def test_prior_resumed_run_is_bit_identical(tokens, tmp_path):
-    run(tokens, tmp_path / "a", 0, "training.steps=5", "training.schedule.final=1")
-    run(tokens, tmp_path / "a", 0, "training.schedule.final=1", resume=True)
-    run(tokens, tmp_path / "b", 0, "training.schedule.final=1")
+    run(tokens, tmp_path / "a", 0, "training.steps=5", "training.schedule.final_factor=1")
+    run(tokens, tmp_path / "a", 0, "training.schedule.final_factor=1", resume=True)
+    run(tokens, tmp_path / "b", 0, "training.schedule.final_factor=1")
     resumed, unbroken = (safetensors.numpy.load_file(tmp_path / r / "model" / "model.safetensors") for r in "ab")
     assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
