@@ -1,9 +1,7 @@
-"""Render the measurements in docs/results/*.json into the Markdown pages.
+"""Render the measurements in docs/results/*.json into the Markdown pages (format: docs/results/README.md).
 
-    python docs/render_results.py            update README.md and docs/**/*.md
-    python docs/render_results.py --check    change nothing; exit 1 and name the pages that are out of date
-
-docs/results/README.md defines the JSON files and the markers.
+python docs/render_results.py            update README.md and docs/**/*.md
+python docs/render_results.py --check    change nothing; exit 1 and name the pages that are out of date
 """
 
 from __future__ import annotations
