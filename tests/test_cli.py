@@ -125,7 +125,7 @@ def test_cli_failed_work_exits_with_status_1(run_cli, monkeypatch):
     def fail(source):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", fail)
+    monkeypatch.setattr("bsq_ray.cli.info.format_info", fail)
     status, _, error = run_cli("info", "demo")
     assert status == 1
     assert "the disk is full (OSError; --debug shows where)" in error
@@ -140,7 +140,7 @@ def test_cli_interrupt_exits_with_status_130(run_cli, monkeypatch):
     def interrupt(source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", interrupt)
+    monkeypatch.setattr("bsq_ray.cli.info.format_info", interrupt)
     assert run_cli("info", "demo")[0] == 130
 
 
