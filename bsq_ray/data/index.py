@@ -6,15 +6,15 @@ import hashlib
 import io
 import posixpath
 import tarfile
-from collections.abc import Callable
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
 from bsq_ray.data.transforms import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
-def index_shards(url: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+def index_shards(url: str, on_progress: ProgressCallback = no_progress) -> Manifest:
     """Writes the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
 
     Without any `.cls` all samples are of one class.

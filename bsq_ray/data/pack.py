@@ -25,6 +25,7 @@ from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, VideoInfo, wri
 from bsq_ray.data.transcode import TooShortError, transcode_if_needed
 from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text, reencode_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512
@@ -90,7 +91,7 @@ def pack_images(
     seed: int = 0,
     num_workers: int | None = None,
     address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
     split_list: str | None = None,
 ) -> PackReport:
     """Packs a folder of images, with class subfolders or without.
@@ -125,7 +126,7 @@ def pack_videos(
     seed: int = 0,
     num_workers: int | None = None,
     address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
     split_list: str | None = None,
     min_frames: int = 16,
 ) -> PackReport:

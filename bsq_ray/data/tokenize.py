@@ -7,7 +7,6 @@ Parts that are already there, made by the same tokenizer from the same data, are
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +30,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def tokenize(
     flip: bool = False,
     batch_size: int = 64,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> TokenizeResult:
     """Makes a token table of packed images, or of the clips of packed videos.
 

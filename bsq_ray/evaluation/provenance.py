@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.metrics.pretrained_weights import resolve_once
+from bsq_ray.models.pretrained_weights import resolve_once
 
 # With fewer images FID says more about their number than about the model.
 _MIN_FID_SAMPLES = 2048

@@ -18,9 +18,9 @@ from training_steps import NaiveTrainingSteps, TrainingSteps
 from bsq_ray import Generator, Prior, Tokenizer
 from bsq_ray.config import load_config
 from bsq_ray.data.transforms import to_float
-from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
+from bsq_ray.models.pretrained_weights import resolve_once
 from bsq_ray.planning.planner import make_plan, reconstruction_rate
 from bsq_ray.runtime.precision import strict_fp32
 

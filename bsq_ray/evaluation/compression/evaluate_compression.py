@@ -40,6 +40,7 @@ from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
 _ANCHOR = {"images": "JPEG", "clips": "H.264"}
@@ -59,7 +60,7 @@ def evaluate_compression(
     max_frames: int | None = None,
     max_side: int | None = None,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Compresses everything in a folder with everything; writes results.json, results.md, curves.png, comparison.png.
 

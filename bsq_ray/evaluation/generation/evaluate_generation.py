@@ -36,6 +36,7 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 _BATCH = 32
 # Neighbours that vote on the class of an image.
@@ -55,7 +56,7 @@ def evaluate_generation(
     reference_url: str | None = None,
     baseline_url: str | None = None,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Draws images with the classes of a data set and compares them with it.
 

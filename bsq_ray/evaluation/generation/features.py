@@ -21,7 +21,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
-from bsq_ray.metrics.pretrained_weights import cache_folder, resolve_once
+from bsq_ray.models.pretrained_weights import cache_folder, resolve_once
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 from bsq_ray.runtime.precision import strict_fp32
 

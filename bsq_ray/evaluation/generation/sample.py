@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import storage
+from bsq_ray.config.validation_error import format_first_error
 from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import default_device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
@@ -72,8 +73,7 @@ def generate_files(model_url: str, out_url: str, request: GenerateRequest, weigh
                 sheet.add(label, pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2])
                 num_images += 1
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+        raise ValueError(f"{format_first_error(error)}, got {error.errors()[0]['input']!r}") from None
     storage.write_bytes(storage.join(out_url, "sheet.png"), sheet.png())
     return num_images
 

@@ -10,10 +10,11 @@ from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetric
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import I3D, MIN_FRAMES
 from bsq_ray.metrics.lpips import lpips
-from bsq_ray.metrics.per_frame import clip_psnr, clips_from_batch_major, flicker, frames_batch_major, metric_per_frame
+from bsq_ray.metrics.per_frame import clip_psnr, flicker, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 from bsq_ray.model_folder import WeightsKind
+from bsq_ray.models.frame_layout import clips_from_batch_major, frames_batch_major
 
 
 class ClipReconstructionMetrics(ReconstructionMetrics):

@@ -9,7 +9,7 @@ an animation, `reconstructions.webp`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionM
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import MIN_FRAMES
 from bsq_ray.model_folder import WeightsKind
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
@@ -47,7 +48,7 @@ def evaluate_reconstruction(
     limit: int | None = None,
     show_published: bool = False,
     max_skipped_samples: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Measures a tokenizer on packed images or videos and writes results.json, results.md and reconstructions.png.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
 def reconstruct_file(model_url: str, image_url: str, out: Path, weights: WeightsKind = "ema") -> str:
@@ -59,7 +60,7 @@ def reconstruct_clip(
     clip_url: str,
     out: Path,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: ProgressCallback = no_progress,
 ) -> str:
     """Writes a clip of any length and its reconstruction side by side as MP4; returns a sentence with bits and PSNR.
 
@@ -97,8 +98,7 @@ def reconstruct_clip(
                     original = pending.popleft()
                     pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
                     psnrs.append(float(psnr(*pair)))
-                    if on_progress is not None:
-                        on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
+                    on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
                     yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
 
         path = str(Path(scratch) / "beside.mp4")

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.validation_error import format_first_error
 from bsq_ray.serving.errors import ApiError, deadline_exceeded
 from bsq_ray.serving.generation import IMAGE_MEDIA_TYPES, GenerateBody, generate_images, image_media_type, ndjson_lines
 from bsq_ray.serving.http.admission import AdmissionControl
@@ -290,13 +291,9 @@ def _parse_body(body_type: type[Any], data: bytes) -> Any:
     try:
         return body_type.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        location = ".".join(map(str, first["loc"]))
-        if first["type"] == "json_invalid":
+        if error.errors()[0]["type"] == "json_invalid":
             raise ApiError(415, "the body is not JSON") from None
-        raise ApiError(
-            422, f"{location + ': ' if location else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise ApiError(422, format_first_error(error)) from None
 
 
 def _read_page_file(name: str) -> bytes:

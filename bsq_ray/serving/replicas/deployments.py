@@ -16,9 +16,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from ray.serve.metrics import Histogram
 from torch import Tensor
 
+from bsq_ray.data.transforms import to_float
+from bsq_ray.metrics.psnr import psnr
 from bsq_ray.serving.batching import DynamicBatcher
 from bsq_ray.serving.deadline import deadline_after
 from bsq_ray.serving.image_quality import QualityReport
@@ -100,8 +103,8 @@ class TokenizerReplica:
             return video
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
-        mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
-        return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
+        pair = (to_float(torch.from_numpy(pixels))[None] for pixels in (original, reconstructed))
+        return self._png_file(reconstructed, float(psnr(*pair)))
 
     def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None) -> MediaFile:
         return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)

@@ -21,6 +21,7 @@ from torch import Tensor
 from bsq_ray import config, model_folder
 from bsq_ray.codec.codec import Codec
 from bsq_ray.codec.container import read_header
+from bsq_ray.config.validation_error import format_first_error
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
@@ -237,8 +238,7 @@ class GeneratorEngine:
             self.generator.model.class_weights(torch.tensor([label]))
             sampling = config.SamplingConfig.model_validate(self.generator.sampling.model_dump() | sampling_overrides)
         except ValidationError as error:
-            first_error = error.errors()[0]
-            raise ApiError(422, f"{first_error['loc'][0]}: {first_error['msg']}") from None
+            raise ApiError(422, format_first_error(error)) from None
         except ValueError as error:
             raise ApiError(422, str(error)) from None
         if sampling.steps > self._max_steps:

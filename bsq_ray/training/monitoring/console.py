@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from bsq_ray.runtime.text_format import format_duration
+
 _METRIC_LABELS = {
     "loss": "loss",
     "reconstruction": "rec",
@@ -98,14 +100,6 @@ def _evaluation_line(record: dict[str, Any]) -> str:
 def _skipped_samples_line(record: dict[str, Any]) -> str:
     samples = record["samples"]
     return f"skipped {len(samples)} damaged sample{'s' * (len(samples) > 1)}: {'; '.join(samples[:3])}"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 3.4 h, 5.1 days."""
-    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= 2 * length or (unit == "min" and seconds >= 90):
-            return f"{seconds / length:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 _FORMATTERS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -21,7 +21,9 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
+from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.models.warm_start import initial_weights
@@ -147,9 +149,8 @@ class TokenizerStage(Stage):
         output: TokenizerOutput = engines["generator"](real)
         fake = output.images.clamp(-1, 1)
         real_BCHW, fake_BCHW = frames_time_major(real), frames_time_major(fake)
-        original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
-        error_B = (original.float() - reconstruction.float()).square().mean((1, 2, 3))
-        metrics = {"psnr": float((10 * torch.log10(255**2 / error_B.clamp_min(1e-6))).mean())}
+        original_BCHW, reconstruction_BCHW = (to_float(to_uint8(images)) for images in (real_BCHW, fake_BCHW))
+        metrics = {"psnr": float(psnr(original_BCHW, reconstruction_BCHW).mean())}
         if self.perceptual is not None:
             metrics["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
         rows = [torch.cat(list(to_uint8(_sample_images(images))), dim=2) for images in (real, fake)]
@@ -173,14 +174,6 @@ class TokenizerStage(Stage):
 
     def _is_adversarial_step(self, step: int) -> bool:
         return "discriminator" in self.modules and step >= self.loss_config.adversarial.start_step
-
-
-def frames_time_major(images: Tensor) -> Tensor:
-    """Clips (B, C, T, H, W) as images (T·B, C, H, W), the first frame of every clip first; images as they are.
-
-    In this order the discriminator's groups hold frames of the same clips, however many workers share a batch.
-    """
-    return images if images.ndim == 4 else images.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
 def _sample_images(images: Tensor) -> Tensor:
