@@ -52,7 +52,7 @@ def application(settings: Settings, token: str | None, loopback_only: bool) -> A
     }
     ingress = serve.deployment(
         Ingress,
-        name="front",
+        name="ingress",
         **deployment_options(settings.ingress, settings.limits.max_ongoing_requests * 8, settings),
     )
     ingress_app: Application = ingress.bind(settings, token and hash_token(token), loopback_only, model_kinds, handles)

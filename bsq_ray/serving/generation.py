@@ -34,7 +34,7 @@ class GenerateBody(StrictModel):
     @property
     def sampling_overrides(self) -> dict[str, Any]:
         """Settings of the sampling that are given."""
-        return self.model_dump(include={"steps", "guidance", "temperature"}, exclude_none=True)
+        return self.model_dump(include={"steps", "guidance_scale", "temperature"}, exclude_none=True)
 
 
 async def generate_images(
@@ -48,7 +48,7 @@ async def generate_images(
     replicas = models.choose("generate", body.model).replicas_for("generate")
     expires_at = asyncio.get_running_loop().time() + timeout_s
     with admission.slot():
-        images = replicas.stream("draw", body.label, body.seed, body.sampling_overrides)
+        images = replicas.stream("generate", body.label, body.seed, body.sampling_overrides)
         while True:
             remaining_s = max(0.0, expires_at - asyncio.get_running_loop().time())
             try:

@@ -61,7 +61,7 @@ class ServedModel:
 
     async def load(self) -> None:
         """Waits until the replicas of all roles answer."""
-        results = await asyncio.gather(*(replicas.call("facts") for replicas in self.replicas.values()))
+        results = await asyncio.gather(*(replicas.call("metadata") for replicas in self.replicas.values()))
         self.metadata = {name: value for facts in results for name, value in facts.items()}
 
     @property
@@ -92,7 +92,7 @@ class ModelRegistry:
     @property
     def loading(self) -> list[str]:
         """Names of models that cannot answer yet."""
-        return [model.name for model in self if not model.facts]
+        return [model.name for model in self if not model.metadata]
 
     def choose(self, capability: str, name: str | None) -> ServedModel:
         """The model of that name or id, or the first one that can.
@@ -100,17 +100,17 @@ class ModelRegistry:
         Raises:
             Refused: 404 no model of that name, 422 it cannot do this.
         """
-        capable = [model for model in self if capability in model.offers]
+        capable = [model for model in self if capability in model.capabilities]
         if name is None and capable:
             return capable[0]
         if name is None:
             raise ApiError(404, f"no model here can {capability}")
-        matches = [model for model in self if name in (model.name, *map(model.facts.get, _ID_KEYS))]
+        matches = [model for model in self if name in (model.name, *map(model.metadata.get, _ID_KEYS))]
         if not matches:
             raise ApiError(404, f"there is no model {name[:80]}; there are {', '.join(self._models)}")
         if not set(matches) & set(capable):
             raise ApiError(
-                422, f"the model {matches[0].name} does not {capability}; {', '.join(matches[0].offers)} it does"
+                422, f"the model {matches[0].name} does not {capability}; {', '.join(matches[0].capabilities)} it does"
             )
         return next(model for model in matches if model in capable)
 
@@ -122,7 +122,7 @@ class ModelRegistry:
         """
         is_video_upload = is_video(data)
         matching = [
-            model for model in self if capability in model.offers and (model.kind.frames > 1) == is_video_upload
+            model for model in self if capability in model.capabilities and (model.kind.num_frames > 1) == is_video_upload
         ]
         return matching[0] if name is None and matching else self.choose(capability, name)
 
@@ -143,7 +143,7 @@ class ModelRegistry:
         required_ids = header.tokenizer.hex(), header.prior.hex() if any(header.prior) else None
         for model in self:
             if "codec" in model.replicas:
-                tokenizer, prior = (model.facts.get(key) for key in ("tokenizer_id", "prior_id"))
+                tokenizer, prior = (model.metadata.get(key) for key in ("tokenizer_id", "prior_id"))
                 if tokenizer and (tokenizer[:16], prior and prior[:16]) == required_ids:
                     return model
         if self.loading:
@@ -158,10 +158,10 @@ class ModelRegistry:
             {
                 "name": model.name,
                 "stage": model.kind.stage,
-                "frames": model.kind.frames,
-                "ready": bool(model.facts),
-                "offers": model.offers,
-                **model.facts,
+                "frames": model.kind.num_frames,
+                "ready": bool(model.metadata),
+                "capabilities": model.capabilities,
+                **model.metadata,
             }
             for model in self
         ]

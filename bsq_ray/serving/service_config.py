@@ -11,13 +11,13 @@ from bsq_ray.config.tokenizer_config import StrictModel
 
 TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
 # Read by Ray Serve's proxies, which know nothing of these settings: MB of answers that clients are reading.
-MAX_RESPONSE_MB_VARIABLE = "BSQ_RAY_ANSWERS_MB"
+MAX_RESPONSE_MB_VARIABLE = "BSQ_RAY_MAX_RESPONSE_MB"
 
 
 class Scaling(StrictModel):
     """Replicas of a deployment and what each one takes.
 
-    With `most_replicas` Ray Serve adds replicas up to that number while more than `queue` requests a replica are under
+    With `max_replicas` Ray Serve adds replicas up to that number while more than `target_ongoing_requests` requests a replica are under
     way, and takes them away again.
     """
 
@@ -29,7 +29,7 @@ class Scaling(StrictModel):
     @model_validator(mode="after")
     def _check_replica_range(self) -> Scaling:
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(f"most_replicas {self.max_replicas} is below replicas {self.min_replicas}")
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}")
         return self
 
 
@@ -51,8 +51,8 @@ class Batching(TorchScaling):
     """A deployment whose requests are computed together.
 
     Attributes:
-        largest_batch: images of a batch.
-        wait_ms: how long an incomplete batch waits for more; while one batch is computed the next one fills anyway.
+        max_batch_size: images of a batch.
+        batch_wait_timeout_ms: how long an incomplete batch waits for more; while one batch is computed the next one fills anyway.
     """
 
     max_batch_size: int = Field(16, ge=1)

@@ -28,7 +28,7 @@ def save_models(folder):
     models = {
         "small": tokenizer,
         "prior": Prior(config.PriorModelConfig(**tokens)),
-        "draws": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=4)),
+        "draws": MaskedLM(config.MaskedLMModelConfig(**tokens, num_classes=4)),
     }
     for name, model in models.items():
         model.save_pretrained(str(folder / name))
@@ -53,7 +53,7 @@ def save_video_models(folder):
     }  # fmt: skip
     models = tokenizers | {
         "clip-prior": Prior(config.PriorModelConfig(**tokens)),
-        "moves": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=2)),
+        "moves": MaskedLM(config.MaskedLMModelConfig(**tokens, num_classes=2)),
     }
     for name, model in models.items():
         model.save_pretrained(str(folder / name))

@@ -27,7 +27,7 @@ TOKEN = "a-token-of-enough-length"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    limits = Limits(body_mb=0.5, pixels=300_000, upload_seconds=1, seconds=60, waiting=4)
+    limits = Limits(max_body_mb=0.5, max_pixels=300_000, upload_timeout_s=1, request_timeout_s=60, max_ongoing_requests=4)
     return Settings(models=save_models(tmp_path_factory.mktemp("models")), limits=limits, authentication=False)
 
 
@@ -51,11 +51,11 @@ def open_png(response):
 def test_list_models_reports_capabilities(client, settings):
     """GET /v1/models lists every model with its capabilities and metadata."""
     models = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
-    assert models["small"]["offers"] == ["encode", "decode", "reconstruct", "compress", "decompress", "measure"]
-    assert models["prior"]["offers"] == ["compress", "decompress", "measure"]
-    assert models["draws"]["offers"] == ["generate"]
+    assert models["small"]["capabilities"] == ["encode", "decode", "reconstruct", "compress", "decompress", "measure"]
+    assert models["prior"]["capabilities"] == ["compress", "decompress", "measure"]
+    assert models["draws"]["capabilities"] == ["generate"]
     assert models["small"]["tokenizer_id"] == Tokenizer.from_pretrained(settings.models["small"]).model_id
-    assert models["draws"]["classes"] == 4
+    assert models["draws"]["num_classes"] == 4
 
 
 def test_encode_decode_photo_matches_library(client, settings, photo):
@@ -102,7 +102,7 @@ def test_measure_reports_quality_and_baseline_sizes(client, photo):
 
 def test_generate_streams_one_image_per_step(client, settings):
     """Generation streams one image per step, and the last one equals the library's."""
-    response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance": 1.5})
+    response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance_scale": 1.5})
     assert response.headers["content-type"] == "application/x-ndjson"
     steps = [json.loads(line) for line in response.text.splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
@@ -110,9 +110,9 @@ def test_generate_streams_one_image_per_step(client, settings):
     images = [Image.open(io.BytesIO(base64.b64decode(step["image"].split(",")[1]))) for step in steps]
     gray = [(np.asarray(picture) == 128).all(-1).mean() for picture in images]
     assert gray[0] > gray[1] > gray[2]
-    [expected] = to_uint8(Generator.from_pretrained(settings.models["draws"]).generate([2], 5, steps=4, guidance=1.5))
+    [expected] = to_uint8(Generator.from_pretrained(settings.models["draws"]).generate([2], 5, steps=4, guidance_scale=1.5))
     assert np.array_equal(np.asarray(images[-1]).transpose(2, 0, 1), expected.numpy())
-    png_response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance": 1.5}, headers=PNG)
+    png_response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance_scale": 1.5}, headers=PNG)
     assert np.array_equal(np.asarray(open_png(png_response)), np.asarray(images[-1]))
     assert client.post("/v1/generate", json={"class": 0, "steps": 1}, headers=PNG).headers["x-seed"]
 
@@ -153,7 +153,7 @@ def with_claimed_width(file, width):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
+    ("path", "body", "status", "message"),
     [
         ("encode", b"", 422, "empty"),
         ("encode", b"no image", 415, "not an image or video"),
@@ -176,7 +176,7 @@ def with_claimed_width(file, width):
         ("generate", b'{"class": 99999999999999999999999}', 422, "class"),
         ("generate", b'{"class": 0, "steps": 0}', 422, "steps"),
         ("generate", b'{"class": 0, "steps": 5000}', 422, "at most 256"),
-        ("generate", b'{"class": 0, "guidance": "much"}', 422, "guidance"),
+        ("generate", b'{"class": 0, "guidance_scale": "much"}', 422, "guidance_scale"),
         ("generate", b'{"class": 0, "size": 3}', 422, "size"),
         ("generate", b'{"class": 0, "model": "small"}', 422, "small does not generate"),
         ("nothing", b"", 404, "not found"),
@@ -301,11 +301,11 @@ def test_request_over_timeout_returns_503(settings, photo):
 
     class Stuck:
         async def call(self, method, *arguments):
-            if method == "facts":
+            if method == "metadata":
                 return {"bits": 10}
             return await asyncio.Event().wait()
 
-    limits = settings.limits.model_copy(update={"seconds": 0.2})
+    limits = settings.limits.model_copy(update={"request_timeout_s": 0.2})
     with TestClient(app_with_replicas(Stuck(), limits)) as client:
         wait_until_loaded(client)
         response = client.post("/v1/encode", content=encode_image(photo))
@@ -318,7 +318,7 @@ def test_internal_error_hides_details(settings, photo):
 
     class Broken:
         async def call(self, method, *arguments):
-            if method == "facts":
+            if method == "metadata":
                 return {"bits": 10}
             raise RuntimeError("/secret/path/model.py broke")
 
@@ -331,7 +331,7 @@ def test_internal_error_hides_details(settings, photo):
 
 def test_model_load_failure_is_retried(settings, monkeypatch, caplog):
     """Loading a model is retried after a failure."""
-    monkeypatch.setattr("bsq_ray.serving.http.api._FAILED_PAUSE", 0.01)
+    monkeypatch.setattr("bsq_ray.serving.http.api._LOAD_RETRY_DELAY_S", 0.01)
 
     class Late:
         failures = 2

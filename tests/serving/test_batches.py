@@ -36,13 +36,13 @@ def test_batcher_requests_during_batch_form_the_next():
 
     async def story():
         computing = FakeModel()
-        batches = DynamicBatcher(computing, largest=4)
+        batches = DynamicBatcher(computing, max_batch_size=4)
         responses = submit_items(batches, 0)
         await run_event_loop()
         responses += submit_items(batches, 1, 2, 3, 4, 5)
         await run_event_loop()
         assert computing.batches == [[0]]
-        computing.go.set()
+        computing.release.set()
         assert await asyncio.gather(*responses) == [0, 2, 4, 6, 8, 10]
         assert computing.batches == [[0], [1, 2, 3, 4], [5]]
         assert await batches(6) == 12
@@ -55,13 +55,13 @@ def test_batcher_waits_only_for_incomplete_batch():
 
     async def story():
         computing = FakeModel()
-        computing.go.set()
-        batches = DynamicBatcher(computing, largest=3, wait=0.2)
+        computing.release.set()
+        batches = DynamicBatcher(computing, max_batch_size=3, max_wait_s=0.2)
         responses = submit_items(batches, 1)
         await asyncio.sleep(0.01)
         responses += submit_items(batches, 2)
         assert await asyncio.gather(*responses) == [2, 4]
-        long_wait_batcher = DynamicBatcher(computing, largest=3, wait=100)
+        long_wait_batcher = DynamicBatcher(computing, max_batch_size=3, max_wait_s=100)
         assert await asyncio.wait_for(asyncio.gather(*submit_items(long_wait_batcher, 3, 4, 5)), 10) == [6, 8, 10]
         assert computing.batches == [[1, 2], [3, 4, 5]]
 
@@ -73,11 +73,11 @@ def test_batcher_failure_affects_only_its_batch():
 
     async def story():
         computing = FakeModel()
-        batches = DynamicBatcher(computing, largest=2)
+        batches = DynamicBatcher(computing, max_batch_size=2)
         responses = submit_items(batches, 1)
         await run_event_loop()
         responses += submit_items(batches, "bad", 2, 3)
-        computing.go.set()
+        computing.release.set()
         first, *failed, last = await asyncio.gather(*responses, return_exceptions=True)
         assert (first, last) == (2, 6)
         for error in failed:
@@ -92,7 +92,7 @@ def test_batcher_skips_cancelled_items():
 
     async def story():
         computing = FakeModel()
-        batches = DynamicBatcher(computing, largest=4)
+        batches = DynamicBatcher(computing, max_batch_size=4)
         responses = submit_items(batches, 1)
         await run_event_loop()
         cancelled, waiting = submit_items(batches, 2, 3)
@@ -100,7 +100,7 @@ def test_batcher_skips_cancelled_items():
         cancelled.cancel()
         responses[0].cancel()
         await run_event_loop()
-        computing.go.set()
+        computing.release.set()
         assert await waiting == 6
         assert computing.batches == [[1], [3]]
 

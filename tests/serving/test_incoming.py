@@ -42,9 +42,9 @@ async def read_body_at_ingress(receive):
 
     async def ray_serve(scope, receive, send):
         """As Ray Serve: the scope is sent, `receive` goes back to the proxy."""
-        before = client.asked
+        before = client.num_receive_calls
         await PrefetchedBodyMiddleware(api)(scope, receive, send)
-        receive_counts.append(client.asked - before)
+        receive_counts.append(client.num_receive_calls - before)
 
     client = receive
     await PrefetchBodyMiddleware(ray_serve)(dict(SCOPE), receive, None)
@@ -94,7 +94,7 @@ def test_prefetch_disconnect_reaches_ingress():
         asyncio.run(read_body_at_ingress(FakeBody((0, b"first"), (0, None))))
 
 
-@pytest.mark.parametrize(("parts", "asked"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
+@pytest.mark.parametrize(("parts", "expected_calls"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
 def test_prefetch_ray_serve_requests_only_missing_body(parts, expected_calls):
     """Its own task asks over and over until the client is gone, whether or not anyone wants to know."""
     receive_calls = []

@@ -26,11 +26,11 @@ TOKEN = "the-token-of-this-test"
 @pytest.fixture(scope="module")
 def service(ray_local, tmp_path_factory):
     """URL of a service with tokenizers of images and clips, a prior and a generator, that asks for a token."""
-    limits = Limits(body_mb=4, waiting=16, seconds=90)
+    limits = Limits(max_body_mb=4, max_ongoing_requests=16, request_timeout_s=90)
     folder = tmp_path_factory.mktemp("served")
     models = save_models(folder) | {"clips": save_video_models(folder)["clips"]}
     # Each deployment's share is small, because the session's CPUs are counted.
-    role_settings = {name: {"cpus": 0.25} for name in ("tokenizer", "codec", "generator")}
+    role_settings = {name: {"num_cpus": 0.25} for name in ("tokenizer", "codec", "generator")}
     settings = Settings(models=models, limits=limits, **role_settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BSQ_RAY_TOKEN", TOKEN)
@@ -131,7 +131,7 @@ def test_metrics_cover_deployments_and_batch_sizes(client, files):
             break
         time.sleep(1)
     assert num_multi_request_batches(text) > 0
-    for name in ("front", "tokenizer-small", "codec-prior", "generator-draws"):
+    for name in ("ingress", "tokenizer-small", "codec-prior", "generator-draws"):
         assert f'deployment="{name}"' in text
     assert all(line.startswith(("ray_serve_", "# HELP ray_serve_", "# TYPE ray_serve_")) for line in text.splitlines())
 
@@ -210,7 +210,7 @@ def test_slow_readers_use_bounded_memory(service, client, photos):
 @pytest.mark.slow
 def test_disconnected_clients_release_slots(service, client):
     """Sixteen long drawings fill the service; their clients leave, and the next one is served."""
-    body = b'{"class": 1, "steps": 256, "guidance": 1}'
+    body = b'{"class": 1, "steps": 256, "guidance_scale": 1}'
     head = (
         f"POST /v1/generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
@@ -262,7 +262,7 @@ def test_generate_resumes_after_replica_is_killed(service, client):
     """A generation stream continues without a gap after its replica is killed."""
     import ray
 
-    body = {"class": 3, "seed": 9, "steps": 40, "guidance": 2}
+    body = {"class": 3, "seed": 9, "steps": 40, "guidance_scale": 2}
     expected = client.post("/v1/generate", json=body).text.splitlines()
     with client.stream("POST", "/v1/generate", json=body) as response:
         lines = []

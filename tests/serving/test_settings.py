@@ -70,12 +70,12 @@ def test_serve_app_short_token_raises(model, monkeypatch, token):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (["tokenizer.gpu=1"], "did you mean tokenizer.gpus?"),
-        (["front.gpus=1"], "front.gpus"),
-        (["limits.waiting=0"], "limits.waiting"),
-        (["codec.replicas=3", "codec.most_replicas=2"], "most_replicas 2 is below replicas 3"),
+        (["tokenizer.num_gpu=1"], "did you mean tokenizer.num_gpus?"),
+        (["ingress.num_gpus=1"], "ingress.num_gpus"),
+        (["limits.max_ongoing_requests=0"], "limits.max_ongoing_requests"),
+        (["codec.min_replicas=3", "codec.max_replicas=2"], "max_replicas 2 is below min_replicas 3"),
         (["models={}"], "name at least one model folder"),
         (['models={"größer": "b"}'], "'größer' is no name"),
         (['models={"": "b"}'], "'' is no name"),
@@ -155,11 +155,11 @@ def test_serve_app_port_in_use_error_names_port(ray_local, model):
 def test_deployment_options_scale_independently():
     """Each deployment has its own scaling options."""
     overrides = [
-        "tokenizer.replicas=2", "tokenizer.gpus=0.25", "codec.most_replicas=5", "codec.queue=3", "generator.cpus=4",
-        "limits.waiting=7", "front.replicas=3", "front.cpus=2",
+        "tokenizer.min_replicas=2", "tokenizer.num_gpus=0.25", "codec.max_replicas=5", "codec.target_ongoing_requests=3", "generator.num_cpus=4",
+        "limits.max_ongoing_requests=7", "ingress.min_replicas=3", "ingress.num_cpus=2",
     ]  # fmt: skip
     settings = validate_mapping({"models": {"a": "b"}}, overrides, Settings, "the service")
-    deployment_configs = settings.tokenizer, settings.codec, settings.generator, settings.front
+    deployment_configs = settings.tokenizer, settings.codec, settings.generator, settings.ingress
     tokenizer, codec, generator, ingress = (deployment_options(section, 8, settings) for section in deployment_configs)
     empty_runtime_env = {"runtime_env": {}}
     assert (ingress["num_replicas"], ingress["ray_actor_options"]) == (
@@ -186,7 +186,7 @@ def test_batch_invariant_runner_uses_only_safe_sizes():
 
     rows = torch.rand(8, 5)
     runner = BatchInvariantRunner(run, rows)
-    assert (runner.sizes, runner.core_sizes) == ([8, 2, 1], [])
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 2, 1], [])
     batch_sizes.clear()
     assert torch.equal(runner(torch.cat([rows, rows[:7]])), torch.cat([rows, rows[:7]]) * 3)
     assert batch_sizes == [8, 2, 2, 2, 1]
@@ -201,8 +201,8 @@ def test_batch_invariant_runner_splits_batch_over_cores():
         return rows + more
 
     rows = torch.rand(8, 5)
-    runner = BatchInvariantRunner(run, rows, rows, cores=2)
-    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
+    runner = BatchInvariantRunner(run, rows, rows, num_cores=2)
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
     calls.clear()
     assert torch.equal(runner(rows[:7], rows[:7]), 2 * rows[:7])
     together = (threading.current_thread().name[:4], torch.get_num_threads(), 1)
@@ -216,8 +216,8 @@ def test_batch_invariant_runner_skips_unsafe_core_split():
     def run(rows):
         return rows * 3 + (1e-7 if threading.current_thread().name.startswith("core") else 0)
 
-    runner = BatchInvariantRunner(run, torch.rand(8, 5), cores=2)
-    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [])
+    runner = BatchInvariantRunner(run, torch.rand(8, 5), num_cores=2)
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 4, 2, 1], [])
     assert torch.equal(runner(torch.ones(3, 5)), torch.full((3, 5), 3.0))
 
 
@@ -228,7 +228,7 @@ def test_batch_invariant_runner_slow_model_limits_sizes():
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert BatchInvariantRunner(run, torch.rand(64, 2), seconds=0.2).sizes in ([2, 1], [4, 2, 1])
+    assert BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes in ([2, 1], [4, 2, 1])
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))

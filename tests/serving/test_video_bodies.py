@@ -37,7 +37,7 @@ MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     models = {"small": save_models(folder)["small"]} | save_video_models(folder)
-    limits = Limits(body_mb=1, pixels=10_000, clip_pixels=200_000, seconds=60)
+    limits = Limits(max_body_mb=1, max_pixels=10_000, max_video_pixels=200_000, request_timeout_s=60)
     return Settings(models=models, limits=limits, authentication=False)
 
 
@@ -183,7 +183,7 @@ def avi_with_claimed_size(width, height, frames):
 
 
 @pytest.mark.parametrize(
-    ("claimed", "said"),
+    ("claimed", "message"),
     [((8192, 8192, 1), "8192 x 8192 pixels; at most 10000"), ((16, 16, 1_000_000), "more than the 200000 pixels")],
 )
 def test_video_header_over_limit_returns_413(client, claimed, message):
@@ -210,7 +210,7 @@ def test_video_without_length_decodes_up_to_limit(client, monkeypatch):
     frame_counts = []
     check = video_io.check_total_pixels
     monkeypatch.setattr(
-        video_io, "check_length", lambda frames, *more: frame_counts.append(frames) or check(frames, *more)
+        video_io, "check_total_pixels", lambda frames, *more: frame_counts.append(frames) or check(frames, *more)
     )
     body = make_street_video(250, container_format="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
@@ -246,7 +246,7 @@ def test_videos_are_decoded_in_a_subprocess(client, clip, monkeypatch):
     assert client.post("/v1/encode", content=clip).json()["grid"] == [10, 4, 4]
 
 
-@pytest.mark.parametrize("seconds", [0.001, 1.0])
+@pytest.mark.parametrize("timeout_s", [0.001, 1.0])
 def test_video_over_timeout_raises_and_ends_subprocess(timeout_s):
     """While it is opened, and while frames wait to be taken."""
 
@@ -273,7 +273,7 @@ def with_claimed_frames(file, frames):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
+    ("path", "body", "status", "message"),
     [
         ("encode", lambda clip, _: clip[:-1000], 422, "cannot be read"),
         ("compress", lambda clip, _: clip[:2000], 422, "cannot be read"),
@@ -314,17 +314,17 @@ def test_noncausal_model_rejects_image(client, photo):
     assert "takes clips only" in response.json()["error"]
 
 
-@pytest.mark.parametrize("end", ["abandoned", "late"])
+@pytest.mark.parametrize("end", ["cancelled", "late"])
 def test_video_work_stops_when_cancelled_or_late(replicas, clip, end):
     """After the first frame its client is gone, or its time is up."""
-    engine, calls = replicas["clips"]["tokenizer"]._engine.clips, []
+    engine, calls = replicas["clips"]["tokenizer"]._engine.video, []
 
     def run_in_model_thread(function, *arguments):
         calls.append(1)
-        if end == "abandoned":
-            deadline.abandoned.set()
+        if end == "cancelled":
+            deadline.cancelled.set()
         else:
-            object.__setattr__(deadline, "until", 0.0)
+            object.__setattr__(deadline, "expires_at", 0.0)
         return function(*arguments)
 
     with deadline_after(60) as deadline, pytest.raises(ApiError, match="took longer than 60 s"):

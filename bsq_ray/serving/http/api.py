@@ -138,7 +138,7 @@ def create_app(
             if body.bits != target.metadata["bits"]:
                 raise ApiError(422, f"bits: tokens of this model have {target.metadata['bits']}")
             file = await with_timeout(
-                limits.request_timeout_s, replicas.call("decode", body.tokens(), _video_media_type(request, MP4))
+                limits.request_timeout_s, replicas.call("decode", body.to_packed_tokens(), _video_media_type(request, MP4))
             )
         return _file_response(file, {"X-Model": target.name})
 
@@ -154,9 +154,9 @@ def create_app(
     async def compress(request: Request, model: str | None = None) -> Response:
         async with admitted_body(request, "compress") as data:
             target, file = await run_on_upload("compress", model, data)
-        name = "image" if file.frames is None else "clip"
+        name = "image" if file.num_frames is None else "clip"
         headers = {"X-Model": target.name, "Content-Disposition": f'attachment; filename="{name}.bsq"'}
-        return _file_response(file, {**headers, **_bits_per_pixel_header(8 * len(file.data) / file.pixels)})
+        return _file_response(file, {**headers, **_bits_per_pixel_header(8 * len(file.data) / file.num_pixels)})
 
     @app.post("/v1/decompress", **route_options("decompress"))
     async def decompress(request: Request, model: str | None = None) -> Response:
@@ -164,7 +164,7 @@ def create_app(
             target = models.model_for_bsq(data, model)
             call = target.replicas_for("decompress").call("decompress", data, _video_media_type(request, MKV))
             file = await with_timeout(limits.request_timeout_s, call)
-        return _file_response(file, {"X-Model": target.name, **_bits_per_pixel_header(8 * len(data) / file.pixels)})
+        return _file_response(file, {"X-Model": target.name, **_bits_per_pixel_header(8 * len(data) / file.num_pixels)})
 
     @app.post("/v1/measure", **route_options("measure"))
     async def measure(request: Request, model: str | None = None) -> Response:

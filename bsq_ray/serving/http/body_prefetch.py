@@ -19,7 +19,7 @@ _PREFETCH_BYTES = 2**17
 # For them to arrive; how long the rest may take is the front's to say.
 _PREFETCH_TIMEOUT_S = 0.05
 # In the scope, on the way from the proxy to the front.
-_SCOPE_KEY = "bsq_ray.messages"
+_SCOPE_KEY = "bsq_ray.prefetched_messages"
 # By which a client could have its request go on without it: then the proxy does not cancel.
 _DISCONNECT_DISABLED_HEADER = b"x-request-disconnect-disabled"
 

@@ -36,7 +36,7 @@ _GENERATE_SCHEMA = {
     "required": ["class"],
     "properties": {
         **{key: {"type": "integer"} for key in ("class", "seed", "steps")},
-        **{key: {"type": "number"} for key in ("guidance", "temperature")},
+        **{key: {"type": "number"} for key in ("guidance_scale", "temperature")},
         "model": {"type": "string"},
     },
 }

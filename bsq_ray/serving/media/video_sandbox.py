@@ -48,8 +48,8 @@ def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s
         Fraction(header["rate"]),
         header["count"],
         tuple(header["size"]),
-        Color(*header["colour"]),
-        header["sound"],
+        Color(*header["color"]),
+        header["has_sound"],
     )
 
 
@@ -81,7 +81,7 @@ def _read_status(file: IO[bytes]) -> dict[str, Any]:
         raise ValueError("decoding it takes more memory or time than a request has")
     status: dict[str, Any] = json.loads(line)
     if error := status.get("error"):
-        raise TooLargeError(error) if status["large"] else ValueError(error)
+        raise TooLargeError(error) if status["is_too_large"] else ValueError(error)
     return status
 
 
@@ -108,14 +108,14 @@ def main() -> None:
     final_status: dict[str, Any] = {}
     try:
         video = read_video(sys.stdin.buffer, container, max_pixels)
-        header = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "colour": video.color}
-        out.write(json.dumps({**header, "sound": video.has_audio}).encode() + b"\n")
+        header = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "color": video.color}
+        out.write(json.dumps({**header, "has_sound": video.has_audio}).encode() + b"\n")
         header_written = True
         for frame in video.frames:
             out.write(_FRAME_HEADER.pack(*frame.shape[:2]))
             out.write(frame.data)
     except ValueError as error:
-        final_status = {"error": str(error), "large": isinstance(error, TooLargeError)}
+        final_status = {"error": str(error), "is_too_large": isinstance(error, TooLargeError)}
     except MemoryError:
         # Nothing is said: whoever waits knows what that means.
         os._exit(1)

@@ -161,7 +161,7 @@ class GeneratorReplica:
         self._batched_forward = self._model_thread.make_batcher(self._engine.forward, replica_config)
         # A request's own part of the work: drawing from the logits and packing the PNG.
         self._sampling_threads = ThreadPoolExecutor(
-            settings.limits.max_ongoing_requests, "draw", lambda: set_num_threads(1)
+            settings.limits.max_ongoing_requests, "sample", lambda: set_num_threads(1)
         )
 
     async def metadata(self) -> dict[str, Any]:

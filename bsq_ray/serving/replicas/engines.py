@@ -223,9 +223,9 @@ class GeneratorEngine:
             "model_id": generator.model.model_id,
             "tokenizer_id": generator.tokenizer.model_id,
             "image_size": generator.tokenizer.config.image_size,
-            "classes": generator.model.config.num_classes,
+            "num_classes": generator.model.config.num_classes,
             "steps": generator.sampling.steps,
-            "guidance": generator.sampling.guidance_scale,
+            "guidance_scale": generator.sampling.guidance_scale,
         }
 
     def check_request(self, label: int, sampling_overrides: dict[str, Any]) -> None:
