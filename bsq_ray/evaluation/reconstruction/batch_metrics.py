@@ -26,7 +26,7 @@ from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 ROWS = ("model", "mean colour")
 # Pictures that travel from the workers, of samples chosen by their keys.
@@ -68,7 +68,7 @@ class ReconstructionMetrics(ABC):
     networks: ClassVar[tuple[str, ...]]
 
     def __init__(self, model_url: str, weights: Literal["ema", "plain"], total: int) -> None:
-        strict_fp32()
+        enable_strict_fp32()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
