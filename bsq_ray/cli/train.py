@@ -39,12 +39,12 @@ def train(
             data,
             out,
             max_workers,
-            resume,
-            address,
-            held_out,
-            minutes,
-            parse_device(device),
-            min_workers,
+            resume=resume,
+            address=address,
+            held_out_url=held_out,
+            minutes=minutes,
+            device=parse_device(device),
+            min_workers=min_workers,
             init_url=init,
         )
     except Interrupted as stop:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
+from bsq_ray.config.batch_split import split_batch
 from bsq_ray.data.data_source import Batch
 from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, training_batches
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 from bsq_ray.storage import Value
 from bsq_ray.training.checkpoints.train_state import TrainState
 from bsq_ray.training.checkpoints.writer import CheckpointWriter, RunProgress, load_checkpoint, newest_progress
@@ -31,7 +32,7 @@ from bsq_ray.training.export import write_model
 from bsq_ray.training.monitoring.metrics_log import MetricsLog
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
-from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable, split_batch
+from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
 from bsq_ray.training.worker_context import ControlSignal, WorkerContext, autocast_precision
@@ -62,7 +63,7 @@ class Trainer:
         self.source = build_source(spec.config, spec.data_url)
         self.micro_batch, self.accumulation_steps = split_batch(self.training_config, worker.world_size)
         self.precision = autocast_precision(self.training_config.engine.precision, worker.device)
-        strict_fp32()
+        enable_strict_fp32()
         torch.manual_seed(self.training_config.seed)
         # A run that goes on has its weights in the checkpoint.
         self.has_checkpoint = bool(spec.init_url and self._retry(lambda: newest_progress(spec.out_url)))

@@ -22,7 +22,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.models.pretrained_weights import resolve_once
 from bsq_ray.planning.planner import make_plan, reconstruction_rate
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 DEVICE = torch.device("cuda", 0)
@@ -37,7 +37,7 @@ PUBLISHED = {"imagenet256-bsq18": 45.1}
 @pytest.fixture(autouse=True)
 def reset_gpu_state():
     torch.cuda.init()
-    strict_fp32()
+    enable_strict_fp32()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

@@ -6,7 +6,7 @@ import pytest
 
 from bsq_ray import storage
 from bsq_ray.training.nonfinite import NonFiniteLossError
-from bsq_ray.training.ray_trainer import ResourceBudget
+from bsq_ray.training.worker_resources import ResourceBudget
 from bsq_ray.tuning.trial import SweepTrainable, TrialContext, TrialOutcome
 
 

@@ -23,7 +23,7 @@ from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.models.pretrained_weights import cache_folder, resolve_once
 from bsq_ray.runtime.actor_pool import actor_map_ordered
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 _BATCH = 32
 # Images that take part in comparisons of pairs.
@@ -102,7 +102,7 @@ class FeatureExtractors:
     """Both networks, on the GPU if there is one."""
 
     def __init__(self) -> None:
-        strict_fp32()
+        enable_strict_fp32()
         self.inception, self.classifier = Inception().to(default_device()), EfficientNetLite0().to(default_device())
 
     def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:

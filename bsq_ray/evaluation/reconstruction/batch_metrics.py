@@ -27,7 +27,7 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 ROWS = ("model", "mean color")
 # Pictures that travel from the workers, of samples chosen by their keys.

@@ -1,4 +1,4 @@
-"""Processes that compute on a CPU keep their memory between tensors."""
+"""Allocator settings: processes that compute on a CPU reuse the memory of freed tensors."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def page_faults(environment):
     return int(process.stdout)
 
 
-@pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
+@pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="requires glibc")
 def test_malloc_env_reuses_pages_of_freed_tensors():
     """A large tensor reuses the memory pages of the one freed before it."""
     assert page_faults(malloc_env()) < page_faults({}) / 20

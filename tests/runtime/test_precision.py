@@ -1,4 +1,4 @@
-"""fp32 is no TF32, which PyTorch's convolutions use on a GPU unless they are told otherwise."""
+"""fp32 on a GPU has full precision instead of TF32."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from bsq_ray.training.trainer import run_training
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_disables_tf32(precision, photo_shards, tmp_path, monkeypatch):
-    """With bf16 that is what autocast leaves alone, and the measures."""
+    """Training disables TF32 for every precision; with bf16 it concerns the operations outside autocast."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    job = small_spec(photo_shards, tmp_path, ["training.steps=1", f"training.engine.precision={precision}"])
-    run_training(job, local_worker(RecordingReporter()))
+    spec = small_spec(photo_shards, tmp_path, ["training.steps=1", f"training.engine.precision={precision}"])
+    run_training(spec, local_worker(RecordingReporter()))
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.get_float32_matmul_precision() == "highest"
