@@ -141,7 +141,7 @@ def test_training_step_breakdown(name, record_measurement):
 
         def discriminator(step):
             carry = {"real": real}
-            judged = stage._judge(fake, engines, carry)
+            judged = stage._adversarial_term(fake, engines, carry)
             return judged + stage._discriminator_loss(engines, carry, step)[0]
 
         parts = {

@@ -68,7 +68,9 @@ def test_check_cpus_too_few_raises(workers, each, within_reach, message):
 def test_worker_env_on_cpu_sets_malloc_tunables(gpu, tmp_path):
     """Only workers that compute on CPUs start with the glibc allocator settings."""
     job = small_spec("shards", tmp_path)
-    group = ray_trainer.WorkerGroupRun(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
+    group = ray_trainer.WorkerGroupRun(
+        job, 1, {"CPU": 1}, {"spec": job, "coordinator": None, "use_gpu": gpu, "concurrent_runs": 1}
+    )
     env_vars = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
     assert ("GLIBC_TUNABLES" in env_vars) == (not gpu)
 
@@ -130,8 +132,8 @@ def test_picklable_error_unexpected_names_file_and_line():
 )
 def test_available_gpus_unknown_limits_are_unlimited(known, device, up, expected, warned, monkeypatch):
     """With unknown autoscaler limits GPUs count as unlimited, unless device is "auto" and none is running."""
-    monkeypatch.setattr(ray_trainer, "gpus_within_reach", lambda: up)
-    monkeypatch.setattr(ray_trainer, "reach_is_known", lambda: known)
+    monkeypatch.setattr(ray_trainer, "max_cluster_gpus", lambda: up)
+    monkeypatch.setattr(ray_trainer, "cluster_limits_known", lambda: known)
     records = []
     assert ray_trainer.available_gpus(device, records.append) == expected
     assert ["--device gpu waits" in record["text"] for record in records] == [True] * warned
