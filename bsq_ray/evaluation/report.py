@@ -114,7 +114,7 @@ def _plot(series: dict[str, list[tuple[int, float]]], title: str, x_label: str, 
     axes = figure.add_subplot()
     for (name, points), color in zip(series.items(), ("#2a78c2", "#d0742c"), strict=False):
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=name.replace("_", " "), color=color, linewidth=1.6)
+        axes.plot(steps, values, label=_label(name), color=color, linewidth=1.6)
     axes.set_xlabel(x_label, color="#808080")
     axes.set_ylabel(unit, color="#808080")
     axes.tick_params(colors="#808080")
@@ -124,6 +124,11 @@ def _plot(series: dict[str, list[tuple[int, float]]], title: str, x_label: str, 
     axes.legend(frameon=False, labelcolor="#808080")
     svg = io.StringIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in series.items())
+    last = ", ".join(f"{_label(name)} ends at {points[-1][1]:.3g}" for name, points in series.items())
     text = svg.getvalue()
     return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over {x_label}s: {last}."}
+
+
+def _label(metric_name: str) -> str:
+    """Return the legend of a metric: its name without the group, such as "loss/"."""
+    return metric_name.rpartition("/")[2].replace("_", " ")

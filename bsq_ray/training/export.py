@@ -31,7 +31,7 @@ def write_model(
         companions: model folders to be copied into it, URL by name.
     """
     url = storage.join(spec.out_url, "model")
-    card_fields = card_fields | ({"initialised from": spec.init_url} if spec.init_url else {})
+    card_fields = card_fields | ({"initialized from": spec.init_url} if spec.init_url else {})
     model_folder.write_model_folder(url, config.dump_config(spec.config), *weights, metrics, card_fields)
     for name, state in extra_modules.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))

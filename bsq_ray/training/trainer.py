@@ -109,7 +109,7 @@ class Trainer:
         batches = self._train_batches()
         if self.step == 0:
             # What would fail after an hour fails now: the evaluation, its networks, and writing to the folder.
-            self._evaluate("plain")
+            self._evaluate("raw")
         scalar_history: _ScalarHistory = defaultdict(list)
         first_step = logged_step = self.step
         timer = StepTimer(self.elapsed)
@@ -136,7 +136,7 @@ class Trainer:
                 self.checkpoints.wait()
             with timer.excluded():
                 if self.step % training_config.eval_every == 0 and not should_stop:
-                    self._evaluate("plain")
+                    self._evaluate("raw")
                 elif self.step % training_config.sample_every == 0 and not should_stop:
                     self._log_samples()
         step_seconds, data_wait = timer.step_seconds, timer.data_wait
@@ -173,7 +173,7 @@ class Trainer:
                 for name, value in scalars.items():
                     scalar_history[name].append(value)
                 if grad_norm is not None:
-                    scalar_history[f"gradient_{phase}"].append(grad_norm)
+                    scalar_history[f"grad_norm/{phase}"].append(grad_norm)
                     if grad_norm != grad_norm or grad_norm == float("inf"):
                         self._raise_if_nonfinite((f"the gradient of the {phase}", batch.keys))
         if self.ema is not None:
@@ -285,7 +285,7 @@ class Trainer:
             for text in (text for _, texts in events_by_rank for text in texts):
                 self._record(kind="warning", text=text)
             if skipped_samples:
-                self._record(kind="damaged", samples=skipped_samples)
+                self._record(kind="skipped_samples", samples=skipped_samples)
             self.skipped.add(skipped_samples)
         self.num_skips_logged = len(self.skipped.samples)
         self.skipped.retries.clear()
@@ -340,7 +340,7 @@ class Trainer:
 
     def _on_checkpoint_published(self, step: int, seconds: float) -> None:
         self._log_warnings()
-        self._record(kind="checkpoint", checkpoint=step, seconds=seconds, stall=self.blocking_seconds)
+        self._record(kind="checkpoint", checkpoint=step, seconds=seconds, blocking_seconds=self.blocking_seconds)
         if self.metrics_log:
             with suppress(storage.StorageUnavailableError):
                 self.metrics_log.flush()
@@ -390,7 +390,7 @@ class Trainer:
             # Training is over, so the engine can show what the averaged weights are worth.
             with self.engines[self.main_name].gathered_parameters(modify=True):
                 self.stage.modules[self.main_name].load_state_dict(published)
-        self._evaluate("plain" if self.ema is None else "ema")
+        self._evaluate("raw" if self.ema is None else "ema")
         if self.worker.is_main:
             card_fields = {"trained on": f"{self.spec.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
             weights = published, raw if self.ema else None

@@ -60,7 +60,7 @@ def train(device, preset, tokens, out, overrides=(), last=None):
     listener = RecordingReporter(last)
     run_config = resolve_tokenizer(load_config(preset, [*SMALL, *STAGES[preset], *overrides]), tokens)
     run_training(RunSpec(run_config, tokens, str(out)), WorkerContext(0, 1, device, "local", listener))
-    return listener.training
+    return listener.training_records
 
 
 def assert_same_losses(actual, expected, tolerance):

@@ -27,8 +27,8 @@ def test_step_timer_excludes_evaluations_from_speed(photo_shards, tmp_path, monk
             time[0] += WAIT
             yield batch
 
-    monkeypatch.setattr(trainer, "Clock", partial(StepTimer, now=lambda: time[0]))
-    monkeypatch.setattr(trainer.Trainer, "_optimise", taking(STEP - WAIT, trainer.Trainer.train_step))
+    monkeypatch.setattr(trainer, "StepTimer", partial(StepTimer, now=lambda: time[0]))
+    monkeypatch.setattr(trainer.Trainer, "train_step", taking(STEP - WAIT, trainer.Trainer.train_step))
     monkeypatch.setattr(trainer.Trainer, "_evaluate", taking(EVALUATION, trainer.Trainer._evaluate))
     monkeypatch.setattr(trainer, "training_batches", slow_batches)
     listener = RecordingReporter()

@@ -43,21 +43,21 @@ def train_worker(rank, world_size, shards, out, overrides):
     return listener.records, result.skipped_samples
 
 
-def test_skipped_samples_of_all_workers_are_reported(damaged, tmp_path):
+def test_skipped_samples_of_all_workers_are_reported(damaged_shards, tmp_path):
     """Samples skipped by either worker are named in the log and in the result."""
-    shards, names = damaged
+    shards, names = damaged_shards
     [(records, first), (_, second)] = spawn_group(2, train_worker, shards, tmp_path / "run", [])
     assert sorted(first) == sorted(second)
     assert {tuple(line.split(": ")[:2]) for line in first} == set(names)
-    logged = [sample for record in records if record["kind"] == "damaged" for sample in record["samples"]]
+    logged = [sample for record in records if record["kind"] == "skipped_samples" for sample in record["samples"]]
     assert sorted(logged) == sorted(first)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples"] for line in lines if line["kind"] == "damaged"]
+    assert [line["samples"] for line in lines if line["kind"] == "skipped_samples"]
 
 
-def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
+def test_max_skipped_samples_applies_to_all_workers(damaged_shards, tmp_path):
     """The limit applies to the skipped samples of all workers together."""
-    shards, names = damaged
+    shards, names = damaged_shards
     limit = len(names) - 1
     # In so few steps neither of them meets all.
     few = ["training.steps=3", f"data.max_skipped_samples={limit}"]
@@ -68,9 +68,9 @@ def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
         )
 
 
-def test_summary_lists_skipped_samples(damaged, tmp_path):
+def test_summary_lists_skipped_samples(damaged_shards, tmp_path):
     """The summary names all skipped samples."""
-    shards, names = damaged
+    shards, names = damaged_shards
     result = train(
         load_config(PRESET, [*SMALL, *OVERRIDES]),
         shards,
@@ -79,8 +79,8 @@ def test_summary_lists_skipped_samples(damaged, tmp_path):
         on_record=lambda record: None,
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {tuple(line.split(": ")[:2]) for line in summary["damaged"]} == set(names)
-    assert result.skipped_samples == summary["damaged"]
+    assert {tuple(line.split(": ")[:2]) for line in summary["skipped_samples"]} == set(names)
+    assert result.skipped_samples == summary["skipped_samples"]
 
 
 def test_eval_missing_shards_raises_with_cause(photo_shards, photo_folders, tmp_path):

@@ -31,7 +31,7 @@ def test_schedule_default_is_warmup_then_cosine(step, expected):
 
 def test_schedule_final_factor_half_ends_at_half():
     """With the published code's final factor of 0.5 the schedule ends at half the peak rate."""
-    released = config.ScheduleConfig(final=0.5)
+    released = config.ScheduleConfig(final_factor=0.5)
     assert factor(released, 1_000_000, 1_000_000) == pytest.approx(0.5)
     assert factor(released, 502_500, 1_000_000) == pytest.approx(0.75)
 
@@ -52,14 +52,14 @@ def test_schedule_time_limit_follows_progress():
 )
 def test_schedule_factor_stays_in_range(warmup, start, final, steps, place):
     """The factor stays between the smaller of its ends and 1."""
-    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_from=start, final=final)
+    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_start_factor=start, final_factor=final)
     value = factor(schedule, int(place * steps), steps)
     assert min(start, final) - 1e-9 <= value <= 1 + 1e-9
 
 
 def test_schedule_short_run_warms_up_to_peak():
     """A run shorter than its warm-up still approaches the peak rate."""
-    schedule = config.ScheduleConfig(warmup_steps=100, warmup_from=0)
+    schedule = config.ScheduleConfig(warmup_steps=100, warmup_start_factor=0)
     assert factor(schedule, 9, 10) == pytest.approx(0.9)
 
 

@@ -17,8 +17,8 @@ _METRIC_LABELS = {
     "loss": "loss",
     "reconstruction": "rec",
     "perceptual": "lpips",
-    "generator": "gan",
-    "discriminator": "disc",
+    "loss/generator": "gan",
+    "loss/discriminator": "disc",
     "code_usage": "codes used",
 }
 # Without a terminal, lines come at most this often.
@@ -107,7 +107,7 @@ _FORMATTERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "start": _start_line,
     "training": _training_line,
     "evaluation": _evaluation_line,
-    "damaged": _skipped_samples_line,
+    "skipped_samples": _skipped_samples_line,
     "restart": lambda record: f"{record['reason']}; going on from the newest checkpoint",
     "warning": lambda record: f"warning: {record['text']}",
 }

@@ -25,12 +25,12 @@ class RunSummary:
         def track(record: dict[str, Any]) -> None:
             if record["kind"] == "restart":
                 self._restart_reasons.append(record["reason"])
-            elif record["kind"] == "damaged":
+            elif record["kind"] == "skipped_samples":
                 self._skipped_samples.extend(
                     sample for sample in record["samples"] if sample not in self._skipped_samples
                 )
             elif record["kind"] == "checkpoint":
-                self._blocking_seconds.append(record["stall"])
+                self._blocking_seconds.append(record["blocking_seconds"])
             on_record(record)
 
         return track

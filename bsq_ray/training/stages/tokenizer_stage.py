@@ -86,13 +86,13 @@ class TokenizerStage(Stage):
             scalars["perceptual"] = self.perceptual(frames_time_major(fake), frames_time_major(real)).mean()
             total = total + loss_config.perceptual_weight * scalars["perceptual"]
         if self._is_adversarial_step(step):
-            scalars["generator"] = self._adversarial_term(self._discriminator_input(fake), engines, context)
+            scalars["loss/generator"] = self._adversarial_term(self._discriminator_input(fake), engines, context)
             weight: float | Tensor = adversarial_config.weight
             if use_adaptive_weight:
                 tokenizer = cast(Tokenizer, engines["generator"].module)
-                scalars["adaptive_weight"] = adaptive_weight(total, scalars["generator"], tokenizer.last_layer)
+                scalars["adaptive_weight"] = adaptive_weight(total, scalars["loss/generator"], tokenizer.last_layer)
                 weight = weight * scalars["adaptive_weight"]
-            total = total + weight * scalars["generator"]
+            total = total + weight * scalars["loss/generator"]
         quantizer_weight = loss_config.quantizer_weight * ramp(
             step, loss_config.quantizer_weight_ramp_steps, loss_config.quantizer_weight_start_factor
         )
@@ -132,7 +132,7 @@ class TokenizerStage(Stage):
             real_BCHW = real_BCHW.detach().requires_grad_()
         [real] = engines["discriminator"].module(real_BCHW)
         total = discriminator_loss(real, fake, adversarial_config.objective)
-        scalars = {"discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        scalars = {"loss/discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
         if apply_r1:
             scalars["r1"] = r1_penalty(real, real_BCHW)
             # Weighted by the number of steps it stands for.

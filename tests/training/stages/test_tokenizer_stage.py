@@ -64,7 +64,9 @@ def test_generator_loss_is_weighted_sum_of_terms(batch):
     _, results = losses(batch, "loss.perceptual_weight=0.3", "loss.perceptual_network=alex")
     total, terms = results["generator"]
     # At step 0 the quantiser's weight of 0.1 is three times as large.
-    expected = terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    expected = (
+        terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["loss/generator"] + 0.3 * terms["quantizer"]
+    )
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -76,7 +78,7 @@ def test_reconstruction_loss_follows_config(batch, kind, loss):
         reconstructed = stage.modules["generator"](real).images
     total, terms = results["generator"]
     assert float(terms["reconstruction"]) == pytest.approx(float(loss(reconstructed, real)), rel=1e-6)
-    rest = 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    rest = 0.1 * terms["loss/generator"] + 0.3 * terms["quantizer"]
     assert float(total.detach()) == pytest.approx(float(2 * terms["reconstruction"] + rest), rel=1e-6)
 
 
@@ -101,7 +103,9 @@ def test_r1_penalty_applies_every_16_steps(batch):
     without = losses(batch, step=14)[1]["discriminator"]
     total, terms = losses(batch, step=15)[1]["discriminator"]
     assert "r1" not in without[1]
-    assert float(total.detach()) == pytest.approx(float(terms["discriminator"] + 10 / 2 * 16 * terms["r1"]), rel=1e-6)
+    assert float(total.detach()) == pytest.approx(
+        float(terms["loss/discriminator"] + 10 / 2 * 16 * terms["r1"]), rel=1e-6
+    )
     assert "r1" not in losses(batch, "loss.adversarial.r1_gamma=0", step=15)[1]["discriminator"][1]
 
 
@@ -110,7 +114,7 @@ def test_adversarial_loss_starts_at_start_step(batch):
     stage, results = losses(batch, "loss.adversarial.start_step=5", step=4)
     assert stage.phases(4) == ["generator"]
     assert stage.phases(5) == ["generator", "discriminator"]
-    assert "generator" not in results["generator"][1]
+    assert "loss/generator" not in results["generator"][1]
 
 
 def test_zero_adversarial_weight_has_no_discriminator(batch):
