@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 
 
