@@ -9,7 +9,7 @@ import tarfile
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 

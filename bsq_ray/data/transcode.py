@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray.data.manifest import VideoInfo
+from bsq_ray.media.images import encode_png, is_opaque_rgb_or_gray, is_upright, load_rgb, open_image
 from bsq_ray.media.video_reader import (
     Probe,
     decode_frames,
@@ -28,10 +29,31 @@ _CODEC, _OPTIONS = "libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf
 _MAX_FRAME_DURATION_S = 60.0
 # As many pictures, at most, for each frame that a video of variable rate has: more come of broken time stamps.
 _MAX_REPEATS = 50
+# Image formats that are stored as they are, and their suffixes.
+_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class TooShortError(ValueError):
     """The video is whole, but has too few frames."""
+
+
+def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+    """The bytes to store and their suffix: the file as it is if it is plain RGB or grey, upright and small enough."""
+    image = open_image(data)
+    image_format, is_plain = image.format, is_upright(image) and is_opaque_rgb_or_gray(image)
+    rgb = load_rgb(image)
+    exceeds_max_side = max_side is not None and max(rgb.size) > max_side
+    if image_format in _SUFFIX_OF_FORMAT and is_plain and not exceeds_max_side:
+        return data, _SUFFIX_OF_FORMAT[image_format]
+    if max_side is not None and exceeds_max_side:
+        scale = max_side / max(rgb.size)
+        size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    if image_format == "JPEG":
+        stored = io.BytesIO()
+        rgb.save(stored, "JPEG", quality=95, subsampling=0)
+        return stored.getvalue(), "jpg"
+    return encode_png(rgb), "png"
 
 
 def transcode_if_needed(

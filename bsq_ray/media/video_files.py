@@ -16,8 +16,8 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from bsq_ray.codec.container import MAX_PIXELS
 from bsq_ray.media.color import Color
+from bsq_ray.media.images import MAX_PIXELS
 
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
 _SCALER_MATRICES = {1, 2, 4, 5, 6, 7, 9}

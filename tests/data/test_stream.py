@@ -159,7 +159,9 @@ def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
     path = tmp_path / damaged_manifest.shards[0].name
     path.write_bytes(path.read_bytes()[:50000])
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
+        )
 
 
 def test_evaluation_batches_cover_every_sample_once(manifest):
@@ -227,4 +229,6 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
     assert not skipped_keys & delivered_keys
     with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1})
+        )

@@ -21,7 +21,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_image
+from bsq_ray.media.images import DECODE_ERRORS, decode_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode_frames, even_size, open_video, to_upright_rgb
 
 RAW_SUFFIX = ".yuv"
