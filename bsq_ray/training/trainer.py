@@ -108,7 +108,7 @@ class Trainer:
         batches = self._train_batches()
         if self.step == 0:
             # What would fail after an hour fails now: the evaluation, its networks, and writing to the folder.
-            self._evaluate("plain")
+            self._evaluate("raw")
         scalar_history: _ScalarHistory = defaultdict(list)
         first_step = logged_step = self.step
         timer = StepTimer(self.elapsed)
@@ -135,7 +135,7 @@ class Trainer:
                 self.checkpoints.wait()
             with timer.excluded():
                 if self.step % training_config.eval_every == 0 and not should_stop:
-                    self._evaluate("plain")
+                    self._evaluate("raw")
                 elif self.step % training_config.sample_every == 0 and not should_stop:
                     self._log_samples()
         step_seconds, data_wait = timer.step_seconds, timer.data_wait
@@ -389,7 +389,7 @@ class Trainer:
             # Training is over, so the engine can show what the averaged weights are worth.
             with self.engines[self.main_name].gathered_parameters(modify=True):
                 self.stage.modules[self.main_name].load_state_dict(published)
-        self._evaluate("plain" if self.ema is None else "ema")
+        self._evaluate("raw" if self.ema is None else "ema")
         if self.worker.is_main:
             card_fields = {"trained on": f"{self.spec.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
             weights = published, raw if self.ema else None

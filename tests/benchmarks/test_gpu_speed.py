@@ -289,7 +289,7 @@ def test_prior_decoding_speed(record_measurement):
     def cached():
         decoding = prior.start_decoding(tiles)
         for n in range(section.tokens):
-            h_B1D = decoding.features()
+            h_B1D = decoding.next_features()
             for s in range(section.sub_tokens):
                 prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])
             decoding.push(sub_tokens_BNS[:, n])

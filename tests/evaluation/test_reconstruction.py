@@ -91,7 +91,7 @@ def test_results_are_written_as_json_table_and_plot(results):
 def test_limit_and_published_rows_are_applied(model, held_out_shards, tmp_path):
     """The first samples alone can be evaluated, and published results follow the table."""
     evaluation = evaluate_reconstruction(
-        model, held_out_shards, str(tmp_path), workers=0, limit=3, published_rows=True, weights="plain"
+        model, held_out_shards, str(tmp_path), workers=0, limit=3, published_rows=True, weights="raw"
     )
     assert evaluation["contract"]["images"] == 3
     assert (

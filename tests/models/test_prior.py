@@ -75,7 +75,7 @@ def test_incremental_decoder_matches_parallel_pass(grid):
         assert logits_BNSK.std() > 0.5
         decoder = prior.start_decoding(2)
         for n in range(prior.config.tokens):
-            h_B1D = decoder.features()
+            h_B1D = decoder.next_features()
             for s in range(2):
                 step = prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])[:, 0]
                 assert (step - logits_BNSK[:, n, s]).abs().max() < 1e-4

@@ -47,8 +47,8 @@ def test_train_writes_all_run_artifacts(local):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "training"] == [1, 2, 3, 4]
     assert [(r["step"], r["weights"]) for r in records if r["kind"] == "evaluation"] == [
-        (0, "plain"),
-        (2, "plain"),
+        (0, "raw"),
+        (2, "raw"),
         (4, "ema"),
     ]
     image_names = ["step-0000000.png", "step-0000002.png", "step-0000003.png", "step-0000004.png"]
@@ -56,7 +56,7 @@ def test_train_writes_all_run_artifacts(local):
     assert list_checkpoints(str(out)) == ["step-0000004"]
     assert list((out / "tensorboard").iterdir())
     assert json.loads((out / "summary.json").read_text())["step"] == result.step == STEPS
-    Tokenizer.from_pretrained(str(out / "model"), weights="plain")
+    Tokenizer.from_pretrained(str(out / "model"), weights="raw")
     assert safetensors.numpy.load_file(out / "model" / "discriminator.safetensors")
 
 

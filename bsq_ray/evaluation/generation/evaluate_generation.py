@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.actor_pool import actor_map_ordered
@@ -53,7 +54,7 @@ def evaluate_generation(
     seed: int = 0,
     reference_url: str | None = None,
     baseline_url: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Draws images with the classes of a data set and compares them with it.
@@ -149,9 +150,7 @@ class _GeneratedFeatureExtractor:
 
 
 class _ModelSampler:
-    def __init__(
-        self, url: str, weights: Literal["ema", "plain"], sampling_config: config.SamplingConfig, seed: int
-    ) -> None:
+    def __init__(self, url: str, weights: WeightsKind, sampling_config: config.SamplingConfig, seed: int) -> None:
         self.generator = Generator.from_pretrained(url, weights, default_device())
         self.sampling_config, self.seed = sampling_config, seed
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from bsq_ray.evaluation.reconstruction.clip_metrics import ClipReconstructionMet
 from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import MIN_FRAMES
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
@@ -41,7 +42,7 @@ def evaluate_reconstruction(
     out_url: str,
     workers: int = 2,
     address: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     batch_size: int | None = None,
     limit: int | None = None,
     show_published: bool = False,
@@ -55,7 +56,7 @@ def evaluate_reconstruction(
         data_url: packed images, or packed videos for a tokenizer that takes clips.
         out_url: folder for the results.
         workers: Ray actors that measure; 0 measures in this process, without Ray.
-        weights: "ema" or "plain" weights of the folder.
+        weights: "ema" or "raw" weights of the folder.
         batch_size: images or clips at once; by default 32 images or 2 clips.
         limit: only the first so many images or clips.
         published_rows: show published figures below the table.
@@ -96,7 +97,7 @@ class _EvaluationTask:
     run: config.TokenizerConfig
     model_id: str
     model_url: str
-    weights: Literal["ema", "plain"]
+    weights: WeightsKind
     manifest: Manifest
     source: DataSource
     batch_size: int

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,12 +21,13 @@ from bsq_ray.data.token_table import TABLE_FILE, read_table
 from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoints.writer import list_checkpoints
 
 
-def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal["ema", "plain"] = "ema") -> str:
+def reconstruct_file(model_url: str, image_url: str, out: Path, weights: WeightsKind = "ema") -> str:
     """Writes original and reconstruction side by side as PNG; returns a sentence with bits and PSNR.
 
     The image is resized to the model's size as in the evaluation (short side, centre crop).
@@ -62,7 +62,7 @@ def reconstruct_clip(
     model_url: str,
     clip_url: str,
     out: Path,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """Writes a clip of any length and its reconstruction side by side as MP4; returns a sentence with bits and PSNR.
