@@ -250,7 +250,7 @@ def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str],
     rows = {
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{(model.image_size // model.patch_size) ** 2} per {unit}, one for {model.patch_size} x "
+        "tokens": f"{model.grid_size**2} per {unit}, one for {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }

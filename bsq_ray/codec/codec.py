@@ -96,7 +96,7 @@ class Codec:
     ) -> None:
         model_config = tokenizer.config
         if prior is not None:
-            side = model_config.image_size // model_config.patch_size
+            side = model_config.grid_size
             is_compatible = (
                 prior.config.grid == (model_config.frames, side, side) and prior.config.bits == tokenizer.quantizer.bits
             )

@@ -283,14 +283,14 @@ def test_prior_decoding_speed(record_measurement):
     """In fp32, as files need it; every eighth pass of those without a cache."""
     section = load_config("imagenet128-prior").model
     prior, tiles, sampled = Prior(section).to(DEVICE).eval(), 8, 8
-    shape = (tiles, section.tokens, section.sub_tokens)
+    shape = (tiles, section.num_tokens, section.num_sub_tokens)
     sub_tokens_BNS = torch.randint(0, 2**section.sub_bits, shape, device=DEVICE)
 
     def cached():
         decoding = prior.start_decoding(tiles)
         for n in range(section.tokens):
             h_B1D = decoding.next_features()
-            for s in range(section.sub_tokens):
+            for s in range(section.num_sub_tokens):
                 prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])
             decoding.push(sub_tokens_BNS[:, n])
 
