@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 
 

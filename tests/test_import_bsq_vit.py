@@ -19,7 +19,7 @@ from torch import nn
 
 from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.import_bsq_vit import import_bsq_vit, read_checkpoint
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
 CONFIG = f"""

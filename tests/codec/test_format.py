@@ -132,7 +132,12 @@ def read_file(data, prior):
         tiles = part.shape[0] * part.shape[1]
         if coding:
             bits = decode_payload(
-                payload, logit_function(prior), tiles, t * side * side, prior.config.num_sub_tokens, prior.config.sub_bits
+                payload,
+                logit_function(prior),
+                tiles,
+                t * side * side,
+                prior.config.num_sub_tokens,
+                prior.config.sub_bits,
             )
         else:
             bits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")

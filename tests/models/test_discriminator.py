@@ -5,13 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.discriminators.stylegan2 import (
-    EqualizedConv,
-    PatchDiscriminator,
-    StyleDiscriminator,
-    append_minibatch_stddev,
-    build_discriminator,
-)
+from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.discriminators.patchgan import PatchDiscriminator
+from bsq_ray.models.discriminators.stylegan2 import EqualizedConv, StyleDiscriminator, append_minibatch_stddev
 
 
 def images(count, size=32, seed=0):

@@ -5,7 +5,7 @@ import torch
 from real_clips import street_clip
 
 from bsq_ray import config
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.discriminators.stylegan2_3d import ClipBlock, ClipDiscriminator, temporal_downsampling
 
 

@@ -21,7 +21,7 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.models.warm_start import initial_weights
