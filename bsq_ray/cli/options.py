@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+if TYPE_CHECKING:
+    from bsq_ray.model_folder import WeightsKind
+
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster; default: one on this machine, for the call.")]
-WeightsOption = Annotated[str, typer.Option(help="ema or plain weights of the model folder.")]
+WeightsOption = Annotated[str, typer.Option(help="ema or raw weights of the model folder.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key.path=value, any key of the configuration.")]
 
 
@@ -32,10 +35,10 @@ def parse_int_range(text: str, option: str) -> tuple[int, int]:
         raise ValueError(f"{option} {text} is neither a number, such as 8, nor a range, such as 4-8") from None
 
 
-def parse_weights(name: str) -> Literal["ema", "plain"]:
-    if name not in ("ema", "plain"):
-        raise ValueError(f"--weights {name} is not known; choose ema or plain")
-    return "plain" if name == "plain" else "ema"
+def parse_weights(name: str) -> WeightsKind:
+    if name not in ("ema", "raw"):
+        raise ValueError(f"--weights {name} is not known; choose ema or raw")
+    return "raw" if name == "raw" else "ema"
 
 
 def parse_device(name: str) -> Literal["auto", "cpu", "gpu"]:

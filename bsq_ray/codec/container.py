@@ -1,4 +1,4 @@
-"""The `.bsq` file: header, index of groups of tiles, payloads. docs/bsq-format.md specifies it byte by byte.
+"""The `.bsq` file: header, index of groups of tiles, payloads. docs/reference/bsq-format.md specifies it byte by byte.
 
 Whatever the bytes say is checked before anything is made of it, so a hostile file costs one error.
 

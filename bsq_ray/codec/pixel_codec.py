@@ -39,7 +39,7 @@ class PixelCodec:
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
         model_config = tokenizer.config
         self.tokenizer, self.decode_dtype = tokenizer, decode_dtype
-        self.side = model_config.image_size // model_config.patch_size
+        self.grid_size = model_config.grid_size
         self._batch_size = batch_size
 
     @property
@@ -47,7 +47,7 @@ class PixelCodec:
         return self.tokenizer.last_layer.device
 
     def _tiles_per_pass(self, frames: int) -> int:
-        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.side**2))
+        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
 
     def encode(self, tiles_BCTHW: Tensor, check_deadline: Callable[[], None]) -> Tensor:
         """uint8 tiles to bits (B, N, L); `check` is called before each pass, and what it raises ends the work."""
@@ -110,7 +110,7 @@ class PixelCodec:
         tile = self.tokenizer.config.image_size
         grid_trcL = as_grid(bits_RCNL[block_slices], frames)
         pixels_CTHW = blend_tiles(
-            grid_trcL, self.side, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
+            grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
         )
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         available_HW = available_RC[block_slices].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
@@ -118,8 +118,8 @@ class PixelCodec:
 
     def _decode_windows(self, check_deadline: Callable[[], None], bits_BNL: Tensor) -> Tensor:
         """Windows (B, 3, T, H, W), fp32 values on the CPU."""
-        frames = bits_BNL.shape[1] // self.side**2
-        grid, parts = (frames, self.side, self.side), []
+        frames = bits_BNL.shape[1] // self.grid_size**2
+        grid, parts = (frames, self.grid_size, self.grid_size), []
         if self.tokenizer.from_code.weight.dtype != self.decode_dtype:
             for module in (self.tokenizer.from_code, self.tokenizer.decoder):
                 module.to(self.decode_dtype)

@@ -132,6 +132,11 @@ class TokenizerModelConfig(StrictModel):
     quantizer: QuantizerConfig = BSQConfig()
     gradient_checkpointing: bool = False
 
+    @property
+    def grid_size(self) -> int:
+        """Tokens of a frame in each direction."""
+        return self.image_size // self.patch_size
+
     @field_validator("quantizer", mode="before")
     @classmethod
     def _default_kind_bsq(cls, value: Any) -> Any:

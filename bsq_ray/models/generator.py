@@ -6,13 +6,14 @@ classes ─MaskedLM, step by step─▶ tokens ─Tokenizer.decode─▶ images
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bsq_ray import config, model_folder
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.sampling import interpolate_classes, sample, sample_steps
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
@@ -29,7 +30,7 @@ class Generator:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema", device: str = "cpu") -> Generator:
+    def from_pretrained(cls, url: str, weights: WeightsKind = "ema", device: str = "cpu") -> Generator:
         """Reads the model folder of a masked language model, whose `tokenizer/` is its tokenizer.
 
         Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
 from bsq_ray import config, model_folder
+from bsq_ray.model_folder import WeightsKind
 
 ConfigT = TypeVar("ConfigT")
 
@@ -29,7 +30,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         self.model_id: str | None = None
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> Self:
+    def from_pretrained(cls, url: str, weights: WeightsKind = "ema") -> Self:
         """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
 
         Args:

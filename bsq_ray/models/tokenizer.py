@@ -85,7 +85,7 @@ class Decoder(nn.Module):
 def _build_transformer(
     model_config: config.TokenizerModelConfig, transformer_config: config.TransformerConfig
 ) -> VisionTransformer:
-    tokens_per_frame = (model_config.image_size // model_config.patch_size) ** 2
+    tokens_per_frame = model_config.grid_size**2
     return VisionTransformer(
         transformer_config,
         tokens_per_frame,
@@ -218,7 +218,7 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         return unpatchify(patches_BNP, grid, self.config.patch_size).float()
 
     def _grid(self, clips_B3THW: Tensor) -> tuple[int, int, int]:
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.grid_size
         return clips_B3THW.shape[2], side, side
 
     def _as_clips(self, images: Tensor, max_frames: int | None = None) -> Tensor:
@@ -248,7 +248,7 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
 
     def _validate_tokens(self, tokens: Tokens, max_frames: int | None = None) -> Tokens:
         t, h, w = tokens.grid
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.grid_size
         if t < 1 or (max_frames is not None and t > max_frames) or not h == w == side:
             raise ValueError(
                 f"tokens have the grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"

@@ -44,7 +44,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     if mismatches:
         raise ValueError(f"{url} cannot initialise this model: {'; '.join(mismatches)}")
     weights = dict(folder.weights)
-    side = model_config.image_size // model_config.patch_size
+    side = model_config.grid_size
     for part in _PARTS:
         spatial = f"{part}.transformer.spatial_position"
         weights[spatial] = resize_positions(weights[spatial], side)
@@ -67,7 +67,7 @@ def resize_positions(position_SD: Tensor, side: int) -> Tensor:
 def _diff_configs(source_value: object, target_value: object, path: str = "") -> list[tuple[str, object, object]]:
     """Dotted keys of nested sections that have different values, except what only the training loss uses."""
     if isinstance(source_value, dict) and isinstance(target_value, dict):
-        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commit_weight"})
+        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commitment_weight"})
         return [
             difference
             for key in keys

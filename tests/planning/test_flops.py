@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.flops import tokenizer_forward_flops, tokenizer_step_flops
 from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers

@@ -5,7 +5,7 @@ import torch
 
 from bsq_ray.config import load_config
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
     discriminator_activation_bytes,

@@ -19,7 +19,7 @@ from torch import nn
 
 from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.import_bsq_vit import import_bsq_vit, read_checkpoint
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
 CONFIG = f"""
@@ -28,7 +28,7 @@ name: small
 model:
   image_size: {SIDE}
   encoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}}}
-  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_width: 3072}}
+  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_hidden_dim: 3072}}
   quantizer: {{bits: {BITS}}}
 loss: {{adversarial: {{channel_base: 512, channel_max: 32}}}}
 """
@@ -195,7 +195,7 @@ def test_import_reconstructions_match_reference(save, small_config, tmp_path, pr
     """Reconstructions match the reference code for EMA and raw weights."""
     out = str(tmp_path / "model")
     imported = import_bsq_vit(save(checkpoint_contents(prefix)), small_config, out)
-    for weights, seed in (("ema", 1), ("plain", 0)):
+    for weights, seed in (("ema", 1), ("raw", 0)):
         ours = Tokenizer.from_pretrained(out, weights).reconstruct(IMAGES)
         reference = ReferenceTokenizer(seed)(IMAGES)
         assert reference.std() > 0.3
@@ -248,10 +248,10 @@ def test_import_raw_weights_only_on_request(save, small_config, tmp_path):
     """A checkpoint without EMA weights is rejected unless raw weights are requested."""
     out = str(tmp_path / "model")
     checkpoint = save(checkpoint_contents(ema_state_dict=None))
-    with pytest.raises(ValueError, match="holds no averaged weights; import its plain ones instead"):
+    with pytest.raises(ValueError, match="holds no averaged weights; import its raw weights instead"):
         import_bsq_vit(checkpoint, small_config, out)
     assert not os.path.exists(out)
-    import_bsq_vit(checkpoint, small_config, out, weights="plain")
+    import_bsq_vit(checkpoint, small_config, out, weights="raw")
     torch.testing.assert_close(
         Tokenizer.from_pretrained(out).reconstruct(IMAGES), ReferenceTokenizer(0)(IMAGES), rtol=0, atol=1e-4
     )

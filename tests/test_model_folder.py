@@ -20,7 +20,7 @@ def small_tokenizer(seed=0, bits=6):
         "image_size": 16,
         "patch_size": 8,
         "encoder": SIZES,
-        "decoder": SIZES | {"head_width": 16},
+        "decoder": SIZES | {"head_hidden_dim": 16},
         "quantizer": {"bits": bits},
     }
     return Tokenizer(config.TokenizerModelConfig.model_validate(keys))
@@ -34,7 +34,7 @@ def folder(tmp_path):
     url = str(tmp_path / "small")
     raw_weights = small_tokenizer(seed=1).state_dict()
     small_tokenizer().save_pretrained(
-        url, plain_weights=raw_weights, metrics={"psnr": 21.5}, facts={"data": "12 photographs"}
+        url, raw_weights=raw_weights, metrics={"psnr": 21.5}, card_fields={"data": "12 photographs"}
     )
     return url
 
@@ -56,7 +56,7 @@ def test_model_folder_roundtrip_from_any_url(request, tmp_path, scheme):
 
 def test_model_folder_keeps_raw_and_ema_weights(folder):
     """Raw weights are stored next to the EMA weights and have another model id."""
-    ema_tokenizer, raw_tokenizer = Tokenizer.from_pretrained(folder), Tokenizer.from_pretrained(folder, weights="plain")
+    ema_tokenizer, raw_tokenizer = Tokenizer.from_pretrained(folder), Tokenizer.from_pretrained(folder, weights="raw")
     assert torch.equal(ema_tokenizer.to_code.weight, small_tokenizer(seed=0).to_code.weight)
     assert torch.equal(raw_tokenizer.to_code.weight, small_tokenizer(seed=1).to_code.weight)
     assert ema_tokenizer.model_id != raw_tokenizer.model_id
@@ -65,15 +65,15 @@ def test_model_folder_keeps_raw_and_ema_weights(folder):
 def test_model_folder_without_ema_removes_old_raw_weights(folder):
     """Without EMA the main weights are the raw ones, and an older raw-weights file is removed."""
     small_tokenizer(seed=2).save_pretrained(folder)
-    for weights in ("ema", "plain"):
+    for weights in ("ema", "raw"):
         loaded = Tokenizer.from_pretrained(folder, weights=weights)
         assert torch.equal(loaded.to_code.weight, small_tokenizer(seed=2).to_code.weight)
 
 
 def test_load_model_folder_missing_raw_weights_raises(folder, tmp_path):
     (tmp_path / "small" / "model.plain.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no plain weights"):
-        model_folder.load_model_folder(folder, "plain")
+    with pytest.raises(ValueError, match="contains no raw weights"):
+        model_folder.load_model_folder(folder, "raw")
 
 
 def test_model_id_depends_on_weights_and_model_only():
@@ -179,9 +179,9 @@ def test_load_model_folder_not_a_model_raises(tmp_path, monkeypatch):
 
 def test_save_pretrained_to_s3_twice_removes_raw_weights(bucket):
     """Saving again to S3 replaces the weights and removes the older raw-weights file."""
-    small_tokenizer().save_pretrained(f"{bucket}/m", plain_weights=small_tokenizer(seed=1).state_dict())
+    small_tokenizer().save_pretrained(f"{bucket}/m", raw_weights=small_tokenizer(seed=1).state_dict())
     small_tokenizer(seed=2).save_pretrained(f"{bucket}/m")
-    loaded = Tokenizer.from_pretrained(f"{bucket}/m", weights="plain")
+    loaded = Tokenizer.from_pretrained(f"{bucket}/m", weights="raw")
     assert torch.equal(loaded.to_code.weight, small_tokenizer(seed=2).to_code.weight)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bsq_ray.losses.entropy import bit_statistics, grouped_codebook_entropy
-from bsq_ray.losses.entropy import bitwise_codebook_entropy as entropy_of_means
+from bsq_ray.models.quantizers.entropy import bit_statistics, grouped_codebook_entropy
+from bsq_ray.models.quantizers.entropy import bitwise_codebook_entropy as entropy_of_means
 
 
 def per_sample_entropy(logits_NL):
