@@ -20,7 +20,7 @@ def small_tokenizer(seed=0, bits=6):
         "image_size": 16,
         "patch_size": 8,
         "encoder": SIZES,
-        "decoder": SIZES | {"head_width": 16},
+        "decoder": SIZES | {"head_hidden_dim": 16},
         "quantizer": {"bits": bits},
     }
     return Tokenizer(config.TokenizerModelConfig.model_validate(keys))

@@ -28,7 +28,7 @@ name: small
 model:
   image_size: {SIDE}
   encoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}}}
-  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_width: 3072}}
+  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_hidden_dim: 3072}}
   quantizer: {{bits: {BITS}}}
 loss: {{adversarial: {{channel_base: 512, channel_max: 32}}}}
 """

@@ -80,7 +80,7 @@ class SamplingConfig(StrictModel):
     steps: int = Field(12, ge=1)
     temperature: float = Field(15.0, ge=0)
     guidance_scale: float = Field(0.5, ge=0)
-    guidance_schedule: Literal["constant", "ramped"] = "constant"
+    guidance_schedule: Literal["constant", "linear"] = "constant"
 
 
 _TOKEN_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.96), weight_decay=0.045, max_grad_norm=1.0)

@@ -77,7 +77,9 @@ def tokenize(
     manifest = read_manifest(data_url)
     if num_crops < 1:
         raise ValueError(f"views {num_crops} must be 1 or more")
-    run = run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": (1.0, scale), "flip": flip})})
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"resize_range": (1.0, scale), "random_flip": flip})}
+    )
     source = build_pixel_source(run, manifest)
     frames = run.model.frames if manifest.kind == "videos" else 1
     side = run.model.image_size // run.model.patch_size

@@ -121,7 +121,7 @@ def _guided_logits(
 ) -> Tensor:
     """Logits with classifier-free guidance, l_c + α (l_c - l_any); both halves run in one batch."""
     alpha = sampling_config.guidance_scale * (
-        step / sampling_config.steps if sampling_config.guidance_schedule == "ramped" else 1.0
+        step / sampling_config.steps if sampling_config.guidance_schedule == "linear" else 1.0
     )
     if not alpha:
         return predict(tokens_BNS, classes_BC)

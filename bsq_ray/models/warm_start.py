@@ -67,7 +67,7 @@ def resize_positions(position_SD: Tensor, side: int) -> Tensor:
 def _diff_configs(source_value: object, target_value: object, path: str = "") -> list[tuple[str, object, object]]:
     """Dotted keys of nested sections that have different values, except what only the training loss uses."""
     if isinstance(source_value, dict) and isinstance(target_value, dict):
-        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commit_weight"})
+        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commitment_weight"})
         return [
             difference
             for key in keys

@@ -11,7 +11,7 @@ from bsq_ray.training.checkpoints.writer import RunProgress
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.
 _FIXED_ON_RESUME = {
     "training": ("batch_size", "seed"),
-    "data": ("lanes", "shuffle_window"),
+    "data": ("interleave", "shuffle_block_size"),
     "engine": ("kind", "zero_stage"),
 }
 

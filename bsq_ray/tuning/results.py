@@ -115,7 +115,7 @@ def _to_parquet(study: Study) -> bytes:
         has_mixed_types = len({type(value) for value in values}) > 1
         columns[f"param.{name}"] = [str(value) for value in values] if has_mixed_types else values
     columns |= {name: [record.metrics.get(name) for record in study.records] for name in metric_names}
-    columns["attempts"] = [record.num_attempts for record in study.records]
+    columns["num_attempts"] = [record.num_attempts for record in study.records]
     columns["reason"] = [record.reason for record in study.records]
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)

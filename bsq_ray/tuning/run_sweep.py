@@ -191,14 +191,14 @@ def _run_tune(
         held_out_images=budget.held_out_images,
     )
     stop_requests = ray.remote(num_cpus=0)(StopRequests).remote()
-    request_stop = stop_requests.stop.remote
+    request_stop = stop_requests.request_stop.remote
     callback = StudyCallback(
-        study, stop_event, stop_requests.stop_all.remote, lambda event, record: on_event(event, record, study)
+        study, stop_event, stop_requests.request_stop_all.remote, lambda event, record: on_event(event, record, study)
     )
     try:
         # Not by a Tuner, which pickles all of this for a restore of its own.
         tune.run(
-            tune.with_parameters(SweepTrainable, task=context, wishes=stop_requests),
+            tune.with_parameters(SweepTrainable, context=context, stop_requests=stop_requests),
             name=f"tune-{int(time.time() * 1000)}",
             num_samples=study.num_remaining,
             resources_per_trial=tune.PlacementGroupFactory([{"CPU": _TRIAL_CPUS}]),
@@ -212,7 +212,7 @@ def _run_tune(
         )
     finally:
         ray.kill(stop_requests)
-        callback.settle()
+        callback.finalize()
         storage.remove_folder(storage.join(study.out_url, "ray"))
 
 
@@ -245,7 +245,7 @@ def allocate_resources(
         raise ValueError(
             f"there is no room for {num_concurrent} trials at once, each of {budget.workers} workers with {worker_resources}, beside the "
             f"reading of data: the cluster has {cluster_resources.get('CPU', 0):g} CPU and {cluster_resources.get('GPU', 0):g} GPU; lower "
-            "budget.concurrency, budget.workers or budget.resources"
+            "budget.max_concurrent_trials, budget.workers or budget.resources"
         )
     return min(num_concurrent, num_trials), ResourceBudget(resources, concurrent_runs=min(num_concurrent, num_trials))
 

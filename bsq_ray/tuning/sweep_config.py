@@ -107,13 +107,13 @@ class SweepConfig(StrictModel):
             raise ValueError("space is empty; name at least one key of the configuration to vary")
         if self.searcher != "grid":
             if self.budget.num_samples is None:
-                raise ValueError(f"budget.trials is missing; the searcher {self.searcher} has no end of its own")
+                raise ValueError(f"budget.num_samples is missing; the searcher {self.searcher} has no end of its own")
             return self
         for name, parameter in self.space.items():
             if not parameter.grid_values():
                 raise ValueError(f"space: {name} is a range of real numbers; a grid needs values, choices or integers")
         if self.budget.num_samples is not None:
-            raise ValueError("budget.trials is not for a grid, which tries every combination; leave it out")
+            raise ValueError("budget.num_samples is not for a grid, which tries every combination; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -134,7 +134,7 @@ class SweepConfig(StrictModel):
                 f"scheduler.metric can be {' or '.join(intermediate_metrics)}"
             )
         if self.scheduler.metric and self.scheduler.metric not in self.metrics and not self.scheduler.mode:
-            raise ValueError(f"scheduler.direction is missing; is {self.scheduler.metric} good at its min or its max?")
+            raise ValueError(f"scheduler.mode is missing; is {self.scheduler.metric} good at its min or its max?")
         return self
 
     @model_validator(mode="after")
@@ -174,6 +174,6 @@ def load_sweep(source: str) -> SweepConfig:
 
 def _referenced_keys(sweep: SweepConfig) -> Iterator[tuple[str, str]]:
     """Every key of the configuration that the sweep names, and where."""
-    yield from (("set", key) for key in leaf_keys(sweep.overrides))
+    yield from (("overrides", key) for key in leaf_keys(sweep.overrides))
     for name, parameter in sweep.space.items():
         yield from (("space", key) for key in parameter.config_keys(name))

@@ -112,7 +112,7 @@ class SweepTrainable(tune.Trainable):
                 return {**asdict(event), "done": True}
             if event["kind"] == "evaluation":
                 metrics = {name: value for name, value in event.items() if isinstance(value, float)}
-                return {"reached": event["step"], "figures": metrics, **metrics}
+                return {"step": event["step"], "metrics": metrics, **metrics}
 
     def cleanup(self) -> None:
         """Stops what Tune did not wait for."""
@@ -129,7 +129,7 @@ class SweepTrainable(tune.Trainable):
         import ray
 
         if not self._stop_event.is_set():
-            self._stop_reason = ray.get(self._stop_requests.of.remote(self._number))
+            self._stop_reason = ray.get(self._stop_requests.reason_for.remote(self._number))
             if self._stop_reason:
                 self._stop_event.set()
 

@@ -73,11 +73,11 @@ class GracefulStopScheduler(FIFOScheduler):
         """See Tune's `TrialScheduler`."""
         self.inner_scheduler.on_trial_add(tune_controller, trial)
         for step, metrics in self._pending_reports.pop(trial.config["number"], []):
-            self.on_trial_result(tune_controller, trial, {"reached": step, **metrics})
+            self.on_trial_result(tune_controller, trial, {"step": step, **metrics})
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Lets every trial continue; those that are asked to stop will end by themselves."""
-        if trial.trial_id not in self._stopping_trial_ids and "reached" in result:
+        if trial.trial_id not in self._stopping_trial_ids and "step" in result:
             decision = self.inner_scheduler.on_trial_result(tune_controller, trial, result)
             if decision == TrialScheduler.STOP:
                 self._stopping_trial_ids.add(trial.trial_id)
@@ -88,7 +88,7 @@ class GracefulStopScheduler(FIFOScheduler):
         trial = TuneTrial("earlier", trial_id=f"earlier-{record.number}", stub=True)
         self.inner_scheduler.on_trial_add(None, trial)
         for step, metrics in record.reports:
-            if self.inner_scheduler.on_trial_result(None, trial, {"reached": step, **metrics}) == TrialScheduler.STOP:
+            if self.inner_scheduler.on_trial_result(None, trial, {"step": step, **metrics}) == TrialScheduler.STOP:
                 return
 
 
@@ -99,7 +99,7 @@ def build_scheduler(study: Study, max_steps: int, request_stop: Callable[[int], 
         return FIFOScheduler()
     if scheduler_config.kind == "asha":
         inner_scheduler: TrialScheduler = AsyncHyperBandScheduler(
-            time_attr="reached",
+            time_attr="step",
             metric=metric,
             mode=mode,
             # Above the last step, so that nobody is "stopped" at the end.
@@ -109,7 +109,7 @@ def build_scheduler(study: Study, max_steps: int, request_stop: Callable[[int], 
         )
     else:
         inner_scheduler = MedianStoppingRule(
-            time_attr="reached",
+            time_attr="step",
             metric=metric,
             mode=mode,
             grace_period=scheduler_config.grace_period,
@@ -142,13 +142,13 @@ class StudyCallback(tune.Callback):
     def on_trial_result(self, iteration: int, trials: Any, trial: TuneTrial, result: Any, **info: Any) -> None:
         """An evaluation along the way, or the end of a trial."""
         record = self._find_record(trial)
-        if "reached" in result:
-            self.study.report(record, result["reached"], result["figures"])
+        if "step" in result:
+            self.study.report(record, result["step"], result["metrics"])
             self.on_event("report", record)
-        elif result["ending"] == "interrupted":
+        elif result["state"] == "interrupted":
             self.on_event("interrupted", record)
         else:
-            self.study.end(record, result["ending"], result["reason"], result["figures"])
+            self.study.end(record, result["state"], result["reason"], result["metrics"])
             self.on_event("end", record)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: TuneTrial, **info: Any) -> None:

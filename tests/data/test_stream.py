@@ -18,7 +18,7 @@ from bsq_ray.data.stream import (
     training_batches,
 )
 
-DATA_CONFIG = config.DataConfig(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
+DATA_CONFIG = config.DataConfig(resize_range=(1.0, 1.5), random_flip=True, interleave=4, shuffle_block_size=8)
 
 
 def batches(
@@ -110,7 +110,7 @@ def test_training_batches_epoch_has_each_key_once(manifest):
 def test_training_batches_follow_data_config(manifest):
     """Each option of the data configuration changes the batches."""
     default = batches(manifest, 1)[0]
-    for change in ({"crop_scale": (1.0, 1.0)}, {"flip": False}, {"lanes": 3}, {"shuffle_window": 2}):
+    for change in ({"resize_range": (1.0, 1.0)}, {"random_flip": False}, {"interleave": 3}, {"shuffle_block_size": 2}):
         changed = batches(manifest, 1, data_config=DATA_CONFIG.model_copy(update=change))[0]
         assert not torch.equal(default.values_B, changed.values_B), change
 
@@ -149,7 +149,7 @@ def test_training_batches_damaged_sample_is_replaced(damaged_manifest):
 
 def test_training_batches_too_many_skipped_raises(damaged_manifest):
     """More skipped samples than allowed raise an error that names the last one."""
-    data_config = DATA_CONFIG.model_copy(update={"max_damaged": 0})
+    data_config = DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
     with pytest.raises(RuntimeError, match=r"data.max_skipped_samples = 0; the last one: shard-000000.tar"):
         batches(damaged_manifest, 10, batch_size=4, data_config=data_config)
 
@@ -159,7 +159,9 @@ def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
     path = tmp_path / damaged_manifest.shards[0].name
     path.write_bytes(path.read_bytes()[:50000])
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 0}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
+        )
 
 
 def test_evaluation_batches_cover_every_sample_once(manifest):
@@ -227,4 +229,6 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
     assert not skipped_keys & delivered_keys
     with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 1}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1})
+        )

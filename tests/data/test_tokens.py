@@ -20,7 +20,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokens
 
-MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, classes=1, width=32, layers=1, heads=2)
+MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, num_classes=1, width=32, layers=1, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_tokenize_other_crops_depend_on_the_seed(table, model, photo_shards, tmp
 def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, tmp_path, ray_local):
     """Ray workers write the same table, and a second call writes only the missing parts."""
     arguments = (model, photo_shards, str(tmp_path))
-    settings = {"views": 2, "flip": True, "batch_size": 5}
+    settings = {"num_crops": 2, "flip": True, "batch_size": 5}
     done = tokenize(*arguments, num_workers=2, **settings)
     assert (done.num_written, done.table.num_rows) == (len(table.parts), table.rows)
     theirs = TokenSource(done.table, MODEL).read_eval(range(table.rows))
@@ -98,7 +98,7 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
 def test_token_source_epoch_has_each_row_once(table):
     """Every row is read exactly once per epoch, in shuffled order."""
     source = TokenSource(table, MODEL)
-    stream = training_batches(source, config.DataOrderConfig(lanes=2, shuffle_window=8), 2, 0, 1, seed=1)
+    stream = training_batches(source, config.DataOrderConfig(interleave=2, shuffle_block_size=8), 2, 0, 1, seed=1)
     batches = [next(stream) for _ in range(table.rows // 2)]
     read = [(key, row.tobytes()) for b in batches for key, row in zip(b.keys, b.values_B.numpy(), strict=True)]
     block = source.read_eval(range(source.num_samples))

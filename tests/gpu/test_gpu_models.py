@@ -30,11 +30,11 @@ VALUE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 QUANTIZERS = {
     "bsq": config.BSQConfig(bits=18),
     "bsq, groups of 9": config.BSQConfig(bits=18, entropy=config.EntropyConfig(estimate="group", group_size=9)),
-    "bsq with commitment": config.BSQConfig(bits=36, commit_weight=0.25),
+    "bsq with commitment": config.BSQConfig(bits=36, commitment_weight=0.25),
     "lfq": config.LFQConfig(bits=18),
     "fsq": config.FSQConfig(kind="fsq", levels=(8, 8, 5, 5)),
     "vq": config.VQConfig(kind="vq", codebook_size=256),
-    "vq, not normalised": config.VQConfig(kind="vq", codebook_size=256, normalised=False),
+    "vq, not normalised": config.VQConfig(kind="vq", codebook_size=256, l2_normalize=False),
 }
 
 

@@ -117,7 +117,7 @@ def small_generator(device, folder):
 
 def test_generate_on_gpu_same_seed_gives_same_images(gpu, tmp_path):
     generator = small_generator(gpu, tmp_path)
-    settings = {"steps": 6, "guidance": 1.0, "temperature": 4.0}
+    settings = {"steps": 6, "guidance_scale": 1.0, "temperature": 4.0}
     images = generator.generate([0, 1, 2], seed=5, **settings)
     assert images.device.type == gpu.type
     assert torch.equal(images, generator.generate([0, 1, 2], seed=5, **settings))

@@ -11,7 +11,7 @@ SIZES = {"width": 32, "layers": 2, "heads": 4}
 
 
 def small_config(frames=1, image_size=32, **changes):
-    keys = {"encoder": SIZES, "decoder": SIZES | {"head_width": 32}, "quantizer": {"bits": 10}} | changes
+    keys = {"encoder": SIZES, "decoder": SIZES | {"head_hidden_dim": 32}, "quantizer": {"bits": 10}} | changes
     return config.TokenizerModelConfig.model_validate({"frames": frames, "image_size": image_size, **keys})
 
 
@@ -92,7 +92,7 @@ def test_warm_start_from_video_model_of_same_length(image_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"quantizer": {"bits": 12}}, "model.quantizer.bits is 10 there and 12 here"),
         ({"patch_size": 4}, "model.patch_size is 8 there and 4 here"),
@@ -107,7 +107,7 @@ def test_warm_start_mismatch_lists_differing_keys(image_model, changes, message)
 
 
 def test_warm_start_ignores_training_only_keys(image_model):
-    quantizer = {"bits": 10, "commit_weight": 0.25, "entropy": {"estimate": "group", "group_size": 5}}
+    quantizer = {"bits": 10, "commitment_weight": 0.25, "entropy": {"estimate": "group", "group_size": 5}}
     initial_weights(small_config(4, quantizer=quantizer, gradient_checkpointing=True), image_model[0])
 
 

@@ -12,7 +12,7 @@ def small_config(**changes):
         "grid": [1, 2, 3],
         "bits": 6,
         "sub_bits": 3,
-        "classes": 4,
+        "num_classes": 4,
         "width": 32,
         "layers": 2,
         "heads": 4,

@@ -12,7 +12,7 @@ from bsq_ray.models.sampling import interpolate_classes, num_masked, sample, sam
 
 
 def sampling_config(**changes):
-    return config.SamplingConfig(**({"steps": 4, "temperature": 1.0, "guidance": 0.5} | changes))
+    return config.SamplingConfig(**({"steps": 4, "temperature": 1.0, "guidance_scale": 0.5} | changes))
 
 
 def class_weights(model, *labels):
@@ -27,16 +27,16 @@ def test_num_masked_decreases_every_step_to_zero(steps, units):
     assert all(after < before or before == 0 for before, after in zip([units, *remaining], remaining, strict=False))
 
 
-@pytest.mark.parametrize("mask_by", ["token", "sub_token"])
-def test_sample_steps_follow_schedule_and_keep_tokens(mask_by):
-    model = small_model(mask_by=mask_by)
-    units = 6 if mask_by == "token" else 12
+@pytest.mark.parametrize("mask_unit", ["token", "sub_token"])
+def test_sample_steps_follow_schedule_and_keep_tokens(mask_unit):
+    model = small_model(mask_unit=mask_unit)
+    units = 6 if mask_unit == "token" else 12
     before = None
     for step, tokens_BNS in enumerate(sample_steps(model, class_weights(model, 0, 3), sampling_config(), seed=1), 1):
         masked_BNS = tokens_BNS == model.mask_token
-        num_left = masked_BNS.all(2).sum(1) if mask_by == "token" else masked_BNS.sum((1, 2))
+        num_left = masked_BNS.all(2).sum(1) if mask_unit == "token" else masked_BNS.sum((1, 2))
         assert num_left.tolist() == [num_masked(step, 4, units)] * 2
-        if mask_by == "token":
+        if mask_unit == "token":
             assert torch.equal(masked_BNS.all(2), masked_BNS.any(2))
         if before is not None:
             assert torch.equal(tokens_BNS[before != model.mask_token], before[before != model.mask_token])
@@ -105,9 +105,9 @@ def class_fraction(model, **changes):
 
 def test_sample_matches_distribution_and_guidance_sharpens(trained_model):
     """Samples follow the learned distribution, and guidance raises the share of the class's own value."""
-    plain = class_fraction(trained_model, steps=1, guidance=0.0)
+    plain = class_fraction(trained_model, steps=1, guidance_scale=0.0)
     assert plain == pytest.approx(2 / 3 + 1 / 24, abs=0.1)
-    assert class_fraction(trained_model, steps=1, guidance=2.0) > plain + 0.1
+    assert class_fraction(trained_model, steps=1, guidance_scale=2.0) > plain + 0.1
 
 
 def test_guidance_linear_schedule_is_full_at_last_step(trained_model):
@@ -116,12 +116,15 @@ def test_guidance_linear_schedule_is_full_at_last_step(trained_model):
 
     def sample_with(steps, schedule):
         return sample(
-            trained_model, classes_BC, sampling_config(steps=steps, guidance=4.0, guidance_schedule=schedule), seed=2
+            trained_model,
+            classes_BC,
+            sampling_config(steps=steps, guidance_scale=4.0, guidance_schedule=schedule),
+            seed=2,
         )
 
-    assert torch.equal(sample_with(1, "ramped"), sample_with(1, "constant"))
-    assert not torch.equal(sample_with(4, "ramped"), sample_with(4, "constant"))
+    assert torch.equal(sample_with(1, "linear"), sample_with(1, "constant"))
+    assert not torch.equal(sample_with(4, "linear"), sample_with(4, "constant"))
 
 
 def test_sample_zero_temperature_picks_most_confident(trained_model):
-    assert class_fraction(trained_model, temperature=0.0, guidance=0.0) > 0.6
+    assert class_fraction(trained_model, temperature=0.0, guidance_scale=0.0) > 0.6

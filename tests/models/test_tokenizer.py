@@ -15,7 +15,7 @@ def small_config(**changes):
         "image_size": 32,
         "patch_size": 8,
         "encoder": SIZES,
-        "decoder": SIZES | {"head_width": 64},
+        "decoder": SIZES | {"head_hidden_dim": 64},
         "quantizer": {"bits": 10},
     }
     return config.TokenizerModelConfig.model_validate(keys | changes)
@@ -74,7 +74,7 @@ def test_tokenizer_every_preset_builds(name):
         {"kind": "lfq", "bits": 10},
         {"kind": "fsq", "levels": [8, 6, 5, 2]},
         {"kind": "vq", "codebook_size": 1024},
-        {"kind": "vq", "codebook_size": 1024, "normalised": False},
+        {"kind": "vq", "codebook_size": 1024, "l2_normalize": False},
     ],
     ids=str,
 )

@@ -82,7 +82,7 @@ def test_start_record_has_scaled_learning_rate(local):
     """The start record contains the learning rate scaled with the batch size."""
     _, _, listener = local
     [start] = [record for record in listener.records if record["kind"] == "start"]
-    per_256 = load_config(PRESET, SMALL).training.optimizer.learning_rate_per_256
+    per_256 = load_config(PRESET, SMALL).training.optimizer.base_learning_rate
     assert start["learning_rate"] == pytest.approx(per_256 * 16 / 256)
     assert (start["batch_size"], start["workers"]) == (16, 1)
 

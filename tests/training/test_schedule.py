@@ -52,14 +52,14 @@ def test_schedule_time_limit_follows_progress():
 )
 def test_schedule_factor_stays_in_range(warmup, start, final, steps, place):
     """The factor stays between the smaller of its ends and 1."""
-    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_from=start, final=final)
+    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_start_factor=start, final_factor=final)
     value = factor(schedule, int(place * steps), steps)
     assert min(start, final) - 1e-9 <= value <= 1 + 1e-9
 
 
 def test_schedule_short_run_warms_up_to_peak():
     """A run shorter than its warm-up still approaches the peak rate."""
-    schedule = config.ScheduleConfig(warmup_steps=100, warmup_from=0)
+    schedule = config.ScheduleConfig(warmup_steps=100, warmup_start_factor=0)
     assert factor(schedule, 9, 10) == pytest.approx(0.9)
 
 

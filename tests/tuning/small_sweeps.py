@@ -7,7 +7,7 @@ from bsq_ray.tuning.sweep_config import load_sweep
 SMALL_OVERRIDES = {
     "model.image_size": 32,
     "model.encoder": {"width": 16, "layers": 1, "heads": 2},
-    "model.decoder": {"width": 16, "layers": 1, "heads": 2, "head_width": 32},
+    "model.decoder": {"width": 16, "layers": 1, "heads": 2, "head_hidden_dim": 32},
     "loss.perceptual_weight": 0,
     "loss.adversarial.weight": 0,
     "training.engine.kind": "ddp",
@@ -24,10 +24,10 @@ def small_sweep(folder, *, overrides=None, **changes):
     raw_sweep = {
         "name": "small",
         "preset": "demo",
-        "set": SMALL_OVERRIDES | (overrides or {}),
+        "overrides": SMALL_OVERRIDES | (overrides or {}),
         "space": {"model.quantizer.bits": {"values": [6, 10]}},
         "metrics": {"psnr": "max"},
-        "budget": {"steps": 10, "concurrency": 2, "held_out_images": 2},
+        "budget": {"steps": 10, "max_concurrent_trials": 2, "held_out_images": 2},
     }
     file = folder / "small.yaml"
     file.write_text(yaml.safe_dump({**raw_sweep, **changes}, sort_keys=False))

@@ -24,7 +24,7 @@ from bsq_ray.tuning.sweep_config import load_sweep
 DEMO = Path(__file__).parents[2] / "jobs" / "sweeps" / "demo.yaml"
 # A learning rate that learns, and two that do not and are worse at every step.
 LEARNING_RATES = {"training.optimizer.base_learning_rate": {"values": [0.2, 1e-9, 1e-8]}}
-ASHA = {"kind": "asha", "grace_steps": 20, "reduction": 2}
+ASHA = {"kind": "asha", "grace_period": 20, "reduction_factor": 2}
 
 
 def free_resources():
@@ -46,7 +46,7 @@ def demo(photo_shards, held_out_shards, tmp_path_factory, ray_local):
     """(folder, what came of it, free resources before and after) of the shipped demo sweep, shrunk."""
     folder = tmp_path_factory.mktemp("demo")
     raw_sweep = yaml.safe_load(DEMO.read_text())
-    raw_sweep["set"] |= SMALL_OVERRIDES
+    raw_sweep["overrides"] |= SMALL_OVERRIDES
     raw_sweep["space"] = {name: {"values": parameter["values"][:1]} for name, parameter in raw_sweep["space"].items()}
     raw_sweep["space"]["model.quantizer.bits"]["values"] = [6, 10]
     raw_sweep["budget"] |= {"steps": 10, "held_out_images": 4}
@@ -58,7 +58,7 @@ def demo(photo_shards, held_out_shards, tmp_path_factory, ray_local):
         photo_shards,
         held_out_shards,
         str(folder / "out"),
-        show=lambda event, record, study: events.append((event, record.number)),
+        on_event=lambda event, record, study: events.append((event, record.number)),
     )
     return folder / "out", result, events, free
 
@@ -144,8 +144,8 @@ def test_run_sweep_early_stop_releases_resources(photo_shards, held_out_shards, 
     """Trials that ASHA stops early save a model and release their resources."""
     # Long beside the moment it takes until a trial hears that it is to stop.
     overrides = {"training.eval_every": 20, "training.log_every": 20}
-    budget = {"steps": 600, "concurrency": 2, "held_out_images": 2}
-    sweep = small_sweep(tmp_path, space=LEARNING_RATES, scheduler=ASHA, budget=budget, set=overrides)
+    budget = {"steps": 600, "max_concurrent_trials": 2, "held_out_images": 2}
+    sweep = small_sweep(tmp_path, space=LEARNING_RATES, scheduler=ASHA, budget=budget, overrides=overrides)
     free = free_resources()
     result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"))
     states = [record.state for record in result.study.records]
@@ -164,9 +164,9 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
     """A killed trial restarts once and resumes from its newest checkpoint."""
     sweep = small_sweep(
         tmp_path,
-        set={"training.checkpoint_every": 20},
+        overrides={"training.checkpoint_every": 20},
         space={"model.quantizer.bits": {"values": [6]}},
-        budget={"steps": 200, "concurrency": 1, "held_out_images": 2},
+        budget={"steps": 200, "max_concurrent_trials": 1, "held_out_images": 2},
     )
     from ray._private.state import actors
 
@@ -182,10 +182,14 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
             os.kill(pid, signal.SIGKILL)
             killed_pids.append(pid)
 
-    result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), show=kill)
+    result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), on_event=kill)
     [record] = result.study.records
     assert killed_pids
-    assert (record.state, record.attempts, record.again) == ("finished", 2, ["the trial's process was lost"])
+    assert (record.state, record.num_attempts, record.retry_reasons) == (
+        "finished",
+        2,
+        ["the trial's process was lost"],
+    )
     steps = [
         line["step"]
         for line in map(json.loads, (tmp_path / "out/trials/000/metrics.jsonl").read_text().splitlines())
@@ -217,7 +221,10 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
     tar = sorted(damaged_shards.glob("*.tar"))[-1]
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 4 // 5])
     sweep = small_sweep(
-        tmp_path, space=space, budget={"concurrency": 2, "workers": 2, "held_out_images": 2}, set={"training.steps": 10}
+        tmp_path,
+        space=space,
+        budget={"max_concurrent_trials": 2, "workers": 2, "held_out_images": 2},
+        overrides={"training.steps": 10},
     )
     result = run_sweep(sweep, str(damaged_shards), held_out_shards, str(tmp_path / "out"))
     records = {record.parameters["case"]: record for record in result.study.records}
@@ -231,7 +238,7 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
     assert "image_size 33 is not a multiple of patch_size 8" in records["no configuration"].reason
     assert "batch_size 7 cannot be shared evenly by 2 workers" in records["does not fit the workers"].reason
     assert "is not finite" in records["diverges"].reason
-    assert (records["cannot read"].attempts, records["fine"].attempts) == (2, 1)
+    assert (records["cannot read"].num_attempts, records["fine"].num_attempts) == (2, 1)
     readme = (tmp_path / "out/README.md").read_text()
     for record in records.values():
         assert record.reason in readme
@@ -241,7 +248,7 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
 def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_path, ray_local):
     """An interrupted sweep resumes its running trial and does not repeat finished trials."""
     space = {"model.quantizer.bits": {"values": [6, 10, 12]}}
-    sweep = small_sweep(tmp_path, space=space, budget={"steps": 400, "concurrency": 1, "held_out_images": 2})
+    sweep = small_sweep(tmp_path, space=space, budget={"steps": 400, "max_concurrent_trials": 1, "held_out_images": 2})
     out = tmp_path / "out"
 
     interrupted_at = []
@@ -253,7 +260,7 @@ def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="stopped after 1 of 3 trials"):
-        run_sweep(sweep, photo_shards, held_out_shards, str(out), show=interrupt)
+        run_sweep(sweep, photo_shards, held_out_shards, str(out), on_event=interrupt)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [record.state for record in read_records(str(out))] == ["finished", "running"]
     modified_at = (out / "trials/000/checkpoints").stat().st_mtime_ns
@@ -261,7 +268,7 @@ def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_
 
     result = run_sweep(sweep, photo_shards, held_out_shards, str(out), resume=True)
     assert [record.state for record in result.study.records] == ["finished"] * 3
-    assert [record.attempts for record in result.study.records] == [1, 2, 1]
+    assert [record.num_attempts for record in result.study.records] == [1, 2, 1]
     assert (out / "trials/000/checkpoints").stat().st_mtime_ns == modified_at
     records = [json.loads(line) for line in (out / "trials/001/metrics.jsonl").read_text().splitlines()]
     assert 20 <= checkpoint_step < 400
@@ -272,7 +279,7 @@ def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_
 @pytest.mark.long
 def test_sweep_command_ctrl_c_saves_and_prints_resume(photo_shards, held_out_shards, tmp_path):
     """Ctrl-C ends the sweep command after saving and prints the command that resumes it."""
-    small_sweep(tmp_path, budget={"steps": 100000, "concurrency": 1, "held_out_images": 2})
+    small_sweep(tmp_path, budget={"steps": 100000, "max_concurrent_trials": 1, "held_out_images": 2})
     out = tmp_path / "out"
     arguments = [
         "sweep",

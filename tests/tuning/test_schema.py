@@ -23,8 +23,8 @@ def test_load_sweep_shipped_sweeps_give_valid_configs(file, tmp_path):
     """Each shipped sweep loads, and every combination of its space is a valid configuration."""
     sweep = load_sweep(str(file))
     study = Study(sweep, str(tmp_path))
-    for number in range(min(sweep.trials, 12)):
-        record = study.next()
+    for number in range(min(sweep.num_trials, 12)):
+        record = study.next_trial()
         assert record.number == number, study.records
         run_config = load_config(study.preset_url(record))
         if sweep.name == "quantizers":
@@ -62,7 +62,7 @@ def test_shipped_sweeps_explain_every_key():
         (space_of("model.quantizer.bit", values=[6]), r"key model.quantizer.bit; did you mean model.quantizer.bits\?"),
         (space_of("model.quantiser", values=[{"kind": "bsq"}]), "unknown key model.quantiser.kind; did you mean"),
         (space_of("x", choices={"a": {"loss.perceptual": 1}}), "unknown key loss.perceptual; did you mean"),
-        ({"set": {"training.step": 5}}, r"set: unknown key training.step; did you mean training.steps\?"),
+        ({"overrides": {"training.step": 5}}, r"overrides: unknown key training.step; did you mean training.steps\?"),
         (space_of("model.quantizer.bits", valeus=[6]), r"unknown key .*valeus; did you mean .*values\?"),
         (space_of("model.quantizer.bits"), "give one of values, choices, integers, uniform, loguniform"),
         (space_of("model.quantizer.bits", values=[]), "values is empty"),
@@ -72,8 +72,8 @@ def test_shipped_sweeps_explain_every_key():
         (space_of("loss.perceptual_weight", uniform=[0, 1]), "a grid needs values, choices or integers"),
         ({"searcher": "bayes"}, "searcher: 'bayes' is not valid; valid values are grid, random, tpe"),
         ({"searcher": "tpee"}, r"did you mean tpe\?"),
-        ({"searcher": "random"}, "budget.trials is missing"),
-        ({"budget": {"trials": 3}}, "budget.trials is not for a grid"),
+        ({"searcher": "random"}, "budget.num_samples is missing"),
+        ({"budget": {"num_samples": 3}}, "budget.num_samples is not for a grid"),
         ({"budget": {"steps": 3, "minutes": 1}}, "budget has steps and minutes"),
         ({"budget": {"resources": {"GPU": 0}}}, "budget.resources .* is nothing"),
         ({"budget": {"step": 3}}, r"unknown key budget.step; did you mean budget.steps\?"),
@@ -81,7 +81,7 @@ def test_shipped_sweeps_explain_every_key():
         ({"metrics": {"lpip": "min"}}, r"no evaluation of a tokenizer gives lpip; did you mean lpips\?"),
         ({"metrics": {"lpips": "low"}}, "metrics.lpips: 'low' is not valid; valid values are min, max"),
         ({**LPIPS, "scheduler": {"kind": "asha"}}, "lpips is not measured along the way.* psnr or perceptual"),
-        ({**LPIPS, "scheduler": {"kind": "asha", "metric": "psnr"}}, "scheduler.direction is missing"),
+        ({**LPIPS, "scheduler": {"kind": "asha", "metric": "psnr"}}, "scheduler.mode is missing"),
         ({"preset": "dmo"}, r"no preset is called 'dmo'; did you mean demo\?"),
         (
             {"stage": "prior", "metrics": {"bits_per_token": "min"}},

@@ -21,17 +21,19 @@ RANGES = {
 
 
 def random_sweep(folder, searcher, num_samples=12, space=RANGES, **changes):
-    return small_sweep(folder, space=space, searcher=searcher, budget={"trials": num_samples, "steps": 10}, **changes)
+    return small_sweep(
+        folder, space=space, searcher=searcher, budget={"num_samples": num_samples, "steps": 10}, **changes
+    )
 
 
 def finish_trial(study, record, value):
-    study.end(record, "finished", figures={"psnr": value})
+    study.end(record, "finished", metrics={"psnr": value})
 
 
 def run_all(study, value=lambda record: 10.0):
     """Runs what is left, with psnr from `value`; the drawn parameters."""
     sampled_params = []
-    while (record := study.next()) is not None:
+    while (record := study.next_trial()) is not None:
         sampled_params.append(record.parameters)
         finish_trial(study, record, value(record))
     return sampled_params
@@ -40,9 +42,9 @@ def run_all(study, value=lambda record: 10.0):
 def test_study_grid_tries_every_combination_in_order(tmp_path):
     """A grid tries every combination in order."""
     study = Study(small_sweep(tmp_path, space=TWO_BY_TWO_GRID), str(tmp_path / "out"))
-    assert study.left == 4
+    assert study.num_remaining == 4
     assert [tuple(parameters.values()) for parameters in run_all(study)] == [(6, 0.1), (6, 1.0), (10, 0.1), (10, 1.0)]
-    assert study.left == 0
+    assert study.num_remaining == 0
 
 
 @pytest.mark.parametrize("searcher", ["random", "tpe"])
@@ -81,7 +83,7 @@ def test_study_tpe_converges_to_good_values(tmp_path):
 def test_study_reloaded_continues_identically(tmp_path, searcher):
     """A study that is reloaded after every trial samples the same values as an uninterrupted one."""
     space = TWO_BY_TWO_GRID if searcher == "grid" else RANGES
-    budget = {"steps": 10} if searcher == "grid" else {"steps": 10, "trials": 4}
+    budget = {"steps": 10} if searcher == "grid" else {"steps": 10, "num_samples": 4}
     sweep = small_sweep(tmp_path, space=space, searcher=searcher, budget=budget)
 
     def value(record):
@@ -91,11 +93,11 @@ def test_study_reloaded_continues_identically(tmp_path, searcher):
     reloaded_params = []
     for _ in range(4):
         study = Study(sweep, str(tmp_path / "parts"))
-        record = study.next()
+        record = study.next_trial()
         reloaded_params.append(record.parameters)
         finish_trial(study, record, value(record))
     assert reloaded_params == uninterrupted_params
-    assert Study(sweep, str(tmp_path / "parts")).next() is None
+    assert Study(sweep, str(tmp_path / "parts")).next_trial() is None
 
 
 def test_study_resumed_counts_earlier_reports(tmp_path):
@@ -104,12 +106,12 @@ def test_study_resumed_counts_earlier_reports(tmp_path):
 
     def sample_params(folder, interrupted):
         study, all_drawn = Study(sweep, str(tmp_path / folder)), []
-        while (record := study.next()) is not None:
+        while (record := study.next_trial()) is not None:
             all_drawn.append(record.parameters)
             study.report(record, 5, {"psnr": -abs(record.parameters["training.optimizer.weight_decay"] - 0.3)})
             if interrupted:
                 study = Study(sweep, str(tmp_path / folder))
-                record = study.next()
+                record = study.next_trial()
             study.end(record, "stopped")
         return all_drawn
 
@@ -120,22 +122,26 @@ def test_study_resumed_retries_running_and_failed_only(tmp_path):
     """A resumed study runs only running, failed and new trials again."""
     sweep = small_sweep(tmp_path, space={"model.quantizer.bits": {"values": [6, 7, 8, 9, 10, 33]}})
     study = Study(sweep, str(tmp_path / "out"))
-    records = [study.next() for _ in range(5)]
+    records = [study.next_trial() for _ in range(5)]
     finish_trial(study, records[0], 20.0)
     study.report(records[1], 5, {"psnr": 12.0})
     study.end(records[1], "stopped")
     study.end(records[2], "failed", "the disk was full")
     study.end(records[3], "diverged", "the loss is not finite")
     resumed_study = Study(sweep, str(tmp_path / "out"))
-    assert resumed_study.left == 3
-    assert [record.number for record in resumed_study.ended] == [0, 1, 3]
-    assert [(record.number, record.attempts) for record in iter(resumed_study.next, None)] == [(2, 2), (4, 2), (5, 1)]
+    assert resumed_study.num_remaining == 3
+    assert [record.number for record in resumed_study.ended_trials] == [0, 1, 3]
+    assert [(record.number, record.num_attempts) for record in iter(resumed_study.next_trial, None)] == [
+        (2, 2),
+        (4, 2),
+        (5, 1),
+    ]
 
 
 def test_study_invalid_combination_is_recorded_and_skipped(tmp_path):
     """An invalid combination is recorded with its reason and skipped."""
     study = Study(small_sweep(tmp_path, space={"model.image_size": {"values": [33, 32]}}), str(tmp_path / "out"))
-    assert study.next().number == 1
+    assert study.next_trial().number == 1
     invalid_record = read_records(str(tmp_path / "out"))[0]
     assert invalid_record.state == "invalid"
     assert "image_size 33 is not a multiple of patch_size 8" in invalid_record.reason
@@ -144,11 +150,11 @@ def test_study_invalid_combination_is_recorded_and_skipped(tmp_path):
 def test_study_finished_without_metric_is_failed(tmp_path):
     """A finished trial without a finite value of the metric counts as failed."""
     study = Study(small_sweep(tmp_path), str(tmp_path / "out"))
-    first, second = study.next(), study.next()
-    study.end(first, "finished", figures={"lpips": 0.3})
-    study.end(second, "finished", figures={"psnr": math.nan})
+    first, second = study.next_trial(), study.next_trial()
+    study.end(first, "finished", metrics={"lpips": 0.3})
+    study.end(second, "finished", metrics={"psnr": math.nan})
     assert [(record.state, record.reason) for record in study.records] == [("failed", "it gave no psnr")] * 2
-    assert study.best() is None
+    assert study.best_trial() is None
 
 
 def test_study_damaged_record_raises_until_removed(tmp_path):
@@ -160,7 +166,7 @@ def test_study_damaged_record_raises_until_removed(tmp_path):
     with pytest.raises(ValueError, match="trials/000/trial.json is damaged"):
         Study(sweep, str(out))
     record.unlink()
-    assert Study(sweep, str(out)).next().number == 0
+    assert Study(sweep, str(out)).next_trial().number == 0
 
 
 def test_study_best_follows_mode_of_first_metric(tmp_path):
@@ -169,8 +175,8 @@ def test_study_best_follows_mode_of_first_metric(tmp_path):
         sweep = small_sweep(tmp_path, metrics={"psnr": mode, "lpips": "min"})
         study = Study(sweep, str(tmp_path / mode))
         for psnr in (10.0, 20.0):
-            study.end(study.next(), "finished", figures={"psnr": psnr, "lpips": 0.5})
-        assert study.best().number == best
+            study.end(study.next_trial(), "finished", metrics={"psnr": psnr, "lpips": 0.5})
+        assert study.best_trial().number == best
 
 
 def test_best_preset_keeps_unchanged_base_sections(tmp_path):
@@ -182,7 +188,7 @@ def test_best_preset_keeps_unchanged_base_sections(tmp_path):
     sweep = small_sweep(tmp_path, space={"quantizer": {"choices": choices}})
     study = Study(sweep, str(tmp_path / "out"))
     for psnr in (10.0, 20.0):
-        finish_trial(study, study.next(), psnr)
+        finish_trial(study, study.next_trial(), psnr)
     write_results(study)
     best = load_config(str(tmp_path / "out/best.yaml"))
     assert (best.model.quantizer.kind, best.model.quantizer.bits, best.loss.quantizer_weight) == ("vq", 9, 1.0)
@@ -212,8 +218,8 @@ def test_importances_too_few_or_equal_trials_is_empty(tmp_path):
 def test_markdown_table_marks_best_and_missing_values(tmp_path):
     """The table marks the best trial and shows a dash for missing values."""
     study = Study(small_sweep(tmp_path), str(tmp_path / "out"))
-    finish_trial(study, study.next(), 21.5)
-    study.end(study.next(), "failed", "the disk was full")
+    finish_trial(study, study.next_trial(), 21.5)
+    study.end(study.next_trial(), "failed", "the disk was full")
     lines = markdown_table(study).splitlines()
     assert lines[0] == "| trial | state | model.quantizer.bits | psnr |"
     assert lines[2:] == ["| **0** | **finished** | **6** | **21.5** |", "| 1 | failed | 10 | – |"]
@@ -241,9 +247,9 @@ def test_pareto_front_contains_only_nondominated_points(points, better):
 def test_trial_record_json_roundtrip(tmp_path):
     """A trial record is equal after it is written and read."""
     study = Study(small_sweep(tmp_path), str(tmp_path / "out"))
-    record = study.next()
+    record = study.next_trial()
     study.report(record, 5, {"psnr": 11.0})
-    study.retry(record, "the trial's process was lost")
+    study.record_retry(record, "the trial's process was lost")
     study.report(record, 5, {"psnr": 12.0})
     study.report(record, 10, {"psnr": 13.0})
     finish_trial(study, record, 14.0)
@@ -253,8 +259,8 @@ def test_trial_record_json_roundtrip(tmp_path):
         number=0,
         parameters={"model.quantizer.bits": 6},
         state="finished",
-        figures={"psnr": 14.0},
+        metrics={"psnr": 14.0},
         reports=[(5, {"psnr": 12.0}), (10, {"psnr": 13.0})],
-        attempts=2,
-        again=["the trial's process was lost"],
+        num_attempts=2,
+        retry_reasons=["the trial's process was lost"],
     )

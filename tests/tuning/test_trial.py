@@ -18,13 +18,13 @@ def event_after_error(error):
             raise error
 
     trial = FailingTrainable.__new__(FailingTrainable)
-    trial._told = queue.Queue()
+    trial._events = queue.Queue()
     trial._run()
-    return trial._told.get()
+    return trial._events.get()
 
 
 @pytest.mark.parametrize(
-    ("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFiniteLossError("step 3"), "diverged")]
+    ("error", "state"), [(ValueError("bits -1"), "invalid"), (NonFiniteLossError("step 3"), "diverged")]
 )
 def test_trainable_permanent_error_is_an_outcome(error, state):
     """An invalid configuration and a diverged loss end the trial without a retry."""
@@ -47,5 +47,5 @@ def test_trainable_missing_config_is_reported(tmp_path):
     context = TrialContext(str(tmp_path), "", "", 1, "cpu", ResourceBudget(), None, None)
     trial = SweepTrainable.__new__(SweepTrainable)
     trial.setup({"number": 0}, context)
-    failure = trial._told.get(timeout=60)
+    failure = trial._events.get(timeout=60)
     assert "trials/000/config.yaml" in str(failure)

@@ -230,7 +230,7 @@ def generation_markdown(results: dict[str, Any]) -> str:
     provenance, sampling = results["contract"], results["sampling"]
     generated_text = (
         f"{results['drawn']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
-        f"guidance {sampling['guidance']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
+        f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
     reference_text = f"{provenance['images']} images of {provenance['data']} ({provenance['data_hash'][:12]}), {provenance['resize']}"
     lines += ["", f"{generated_text} against {reference_text}."]

@@ -15,7 +15,7 @@ _MAX_DISTANCES = 2**24
 
 
 class VectorQuantizer(Quantizer):
-    """The nearest row of the codebook. penalty = |sg(v) - e|² + commit_weight · |v - sg(e)|², mean over tokens."""
+    """The nearest row of the codebook. penalty = |sg(v) - e|² + commitment_weight · |v - sg(e)|², mean over tokens."""
 
     def __init__(self, quantizer_config: config.VQConfig) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ CONFIGS = {
     "bsq grouped": config.BSQConfig(bits=18, entropy=config.EntropyConfig(estimate="group", group_size=9)),
     "lfq": config.LFQConfig(bits=10),
     "fsq": config.FSQConfig(kind="fsq", levels=(8, 5, 5, 3, 2)),
-    "vq": config.VQConfig(kind="vq", codebook_size=64, code_width=6),
-    "vq plain": config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=False),
+    "vq": config.VQConfig(kind="vq", codebook_size=64, code_dim=6),
+    "vq plain": config.VQConfig(kind="vq", codebook_size=64, code_dim=6, l2_normalize=False),
 }
 
 
@@ -100,7 +100,7 @@ def test_entropy_penalty_diverse_batch_is_lower():
 def test_entropy_penalty_confident_tokens_are_lower():
     confident = F.normalize(torch.sign(random_vectors(12, tokens=500)), dim=-1)
     wavering = F.normalize(random_vectors(12, tokens=500), dim=-1)
-    options = dict(dataset_weight=0.0, inverse_temperature=10.0)
+    options = dict(codebook_weight=0.0, inverse_temperature=10.0)
     assert penalty(confident, **options) < penalty(wavering, **options)
 
 
@@ -115,14 +115,14 @@ def test_entropy_penalty_every_option_has_an_effect():
     changes = [
         dict(inverse_temperature=2.0),
         dict(per_sample_weight=0.0),
-        dict(dataset_weight=0.5),
+        dict(codebook_weight=0.5),
         dict(weight=2.0),
         dict(estimate="group", group_size=9, inverse_temperature=20.0),
     ]
     values = [penalty(v, **change) for change in changes]
     assert all(abs(value - default) > 1e-4 for value in values)
     assert penalty(v, weight=2.0) == pytest.approx(2 * default.item())
-    with_commit = build_quantizer(config.BSQConfig(bits=18, commit_weight=0.25))(v)
+    with_commit = build_quantizer(config.BSQConfig(bits=18, commitment_weight=0.25))(v)
     assert with_commit.loss > default
     assert with_commit.stats["commit"] > 0
 
@@ -156,10 +156,10 @@ def test_fsq_dequantize_clamps_to_last_level():
     assert quantizer.dequantize(all_patterns).flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("l2_normalize", [True, False])
 def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
     monkeypatch.setattr("bsq_ray.models.quantizers.vq._TILE", 64 * 10)
-    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=l2_normalize))
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=64, code_dim=6, l2_normalize=l2_normalize))
     torch.nn.init.normal_(quantizer.codebook)
     v = random_vectors(6)
     rows = F.normalize(quantizer.codebook, dim=-1) if l2_normalize else quantizer.codebook
@@ -171,11 +171,11 @@ def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
 def test_vq_losses_train_vector_and_codebook_separately():
     """The commitment loss moves the vector, and the codebook loss moves the codebook row."""
     v = random_vectors(6).requires_grad_()
-    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=0.0))
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_dim=6, commitment_weight=0.0))
     quantizer(v).loss.backward()
     assert v.grad.abs().max() == 0
     assert quantizer.codebook.grad.abs().sum() > 0
-    build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=1.0))(v).loss.backward()
+    build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_dim=6, commitment_weight=1.0))(v).loss.backward()
     assert v.grad.abs().sum() > 0
 
 
