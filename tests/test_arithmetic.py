@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_runs import RecordingReporter, local_worker, small_job
+from small_runs import RecordingReporter, local_worker, small_spec
 
 from bsq_ray.training.trainer import run_training
 
@@ -11,7 +11,7 @@ from bsq_ray.training.trainer import run_training
 def test_training_disables_tf32(precision, photo_shards, tmp_path, monkeypatch):
     """With bf16 that is what autocast leaves alone, and the measures."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    job = small_job(photo_shards, tmp_path, ["training.steps=1", f"training.engine.precision={precision}"])
+    job = small_spec(photo_shards, tmp_path, ["training.steps=1", f"training.engine.precision={precision}"])
     run_training(job, local_worker(RecordingReporter()))
     assert torch.backends.cudnn.allow_tf32 is False
     assert torch.get_float32_matmul_precision() == "highest"

@@ -42,7 +42,7 @@ def test_help_lists_expected_commands(run_cli):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "said"),
     [
         (["nonsense"], "No such command 'nonsense'"),
         (["train"], "Missing argument 'stage'"),
@@ -125,7 +125,7 @@ def test_cli_failed_work_exits_with_status_1(run_cli, monkeypatch):
     def fail(source):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.format_info", fail)
+    monkeypatch.setattr("bsq_ray.cli.info.format_info", fail)
     status, _, error = run_cli("info", "demo")
     assert status == 1
     assert "the disk is full (OSError; --debug shows where)" in error
@@ -140,7 +140,7 @@ def test_cli_interrupt_exits_with_status_130(run_cli, monkeypatch):
     def interrupt(source):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.format_info", interrupt)
+    monkeypatch.setattr("bsq_ray.cli.info.format_info", interrupt)
     assert run_cli("info", "demo")[0] == 130
 
 
@@ -177,7 +177,7 @@ def test_cli_data_pack_inspect_and_info(run_cli, photo_folders, tmp_path):
 def test_cli_help_imports_no_heavy_packages():
     """The help output imports none of torch, Ray, DeepSpeed and NumPy."""
     started_at = time.monotonic()
-    script = "import sys; from bsq_ray.cli import main; sys.argv = ['bsq-ray', '--help']\ntry: main.main()\nfinally: "
+    script = "import sys; from bsq_ray import cli; sys.argv = ['bsq-ray', '--help']\ntry: cli.main()\nfinally: "
     script += "print([name for name in ('torch', 'ray', 'deepspeed', 'numpy') if name in sys.modules])"
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert completed.stdout.strip().endswith("[]")

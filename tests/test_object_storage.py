@@ -43,7 +43,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
     assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
     assert storage.list_folder(f"{run}/tensorboard")
     evaluate_reconstruction(f"{run}/model", shards, f"{bucket}/evaluation", workers=0)
-    assert "| mean colour" in storage.read_bytes(f"{bucket}/evaluation/results.md").decode()
+    assert "| mean color" in storage.read_bytes(f"{bucket}/evaluation/results.md").decode()
     write_report(run, f"{bucket}/evaluation", f"{bucket}/report.html")
     assert b"<html" in storage.read_bytes(f"{bucket}/report.html")
     tokenize(f"{run}/model", shards, table, num_workers=0)

@@ -39,7 +39,7 @@ def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local):
     assert (result.model / "model.safetensors").exists()
     assert json.loads((tmp_path / "out/run/summary.json").read_text())["workers"] == 2
     assert Image.open(tmp_path / "out/evaluation/reconstructions.png").width > 100
-    assert "mean colours" in result.summary
+    assert "mean colors" in result.summary
     resumed_result = run_quickstart(folder, tmp_path / "out", minutes=5, overrides=_SMALL_OVERRIDES)
     assert resumed_result.results["model_id"] == result.results["model_id"]
     with pytest.raises(ValueError, match="was made from .*mine; choose another --out"):
@@ -56,7 +56,7 @@ def test_quickstart_clips_write_report_with_animation(tmp_path, ray_local):
     assert "Clips it has never seen" in html
     assert "data:image/webp;base64," in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report needs nothing from elsewhere"
-    assert "PSNR by place in the clip" in html
+    assert "PSNR by position in the clip" in html
     assert "rFVD" in html
     assert "rFVD" in result.summary
     manifests = [read_manifest(str(tmp_path / "out" / "data" / side)) for side in ("train", "held_out")]

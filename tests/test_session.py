@@ -28,7 +28,7 @@ def test_ray_session_failed_data_actors_disconnects(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "shutdown", lambda: disconnected.append(True))
-    monkeypatch.setattr(session, "_keep_data_services_here", lambda: pytest.fail("no node has room"))
+    monkeypatch.setattr(session, "_start_ray_data_actors_on_driver_node", lambda: pytest.fail("no node has room"))
     with pytest.raises(pytest.fail.Exception, match="no node has room"), ray_session("auto"):
         pass
     assert disconnected
@@ -39,6 +39,6 @@ def test_ray_session_failed_data_actors_disconnects(monkeypatch):
 )
 def test_gpus_per_process_splits_gpus_evenly(workers, gpus, share, monkeypatch):
     """Processes share the available GPUs, and no share spans two GPUs."""
-    monkeypatch.setattr(session, "gpus_within_reach", lambda: float(gpus))
+    monkeypatch.setattr(session, "max_cluster_gpus", lambda: float(gpus))
     assert session.gpus_per_process(workers) == share
     assert not share or gpus * int(1 / share) >= workers, "each share lies on one GPU"

@@ -51,4 +51,4 @@ def demo_compress(
     from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
     print(compression_markdown(run_demo(images, out, minutes, train_images)))
-    print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/pictures.png")
+    print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/comparison.png")

@@ -92,4 +92,4 @@ def evaluate_compression(
     with progress_bar("compressing") as on_progress:
         evaluate(model, data, out, workers, address, frames, max_side, weights_kind, on_progress)
     print(storage.read_text(storage.join(out, "results.md")), end="")
-    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, pictures.png")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, comparison.png")

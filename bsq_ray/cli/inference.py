@@ -115,6 +115,6 @@ def info(
     source: Annotated[str, typer.Argument(metavar="M", help="Model or run folder, data set, token table or preset.")],
 ) -> None:
     """Say what a folder or preset is."""
-    from bsq_ray.evaluation.reconstruction.reconstruct_file import format_info
+    from bsq_ray.cli.info import format_info
 
     print(format_info(source))

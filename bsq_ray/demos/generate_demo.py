@@ -114,7 +114,7 @@ def _format_summary(results: dict[str, Any], model: str, out: Path) -> str:
         "A masked token costs {bits_per_token:.2f} bits with the model, {bits_per_token_of_frequencies:.2f} by its "
         "place's frequencies (held-out photographs).".format(**results),
         "",
-        "guidance      KID    classes told   precision   recall",
+        "guidance      KID    class accuracy   precision   recall",
     ]
     rows = {**results["guidance"], "frequencies": results["frequencies"]}
     for name, row in rows.items():

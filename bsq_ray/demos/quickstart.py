@@ -192,12 +192,12 @@ def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> 
 
 
 def _format_summary(results: dict[str, Any], sample_set: SampleSet, model: Path, report: Path) -> str:
-    model_row, baseline_row = results["rows"]["model"], results["rows"]["mean colour"]
+    model_row, baseline_row = results["rows"]["model"], results["rows"]["mean color"]
     lines = [
-        f"On {results['contract']['images']} held-out {sample_set.name} at {model_row['bits_per_pixel']:g} bits per pixel:",
+        f"On {results['provenance']['num_samples']} held-out {sample_set.name} at {model_row['bits_per_pixel']:g} bits per pixel:",
         "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in model_row else ""),
     ]
-    for name, row in (("this tokenizer", model_row), ("mean colours  ", baseline_row)):
+    for name, row in (("this tokenizer", model_row), ("mean colors  ", baseline_row)):
         rfvd_text = f"  {row['rfvd']:7.1f}" if "rfvd" in row else ""
         lines.append(f"  {name}     {row['psnr']:6.2f} dB  {row['lpips']:.3f}{rfvd_text}")
     lines[-1] += "   (the trivial codec, same bits)"

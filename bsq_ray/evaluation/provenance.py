@@ -35,9 +35,9 @@ def collect_provenance(
         "data": manifest.url,
         "data_hash": manifest.hash,
         "kind": manifest.kind,
-        "images": num_samples,
+        "num_samples": num_samples,
         "size": size,
-        "resize": f"short side to {size} px ({resize_filter}), centre crop",
+        "resize": f"short side to {size} px ({resize_filter}), center crop",
         "pixels": "originals and reconstructions rounded to 8 bits",
         "weights": {name: {"source": w.source, "sha256": w.sha256} for name, w in weights.items()},
         "versions": {

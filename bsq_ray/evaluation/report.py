@@ -16,7 +16,7 @@ from bsq_ray.training.monitoring.console import format_duration
 # Curves of the report: title, unit, and the records and names they are drawn from.
 _CURVES = (
     ("Reconstruction and perceptual loss", "loss", "training", ("reconstruction", "perceptual")),
-    ("Generator and discriminator", "loss", "training", ("generator", "discriminator")),
+    ("Generator and discriminator", "loss", "training", ("loss/generator", "loss/discriminator")),
     ("Held-out PSNR", "dB", "evaluation", ("psnr",)),
     ("Entropy of the codes", "bits", "training", ("codebook_entropy", "per_sample_entropy")),
 )
@@ -34,25 +34,25 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
     text = storage.read_text(storage.join(run_url, "config.yaml"))
     summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
-    is_video = results["contract"]["kind"] == "videos"
+    is_video = results["provenance"]["kind"] == "videos"
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)
     html = environment.get_template("report.html").render(
         run=config.parse_config(text, storage.join(run_url, "config.yaml")),
         config_text=text,
-        contract=results["contract"],
+        provenance=results["provenance"],
         model_id=results["model_id"],
         header=[spec[0] for spec in _visible_columns(results).values()],
         rows=_table_rows(results),
-        clips=is_video,
-        picture=_data_url(evaluation_url, "png"),
+        is_video=is_video,
+        plot=_data_url(evaluation_url, "png"),
         animation=_data_url(evaluation_url, "webp") if is_video else None,
         frame_curves=_frame_curves(results),
         curves=[curve for spec in _CURVES if (curve := _training_curve(records, *spec))],
-        figures=results["rows"]["model"],
+        metrics=results["rows"]["model"],
         summary=summary,
         duration=format_duration(summary["seconds"]),
         run_url=run_url,
-        contract_text=json.dumps(results["contract"], indent=2),
+        provenance_text=json.dumps(results["provenance"], indent=2),
     )
     storage.write_bytes(out_url, html.encode())
 
@@ -91,9 +91,12 @@ def _training_curve(
 
 def _frame_curves(results: dict[str, Any]) -> list[dict[str, str]]:
     """Of clips, how the figures of a frame depend on its place in the clip."""
-    rows = results.get("by_frame", {})
+    rows = results.get("per_frame", {})
     curves = []
-    for name, title, unit in (("psnr", "PSNR by place in the clip", "dB"), ("lpips", "LPIPS by place in the clip", "")):
+    for name, title, unit in (
+        ("psnr", "PSNR by position in the clip", "dB"),
+        ("lpips", "LPIPS by position in the clip", ""),
+    ):
         drawn = {
             "this tokenizer" if row == "model" else row: list(enumerate(metrics[name], 1))
             for row, metrics in rows.items()

@@ -27,7 +27,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     verdict = "fits" if plan.has_enough_memory else "DOES NOT FIT"
     operations = sum(sample.flops.values())
     shares = ", ".join(f"{name} {count / operations:.0%}" for name, count in sample.flops.items())
-    parts = ("weights", "gradients", "optimizer", "average", "buckets", "activations", "overhead")
+    parts = ("weights", "gradients", "optimizer", "ema", "buckets", "activations", "overhead")
     return [
         ("parameters", ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in sample.parameters.items())),
         ("batch of a GPU", f"{plan.micro_batch} {sample.unit}, {plan.accumulation} times a step"),

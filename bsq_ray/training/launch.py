@@ -45,7 +45,7 @@ def train(
     stop_event: threading.Event | None = None,
     budget: ResourceBudget = ResourceBudget(),
 ) -> RunResult:
-    """Trains a model and leaves `out_url/model`, checkpoints, logs and pictures; see `loop.Job`.
+    """Trains a model and leaves `out_url/model`, checkpoints, logs and pictures; see `run_spec.RunSpec`.
 
     Args:
         workers: processes to train with; 0 trains in this process, without Ray.

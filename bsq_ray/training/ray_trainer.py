@@ -89,7 +89,7 @@ def run_on_ray(
     # Beside this process: what needs no CPU is else put anywhere, and would be lost with a server that is.
     driver_affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     coordinator = ray.remote(num_cpus=0, scheduling_strategy=driver_affinity)(RunCoordinator).remote()
-    worker_config = {"job": spec, "board": coordinator, "gpu": use_gpu, "runs": budget.concurrent_runs}
+    worker_config = {"spec": spec, "coordinator": coordinator, "use_gpu": use_gpu, "concurrent_runs": budget.concurrent_runs}
     failure_tracker = _FailureTracker(max_failures)
     try:
         while True:
@@ -249,19 +249,19 @@ class WorkerGroupRun:
         self.result: RunResult | None = None
         self.failure: Failure | None = None
         self.errors: list[Exception] = []
-        self._coordinator = worker_config["board"]
+        self._coordinator = worker_config["coordinator"]
         self._node_ids: set[str] = set()
         self._trainer = TorchTrainer(
             _worker_main,
             train_loop_config=worker_config,
             scaling_config=ScalingConfig(
-                num_workers=world_size, use_gpu=worker_config["gpu"], resources_per_worker=resources_per_worker
+                num_workers=world_size, use_gpu=worker_config["use_gpu"], resources_per_worker=resources_per_worker
             ),
             run_config=RunConfig(
                 name=f"ray-{int(time.time() * 1000)}",
                 # Whether to try again is decided here, where another number can be tried too.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                worker_runtime_env={} if worker_config["gpu"] else {"env_vars": malloc_env()},
+                worker_runtime_env={} if worker_config["use_gpu"] else {"env_vars": malloc_env()},
                 **ray_storage_options(spec.out_url),
             ),
         )
@@ -278,12 +278,12 @@ class WorkerGroupRun:
             while True:
                 # Asked before the records are taken, so that none is left behind.
                 is_running = fit_thread.is_alive()
-                self._forward_records(ray.get(self._coordinator.take.remote()), on_record)
+                self._forward_records(ray.get(self._coordinator.drain.remote()), on_record)
                 if not is_running or (stop_event.is_set() and not self.started):
                     return reason or f"workers were lost ({self._cause()})"
                 if stop_event.is_set() and signal < ControlSignal.STOP:
                     signal = ControlSignal.STOP
-                    ray.get(self._coordinator.ask.remote(signal))
+                    ray.get(self._coordinator.request.remote(signal))
                     on_record({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
                 elif (
                     self.started
@@ -291,7 +291,7 @@ class WorkerGroupRun:
                     and (resize_reason := self._resize_reason(monitor))
                 ):
                     signal, reason = ControlSignal.RESIZE, resize_reason
-                    ray.get(self._coordinator.ask.remote(signal))
+                    ray.get(self._coordinator.request.remote(signal))
                 fit_thread.join(_POLL_INTERVAL_S)
         finally:
             monitor.close()
@@ -337,27 +337,27 @@ def _worker_main(worker_config: dict[str, Any]) -> None:
     import ray
     from ray import train as ray_train
 
-    context, spec, coordinator = ray_train.get_context(), worker_config["job"], worker_config["board"]
+    context, spec, coordinator = ray_train.get_context(), worker_config["spec"], worker_config["coordinator"]
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    device: Device = "gpu" if worker_config["gpu"] else "cpu"
+    device: Device = "gpu" if worker_config["use_gpu"] else "cpu"
     if device == "cpu":
-        processes_per_node = max(1, context.get_local_world_size()) * worker_config["runs"]
+        processes_per_node = max(1, context.get_local_world_size()) * worker_config["concurrent_runs"]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_per_node))
-    ray.get(coordinator.join.remote(rank, ray.get_runtime_context().get_node_id()))
+    ray.get(coordinator.register.remote(rank, ray.get_runtime_context().get_node_id()))
     try:
         result = run_training(
             spec, WorkerContext(rank, world_size, local_device(device), "ray", RayReporter(coordinator, spec.out_url))
         )
     except NonFiniteLossError as error:
         # All workers come here together.
-        ray.get(coordinator.fail.remote(error, True))
+        ray.get(coordinator.report_failure.remote(error, True))
         return
     except Exception as error:
-        ray.get(coordinator.fail.remote(picklable_error(error), False))
+        ray.get(coordinator.report_failure.remote(picklable_error(error), False))
         # Raised, so that the workers that wait for this one are stopped too.
         raise
     if rank == 0:
-        ray.get(coordinator.add.remote({"kind": "result", "result": result}))
+        ray.get(coordinator.record.remote({"kind": "result", "result": result}))
 
 
 def ray_storage_options(out_url: str) -> dict[str, Any]:

@@ -99,13 +99,13 @@ class RayReporter:
 
     def record(self, record: dict[str, Any]) -> None:
         """Puts it on the board, and its numbers on this machine's endpoint."""
-        self._coordinator.add.remote(record)
+        self._coordinator.record.remote(record)
         self._gauges.update(record)
 
     def control_signal(self) -> ControlSignal:
         """The newest answer that has arrived; the next question is already under way."""
         if self._pending is None:
-            self._pending = self._coordinator.wish.remote()
+            self._pending = self._coordinator.control_signal.remote()
         ready, _ = self._wait([self._pending], timeout=0)
         if ready:
             self._signal = self._get(ready[0])

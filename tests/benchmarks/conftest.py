@@ -19,6 +19,6 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash.get(_ROWS, [])
     if not rows:
         return
-    terminalreporter.section("figures")
-    for row in (("what", "figure", "beside it"), ("---", "---", "---"), *rows):
+    terminalreporter.section("measurements")
+    for row in (("what", "value", "comparison"), ("---", "---", "---"), *rows):
         terminalreporter.write_line(f"| {' | '.join(row)} |")

@@ -97,7 +97,7 @@ def load_preset(name, precision, *more):
 NAIVE_SECONDS = {}
 
 
-@pytest.mark.parametrize("way", ["careless", "eager", "compiled"])
+@pytest.mark.parametrize("way", ["naive", "eager", "compiled"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_full_training_step_speed(name, precision, way, record_measurement):
@@ -106,16 +106,16 @@ def test_full_training_step_speed(name, precision, way, record_measurement):
         pytest.skip("products are all there is to it")
     resolve_once("lpips-vgg")
     run = load_preset(name, precision, f"training.engine.compile={'true' if way == 'compiled' else 'false'}")
-    kind = NaiveTrainingSteps if way == "careless" else TrainingSteps
+    kind = NaiveTrainingSteps if way == "naive" else TrainingSteps
     seconds, peak = with_peak_memory(lambda: step_seconds(kind, run))
-    label = "careless neighbour" if way == "careless" else f"bsq_ray, {way}"
+    label = "naive baseline" if way == "naive" else f"bsq_ray, {way}"
     what = f"full training step, {name}, {BATCH} images, {precision}: {label}"
     if seconds is None:
         record_measurement(what, "more memory than there is")
         return
     plan = make_plan(run, PLANNED_GPU, 1)
     comparison = f"planned {plan.step_seconds:.3f} s, {plan.memory.total / 1e9:.1f} GB"
-    if way == "careless":
+    if way == "naive":
         NAIVE_SECONDS[name, precision] = seconds
         comparison = ""
     elif (name, precision) in NAIVE_SECONDS:
@@ -141,7 +141,7 @@ def test_training_step_breakdown(name, record_measurement):
 
         def discriminator(step):
             carry = {"real": real}
-            judged = stage._judge(fake, engines, carry)
+            judged = stage._adversarial_term(fake, engines, carry)
             return judged + stage._discriminator_loss(engines, carry, step)[0]
 
         parts = {

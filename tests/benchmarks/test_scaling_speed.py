@@ -105,7 +105,7 @@ def test_scaling_speed(photo_shards, tmp_path, record_measurement):
         f"{starts[2]:.1f} s from the command",
     )
     blocking_ms, whole = (
-        1e3 * statistics.median(record[key] for record in checkpoints) for key in ("stall", "seconds")
+        1e3 * statistics.median(record[key] for record in checkpoints) for key in ("blocking_seconds", "seconds")
     )
     record_measurement(
         "steps wait for a checkpoint, two Ray workers", f"{blocking_ms:.0f} ms", f"until it is visible {whole:.0f} ms"

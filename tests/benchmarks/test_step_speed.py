@@ -38,7 +38,7 @@ def measure(kind, precision, compiled):
     """Seconds of an average step, and the process's peak memory in GB."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    step = {"careful": TrainingSteps, "careless": NaiveTrainingSteps}[kind](build_config(precision, compiled), CPU).step
+    step = {"optimized": TrainingSteps, "naive": NaiveTrainingSteps}[kind](build_config(precision, compiled), CPU).step
     step(0)
     times = []
     for number in (1, 2, 15):
@@ -51,12 +51,12 @@ def measure(kind, precision, compiled):
 
 def test_step_speed(record_measurement):
     cases = [
-        ("careless", "fp32", False),
-        ("careful", "fp32", False),
-        ("careful", "fp32", True),
-        ("careless", "bf16", False),
-        ("careful", "bf16", False),
-        ("careful", "bf16", True),
+        ("naive", "fp32", False),
+        ("optimized", "fp32", False),
+        ("optimized", "fp32", True),
+        ("naive", "bf16", False),
+        ("optimized", "bf16", False),
+        ("optimized", "bf16", True),
     ]
     seconds = {}
     for case in cases:
@@ -64,14 +64,14 @@ def test_step_speed(record_measurement):
         call = f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); import test_step_speed as t; "
         call += f"print(*t.measure(*{case!r}))"
         # Ours as Ray's workers are started; the neighbour as any process.
-        extra_env = malloc_env() if case[0] == "careful" else {}
+        extra_env = malloc_env() if case[0] == "optimized" else {}
         environment = os.environ | extra_env
         done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True, env=environment)
         value, memory = map(float, done.stdout.split()[-2:])
         seconds[case] = value
         kind, precision, compiled = case
-        name = "careless neighbour" if kind == "careless" else "bsq_ray"
+        name = "naive baseline" if kind == "naive" else "bsq_ray"
         name += f", {precision}, {'compiled' if compiled else 'eager'}"
-        ratio = seconds["careless", precision, False] / value
+        ratio = seconds["naive", precision, False] / value
         what = f"full training step, {_SIZE} px, batch {_BATCH}: {name}"
-        record_measurement(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the careless neighbour's speed")
+        record_measurement(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the naive baseline's speed")

@@ -135,7 +135,7 @@ def test_memory_against_clip_length(record_measurement):
             call = (
                 f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); import test_video_speed as t; "
             )
-            call += f"print(t.peak({kind!r}, {frames}))"
+            call += f"print(t.peak_memory_mb({kind!r}, {frames}))"
             done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True)
             memory_mb[kind] = float(done.stdout.split()[-1])
         what = f"memory beside the model, encoding and decoding {frames} frames of {_SIZE} px"

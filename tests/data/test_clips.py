@@ -67,9 +67,7 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     (tmp_path / "in" / "still.mkv").write_bytes(make_video(still, [0, *range(40, 40 * 96 * 4, 40)]))
     pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), num_workers=0)
     # The video moves by a pixel a frame and is as it was after 96: so is every frame of the clip.
-    source = make_source(
-        str(tmp_path / "out"), num_frames=4, frame_stride=96, random_flip=True, resize_range=(1.0, 2.0)
-    )
+    source = make_source(str(tmp_path / "out"), num_frames=4, frame_stride=96, random_flip=True, resize_range=(1.0, 2.0))
     clip_3THW = source.read(np.array([0]), np.array([0]), seed=1).values_P[0].astype(float)
     assert np.abs(clip_3THW - clip_3THW[:, :1]).mean() < 3
     other = source.read(np.array([0]), np.array([1]), seed=1).values_P[0].astype(float)
@@ -80,7 +78,7 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     frames=st.integers(1, 20),
     stride=st.integers(1, 5),
-    most=st.integers(1, 50),
+    max_clips=st.integers(1, 50),
 )
 def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, max_clips):
     """Clips of one video share no frame, and no possible clip is missing."""
@@ -108,10 +106,7 @@ def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, m
 
 def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local):
     """Ray Data and threads deliver the same batches, and workers split them without overlap."""
-    source, data_config = (
-        make_source(video_shards, clips_per_video=4),
-        config.DataConfig(interleave=2, clips_per_video=4),
-    )
+    source, data_config = make_source(video_shards, clips_per_video=4), config.DataConfig(interleave=2, clips_per_video=4)
 
     def take(count, rank, world_size, executor):
         batches = training_batches(source, data_config, 4, rank, world_size, seed=3, position=8, executor=executor)

@@ -48,7 +48,7 @@ def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
             numbers.append(number)
             yield number, frame
 
-    monkeypatch.setattr(video_reader, "_from_key_frame", record_numbers)
+    monkeypatch.setattr(video_reader, "_decode_from_key_frame", record_numbers)
     list(read_frames(io.BytesIO(data), video, start, 4, 2))
     assert numbers == list(range(video.key_frames[3], start + 7))
 

@@ -43,8 +43,8 @@ def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_pat
     photos[2].resize((192, 176)).save(images / "unseen.png")
     results = compress_demo.run_demo(images, tmp_path / "demo", 0.1, labeled_folder, SMALL_TOKENIZER, SMALL_TOKENS)
     assert results["items"] == 1
-    assert results["prior_saves"] < 1
-    assert json.loads((tmp_path / "demo" / "evaluation" / "results.json").read_text())["set"] == str(images)
+    assert results["prior_savings"] < 1
+    assert json.loads((tmp_path / "demo" / "evaluation" / "results.json").read_text())["dataset"] == str(images)
     assert (tmp_path / "demo" / "evaluation" / "curves.png").exists()
     with pytest.raises(ValueError, match="two or more class folders"):
         compress_demo.run_demo(images, tmp_path / "other", 0.1, images)

@@ -16,7 +16,7 @@ def make_files(folder, names):
 
 
 @pytest.mark.parametrize(
-    ("names", "said", "kind", "items"),
+    ("names", "expected_name", "kind", "items"),
     [
         ([f"kodim{n:02}.png" for n in range(1, 25)], "Kodak", "images", 24),
         ([f"kodak/kodim{n:02}.webp" for n in range(1, 25)] + ["kodak/README.txt"], "Kodak", "images", 24),

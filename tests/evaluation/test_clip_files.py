@@ -34,7 +34,7 @@ def test_read_video_clip_of_video_file(clip):
     """A video file is read with its frames and frame rate."""
     assert clip.frames_THW3.shape == (5, 144, 176, 3)
     assert clip.frames_THW3.dtype == np.uint8
-    assert clip.rate == pytest.approx(30, abs=0.1)
+    assert clip.frame_rate == pytest.approx(30, abs=0.1)
 
 
 def test_read_video_clip_raw_equals_video_file(clip, raw):

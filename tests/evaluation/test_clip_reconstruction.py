@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(model, held_out_video_shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    return evaluate_reconstruction(model, held_out_video_shards, str(out), workers=0, published_rows=True), out
+    return evaluate_reconstruction(model, held_out_video_shards, str(out), workers=0, show_published=True), out
 
 
 def test_evaluation_on_two_workers_equals_local(model, held_out_video_shards, results, tmp_path, ray_local):
@@ -53,7 +53,7 @@ def test_evaluation_on_two_workers_equals_local(model, held_out_video_shards, re
         for key, value in metrics.items():
             if key != "frames_per_second":
                 assert on_ray["rows"][name][key] == pytest.approx(value, rel=1e-4, abs=1e-5), (name, key)
-    assert on_ray["by_frame"]["model"]["psnr"] == pytest.approx(results[0]["by_frame"]["model"]["psnr"])
+    assert on_ray["per_frame"]["model"]["psnr"] == pytest.approx(results[0]["per_frame"]["model"]["psnr"])
 
 
 def test_clip_metrics_match_direct_computation(model, held_out_video_shards, results):
@@ -66,7 +66,7 @@ def test_clip_metrics_match_direct_computation(model, held_out_video_shards, res
     row = results[0]["rows"]["model"]
     psnr = 10 * np.log10(255**2 / error.mean((1, 3, 4)))
     assert row["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
-    assert results[0]["by_frame"]["model"]["psnr"] == pytest.approx(psnr.mean(0).tolist(), rel=1e-5)
+    assert results[0]["per_frame"]["model"]["psnr"] == pytest.approx(psnr.mean(0).tolist(), rel=1e-5)
     assert row["psnr_clip"] == pytest.approx((10 * np.log10(255**2 / error.mean((1, 2, 3, 4)))).mean(), rel=1e-5)
     signed = reconstructions.astype(float) - clips
     assert row["flicker"] == pytest.approx(np.abs(np.diff(signed, axis=2)).mean(), rel=1e-4)
@@ -78,16 +78,16 @@ def test_clip_metrics_match_direct_computation(model, held_out_video_shards, res
 
 def test_baseline_codec_beats_untrained_model(results):
     rows = results[0]["rows"]
-    assert rows["mean colour"]["psnr"] > rows["model"]["psnr"] + 3
-    assert rows["mean colour"]["rfvd"] < rows["model"]["rfvd"]
+    assert rows["mean color"]["psnr"] > rows["model"]["psnr"] + 3
+    assert rows["mean color"]["rfvd"] < rows["model"]["rfvd"]
     assert rows["model"]["bits_per_pixel"] == 18 / 64
 
 
 def test_results_contain_provenance_and_published_rows(results, held_out_video_shards):
     """The results contain the conditions of the measurement and the published video results."""
     written, out = results
-    provenance = written["contract"]
-    assert (provenance["kind"], provenance["images"]) == ("videos", 4)
+    provenance = written["provenance"]
+    assert (provenance["kind"], provenance["num_samples"]) == ("videos", 4)
     assert provenance["clips"].startswith("9 frames, every 2nd one of the video; at most 2 of a video")
     assert provenance["weights"].keys() == {"lpips-alex", "lpips-vgg", "fvd-i3d"}
     assert "rFVD of 4 clips is biased" in provenance["warning"]
@@ -113,14 +113,14 @@ def test_short_clips_have_no_rfvd(held_out_video_shards, tmp_path):
     model = save_model(str(tmp_path / "model"), 4)
     evaluation = evaluate_reconstruction(model, held_out_video_shards, str(tmp_path / "out"), workers=0)
     assert "rfvd" not in evaluation["rows"]["model"]
-    assert "not defined for clips of 4 frames" in evaluation["contract"]["rfvd"]
+    assert "not defined for clips of 4 frames" in evaluation["provenance"]["rfvd"]
 
 
 def test_video_tokenizer_evaluates_images_as_single_frames(model, held_out_shards, tmp_path):
     evaluation = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, limit=3)
-    assert evaluation["contract"]["kind"] == "images"
+    assert evaluation["provenance"]["kind"] == "images"
     assert "rfid" in evaluation["rows"]["model"]
-    assert "by_frame" not in evaluation
+    assert "per_frame" not in evaluation
 
 
 def test_mismatched_model_or_data_raises(model, held_out_video_shards, tmp_path):

@@ -58,15 +58,15 @@ def results(model, folder, tmp_path_factory):
 def test_evaluation_writes_results_table_and_plots(results):
     evaluation, out = results
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(evaluation))
-    assert evaluation["set"] == "Kodak (2 of 24)"
-    assert (evaluation["items"], evaluation["kind"], evaluation["anchor"]) == (2, "images", "JPEG")
+    assert evaluation["dataset"] == "Kodak (2 of 24)"
+    assert (evaluation["num_items"], evaluation["kind"], evaluation["anchor"]) == (2, "images", "JPEG")
     assert evaluation["curves"].keys() == {RAW, PRIOR, "JPEG", "JPEG 2000", "WebP", "AVIF", "JPEG XL"}
     assert evaluation["bd_rate"].keys() == {"WebP"}
     table = (out / "results.md").read_text()
     assert f"| {PRIOR} |" in table
     assert "Kodak (2 of 24)" in table
     assert Image.open(out / "curves.png").width > 1000
-    assert Image.open(out / "pictures.png").width == 2 * 262 + 6
+    assert Image.open(out / "comparison.png").width == 2 * 262 + 6
 
 
 def test_points_match_file_sizes_and_decoded_images(results, model, folder):
@@ -81,9 +81,9 @@ def test_points_match_file_sizes_and_decoded_images(results, model, folder):
     photo.save(file, "JPEG", quality=20, optimize=True)
     assert jpeg["bits_per_pixel"] == 8 * len(file.getvalue()) / (192 * 176)
     first, second = np.asarray(photo).astype(float), np.asarray(Image.open(file)).astype(float)
-    assert jpeg["figures"]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((first - second) ** 2).mean()), abs=1e-3)
+    assert jpeg["metrics"]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((first - second) ** 2).mean()), abs=1e-3)
     pair = [to_float(torch.from_numpy(each.astype(np.uint8)).permute(2, 0, 1)[None]) for each in (first, second)]
-    assert jpeg["figures"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
+    assert jpeg["metrics"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
 
 
@@ -91,7 +91,7 @@ def test_prior_savings_match_file_sizes(results):
     curves = results[0]["curves"]
     assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens, the same picture"
     saved = 1 - curves[PRIOR][0]["bits_per_pixel"] / curves[RAW][0]["bits_per_pixel"]
-    assert results[0]["prior_saves"] == pytest.approx(saved)
+    assert results[0]["prior_savings"] == pytest.approx(saved)
 
 
 def test_table_shows_codecs_at_our_rate_or_out_of_range(results):
@@ -114,7 +114,7 @@ def test_evaluation_on_two_workers_equals_local(results, model, folder, tmp_path
         for ours in points:
             theirs = same[ours["codec"], ours["quality"]]
             assert theirs["bits_per_pixel"] == ours["bits_per_pixel"]
-            assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-3)
+            assert theirs["metrics"] == pytest.approx(ours["metrics"], rel=1e-3)
 
 
 def test_tokenizer_without_prior_has_raw_bits_only(model, folder, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_tokenizer_without_prior_has_raw_bits_only(model, folder, tmp_path, monk
     tokenizer = f"{model}/tokenizer"
     evaluation = evaluate_compression(tokenizer, str(folder), str(tmp_path), workers=0, max_side=190)
     assert evaluation["curves"].keys() == {RAW, "JPEG"}
-    assert evaluation["prior_saves"] is None
+    assert evaluation["prior_savings"] is None
     assert "saves" not in (tmp_path / "results.md").read_text()
 
 
@@ -139,9 +139,9 @@ def test_clips_are_compared_with_video_codecs(video_folders, tmp_path, monkeypat
     monkeypatch.setattr(compression, "standard_video_codecs", lambda: few)
     out = tmp_path / "out"
     evaluation = evaluate_compression(
-        str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, frames=3, max_side=320
+        str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, max_frames=3, max_side=320
     )
-    assert (evaluation["set"], evaluation["kind"], evaluation["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
+    assert (evaluation["dataset"], evaluation["kind"], evaluation["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
     assert evaluation["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
     # Raw bits: 10 a token of 8 x 8 pixels; tiles of 32 pixels fill up 320 x 180, and groups of 2 frames fill up 3.
     tokens = 10 / 64 * 192 / 180 * 4 / 3

@@ -31,7 +31,7 @@ from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.samples.labeled_photos import read_qt_resources
 
 MODEL_CONFIG = config.MaskedLMModelConfig(
-    grid=(1, 4, 4), bits=10, sub_bits=5, classes=2, width=32, layers=1, heads=2, dropout=0
+    grid=(1, 4, 4), bits=10, sub_bits=5, num_classes=2, width=32, layers=1, heads=2, dropout=0
 )
 
 
@@ -75,7 +75,7 @@ def evaluate(generation_setup, out, workers=0, **options):
 @pytest.fixture(scope="module")
 def results(generation_setup, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
-    return evaluate(generation_setup, out, known_url=generation_setup[1]), out
+    return evaluate(generation_setup, out, reference_url=generation_setup[1]), out
 
 
 def test_results_contain_baseline_and_provenance(results, cache):
@@ -85,34 +85,36 @@ def test_results_contain_baseline_and_provenance(results, cache):
     row = evaluation["rows"]["model"]
     names = {"fid", "kid", "inception_score", "precision", "recall", "class_accuracy", "class_coverage"}
     assert row.keys() == names
-    assert 1 <= row["inception_score"] < evaluation["real images"]["inception_score"]
-    assert evaluation["drawn"] == 40
+    assert 1 <= row["inception_score"] < evaluation["real_images"]["inception_score"]
+    assert evaluation["num_generated"] == 40
     assert evaluation["sampling"]["steps"] == 2
-    assert evaluation["contract"]["weights"].keys() == {"fid-inception", "imagenet-classifier"}
+    assert evaluation["provenance"]["weights"].keys() == {"fid-inception", "imagenet-classifier"}
     assert "| per-position frequencies |" in (out / "results.md").read_text()
     assert Image.open(out / "samples.png").height == 2 * 100 + 4
     [cached] = (cache / "features").glob("features-*.npz")
-    assert evaluation["contract"]["data_hash"][:16] in cached.name
-    for network in evaluation["contract"]["weights"].values():
+    assert evaluation["provenance"]["data_hash"][:16] in cached.name
+    for network in evaluation["provenance"]["weights"].values():
         assert network["sha256"][:12] in cached.name
 
 
 def test_real_features_are_read_from_cache(generation_setup, results, monkeypatch):
     from bsq_ray.evaluation.generation import features
 
-    monkeypatch.setattr(features, "map_in_pool", lambda *arguments: pytest.fail("the real images are measured again"))
+    monkeypatch.setattr(
+        features, "actor_map_ordered", lambda *arguments: pytest.fail("the real images are measured again")
+    )
     run = config.load_config(f"{generation_setup[0]}/tokenizer/config.yaml")
     manifest = read_manifest(generation_setup[1])
     real = features.real_features(manifest, run, 0)
-    assert real.features_ND.shape == (manifest.num_samples, 2048)
-    assert real.seen_NC.shape == (manifest.num_samples, 1280)
+    assert real.inception_ND.shape == (manifest.num_samples, 2048)
+    assert real.classifier_NC.shape == (manifest.num_samples, 1280)
     assert sorted(real.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
 
 
 def test_fid_warning_depends_on_generated_image_count(generation_setup):
     """FID of few generated images has a bias warning, regardless of the number of real images."""
     manifest = read_manifest(generation_setup[1])
-    provenance = collect_provenance(manifest, 50_000, 64, "lanczos", ["fid-inception"], drawn=100)
+    provenance = collect_provenance(manifest, 50_000, 64, "lanczos", ["fid-inception"], num_generated=100)
     assert provenance["warning"].startswith("FID of 100 images is biased")
     assert "warning" not in collect_provenance(manifest, 50_000, 64, "lanczos", ["fid-inception"])
 
@@ -139,7 +141,9 @@ def test_class_accuracy_and_coverage_use_nearest_images():
     # Of classes 0, 1 and 2; those of 2 all look like 0.
     classifier_NC = np.concatenate([np.eye(4)[[0] * 5], np.eye(4)[[1] * 5], np.eye(4)[[0] * 5]])
     generated = Features(rng.normal(size=(15, 8)), classifier_NC, np.repeat([0, 1, 2], 5), [f"{n}" for n in range(15)])
-    metrics = generation._compare(generated, reference, reference, SimpleNamespace(logits=lambda seen_NC: seen_NC))
+    metrics = generation._compare(
+        generated, reference, reference, SimpleNamespace(logits=lambda classifier_NC: classifier_NC)
+    )
     assert metrics["class_accuracy"] == pytest.approx(2 / 3)
     assert metrics["class_coverage"] == pytest.approx(2 / 3)
 
@@ -245,7 +249,7 @@ def test_generate_files_writes_images(generation_setup, tmp_path):
             generation_setup[0], str(tmp_path / "x"), GenerateRequest([0], image=image, mask=str(tmp_path / "tall.png"))
         )
     assert (
-        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, between=True)) == 4
+        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True)) == 4
     )
 
 
@@ -272,7 +276,7 @@ def test_generate_files_writes_animated_clips(tmp_path):
         (GenerateRequest([0], sampling={"steps": 0}), "steps: Input should be greater than or equal to 1, got 0"),
         (GenerateRequest([0], image="x.png"), "needs both --image and --mask"),
         (GenerateRequest([0], image="x.png", mask="y.png"), "cannot read x.png: it does not exist"),
-        (GenerateRequest([0], between=True), "two classes"),
+        (GenerateRequest([0], interpolate=True), "two classes"),
     ],
 )
 def test_generate_files_invalid_request_raises(generation_setup, tmp_path, request_, message):

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from bsq_ray import config
+from bsq_ray.cli.info import format_info
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.evaluation.provenance import collect_provenance
 from bsq_ray.evaluation.reconstruction.baseline import MeanColorCodec
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
-from bsq_ray.evaluation.reconstruction.reconstruct_file import format_info, reconstruct_file
+from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_file
 from bsq_ray.models.tokenizer import Tokenizer
 
 
@@ -49,8 +50,8 @@ def test_evaluation_on_two_workers_equals_local(model, held_out_shards, results,
 
 def test_baseline_codec_beats_untrained_model(results):
     rows = results[0]["rows"]
-    assert rows["mean colour"]["psnr"] > rows["model"]["psnr"] + 3
-    assert rows["mean colour"]["lpips"] < rows["model"]["lpips"]
+    assert rows["mean color"]["psnr"] > rows["model"]["psnr"] + 3
+    assert rows["mean color"]["lpips"] < rows["model"]["lpips"]
     assert rows["model"]["bits_per_pixel"] == 36 / 64
     assert 0 < rows["model"]["code_usage"] < 1
     assert len(results[0]["bit_entropies"]) == 36
@@ -68,9 +69,9 @@ def test_provenance_lists_missing_packages(held_out_shards, monkeypatch):
 
 
 def test_results_contain_provenance(results, held_out_shards):
-    provenance = results[0]["contract"]
+    provenance = results[0]["provenance"]
     assert provenance["data"] == held_out_shards
-    assert provenance["images"] == 12
+    assert provenance["num_samples"] == 12
     assert "lanczos" in provenance["resize"]
     assert "8 bits" in provenance["pixels"]
     assert provenance["weights"].keys() == {"lpips-alex", "lpips-vgg", "fid-inception"}
@@ -91,9 +92,9 @@ def test_results_are_written_as_json_table_and_plot(results):
 def test_limit_and_published_rows_are_applied(model, held_out_shards, tmp_path):
     """The first samples alone can be evaluated, and published results follow the table."""
     evaluation = evaluate_reconstruction(
-        model, held_out_shards, str(tmp_path), workers=0, limit=3, published_rows=True, weights="plain"
+        model, held_out_shards, str(tmp_path), workers=0, limit=3, show_published=True, weights="raw"
     )
-    assert evaluation["contract"]["images"] == 3
+    assert evaluation["provenance"]["num_samples"] == 3
     assert (
         "| SDXL-VAE | ImageNet val 256 | lanczos | 64 | 25.38 | 0.7276 | 0.0666 | 0.72 |"
         in (tmp_path / "results.md").read_text()

@@ -86,10 +86,10 @@ import resource, sys
 from pathlib import Path
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 peaks = []
-def progress(done, total):
+def on_progress(done, total):
     if done in (60, total):
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-reconstruct_clip(sys.argv[1], sys.argv[2], Path(sys.argv[3]), progress=progress)
+reconstruct_clip(sys.argv[1], sys.argv[2], Path(sys.argv[3]), on_progress=on_progress)
 print(*peaks)
 """
 

@@ -64,11 +64,11 @@ def test_each_images_figures(model, photos, gpu, hide_gpu):
     on_gpu = measurer(samples)
     hide_gpu()
     on_cpu = WithoutInception(model, "ema", len(pixels))(samples)
-    assert np.array_equal(on_gpu.packed, on_cpu.packed)
+    assert np.array_equal(on_gpu.packed_bits, on_cpu.packed_bits)
     assert on_gpu.seconds > 0
-    for row, metrics in on_cpu.figures.items():
+    for row, metrics in on_cpu.metrics.items():
         for name, value in metrics.items():
-            np.testing.assert_allclose(on_gpu.figures[row][name], value, rtol=1e-3, err_msg=f"{row} {name}")
+            np.testing.assert_allclose(on_gpu.metrics[row][name], value, rtol=1e-3, err_msg=f"{row} {name}")
 
 
 def test_reconstruction_evaluation_on_gpu_matches_cpu(model, held_out_shards, hide_gpu, tmp_path):

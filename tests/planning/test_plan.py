@@ -15,7 +15,7 @@ def test_make_plan_supports_every_preset_and_gpu(name, gpu):
     run = load_config(name)
     plan = make_plan(run, gpu, min(16, run.training.batch_size))
     assert plan.step_seconds > 0
-    assert plan.fits == (not plan.advice)
+    assert plan.has_enough_memory == (not plan.advice)
     assert f"{plan.days:.2f} days" in format_plan(plan)
 
 
@@ -26,7 +26,7 @@ def test_reconstruction_rate_matches_the_paper_on_a5000():
 
 @pytest.mark.parametrize("gpus", [8, 16])
 def test_make_plan_32_images_at_128_px_fit_an_a5000(gpus):
-    assert make_plan(load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus).fits
+    assert make_plan(load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus).has_enough_memory
 
 
 def test_make_plan_32_images_at_256_px_advises_accumulation():
@@ -36,8 +36,8 @@ def test_make_plan_32_images_at_256_px_advises_accumulation():
 
 def test_make_plan_token_models_fit_the_papers_gpus():
     # Sixteen cards with batch 1,024 for the masked language model, eight with batch 64 for the prior.
-    assert make_plan(load_config("imagenet128-masked-lm"), "a5000", 16).fits
-    assert make_plan(load_config("imagenet128-prior"), "a5000", 8).fits
+    assert make_plan(load_config("imagenet128-masked-lm"), "a5000", 16).has_enough_memory
+    assert make_plan(load_config("imagenet128-prior"), "a5000", 8).has_enough_memory
 
 
 def test_make_plan_papers_training_needs_three_days_at_peak():
@@ -54,7 +54,7 @@ def test_make_plan_papers_training_needs_three_days_at_peak():
 def test_make_plan_papers_clips_fit_eight_24_gb_gpus(name):
     plan = make_plan(load_config(name), "a5000", 8)
     assert (plan.micro_batch, plan.accumulation, plan.sample.unit) == (4, 1, "clips")
-    assert plan.fits
+    assert plan.has_enough_memory
     assert "24 GiB: fits" in format_plan(plan)
     # Without recomputing activations there would be next to nothing left.
     plain = make_plan(load_config(name, ["model.gradient_checkpointing=false"]), "a5000", 8)
@@ -64,11 +64,11 @@ def test_make_plan_papers_clips_fit_eight_24_gb_gpus(name):
 def test_make_plan_advice_makes_the_run_fit():
     cramped = load_config("imagenet256-bsq18", ["training.batch_size=1024"])
     plan = make_plan(cramped, "a5000", 16)
-    assert not plan.fits
+    assert not plan.has_enough_memory
     assert len(plan.advice) == 2
     for change in plan.advice:
         overrides = [word for word in change.split(" (")[0].split() if "=" in word]
-        assert make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16).fits
+        assert make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16).has_enough_memory
 
 
 def test_make_plan_model_too_large_advises_larger_gpu():
@@ -90,7 +90,7 @@ def test_communication_bytes_match_ring_formulas():
 def test_make_plan_single_node_ignores_network_bandwidth():
     """A run on one node does not depend on the network bandwidth between nodes."""
     run = load_config("imagenet128-bsq18")
-    slow = {gpus: make_plan(run, "a5000", gpus, network_gbit=1).network_seconds for gpus in (1, 8, 16)}
+    slow = {gpus: make_plan(run, "a5000", gpus, network_gbit=1).communication_seconds for gpus in (1, 8, 16)}
     assert slow[1] == 0
     assert slow[16] > 100 * slow[8]
 

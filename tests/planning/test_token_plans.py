@@ -29,15 +29,15 @@ def training_loss(run, model, sub_tokens_BNS):
     """The training loss; for the masked model with the share of tokens hidden that is hidden on average."""
     if run.stage == "prior":
         return code_length(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
-    count = round(run.model.tokens * 2 / torch.pi)
-    masked_BNS = (torch.arange(run.model.tokens) < count)[None, :, None].expand_as(sub_tokens_BNS)
-    classes_BC = model.classes_of(torch.arange(len(sub_tokens_BNS)))
-    logits_BNSV = model(sub_tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
+    count = round(run.model.num_tokens * 2 / torch.pi)
+    masked_BNS = (torch.arange(run.model.num_tokens) < count)[None, :, None].expand_as(sub_tokens_BNS)
+    classes_BC = model.class_weights(torch.arange(len(sub_tokens_BNS)))
+    logits_BNSV = model(sub_tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
     return masked_cross_entropy(logits_BNSV, sub_tokens_BNS, masked_BNS, run.loss.label_smoothing)
 
 
 def random_tokens(run, samples=SAMPLES):
-    return torch.randint(0, 2**run.model.sub_bits, (samples, run.model.tokens, run.model.sub_tokens))
+    return torch.randint(0, 2**run.model.sub_bits, (samples, run.model.num_tokens, run.model.num_sub_tokens))
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.sub_bits=6", "model.mlp_ratio=2.5"], ["model.sub_bits=18"]])
@@ -80,6 +80,6 @@ def test_token_model_bytes_within_five_percent(name, overrides, half, fused_atte
     cast = sum(value.numel() for name, value in model.named_parameters() if name.split(".")[0] not in tables)
     saved_bytes = saved_tensor_bytes(forward, model, 2 * cast if half else 0) / SAMPLES
     # The head's norm takes what the GELU gives as it is on CPUs, and in fp32 on GPUs.
-    heads = 1 if run.stage == "masked-lm" else run.model.sub_tokens
-    saved_bytes += 2 * half * heads * run.model.tokens * run.model.width
+    heads = 1 if run.stage == "masked-lm" else run.model.num_sub_tokens
+    saved_bytes += 2 * half * heads * run.model.num_tokens * run.model.width
     assert token_model_activation_bytes(run.model, half) == pytest.approx(saved_bytes, rel=0.05)

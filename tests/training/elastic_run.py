@@ -30,7 +30,7 @@ from bsq_ray.training import capacity
 from bsq_ray.training.launch import Interrupted, train
 
 # As short as a test can wait.
-capacity._PATIENCE, capacity._GROW_AFTER = 5.0, 3.0
+capacity._MAX_SIZE_TIMEOUT_S, capacity._SCALE_UP_DELAY_S = 5.0, 3.0
 NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}
 STEPS_BETWEEN = 6
 

@@ -28,7 +28,7 @@ from bsq_ray.training.trainer import run_training
 
 def launch(shards, out, workers, overrides=(), **settings):
     listener = RecordingReporter()
-    settings = {"show": listener.record, **settings}
+    settings = {"on_record": listener.record, **settings}
     return train(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
 
 
@@ -40,15 +40,15 @@ def local_run(photo_shards, held_out_shards, tmp_path_factory):
     return out, *launch(photo_shards, out, 0, overrides, held_out_url=held_out_shards)
 
 
-def test_train_writes_all_run_artifacts(local):
+def test_train_writes_all_run_artifacts(local_run):
     """A run leaves its configuration, records, sample images, a checkpoint and a model."""
-    out, result, _ = local
+    out, result, _ = local_run
     assert load_config(str(out / "config.yaml")).training.steps == STEPS
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "training"] == [1, 2, 3, 4]
     assert [(r["step"], r["weights"]) for r in records if r["kind"] == "evaluation"] == [
-        (0, "plain"),
-        (2, "plain"),
+        (0, "raw"),
+        (2, "raw"),
         (4, "ema"),
     ]
     image_names = ["step-0000000.png", "step-0000002.png", "step-0000003.png", "step-0000004.png"]
@@ -56,11 +56,11 @@ def test_train_writes_all_run_artifacts(local):
     assert list_checkpoints(str(out)) == ["step-0000004"]
     assert list((out / "tensorboard").iterdir())
     assert json.loads((out / "summary.json").read_text())["step"] == result.step == STEPS
-    Tokenizer.from_pretrained(str(out / "model"), weights="plain")
+    Tokenizer.from_pretrained(str(out / "model"), weights="raw")
     assert safetensors.numpy.load_file(out / "model" / "discriminator.safetensors")
 
 
-def test_model_card_metrics_match_published_weights(local, held_out_shards):
+def test_model_card_metrics_match_published_weights(local_run, held_out_shards):
     """The metrics of the model card are those of the published weights."""
     import torch
 
@@ -69,36 +69,36 @@ def test_model_card_metrics_match_published_weights(local, held_out_shards):
     from bsq_ray.data.stream import evaluation_batches
     from bsq_ray.data.transforms import to_float, to_uint8
 
-    out, result, _ = local
+    out, result, _ = local_run
     [batch] = evaluation_batches(ImageSource(read_manifest(held_out_shards), config.DataConfig(), 16), 16, limit=16)
     reconstructed = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
     error_B = (to_uint8(reconstructed).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())
-    assert result.figures["psnr"] == pytest.approx(psnr, abs=1e-4)
+    assert result.metrics["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert f"| psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()
 
 
-def test_start_record_has_scaled_learning_rate(local):
+def test_start_record_has_scaled_learning_rate(local_run):
     """The start record contains the learning rate scaled with the batch size."""
-    _, _, listener = local
+    _, _, listener = local_run
     [start] = [record for record in listener.records if record["kind"] == "start"]
     per_256 = load_config(PRESET, SMALL).training.optimizer.base_learning_rate
     assert start["learning_rate"] == pytest.approx(per_256 * 16 / 256)
     assert (start["batch_size"], start["workers"]) == (16, 1)
 
 
-def test_train_existing_run_without_resume_raises(local, photo_shards):
+def test_train_existing_run_without_resume_raises(local_run, photo_shards):
     """A folder that contains a run is not overwritten."""
     with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
-        launch(photo_shards, local[0], 0)
+        launch(photo_shards, local_run[0], 0)
 
 
-def test_resume_other_config_raises_before_start(local, photo_shards):
+def test_resume_other_config_raises_before_start(local_run, photo_shards):
     """Resuming with another configuration is rejected before anything is written."""
-    before = (local[0] / "config.yaml").read_bytes()
+    before = (local_run[0] / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match="model.patch_size was 4 and is 8"):
-        launch(photo_shards, local[0], 2, ["model.patch_size=8"], resume=True)
-    assert (local[0] / "config.yaml").read_bytes() == before
+        launch(photo_shards, local_run[0], 2, ["model.patch_size=8"], resume=True)
+    assert (local_run[0] / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_ctrl_c_saves_and_run_resumes(photo_shards, tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped after step 3; checkpoint and model are saved"):
-        launch(photo_shards, tmp_path, 0, ["training.steps=6"], show=interrupt)
+        launch(photo_shards, tmp_path, 0, ["training.steps=6"], on_record=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
     Tokenizer.from_pretrained(str(tmp_path / "model"))
     result, listener = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
@@ -164,11 +164,11 @@ def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_ray_worker_matches_local_process(local, photo_shards, held_out_shards, tmp_path, ray_local):
+def test_ray_worker_matches_local_process(local_run, photo_shards, held_out_shards, tmp_path, ray_local):
     """A Ray worker takes the same steps as training in this process."""
     result, listener = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
     assert result.finished
-    for record, expected in zip(listener.training_records, local[2].training, strict=True):
+    for record, expected in zip(listener.training_records, local_run[2].training_records, strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert not (tmp_path / "ray").exists()
@@ -192,7 +192,7 @@ def test_killed_worker_is_replaced_run_is_identical(photo_shards, tmp_path, ray_
             killed.append(workers[-1].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    result, _ = launch(photo_shards, tmp_path / "disturbed", 2, LONG, show=kill_one)
+    result, _ = launch(photo_shards, tmp_path / "disturbed", 2, LONG, on_record=kill_one)
     assert result.finished
     assert killed
     assert len(restarts) == 1

@@ -19,38 +19,38 @@ from bsq_ray.training.ray_trainer import ResourceBudget, check_cpus, picklable_e
 
 
 @pytest.mark.parametrize(
-    ("device", "within_reach", "expected"),
+    ("device", "max_amount", "expected"),
     [("auto", 0, False), ("auto", 2, True), ("auto", 16, True), ("cpu", 16, False), ("gpu", 2, True)],
 )
-def test_should_use_gpus_follows_device_and_cluster(device, within_reach, expected):
+def test_should_use_gpus_follows_device_and_cluster(device, max_amount, expected):
     """Workers use GPUs if the cluster has any or its autoscaler can start some."""
-    assert should_use_gpus(device, 2, within_reach) is expected
+    assert should_use_gpus(device, 2, max_amount) is expected
 
 
 @pytest.mark.parametrize(
-    ("device", "within_reach", "message"),
+    ("device", "max_amount", "message"),
     [
         ("auto", 1, "2 workers want a GPU each and the cluster has 1; give --workers 1, or --device cpu"),
         ("gpu", 0, "--device gpu needs a cluster with GPUs, and this one has none; give --device cpu"),
     ],
 )
-def test_should_use_gpus_too_few_raises(device, within_reach, message):
+def test_should_use_gpus_too_few_raises(device, max_amount, message):
     """A cluster that can never have enough GPUs is rejected with a message that says what to do."""
     with pytest.raises(ValueError, match=message):
-        should_use_gpus(device, 2, within_reach)
+        should_use_gpus(device, 2, max_amount)
 
 
 @pytest.mark.parametrize(
-    ("workers", "each", "within_reach"),
+    ("workers", "each", "max_amount"),
     [(6, 0.5, 4), (3, 1, 4), (1, 3, 4), (1, 0.5, 2), (8, 1, math.inf), (4, 0, 1), (3, 0.1, 1.3)],
 )
-def test_check_cpus_with_data_task_cpu_passes(workers, each, within_reach):
+def test_check_cpus_with_data_task_cpu_passes(workers, each, max_amount):
     """Workers that leave one CPU for the data tasks are accepted."""
-    check_cpus(workers, each, within_reach)
+    check_cpus(workers, each, max_amount)
 
 
 @pytest.mark.parametrize(
-    ("workers", "each", "within_reach", "message"),
+    ("workers", "each", "max_amount", "message"),
     [
         (7, 0.5, 4, "7 workers of 0.5 CPUs and .* want 4.5 CPUs and the cluster has 4; give --workers 6 or fewer"),
         (4, 1, 4, "4 workers of 1 CPUs and .* want 5 CPUs and the cluster has 4; give --workers 3 or fewer"),
@@ -58,19 +58,19 @@ def test_check_cpus_with_data_task_cpu_passes(workers, each, within_reach):
         (1, 0, 0, "want 1 CPUs and the cluster has 0; give --workers 0, which needs no Ray"),
     ],
 )
-def test_check_cpus_too_few_raises(workers, each, within_reach, message):
+def test_check_cpus_too_few_raises(workers, each, max_amount, message):
     """Workers that can never fit on the cluster are rejected with a message that says what to do."""
     with pytest.raises(ValueError, match=message):
-        check_cpus(workers, each, within_reach)
+        check_cpus(workers, each, max_amount)
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_worker_env_on_cpu_sets_malloc_tunables(gpu, tmp_path):
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_worker_env_on_cpu_sets_malloc_tunables(use_gpu, tmp_path):
     """Only workers that compute on CPUs start with the glibc allocator settings."""
-    job = small_spec("shards", tmp_path)
-    group = ray_trainer.WorkerGroupRun(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
+    spec = small_spec("shards", tmp_path)
+    group = ray_trainer.WorkerGroupRun(spec, 1, {"CPU": 1}, {"spec": spec, "coordinator": None, "use_gpu": use_gpu, "concurrent_runs": 1})
     env_vars = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
-    assert ("GLIBC_TUNABLES" in env_vars) == (not gpu)
+    assert ("GLIBC_TUNABLES" in env_vars) == (not use_gpu)
 
 
 def test_train_elastic_min_workers_must_fit(photo_shards, tmp_path, ray_local):
@@ -130,8 +130,8 @@ def test_picklable_error_unexpected_names_file_and_line():
 )
 def test_available_gpus_unknown_limits_are_unlimited(known, device, up, expected, warned, monkeypatch):
     """With unknown autoscaler limits GPUs count as unlimited, unless device is "auto" and none is running."""
-    monkeypatch.setattr(ray_trainer, "gpus_within_reach", lambda: up)
-    monkeypatch.setattr(ray_trainer, "reach_is_known", lambda: known)
+    monkeypatch.setattr(ray_trainer, "max_cluster_gpus", lambda: up)
+    monkeypatch.setattr(ray_trainer, "cluster_limits_known", lambda: known)
     records = []
     assert ray_trainer.available_gpus(device, records.append) == expected
     assert ["--device gpu waits" in record["text"] for record in records] == [True] * warned
@@ -178,7 +178,7 @@ def test_metrics_are_exported_to_prometheus(photo_shards, tmp_path, ray_local):
 def test_repeated_startup_failure_ends_elastic_run(photo_shards, tmp_path, ray_local, monkeypatch):
     """An elastic run ends with an error when its workers repeatedly fail to start."""
 
-    def broken(settings):
+    def broken(worker_config):
         raise OSError("the driver is missing")
 
     monkeypatch.setattr(ray_trainer, "_worker_main", broken)

@@ -47,20 +47,20 @@ def stopped_runs(photo_shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed_runs(stopped, photo_shards, tmp_path_factory):
+def resumed_runs(stopped_runs, photo_shards, tmp_path_factory):
     """(folder, losses): the stopped runs, continued by two new workers."""
     out = str(tmp_path_factory.mktemp("continued"))
-    shutil.copytree(stopped[0], out, dirs_exist_ok=True)
+    shutil.copytree(stopped_runs[0], out, dirs_exist_ok=True)
     [losses, _] = spawn_group(2, train_runs, photo_shards, out, ENGINES)
     return out, losses
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
-def test_resumed_run_is_bit_identical(continued, stopped, engine):
-    out, losses = continued
-    expected = stopped[1][f"{engine} whole"]
+def test_resumed_run_is_bit_identical(resumed_runs, stopped_runs, engine):
+    out, losses = resumed_runs
+    expected = stopped_runs[1][f"{engine} whole"]
     assert [record["step"] for record in losses[engine]] == [HALF + 1, STEPS]
-    assert [comparable_values(r) for r in stopped[1][engine] + losses[engine]] == [
+    assert [comparable_values(r) for r in stopped_runs[1][engine] + losses[engine]] == [
         comparable_values(r) for r in expected
     ]
     assert_identical(load_weights(out, engine), load_weights(out, f"{engine} whole"))
@@ -73,9 +73,9 @@ def test_resumed_run_is_bit_identical(continued, stopped, engine):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero 0", "zero 2", "zero 2 offloaded", "zero 3")),
     ],
 )
-def test_resume_with_other_world_size_matches(stopped, photo_shards, tmp_path, engine):
+def test_resume_with_other_world_size_matches(stopped_runs, photo_shards, tmp_path, engine):
     """A run resumed by another number of workers continues with the same losses."""
-    out, losses = stopped
+    out, losses = stopped_runs
     shutil.copytree(f"{out}/{engine}", tmp_path / engine)
     alone = train_runs(0, 1, photo_shards, tmp_path, {engine: ENGINES[engine]})[engine]
     for record, expected in zip(alone, losses[f"{engine} whole"][HALF:], strict=True):

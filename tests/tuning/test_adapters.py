@@ -113,9 +113,7 @@ def test_build_scheduler_none_returns_fifo(tmp_path):
 )
 def test_allocate_resources_divides_cluster(budget, cluster_resources, use_gpu, expected):
     """Each worker of a trial gets its part of the cluster, and one CPU stays free for data tasks."""
-    num_concurrent, resource_budget = allocate_resources(
-        BudgetConfig(**budget), cluster_resources, use_gpu, num_trials=20
-    )
+    num_concurrent, resource_budget = allocate_resources(BudgetConfig(**budget), cluster_resources, use_gpu, num_trials=20)
     assert (num_concurrent, resource_budget.resources_per_worker) == expected
     assert resource_budget.concurrent_runs == num_concurrent
 

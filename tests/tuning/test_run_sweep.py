@@ -185,11 +185,7 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
     result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), on_event=kill)
     [record] = result.study.records
     assert killed_pids
-    assert (record.state, record.num_attempts, record.retry_reasons) == (
-        "finished",
-        2,
-        ["the trial's process was lost"],
-    )
+    assert (record.state, record.num_attempts, record.retry_reasons) == ("finished", 2, ["the trial's process was lost"])
     steps = [
         line["step"]
         for line in map(json.loads, (tmp_path / "out/trials/000/metrics.jsonl").read_text().splitlines())
@@ -221,10 +217,7 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
     tar = sorted(damaged_shards.glob("*.tar"))[-1]
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 4 // 5])
     sweep = small_sweep(
-        tmp_path,
-        space=space,
-        budget={"max_concurrent_trials": 2, "workers": 2, "held_out_images": 2},
-        overrides={"training.steps": 10},
+        tmp_path, space=space, budget={"max_concurrent_trials": 2, "workers": 2, "held_out_images": 2}, overrides={"training.steps": 10}
     )
     result = run_sweep(sweep, str(damaged_shards), held_out_shards, str(tmp_path / "out"))
     records = {record.parameters["case"]: record for record in result.study.records}

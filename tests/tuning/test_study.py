@@ -21,9 +21,7 @@ RANGES = {
 
 
 def random_sweep(folder, searcher, num_samples=12, space=RANGES, **changes):
-    return small_sweep(
-        folder, space=space, searcher=searcher, budget={"num_samples": num_samples, "steps": 10}, **changes
-    )
+    return small_sweep(folder, space=space, searcher=searcher, budget={"num_samples": num_samples, "steps": 10}, **changes)
 
 
 def finish_trial(study, record, value):
@@ -131,11 +129,7 @@ def test_study_resumed_retries_running_and_failed_only(tmp_path):
     resumed_study = Study(sweep, str(tmp_path / "out"))
     assert resumed_study.num_remaining == 3
     assert [record.number for record in resumed_study.ended_trials] == [0, 1, 3]
-    assert [(record.number, record.num_attempts) for record in iter(resumed_study.next_trial, None)] == [
-        (2, 2),
-        (4, 2),
-        (5, 1),
-    ]
+    assert [(record.number, record.num_attempts) for record in iter(resumed_study.next_trial, None)] == [(2, 2), (4, 2), (5, 1)]
 
 
 def test_study_invalid_combination_is_recorded_and_skipped(tmp_path):

@@ -34,19 +34,19 @@ def compression_markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {codec} | {' | '.join(cells)} | {last} |")
     lines += [
         "",
-        f"Means over {results['items']} {results['kind']} of {results['set']}{_frame_limit_text(results)}; sizes are "
+        f"Means over {results['num_items']} {results['kind']} of {results['dataset']}{_frame_limit_text(results)}; sizes are "
         f"those of whole files, headers included. Times with {results['workers'] or 1} process(es) at work.",
         f"BD-rates are means over {results['kind']}.",
     ]
-    if results["prior_saves"] is not None:
-        lines.append(f"The prior saves {results['prior_saves']:.1%} of the raw files.")
+    if results["prior_savings"] is not None:
+        lines.append(f"The prior saves {results['prior_savings']:.1%} of the raw files.")
     return "\n".join(lines)
 
 
 def _frame_limit_text(results: dict[str, Any]) -> str:
     if results["kind"] == "images":
         return ""
-    return f", at most {results['frames']} frames each" if results["frames"] else ", all frames"
+    return f", at most {results['max_frames']} frames each" if results["max_frames"] else ", all frames"
 
 
 def plot_curves(curves: Curves, highlighted: Sequence[str]) -> bytes:

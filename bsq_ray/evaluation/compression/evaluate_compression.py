@@ -38,6 +38,7 @@ from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
@@ -57,10 +58,10 @@ def evaluate_compression(
     address: str | None = None,
     max_frames: int | None = None,
     max_side: int | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Compresses everything in a folder with everything; writes results.json, results.md, curves.png, pictures.png.
+    """Compresses everything in a folder with everything; writes results.json, results.md, curves.png, comparison.png.
 
     Args:
         model_url: model folder of a prior, or of a tokenizer (raw bits only).
@@ -94,23 +95,23 @@ def evaluate_compression(
         "model_id": folder.model_id,
         "weights": weights,
         "data": data_url,
-        "set": dataset.name,
+        "dataset": dataset.name,
         "kind": dataset.kind,
-        "items": len(points),
-        "frames": max_frames,
+        "num_items": len(points),
+        "max_frames": max_frames,
         "max_side": max_side,
         "workers": workers,
         "anchor": _ANCHOR[dataset.kind],
         "curves": curves,
         "at_our_rate": {codec: interpolate_at_rate(rows, bsq_rate) for codec, rows in curves.items()},
         "bd_rate": mean_bd_rates(points, _ANCHOR[dataset.kind]),
-        "prior_saves": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
+        "prior_savings": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in item_points] for name, item_points in points.items()},
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     storage.write_bytes(storage.join(out_url, "results.md"), (compression_markdown(results) + "\n").encode())
     storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
-    storage.write_bytes(storage.join(out_url, "pictures.png"), render_examples(examples))
+    storage.write_bytes(storage.join(out_url, "comparison.png"), render_examples(examples))
     return results
 
 
@@ -141,7 +142,7 @@ class _CodecRunner:
 class _FileComparer:
     """Every codec at every quality on one image or clip."""
 
-    def __init__(self, model_url: str, weights: Literal["ema", "plain"], read: _ContentReader) -> None:
+    def __init__(self, model_url: str, weights: WeightsKind, read: _ContentReader) -> None:
         self.read = read
         self.standard_runners = _standard_runners(read.kind)
         self.bsq_runners = _bsq_runners(model_url, weights, read.kind)
@@ -172,9 +173,7 @@ class _FileComparer:
         return points, example
 
 
-def _bsq_runners(
-    model_url: str, weights: Literal["ema", "plain"], kind: Literal["images", "clips"]
-) -> dict[str, _CodecRunner]:
+def _bsq_runners(model_url: str, weights: WeightsKind, kind: Literal["images", "clips"]) -> dict[str, _CodecRunner]:
     codec = Codec.from_pretrained(model_url, weights)
     codecs = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
     build_runner = _bsq_image_runner if kind == "images" else _bsq_clip_runner

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.actor_pool import actor_map_ordered
@@ -53,7 +54,7 @@ def evaluate_generation(
     seed: int = 0,
     reference_url: str | None = None,
     baseline_url: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Draws images with the classes of a data set and compares them with it.
@@ -124,11 +125,11 @@ def evaluate_generation(
         "weights": weights,
         "sampling": sampling_config.model_dump(),
         "seed": seed,
-        "drawn": total,
+        "num_generated": total,
         "rows": rows,
-        "real images": {"inception_score": _inception_score(real, classifier)}
+        "real_images": {"inception_score": _inception_score(real, classifier)}
         | ({"class_accuracy": _class_accuracy(real, reference)} if reference_url else {}),
-        "contract": provenance,
+        "provenance": provenance,
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     storage.write_bytes(storage.join(out_url, "results.md"), (generation_markdown(results) + "\n").encode())
@@ -149,9 +150,7 @@ class _GeneratedFeatureExtractor:
 
 
 class _ModelSampler:
-    def __init__(
-        self, url: str, weights: Literal["ema", "plain"], sampling_config: config.SamplingConfig, seed: int
-    ) -> None:
+    def __init__(self, url: str, weights: WeightsKind, sampling_config: config.SamplingConfig, seed: int) -> None:
         self.generator = Generator.from_pretrained(url, weights, default_device())
         self.sampling_config, self.seed = sampling_config, seed
 
@@ -219,22 +218,22 @@ _COLUMNS: dict[str, Column] = {
     "inception_score": ("IS (EfficientNet)", 2, max),
     "precision": ("precision", 3, max),
     "recall": ("recall", 3, max),
-    "class_accuracy": ("classes told", 3, max),
-    "class_coverage": ("classes covered", 3, max),
+    "class_accuracy": ("class accuracy (5-NN)", 3, max),
+    "class_coverage": ("class coverage", 3, max),
 }
 
 
 def generation_markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
     lines = metric_table(results["rows"], _COLUMNS)
-    provenance, sampling = results["contract"], results["sampling"]
+    provenance, sampling = results["provenance"], results["sampling"]
     generated_text = (
-        f"{results['drawn']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
+        f"{results['num_generated']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
         f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
-    reference_text = f"{provenance['images']} images of {provenance['data']} ({provenance['data_hash'][:12]}), {provenance['resize']}"
+    reference_text = f"{provenance['num_samples']} images of {provenance['data']} ({provenance['data_hash'][:12]}), {provenance['resize']}"
     lines += ["", f"{generated_text} against {reference_text}."]
-    real = results["real images"]
+    real = results["real_images"]
     lines.append(f"The real images' inception score is {real['inception_score']:.2f}.")
     if "class_accuracy" in real:
         lines.append(f"Of the real images' classes, {real['class_accuracy']:.3f} are told the same way.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from bsq_ray import storage
 from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import default_device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 
 _BATCH, _COLUMNS = 16, 12
@@ -48,9 +49,7 @@ class GenerateRequest:
     mask: str | None = None
 
 
-def generate_files(
-    model_url: str, out_url: str, request: GenerateRequest, weights: Literal["ema", "plain"] = "ema"
-) -> int:
+def generate_files(model_url: str, out_url: str, request: GenerateRequest, weights: WeightsKind = "ema") -> int:
     """Writes files named by class and number, and sheet.png; returns how many there are.
 
     Images become PNG, clips animated WebP; of a clip the sheet shows the middle frame.

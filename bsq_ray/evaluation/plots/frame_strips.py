@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, select_by_quantile
 
-_ROWS = ("original", "tokenizer", "mean colours")
+_ROWS = ("original", "tokenizer", "mean colors")
 _TILE, _GAP, _LABEL, _CAPTION = 128, 4, 110, 24
 _NUM_FRAMES, _NUM_CLIPS = 8, 5
 

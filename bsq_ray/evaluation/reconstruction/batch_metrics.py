@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, subsample
 from bsq_ray.evaluation.reconstruction.baseline import MeanColorCodec
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.precision import strict_fp32
 
-ROWS = ("model", "mean colour")
+ROWS = ("model", "mean color")
 # Pictures that travel from the workers, of samples chosen by their keys.
 _MAX_EXAMPLES = 256
 
@@ -67,7 +68,7 @@ class ReconstructionMetrics(ABC):
 
     networks: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model_url: str, weights: Literal["ema", "plain"], total: int) -> None:
+    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
         strict_fp32()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)

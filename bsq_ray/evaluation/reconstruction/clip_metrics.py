@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.per_frame import clip_psnr, clips_from_batch_major, flicker, frames_batch_major, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
+from bsq_ray.model_folder import WeightsKind
 
 
 class ClipReconstructionMetrics(ReconstructionMetrics):
@@ -21,7 +21,7 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
-    def __init__(self, model_url: str, weights: Literal["ema", "plain"], total: int) -> None:
+    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
         super().__init__(model_url, weights, total)
         self.i3d = I3D().to(self.device)
 

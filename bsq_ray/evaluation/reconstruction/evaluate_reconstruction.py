@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from bsq_ray.evaluation.reconstruction.clip_metrics import ClipReconstructionMet
 from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.i3d import MIN_FRAMES
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
@@ -41,7 +42,7 @@ def evaluate_reconstruction(
     out_url: str,
     workers: int = 2,
     address: str | None = None,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     batch_size: int | None = None,
     limit: int | None = None,
     show_published: bool = False,
@@ -55,7 +56,7 @@ def evaluate_reconstruction(
         data_url: packed images, or packed videos for a tokenizer that takes clips.
         out_url: folder for the results.
         workers: Ray actors that measure; 0 measures in this process, without Ray.
-        weights: "ema" or "plain" weights of the folder.
+        weights: "ema" or "raw" weights of the folder.
         batch_size: images or clips at once; by default 32 images or 2 clips.
         limit: only the first so many images or clips.
         published_rows: show published figures below the table.
@@ -63,8 +64,8 @@ def evaluate_reconstruction(
         progress: called with images or clips done and all of them.
 
     Returns:
-        The content of results.json: {"rows": {"model": {...}, "mean colour": {...}}, "contract": {...}, …}; of clips
-        also {"by_frame": {"model": {"psnr": [first frame, second frame, …], …}, …}}.
+        The content of results.json: {"rows": {"model": {...}, "mean color": {...}}, "provenance": {...}, …}; of clips
+        also {"per_frame": {"model": {"psnr": [first frame, second frame, …], …}, …}}.
 
     Raises:
         ValueError: model or data are missing or do not fit.
@@ -96,7 +97,7 @@ class _EvaluationTask:
     run: config.TokenizerConfig
     model_id: str
     model_url: str
-    weights: Literal["ema", "plain"]
+    weights: WeightsKind
     manifest: Manifest
     source: DataSource
     batch_size: int
@@ -128,12 +129,12 @@ def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Ite
 
         class MetricsActor:
             def __init__(self) -> None:
-                self.measure = task.build_metrics()
+                self.compute_metrics = task.build_metrics()
 
             def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-                measured = np.empty(1, object)
-                measured[0] = self.measure(rows["block"][0])
-                return {"measured": measured}
+                batch_metrics = np.empty(1, object)
+                batch_metrics[0] = self.compute_metrics(rows["block"][0])
+                return {"batch_metrics": batch_metrics}
 
         gpus_per_actor = gpus_per_process(workers)
         samples = evaluation_dataset(*task.dataset_args())
@@ -141,7 +142,7 @@ def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Ite
         for row in samples.map_batches(
             MetricsActor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor
         ).iter_rows():
-            yield row["measured"]
+            yield row["batch_metrics"]
 
 
 def _write_results(
@@ -166,8 +167,8 @@ def _write_results(
         "weights": task.weights,
         "rows": metrics,
         "bit_entropies": accumulator.usage.bit_entropies(),
-        "damaged": accumulator.skipped,
-        "contract": provenance,
+        "skipped_samples": accumulator.skipped,
+        "provenance": provenance,
     }
     if "ms_ssim" not in metrics["model"]:
         provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
@@ -176,12 +177,12 @@ def _write_results(
             f"{num_frames} frames, {_format_stride(data.frame_stride)} of the video; "
             f"at most {data.clips_per_video} of a video, from the middles of equal parts"
         )
-        provenance["left_out"] = list(task.source.notes)
+        provenance["skipped"] = list(task.source.notes)
         if "rfvd" not in metrics["model"]:
             provenance["rfvd"] = (
                 f"not defined for clips of {num_frames} frames (its network takes {MIN_FRAMES} or more)"
             )
-        results["by_frame"] = accumulator.per_frame()
+        results["per_frame"] = accumulator.per_frame()
         plots = {
             "reconstructions.png": render_strips(accumulator.comparisons, accumulator.lpips_scores),
             "reconstructions.webp": render_animation(accumulator.comparisons, accumulator.lpips_scores, _ANIMATION_FPS),
@@ -231,14 +232,14 @@ COLUMNS: dict[str, Column] = {
 def reconstruction_markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
     lines = metric_table(results["rows"], COLUMNS)
-    provenance = results["contract"]
+    provenance = results["provenance"]
     data = f"{provenance['data']} ({provenance['data_hash'][:12]})"
     lines += [
         "",
-        f"{provenance['images']} {_UNITS[provenance['kind']]} of {data}, {provenance['resize']}; {provenance['pixels']}.",
+        f"{provenance['num_samples']} {_UNITS[provenance['kind']]} of {data}, {provenance['resize']}; {provenance['pixels']}.",
     ]
     lines += [f"Clips: {provenance['clips']}."] if "clips" in provenance else []
-    lines += [f"Left out: {note}." for note in provenance.get("left_out", ())]
+    lines += [f"Skipped: {note}." for note in provenance.get("skipped", ())]
     if "warning" in provenance:
         lines.append(f"Note: {provenance['warning']}.")
     return "\n".join(lines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
@@ -12,6 +10,7 @@ from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
+from bsq_ray.model_folder import WeightsKind
 
 
 class ImageReconstructionMetrics(ReconstructionMetrics):
@@ -19,7 +18,7 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
-    def __init__(self, model_url: str, weights: Literal["ema", "plain"], total: int) -> None:
+    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
         super().__init__(model_url, weights, total)
         self.inception = Inception().to(self.device)
 

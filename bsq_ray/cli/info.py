@@ -1,0 +1,68 @@
+"""Describe a preset, model folder, run folder, packed data set or token table."""
+
+from __future__ import annotations
+
+from bsq_ray import config, model_folder, storage
+from bsq_ray.config.loader import suggest
+from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
+from bsq_ray.data.token_table import TABLE_FILE, read_table
+from bsq_ray.training.checkpoints.writer import list_checkpoints
+
+
+def format_info(target: str) -> str:
+    """What a model folder, run folder, packed data set, token table or preset is.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if target in config.preset_names():
+        return f"preset {target}\n{_format_run(config.load_config(target))}"
+    if storage.exists(storage.join(target, "model.safetensors")):
+        folder = model_folder.load_model_folder(target)
+        parameters = sum(tensor.numel() for tensor in folder.weights.values())
+        return f"model folder {target}\nid {folder.model_id}\n{parameters:,} parameters\n{_format_run(folder.config)}"
+    if storage.exists(storage.join(target, MANIFEST_FILE)):
+        manifest = read_manifest(target)
+        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        return (
+            f"packed data set {target}\n{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, "
+            f"{size:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
+        )
+    if storage.exists(storage.join(target, "checkpoints")):
+        checkpoints = list_checkpoints(target)
+        run = config.load_config(storage.join(target, "config.yaml"))
+        return f"run folder {target}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_format_run(run)}"
+    if storage.exists(storage.join(target, TABLE_FILE)):
+        table = read_table(target)
+        table_info = table.info
+        return (
+            f"token table {target}\n"
+            f"{table.num_rows} rows, {table_info.views} of each image or clip, {len(table_info.classes)} classes\n"
+            f"{' x '.join(map(str, table_info.grid))} tokens of {table_info.bits} bits, tokenizer {table_info.tokenizer_id}\n"
+            f"hash {table.hash}"
+        )
+    raise ValueError(
+        f"{target} is not a model folder, a run folder, a packed data set, a token table or a preset; "
+        f"{suggest(target, config.preset_names(), 'presets')}"
+    )
+
+
+def _format_run(run: config.AnyConfig) -> str:
+    training = run.training
+    if isinstance(run, config.TokenizerConfig):
+        tokens = (run.model.image_size // run.model.patch_size) ** 2
+        lines = [
+            f"{run.model.image_size} px images, {tokens} tokens of {run.model.quantizer.bits} bits "
+            f"({run.model.quantizer.kind}), {run.model.quantizer.bits / run.model.patch_size**2:g} bits per pixel",
+            f"encoder {run.model.encoder.layers} x {run.model.encoder.width}, "
+            f"decoder {run.model.decoder.layers} x {run.model.decoder.width}",
+        ]
+    else:
+        lines = [
+            f"{run.model.num_tokens} tokens of {run.model.bits} bits as {run.model.num_sub_tokens} symbols each"
+            + (f", {run.model.num_classes} classes" if isinstance(run, config.MaskedLMConfig) else ""),
+            f"Transformer {run.model.layers} x {run.model.width}",
+        ]
+    engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"
+    lines.append(f"{training.steps} steps of {training.batch_size} samples, {engine}")
+    return "\n".join([f"{run.name}: {run.description}", *lines])
