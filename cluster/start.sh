@@ -8,19 +8,19 @@
 #
 # A host is the address the servers know it by, with a user if it needs one: ubuntu@10.0.0.2. `--stop` ends every Ray of that
 # user there. Settings are environment variables:
-#   BSQ_RAY       the ray command on every server           (/opt/bsq_ray/.venv/bin/ray)
-#   BSQ_TOKEN     file with the cluster's token             (~/.ray/auth_token; `ray get-auth-token --generate` makes it)
-#   BSQ_NETWORK   network interface between the servers     (eth0)
-#   BSQ_STORE     bytes of the object store on each server  (64000000000)
-#   BSQ_SSH       the ssh command                           (ssh -o BatchMode=yes -o ConnectTimeout=10)
+#   RAY_BIN              the ray command on every node          (/opt/bsq_ray/.venv/bin/ray)
+#   RAY_AUTH_TOKEN_FILE  file with the cluster's token          (~/.ray/auth_token; `ray get-auth-token --generate`)
+#   NETWORK_INTERFACE    network interface between the nodes    (eth0)
+#   OBJECT_STORE_BYTES   bytes of the object store of each node (64000000000)
+#   SSH_COMMAND          the ssh command                        (ssh -o BatchMode=yes -o ConnectTimeout=10)
 # Exit status: 0 all done, 1 a server failed (each is named), 2 the call was wrong.
 set -euo pipefail
 
-ray=${BSQ_RAY:-/opt/bsq_ray/.venv/bin/ray}
-token=${BSQ_TOKEN:-$HOME/.ray/auth_token}
-network=${BSQ_NETWORK:-eth0}
-store=${BSQ_STORE:-64000000000}
-read -ra ssh <<<"${BSQ_SSH:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
+ray=${RAY_BIN:-/opt/bsq_ray/.venv/bin/ray}
+token=${RAY_AUTH_TOKEN_FILE:-$HOME/.ray/auth_token}
+network=${NETWORK_INTERFACE:-eth0}
+store=${OBJECT_STORE_BYTES:-64000000000}
+read -ra ssh <<<"${SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
 port=6379
 
 wrong() {

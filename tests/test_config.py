@@ -209,7 +209,7 @@ def test_dump_config_parse_config_roundtrip(name):
 
 
 @pytest.mark.parametrize(
-    ("override", "answer"),
+    ("override", "expected"),
     [
         ("training.stepz=5", "unknown key training.stepz; did you mean training.steps?"),
         ("model.quantizer.bit=5", "unknown key model.quantizer.bit; did you mean model.quantizer.bits?"),
@@ -229,10 +229,10 @@ def test_dump_config_parse_config_roundtrip(name):
         ("training.steps=true", "training: steps cannot be true or false"),
         ("training.steps=", "training.steps: Input should be a valid integer, got None"),
         ("training.optimizer.weight_decay=.inf", "training.optimizer.weight_decay: Input should be a finite number"),
-        ("training=5", "training: Input should be a valid dictionary or instance of Training"),
+        ("training=5", "training: Input should be a valid dictionary or instance of TrainingConfig"),
         ("training.steps.more=5", "training.steps is a value, not a section"),
-        ("data.resize_range=[2, 1]", "crop_scale [2.0, 1.0] is not a range"),
-        ("data.resize_range=[0.5, 1]", "crop_scale [0.5, 1.0] is not a range"),
+        ("data.resize_range=[2, 1]", "resize_range [2.0, 1.0] is not a range"),
+        ("data.resize_range=[0.5, 1]", "resize_range [0.5, 1.0] is not a range"),
         ("model.encoder.heads=7", "width 256 is not a multiple of heads 7"),
         ("model.patch_size=7", "image_size 64 is not a multiple of patch_size 7"),
         ("training.micro_batch_size=5", "batch_size 16 is not a multiple of micro_batch_size 5"),
@@ -264,7 +264,7 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "answer"),
+    ("overrides", "expected"),
     [
         (
             ["model.quantizer.entropy.estimate=group", "model.quantizer.entropy.group_size=5"],
@@ -301,7 +301,7 @@ def test_load_config_unknown_preset_is_suggested():
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("text", "expected"),
     [
         ("- a\n- b", "expected keys and values, found list"),
         ("", "expected keys and values, found nothing"),

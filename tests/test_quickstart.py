@@ -51,7 +51,7 @@ def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local):
 def test_quickstart_clips_write_report_with_animation(tmp_path, ray_local):
     """A quickstart on clips writes a report with an animation of held-out clips."""
     overrides = (*_SMALL_OVERRIDES, "training.steps=6", "training.batch_size=2", "data.clips_per_video=2")
-    result = run_quickstart(None, tmp_path / "out", minutes=5, overrides=overrides, material=CLIPS)
+    result = run_quickstart(None, tmp_path / "out", minutes=5, overrides=overrides, sample_set=CLIPS)
     html = result.report.read_text()
     assert "Clips it has never seen" in html
     assert "data:image/webp;base64," in html
@@ -101,7 +101,7 @@ def test_quickstart_one_clip_raises(video_folders, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "clip.mp4").write_bytes((video_folders[0] / "bikes.mp4").read_bytes())
     with pytest.raises(ValueError, match="holds 1 videos; the quickstart needs at least 2"):
-        run_quickstart(tmp_path / "one", tmp_path / "out", minutes=1, material=CLIPS)
+        run_quickstart(tmp_path / "one", tmp_path / "out", minutes=1, sample_set=CLIPS)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def evaluate_generation(
     from bsq_ray import storage
     from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation as evaluate
 
-    sampling_overrides = drop_none(steps=steps, guidance=guidance)
+    sampling_overrides = drop_none(steps=steps, guidance_scale=guidance)
     with progress_bar("drawing") as on_progress:
         weights_kind = parse_weights(weights)
         evaluate(

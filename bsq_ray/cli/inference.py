@@ -21,7 +21,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Of the noise on confidences.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
     interpolate: Annotated[
-        bool, typer.Option("--between", help="Go from the first of two classes to the second.")
+        bool, typer.Option("--interpolate", help="Go from the first of two classes to the second.")
     ] = False,
     image: Annotated[str | None, typer.Option(help="An image to fill in.")] = None,
     mask: Annotated[str | None, typer.Option(help="White where the image is to be drawn anew.")] = None,
@@ -30,7 +30,7 @@ def generate(
     """Draw images of classes, or fill in a part of one."""
     from bsq_ray.evaluation.generation.sample import GenerateRequest, generate_files
 
-    sampling_overrides = drop_none(steps=steps, guidance=guidance, temperature=temperature)
+    sampling_overrides = drop_none(steps=steps, guidance_scale=guidance, temperature=temperature)
     request = GenerateRequest(
         parse_ints(classes, "--classes"), count, seed, sampling_overrides, interpolate, image, mask
     )

@@ -48,7 +48,7 @@ class DecoderConfig(TransformerConfig):
 class EntropyConfig(StrictModel):
     """The entropy penalty of BSQ and LFQ (paper equation 4).
 
-    penalty = weight · (per_sample_weight · E[H] - dataset_weight · H(E)) / inverse_temperature
+    penalty = weight · (per_sample_weight · E[H] - codebook_weight · H(E)) / inverse_temperature
     """
 
     estimate: Literal["analytical", "group"] = "analytical"
@@ -198,7 +198,7 @@ class DataConfig(DataOrderConfig):
     def _check_resize_range(self) -> DataConfig:
         low, high = self.resize_range
         if not 1.0 <= low <= high:
-            raise ValueError(f"crop_scale {list(self.resize_range)} is not a range [low, high] with 1 <= low <= high")
+            raise ValueError(f"resize_range {list(self.resize_range)} is not a range [low, high] with 1 <= low <= high")
         return self
 
 
@@ -213,7 +213,7 @@ class OptimizerConfig(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """Linear warm-up from `warmup_from` to 1, then a half cosine down to `final`, as factors of the learning rate."""
+    """Linear warm-up from `warmup_start_factor` to 1, then a half cosine down to `final`, as factors of the learning rate."""
 
     warmup_steps: int = Field(5000, ge=0)
     warmup_start_factor: float = Field(0.1, ge=0, le=1)

@@ -96,7 +96,7 @@ def _evaluate(
             str(out / "evaluation" / f"guidance-{guidance_scale:g}"),
             WORKERS,
             count=num_images,
-            sampling={"guidance": guidance_scale},
+            sampling={"guidance_scale": guidance_scale},
             reference_url=shards["train"],
             baseline_url=tables["train"] if guidance_scale == _GUIDANCE_SCALES[0] else None,
         )

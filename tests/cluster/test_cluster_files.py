@@ -194,7 +194,7 @@ def run_start_script(*arguments, **environment):
 def test_start_script_dry_run_prints_commands():
     """With --dry-run the start script prints the command of each host."""
     completed = run_start_script(
-        "--dry-run", "me@10.0.0.1", "10.0.0.2", "10.0.0.3", BSQ_RAY="/venv/bin/ray", BSQ_NETWORK="ib0"
+        "--dry-run", "me@10.0.0.1", "10.0.0.2", "10.0.0.3", RAY_BIN="/venv/bin/ray", NETWORK_INTERFACE="ib0"
     )
     head, *workers = completed.stdout.splitlines()
     assert head.startswith("me@10.0.0.1: ")
@@ -224,7 +224,7 @@ def test_start_script_matches_launcher_commands():
     [
         ([], {}, "name the servers, the head first"),
         (["--strat", "a"], {}, "option --strat is not known"),
-        (["10.0.0.1"], {"BSQ_TOKEN": "/nowhere"}, "there is no token in /nowhere"),
+        (["10.0.0.1"], {"RAY_AUTH_TOKEN_FILE": "/nowhere"}, "there is no token in /nowhere"),
     ],
 )
 def test_start_script_wrong_arguments_fail(arguments, environment, message):
@@ -247,7 +247,7 @@ def fake_ssh(tmp_path):
     script.chmod(0o755)
     token = tmp_path / "token"
     token.write_text("secret-of-the-cluster")
-    return tmp_path, {"BSQ_SSH": str(script), "BSQ_TOKEN": str(token)}
+    return tmp_path, {"SSH_COMMAND": str(script), "RAY_AUTH_TOKEN_FILE": str(token)}
 
 
 def test_start_script_sends_token_by_stdin(fake_ssh):

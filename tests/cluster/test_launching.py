@@ -64,11 +64,11 @@ def test_start_script_starts_runs_job_and_stops_cluster(network, photo_folders):
     """The start script starts a cluster, adds a node, runs a job and stops the cluster."""
     desk, head, server, shared = network
     shutil.copytree(photo_folders[0], shared / "photos")
-    start_result = desk.run("cluster/start.sh", "10.0.0.1", BSQ_STORE=STORE)
+    start_result = desk.run("cluster/start.sh", "10.0.0.1", OBJECT_STORE_BYTES=STORE)
     assert start_result.returncode == 0, start_result.stdout + start_result.stderr
     counts_file = start_counting_nodes(head)
     assert counts_file.read_text() == "1\n"
-    join_result = desk.run("cluster/start.sh", "--join", "10.0.0.1", "10.0.0.2", BSQ_STORE=STORE)
+    join_result = desk.run("cluster/start.sh", "--join", "10.0.0.1", "10.0.0.2", OBJECT_STORE_BYTES=STORE)
     assert join_result.returncode == 0, join_result.stdout + join_result.stderr
     wait_until(lambda: counts_file.read_text() == "1\n2\n", counts_file)
 

@@ -60,9 +60,9 @@ def test_generate_demo_too_few_photos_raises(photos, tmp_path):
 
 def test_generate_demo_compares_guidance_with_frequencies(labeled_folder, tmp_path, ray_local, monkeypatch):
     """The generation demo compares guidance scales with the frequency baseline."""
-    monkeypatch.setattr(generate_demo, "_GUIDANCE", (0.0, 2.0))
+    monkeypatch.setattr(generate_demo, "_GUIDANCE_SCALES", (0.0, 2.0))
     result = generate_demo.run_demo(
-        labeled_folder, tmp_path, 0.1, SMALL_TOKENIZER, (*SMALL_TOKENS, "sampling.steps=2"), drawn=8
+        labeled_folder, tmp_path, 0.1, SMALL_TOKENIZER, (*SMALL_TOKENS, "sampling.steps=2"), num_images=8
     )
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["guidance"]) == ["0", "2"]
