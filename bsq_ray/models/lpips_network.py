@@ -98,7 +98,7 @@ def _build_trunk(name: NetworkName) -> nn.ModuleList:
         for index, convolution in enumerate(trunk_convolutions):
             convolution.weight.copy_(weights[f"conv.{index}.weight"])
             cast(Tensor, convolution.bias).copy_(weights[f"conv.{index}.bias"])
-    return slices.to(memory_format=torch.channels_last)
+    return slices.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _load_heads(name: NetworkName) -> list[Tensor]:

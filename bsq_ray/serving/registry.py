@@ -122,7 +122,9 @@ class ModelRegistry:
         """
         is_video_upload = is_video(data)
         matching = [
-            model for model in self if capability in model.capabilities and (model.kind.num_frames > 1) == is_video_upload
+            model
+            for model in self
+            if capability in model.capabilities and (model.kind.num_frames > 1) == is_video_upload
         ]
         return matching[0] if name is None and matching else self.choose(capability, name)
 

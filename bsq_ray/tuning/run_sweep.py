@@ -23,8 +23,9 @@ from bsq_ray.data.factory import build_source
 from bsq_ray.runtime.ray_session import max_cluster_resources, ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
-from bsq_ray.training.ray_trainer import ResourceBudget, ray_storage_options, should_use_gpus
+from bsq_ray.training.ray_trainer import ResourceBudget, ray_storage_options
 from bsq_ray.training.worker_context import Device
+from bsq_ray.training.worker_resources import should_use_gpus
 from bsq_ray.tuning.results import write_results
 from bsq_ray.tuning.study import Study, TrialRecord
 from bsq_ray.tuning.sweep_config import BudgetConfig, SweepConfig

@@ -80,7 +80,9 @@ def serve_preset(preset, folder):
     torch.manual_seed(0)
     Tokenizer(run.model).save_pretrained(str(folder / preset), run)
     settings = Settings(
-        models={preset: str(folder / preset)}, authentication=False, limits=Limits(max_ongoing_requests=32, request_timeout_s=300)
+        models={preset: str(folder / preset)},
+        authentication=False,
+        limits=Limits(max_ongoing_requests=32, request_timeout_s=300),
     )
     began = time.perf_counter()
     with serve_app(settings, "127.0.0.1", 0) as service:

@@ -249,7 +249,8 @@ def test_generate_files_writes_images(generation_setup, tmp_path):
             generation_setup[0], str(tmp_path / "x"), GenerateRequest([0], image=image, mask=str(tmp_path / "tall.png"))
         )
     assert (
-        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True)) == 4
+        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True))
+        == 4
     )
 
 

@@ -27,7 +27,9 @@ TOKEN = "a-token-of-enough-length"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    limits = Limits(max_body_mb=0.5, max_pixels=300_000, upload_timeout_s=1, request_timeout_s=60, max_ongoing_requests=4)
+    limits = Limits(
+        max_body_mb=0.5, max_pixels=300_000, upload_timeout_s=1, request_timeout_s=60, max_ongoing_requests=4
+    )
     return Settings(models=save_models(tmp_path_factory.mktemp("models")), limits=limits, authentication=False)
 
 
@@ -110,9 +112,13 @@ def test_generate_streams_one_image_per_step(client, settings):
     images = [Image.open(io.BytesIO(base64.b64decode(step["image"].split(",")[1]))) for step in steps]
     gray = [(np.asarray(picture) == 128).all(-1).mean() for picture in images]
     assert gray[0] > gray[1] > gray[2]
-    [expected] = to_uint8(Generator.from_pretrained(settings.models["draws"]).generate([2], 5, steps=4, guidance_scale=1.5))
+    [expected] = to_uint8(
+        Generator.from_pretrained(settings.models["draws"]).generate([2], 5, steps=4, guidance_scale=1.5)
+    )
     assert np.array_equal(np.asarray(images[-1]).transpose(2, 0, 1), expected.numpy())
-    png_response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance_scale": 1.5}, headers=PNG)
+    png_response = client.post(
+        "/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance_scale": 1.5}, headers=PNG
+    )
     assert np.array_equal(np.asarray(open_png(png_response)), np.asarray(images[-1]))
     assert client.post("/v1/generate", json={"class": 0, "steps": 1}, headers=PNG).headers["x-seed"]
 

@@ -69,7 +69,7 @@ class ReconstructionMetrics(ABC):
     networks: ClassVar[tuple[str, ...]]
 
     def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
-        strict_fp32()
+        enable_strict_fp32()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config

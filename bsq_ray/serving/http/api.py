@@ -138,7 +138,8 @@ def create_app(
             if body.bits != target.metadata["bits"]:
                 raise ApiError(422, f"bits: tokens of this model have {target.metadata['bits']}")
             file = await with_timeout(
-                limits.request_timeout_s, replicas.call("decode", body.to_packed_tokens(), _video_media_type(request, MP4))
+                limits.request_timeout_s,
+                replicas.call("decode", body.to_packed_tokens(), _video_media_type(request, MP4)),
             )
         return _file_response(file, {"X-Model": target.name})
 
