@@ -112,7 +112,7 @@ def run_on_ray(
     """Train with Ray Train's workers on the connected cluster.
 
     Args:
-        world_sizes: valid numbers of workers, ascending. With several, the run is elastic: it uses the largest that fits.
+        world_sizes: valid numbers of workers, ascending. A run with several is elastic: it uses the largest that fits.
         max_failures: failures in a row, without a new checkpoint between them, after which the run ends. Waiting for
             capacity is not a failure and has no time limit.
         on_record: receives the run's records, with one of kind "restart" for each group after the first.

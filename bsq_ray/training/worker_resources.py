@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bsq_ray.runtime.ray_session import cluster_limits_known, max_cluster_cpus, max_cluster_gpus
 from bsq_ray.training.capacity import DATA_TASK_RESOURCES, CapacityTimeouts, Resources
@@ -25,7 +25,7 @@ class ResourceBudget:
 
     resources_per_worker: Resources | None = None
     concurrent_runs: int = 1
-    timeouts: CapacityTimeouts = CapacityTimeouts()
+    timeouts: CapacityTimeouts = field(default_factory=CapacityTimeouts)
 
 
 @dataclass(frozen=True)
