@@ -46,11 +46,11 @@ def sweep(
                 data,
                 held_out,
                 out,
-                resume,
-                address,
-                device_kind,
-                stop_after,
-                SweepProgress(progress_line).on_event,
+                resume=resume,
+                address=address,
+                device=device_kind,
+                stop_after_minutes=stop_after,
+                on_event=SweepProgress(progress_line).on_event,
             )
     except Interrupted as stop:
         raise Interrupted(f"{stop}. Go on with: {resume_command()}") from None

@@ -50,8 +50,8 @@ def ray_session(
     Args:
         address: a cluster ("auto" or host:port). None uses RAY_ADDRESS, which `ray job submit` sets, or starts a Ray on
             this node. A process that is connected already keeps its connection.
-        num_cpus: logical CPUs of a Ray that is started here. None is the number of cores, at least 4, because data tasks
-            need a CPU in addition to the workers'.
+        num_cpus: logical CPUs of a Ray that is started here. None is the number of cores, at least 4, because data
+            tasks need a CPU in addition to the workers'.
         include_dashboard: start a dashboard with a Ray that is started here.
 
     Yields:

@@ -36,8 +36,8 @@ from bsq_ray.training.worker_context import ControlSignal, Device, RecordSink, W
 from bsq_ray.training.worker_resources import ResourceBudget, resolve_worker_resources
 
 _POLL_INTERVAL_S = 0.5
-_PREEMPTED = "a node is being preempted; all steps are saved"
-_MORE_CAPACITY = "there is capacity for more workers; all steps are saved"
+_DRAINING = "a node is draining; all steps are saved"
+_MORE_CAPACITY = "capacity for more workers is available; all steps are saved"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run_on_ray(
     """Train with Ray Train's workers on the connected cluster.
 
     Args:
-        world_sizes: valid numbers of workers, ascending. With several, the run is elastic: it uses the largest that fits.
+        world_sizes: valid numbers of workers, ascending. A run with several is elastic: it uses the largest that fits.
         max_failures: failures in a row, without a new checkpoint between them, after which the run ends. Waiting for
             capacity is not a failure and has no time limit.
         on_record: receives the run's records, with one of kind "restart" for each group after the first.
@@ -213,7 +213,7 @@ class _FailureTracker:
         if failure and (failure.is_fatal or is_repeated or self._num_failures > self._max_failures):
             raise failure.error
         if self._num_failures > self._max_failures:
-            prefix = "" if outcome.started else f"could not start workers ({self._num_failures} failures in a row): "
+            prefix = "" if outcome.started else f"workers could not start ({self._num_failures} failures in a row): "
             raise RuntimeError(prefix + outcome.cause)
 
 
@@ -292,7 +292,7 @@ class WorkerGroupRun:
 
     def _resize_reason(self, monitor: ScaleUpMonitor) -> str:
         if draining_nodes() & set(self._events.node_ids.values()):
-            return _PREEMPTED
+            return _DRAINING
         return _MORE_CAPACITY if monitor.poll() else ""
 
     def _forward_records(self, events: WorkerGroupEvents, on_record: RecordSink) -> None:

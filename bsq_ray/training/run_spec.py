@@ -25,8 +25,8 @@ class RunSpec:
         data_url: packed training data.
         out_url: folder of the run.
         held_out_url: packed data for evaluations during training; None uses training data.
-        minutes: time limit for training and its evaluations; the schedule then follows the elapsed time. None trains all
-            steps.
+        minutes: time limit for training and its evaluations; the schedule then follows the elapsed time. None trains
+            all steps.
         init_url: model folder that provides the initial weights of a new run; None starts from random weights.
     """
 

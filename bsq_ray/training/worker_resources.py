@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bsq_ray.runtime.ray_session import cluster_limits_known, max_cluster_cpus, max_cluster_gpus
 from bsq_ray.training.capacity import DATA_TASK_RESOURCES, CapacityTimeouts, Resources
@@ -25,7 +25,7 @@ class ResourceBudget:
 
     resources_per_worker: Resources | None = None
     concurrent_runs: int = 1
-    timeouts: CapacityTimeouts = CapacityTimeouts()
+    timeouts: CapacityTimeouts = field(default_factory=CapacityTimeouts)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def available_gpus(device: Device, on_record: RecordSink) -> float:
     if cluster_limits_known() or device == "cpu":
         return running_gpus
     if device == "auto" and not running_gpus:
-        text = "no GPU is running on this cluster, so training uses CPUs; give --device gpu to wait for an autoscaler"
+        text = "no GPU is up on this cluster, so training uses CPUs; give --device gpu to wait for an autoscaler"
         on_record({"kind": "warning", "step": 0, "text": text})
         return 0.0
     return math.inf
@@ -96,7 +96,7 @@ def should_use_gpus(device: Device, min_workers: int, max_gpus: float) -> bool:
         raise ValueError("--device gpu requires a cluster with GPUs, and this one has none; give --device cpu")
     if max_gpus < min_workers:
         raise ValueError(
-            f"{min_workers} workers need a GPU each and the cluster has {max_gpus:g}; give --workers {max_gpus:g}, "
+            f"{min_workers} workers need a GPU each, but the cluster has {max_gpus:g}; give --workers {max_gpus:g}, "
             "or --device cpu"
         )
     return True
@@ -122,6 +122,6 @@ def check_cpus(min_workers: int, cpus_per_worker: float, max_cpus: float) -> Non
         max_workers = max(0, int((max_cpus - data_task_cpus) / cpus_per_worker + _CPU_TOLERANCE))
     fix = f"--workers {max_workers} or fewer" if max_workers else "--workers 0, which trains without Ray"
     raise ValueError(
-        f"{min_workers} workers of {cpus_per_worker:g} CPUs and the data tasks need {required_cpus:g} CPUs and the "
+        f"{min_workers} workers of {cpus_per_worker:g} CPUs and the data tasks need {required_cpus:g} CPUs, but the "
         f"cluster has {max_cpus:g}; give {fix}"
     )

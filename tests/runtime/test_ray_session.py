@@ -26,6 +26,8 @@ def test_ray_session_unreachable_address_fails_fast(monkeypatch):
 def test_ray_session_failed_data_actors_disconnects(monkeypatch):
     """The session disconnects from a cluster whose Ray Data actors cannot start."""
     disconnected = []
+    # Restored afterwards, because the tests share one Ray session.
+    monkeypatch.setattr(session, "_connection", None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "shutdown", lambda: disconnected.append(True))

@@ -38,8 +38,8 @@ def test_elastic_run_shrinks_and_grows(elastic_records):
     assert [record["workers"] for record in records if record["kind"] == "start"] == [2, 1, 2, 1]
     assert {record["batch_size"] for record in records if record["kind"] == "start"} == {16}
     reasons = [record["reason"] for record in records if record["kind"] == "restart"]
-    assert reasons[0] == "a node is being preempted; all steps are saved"
-    assert reasons[1] == "there is capacity for more workers; all steps are saved"
+    assert reasons[0] == "a node is draining; all steps are saved"
+    assert reasons[1] == "capacity for more workers is available; all steps are saved"
     assert reasons[2].startswith("workers were lost (")
 
 

@@ -139,7 +139,7 @@ def test_repeated_startup_failure_ends_elastic_run(photo_shards, tmp_path, ray_l
         raise OSError("the driver is missing")
 
     monkeypatch.setattr(ray_trainer, "_worker_main", broken)
-    records, message = [], r"^could not start workers \(2 failures in a row\): .*the driver is missing"
+    records, message = [], r"^workers could not start \(2 failures in a row\): .*the driver is missing"
     with pytest.raises(RuntimeError, match=message):
         train(
             load_config(PRESET, SMALL),

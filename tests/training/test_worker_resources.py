@@ -20,7 +20,7 @@ def test_should_use_gpus_follows_device_and_cluster(device, max_gpus, expected):
 @pytest.mark.parametrize(
     ("device", "max_gpus", "message"),
     [
-        ("auto", 1, "2 workers need a GPU each and the cluster has 1; give --workers 1, or --device cpu"),
+        ("auto", 1, "2 workers need a GPU each, but the cluster has 1; give --workers 1, or --device cpu"),
         ("gpu", 0, "--device gpu requires a cluster with GPUs, and this one has none; give --device cpu"),
     ],
 )
@@ -42,10 +42,10 @@ def test_check_cpus_with_data_task_cpu_passes(num_workers, cpus_per_worker, max_
 @pytest.mark.parametrize(
     ("num_workers", "cpus_per_worker", "max_cpus", "message"),
     [
-        (7, 0.5, 4, "7 workers of 0.5 CPUs and .* need 4.5 CPUs and the cluster has 4; give --workers 6 or fewer"),
-        (4, 1, 4, "4 workers of 1 CPUs and .* need 5 CPUs and the cluster has 4; give --workers 3 or fewer"),
-        (1, 0.5, 1, "need 1.5 CPUs and the cluster has 1; give --workers 0, which trains without Ray"),
-        (1, 0, 0, "need 1 CPUs and the cluster has 0; give --workers 0, which trains without Ray"),
+        (7, 0.5, 4, "7 workers of 0.5 CPUs and .* need 4.5 CPUs, but the cluster has 4; give --workers 6 or fewer"),
+        (4, 1, 4, "4 workers of 1 CPUs and .* need 5 CPUs, but the cluster has 4; give --workers 3 or fewer"),
+        (1, 0.5, 1, "need 1.5 CPUs, but the cluster has 1; give --workers 0, which trains without Ray"),
+        (1, 0, 0, "need 1 CPUs, but the cluster has 0; give --workers 0, which trains without Ray"),
     ],
 )
 def test_check_cpus_too_few_raises(num_workers, cpus_per_worker, max_cpus, message):

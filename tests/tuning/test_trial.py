@@ -1,4 +1,4 @@
-"""How a trial says that it failed, which decides whether it is tried again."""
+"""Outcome of a failed trial, which decides whether it is retried."""
 
 import queue
 
@@ -11,7 +11,7 @@ from bsq_ray.tuning.trial import SweepTrainable, TrialContext, TrialOutcome
 
 
 def event_after_error(error):
-    """What a trial hands to Tune when its training raises `error`."""
+    """Return the event of a trial whose training raises `error`."""
 
     class FailingTrainable(SweepTrainable):
         def _train(self):

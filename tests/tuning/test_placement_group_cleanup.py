@@ -1,4 +1,4 @@
-"""Placement groups of killed actors: Ray keeps them, and a sweep takes back what they hold."""
+"""Placement groups of killed actors: Ray keeps them, and a sweep removes them."""
 
 import time
 
@@ -9,7 +9,7 @@ from bsq_ray.tuning.placement_group_cleanup import remove_orphaned_placement_gro
 
 
 def wait_for_free_cpus(expected_cpus, timeout_s=30):
-    """CPUs that are free, once they are as expected or the time is over."""
+    """Return the free CPUs, as soon as they are as expected or the timeout has passed."""
     deadline = time.monotonic() + timeout_s
     while (cpus := ray.available_resources().get("CPU", 0)) != expected_cpus and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -20,7 +20,7 @@ def test_remove_orphans_only_from_dead_actors(ray_local):
     """Only placement groups whose creator actor is dead are removed."""
 
     class Holder:
-        """As Ray Train's controller does: an actor that reserves resources for its workers."""
+        """Reserves resources for workers, as Ray Train's controller does."""
 
         def reserve(self):
             self.group = placement_group([{"CPU": 1}])
@@ -33,7 +33,7 @@ def test_remove_orphans_only_from_dead_actors(ray_local):
     assert driver_group.wait(60)
     assert remove_orphaned_placement_groups() == 0
     ray.kill(killed_actor)
-    # Nobody else gives it back.
+    # Ray itself does not release it.
     time.sleep(3)
     assert wait_for_free_cpus(initial_cpus - 3, 5) == initial_cpus - 3
     assert remove_orphaned_placement_groups() == 1

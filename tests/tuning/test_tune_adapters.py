@@ -1,10 +1,10 @@
-"""What Tune is answered: whom the schedulers stop, and how the cluster is divided; without a cluster."""
+"""Schedulers and resource allocation of a sweep, without a cluster."""
 
 import pytest
-from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from small_sweeps import small_sweep
 
+from bsq_ray.runtime._ray_internals import stub_trial
 from bsq_ray.tuning.run_sweep import allocate_resources
 from bsq_ray.tuning.study import Study
 from bsq_ray.tuning.sweep_config import BudgetConfig
@@ -17,18 +17,18 @@ SCHEDULERS = {
 
 
 def make_reports(value, steps=(0, 10, 20, 30)):
-    """(step, figures) of a trial that is better from evaluation to evaluation."""
+    """Return (step, metrics) of a trial that improves from evaluation to evaluation."""
     return [(step, {"psnr": value + step / 100}) for step in steps]
 
 
 def replay_trial(scheduler, number, psnr, steps=(0, 10, 20, 30)):
-    """Shows a trial's evaluations to the scheduler, which must let it continue whatever it decides."""
-    trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+    """Show a trial's evaluations to the scheduler, which must let it continue in any case."""
+    trial = stub_trial(f"trial{number}", {"number": number})
     scheduler.on_trial_add(None, trial)
     for step, metrics in make_reports(psnr, steps):
         decision = scheduler.on_trial_result(None, trial, {"step": step, "metrics": metrics, **metrics})
         assert decision == TrialScheduler.CONTINUE
-    # How it ended is no evaluation.
+    # The outcome is not an evaluation.
     scheduler.on_trial_result(None, trial, {"state": "finished", "reason": "", "metrics": {}})
 
 
@@ -62,7 +62,7 @@ def test_scheduler_resumed_sweep_sees_previous_trials(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_scheduler_resumed_trial_keeps_its_reports(tmp_path, kind):
-    """Its first reports count for itself and for the others, though it does not make them again."""
+    """Earlier reports of a resumed trial count for itself and for other trials."""
     sweep = small_sweep(tmp_path, scheduler=SCHEDULERS[kind], space={"model.quantizer.bits": {"values": [6, 7, 8, 9]}})
     previous_study = Study(sweep, str(tmp_path / "out"))
     for psnr in (20.0, 21.0, 22.0):
@@ -73,9 +73,9 @@ def test_scheduler_resumed_trial_keeps_its_reports(tmp_path, kind):
     scheduler = build_scheduler(study, 1000, stop_requests.append)
     for _ in range(3):
         number = study.next_trial().number
-        trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+        trial = stub_trial(f"trial{number}", {"number": number})
         scheduler.on_trial_add(None, trial)
-    # It has come to step 10, like them.
+    # Its newest report has step 10, like theirs.
     replay_trial(scheduler, 3, 5.0, (0, 10))
     assert stop_requests == [3]
 
@@ -88,7 +88,7 @@ def test_scheduler_own_metric_decides(tmp_path):
         Study(small_sweep(tmp_path, scheduler=scheduler_config), str(tmp_path)), 1000, stop_requests.append
     )
     for number, loss in enumerate((0.2, 0.9)):
-        trial = Trial("sweep", config={"number": number}, trial_id=f"trial{number}", stub=True)
+        trial = stub_trial(f"trial{number}", {"number": number})
         scheduler.on_trial_add(None, trial)
         scheduler.on_trial_result(None, trial, {"step": 10, "psnr": 20.0 + loss, "perceptual": loss})
     assert stop_requests == [1]
@@ -102,10 +102,10 @@ def test_build_scheduler_none_returns_fifo(tmp_path):
 @pytest.mark.parametrize(
     ("budget", "cluster_resources", "use_gpu", "expected"),
     [
-        # A CPU stays free for reading, and each trial has a small process of its own.
+        # One CPU stays free for data tasks, and each trial has a small process of its own.
         ({}, {"CPU": 4}, False, (2, {"CPU": 1})),
         ({"workers": 2}, {"CPU": 4}, False, (1, {"CPU": 1})),
-        # Halves where there is no room for whole ones.
+        # Half CPUs if whole ones do not fit.
         ({"max_concurrent_trials": 2, "workers": 2}, {"CPU": 4}, False, (2, {"CPU": 0.5})),
         ({"workers": 4}, {"CPU": 64, "GPU": 8}, True, (2, {"CPU": 1, "GPU": 1})),
         ({"workers": 2, "resources": {"GPU": 0.5, "CPU": 2}}, {"CPU": 16, "GPU": 2}, True, (2, {"GPU": 0.5, "CPU": 2})),
@@ -131,5 +131,5 @@ def test_allocate_resources_limited_by_remaining_trials():
 )
 def test_allocate_resources_too_large_raises(budget, cluster_resources):
     """Resources that the cluster can never provide raise an error that names the budget keys."""
-    with pytest.raises(ValueError, match=r"there is no room for \d trials at once.*lower budget.max_concurrent_trials"):
+    with pytest.raises(ValueError, match=r"cannot run \d trials at once.*lower budget.max_concurrent_trials"):
         allocate_resources(BudgetConfig(**budget), cluster_resources, use_gpu=False, num_trials=20)

@@ -1,4 +1,4 @@
-"""A sweep's YAML: what is shipped loads, and what is wrong is said in one sentence."""
+"""Sweep YAML: shipped sweeps load, and mistakes raise one-line errors."""
 
 from pathlib import Path
 
@@ -66,28 +66,28 @@ def test_shipped_sweeps_explain_every_key():
         (space_of("model.quantizer.bits", valeus=[6]), r"unknown key .*valeus; did you mean .*values\?"),
         (space_of("model.quantizer.bits"), "give one of values, choices, integers, uniform, loguniform"),
         (space_of("model.quantizer.bits", values=[]), "values is empty"),
-        (space_of("model.quantizer.bits", values=[6, 6]), "names one twice"),
+        (space_of("model.quantizer.bits", values=[6, 6]), "contains a value twice"),
         (space_of("model.quantizer.bits", integers=[6, 2]), r"integers \[6, 2\] is not a range"),
         (space_of("loss.perceptual_weight", loguniform=[0, 1]), "must be above 0"),
-        (space_of("loss.perceptual_weight", uniform=[0, 1]), "a grid needs values, choices or integers"),
+        (space_of("loss.perceptual_weight", uniform=[0, 1]), "searcher grid needs values, choices or integers"),
         ({"searcher": "bayes"}, "searcher: 'bayes' is not valid; valid values are grid, random, tpe"),
         ({"searcher": "tpee"}, r"did you mean tpe\?"),
         ({"searcher": "random"}, "budget.num_samples is missing"),
-        ({"budget": {"num_samples": 3}}, "budget.num_samples is not for a grid"),
+        ({"budget": {"num_samples": 3}}, "budget.num_samples is not allowed with searcher grid"),
         ({"budget": {"steps": 3, "minutes": 1}}, "budget has steps and minutes"),
-        ({"budget": {"resources": {"GPU": 0}}}, "budget.resources .* is nothing"),
+        ({"budget": {"resources": {"GPU": 0}}}, "budget.resources .* is empty"),
         ({"budget": {"step": 3}}, r"unknown key budget.step; did you mean budget.steps\?"),
         ({"metrics": {}}, "metrics is empty"),
-        ({"metrics": {"lpip": "min"}}, r"no evaluation of a tokenizer gives lpip; did you mean lpips\?"),
+        ({"metrics": {"lpip": "min"}}, r"evaluations of stage tokenizer have no lpip; did you mean lpips\?"),
         ({"metrics": {"lpips": "low"}}, "metrics.lpips: 'low' is not valid; valid values are min, max"),
-        ({**LPIPS, "scheduler": {"kind": "asha"}}, "lpips is not measured along the way.* psnr or perceptual"),
+        ({**LPIPS, "scheduler": {"kind": "asha"}}, "lpips is not evaluated during training.* psnr or perceptual"),
         ({**LPIPS, "scheduler": {"kind": "asha", "metric": "psnr"}}, "scheduler.mode is missing"),
         ({"preset": "dmo"}, r"no preset is called 'dmo'; did you mean demo\?"),
         (
             {"stage": "prior", "metrics": {"bits_per_token": "min"}},
-            "stage prior is not that of preset demo, which is t",
+            "stage prior does not match preset demo, whose stage is tokenizer",
         ),
-        ({"stage": "prior"}, "no evaluation of a prior gives psnr"),
+        ({"stage": "prior"}, "evaluations of stage prior have no psnr"),
     ],
 )
 def test_load_sweep_invalid_key_or_value_raises(tmp_path, changes, message):

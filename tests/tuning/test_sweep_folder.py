@@ -1,4 +1,4 @@
-"""A sweep's folder says which sweep it holds; one that does not say so any more is not gone on with."""
+"""Ownership of a sweep's folder."""
 
 import pytest
 from small_sweeps import small_sweep
@@ -14,5 +14,5 @@ def test_run_sweep_damaged_sweep_file_raises(text, tmp_path, photo_shards, held_
     out = tmp_path / "out"
     out.mkdir()
     (out / "sweep.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"out/sweep.yaml is damaged and does not say which sweep is there; put"):
+    with pytest.raises(ValueError, match=r"out/sweep.yaml is damaged and does not identify its sweep; restore"):
         run_sweep(small_sweep(tmp_path), photo_shards, held_out_shards, str(out), resume=True)
