@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
@@ -28,7 +29,7 @@ class EMA:
         self.num_updates += 1
         current = module.state_dict()
         averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [current[name].float() for name in self.average], 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, [current[name].float() for name in self.average], self.num_updates)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average and the number of updates."""
