@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.data.data_source import Batch
@@ -232,7 +232,7 @@ class Trainer:
     def _evaluate(self, weights: model_folder.WeightsKind) -> None:
         metric_sums: dict[str, float] = defaultdict(float)
         num_images, sample_image = 0, None
-        with self._autocast():
+        with evaluation_mode(self.stage.modules.values(), self.worker.device), self._autocast():
             for batch in self._eval_batches(self.training_config.eval_batches):
                 metrics, pixels = self.stage.evaluate(batch, self.engines)
                 sample_image = pixels if sample_image is None else sample_image
@@ -244,7 +244,7 @@ class Trainer:
         self._log_images(sample_image)
 
     def _log_samples(self) -> None:
-        with self._autocast():
+        with evaluation_mode(self.stage.modules.values(), self.worker.device), self._autocast():
             for batch in self._eval_batches(1):
                 _, pixels = self.stage.evaluate(batch, self.engines)
                 self._log_images(pixels)
@@ -412,3 +412,22 @@ def micro_batches(batch: Batch, num_micro_batches: int) -> Iterator[Batch]:
     """Every count-th sample each, as workers take theirs, so that the discriminator's groups stay as they are."""
     for offset in range(num_micro_batches):
         yield batch.subset(slice(offset, None, num_micro_batches))
+
+
+@contextmanager
+def evaluation_mode(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Switch modules to evaluation mode within the context, and restore their mode and the random state afterwards.
+
+    Dropout is off inside. What follows draws the random numbers it would draw without the evaluation.
+    """
+    modules = list(modules)
+    was_training = [module.training for module in modules]
+    gpu_indices = [] if device.index is None else [device.index]
+    with torch.random.fork_rng(gpu_indices, device_type="cuda"):
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, was_training, strict=True):
+                module.train(mode)
