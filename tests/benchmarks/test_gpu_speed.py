@@ -23,6 +23,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.planning.planner import make_plan, reconstruction_rate
 from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStepContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 DEVICE = torch.device("cuda", 0)
@@ -140,9 +141,8 @@ def test_training_step_breakdown(name, record_measurement):
             return (output.images - real).abs().mean() + output.quantized.loss
 
         def discriminator(step):
-            carry = {"real": real}
-            judged = stage._adversarial_term(fake, engines, carry)
-            return judged + stage._discriminator_loss(engines, carry, step)[0]
+            term, fake_logits = stage._adversarial_term(fake, engines)
+            return term + stage._discriminator_loss(engines, TokenizerStepContext(real, fake_logits), step).loss
 
         parts = {
             "generator": generator,

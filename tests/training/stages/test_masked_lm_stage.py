@@ -13,9 +13,9 @@ from bsq_ray.config import load_config
 from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
+from bsq_ray.training.eval_loop import evaluation_mode
 from bsq_ray.training.launch import train
 from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
-from bsq_ray.training.trainer import evaluation_mode
 
 SMALL = [
     "model.grid=[1,4,4]",
@@ -116,7 +116,7 @@ def test_evaluation_has_no_dropout_and_restores_mode():
     """Inside evaluation mode dropout is off; afterwards the mode and the random state are restored."""
     module, x = torch.nn.Dropout(0.5), torch.ones(64)
     before = torch.get_rng_state()
-    with evaluation_mode([module], torch.device("cpu")):
+    with evaluation_mode([module]):
         assert torch.equal(module(x), x)
         torch.rand(3)
     assert module.training
