@@ -11,7 +11,7 @@ import jinja2
 
 from bsq_ray import config, storage
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
-from bsq_ray.training.monitoring.console import format_duration
+from bsq_ray.training.monitoring.formatting import format_duration
 
 # Curves of the report: title, unit, and the records and names they are drawn from.
 _CURVES = (

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.training.monitoring.console import format_duration
+from bsq_ray.training.monitoring.formatting import format_duration
 from bsq_ray.tuning import sweep_plots
 from bsq_ray.tuning.study import Study, TrialRecord, TrialRecordState, format_value
 from bsq_ray.tuning.sweep_config import INTERMEDIATE_METRICS

@@ -109,7 +109,7 @@ def test_damaged_checkpoint_is_skipped_with_warning(two_checkpoints, photo_shard
     listener = RecordingReporter()
     run_training(small_spec(photo_shards, two_checkpoints, EVERY_STEP), local_worker(listener))
     [warning] = [record["text"] for record in listener.records if record["kind"] == "warning"]
-    assert "step-0000002 is damaged and is passed over" in warning
+    assert "step-0000002 is damaged and is skipped" in warning
     assert file.name in warning
     assert [record["step"] for record in listener.training_records] == [2, 3, 4]
 

@@ -138,7 +138,7 @@ class TokenizerStage(Stage):
         [fake_logits] = discriminator(images)
         loss = generator_loss(fake_logits, self.loss_config.adversarial.objective)
         [gradient] = torch.autograd.grad(loss, images, retain_graph=True)
-        # surrogate = Σ gradient · (fake - sg(fake)): its value is 0, and d(surrogate)/d(fake) = gradient = d(loss)/d(fake).
+        # surrogate = Σ gradient · (fake - sg(fake)): the value is 0, and d(surrogate)/d(fake) = gradient.
         surrogate = (gradient * (fake_images - images.detach())).sum()
         return loss.detach() + surrogate, fake_logits
 
