@@ -259,6 +259,7 @@ class TrainingConfig(StrictModel):
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     storage_timeout_s: float = Field(600.0, ge=0)
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
 
     @model_validator(mode="after")
     def _check_micro_batch_divides_batch(self) -> TrainingConfig:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bsq_ray.data.stream import Executor
+from bsq_ray.runtime._torch_internals import has_native_bf16
 
 # Device of each worker; "auto" uses a GPU if there is one.
 Device = Literal["auto", "cpu", "gpu"]
@@ -125,5 +126,4 @@ def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    has_native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_native_bf16 else "fp32"
+    return "bf16" if has_native_bf16() else "fp32"

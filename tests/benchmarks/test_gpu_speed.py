@@ -140,9 +140,8 @@ def test_training_step_breakdown(name, record_measurement):
             return (output.images - real).abs().mean() + output.quantized.loss
 
         def discriminator(step):
-            carry = {"real": real}
-            judged = stage._adversarial_term(fake, engines, carry)
-            return judged + stage._discriminator_loss(engines, carry, step)[0]
+            term, fake_logits = stage._adversarial_term(fake, engines)
+            return term + stage._discriminator_loss(engines, TokenizerStepContext(real, fake_logits), step).loss
 
         parts = {
             "generator": generator,

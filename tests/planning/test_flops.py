@@ -144,10 +144,11 @@ def test_training_step_flops_are_within_two_percent(overrides):
     # On CPUs the operations of fused attention are not registered.
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         for step in (0, 1):
-            carry = {}
+            context = None
             for phase in stage.phases(step):
                 for name, module in stage.modules.items():
                     module.requires_grad_(name == phase)
-                loss, _ = stage.loss(phase, batch, engines, carry, step)
-                engines[phase].backward(loss)
+                output = stage.loss(phase, batch, engines, context, step)
+                engines[phase].backward(output.loss)
+                context = output.context
     assert sum(tokenizer_step_flops(run).values()) * 8 == pytest.approx(counter.total, rel=0.02)

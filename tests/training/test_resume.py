@@ -147,7 +147,7 @@ def test_resume_initialized_run_never_uses_random_weights(two_checkpoints, photo
     """
     for file in two_checkpoints.glob("checkpoints/*/generator/**/*optim_states.pt"):
         file.unlink()
-    with pytest.raises(ValueError, match="is whole, and the run began with other weights; remove its checkpoints"):
+    with pytest.raises(ValueError, match="is intact, and the run started with other weights; remove its checkpoints"):
         run_training(small_spec(photo_shards, two_checkpoints, init_url="a-model"), local_worker(RecordingReporter()))
 
 

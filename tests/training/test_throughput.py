@@ -6,6 +6,7 @@ import pytest
 from small_runs import RecordingReporter, local_worker, small_spec
 
 from bsq_ray.training import trainer
+from bsq_ray.training.eval_loop import EvalLoop
 from bsq_ray.training.monitoring.throughput import StepTimer
 
 STEP, WAIT, EVALUATION = 1.0, 0.25, 100.0
@@ -29,7 +30,7 @@ def test_step_timer_excludes_evaluations_from_speed(photo_shards, tmp_path, monk
 
     monkeypatch.setattr(trainer, "StepTimer", partial(StepTimer, now=lambda: time[0]))
     monkeypatch.setattr(trainer.Trainer, "train_step", taking(STEP - WAIT, trainer.Trainer.train_step))
-    monkeypatch.setattr(trainer.Trainer, "_evaluate", taking(EVALUATION, trainer.Trainer._evaluate))
+    monkeypatch.setattr(EvalLoop, "evaluate", taking(EVALUATION, EvalLoop.evaluate))
     monkeypatch.setattr(trainer, "training_batches", slow_batches)
     listener = RecordingReporter()
     result = trainer.run_training(small_spec(photo_shards, tmp_path, ["training.eval_every=1"]), local_worker(listener))

@@ -10,4 +10,4 @@ def test_console_markup_characters_are_printed_verbatim(capsys):
         line.show_record({"kind": "restart", "step": 3, "reason": "workers were lost ([/gloo/pair.cc:537] Read error)"})
     output = capsys.readouterr().err
     assert "run: runs/[a]/[/b] :smile:" in output
-    assert "([/gloo/pair.cc:537] Read error); going on" in output
+    assert "([/gloo/pair.cc:537] Read error); resuming" in output
