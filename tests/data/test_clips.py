@@ -12,11 +12,11 @@ from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
 from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.factory import build_pixel_source, build_source
-from bsq_ray.data.manifest import Manifest, Shard, VideoInfo, read_manifest
+from bsq_ray.data.manifest import Manifest, Shard, read_manifest
 from bsq_ray.data.pack import pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
-from bsq_ray.media.video_reader import decode_frames, open_video, to_upright_rgb
+from bsq_ray.media.video_reader import VideoInfo, decode_frames, open_video, upright_rgb
 
 
 def make_source(url, num_frames=4, **overrides):
@@ -27,7 +27,7 @@ def decode_all_frames(manifest, shard, index):
     with shard_reader.ShardFiles(manifest, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [to_upright_rgb(frame) for frame in decode_frames(container, stream)]
+        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
 
 
 def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):
