@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import Interpolation
+
+# FFmpeg's default rounding makes every channel one level darker, and its default chroma is at half resolution.
+_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class Color(NamedTuple):
@@ -37,7 +41,9 @@ def frame_to_rgb(frame: Any, colorspace: int | None = None) -> np.ndarray:
     Returns:
         uint8 (H, W, 3), in the orientation in which the frame is stored.
     """
-    pixels_HW3: np.ndarray = frame.reformat(format="rgb24", src_colorspace=colorspace).to_ndarray()
+    pixels_HW3: np.ndarray = frame.reformat(
+        format="rgb24", src_colorspace=colorspace, interpolation=_ACCURATE
+    ).to_ndarray()
     return pixels_HW3
 
 
@@ -55,4 +61,6 @@ def rgb_to_frame(
         an `av.VideoFrame` without a time stamp.
     """
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HW3), "rgb24")
-    return frame.reformat(format=pixel_format, dst_colorspace=colorspace, dst_color_range=color_range)
+    return frame.reformat(
+        format=pixel_format, dst_colorspace=colorspace, dst_color_range=color_range, interpolation=_ACCURATE
+    )
