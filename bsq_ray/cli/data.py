@@ -24,17 +24,24 @@ def data_pack(
     address: AddressOption = None,
 ) -> None:
     """Pack a folder of images or videos into WebDataset shards with a manifest."""
-    from bsq_ray.data.pack import pack_images, pack_videos
+    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
     if kind not in ("images", "videos"):
         raise ValueError(f"--kind {kind} is not known; choose images or videos")
     if kind == "images" and min_frames is not None:
         raise ValueError("--min-frames is for videos; add --kind videos")
     with progress_bar("packing") as on_progress:
-        arguments = (src, dest, shard_mb, max_side, seed, workers, address, on_progress, split_list)
-        report = (
-            pack_images(*arguments) if kind == "images" else pack_videos(*arguments, **drop_none(min_frames=min_frames))
+        options = PackOptions(
+            shard_mb=shard_mb,
+            max_side=max_side,
+            seed=seed,
+            split_list=split_list,
+            num_workers=workers,
+            address=address,
+            **drop_none(min_frames=min_frames),
         )
+        pack = pack_images if kind == "images" else pack_videos
+        report = pack(src, dest, options, on_progress)
     manifest = report.manifest
     print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged:

@@ -1,6 +1,6 @@
-"""Image files to pixels: decoding, what is stored of them, the training crop and the evaluation image.
+"""Crop images for training and evaluation, and convert between pixels and the floats of the networks.
 
-Pixels are uint8, RGB; `to_float` maps them to [-1, 1].
+Pixels are uint8 RGB, 0 to 255; `to_float` maps them to [-1, 1].
 
 Shape suffixes: C channels, H and W pixels.
 """
@@ -22,13 +22,13 @@ _RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling
 
 @dataclass(frozen=True)
 class Crop:
-    """A square cut from pictures of one size: the same for every frame of a clip.
+    """A square crop of a resized image; one crop applies to every frame of a clip.
 
     Attributes:
         size: side of the result, pixels.
-        resized: height and width that the picture is resized to.
-        top, left: where the square begins in it.
-        mirrored: whether left and right are exchanged.
+        resized_hw: height and width to which the image is resized.
+        top, left: upper left corner of the square in the resized image.
+        is_flipped: True to exchange left and right.
     """
 
     size: int
@@ -38,9 +38,9 @@ class Crop:
     is_flipped: bool
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """RGB to uint8 (3, size, size)."""
+        """Crop an RGB image to uint8 (3, size, size)."""
         image_HWC = torch.from_numpy(np.array(image))
-        # The pixels of Pillow's resize, in a third of its time.
+        # Gives the pixels of Pillow's resize, in a third of its time.
         image_1CHW = F.interpolate(image_HWC.permute(2, 0, 1)[None], self.resized_hw, mode="bilinear", antialias=True)
         pixels_CHW = image_1CHW[0, :, self.top : self.top + self.size, self.left : self.left + self.size].numpy()
         return np.ascontiguousarray(pixels_CHW[:, :, ::-1] if self.is_flipped else pixels_CHW)
@@ -53,13 +53,13 @@ def sample_crop(
     random_flip: bool,
     rng: np.random.Generator,
 ) -> Crop:
-    """The paper's training transform: short side resized (bilinear, antialiased), then a random square.
+    """Draw the random crop of the paper's training transform: short side resized (bilinear), then a random square.
 
     Args:
-        picture: width and height, pixels.
+        image_size: width and height, pixels.
         size: side of the result, pixels.
-        scale: the short side becomes size times a factor drawn from this range.
-        flip: mirror half of the crops.
+        resize_range: range of a random factor; the short side is resized to `size` times this factor.
+        random_flip: mirror half of the crops.
         rng: the only source of randomness.
     """
     factor = size * rng.uniform(*resize_range) / min(image_size)
@@ -71,12 +71,16 @@ def sample_crop(
 def train_transform(
     image: Image.Image, size: int, resize_range: tuple[float, float], random_flip: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """One image through `draw_crop`; uint8 (3, size, size)."""
+    """Crop one image with `sample_crop`; returns uint8 (3, size, size)."""
     return sample_crop(image.size, size, resize_range, random_flip, rng)(image)
 
 
 def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) -> np.ndarray:
-    """The paper's evaluation transform: short side to `size`, then the centre square; uint8 (3, size, size)."""
+    """Apply the paper's evaluation transform: short side to `size`, then the center square.
+
+    Returns:
+        uint8 (3, size, size).
+    """
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
     image = image.resize((width, height), _RESAMPLING[interpolation])
@@ -85,10 +89,10 @@ def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) 
 
 
 def to_float(images_uint8: Tensor) -> Tensor:
-    """uint8 0…255 to fp32 in [-1, 1]."""
+    """Convert uint8 0 to 255 to fp32 in [-1, 1]."""
     return images_uint8.float().div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to the nearest uint8 0…255, clamped."""
+    """Convert floats in [-1, 1] to the nearest uint8 0 to 255, clamped."""
     return images.float().add(1).mul(127.5).round().clamp_(0, 255).to(torch.uint8)

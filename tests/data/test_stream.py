@@ -1,4 +1,4 @@
-"""Batches: the same from either executor, for any number of workers, and full in spite of damage."""
+"""Batches: the same from both executors, for any number of workers, and full despite damaged samples."""
 
 import threading
 from itertools import islice
@@ -124,9 +124,9 @@ def test_training_batches_are_independent_of_prefetch(manifest):
 @pytest.fixture
 def damaged_manifest(photo_folders, tmp_path):
     """A data set of which one sample's bytes were overwritten after packing."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
-    manifest = pack_images(str(photo_folders[1]), str(tmp_path), max_side=96, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), str(tmp_path), PackOptions(max_side=96, num_workers=0)).manifest
     shard = manifest.shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
@@ -197,14 +197,14 @@ def test_evaluation_batches_damaged_raises_by_default(damaged_manifest):
 
 def test_training_batches_from_object_store(photo_folders, bucket):
     """Training batches are read from an object store."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
-    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", max_side=96, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", PackOptions(max_side=96, num_workers=0)).manifest
     assert np.all([len(batch.keys) == 8 for batch in batches(manifest, 3)])
 
 
 def remove_members(path, key):
-    """Writes a shard anew without the members of a sample, as a careless tool leaves it."""
+    """Rewrite a shard without the members of a sample, as a faulty tool leaves it."""
     import io
     import tarfile
 

@@ -15,7 +15,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import config, storage
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation import evaluate_generation as generation
@@ -44,7 +44,7 @@ def generation_setup(photos, tmp_path_factory):
         folder_of_class.mkdir(parents=True, exist_ok=True)
         photo.resize((80, 80)).save(folder_of_class / f"{number}.png")
     shards = str(folder / "shards")
-    pack_images(str(folder / "images"), shards, num_workers=0)
+    pack_images(str(folder / "images"), shards, PackOptions(num_workers=0))
     tokenizer = save_tokenizer(folder / "tokenizer", 0)
     tokens = str(folder / "tokens")
     tokenize(tokenizer, shards, tokens, num_workers=0, num_crops=3)

@@ -8,7 +8,7 @@ from small_runs import PRESET, SMALL, RecordingReporter, small_spec
 
 from bsq_ray.config import load_config
 from bsq_ray.data import stream
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.training.launch import train
 from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import WorkerContext, local_device
@@ -21,7 +21,7 @@ OVERRIDES = ["training.steps=12", "data.interleave=1", "loss.adversarial.weight=
 def damaged_shards(photo_folders, tmp_path):
     """(URL, names) of shards in which every seventh photograph is broken."""
     shards, names = tmp_path / "shards", []
-    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[0]), str(shards), PackOptions(max_side=64, num_workers=0)).manifest
     for number in range(0, manifest.num_samples, 7):
         shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
@@ -86,7 +86,7 @@ def test_summary_lists_skipped_samples(damaged_shards, tmp_path):
 def test_eval_missing_shards_raises_with_cause(photo_shards, photo_folders, tmp_path):
     """If no held-out image is readable, the error names the source and the first cause."""
     held_out = tmp_path / "held-out"
-    pack_images(str(photo_folders[1]), str(held_out), max_side=64, num_workers=0)
+    pack_images(str(photo_folders[1]), str(held_out), PackOptions(max_side=64, num_workers=0))
     for tar in held_out.glob("*.tar"):
         tar.unlink()
     with pytest.raises(ValueError, match=r"held-out has no readable image to evaluate on: shard-\d+\.tar"):

@@ -162,7 +162,7 @@ def test_token_table_of_other_shape_raises(tokens, tmp_path):
     """A token table of another shape, or an incomplete one, is rejected before training starts."""
     with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
-    with pytest.raises(ValueError, match="is not a whole token table"):
+    with pytest.raises(ValueError, match="is not a complete token table"):
         train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
 
 
