@@ -1,4 +1,4 @@
-"""The files that put the service on a cluster, held against the schemas of Ray Serve and of the service."""
+"""The files that deploy the service on a cluster, checked with the schemas of Ray Serve and of the service."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ TOKEN = "the-token-of-the-service"
 
 @pytest.fixture(scope="module")
 def head():
-    # Below /tmp, because the path of a socket may have no more than 107 characters.
+    # In /tmp, because the path of a socket is limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))
     try:
         with head_node(folder, cpus=8, settings={"BSQ_RAY_TOKEN": TOKEN}) as head_process:

@@ -1,4 +1,4 @@
-"""Clients that read slowly, or not at all, hold bounded memory and harm nobody else."""
+"""Slow clients use bounded memory and do not affect other clients."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ SCOPE = {"type": "http", "method": "GET", "headers": []}
 
 
 class FakeClient:
-    """Reads as many messages as it is told to, and then no more."""
+    """Reads `max_messages` messages and then stops reading."""
 
     def __init__(self, max_messages=10**9):
         self.max_messages, self.messages = max_messages, []
@@ -82,10 +82,10 @@ def test_backpressure_over_memory_limit_returns_429():
         await service(SCOPE, None, later.send)
         return rejected, later
 
-    refused, later = asyncio.run(together())
-    assert refused.status == 429
-    assert (b"retry-after", b"1") in refused.messages[0]["headers"]
-    assert b"try again" in refused.body
+    rejected, later = asyncio.run(together())
+    assert rejected.status == 429
+    assert (b"retry-after", b"1") in rejected.messages[0]["headers"]
+    assert b"try again" in rejected.body
     assert later.status == 200
     assert len(later.body) == 600_000
 
@@ -142,7 +142,7 @@ def test_backpressure_allows_one_oversized_response():
 
 @pytest.mark.parametrize("max_messages", [0, 3])
 def test_backpressure_drops_client_that_does_not_read(max_messages):
-    """Not even the head of the answer, where the connection is still full of the one before."""
+    """The response of a client that does not read is dropped, and the next client is served."""
 
     async def in_turn():
         service = with_backpressure(app_with_body(bytes(600_000), b"more"), timeout_s=0.05)
@@ -173,6 +173,9 @@ def test_middlewares_read_limit_from_environment(monkeypatch):
     monkeypatch.setenv("BSQ_RAY_MAX_RESPONSE_MB", "7.5")
     assert [middleware.cls for middleware in middlewares()] == [ResponseBackpressureMiddleware, PrefetchBodyMiddleware]
     assert middlewares()[0].kwargs == {"max_response_mb": 7.5}
+    with monkeypatch.context() as patch:
+        patch.setenv("BSQ_RAY_PREFETCH_BODIES", "0")
+        assert [middleware.cls for middleware in middlewares()] == [ResponseBackpressureMiddleware]
     for text in ("much", "nan", "-1"):
         monkeypatch.setenv("BSQ_RAY_MAX_RESPONSE_MB", text)
         with pytest.raises(ValueError, match=f"BSQ_RAY_MAX_RESPONSE_MB={text}: give a number of MB above 0"):
