@@ -28,6 +28,7 @@ from bsq_ray.evaluation.reconstruction.batch_metrics import BatchMetrics, Metric
 from bsq_ray.evaluation.reconstruction.clip_metrics import ClipReconstructionMetrics
 from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.evaluation.tables import Column, metric_table
+from bsq_ray.metrics.fid import KID_SUBSET_SIZE
 from bsq_ray.metrics.i3d import MIN_FRAMES
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
@@ -171,6 +172,11 @@ def _write_results(
         "skipped_samples": accumulator.skipped,
         "provenance": provenance,
     }
+    if "kid" in metrics["model"]:
+        provenance["kid"] = (
+            f"U-statistic over {min(accumulator.num_samples, KID_SUBSET_SIZE)} images without the pairs of an image and its "
+            "reconstruction; ± is the jackknife standard error"
+        )
     if "ms_ssim" not in metrics["model"]:
         provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
     if task.manifest.kind == "videos":
@@ -221,6 +227,7 @@ COLUMNS: dict[str, Column] = {
     "lpips_vgg": ("LPIPS (vgg)", 4, min),
     "rfid": ("rFID", 2, min),
     "kid": ("KID", 4, min),
+    "kid_standard_error": ("KID ±", 4, None),
     "rfvd": ("rFVD", 1, min),
     "flicker": ("flicker", 2, min),
     "code_usage": ("codes used", 4, None),

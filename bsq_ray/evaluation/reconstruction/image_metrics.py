@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
-from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
+from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, paired_kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
@@ -42,7 +42,6 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
     @staticmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
         """See `Measurer.distances`."""
-        return {
-            "rfid": frechet_distance(original, reconstruction),
-            "kid": kernel_distance(original.kid_subset(), reconstruction.kid_subset()),
-        }
+        kid = paired_kernel_distance(original.kid_subset(), reconstruction.kid_subset())
+        metrics = {"rfid": frechet_distance(original, reconstruction), "kid": kid.value}
+        return metrics if kid.standard_error is None else metrics | {"kid_standard_error": kid.standard_error}
