@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, config
@@ -85,6 +85,15 @@ def test_points_match_file_sizes_and_decoded_images(results, model, folder):
     pair = [to_float(torch.from_numpy(each.astype(np.uint8)).permute(2, 0, 1)[None]) for each in (first, second)]
     assert jpeg["metrics"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
+
+
+def test_content_reader_returns_pixels_without_color_profile(photos, tmp_path):
+    """No codec converts colors: our codec would convert to sRGB and would be compared with unconverted pixels."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photos[0].resize((64, 48)).save(tmp_path / "a.png", icc_profile=profile)
+    image = compression._ContentReader("images", None, None)(str(tmp_path / "a.png"))
+    assert "icc_profile" not in image.info
+    assert image.tobytes() == Image.open(tmp_path / "a.png").convert("RGB").tobytes()
 
 
 def test_prior_savings_match_file_sizes(results):

@@ -26,7 +26,7 @@ from bsq_ray.data.transforms import read_image, to_float
 from bsq_ray.evaluation.compression.clip_files import VideoClip, read_video_clip
 from bsq_ray.evaluation.compression.compression_report import compression_markdown, plot_curves, render_examples
 from bsq_ray.evaluation.compression.datasets import find_dataset
-from bsq_ray.evaluation.compression.image_codecs import standard_codecs
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs, without_metadata
 from bsq_ray.evaluation.compression.rate_distortion import (
     METRICS,
     Point,
@@ -128,7 +128,8 @@ class _ContentReader:
         image = read_image(url)
         if self.max_side is not None and max(image.size) > self.max_side:
             image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
-        return image
+        # Without a color profile every codec codes the pixels that its result is compared with.
+        return without_metadata(image)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,15 @@ def standard_codecs() -> dict[str, ImageCodec]:
     return codecs
 
 
+def without_metadata(image: Image.Image) -> Image.Image:
+    """Return the pixels alone: Pillow's AVIF writer stores a color profile and Exif data, the other writers do not."""
+    return Image.fromarray(np.asarray(image))
+
+
 def _pillow_encoder(kind: str, **options: Any) -> Callable[[Image.Image, float], bytes]:
     def encode(image: Image.Image, quality: float) -> bytes:
         file = io.BytesIO()
-        image.save(file, kind, quality=int(quality), **options)
+        without_metadata(image).save(file, kind, quality=int(quality), **options)
         return file.getvalue()
 
     return encode
@@ -55,7 +60,7 @@ def _pillow_encoder(kind: str, **options: Any) -> Callable[[Image.Image, float],
 def _encode_jpeg2000(image: Image.Image, psnr: float) -> bytes:
     # At a wanted PSNR: at a wanted size it would spend on easy images what others save.
     file = io.BytesIO()
-    image.save(file, "JPEG2000", quality_mode="dB", quality_layers=[psnr], irreversible=True, mct=1)
+    without_metadata(image).save(file, "JPEG2000", quality_mode="dB", quality_layers=[psnr], irreversible=True, mct=1)
     return file.getvalue()
 
 
