@@ -36,7 +36,7 @@ def compression_markdown(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Means over {results['num_items']} {results['kind']} of {results['dataset']}{_frame_limit_text(results)}. "
-        f"Sizes are those of whole files, headers included. Times with {results['workers'] or 1} concurrent process(es).",
+        f"Sizes are those of whole files, headers included. Concurrent processes: {results['workers'] or 1}.",
         f"BD-rates are means over {results['kind']}.",
     ]
     if results["prior_savings"] is not None:

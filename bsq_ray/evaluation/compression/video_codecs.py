@@ -1,8 +1,8 @@
 """Standard video codecs by PyAV with the paper's settings: H.264, HEVC, AV1.
 
 A file is the elementary stream, without the overhead of a container. The paper compares with FFmpeg's
-`-preset medium -bf 0 -pix_fmt yuv420p -threads 4` at CRF 17 to 47. It has no AV1; here it is SVT-AV1's preset 8 with its
-default prediction structure.
+`-preset medium -bf 0 -pix_fmt yuv420p -threads 4` at CRF 17 to 47. It has no AV1; here it is preset 8 of SVT-AV1 with
+its default prediction structure.
 """
 
 from __future__ import annotations

@@ -278,9 +278,9 @@ def generation_markdown(results: dict[str, Any]) -> str:
     lines = metric_table(results["rows"], _COLUMNS)
     provenance, sampling = results["provenance"], results["sampling"]
     generated_text = (
-        f"{results['num_generated']} generated images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
-        f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, "
-        f"seed {results['seed']})"
+        f"{results['num_generated']} generated images ({sampling['steps']} steps, "
+        f"temperature {sampling['temperature']:g}, "
+        f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
     real_data = f"{provenance['num_samples']} images of {provenance['data']} ({provenance['data_hash'][:12]})"
     lines += ["", f"{generated_text} against {real_data}, {provenance['resize']}."]

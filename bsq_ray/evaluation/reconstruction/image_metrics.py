@@ -1,4 +1,4 @@
-"""What is measured on images: PSNR, SSIM, LPIPS of each, rFID and KID of all."""
+"""Metrics of reconstructed images: PSNR, SSIM, LPIPS per image, rFID and KID of the set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bsq_ray.model_folder import WeightsKind
 
 
 class ImageReconstructionMetrics(ReconstructionMetrics):
-    """Measures images (B, 3, H, W)."""
+    """Measure images (B, 3, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
@@ -23,11 +23,11 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
         self.inception = Inception().to(self.device)
 
     def baseline(self, original: Tensor) -> Tensor:
-        """See `Measurer.trivial`."""
+        """See `ReconstructionMetrics.baseline`."""
         return self.baseline_codec.reconstruct(original)
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """See `Measurer.figures`."""
+        """See `ReconstructionMetrics.sample_metrics`."""
         return structural_similarity(original, reconstruction) | {
             "psnr": psnr(original, reconstruction),
             "lpips": lpips(original, reconstruction, "alex"),
@@ -35,13 +35,13 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
         }
 
     def features(self, samples: Tensor) -> Tensor:
-        """Inception's, (B, 2048)."""
+        """Return Inception's features (B, 2048)."""
         features_BD: Tensor = self.inception(samples)
         return features_BD
 
     @staticmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """See `Measurer.distances`."""
+        """See `ReconstructionMetrics.distribution_metrics`."""
         kid = paired_kernel_distance(original.kid_subset(), reconstruction.kid_subset())
         metrics = {"rfid": frechet_distance(original, reconstruction), "kid": kid.value}
         return metrics if kid.standard_error is None else metrics | {"kid_standard_error": kid.standard_error}
