@@ -94,7 +94,7 @@ def _evaluate(
             model,
             shards["held_out"],
             str(out / "evaluation" / f"guidance-{guidance_scale:g}"),
-            WORKERS,
+            workers=WORKERS,
             count=num_images,
             sampling={"guidance_scale": guidance_scale},
             reference_url=shards["train"],
