@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config, storage
+from bsq_ray.models.layers.mlp import init_weights
 from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
 from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers import Quantized, build_quantizer
@@ -53,7 +54,7 @@ class Encoder(nn.Module):
         # No bias: the norm that follows the position embedding would remove it.
         self.patch_embedding = nn.Linear(3 * model_config.patch_size**2, model_config.encoder.width, bias=False)
         self.transformer = _build_transformer(model_config, model_config.encoder)
-        nn.init.trunc_normal_(self.patch_embedding.weight, std=0.02)
+        init_weights(self.patch_embedding)
 
     def forward(self, patches_BNP: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
         """(B, N, P) to (B, N, D); `body` stands in for the transformer."""
@@ -72,10 +73,7 @@ class Decoder(nn.Module):
             nn.Tanh(),
             nn.Linear(decoder_config.head_hidden_dim, 3 * model_config.patch_size**2),
         )
-        for layer in self.head:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        init_weights(self.head)
 
     def forward(self, x_BND: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
         """(B, N, D) to (B, N, P); `body` stands in for the transformer."""
