@@ -22,7 +22,7 @@ from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uin
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
-from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
+from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoints.writer import list_checkpoints
 
