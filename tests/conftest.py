@@ -18,7 +18,7 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_metrics_report_interval_ms="1000",
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH="bsq_ray.serving.http.response_backpressure.middlewares",
-    BSQ_RAY_ANSWERS_MB="8",
+    BSQ_RAY_MAX_RESPONSE_MB="8",
     AWS_EC2_METADATA_DISABLED="true",
 )
 os.environ.pop("RAY_ADDRESS", None)
@@ -34,7 +34,7 @@ def ray_local():
     """The one Ray session of a test run."""
     from bsq_ray.runtime.ray_session import ray_session
 
-    with ray_session(cpus=4):
+    with ray_session(num_cpus=4):
         yield
 
 

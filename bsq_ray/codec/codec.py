@@ -24,7 +24,6 @@ from bsq_ray import config, model_folder
 from bsq_ray.codec.container import (
     CODING_PRIOR,
     CODING_RAW,
-    MAX_PIXELS,
     Container,
     Header,
     VideoHeader,
@@ -36,7 +35,8 @@ from bsq_ray.codec.container import (
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.tile_groups import EncodedGroup, decode_groups, encode_group, group_size, max_groups_per_pass
 from bsq_ray.codec.tiles import place_tiles, split_tiles
-from bsq_ray.media.color import SRGB, Color, to_srgb
+from bsq_ray.media.color import SRGB, Color
+from bsq_ray.media.images import MAX_PIXELS, to_srgb
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from bsq_ray.codec.entropy_coding import deterministic_fp32
 from bsq_ray.codec.tiles import as_grid, blend_tiles
-from bsq_ray.data.transforms import to_float
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 _TOKENS_PER_PASS = 8192
@@ -56,7 +55,7 @@ class PixelCodec:
         with deterministic_fp32(self._device):
             for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
                 check_deadline()
-                parts.append(self.tokenizer.encode(to_float(part.to(self._device))).bits_BNL.cpu())
+                parts.append(self.tokenizer.encode(part.to(self._device).float().div_(127.5).sub_(1)).bits_BNL.cpu())
         return torch.cat(parts)
 
     def decode_region(

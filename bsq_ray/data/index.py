@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 
 
@@ -82,7 +82,9 @@ def _index_shard(name: str, content: bytes, url: str) -> tuple[Shard, list[str]]
             try:
                 videos.append(probe(io.BytesIO(content[offset : offset + size])).video)
             except ValueError as error:
-                raise ValueError(f"{url}: {key} {error}; take it out of the shard, or pack the videos again") from error
+                raise ValueError(
+                    f"{url}: {key}: {error}; take it out of the shard, or pack the videos again"
+                ) from error
     keys = tuple(spans)
     shard = Shard(
         name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_encoded
 from bsq_ray.data.transforms import eval_transform
+from bsq_ray.media.images import encode_png
 from bsq_ray.media.video_reader import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
@@ -142,6 +142,4 @@ def _contact_sheet(tiles: list[np.ndarray]) -> bytes:
     for number, tile in enumerate(tiles):
         corner = (number % columns * pitch + _SHEET_GAP, number // columns * pitch + _SHEET_GAP)
         sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), corner)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return encode_png(sheet)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
+from bsq_ray.media.video_reader import VideoInfo
 
 MANIFEST_FILE = "manifest.parquet"
 _VERSION = 1
@@ -33,26 +34,6 @@ _VIDEOS_TYPE = pa.list_(
         }
     )
 )
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What reading clips out of a video needs to know of it.
-
-    Attributes:
-        frames: that can be decoded.
-        fps: frames per second.
-        width, height: pixels, upright.
-        key_frames: numbers of the frames at which decoding can begin; the first is 0.
-        key_times: their time stamps, in the units of the video stream.
-    """
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    key_frames: tuple[int, ...]
-    key_times: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ import numpy as np
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import list_files
-from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, VideoInfo, write_manifest
-from bsq_ray.data.transcode import TooShortError, transcode_if_needed
-from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text, reencode_image
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
+from bsq_ray.data.transcode import TooShortError, reencode_image, transcode_if_needed
+from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512

@@ -18,7 +18,7 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.manifest import Manifest, Shard
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, decode_image
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
 # Files up to this size are fetched whole, bytes.
 _SMALL = 4 * 2**20

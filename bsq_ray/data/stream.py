@@ -218,7 +218,7 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
                 skipped, retries = (
-                    [line for line in str(row[name][0]).split("\n") if line] for name in ("damaged", "delays")
+                    [line for line in str(row[name][0]).split("\n") if line] for name in ("skipped", "retries")
                 )
                 yield SampleBlock(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), skipped, retries)
             blocks = pending.popleft().result()
@@ -237,8 +237,8 @@ def _execute(read_ref: Any, chunks: range, num_tasks: int) -> list[Any]:
             "values": block.values_P[None],
             "labels": block.labels_P[None],
             "keys": ["\n".join(block.keys)],
-            "damaged": ["\n".join(block.damaged)],
-            "delays": ["\n".join(block.delays)],
+            "skipped": ["\n".join(block.skipped)],
+            "retries": ["\n".join(block.retries)],
         }
 
     _configure_ray_data()

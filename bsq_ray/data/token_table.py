@@ -172,7 +172,7 @@ class TokenSource(DataSource):
             for name, table_value, model_value in (
                 ("bits", info.bits, model.bits),
                 ("grid", list(info.grid), list(model.grid)),
-                ("classes", len(info.classes), getattr(model, "classes", None)),
+                ("num_classes", len(info.classes), getattr(model, "num_classes", None)),
             )
             if model_value is not None and table_value != model_value
         ]

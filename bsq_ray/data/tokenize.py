@@ -76,8 +76,10 @@ def tokenize(
     run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     if num_crops < 1:
-        raise ValueError(f"views {num_crops} must be 1 or more")
-    run = run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": (1.0, scale), "flip": flip})})
+        raise ValueError(f"num_crops {num_crops} must be 1 or more")
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"resize_range": (1.0, scale), "random_flip": flip})}
+    )
     source = build_pixel_source(run, manifest)
     frames = run.model.frames if manifest.kind == "videos" else 1
     side = run.model.image_size // run.model.patch_size

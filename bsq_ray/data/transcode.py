@@ -7,31 +7,53 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.manifest import VideoInfo
+from bsq_ray.media.color import BT709
+from bsq_ray.media.images import encode_png, is_opaque_rgb_or_gray, is_upright, load_rgb, open_image
 from bsq_ray.media.video_reader import (
-    Probe,
+    VideoInfo,
+    VideoProbe,
     decode_frames,
-    even_size,
     frame_timestamp,
     open_video,
     probe,
-    to_upright_rgb,
+    upright_rgb,
 )
+from bsq_ray.media.video_writer import VideoEncoder, even_size, write_video
 
 # H.264 that the eye does not tell from its source, with a key frame often enough to begin anywhere.
-_CODEC, _OPTIONS = "libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf": "0"}
+_ENCODER = VideoEncoder("libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf": "0"})
 # Longest time that one frame is held, seconds: longer ones are broken time stamps.
 _MAX_FRAME_DURATION_S = 60.0
 # As many pictures, at most, for each frame that a video of variable rate has: more come of broken time stamps.
 _MAX_REPEATS = 50
+# Image formats that are stored as they are, and their suffixes.
+_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 class TooShortError(ValueError):
     """The video is whole, but has too few frames."""
+
+
+def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+    """The bytes to store and their suffix: the file as it is if it is plain RGB or grey, upright and small enough."""
+    image = open_image(data)
+    image_format, is_plain = image.format, is_upright(image) and is_opaque_rgb_or_gray(image)
+    rgb = load_rgb(image)
+    exceeds_max_side = max_side is not None and max(rgb.size) > max_side
+    if image_format in _SUFFIX_OF_FORMAT and is_plain and not exceeds_max_side:
+        return data, _SUFFIX_OF_FORMAT[image_format]
+    if max_side is not None and exceeds_max_side:
+        scale = max_side / max(rgb.size)
+        size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    if image_format == "JPEG":
+        stored = io.BytesIO()
+        rgb.save(stored, "JPEG", quality=95, subsampling=0)
+        return stored.getvalue(), "jpg"
+    return encode_png(rgb), "png"
 
 
 def transcode_if_needed(
@@ -65,22 +87,19 @@ def transcode_if_needed(
     )
 
 
-def _reencode(data: bytes, source_probe: Probe, max_side: int) -> bytes:
-    width, height = even_size(source_probe.video.width, source_probe.video.height, max_side)
+def _reencode(data: bytes, source_probe: VideoProbe, max_side: int) -> bytes:
+    size = even_size(source_probe.video.width, source_probe.video.height, max_side)
     frame_rate = Fraction(1 / source_probe.interval_s).limit_denominator(1001)
+    frames = (
+        np.asarray(Image.fromarray(pixels_HW3).resize(size, Image.Resampling.LANCZOS))
+        for pixels_HW3 in _resample_constant_rate(data, source_probe)
+    )
     file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream(_CODEC, rate=frame_rate, options=_OPTIONS)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number, image in enumerate(_resample_constant_rate(data, source_probe)):
-            frame = av.VideoFrame.from_image(image.resize((width, height), Image.Resampling.LANCZOS))
-            frame.pts, frame.time_base = number, 1 / frame_rate
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+    write_video(file, "mp4", frames, frame_rate, BT709, _ENCODER)
     return file.getvalue()
 
 
-def _resample_constant_rate(data: bytes, source_probe: Probe) -> Iterator[Image.Image]:
+def _resample_constant_rate(data: bytes, source_probe: VideoProbe) -> Iterator[np.ndarray]:
     """One picture for each interval: the frame that is shown at that time.
 
     Raises:
@@ -102,5 +121,5 @@ def _resample_constant_rate(data: bytes, source_probe: Probe) -> Iterator[Image.
             target_index = round(time_s / source_probe.interval_s)
             for _ in range(target_index - num_emitted if current_image is not None else 0):
                 yield current_image
-            num_emitted, current_image = max(num_emitted, target_index), to_upright_rgb(frame)
+            num_emitted, current_image = max(num_emitted, target_index), upright_rgb(frame)
         yield current_image

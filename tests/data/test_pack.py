@@ -256,9 +256,9 @@ def test_inspect_shards_reads_files_in_small_batches(kind, request, tmp_path, mo
         monkeypatch.setattr(inspect, name, counting)
 
     whole = inspect.inspect_shards(url, str(tmp_path / "whole.png"))
-    monkeypatch.setattr(inspect, "_AT_ONCE", 2)
-    count_reads("fetch")
-    count_reads("Files")
+    monkeypatch.setattr(inspect, "_BATCH_SIZE", 2)
+    count_reads("fetch_encoded")
+    count_reads("ShardFiles")
     parts = inspect.inspect_shards(url, str(tmp_path / "parts.png"))
     assert max(read) == 2
     assert sum(read) == parts.num_measured == whole.num_measured > 2

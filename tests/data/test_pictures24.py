@@ -20,36 +20,36 @@ def fake_packages(photos, tmp_path, monkeypatch):
             photo.resize((90, 60) if number % 2 else (60, 90)).save(package_folder / folder / file_name)
         return package_folder
 
-    monkeypatch.setattr(wallpapers, "debian_package", unpack)
+    monkeypatch.setattr(wallpapers, "unpack_debian_package", unpack)
     return tmp_path / "packages"
 
 
-def test_collect_wallpapers_writes_24_images(packages, tmp_path):
+def test_collect_wallpapers_writes_24_images(fake_packages, tmp_path):
     """There are 24 PNG images of 768 x 512 or 512 x 768 pixels."""
-    folder = wallpapers.collect_wallpapers(tmp_path / "pictures", packages)
+    folder = wallpapers.collect_wallpapers(tmp_path / "pictures", fake_packages)
     sizes = [Image.open(path).size for path in folder.iterdir()]
     assert len(sizes) == 24
     assert set(sizes) == {(768, 512), (512, 768)}
     assert {path.suffix for path in folder.iterdir()} == {".png"}
 
 
-def test_collect_wallpapers_keeps_existing_files(packages, tmp_path, monkeypatch):
+def test_collect_wallpapers_keeps_existing_files(fake_packages, tmp_path, monkeypatch):
     """Existing images are not collected again."""
-    folder = wallpapers.collect_wallpapers(tmp_path / "pictures", packages)
-    monkeypatch.setattr(wallpapers, "debian_package", lambda *arguments: pytest.fail("fetched again"))
-    assert wallpapers.collect_wallpapers(tmp_path / "pictures", packages) == folder
+    folder = wallpapers.collect_wallpapers(tmp_path / "pictures", fake_packages)
+    monkeypatch.setattr(wallpapers, "unpack_debian_package", lambda *arguments: pytest.fail("fetched again"))
+    assert wallpapers.collect_wallpapers(tmp_path / "pictures", fake_packages) == folder
 
 
-def test_collect_wallpapers_missing_file_raises(packages, tmp_path, monkeypatch):
+def test_collect_wallpapers_missing_file_raises(fake_packages, tmp_path, monkeypatch):
     """A file missing from a package raises an error that names it."""
 
     def unpack_nothing(packages, name, instead):
         (packages / name).mkdir(parents=True)
         return packages / name
 
-    monkeypatch.setattr(wallpapers, "debian_package", unpack_nothing)
+    monkeypatch.setattr(wallpapers, "unpack_debian_package", unpack_nothing)
     with pytest.raises(ValueError, match="lxqt-themes has no usr/share/lxqt/wallpapers/flowers.png.*--images"):
-        wallpapers.collect_wallpapers(tmp_path / "pictures", packages)
+        wallpapers.collect_wallpapers(tmp_path / "pictures", fake_packages)
 
 
 def test_crop_and_resize_keeps_the_center():

@@ -18,7 +18,7 @@ from bsq_ray.data.stream import (
     training_batches,
 )
 
-DATA_CONFIG = config.DataConfig(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
+DATA_CONFIG = config.DataConfig(resize_range=(1.0, 1.5), random_flip=True, interleave=4, shuffle_block_size=8)
 
 
 def batches(
@@ -102,7 +102,7 @@ def test_training_batches_resume_at_other_world_size(manifest):
 
 def test_training_batches_epoch_has_each_key_once(manifest):
     """No key repeats within an epoch."""
-    steps = manifest.samples // 8
+    steps = manifest.num_samples // 8
     keys = [key for batch in batches(manifest, steps) for key in batch.keys]
     assert len(keys) == len(set(keys))
 
@@ -110,7 +110,7 @@ def test_training_batches_epoch_has_each_key_once(manifest):
 def test_training_batches_follow_data_config(manifest):
     """Each option of the data configuration changes the batches."""
     default = batches(manifest, 1)[0]
-    for change in ({"crop_scale": (1.0, 1.0)}, {"flip": False}, {"lanes": 3}, {"shuffle_window": 2}):
+    for change in ({"resize_range": (1.0, 1.0)}, {"random_flip": False}, {"interleave": 3}, {"shuffle_block_size": 2}):
         changed = batches(manifest, 1, data_config=DATA_CONFIG.model_copy(update=change))[0]
         assert not torch.equal(default.values_B, changed.values_B), change
 
@@ -138,7 +138,7 @@ def damaged_manifest(photo_folders, tmp_path):
 def test_training_batches_damaged_sample_is_replaced(damaged_manifest):
     """A damaged sample is replaced, counted once and reported by key and shard."""
     skipped = SkippedSamples(limit=10)
-    steps = damaged_manifest.samples // 4
+    steps = damaged_manifest.num_samples // 4
     delivered = batches(damaged_manifest, steps, batch_size=4, skipped=skipped)
     bad = damaged_manifest.shards[0].keys[2]
     assert all(len(batch.keys) == 4 and bad not in batch.keys for batch in delivered)
@@ -149,7 +149,7 @@ def test_training_batches_damaged_sample_is_replaced(damaged_manifest):
 
 def test_training_batches_too_many_skipped_raises(damaged_manifest):
     """More skipped samples than allowed raise an error that names the last one."""
-    data_config = DATA_CONFIG.model_copy(update={"max_damaged": 0})
+    data_config = DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
     with pytest.raises(RuntimeError, match=r"data.max_skipped_samples = 0; the last one: shard-000000.tar"):
         batches(damaged_manifest, 10, batch_size=4, data_config=data_config)
 
@@ -159,7 +159,9 @@ def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
     path = tmp_path / damaged_manifest.shards[0].name
     path.write_bytes(path.read_bytes()[:50000])
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 0}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
+        )
 
 
 def test_evaluation_batches_cover_every_sample_once(manifest):
@@ -190,7 +192,7 @@ def test_evaluation_batches_damaged_raises_by_default(damaged_manifest):
         for b in evaluation_batches(ImageSource(damaged_manifest, DATA_CONFIG, 32), 4, skipped=skipped)
         for k in b.keys
     ]
-    assert len(keys) == damaged_manifest.samples - 1
+    assert len(keys) == damaged_manifest.num_samples - 1
 
 
 def test_training_batches_from_object_store(photo_folders, bucket):
@@ -219,7 +221,7 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     shard = damaged_manifest.shards[0]
     remove_members(tmp_path / shard.name, shard.keys[4])
     skipped = SkippedSamples(limit=100)
-    steps = damaged_manifest.samples // 4
+    steps = damaged_manifest.num_samples // 4
     delivered_keys = {
         key for batch in batches(damaged_manifest, steps, batch_size=4, skipped=skipped) for key in batch.keys
     }
@@ -227,4 +229,6 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
     assert not skipped_keys & delivered_keys
     with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 1}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1})
+        )

@@ -20,7 +20,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokens
 
-MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, classes=1, width=32, layers=1, heads=2)
+MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, num_classes=1, width=32, layers=1, heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def test_tokenize_writes_each_crop_of_each_image_once(table, photo_shards):
     rows = [row for name, _, _ in table.parts for row in pq.read_table(Path(table.url) / name).to_pylist()]
     keys = [key for shard in manifest.shards for key in shard.keys]
     assert sorted((row["key"], row["view"]) for row in rows) == sorted((key, view) for key in keys for view in (0, 1))
-    assert table.rows == 2 * manifest.num_samples
+    assert table.num_rows == 2 * manifest.num_samples
     assert all(row["shape"] == [1, 4, 4] and len(row["bits"]) == 20 for row in rows)
     metadata = pq.read_schema(Path(table.url) / table.parts[0][0]).metadata
-    assert metadata[b"tokenizer_id"].decode() == table.facts.tokenizer_id
+    assert metadata[b"tokenizer_id"].decode() == table.info.tokenizer_id
 
 
 def test_tokenize_first_crop_encodes_the_center(table, model, photo_shards):
@@ -75,11 +75,11 @@ def test_tokenize_other_crops_depend_on_the_seed(table, model, photo_shards, tmp
 def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, tmp_path, ray_local):
     """Ray workers write the same table, and a second call writes only the missing parts."""
     arguments = (model, photo_shards, str(tmp_path))
-    settings = {"views": 2, "flip": True, "batch_size": 5}
+    settings = {"num_crops": 2, "flip": True, "batch_size": 5}
     done = tokenize(*arguments, num_workers=2, **settings)
-    assert (done.num_written, done.table.num_rows) == (len(table.parts), table.rows)
-    theirs = TokenSource(done.table, MODEL).read_eval(range(table.rows))
-    ours = TokenSource(table, MODEL).read_eval(range(table.rows))
+    assert (done.num_written, done.table.num_rows) == (len(table.parts), table.num_rows)
+    theirs = TokenSource(done.table, MODEL).read_eval(range(table.num_rows))
+    ours = TokenSource(table, MODEL).read_eval(range(table.num_rows))
     assert theirs.keys == ours.keys
     assert np.array_equal(theirs.values_P, ours.values_P)
     (tmp_path / "tokens.json").unlink()
@@ -98,8 +98,8 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
 def test_token_source_epoch_has_each_row_once(table):
     """Every row is read exactly once per epoch, in shuffled order."""
     source = TokenSource(table, MODEL)
-    stream = training_batches(source, config.DataOrderConfig(lanes=2, shuffle_window=8), 2, 0, 1, seed=1)
-    batches = [next(stream) for _ in range(table.rows // 2)]
+    stream = training_batches(source, config.DataOrderConfig(interleave=2, shuffle_block_size=8), 2, 0, 1, seed=1)
+    batches = [next(stream) for _ in range(table.num_rows // 2)]
     read = [(key, row.tobytes()) for b in batches for key, row in zip(b.keys, b.values_B.numpy(), strict=True)]
     block = source.read_eval(range(source.num_samples))
     assert sorted(read) == sorted(zip(block.keys, map(np.ndarray.tobytes, block.values_P), strict=True))
@@ -180,7 +180,7 @@ def test_token_table_mismatch_raises(table, model, photo_shards, tmp_path):
     other = save_tokenizer(tmp_path / "other", 1)
     with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
         tokenize(other, photo_shards, table.url, num_workers=0)
-    with pytest.raises(ValueError, match="views 0"):
+    with pytest.raises(ValueError, match="num_crops 0"):
         tokenize(model, photo_shards, str(tmp_path / "x"), num_workers=0, num_crops=0)
     record = json.loads((Path(table.url) / "tokens.json").read_text())
     (tmp_path / "tokens.json").write_text(json.dumps(record | {"version": 9}))

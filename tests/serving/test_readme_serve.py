@@ -17,7 +17,7 @@ from PIL import Image
 from small_videos import make_street_video
 
 from bsq_ray import Codec
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 
 _SECTION = (Path(__file__).parents[2] / "README.md").read_text().split("## Serve\n")[1].split("\n## ")[0]
 _COMMAND, _CURL = re.findall(r"```bash\n(.*?)```", _SECTION, re.S)

@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from small_videos import make_street_video
 
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.serving.server import serve_app
 from bsq_ray.serving.service_config import Limits, Settings
 

@@ -22,7 +22,7 @@ from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.serving.deadline import deadline_after
 from bsq_ray.serving.errors import ApiError
@@ -202,7 +202,7 @@ def test_video_frame_over_declared_size_returns_413(client):
     for path in ("encode", "reconstruct", "compress"):
         response = client.post(f"/v1/{path}", content=bytes(file))
         assert response.status_code == 413, response.text
-        assert "192 x 144 pixels; at most 10000 are taken" in response.json()["error"]
+        assert "192 x 144 pixels; at most 10000 are allowed" in response.json()["error"]
 
 
 def test_video_without_length_decodes_up_to_limit(client, monkeypatch):

@@ -66,7 +66,7 @@ def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, undi
             if record["kind"] == "training" and record["step"] == HALF + 1:
                 next_step.set()
 
-    monkeypatch.setattr(storage, "copy_in", slow)
+    monkeypatch.setattr(storage, "upload", slow)
     listener = Waker()
     run_training(small_spec(photo_shards, tmp_path / "run", AT_HALF), local_worker(listener))
     assert_same_steps(listener, undisturbed)

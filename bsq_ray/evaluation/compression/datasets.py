@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
 from bsq_ray.evaluation.compression.clip_files import CLIP_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 
 _UVG = "Beauty|Bosphorus|HoneyBee|Jockey|ReadyS(?:teady|et)Go|ShakeNDry|YachtRide"
 # Name, what it holds, how many, and how its files or folders of frames are called.

@@ -22,7 +22,7 @@ from PIL import Image
 
 from bsq_ray import model_folder, storage
 from bsq_ray.codec.codec import Codec
-from bsq_ray.data.transforms import read_image, to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.clip_files import VideoClip, read_video_clip
 from bsq_ray.evaluation.compression.compression_report import compression_markdown, plot_curves, render_examples
 from bsq_ray.evaluation.compression.datasets import find_dataset
@@ -35,6 +35,7 @@ from bsq_ray.evaluation.compression.rate_distortion import (
     mean_curves,
 )
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
+from bsq_ray.media.images import read_image
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity

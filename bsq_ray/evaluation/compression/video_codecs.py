@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from bsq_ray.evaluation.compression.clip_files import VideoClip
+from bsq_ray.media.color import frame_to_rgb, rgb_to_frame
 
 _THREADS = "4"
 # Its encoder announces itself on stderr otherwise.
@@ -41,14 +42,14 @@ class VideoCodec:
             # As FFmpeg's command line does; PyAV's default cuts frames into slices, which costs bits.
             stream.thread_type = "FRAME"
             for pixels_HW3 in clip.frames_THW3:
-                output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HW3), format="rgb24")))
+                output.mux(stream.encode(rgb_to_frame(pixels_HW3, stream.pix_fmt)))
             output.mux(stream.encode(None))
         return file.getvalue()
 
     def decode(self, data: bytes) -> np.ndarray:
         """Frames, uint8 (T, H, W, 3)."""
         with av.open(io.BytesIO(data), format=self.format) as file:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+            return np.stack([frame_to_rgb(frame) for frame in file.decode(video=0)])
 
 
 def standard_video_codecs() -> dict[str, VideoCodec]:

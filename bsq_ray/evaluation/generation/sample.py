@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import default_device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
+from bsq_ray.media.images import read_image
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 

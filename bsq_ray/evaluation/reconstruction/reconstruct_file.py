@@ -18,8 +18,10 @@ from bsq_ray import config, model_folder, storage
 from bsq_ray.config.loader import suggest
 from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
 from bsq_ray.data.token_table import TABLE_FILE, read_table
-from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.media.images import read_image
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk

@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, to_rgb
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, encode_png, load_rgb, open_image
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 
@@ -24,14 +24,14 @@ def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = N
 
     Args:
         max_pixels: images with more are refused from their header, before anything is decoded.
-        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.data.transforms.decode_image` does.
+        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.media.images.load_rgb` does.
 
     Raises:
         Refused: 415 not an image, 413 too many pixels, 422 damaged.
     """
     try:
         # Pillow warns of large images and raises on larger ones; the limit here comes first.
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = open_image(data, IMAGE_FORMATS)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError):
             raise ApiError(413, f"the image has more than the {max_pixels} pixels that are taken") from None
@@ -43,10 +43,7 @@ def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = N
             413, f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are taken, shrink it first"
         )
     try:
-        if short_side is not None and image.format == "JPEG":
-            factor = 2 * short_side / min(image.size)
-            image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
-        return to_rgb(image)
+        return load_rgb(image, short_side)
     except DECODE_ERRORS as error:
         raise ApiError(422, f"the image is damaged: {decode_error_text(error)}") from None
 
@@ -68,6 +65,4 @@ def webp_from_frames(pixels_CTHW: np.ndarray) -> bytes:
 
 def png_from_image(image: Image.Image) -> bytes:
     """A PNG, packed quickly rather than tightly."""
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return encode_png(image, compress_level=1)

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from bsq_ray.media.color import Color
-from bsq_ray.media.video_files import TooLargeError, VideoStream, read_video
+from bsq_ray.media.video_reader import TooLargeError, VideoStream, read_video
 
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
 _BASE_MEMORY_BYTES, _MEMORY_BYTES_PER_PIXEL = 2**30, 64

@@ -1,65 +1,16 @@
-"""Decoding and the two transforms, on real photographs."""
-
-import io
+"""Training crops, evaluation images, and conversion to tensors, on real photos."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bsq_ray.data.transforms import (
-    DECODE_ERRORS,
-    decode_image,
-    eval_transform,
-    to_float,
-    to_rgb,
-    to_uint8,
-    train_transform,
-)
-
-
-def encode(image, file_format, **options):
-    data = io.BytesIO()
-    image.save(data, file_format, **options)
-    return data.getvalue()
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8, train_transform
 
 
 @pytest.fixture
 def photo(photos):
     return photos[0]
-
-
-def test_decode_image_scaled_jpeg_stays_close_to_full(photo):
-    """Scaled JPEG decoding keeps at least twice the target size and barely changes the result."""
-    data = encode(photo.resize((1024, 768)), "JPEG", quality=95)
-    whole, scaled = decode_image(data), decode_image(data, short_side=64)
-    assert min(scaled.size) >= 128
-    assert scaled.size < whole.size
-    difference = np.abs(
-        eval_transform(whole, 64, "bilinear").astype(int) - eval_transform(scaled, 64, "bilinear").astype(int)
-    )
-    assert difference.mean() < 2
-
-
-def test_decode_image_unusual_modes_become_upright_rgb(photo):
-    """Rotated, gray, transparent, CMYK and 16-bit images become upright RGB."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned = decode_image(encode(photo, "JPEG", exif=exif))
-    assert turned.size == photo.size[::-1]
-    assert decode_image(encode(photo.convert("CMYK"), "JPEG")).mode == "RGB"
-    assert decode_image(encode(photo.convert("L"), "PNG")).mode == "RGB"
-    transparent = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
-    assert decode_image(encode(transparent, "PNG")).getpixel((3, 3)) == (255, 255, 255)
-    deep = Image.fromarray(np.full((16, 16), 32768, np.uint16))
-    assert to_rgb(deep).getpixel((0, 0)) == pytest.approx((127, 127, 127), abs=1)
-
-
-@pytest.mark.parametrize("data", [b"", b"this is text", b"\xff\xd8\xff\xe0 half a header"])
-def test_decode_image_invalid_data_raises_decode_error(data):
-    """Data that is not an image raises one of `DECODE_ERRORS`."""
-    with pytest.raises(DECODE_ERRORS):
-        decode_image(data)
 
 
 def test_train_transform_equals_resize_then_crop(photo):

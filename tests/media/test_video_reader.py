@@ -6,19 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from small_videos import make_video
 
 from bsq_ray.media import video_reader
-from bsq_ray.media.video_reader import decode_frames, even_size, open_video, probe, read_frames, to_upright_rgb
+from bsq_ray.media.video_reader import decode_frames, open_video, probe, read_frames, upright_rgb
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
 
 def all_frames(data):
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [np.asarray(to_upright_rgb(frame)) for frame in decode_frames(container, stream)]
+        return [np.asarray(upright_rgb(frame)) for frame in decode_frames(container, stream)]
 
 
 @pytest.mark.parametrize("suffix", ["3gp", "avi", "flv", "mkv", "mp4", "mpg", "webm", "wmv"])
@@ -48,7 +46,7 @@ def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
             numbers.append(number)
             yield number, frame
 
-    monkeypatch.setattr(video_reader, "_from_key_frame", record_numbers)
+    monkeypatch.setattr(video_reader, "_decode_from_key_frame", record_numbers)
     list(read_frames(io.BytesIO(data), video, start, 4, 2))
     assert numbers == list(range(video.key_frames[3], start + 7))
 
@@ -100,22 +98,3 @@ def test_probe_dropped_frames_are_not_variable_rate(photos):
     assert not probe(io.BytesIO(steady)).is_variable_rate
     assert probe(io.BytesIO(steady)).video.fps == pytest.approx(25)
     assert probe(io.BytesIO(uneven)).is_variable_rate
-
-
-@pytest.mark.parametrize(
-    ("size", "max_side", "expected"),
-    [((1080, 720), 255, (254, 170)), ((720, 1080), 255, (170, 254)), ((1920, 1080), 177, (176, 100))],
-)
-def test_even_size_rounds_odd_max_side_down(size, max_side, expected):
-    """An odd `max_side` is rounded down to the next even size."""
-    assert even_size(*size, max_side) == expected
-
-
-@given(st.integers(2, 5000), st.integers(2, 5000), st.integers(8, 2000))
-def test_even_size_is_even_and_keeps_aspect_ratio(width, height, max_side):
-    """Sizes are even, at most `max_side`, and keep the aspect ratio."""
-    size = even_size(width, height, max_side)
-    assert all(side % 2 == 0 and side >= 2 for side in size)
-    assert max(size) == max_side - max_side % 2
-    scale = max(size) / max(width, height)
-    assert all(abs(new - old * scale) <= 1 or new == 2 for new, old in zip(size, (width, height), strict=True))
