@@ -26,8 +26,8 @@ from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile, ProgressCallback
 from bsq_ray.codec.container import VideoHeader, read_header
 from bsq_ray.media.images import DECODE_ERRORS, MAX_PIXELS, decode_error_text, to_srgb
-from bsq_ray.media.video_files import VideoStream, read_video, write_video
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video
+from bsq_ray.media.video_writer import write_video
 from bsq_ray.model_folder import WeightsKind
 
 _IMAGE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}

@@ -203,7 +203,7 @@ def test_codec_incompatible_models_raise(codec):
 def test_codec_wrong_tokenizer_in_prior_folder_raises(tmp_path):
     save_tokenizer(tmp_path / "tokenizer", 0)
     Prior(PRIOR_CONFIG.model_copy(update={"tokenizer": "a" * 64})).save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that one there"):
+    with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that tokenizer there"):
         Codec.from_pretrained(str(tmp_path))
 
 

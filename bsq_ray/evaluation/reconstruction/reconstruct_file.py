@@ -19,7 +19,7 @@ from bsq_ray.evaluation.plots.save import encode_png
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
-from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
+from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
