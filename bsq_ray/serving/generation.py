@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.base import StrictModel
 from bsq_ray.serving.errors import ApiError, deadline_exceeded
 from bsq_ray.serving.http.admission import AdmissionControl
 from bsq_ray.serving.registry import ModelKind, ModelRegistry

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import Field, ValidationError
 from starlette.exceptions import HTTPException
 
-from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.base import StrictModel
 from bsq_ray.serving.errors import ApiError, deadline_exceeded
 from bsq_ray.serving.generation import IMAGE_MEDIA_TYPES, GenerateBody, generate_images, image_media_type, ndjson_lines
 from bsq_ray.serving.http.admission import AdmissionControl
