@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/evaluate_compression.py --model M --data DIR --out URL --workers N`.
 
-Takes what `bsq-ray evaluate compression` takes, and compresses on the cluster the job runs on.
+Accepts the options of `bsq-ray evaluate compression`. The evaluation runs on the cluster of the job.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["evaluate", "compression"]
-    main()
+    main(["evaluate", "compression", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/evaluate_generation.py --model M --data URL --out URL --workers N`.
 
-Takes what `bsq-ray evaluate generation` takes, and measures on the cluster the job runs on.
+Accepts the options of `bsq-ray evaluate generation`. The evaluation runs on the cluster of the job.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["evaluate", "generation"]
-    main()
+    main(["evaluate", "generation", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/evaluate_reconstruction.py --model M --data URL --out URL --workers N`.
 
-Takes what `bsq-ray evaluate reconstruction` takes, and measures on the cluster the job runs on.
+Accepts the options of `bsq-ray evaluate reconstruction`. The evaluation runs on the cluster of the job.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["evaluate", "reconstruction"]
-    main()
+    main(["evaluate", "reconstruction", *sys.argv[1:]])

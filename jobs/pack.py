@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/pack.py SRC DEST`.
 
-Takes what `bsq-ray data pack` takes, and packs on the cluster the job runs on.
+Accepts the options of `bsq-ray data pack`. Packing runs on the cluster of the job.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["data", "pack"]
-    main()
+    main(["data", "pack", *sys.argv[1:]])

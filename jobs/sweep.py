@@ -1,7 +1,7 @@
 """`ray job submit … -- python jobs/sweep.py --config FILE --data URL --held-out URL --out URL --resume`.
 
-Takes what `bsq-ray sweep` takes, and runs the trials on the cluster the job runs on. `ray job stop` leaves a sweep that
-the same submission goes on with; `--resume` begins where there is nothing yet.
+Accepts the options of `bsq-ray sweep`. The trials run on the cluster of the job. After `ray job stop` the
+same submission resumes; `--resume` starts a new sweep if the folder is empty.
 """
 
 import sys
@@ -9,5 +9,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["sweep"]
-    main()
+    main(["sweep", *sys.argv[1:]])

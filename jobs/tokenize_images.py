@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/tokenize_images.py --model M --data URL --out TABLE --workers N`.
 
-Takes what `bsq-ray tokenize` takes, and works on the cluster the job runs on; what is already there is not done again.
+Accepts the options of `bsq-ray tokenize`. Tokenization runs on the cluster of the job; existing parts are not repeated.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["tokenize"]
-    main()
+    main(["tokenize", *sys.argv[1:]])

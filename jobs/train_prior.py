@@ -1,6 +1,6 @@
 """`ray job submit … -- python jobs/train_prior.py --config NAME --data TABLE --out URL --workers N --resume`.
 
-Takes what `bsq-ray train prior` takes; stops and goes on as `train_tokenizer.py` does.
+Accepts the options of `bsq-ray train prior`. It stops and resumes as `train_tokenizer.py` does.
 """
 
 import sys
@@ -8,5 +8,4 @@ import sys
 from bsq_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["train", "prior"]
-    main()
+    main(["train", "prior", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""The command line: what it offers, and what it says when something is wrong."""
+"""The command line: commands, options, exit statuses and error messages."""
 
 import subprocess
 import sys
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bsq_ray.cli import main
+from bsq_ray.cli import extras, main
+from bsq_ray.cli.options import resume_command
 
 SWEEP = ["sweep", "--data", "x", "--held-out", "x", "--out", "y", "--config"]
 DEMO_SWEEP = str(Path(__file__).parents[1] / "jobs" / "sweeps" / "demo.yaml")
 
 TOKENIZE = ["tokenize", "--model", "a", "--data", "b", "--out", "c"]
+RUN = ["--config", "imagenet128-bsq18", "--data", "x", "--out", "y"]
 RECONSTRUCTION = ["evaluate", "reconstruction", "--model", "a", "--data", "b", "--out", "c"]
 
 
@@ -42,12 +44,12 @@ def test_help_lists_expected_commands(run_cli):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["nonsense"], "No such command 'nonsense'"),
         (["train"], "Missing argument 'stage'"),
         (["train", "tokenizer", "--config", "demmo", "--data", "x", "--out", "y"], "did you mean demo?"),
-        (["train", "prior", "--config", "demo", "--data", "x", "--out", "y"], "stage 'prior' is not that of demo"),
+        (["train", "prior", "--config", "demo", "--data", "x", "--out", "y"], "stage 'prior' does not match demo"),
         (
             ["train", "tokenizer", "--config", "demo", "--data", "x", "--out", "y", "model.encoder.widht=3"],
             "unknown key model.encoder.widht; did you mean model.encoder.width?",
@@ -58,12 +60,12 @@ def test_help_lists_expected_commands(run_cli):
         ([*SWEEP, DEMO_SWEEP, "--workers", "0"], "--workers 0 must be 1 or more; a trial trains on Ray"),
         ([*SWEEP, DEMO_SWEEP, "--stop-after", "0"], "--stop-after 0 must be positive"),
         (["data", "pack", "/none", "y"], "/none does not exist"),
-        (["data", "pack", "/none", "y", "--kind", "sounds"], "--kind sounds is not known"),
+        (["data", "pack", "/none", "y", "--kind", "sounds"], "unknown --kind sounds"),
         (["data", "inspect", "/none"], "is not a packed data set"),
         (["data", "index", "/none"], "contains no .tar shards"),
         (["evaluate", "reconstruction", "--model", "/none", "--data", "x", "--out", "y"], "/none"),
         (["reconstruct", "--model", "/none", "a.png", "b.png"], "/none"),
-        (["reconstruct", "--model", "/none", "a.png", "b.png", "--weights", "other"], "choose ema or plain"),
+        (["reconstruct", "--model", "/none", "a.png", "b.png", "--weights", "other"], "choose ema or "),
         (["tokenize", "--model", "/none", "--data", "x", "--out", "y"], "/none"),
         (
             ["train", "masked-lm", "--config", "masked-lm-demo", "--data", "/none", "--out", "y"],
@@ -73,10 +75,10 @@ def test_help_lists_expected_commands(run_cli):
         (["evaluate", "generation", "--model", "/none", "--data", "x", "--out", "y"], "/none"),
         (["evaluate", "compression", "--model", "/none", "--data", "x", "--out", "y"], "/none"),
         (["generate", "--model", "/none", "--out", "y"], "/none"),
-        (["generate", "--model", "/none", "--out", "y", "--classes", "1,b"], "--classes 1,b are not numbers"),
+        (["generate", "--model", "/none", "--out", "y", "--classes", "1,b"], "--classes 1,b is not a list of integers"),
         (["compress", "--model", "/none", "a.png", "b.bsq"], "/none"),
         (["decompress", "--model", "/none", "b.bsq", "a.png"], "/none"),
-        (["decompress", "--model", "/none", "b.bsq", "a.png", "--region", "1,2"], "are not four numbers"),
+        (["decompress", "--model", "/none", "b.bsq", "a.png", "--region", "1,2"], "is not four numbers"),
         (["demo-generate", "--images", "/none"], "/none does not exist"),
         (["demo-generate", "--minutes", "-1"], "--minutes -1.0 must be positive"),
         (["demo-compress", "--minutes", "0"], "--minutes 0.0 must be positive"),
@@ -91,7 +93,7 @@ def test_help_lists_expected_commands(run_cli):
             "Invalid value for '--batch-size'",
         ),
         (["tokenize", "--model", "a", "--data", "b", "--out", "c", "--scale", "0.5"], "Invalid value for '--scale'"),
-        ([*RECONSTRUCTION, "--max-damaged", "-1"], "Invalid value for '--max-damaged'"),
+        ([*RECONSTRUCTION, "--max-skipped-samples", "-1"], "Invalid value for '--max-skipped-samples'"),
         ([*RECONSTRUCTION, "--workers", "-1"], "Invalid value for '--workers'"),
         (["evaluate", "compression", "--model", "a", "--data", "b", "--out", "c", "--max-side", "0"], "'--max-side'"),
         (
@@ -100,9 +102,9 @@ def test_help_lists_expected_commands(run_cli):
         ),
         (["serve", "--model", "/none"], "/none is not a model folder"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
-        (["quickstart", "--videos", "somewhere"], "--images is a folder of photographs, --video --videos one of clips"),
-        (["quickstart", "--video", "--images", "somewhere"], "give one of them"),
-        (["data", "pack", "a", "b", "--kind", "sounds"], "--kind sounds is not known; choose images or videos"),
+        (["quickstart", "--videos", "somewhere"], "--images excludes --video and --videos"),
+        (["quickstart", "--video", "--images", "somewhere"], "give a folder of images, or --video"),
+        (["data", "pack", "a", "b", "--kind", "sounds"], "unknown --kind sounds; choose images or videos"),
         (["data", "pack", "a", "b", "--min-frames", "4"], "--min-frames is for videos; add --kind videos"),
         (["quickstart", "--minutes", "x"], "Invalid value for '--minutes'"),
     ],
@@ -119,6 +121,49 @@ def test_cli_wrong_input_exits_with_status_2(run_cli, arguments, expected, tmp_p
     assert out == ""
 
 
+@pytest.mark.parametrize("arguments", [(), ("data",), ("evaluate",)], ids=" ".join)
+def test_cli_without_command_prints_help(run_cli, arguments):
+    """A call without a command prints the help and ends with exit status 2."""
+    status, out, error = run_cli(*arguments)
+    assert status == 2
+    assert f"Usage: {' '.join(('bsq-ray', *arguments))} " in out
+    assert error == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "message"),
+    [
+        (["train", "tokenizer", *RUN], "ray", "bsq-ray train needs Ray: pip install 'bsq-ray[train]'"),
+        (["train", "tokenizer", *RUN], "deepspeed", "bsq-ray train needs DeepSpeed: pip install 'bsq-ray[train]'"),
+        (RECONSTRUCTION, "lpips", "bsq-ray evaluate reconstruction needs lpips: pip install 'bsq-ray[eval]'"),
+        ([*SWEEP, DEMO_SWEEP], "optuna", "bsq-ray sweep needs Optuna: pip install 'bsq-ray[tune]'"),
+        (["quickstart"], "jinja2", "bsq-ray quickstart needs Jinja2: pip install 'bsq-ray[all]'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_cli_missing_extra_exits_with_status_2(run_cli, monkeypatch, arguments, missing, message):
+    """A missing optional package ends with exit status 2 and the pip command."""
+    find_spec = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == missing else find_spec(name))
+    assert run_cli(*arguments) == (2, "", f"{message}\n")
+
+
+def test_cli_failed_import_of_optional_package_names_its_extra(run_cli, monkeypatch):
+    """An import error of an optional package becomes the pip command."""
+
+    def fail(source):
+        raise ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+
+    monkeypatch.setattr("bsq_ray.cli.info.format_info", fail)
+    status, _, error = run_cli("info", "demo")
+    assert (status, error) == (2, "bsq-ray: this command needs PyArrow: pip install 'bsq-ray[train]'\n")
+
+
+def test_resume_command_repeats_arguments():
+    """The resume command repeats the arguments of the call and contains --resume once."""
+    assert resume_command(["train", "--out", "a b", "--resume"]) == "bsq-ray train --out 'a b' --resume"
+
+
 def test_cli_failed_work_exits_with_status_1(run_cli, monkeypatch):
     """Failed work ends with exit status 1, and --debug raises the original exception."""
 
@@ -128,7 +173,7 @@ def test_cli_failed_work_exits_with_status_1(run_cli, monkeypatch):
     monkeypatch.setattr("bsq_ray.cli.info.format_info", fail)
     status, _, error = run_cli("info", "demo")
     assert status == 1
-    assert "the disk is full (OSError; --debug shows where)" in error
+    assert "the disk is full (OSError; --debug shows the traceback)" in error
     monkeypatch.setattr(sys, "argv", ["bsq-ray", "info", "demo", "--debug"])
     with pytest.raises(OSError, match="the disk is full"):
         main.main()
@@ -151,7 +196,7 @@ def test_cli_data_pack_and_inspect_listed_videos(run_cli, video_folders, tmp_pat
     status, out, error = run_cli("data", "pack", video_folders[0], tmp_path / "set", "--workers", "0", *options)
     assert status == 0, error
     assert out.startswith("videos 1, shards 1, classes 1, in ")
-    assert "too short: 1, listed in " in out
+    assert "skipped 1 that are too short, listed in " in out
     status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
     assert "frames 250 to 250, median 250; 0.2 minutes in all, 25 frames/s (1)" in out
@@ -171,13 +216,13 @@ def test_cli_data_pack_inspect_and_info(run_cli, photo_folders, tmp_path):
     (tmp_path / "set" / "shard-000000.tar").write_bytes(b"")
     status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 1
-    assert "fault: shard-000000.tar is not the file that was packed" in out
+    assert "error: shard-000000.tar is not the file that was packed" in out
 
 
 def test_cli_help_imports_no_heavy_packages():
     """The help output imports none of torch, Ray, DeepSpeed and NumPy."""
     started_at = time.monotonic()
-    script = "import sys; from bsq_ray import cli; sys.argv = ['bsq-ray', '--help']\ntry: cli.main()\nfinally: "
+    script = "import sys; from bsq_ray.cli import main; sys.argv = ['bsq-ray', '--help']\ntry: main.main()\nfinally: "
     script += "print([name for name in ('torch', 'ray', 'deepspeed', 'numpy') if name in sys.modules])"
     completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert completed.stdout.strip().endswith("[]")

@@ -1,4 +1,4 @@
-"""Reading the configuration: presets, files, overrides, and what a mistake is answered with."""
+"""Configuration: presets, files, overrides, and error messages for wrong keys and values."""
 
 import re
 from importlib import resources
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from bsq_ray import config
 from bsq_ray.config import dump_config, load_config, parse_config, preset_names
+from bsq_ray.config.loader import STAGE_CONFIGS, iterate_fields, list_config_keys
 
 PRESETS = resources.files("bsq_ray") / "presets"
 
@@ -73,6 +74,14 @@ def test_base_preset_lists_every_schema_key():
     expected = schema_paths(config.TokenizerConfig) - {("model", "quantizer")}
     expected |= {("model", "quantizer", *path) for path in schema_paths(config.BSQConfig)}
     assert yaml_paths(yaml.safe_load((PRESETS / "imagenet128-bsq18.yaml").read_text())) == expected
+
+
+@pytest.mark.parametrize("schema", STAGE_CONFIGS.values(), ids=STAGE_CONFIGS)
+def test_every_config_key_has_a_description(schema):
+    """Every key has a description, which is one sentence."""
+    fields = dict(iterate_fields(schema))
+    assert [key for key, field in fields.items() if not re.fullmatch(r"[^\n]+\.", field.description or "")] == []
+    assert sorted(fields) == list_config_keys(schema)
 
 
 def test_schema_defaults_match_base_preset():
@@ -177,7 +186,7 @@ def test_load_config_resolves_base_relative_to_file(write_config, tmp_path, monk
 def test_load_config_circular_base_raises(write_config):
     """A circular chain of base files raises an error."""
     write_config("b.yaml", "base: sub/../a.yaml")
-    assert "base chain comes back to itself" in load_error(write_config("a.yaml", "base: b.yaml"))
+    assert "chain of base files is circular" in load_error(write_config("a.yaml", "base: b.yaml"))
 
 
 def test_load_config_new_quantizer_kind_resets_section(write_config):
@@ -249,7 +258,7 @@ def test_load_config_wrong_override_names_valid_values(override, expected):
 @pytest.mark.parametrize("override", ["steps", "=5", "  =5"])
 def test_load_config_malformed_override_raises(override):
     """An override that is not of the form key.path=value raises an error."""
-    assert "is not of the form key.path=value" in load_error("demo", [override])
+    assert "is malformed; write key.path=value" in load_error("demo", [override])
 
 
 def test_load_config_lists_every_mistake_with_its_file(write_config):
@@ -273,7 +282,7 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
         (["model.quantizer.kind=vq", "model.quantizer.codebook_size=1000"], "codebook_size 1000 is not a power of two"),
         (["model.quantizer.kind=fsq", "model.quantizer.levels=[8, 1]"], "model.quantizer.levels.1: Input should be gr"),
         (["model.quantizer.kind=fsq", "model.quantizer.bits=8"], "unknown key model.quantizer.bits; valid keys are k"),
-        (["loss.adversarial.discriminator=stylegan2-3d"], "stylegan2-3d judges clips; it needs model.frames above 1"),
+        (["loss.adversarial.discriminator=stylegan2-3d"], "stylegan2-3d scores whole clips; set model.frames above 1"),
         (
             ["training.engine.zero_stage=3", "training.micro_batch_size=4"],
             "zero_stage 3 with training.micro_batch_size accumulates wrong gradients",
@@ -296,7 +305,7 @@ def test_load_config_zero3_with_gan_or_accumulation_loads():
 
 def test_load_config_unknown_preset_is_suggested():
     """The error for an unknown preset suggests the most similar one."""
-    assert load_error("imagenet128-bsq8") == ("no preset is called 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
+    assert load_error("imagenet128-bsq8") == ("unknown preset 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
     assert "presets are demo, demo-video, imagenet128-bsq10" in load_error("xyz")
 
 
@@ -306,9 +315,9 @@ def test_load_config_unknown_preset_is_suggested():
         ("- a\n- b", "expected keys and values, found list"),
         ("", "expected keys and values, found nothing"),
         ("name: [1, 2", "not valid YAML"),
-        ("name: a\ntraining: {steps: 1, steps: 2}", "the key steps is given twice"),
+        ("name: a\ntraining: {steps: 1, steps: 2}", "duplicate key steps"),
         ("name: a\nbase: 7", "base must be the name of a preset or a file, got 7"),
-        ("base: demoo", "no preset is called 'demoo'; did you mean demo?"),
+        ("base: demoo", "unknown preset 'demoo'; did you mean demo?"),
         ("training: {steps: 5}", "name: Field required"),
         ("base: missing.yaml", "missing.yaml: it does not exist"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),

@@ -1,4 +1,4 @@
-"""Commands on data: pack, index, inspect, tokenize."""
+"""Commands for data: pack, index, inspect, tokenize."""
 
 from __future__ import annotations
 
@@ -6,38 +6,47 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.cli.options import AddressOption, drop_none, progress_bar
+from bsq_ray.cli.extras import require_extra
+from bsq_ray.cli.options import AddressOption, ProgressBar, announce_ray, drop_none
+
+_MAX_LISTED_CLASSES = 20
 
 
 def data_pack(
-    src: Annotated[str, typer.Argument(help="Folder or URL of files; its first level of folders names the classes.")],
-    dest: Annotated[str, typer.Argument(help="Folder or URL for the shards.")],
+    src: Annotated[str, typer.Argument(help="Folder or URL of files; its subfolders are the classes.")],
+    dest: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
     kind: Annotated[str, typer.Option(help="images or videos.")] = "images",
     split_list: Annotated[
-        str | None, typer.Option("--list", help="Take the files that this UCF-101 list names.")
+        str | None, typer.Option("--list", help="UCF-101 split list; only its files are packed.")
     ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
-    max_side: Annotated[int | None, typer.Option(help="Shrink images or videos with a longer side to it.")] = None,
-    min_frames: Annotated[int | None, typer.Option(help="Leave out videos with fewer frames; default 16.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the shuffle over shards.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=0, help="Tasks at once; 0 packs without Ray.")] = None,
+    max_side: Annotated[int | None, typer.Option(help="Shrink images or videos to this longer side, pixels.")] = None,
+    min_frames: Annotated[int | None, typer.Option(help="Skip videos with fewer frames. Default: 16.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle over shards.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=0, help="Concurrent tasks. 0 packs without Ray.")] = None,
     address: AddressOption = None,
 ) -> None:
     """Pack a folder of images or videos into WebDataset shards with a manifest."""
-    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
-
     if kind not in ("images", "videos"):
-        raise ValueError(f"--kind {kind} is not known; choose images or videos")
+        raise ValueError(f"unknown --kind {kind}; choose images or videos")
     if kind == "images" and min_frames is not None:
         raise ValueError("--min-frames is for videos; add --kind videos")
-    with progress_bar("packing") as on_progress:
-        options = PackOptions(
+    require_extra("data pack", "train", *(() if workers == 0 else ("ray",)))
+
+    from bsq_ray.data.pack import pack_images, pack_videos
+
+    pack = pack_images if kind == "images" else pack_videos
+    with ProgressBar("packing") as on_progress:
+        report = pack(
+            src,
+            dest,
             shard_mb=shard_mb,
             max_side=max_side,
             seed=seed,
-            split_list=split_list,
             num_workers=workers,
             address=address,
+            on_progress=on_progress,
+            split_list=split_list,
             **drop_none(min_frames=min_frames),
         )
         pack = pack_images if kind == "images" else pack_videos
@@ -45,77 +54,94 @@ def data_pack(
     manifest = report.manifest
     print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged:
-        print(f"could not be decoded: {len(report.damaged)}, listed in {dest}/damaged.txt")
+        print(f"skipped {len(report.damaged)} that cannot be decoded, listed in {dest}/damaged.txt")
     if report.too_short:
-        print(f"too short: {len(report.too_short)}, listed in {dest}/too-short.txt")
+        print(f"skipped {len(report.too_short)} that are too short, listed in {dest}/too-short.txt")
     if report.changed:
-        print(f"of variable rate, now of a constant one: {len(report.changed)}, listed in {dest}/changed.txt")
+        print(f"converted {len(report.changed)} to a constant frame rate, listed in {dest}/changed.txt")
     if report.num_ignored:
-        print(f"left out, for they are no {kind}: {report.num_ignored}")
+        print(f"ignored {report.num_ignored} files that are not {kind}")
 
 
 def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
-    """Write the manifest for WebDataset shards that were made elsewhere."""
+    """Write the manifest of WebDataset shards that another program made."""
+    require_extra("data index", "train")
+
     from bsq_ray.data.index import index_shards
 
-    with progress_bar("indexing") as on_progress:
+    with ProgressBar("indexing") as on_progress:
         manifest = index_shards(url, on_progress)
     print(f"{manifest.num_samples} {manifest.kind} in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
 
 
 def data_inspect(
     dest: Annotated[str, typer.Argument(help="Folder or URL of packed shards.")],
-    sheet: Annotated[str, typer.Option(help="Where the contact sheet goes.")] = "contact-sheet.png",
+    sheet: Annotated[str, typer.Option(help="PNG file of the contact sheet.")] = "contact-sheet.png",
 ) -> None:
-    """Count, check and show a packed data set."""
+    """Count and check a packed data set, and write a contact sheet."""
+    require_extra("data inspect", "train")
+
     from bsq_ray.data.inspect import inspect_shards
 
     inspection = inspect_shards(dest, sheet)
     manifest = inspection.manifest
-    size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    print(
-        f"{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, {size:.1f} MB, hash {manifest.hash[:12]}"
-    )
-    for name, count in sorted(inspection.class_counts.items(), key=lambda item: -item[1])[:20]:
+    size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
+    num_shards = len(manifest.shards)
+    print(f"{manifest.num_samples} {manifest.kind}, {num_shards} shards, {size_mb:.1f} MB, hash {manifest.hash[:12]}")
+    for name, count in sorted(inspection.class_counts.items(), key=lambda item: -item[1])[:_MAX_LISTED_CLASSES]:
         print(f"  {name}: {count}")
-    if len(inspection.class_counts) > 20:
-        print(f"  and {len(inspection.class_counts) - 20} more classes")
+    if len(inspection.class_counts) > _MAX_LISTED_CLASSES:
+        print(f"  and {len(inspection.class_counts) - _MAX_LISTED_CLASSES} more classes")
     if inspection.num_measured:
         for side, (low, median, high) in {"width": inspection.widths, "height": inspection.heights}.items():
             print(f"{side} {low} to {high} px, median {median} ({inspection.num_measured} {manifest.kind} measured)")
     if manifest.kind == "videos":
         low, median, high = inspection.frame_counts
-        print(
-            f"frames {low} to {high}, median {median}; {inspection.total_duration_s / 60:.1f} minutes in all, {inspection.frame_rates}"
-        )
-    print(f"contact sheet: {sheet}" if inspection.num_measured else f"no contact sheet: no {manifest.kind} can be read")
-    for fault in inspection.errors:
-        print(f"fault: {fault}")
+        minutes = inspection.total_duration_s / 60
+        print(f"frames {low} to {high}, median {median}; {minutes:.1f} minutes in all, {inspection.frame_rates}")
+    print(f"contact sheet: {sheet}" if inspection.num_measured else f"no contact sheet: no readable {manifest.kind}")
+    for error in inspection.errors:
+        print(f"error: {error}")
     if inspection.errors:
-        raise RuntimeError(f"{dest} has {len(inspection.errors)} faults, listed above")
+        raise RuntimeError(f"{dest} has {len(inspection.errors)} errors, listed above")
 
 
 def tokenize_images(
     model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
     data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the token table.")],
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works without Ray.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes. 0 tokenizes without Ray.")] = 1,
     num_crops: Annotated[
-        int, typer.Option(min=1, help="Rows of each image or clip: its centre, then random crops.")
+        int, typer.Option(min=1, help="Rows of each image or clip: its center crop, then random crops.")
     ] = 1,
     scale: Annotated[
-        float, typer.Option(min=1.0, help="Random crops come from images up to so many times larger.")
+        float, typer.Option(min=1.0, help="Largest resize of an image before a random crop, as a factor.")
     ] = 1.25,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the random crops.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the random crops.")] = 0,
     address: AddressOption = None,
 ) -> None:
-    """Turn packed images or videos into a token table; what is already there is not done again."""
+    """Tokenize packed images or videos into a token table. Existing parts are not repeated."""
+    require_extra("tokenize", "train", *(("ray",) if workers else ()))
+
     from bsq_ray.data.tokenize import tokenize
 
-    with progress_bar("tokenizing") as on_progress:
-        result = tokenize(model, data, out, workers, address, num_crops, scale, flip, batch_size, seed, on_progress)
-    print(f"{result.table.num_rows} rows in {len(result.table.parts)} parts ({result.num_written} made now) in {out}")
+    announce_ray(workers, address)
+    with ProgressBar("tokenizing") as on_progress:
+        result = tokenize(
+            model,
+            data,
+            out,
+            num_workers=workers,
+            address=address,
+            num_crops=num_crops,
+            scale=scale,
+            flip=flip,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    print(f"{result.table.num_rows} rows in {len(result.table.parts)} parts ({result.num_written} new) in {out}")
     for line in result.skipped:
-        print(f"left out: {line}")
+        print(f"skipped: {line}")

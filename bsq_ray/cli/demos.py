@@ -1,4 +1,4 @@
-"""Whole paths in one command each."""
+"""Commands that run from data to results: quickstart and demos."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Annotated
 
 import typer
 
+from bsq_ray.cli.extras import require_extra
+
 
 def quickstart(
-    images: Annotated[Path | None, typer.Option(help="Your own folder of photographs.")] = None,
-    video: Annotated[bool, typer.Option("--video", help="Train a video tokenizer on clips instead.")] = False,
-    videos: Annotated[Path | None, typer.Option(help="Your own folder of clips, with --video.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for everything; default quickstart or quickstart-video.")
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images. Default: photos of installed sample packages.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
+    video: Annotated[bool, typer.Option("--video", help="Train a video tokenizer on clips.")] = False,
+    videos: Annotated[Path | None, typer.Option(help="Folder of clips, with --video.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: quickstart or quickstart-video.")] = None,
+    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = 6.0,
 ) -> None:
-    """Train a small tokenizer on real photographs or clips and show what it can do."""
+    """Train a small tokenizer on images or clips, evaluate it, and write an HTML report."""
+    require_extra("quickstart", "all")
+
     from bsq_ray.demos.quickstart import CLIPS, PHOTOS, run_quickstart
 
     if (videos and not video) or (images and video):
-        raise ValueError("--images is a folder of photographs, --video --videos one of clips; give one of them")
+        raise ValueError(
+            "--images excludes --video and --videos; give a folder of images, or --video with a folder of clips"
+        )
     if video:
         result = run_quickstart(videos, out or Path("quickstart-video"), minutes, sample_set=CLIPS)
     else:
@@ -30,25 +36,35 @@ def quickstart(
 
 
 def demo_generate(
-    images: Annotated[Path | None, typer.Option(help="Your own folder, with a subfolder for each class.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-generate"),
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder with a subfolder of images for each class. Default: collected photos.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-generate"),
+    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = 16.0,
 ) -> None:
-    """Train a tokenizer and a masked language model on labelled photographs, and draw images of the classes."""
+    """Train a tokenizer and a masked language model on labeled images, and generate images of the classes."""
+    require_extra("demo-generate", "all")
+
     from bsq_ray.demos.generate_demo import run_demo
 
     print(run_demo(images, out, minutes).summary)
 
 
 def demo_compress(
-    images: Annotated[Path | None, typer.Option(help="Your own folder of photographs to compress.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for everything it makes.")] = Path("demo-compress"),
-    minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 16.0,
-    train_images: Annotated[Path | None, typer.Option(help="Photographs to train on, in class folders.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to compress. Default: 24 collected images.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-compress"),
+    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = 16.0,
+    train_images: Annotated[
+        Path | None, typer.Option(help="Training images, in class folders. Default: collected photos.")
+    ] = None,
 ) -> None:
-    """Train a tokenizer and a prior, and compress unseen photographs beside the standard codecs."""
+    """Train a tokenizer and a prior, and compare them with standard codecs on unseen images."""
+    require_extra("demo-compress", "all", "bjontegaard", "imagecodecs")
+
     from bsq_ray.demos.compress_demo import run_demo
     from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
     print(compression_markdown(run_demo(images, out, minutes, train_images)))
-    print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/comparison.png")
+    print(f"plot: {out}/evaluation/curves.png\ncomparison: {out}/evaluation/comparison.png")

@@ -1,4 +1,4 @@
-"""Commands that measure a trained model."""
+"""Commands that evaluate a trained model."""
 
 from __future__ import annotations
 
@@ -6,90 +6,131 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.cli.options import AddressOption, WeightsOption, drop_none, parse_weights, progress_bar
+from bsq_ray.cli.extras import require_extra
+from bsq_ray.cli.options import AddressOption, ProgressBar, WeightsOption, announce_ray, drop_none, parse_weights
 
 
 def evaluate_reconstruction(
-    model: Annotated[str, typer.Option(help="Model folder.")],
+    model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
     data: Annotated[str, typer.Option(help="Packed images or videos.")],
-    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Measuring processes; 0 measures without Ray.")] = 1,
+    out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
     weights: WeightsOption = "ema",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="At once; default 32 images or 2 clips.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many images or clips.")] = None,
-    max_damaged: Annotated[int, typer.Option(min=0, help="Images or clips that may be unreadable.")] = 0,
-    published: Annotated[bool, typer.Option("--published", help="Show published figures beside.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a batch. Default: 32 images or 2 clips.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of samples, taken from the start.")] = None,
+    max_skipped_samples: Annotated[int, typer.Option(min=0, help="Unreadable samples that may be skipped.")] = 0,
+    published: Annotated[bool, typer.Option("--published", help="Add rows of published results.")] = False,
     address: AddressOption = None,
 ) -> None:
-    """PSNR, SSIM, LPIPS, code usage, of images rFID and KID, of clips rFVD and flicker, beside the trivial codec."""
+    """Evaluate reconstructions against a baseline at the same bit rate.
+
+    Metrics: PSNR, SSIM, LPIPS, code usage; rFID and KID of images; rFVD and flicker of clips.
+    """
+    require_extra("evaluate reconstruction", "eval", *(("ray",) if workers else ()))
+    weights_kind = parse_weights(weights)
+
     from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction as evaluate
 
-    weights_kind = parse_weights(weights)
-    with progress_bar("measuring") as on_progress:
+    announce_ray(workers, address)
+    with ProgressBar("evaluating") as on_progress:
         evaluate(
-            model, data, out, workers, address, weights_kind, batch_size, limit, published, max_damaged, on_progress
+            model,
+            data,
+            out,
+            workers=workers,
+            address=address,
+            weights=weights_kind,
+            batch_size=batch_size,
+            limit=limit,
+            show_published=published,
+            max_skipped_samples=max_skipped_samples,
+            on_progress=on_progress,
         )
-    from bsq_ray import storage
-
-    print(storage.read_text(storage.join(out, "results.md")), end="")
-    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, reconstructions.png")
+    _print_results(out, "reconstructions.png")
 
 
 def evaluate_generation(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     data: Annotated[str, typer.Option(help="Packed real images.")],
-    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Drawing and measuring processes; 0 works without Ray.")] = 1,
-    count: Annotated[int | None, typer.Option(help="Images to draw; default: as many as there are real ones.")] = None,
+    out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
+    count: Annotated[int | None, typer.Option(help="Images to generate. Default: the number of real images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the drawn images.")] = 0,
-    reference_data: Annotated[str | None, typer.Option(help="Packed images that show how classes look.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Token table: a row of its per-position frequencies.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the generated images.")] = 0,
+    reference_data: Annotated[
+        str | None, typer.Option(help="Packed labeled images that the 5-NN class accuracy compares with.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Token table; adds a baseline of its per-position frequencies.")
+    ] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,
 ) -> None:
-    """FID, KID, precision, recall, and whether the classes can be told."""
-    from bsq_ray import storage
+    """Evaluate generated images: FID, KID, precision, recall, class accuracy (5-NN)."""
+    require_extra("evaluate generation", "eval", *(("ray",) if workers else ()))
+    weights_kind = parse_weights(weights)
+
     from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation as evaluate
 
-    sampling_overrides = drop_none(steps=steps, guidance_scale=guidance)
-    with progress_bar("drawing") as on_progress:
-        weights_kind = parse_weights(weights)
+    announce_ray(workers, address)
+    with ProgressBar("generating") as on_progress:
         evaluate(
             model,
             data,
             out,
-            workers,
-            address,
-            count,
-            sampling_overrides,
-            seed,
-            reference_data,
-            baseline,
-            weights_kind,
-            on_progress,
+            workers=workers,
+            address=address,
+            count=count,
+            sampling=drop_none(steps=steps, guidance_scale=guidance_scale),
+            seed=seed,
+            reference_url=reference_data,
+            baseline_url=baseline,
+            weights=weights_kind,
+            on_progress=on_progress,
         )
-    print(storage.read_text(storage.join(out, "results.md")), end="")
-    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, samples.png")
+    _print_results(out, "samples.png")
 
 
 def evaluate_compression(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
-    data: Annotated[str, typer.Option(help="Folder of images, or of clips: Kodak, MCL-JCV, UVG or your own.")],
-    out: Annotated[str, typer.Option(help="Folder or URL for the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 works without Ray.")] = 1,
-    frames: Annotated[int | None, typer.Option(min=1, help="Only the first so many frames of each clip.")] = None,
-    max_side: Annotated[int | None, typer.Option(min=8, help="Shrink what has a longer side to it before.")] = None,
+    data: Annotated[str, typer.Option(help="Folder of images or clips: Kodak, MCL-JCV, UVG or your own.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of each clip, taken from the start.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images or clips to this longer side.")] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,
 ) -> None:
-    """Rate and distortion beside JPEG, JPEG 2000, WebP, AVIF, JPEG XL; of clips beside H.264, HEVC, AV1."""
-    from bsq_ray import storage
+    """Compare rate and distortion with standard codecs.
+
+    Images: JPEG, JPEG 2000, WebP, AVIF, JPEG XL. Clips: H.264, HEVC, AV1.
+    """
+    require_extra("evaluate compression", "eval", "bjontegaard", *(("ray",) if workers else ()))
+    weights_kind = parse_weights(weights)
+
     from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression as evaluate
 
-    weights_kind = parse_weights(weights)
-    with progress_bar("compressing") as on_progress:
-        evaluate(model, data, out, workers, address, frames, max_side, weights_kind, on_progress)
+    announce_ray(workers, address)
+    with ProgressBar("compressing") as on_progress:
+        evaluate(
+            model,
+            data,
+            out,
+            workers=workers,
+            address=address,
+            max_frames=frames,
+            max_side=max_side,
+            weights=weights_kind,
+            on_progress=on_progress,
+        )
+    _print_results(out, "curves.png, comparison.png")
+
+
+def _print_results(out: str, plots: str) -> None:
+    from bsq_ray import storage
+
     print(storage.read_text(storage.join(out, "results.md")), end="")
-    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, curves.png, comparison.png")
+    print(f"\nresults: {out.rstrip('/')}/results.json, results.md, {plots}")

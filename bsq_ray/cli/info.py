@@ -10,7 +10,7 @@ from bsq_ray.training.checkpoints.writer import list_checkpoints
 
 
 def format_info(target: str) -> str:
-    """What a model folder, run folder, packed data set, token table or preset is.
+    """Describe a model folder, run folder, packed data set, token table or preset in a few lines.
 
     Raises:
         ValueError: it is none of these.
@@ -35,10 +35,11 @@ def format_info(target: str) -> str:
     if storage.exists(storage.join(target, TABLE_FILE)):
         table = read_table(target)
         table_info = table.info
+        grid = " x ".join(map(str, table_info.grid))
         return (
             f"token table {target}\n"
             f"{table.num_rows} rows, {table_info.views} of each image or clip, {len(table_info.classes)} classes\n"
-            f"{' x '.join(map(str, table_info.grid))} tokens of {table_info.bits} bits, tokenizer {table_info.tokenizer_id}\n"
+            f"{grid} tokens of {table_info.bits} bits, tokenizer {table_info.tokenizer_id}\n"
             f"hash {table.hash}"
         )
     raise ValueError(

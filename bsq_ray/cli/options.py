@@ -1,60 +1,97 @@
-"""Options that several commands share, and how they show that they are at work."""
+"""Options that several commands share, their parsers, and the progress bar."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
 if TYPE_CHECKING:
     from bsq_ray.model_folder import WeightsKind
 
-AddressOption = Annotated[str | None, typer.Option(help="Ray cluster; default: one on this machine, for the call.")]
-WeightsOption = Annotated[str, typer.Option(help="ema or raw weights of the model folder.")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(help="key.path=value, any key of the configuration.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster. Default: start Ray on this machine for this call.")
+]
+WeightsOption = Annotated[str, typer.Option(help="Weights of the model folder: ema (averaged) or raw.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Overrides key.path=value of any key of the configuration.")
+]
 
 
 def drop_none(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None, by name."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def parse_ints(text: str, option: str) -> list[int]:
+    """Parse integers with commas between them.
+
+    Raises:
+        ValueError: a part is not an integer.
+    """
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{option} {text} are not numbers with commas between them, such as 1,2") from None
+        raise ValueError(f"{option} {text} is not a list of integers; separate them by commas, such as 1,2") from None
 
 
 def parse_int_range(text: str, option: str) -> tuple[int, int]:
+    """Parse a number, such as 8, or a range, such as 4-8, to its lowest and highest value.
+
+    Raises:
+        ValueError: the text is neither.
+    """
     first, dash, last = text.partition("-")
     try:
         return int(first), int(last if dash else first)
     except ValueError:
-        raise ValueError(f"{option} {text} is neither a number, such as 8, nor a range, such as 4-8") from None
+        raise ValueError(f"{option} {text} is not a number or range; write 8 or 4-8") from None
 
 
 def parse_weights(name: str) -> WeightsKind:
-    if name not in ("ema", "raw"):
-        raise ValueError(f"--weights {name} is not known; choose ema or raw")
-    return "raw" if name == "raw" else "ema"
+    """Parse the value of --weights.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    from bsq_ray.model_folder import WeightsKind
+
+    kinds = get_args(WeightsKind)
+    if name not in kinds:
+        raise ValueError(f"unknown --weights {name}; choose {' or '.join(kinds)}")
+    return cast("WeightsKind", name)
 
 
 def parse_device(name: str) -> Literal["auto", "cpu", "gpu"]:
+    """Parse the value of --device.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
     if name not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"--device {name} is not known; choose auto, cpu or gpu")
+        raise ValueError(f"unknown --device {name}; choose auto, cpu or gpu")
     return cast(Literal["auto", "cpu", "gpu"], name)
 
 
-def resume_command() -> str:
-    """The command that goes on with what this one has begun."""
-    arguments = [word for word in sys.argv[1:] if word != "--resume"]
-    return shlex.join(["bsq-ray", *arguments, "--resume"])
+def resume_command(arguments: Sequence[str]) -> str:
+    """Return the command line that resumes the call with these arguments."""
+    return shlex.join(["bsq-ray", *(word for word in arguments if word != "--resume"), "--resume"])
+
+
+def announce_ray(num_workers: int, address: str | None) -> None:
+    """Print on stderr that the command starts or joins Ray, which takes seconds; nothing without workers."""
+    if num_workers:
+        print(f"joining Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
 
 
 class ProgressBar:
-    """A progress bar on stderr, called with done and total, 0 where it is not known; without a terminal one line."""
+    """A progress bar on stderr; a single line if stderr is not a terminal.
+
+    Call it with the completed and the total number of items; a total of 0 is unknown.
+    """
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
@@ -76,7 +113,3 @@ class ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=done, total=total or None)
-
-
-def progress_bar(label: str) -> ProgressBar:
-    return ProgressBar(label)

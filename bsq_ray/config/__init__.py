@@ -1,5 +1,13 @@
-"""The configuration: one checked object made from a preset or file and `key.path=value` overrides."""
+"""Configuration of training runs: a validated object from a preset or file and `key.path=value` overrides."""
 
+from bsq_ray.config.base import (
+    DataOrderConfig,
+    EngineConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 from bsq_ray.config.loader import AnyConfig, dump_config, load_config, parse_config, preset_names, require_stage
 from bsq_ray.config.token_models import (
     MaskedLMConfig,
@@ -14,20 +22,14 @@ from bsq_ray.config.tokenizer_config import (
     AdversarialConfig,
     BSQConfig,
     DataConfig,
-    DataOrderConfig,
     DecoderConfig,
-    EngineConfig,
     EntropyConfig,
     FSQConfig,
     LFQConfig,
-    OptimizerConfig,
     QuantizerConfig,
-    ScheduleConfig,
     TokenizerConfig,
     TokenizerLossConfig,
     TokenizerModelConfig,
-    TrainingConfig,
-    TransformerConfig,
     VQConfig,
 )
 

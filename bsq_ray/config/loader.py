@@ -1,8 +1,8 @@
-"""From YAML to a checked configuration.
+"""Loading of YAML configurations and their validation.
 
     preset or file ──base: chain──▶ merged keys ──key=value overrides──▶ schema of the stage ──▶ configuration
 
-What the schema does not accept is reported with the key, the file or override it stands in, and the nearest valid name.
+An error names the invalid key, the file or override that sets it, and the most similar valid name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from bsq_ray import storage
 from bsq_ray.config.token_models import MaskedLMConfig, PriorConfig
@@ -36,24 +37,24 @@ STAGE_CONFIGS: dict[str, type[AnyConfig]] = {
     "prior": PriorConfig,
 }
 _QUANTIZER_CONFIGS: dict[str, type[BaseModel]] = {"bsq": BSQConfig, "lfq": LFQConfig, "fsq": FSQConfig, "vq": VQConfig}
-# Values of `kind` (None: not given) between which a section keeps its other keys.
+# A section keeps its other keys if `kind` changes within one of these sets; None: not given.
 _KINDS_SHARING_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})
 
 
 def preset_names() -> list[str]:
-    """Names of the shipped presets, sorted."""
+    """Return the sorted names of the shipped presets."""
     files = (resources.files("bsq_ray") / "presets").iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> AnyConfig:
-    """Reads a preset by name, or a YAML file by path or URL, and applies `key.path=value` overrides.
+    """Load a preset by name, or a YAML file by path or URL, and apply `key.path=value` overrides.
 
-    A file may name another preset or file as its `base`: sections are merged key by key. Changing the `kind` of a
-    quantizer to one that has other keys starts its section afresh.
+    A file may name another preset or file as its `base`; sections are merged key by key. A quantizer of another `kind`
+    with other keys replaces the whole section.
 
     Raises:
-        ValueError: an unknown preset, file, key or value; the message names the key, where it stands and what is valid.
+        ValueError: an unknown preset, file, key or value; the message names the key, its origin and the valid values.
     """
     raw_config, origins = _read_with_base(source, base_chain=())
     # A change of kind may drop keys, so it comes before the overrides that set keys of the new kind.
@@ -64,19 +65,19 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> AnyConfig:
 
 
 def parse_config(text: str, source: str) -> AnyConfig:
-    """Checks a configuration given as YAML text, for example the one stored in a model folder.
+    """Parse and validate YAML text, for example the configuration stored in a model folder.
 
     Raises:
-        ValueError: as `load_config`; `source` says where the text is from.
+        ValueError: as `load_config`; `source` is the origin in the message.
     """
     return _validate_stage(_parse_mapping(text, source), {}, source)
 
 
 def validate_mapping(raw_config: RawConfig, overrides: Sequence[str], schema: type[ConfigT], source: str) -> ConfigT:
-    """Checks keys that belong to no stage, such as the settings of the service, with overrides as `load_config`.
+    """Validate keys against any schema, such as the service's, with overrides as in `load_config`.
 
     Raises:
-        ValueError: as `load_config`; `source` says where the keys are from.
+        ValueError: as `load_config`; `source` is the origin in the message.
     """
     raw_config, origins = copy.deepcopy(raw_config), {}
     for path, value, label in map(_parse_override, overrides):
@@ -86,7 +87,7 @@ def validate_mapping(raw_config: RawConfig, overrides: Sequence[str], schema: ty
 
 
 def load_yaml_as(source: str, schema: type[ConfigT]) -> ConfigT:
-    """Reads a YAML file that is no configuration of a training, such as a sweep, as strictly as one.
+    """Load a YAML file and validate it against any schema, such as a sweep's.
 
     Raises:
         ValueError: as `load_config`.
@@ -95,19 +96,32 @@ def load_yaml_as(source: str, schema: type[ConfigT]) -> ConfigT:
 
 
 def list_config_keys(schema: type[BaseModel]) -> list[str]:
-    """Dotted names of all keys of a schema and of its sections, those of every kind of quantiser too."""
-    return sorted({".".join(path) for path in _schema_paths(schema)})
+    """Return the sorted dotted names of all keys of a schema, including the keys of every kind of quantizer."""
+    return sorted({key for key, _ in iterate_fields(schema)})
+
+
+def iterate_fields(schema: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Iterate over the dotted name and the pydantic field of every key, in the order of the schema.
+
+    A key that several kinds of quantizer have appears once, with the field of the first kind.
+    """
+    previous_keys: set[str] = set()
+    for path, field in _schema_fields(schema):
+        key = ".".join(path)
+        if key not in previous_keys:
+            previous_keys.add(key)
+            yield key, field
 
 
 def dump_config(config: AnyConfig) -> str:
-    """The whole configuration as YAML, every key written out, in the order of the schema."""
+    """Return the configuration as YAML with every key, in the order of the schema."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _read_with_base(source: str, base_chain: KeyPath) -> tuple[RawConfig, Origins]:
-    """Keys of a file merged over those of its `base`, and which file each key came from."""
+    """Return the keys of a file merged over those of its `base`, and the origin of each key."""
     if source in base_chain:
-        raise ValueError(f"{source}: its base chain comes back to itself ({' → '.join((*base_chain, source))})")
+        raise ValueError(f"{source}: the chain of base files is circular ({' → '.join((*base_chain, source))})")
     text, label = _read_source(source)
     raw_config = _parse_mapping(text, label)
     base = raw_config.pop("base", None)
@@ -121,11 +135,11 @@ def _read_with_base(source: str, base_chain: KeyPath) -> tuple[RawConfig, Origin
 
 
 def _read_source(source: str) -> tuple[str, str]:
-    """The text of a preset or file, and what to call it in messages."""
+    """Return the text of a preset or file, and its name in messages."""
     if source in preset_names():
         return (resources.files("bsq_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), f"preset {source}"
     if not _is_file(source):
-        raise ValueError(f"no preset is called '{source}'; {suggest(source, preset_names(), 'presets')}")
+        raise ValueError(f"unknown preset '{source}'; {suggest(source, preset_names(), 'presets')}")
     return storage.read_text(source), source
 
 
@@ -134,7 +148,7 @@ def _is_file(source: str) -> bool:
 
 
 def resolve_relative_base(base: str, source: str) -> str:
-    """A base given as a relative path is relative to the file that names it."""
+    """Resolve a relative path of a base against the file that names it."""
     if not _is_file(base) or "://" in base or posixpath.isabs(base):
         return base
     scheme, separator, path = source.rpartition("://")
@@ -142,14 +156,14 @@ def resolve_relative_base(base: str, source: str) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML where `1e-4` is a number, as in YAML 1.2, and a key may not be given twice."""
+    """Safe YAML that parses `1e-4` as a number, as YAML 1.2 does, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         previous_keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in previous_keys:
-                raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key}", problem_mark=key_node.start_mark)
             previous_keys.add(key)
         return super().construct_mapping(node, deep)
 
@@ -180,12 +194,12 @@ def _parse_override(override: str) -> tuple[KeyPath, Any, str]:
     label = f"override '{override}'"
     path, separator, text = override.partition("=")
     if not separator or not path.strip():
-        raise ValueError(f"{label} is not of the form key.path=value")
+        raise ValueError(f"{label} is malformed; write key.path=value")
     return tuple(path.strip().split(".")), _parse_yaml(text, label), label
 
 
 def _leaf_paths(mapping: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Paths of the values in nested sections."""
+    """Iterate over the paths of the values in nested sections."""
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
             yield from _leaf_paths(value, (*path, str(key)))
@@ -194,7 +208,7 @@ def _leaf_paths(mapping: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyP
 
 
 def _merge(base: RawConfig, changes: RawConfig) -> RawConfig:
-    """`changes` over `base`, section by section."""
+    """Merge `changes` over `base`, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         base_value = merged.get(key)
@@ -221,20 +235,20 @@ def _assign(node: RawConfig, path: KeyPath, value: Any, label: str) -> None:
 
 
 def _can_keep_keys(node: RawConfig, kind: Any) -> bool:
-    """Whether a section's other keys stay valid when its kind becomes `kind`."""
+    """Return whether the other keys of a section stay valid if its kind becomes `kind`."""
     previous_kind = node.get("kind")
     return previous_kind == kind or any(previous_kind in kinds and kind in kinds for kinds in _KINDS_SHARING_KEYS)
 
 
 def require_stage(config: BaseModel, config_type: type[ConfigT], source: str) -> ConfigT:
-    """A configuration of the wanted stage.
+    """Return `config` if it has the type of the expected stage.
 
     Raises:
-        ValueError: it is of another stage; the message names `source`.
+        ValueError: the configuration is of another stage; the message names `source`.
     """
     if not isinstance(config, config_type):
         stage = config_type.model_fields["stage"].default
-        raise ValueError(f"{source} is of the stage {getattr(config, 'stage', '?')}; what is wanted here is a {stage}")
+        raise ValueError(f"{source} has stage '{getattr(config, 'stage', '?')}'; expected stage '{stage}'")
     return config
 
 
@@ -257,7 +271,7 @@ def _validate(raw_config: RawConfig, origins: Origins, source: str, schema: type
 
 
 def _format_validation_error(error: Any, origins: Origins, source: str, schema: type[BaseModel]) -> str:
-    """One sentence: where the key stands, its name, what is wrong, and what would be right."""
+    """Format one validation error: origin, key, problem, valid values."""
     path = tuple(str(part) for part in error["loc"] if part not in _QUANTIZER_CONFIGS)
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
@@ -276,7 +290,7 @@ def _format_validation_error(error: Any, origins: Origins, source: str, schema: 
 
 
 def _find_origin(path: KeyPath, message: str, origins: Origins, source: str) -> str:
-    """What set the key at `path`; of a whole section, what set the last key that the message names."""
+    """Return the origin of the key at `path`; for a section, the origin of the last key that the message names."""
     exact_origins = [origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins]
     origins_below = {key: origin for key, origin in origins.items() if key[: len(path)] == path}
     mentioned_origins = [
@@ -287,19 +301,19 @@ def _find_origin(path: KeyPath, message: str, origins: Origins, source: str) -> 
 
 
 def suggest(name: str, valid: Iterable[str], noun: str) -> str:
-    """What to tell somebody who wrote `name`: the most alike valid name, or all of them."""
+    """Suggest the valid name that is most similar to `name`, or list all of them."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else f"{noun} are {', '.join(valid)}"
 
 
 def _suggest_key(path: KeyPath, loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
-    """The most alike key of the same section, else a key of this name elsewhere, else all keys of the section."""
+    """Suggest the most similar key of the section, else a key of this name elsewhere, else list the section's keys."""
     model_type = schema
     for part in loc[:-1]:
         model_type = _QUANTIZER_CONFIGS.get(str(part)) or _nested_model(model_type, str(part)) or model_type
     matches = difflib.get_close_matches(path[-1], model_type.model_fields, n=1, cutoff=0.6)
     elsewhere = [
-        ".".join(candidate) for candidate in _schema_paths(schema) if candidate[-1] == path[-1] and candidate != path
+        key for key, _ in iterate_fields(schema) if key.rpartition(".")[2] == path[-1] and key != ".".join(path)
     ]
     if matches:
         return f"did you mean {'.'.join((*path[:-1], matches[0]))}?"
@@ -314,11 +328,11 @@ def _nested_model(model_type: type[BaseModel], name: str) -> type[BaseModel] | N
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _schema_paths(model_type: type[BaseModel], path: KeyPath = ()) -> Iterator[KeyPath]:
-    """Paths of all keys below a section."""
-    for name in model_type.model_fields:
-        yield (*path, name)
+def _schema_fields(model_type: type[BaseModel], path: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Iterate over the paths and fields of all keys below a section."""
+    for name, field in model_type.model_fields.items():
+        yield (*path, name), field
         nested_types = list(_QUANTIZER_CONFIGS.values()) if name == "quantizer" else [_nested_model(model_type, name)]
-        for part in nested_types:
-            if part is not None:
-                yield from _schema_paths(part, (*path, name))
+        for nested_type in nested_types:
+            if nested_type is not None:
+                yield from _schema_fields(nested_type, (*path, name))

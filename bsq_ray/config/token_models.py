@@ -1,6 +1,6 @@
-"""The schema of what is trained on tokens: the masked language model and the autoregressive prior.
+"""Configuration of the models of tokens: the masked language model and the autoregressive prior.
 
-What each key means is said beside it in `presets/imagenet128-masked-lm.yaml` and `presets/imagenet128-prior.yaml`.
+Each key has its type, range, default and description here; `docs/reference/config.md` is generated from them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bsq_ray.config.tokenizer_config import (
+from bsq_ray.config.base import (
     DataOrderConfig,
     EngineConfig,
     OptimizerConfig,
@@ -21,17 +21,21 @@ from bsq_ray.config.tokenizer_config import (
 
 
 class TokenModelConfig(StrictModel):
-    """What any model of tokens must know of them, and its Transformer's sizes."""
+    """Shape of the tokens and sizes of the Transformer of any model of tokens."""
 
-    tokenizer: str | None = None
-    grid: tuple[int, int, int] = (1, 16, 16)
-    bits: int = Field(18, ge=1, le=128)
-    sub_bits: int = Field(9, ge=1, le=14)
-    width: int = Field(768, ge=8)
-    layers: int = Field(24, ge=1)
-    heads: int = Field(8, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    tokenizer: str | None = Field(
+        None, description="Id of the tokenizer; null: the tokenizer of the token table in training."
+    )
+    grid: tuple[int, int, int] = Field(
+        (1, 16, 16), description="Frames, rows and columns of tokens; must be those of the token table."
+    )
+    bits: int = Field(18, ge=1, le=128, description="Bits of a token; must be those of the tokenizer.")
+    sub_bits: int = Field(9, ge=1, le=14, description="Bits predicted as one sub-token; must divide bits.")
+    width: int = Field(768, ge=8, description="Features of a token.")
+    layers: int = Field(24, ge=1, description="Transformer blocks.")
+    heads: int = Field(8, ge=1, description="Attention heads; must divide the width.")
+    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, as a multiple of the width.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout after attention and MLP in training.")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> TokenModelConfig:
@@ -56,70 +60,87 @@ class TokenModelConfig(StrictModel):
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The sizes alone."""
+        """Sizes of the Transformer."""
         return TransformerConfig(width=self.width, layers=self.layers, heads=self.heads, mlp_ratio=self.mlp_ratio)
 
 
 class MaskedLMModelConfig(TokenModelConfig):
-    """Bidirectional Transformer that fills in masked tokens (paper section 4.1; MaskGIT, Chang et al., CVPR 2022)."""
+    """Bidirectional Transformer that predicts masked tokens (paper section 4.1; MaskGIT, Chang et al., CVPR 2022)."""
 
-    num_classes: int = Field(1000, ge=1)
-    mask_unit: Literal["token", "sub_token"] = "token"
+    num_classes: int = Field(1000, ge=1, description="Classes of the token table.")
+    mask_unit: Literal["token", "sub_token"] = Field("token", description="Unit that is masked and unmasked.")
 
 
 class MaskedLMLossConfig(StrictModel):
-    """Cross entropy at masked places."""
+    """Cross entropy at masked positions."""
 
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    class_dropout: float = Field(0.2, ge=0, le=1)
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Probability spread over all values.")
+    class_dropout: float = Field(
+        0.2, ge=0, le=1, description='Fraction of classes replaced by "any class"; guidance needs it.'
+    )
 
 
 class SamplingConfig(StrictModel):
-    """How images are drawn from a masked language model."""
+    """Sampling of images from a masked language model."""
 
-    steps: int = Field(12, ge=1)
-    temperature: float = Field(15.0, ge=0)
-    guidance_scale: float = Field(0.5, ge=0)
-    guidance_schedule: Literal["constant", "linear"] = "constant"
+    steps: int = Field(12, ge=1, description="Forward passes of an image.")
+    temperature: float = Field(
+        15.0, ge=0, description="Temperature of the noise on confidences; falls to 0 over the steps."
+    )
+    guidance_scale: float = Field(
+        0.5, ge=0, description="Classifier-free guidance: conditional + guidance_scale (conditional - unconditional)."
+    )
+    guidance_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="constant, or linear from 0 to guidance_scale over the steps."
+    )
 
 
 _TOKEN_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.96), weight_decay=0.045, max_grad_norm=1.0)
+_TOKEN_ORDER = DataOrderConfig(interleave=16, shuffle_block_size=4096)
 
 
 class MaskedLMConfig(StrictModel):
-    """Everything that decides a masked language model's training run."""
+    """Configuration of a masked language model's training run."""
 
-    stage: Literal["masked-lm"] = "masked-lm"
-    name: str = Field(min_length=1)
-    description: str = ""
-    model: MaskedLMModelConfig = MaskedLMModelConfig()
-    loss: MaskedLMLossConfig = MaskedLMLossConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    data: DataOrderConfig = DataOrderConfig(interleave=16, shuffle_block_size=4096)
-    training: TrainingConfig = TrainingConfig(
-        batch_size=1024,
-        optimizer=_TOKEN_OPTIMIZER,
-        schedule=ScheduleConfig(warmup_steps=10_000, warmup_start_factor=0.0),
-        engine=EngineConfig(),
-        ema_decay=0.9999,
+    stage: Literal["masked-lm"] = Field("masked-lm", description="The trained model.")
+    name: str = Field(min_length=1, description="Name of the run and of the model folder.")
+    description: str = Field("", description="First line of the model card.")
+    model: MaskedLMModelConfig = Field(MaskedLMModelConfig(), description="The network.")
+    loss: MaskedLMLossConfig = Field(MaskedLMLossConfig(), description="Cross entropy at masked positions.")
+    sampling: SamplingConfig = Field(
+        SamplingConfig(), description="Sampling during training, and the default of every later use."
+    )
+    data: DataOrderConfig = Field(_TOKEN_ORDER, description="Order of the token table's rows.")
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            batch_size=1024,
+            optimizer=_TOKEN_OPTIMIZER,
+            schedule=ScheduleConfig(warmup_steps=10_000, warmup_start_factor=0.0),
+            engine=EngineConfig(),
+            ema_decay=0.9999,
+        ),
+        description="The run.",
     )
 
 
 class PriorModelConfig(TokenModelConfig):
-    """Causal Transformer over tokens that predicts a token's bits one after the other (paper section 4.2)."""
+    """Causal Transformer that predicts the bits of each token autoregressively (paper section 4.2)."""
 
 
 class PriorConfig(StrictModel):
-    """Everything that decides a prior's training run."""
+    """Configuration of a prior's training run."""
 
-    stage: Literal["prior"] = "prior"
-    name: str = Field(min_length=1)
-    description: str = ""
-    model: PriorModelConfig = PriorModelConfig(dropout=0.0)
-    data: DataOrderConfig = DataOrderConfig(interleave=16, shuffle_block_size=4096)
-    training: TrainingConfig = TrainingConfig(
-        batch_size=64,
-        optimizer=_TOKEN_OPTIMIZER,
-        schedule=ScheduleConfig(warmup_steps=5000, warmup_start_factor=0.0),
-        ema_decay=0.9999,
+    stage: Literal["prior"] = Field("prior", description="The trained model.")
+    name: str = Field(min_length=1, description="Name of the run and of the model folder.")
+    description: str = Field("", description="First line of the model card.")
+    model: PriorModelConfig = Field(PriorModelConfig(dropout=0.0), description="The network.")
+    data: DataOrderConfig = Field(_TOKEN_ORDER, description="Order of the token table's rows.")
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            batch_size=64,
+            optimizer=_TOKEN_OPTIMIZER,
+            schedule=ScheduleConfig(warmup_steps=5000, warmup_start_factor=0.0),
+            ema_decay=0.9999,
+        ),
+        description="The run.",
     )

@@ -1,48 +1,21 @@
-"""The schema of the configuration: every key, its type, range and default.
+"""Configuration of a tokenizer's training run: network, losses, data.
 
-What each key means is said beside it in `presets/imagenet128-bsq18.yaml`, which writes out all of them.
+Each key has its type, range, default and description here; `docs/reference/config.md` is generated from them.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class StrictModel(BaseModel):
-    """A section of the configuration: unknown keys are refused and values cannot be changed after checking."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_bool_for_number(cls, values: Any) -> Any:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
-                raise ValueError(f"{key} cannot be true or false")
-        return values
-
-
-class TransformerConfig(StrictModel):
-    """One ViT: the encoder or the decoder of a tokenizer (paper section 3.1)."""
-
-    width: int = Field(768, ge=8)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
-
-    @model_validator(mode="after")
-    def _check_heads_divide_width(self) -> TransformerConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
+from bsq_ray.config.base import DataOrderConfig, StrictModel, TrainingConfig, TransformerConfig
 
 
 class DecoderConfig(TransformerConfig):
-    """The decoder adds a head of two linear layers with a Tanh between them."""
+    """The decoder's Transformer and its head of two linear layers with a Tanh between them."""
 
-    head_hidden_dim: int = Field(3072, ge=1)
+    head_hidden_dim: int = Field(3072, ge=1, description="Hidden width of the Linear-Tanh-Linear head.")
 
 
 class EntropyConfig(StrictModel):
@@ -51,19 +24,27 @@ class EntropyConfig(StrictModel):
     penalty = weight · (per_sample_weight · E[H] - codebook_weight · H(E)) / inverse_temperature
     """
 
-    estimate: Literal["analytical", "group"] = "analytical"
-    group_size: int = Field(1, ge=1, le=18)
-    inverse_temperature: float = Field(1.0, gt=0)
-    per_sample_weight: float = Field(1.0, ge=0)
-    codebook_weight: float = Field(1.0, ge=0)
-    weight: float = Field(1.0, ge=0)
-    across_workers: bool = False
+    estimate: Literal["analytical", "group"] = Field(
+        "analytical", description="analytical: each bit independently, O(L); group: jointly over groups of bits."
+    )
+    group_size: int = Field(
+        1, ge=1, le=18, description="Bits of a group with estimate group; cost grows as 2^group_size."
+    )
+    inverse_temperature: float = Field(1.0, gt=0, description="Sharpness of the soft quantization.")
+    per_sample_weight: float = Field(
+        1.0, ge=0, description="Weight of the entropy of each token, which makes its bits confident."
+    )
+    codebook_weight: float = Field(
+        1.0, ge=0, description="Weight of the entropy over the batch, which keeps all codes in use (the paper's gamma)."
+    )
+    weight: float = Field(1.0, ge=0, description="Weight of the whole penalty, before loss.quantizer_weight.")
+    across_workers: bool = Field(False, description="Average the batch statistics over all workers.")
 
 
 class _BinaryQuantizerConfig(StrictModel):
-    bits: int = Field(18, ge=1, le=128)
-    entropy: EntropyConfig = EntropyConfig()
-    commitment_weight: float = Field(0.0, ge=0)
+    bits: int = Field(18, ge=1, le=128, description="Bits of a token (L).")
+    entropy: EntropyConfig = Field(EntropyConfig(), description="The entropy penalty.")
+    commitment_weight: float = Field(0.0, ge=0, description="Weight of the pull towards the chosen code.")
 
     @model_validator(mode="after")
     def _check_group_size_divides_bits(self) -> _BinaryQuantizerConfig:
@@ -73,22 +54,24 @@ class _BinaryQuantizerConfig(StrictModel):
 
 
 class BSQConfig(_BinaryQuantizerConfig):
-    """The vector is projected on the unit sphere, then each coordinate keeps its sign."""
+    """Binary spherical quantization: the sign of each coordinate after projection on the unit sphere."""
 
-    kind: Literal["bsq"] = "bsq"
+    kind: Literal["bsq"] = Field("bsq", description="The quantizer.")
 
 
 class LFQConfig(_BinaryQuantizerConfig):
-    """Look-up free quantisation: BSQ without the projection on the sphere."""
+    """Look-up free quantization: BSQ without the projection on the sphere."""
 
-    kind: Literal["lfq"] = "lfq"
+    kind: Literal["lfq"] = Field("lfq", description="The quantizer.")
 
 
 class FSQConfig(StrictModel):
-    """Finite scalar quantisation: each channel is rounded to its number of levels."""
+    """Finite scalar quantization: each channel is rounded to its number of levels."""
 
-    kind: Literal["fsq"]
-    levels: tuple[Annotated[int, Field(ge=2, le=256)], ...] = Field((8, 8, 8, 8, 8, 8), min_length=1)
+    kind: Literal["fsq"] = Field(description="The quantizer.")
+    levels: tuple[Annotated[int, Field(ge=2, le=256)], ...] = Field(
+        (8, 8, 8, 8, 8, 8), min_length=1, description="Levels of each channel."
+    )
 
     @property
     def bits(self) -> int:
@@ -97,13 +80,13 @@ class FSQConfig(StrictModel):
 
 
 class VQConfig(StrictModel):
-    """Vector quantisation with a learned codebook."""
+    """Vector quantization with a learned codebook."""
 
-    kind: Literal["vq"]
-    codebook_size: int = Field(16384, ge=2)
-    code_dim: int = Field(8, ge=1)
-    l2_normalize: bool = True
-    commitment_weight: float = Field(0.25, ge=0)
+    kind: Literal["vq"] = Field(description="The quantizer.")
+    codebook_size: int = Field(16384, ge=2, description="Codes; a power of two.")
+    code_dim: int = Field(8, ge=1, description="Dimensions of a code.")
+    l2_normalize: bool = Field(True, description="Compare directions instead of vectors, as ViT-VQGAN does.")
+    commitment_weight: float = Field(0.25, ge=0, description="Weight of the pull towards the chosen code.")
 
     @model_validator(mode="after")
     def _check_power_of_two(self) -> VQConfig:
@@ -121,16 +104,23 @@ QuantizerConfig = Annotated[BSQConfig | LFQConfig | FSQConfig | VQConfig, Field(
 
 
 class TokenizerModelConfig(StrictModel):
-    """The BSQ-ViT tokenizer: patches → encoder → quantiser → decoder → patches."""
+    """The BSQ-ViT tokenizer: patches → encoder → quantizer → decoder → patches."""
 
-    image_size: int = Field(128, ge=8)
-    patch_size: int = Field(8, ge=1)
-    frames: int = Field(1, ge=1)
-    causal: bool = True
-    encoder: TransformerConfig = TransformerConfig()
-    decoder: DecoderConfig = DecoderConfig()
-    quantizer: QuantizerConfig = BSQConfig()
-    gradient_checkpointing: bool = False
+    image_size: int = Field(128, ge=8, description="Side of the square images, pixels.")
+    patch_size: int = Field(8, ge=1, description="Side of the square patch that becomes one token, pixels.")
+    frames: int = Field(1, ge=1, description="Frames of the longest clip; 1 for images.")
+    causal: bool = Field(True, description="In clips, a token sees only its own frame and earlier ones.")
+    encoder: TransformerConfig = Field(TransformerConfig(), description="The ViT from patches to features.")
+    decoder: DecoderConfig = Field(DecoderConfig(), description="The ViT from codes to patches.")
+    quantizer: QuantizerConfig = Field(BSQConfig(), description="The bottleneck.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, a third more compute."
+    )
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens of a frame in each direction."""
+        return self.image_size // self.patch_size
 
     @property
     def grid_size(self) -> int:
@@ -152,47 +142,54 @@ class TokenizerModelConfig(StrictModel):
 class AdversarialConfig(StrictModel):
     """The discriminator and its losses (paper section 3; StyleGAN2's R1 penalty every `r1_every` steps)."""
 
-    weight: float = Field(0.1, ge=0)
-    adaptive_weight: bool = False
-    start_step: int = Field(0, ge=0)
-    objective: Literal["non_saturating", "hinge"] = "non_saturating"
-    discriminator: Literal["stylegan2", "patchgan", "stylegan2-3d"] = "stylegan2"
-    channel_base: int = Field(32768, ge=64)
-    channel_max: int = Field(512, ge=8)
-    r1_gamma: float = Field(10.0, ge=0)
-    r1_every: int = Field(16, ge=1)
+    weight: float = Field(0.1, ge=0, description="Weight of the GAN loss; 0 trains no discriminator.")
+    adaptive_weight: bool = Field(
+        False, description="Scale the weight by the ratio of gradient norms at the last layer (VQGAN)."
+    )
+    start_step: int = Field(0, ge=0, description="First step with the discriminator.")
+    objective: Literal["non_saturating", "hinge"] = Field("non_saturating", description="The GAN loss.")
+    discriminator: Literal["stylegan2", "patchgan", "stylegan2-3d"] = Field(
+        "stylegan2", description="Network; stylegan2 and patchgan score clips frame by frame, stylegan2-3d whole clips."
+    )
+    channel_base: int = Field(
+        32768, ge=64, description="stylegan2 and stylegan2-3d: channels at resolution r are channel_base / r."
+    )
+    channel_max: int = Field(512, ge=8, description="stylegan2 and stylegan2-3d: most channels at any resolution.")
+    r1_gamma: float = Field(10.0, ge=0, description="Weight of the R1 gradient penalty on real images.")
+    r1_every: int = Field(16, ge=1, description="Steps between R1 penalties, each scaled by this number.")
 
 
 class TokenizerLossConfig(StrictModel):
-    """Reconstruction + perceptual + adversarial + quantiser losses of the tokenizer (paper equation 2)."""
+    """Reconstruction + perceptual + adversarial + quantizer losses of the tokenizer (paper equation 2)."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
-    reconstruction_weight: float = Field(1.0, ge=0)
-    perceptual_weight: float = Field(0.1, ge=0)
-    perceptual_network: Literal["vgg", "alex"] = "vgg"
-    adversarial: AdversarialConfig = AdversarialConfig()
-    quantizer_weight: float = Field(0.1, ge=0)
-    quantizer_weight_start_factor: float = Field(3.0, ge=0)
-    quantizer_weight_ramp_steps: int = Field(2000, ge=0)
-
-
-class DataOrderConfig(StrictModel):
-    """The order in which samples are read, and how many may be damaged."""
-
-    interleave: int = Field(16, ge=1)
-    shuffle_block_size: int = Field(512, ge=1)
-    prefetch_batches: int = Field(4, ge=1)
-    max_skipped_samples: int = Field(100, ge=0)
+    reconstruction: Literal["l1", "l2"] = Field("l1", description="Pixel loss.")
+    reconstruction_weight: float = Field(1.0, ge=0, description="Weight of the pixel loss.")
+    perceptual_weight: float = Field(0.1, ge=0, description="Weight of LPIPS; 0 does not load its network.")
+    perceptual_network: Literal["vgg", "alex"] = Field(
+        "vgg", description="Network of LPIPS in training; evaluation uses alex."
+    )
+    adversarial: AdversarialConfig = Field(AdversarialConfig(), description="The discriminator and its losses.")
+    quantizer_weight: float = Field(0.1, ge=0, description="Final weight of the quantizer's penalty.")
+    quantizer_weight_start_factor: float = Field(3.0, ge=0, description="Factor on that weight at step 0.")
+    quantizer_weight_ramp_steps: int = Field(
+        2000, ge=0, description="Steps over which that factor falls linearly to 1."
+    )
 
 
 class DataConfig(DataOrderConfig):
-    """What is read from the shards, in which order, and how it becomes training images and clips."""
+    """Samples read from the shards, their order, and the transforms to training images and clips."""
 
-    resize_range: tuple[float, float] = (1.0, 1.0)
-    random_flip: bool = False
-    eval_interpolation: Literal["lanczos", "bilinear"] = "lanczos"
-    frame_stride: int = Field(1, ge=1)
-    clips_per_video: int = Field(1, ge=1)
+    resize_range: tuple[float, float] = Field(
+        (1.0, 1.0), description="[low, high]: short side before the random crop, as a multiple of image_size."
+    )
+    random_flip: bool = Field(False, description="Mirror half of the images.")
+    eval_interpolation: Literal["lanczos", "bilinear"] = Field(
+        "lanczos", description="Filter that resizes evaluation images; it moves PSNR by more than 2 dB."
+    )
+    frame_stride: int = Field(1, ge=1, description="Clips take every n-th frame of a video.")
+    clips_per_video: int = Field(
+        1, ge=1, description="Most clips of a video in an epoch and in an evaluation; short videos give fewer."
+    )
 
     @model_validator(mode="after")
     def _check_resize_range(self) -> DataConfig:
@@ -202,91 +199,25 @@ class DataConfig(DataOrderConfig):
         return self
 
 
-class OptimizerConfig(StrictModel):
-    """AdamW of every optimised module; the learning rate is per 256 images and scales with the global batch."""
-
-    base_learning_rate: float = Field(1.024e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(1e-4, ge=0)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(0.0, ge=0)
-
-
-class ScheduleConfig(StrictModel):
-    """Linear warm-up from `warmup_start_factor` to 1, then a half cosine down to `final`, as factors of the learning rate."""
-
-    warmup_steps: int = Field(5000, ge=0)
-    warmup_start_factor: float = Field(0.1, ge=0, le=1)
-    final_factor: float = Field(0.0, ge=0, le=1)
-
-
-class EngineConfig(StrictModel):
-    """Who holds parameters and optimizer state: DeepSpeed ZeRO, or plain data parallelism (ddp)."""
-
-    kind: Literal["deepspeed", "ddp"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False
-    precision: Literal["bf16", "fp32", "auto"] = "bf16"
-    compile: bool = False
-
-    @model_validator(mode="after")
-    def _check_offload_needs_zero(self) -> EngineConfig:
-        if self.offload_optimizer and self.kind == "ddp":
-            raise ValueError("offload_optimizer is done by DeepSpeed; use kind deepspeed with zero_stage 1, 2 or 3")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError(
-                "offload_optimizer moves the optimizer state that ZeRO partitions, and zero_stage 0 partitions none; "
-                "use zero_stage 1, 2 or 3"
-            )
-        return self
-
-
-class TrainingConfig(StrictModel):
-    """The run: how long, how large a batch, what is saved and shown along the way."""
-
-    steps: int = Field(1_000_000, ge=1)
-    batch_size: int = Field(256, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    log_every: int = Field(50, ge=1)
-    sample_every: int = Field(5000, ge=1)
-    eval_every: int = Field(20_000, ge=1)
-    eval_batches: int = Field(2, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(3, ge=1)
-    storage_timeout_s: float = Field(600.0, ge=0)
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
-
-    @model_validator(mode="after")
-    def _check_micro_batch_divides_batch(self) -> TrainingConfig:
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
-
 class TokenizerConfig(StrictModel):
-    """Everything that decides a tokenizer's training run."""
+    """Configuration of a tokenizer's training run."""
 
-    stage: Literal["tokenizer"] = "tokenizer"
-    name: str = Field(min_length=1)
-    description: str = ""
-    model: TokenizerModelConfig = TokenizerModelConfig()
-    loss: TokenizerLossConfig = TokenizerLossConfig()
-    data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
+    stage: Literal["tokenizer"] = Field("tokenizer", description="The trained model.")
+    name: str = Field(min_length=1, description="Name of the run and of the model folder.")
+    description: str = Field("", description="First line of the model card.")
+    model: TokenizerModelConfig = Field(
+        TokenizerModelConfig(), description="The network; together with the weights it determines the tokens."
+    )
+    loss: TokenizerLossConfig = Field(TokenizerLossConfig(), description="The objective of the generator.")
+    data: DataConfig = Field(DataConfig(), description="Order of the samples and transforms to training images.")
+    training: TrainingConfig = Field(TrainingConfig(), description="The run.")
 
     @model_validator(mode="after")
     def _check_3d_discriminator_has_frames(self) -> TokenizerConfig:
         if self.loss.adversarial.discriminator == "stylegan2-3d" and self.model.frames == 1:
             raise ValueError(
-                "loss.adversarial.discriminator stylegan2-3d judges clips; it needs model.frames above 1, or choose "
-                "stylegan2 or patchgan, which judge clips frame by frame"
+                "loss.adversarial.discriminator stylegan2-3d scores whole clips; set model.frames above 1, or choose "
+                "stylegan2 or patchgan, which score clips frame by frame"
             )
         return self
 
@@ -297,7 +228,7 @@ class TokenizerConfig(StrictModel):
         if uses_zero3 and training.micro_batch_size is not None and self.loss.adversarial.weight:
             raise ValueError(
                 "training.engine.zero_stage 3 with training.micro_batch_size accumulates wrong gradients when there is "
-                "a discriminator, because its graph runs outside the engine; use zero_stage 2 or leave "
-                "micro_batch_size out"
+                "a discriminator, because its graph runs outside the engine; use zero_stage 2 or set micro_batch_size "
+                "to null"
             )
         return self

@@ -7,7 +7,7 @@ import re
 
 from pydantic import Field, model_validator
 
-from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.base import StrictModel
 
 TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
 # Ray Serve's proxies do not receive the settings, so they read these two variables.

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import model_validator
 
-from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.base import StrictModel
 
 Changes = dict[str, Any]
 

@@ -19,7 +19,7 @@ from bsq_ray.config.loader import (
     resolve_relative_base,
     suggest,
 )
-from bsq_ray.config.tokenizer_config import StrictModel
+from bsq_ray.config.base import StrictModel
 from bsq_ray.tuning.space import SearchParameter, leaf_keys
 
 MetricMode = Literal["min", "max"]

@@ -66,6 +66,6 @@ def test_generator_wrong_tokenizer_in_folder_raises(tmp_path):
 
 def test_generator_from_tokenizer_folder_raises(tmp_path):
     small_tokenizer().save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="is of the stage tokenizer; what is wanted here is a masked-lm"):
+    with pytest.raises(ValueError, match="has stage 'tokenizer'; expected stage 'masked-lm'"):
         Generator.from_pretrained(str(tmp_path))
     assert config.MaskedLMConfig(name="x").sampling.steps == 12

@@ -82,7 +82,7 @@ def test_shipped_sweeps_explain_every_key():
         ({"metrics": {"lpips": "low"}}, "metrics.lpips: 'low' is not valid; valid values are min, max"),
         ({**LPIPS, "scheduler": {"kind": "asha"}}, "lpips is not evaluated during training.* psnr or perceptual"),
         ({**LPIPS, "scheduler": {"kind": "asha", "metric": "psnr"}}, "scheduler.mode is missing"),
-        ({"preset": "dmo"}, r"no preset is called 'dmo'; did you mean demo\?"),
+        ({"preset": "dmo"}, r"unknown preset 'dmo'; did you mean demo\?"),
         (
             {"stage": "prior", "metrics": {"bits_per_token": "min"}},
             "stage prior does not match preset demo, whose stage is tokenizer",
