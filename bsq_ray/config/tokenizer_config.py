@@ -122,11 +122,6 @@ class TokenizerModelConfig(StrictModel):
         """Tokens of a frame in each direction."""
         return self.image_size // self.patch_size
 
-    @property
-    def grid_size(self) -> int:
-        """Tokens of a frame in each direction."""
-        return self.image_size // self.patch_size
-
     @field_validator("quantizer", mode="before")
     @classmethod
     def _default_kind_bsq(cls, value: Any) -> Any:

@@ -14,7 +14,7 @@ from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
-def index_shards(url: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
+def index_shards(url: str, on_progress: ProgressCallback = no_progress) -> Manifest:
     """Write the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
 
     Without any `.cls` all samples have one class.

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config
+from bsq_ray.config.batch_split import split_batch
 from bsq_ray.data.data_source import Batch
 from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import SkippedSamples, training_batches
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 from bsq_ray.training.checkpoints.resume import resume_run
 from bsq_ray.training.checkpoints.train_state import TrainState
 from bsq_ray.training.checkpoints.writer import CheckpointWriter, RunProgress, newest_progress
@@ -34,7 +35,7 @@ from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
 from bsq_ray.training.run_recorder import RunRecorder, ScalarHistory
-from bsq_ray.training.run_spec import RunResult, RunSpec, split_batch
+from bsq_ray.training.run_spec import RunResult, RunSpec
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
 from bsq_ray.training.worker_context import ControlSignal, WorkerContext, autocast_precision
@@ -65,7 +66,7 @@ class Trainer:
         self.micro_batch, self.accumulation_steps = split_batch(self.training_config, worker.world_size)
         self.precision = autocast_precision(self.training_config.engine.precision, worker.device)
         self.autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        strict_fp32()
+        enable_strict_fp32()
         torch.manual_seed(self.training_config.seed)
         # A resumed run takes its weights from the checkpoint.
         has_checkpoint = bool(spec.init_url and self.recorder.retry(lambda: newest_progress(spec.out_url)))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bsq_ray import storage
+from bsq_ray.config.base import StrictModel
 from bsq_ray.config.loader import (
     STAGE_CONFIGS,
     list_config_keys,
@@ -19,7 +20,6 @@ from bsq_ray.config.loader import (
     resolve_relative_base,
     suggest,
 )
-from bsq_ray.config.base import StrictModel
 from bsq_ray.tuning.space import SearchParameter, leaf_keys
 
 MetricMode = Literal["min", "max"]

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.plots.save import encode_png
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.media.images import read_image
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk

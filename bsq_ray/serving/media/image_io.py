@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, encode_png, load_rgb, open_image
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, load_rgb
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 

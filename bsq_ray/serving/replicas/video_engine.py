@@ -25,8 +25,8 @@ from torch import Tensor
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.media.color import Color
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
+from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import Deadline
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video

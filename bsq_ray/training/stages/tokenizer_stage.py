@@ -24,7 +24,8 @@ from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.models.warm_start import initial_weights
@@ -193,14 +194,6 @@ class TokenizerStage(Stage):
 
     def _is_adversarial_step(self, step: int) -> bool:
         return "discriminator" in self.modules and step >= self.loss_config.adversarial.start_step
-
-
-def frames_time_major(images: Tensor) -> Tensor:
-    """Return clips (B, C, T, H, W) as frames (T·B, C, H, W), first frames first; images are returned unchanged.
-
-    In this order the discriminator's groups contain frames of the same clips for any number of workers.
-    """
-    return images if images.ndim == 4 else images.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
 def _sample_images(images: Tensor) -> Tensor:

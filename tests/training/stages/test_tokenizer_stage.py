@@ -13,6 +13,7 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import discriminator_loss, generator_loss
+from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
