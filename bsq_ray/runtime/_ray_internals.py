@@ -63,7 +63,7 @@ def placement_groups_of_dead_actors() -> list[PlacementGroup]:
     import ray
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup
 
     job_id = ray.get_runtime_context().get_job_id()
