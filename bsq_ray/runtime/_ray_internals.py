@@ -1,7 +1,7 @@
 """Every use of a private part of Ray, one function each.
 
 Each docstring states why the function exists, the Ray version it was seen in and the public successor, if there is one.
-tests/runtime/test_ray_internals.py holds one contract test per function (`pytest -m internals`).
+tests/runtime/test_ray_internals.py has a contract test per function (`pytest -m internals`).
 The linter rejects private parts of Ray everywhere else.
 """
 
@@ -63,7 +63,7 @@ def placement_groups_of_dead_actors() -> list[PlacementGroup]:
     import ray
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup
 
     job_id = ray.get_runtime_context().get_job_id()
@@ -123,7 +123,7 @@ def serve_http_callback_env() -> str:
 
 
 def disconnect_header() -> bytes:
-    """Return the header by which a client asks that its request continues after it disconnects.
+    """Return the header by which a client requests that its work continues after it disconnects.
 
     Why: the proxy strips it, so that a disconnect always cancels the work. Seen in Ray 2.60. Public: none.
     """

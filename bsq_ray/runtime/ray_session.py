@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -86,7 +87,7 @@ def _connect(address: str) -> Any:
     _check_reachable(address)
     try:
         with _silence_native_stderr():
-            return ray.init(address=address, log_to_driver=False, logging_level="warning")
+            return ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
 
@@ -102,7 +103,7 @@ def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
             num_cpus=num_cpus or max(4, os.cpu_count() or 1),
             include_dashboard=include_dashboard,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             object_store_memory=2**30,
         )
 

@@ -131,7 +131,8 @@ def run_on_ray(
     resources = resolve_worker_resources(budget, device, world_sizes, on_record)
     # On the driver's node: an actor without CPUs could be placed on a node that is lost later.
     driver_affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    coordinator = ray.remote(num_cpus=0, scheduling_strategy=driver_affinity)(RunCoordinator).remote()
+    coordinator_class = ray.remote(RunCoordinator).options(num_cpus=0, scheduling_strategy=driver_affinity)
+    coordinator: Any = coordinator_class.remote()
     worker_config = WorkerConfig(spec, coordinator, resources.use_gpu, budget.concurrent_runs)
     failure_tracker = _FailureTracker(max_failures)
     try:
@@ -235,10 +236,11 @@ class WorkerGroupRun:
             scaling_config=ScalingConfig(
                 num_workers=world_size, use_gpu=use_gpu, resources_per_worker=resources_per_worker
             ),
-            run_config=RunConfig(
+            # Type checkers see the configuration classes of Ray Train's first version here.
+            run_config=RunConfig(  # type: ignore[call-arg]
                 name=f"ray-{int(time.time() * 1000)}",
                 # `run_on_ray` retries, because it can choose another number of workers.
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
                 worker_runtime_env={} if use_gpu else {"env_vars": malloc_env()},
                 **ray_storage_options(out_url),
             ),

@@ -1,7 +1,7 @@
 """Removal of placement groups that a killed trial left behind.
 
 Ray removes a placement group when the job that created it ends, and a sweep is one job.
-Ray Train's own cleanup asks the dashboard whether a training is alive, and a local Ray has no dashboard.
+Ray Train's own cleanup needs a dashboard to find dead trainings, and a local Ray has none.
 """
 
 from __future__ import annotations

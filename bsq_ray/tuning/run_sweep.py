@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from bsq_ray import storage
 from bsq_ray.config.loader import load_config
@@ -165,7 +166,7 @@ def _run_tune(
         minutes=budget.minutes,
         held_out_images=budget.held_out_images,
     )
-    stop_requests = ray.remote(num_cpus=0)(StopRequests).remote()
+    stop_requests: Any = ray.remote(num_cpus=0)(StopRequests).remote()
     callback = StudyCallback(
         study, stop_event, stop_requests.request_stop_all.remote, lambda event, record: on_event(event, record, study)
     )

@@ -7,6 +7,7 @@ Study ──next_trial──▶ StudySearcher ──config──▶ Tune
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -96,9 +97,12 @@ class GracefulStopScheduler(FIFOScheduler):
     def _replay(self, record: TrialRecord) -> None:
         """Show the reports of a trial that has ended to the inner scheduler."""
         trial = stub_trial(f"earlier-{record.number}")
-        self._inner_scheduler.on_trial_add(None, trial)
+        # Only a decision to pause would use the controller.
+        no_controller: Any = None
+        self._inner_scheduler.on_trial_add(no_controller, trial)
         for step, metrics in record.reports:
-            if self._inner_scheduler.on_trial_result(None, trial, {"step": step, **metrics}) == TrialScheduler.STOP:
+            decision = self._inner_scheduler.on_trial_result(no_controller, trial, {"step": step, **metrics})
+            if decision == TrialScheduler.STOP:
                 return
 
 
@@ -130,7 +134,7 @@ def build_scheduler(study: Study, max_steps: int, request_stop: Callable[[int], 
             grace_period=scheduler_config.grace_period,
             min_samples_required=scheduler_config.min_samples_required,
             # Otherwise it pauses trials that are ahead, and a paused trial keeps its workers.
-            min_time_slice=float("inf"),
+            min_time_slice=sys.maxsize,
         )
     return GracefulStopScheduler(inner_scheduler, request_stop, study)
 

@@ -33,7 +33,7 @@ def test_autoscaler_limits_sums_node_groups(ray_local, monkeypatch):
 
 
 def test_is_startup_timeout_recognizes_only_timeouts():
-    """Ray Train's startup timeout is told apart from other errors of its controller."""
+    """Ray Train's startup timeout is distinguished from other errors of its controller."""
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 

@@ -1,4 +1,4 @@
-"""Runs so small that a test run can train dozens of them, and a reporter that records them."""
+"""Small runs for tests, and a reporter that records them."""
 
 import torch
 
@@ -40,7 +40,7 @@ SMALL = [
 
 
 class RecordingReporter:
-    """Stores a run's records and requests a stop after a step."""
+    """Records a run, and requests a stop after a step."""
 
     def __init__(self, stop_after=None):
         self.records = []
@@ -74,11 +74,10 @@ def local_worker(reporter):
 
 
 def train_runs(rank, world_size, shards, out, runs, stop_after=None):
-    """Train each run in turn and return its training records by name.
+    """Train each of `runs` (overrides by name) in turn; return the training records of each by name.
 
     Args:
-        runs: overrides of the configuration, by name.
-        stop_after: step after which a run is stopped, by name.
+        stop_after: by name, the step after which a stop is requested.
     """
     losses = {}
     for name, overrides in runs.items():

@@ -1,4 +1,4 @@
-"""Resuming: an interrupted run that resumes equals one that was never interrupted."""
+"""Resumed runs are identical to uninterrupted ones."""
 
 import json
 import shutil
@@ -39,16 +39,16 @@ HALF = STEPS // 2
 
 @pytest.fixture(scope="module")
 def stopped_runs(photo_shards, tmp_path_factory):
-    """(folder, losses): each engine's run on two workers, in one go as "… whole", and stopped at half."""
+    """(folder, losses): each engine's run on two workers, uninterrupted as "… uninterrupted", and stopped at half."""
     out = str(tmp_path_factory.mktemp("stopped"))
-    runs = {f"{name} whole": overrides for name, overrides in ENGINES.items()} | ENGINES
+    runs = {f"{name} uninterrupted": overrides for name, overrides in ENGINES.items()} | ENGINES
     [losses, _] = spawn_group(2, train_runs, photo_shards, out, runs, dict.fromkeys(ENGINES, HALF))
     return out, losses
 
 
 @pytest.fixture(scope="module")
 def resumed_runs(stopped_runs, photo_shards, tmp_path_factory):
-    """(folder, losses): the stopped runs, continued by two new workers."""
+    """(folder, losses): the stopped runs, resumed by two new workers."""
     out = str(tmp_path_factory.mktemp("continued"))
     shutil.copytree(stopped_runs[0], out, dirs_exist_ok=True)
     [losses, _] = spawn_group(2, train_runs, photo_shards, out, ENGINES)
@@ -58,12 +58,12 @@ def resumed_runs(stopped_runs, photo_shards, tmp_path_factory):
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_resumed_run_is_bit_identical(resumed_runs, stopped_runs, engine):
     out, losses = resumed_runs
-    expected = stopped_runs[1][f"{engine} whole"]
+    expected = stopped_runs[1][f"{engine} uninterrupted"]
     assert [record["step"] for record in losses[engine]] == [HALF + 1, STEPS]
     assert [comparable_values(r) for r in stopped_runs[1][engine] + losses[engine]] == [
         comparable_values(r) for r in expected
     ]
-    assert_identical(load_weights(out, engine), load_weights(out, f"{engine} whole"))
+    assert_identical(load_weights(out, engine), load_weights(out, f"{engine} uninterrupted"))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_resume_with_other_world_size_matches(stopped_runs, photo_shards, tmp_pa
     out, losses = stopped_runs
     shutil.copytree(f"{out}/{engine}", tmp_path / engine)
     alone = train_runs(0, 1, photo_shards, tmp_path, {engine: ENGINES[engine]})[engine]
-    for record, expected in zip(alone, losses[f"{engine} whole"][HALF:], strict=True):
+    for record, expected in zip(alone, losses[f"{engine} uninterrupted"][HALF:], strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
 
 
 @pytest.fixture
 def two_checkpoints(photo_shards, tmp_path):
-    """Folder of a run of this process with a checkpoint after each of two steps."""
+    """Folder of a run with a checkpoint after each of two steps."""
     run_training(small_spec(photo_shards, tmp_path, EVERY_STEP), local_worker(RecordingReporter(HALF)))
     assert list_checkpoints(str(tmp_path)) == ["step-0000001", "step-0000002"]
     return tmp_path
@@ -106,12 +106,12 @@ def test_damaged_checkpoint_is_skipped_with_warning(two_checkpoints, photo_shard
     newest = two_checkpoints / "checkpoints" / "step-0000002"
     [file] = newest.glob("generator/**/*optim_states.pt")
     damage(file)
-    reporter = RecordingReporter()
-    run_training(small_spec(photo_shards, two_checkpoints, EVERY_STEP), local_worker(reporter))
-    [warning] = [record["text"] for record in reporter.records if record["kind"] == "warning"]
-    assert "step-0000002 is damaged and is passed over" in warning
+    listener = RecordingReporter()
+    run_training(small_spec(photo_shards, two_checkpoints, EVERY_STEP), local_worker(listener))
+    [warning] = [record["text"] for record in listener.records if record["kind"] == "warning"]
+    assert "step-0000002 is damaged and is skipped" in warning
     assert file.name in warning
-    assert [record["step"] for record in reporter.training_records] == [2, 3, 4]
+    assert [record["step"] for record in listener.training_records] == [2, 3, 4]
 
 
 def test_checkpoint_without_index_is_invisible(two_checkpoints, photo_shards):
@@ -122,7 +122,7 @@ def test_checkpoint_without_index_is_invisible(two_checkpoints, photo_shards):
 
 
 def test_old_and_partial_checkpoints_are_removed(two_checkpoints, photo_shards):
-    """The newest checkpoints are kept; older and incomplete ones are removed."""
+    """The newest checkpoints are kept; older and partial ones are removed."""
     (two_checkpoints / "checkpoints" / "step-0000001" / "checkpoint.json").unlink()
     run_training(
         small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=2"]),
@@ -136,8 +136,8 @@ def test_damaged_newer_checkpoint_keeps_later_ones(two_checkpoints, photo_shards
     (two_checkpoints / "checkpoints" / "step-0000002").rename(two_checkpoints / "checkpoints" / "step-0000009")
     [file] = (two_checkpoints / "checkpoints" / "step-0000009").glob("generator/**/*optim_states.pt")
     file.unlink()
-    spec = small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=1"])
-    run_training(spec, local_worker(RecordingReporter(HALF)))
+    job = small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=1"])
+    run_training(job, local_worker(RecordingReporter(HALF)))
     assert list_checkpoints(str(two_checkpoints)) == ["step-0000002"]
 
 
@@ -153,18 +153,18 @@ def test_resume_initialized_run_never_uses_random_weights(two_checkpoints, photo
 
 def test_resume_other_model_raises(two_checkpoints, photo_shards):
     """A run cannot resume with another model configuration."""
-    spec = small_spec(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
+    job = small_spec(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
     with pytest.raises(
         ValueError, match="model.encoder.layers was 1 and is 2; training.batch_size was 16 and is 8; give the same"
     ):
-        run_training(spec, local_worker(RecordingReporter()))
+        run_training(job, local_worker(RecordingReporter()))
 
 
 def test_resume_with_more_steps_extends_run(two_checkpoints, photo_shards):
     """A finished or stopped run can be extended with more steps."""
-    reporter = RecordingReporter()
-    run_training(small_spec(photo_shards, two_checkpoints, ["training.steps=5"]), local_worker(reporter))
-    assert [record["step"] for record in reporter.training_records] == [3, 4, 5]
+    listener = RecordingReporter()
+    run_training(small_spec(photo_shards, two_checkpoints, ["training.steps=5"]), local_worker(listener))
+    assert [record["step"] for record in listener.training_records] == [3, 4, 5]
 
 
 def test_resume_other_dataset_raises(two_checkpoints, held_out_shards):
@@ -175,14 +175,14 @@ def test_resume_other_dataset_raises(two_checkpoints, held_out_shards):
 
 def test_resume_finished_run_only_rewrites_model(two_checkpoints, photo_shards):
     """Resuming a finished run takes no step and writes the same model again."""
-    spec = small_spec(photo_shards, two_checkpoints, EVERY_STEP)
-    run_training(spec, local_worker(RecordingReporter()))
+    job = small_spec(photo_shards, two_checkpoints, EVERY_STEP)
+    run_training(job, local_worker(RecordingReporter()))
     before = load_weights(two_checkpoints.parent, two_checkpoints.name)
-    reporter = RecordingReporter()
-    result = run_training(spec, local_worker(reporter))
+    listener = RecordingReporter()
+    result = run_training(job, local_worker(listener))
     assert result.finished
     assert result.metrics
-    assert not reporter.training_records
+    assert not listener.training_records
     assert_identical(load_weights(two_checkpoints.parent, two_checkpoints.name), before)
 
 
@@ -190,10 +190,10 @@ def test_checkpoints_on_s3_resume(photo_shards, bucket):
     """A run on S3 saves checkpoints, logs and model there and resumes."""
     overrides = [*ENGINES["ddp"], *EVERY_STEP]
     run_training(small_spec(photo_shards, bucket, overrides), local_worker(RecordingReporter(HALF)))
-    reporter = RecordingReporter()
-    result = run_training(small_spec(photo_shards, bucket, overrides), local_worker(reporter))
+    listener = RecordingReporter()
+    result = run_training(small_spec(photo_shards, bucket, overrides), local_worker(listener))
     assert result.finished
-    assert [record["step"] for record in reporter.training_records] == [3, 4]
+    assert [record["step"] for record in listener.training_records] == [3, 4]
     lines = storage.read_bytes(f"{bucket}/metrics.jsonl").decode().splitlines()
     assert [record["step"] for record in map(json.loads, lines) if record["kind"] == "training"] == [1, 2, 3, 4]
     assert storage.exists(f"{bucket}/model/model.safetensors")

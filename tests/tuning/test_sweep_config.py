@@ -60,7 +60,7 @@ def test_shipped_sweeps_explain_every_key():
     [
         ({"space": {}}, "space is empty; name at least one key"),
         (space_of("model.quantizer.bit", values=[6]), r"key model.quantizer.bit; did you mean model.quantizer.bits\?"),
-        (space_of("model.quantiser", values=[{"kind": "bsq"}]), "unknown key model.quantiser.kind; did you mean"),
+        (space_of("model.quantiter", values=[{"kind": "bsq"}]), "unknown key model.quantiter.kind; did you mean"),
         (space_of("x", choices={"a": {"loss.perceptual": 1}}), "unknown key loss.perceptual; did you mean"),
         ({"overrides": {"training.step": 5}}, r"overrides: unknown key training.step; did you mean training.steps\?"),
         (space_of("model.quantizer.bits", valeus=[6]), r"unknown key .*valeus; did you mean .*values\?"),
