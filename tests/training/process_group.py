@@ -1,4 +1,4 @@
-"""Running a function in several processes that form a gloo group, as Ray's workers do."""
+"""Process groups for tests: a function in several processes that form a gloo group, like Ray's workers."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 
 def spawn_group(world_size, function, *arguments):
-    """Calls `function(rank, world, *arguments)` in `world` processes; returns their results in order of rank."""
+    """Call `function(rank, world_size, *arguments)` in `world_size` processes; return the results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Trainings so small that dozens of them fit in a test run, and what listens to them."""
+"""Small runs for tests, and a reporter that records them."""
 
 import torch
 
@@ -40,7 +40,7 @@ SMALL = [
 
 
 class RecordingReporter:
-    """Keeps a run's records; asks it to stop after a step."""
+    """Records a run, and requests a stop after a step."""
 
     def __init__(self, stop_after=None):
         self.records = []
@@ -74,9 +74,10 @@ def local_worker(reporter):
 
 
 def train_runs(rank, world_size, shards, out, runs, stop_after=None):
-    """Trains each of `runs`, name → overrides, one after the other; returns the records of each one's steps.
+    """Train each of `runs` (overrides by name) in turn; return the training records of each by name.
 
-    Those in `last` are asked to stop after that step.
+    Args:
+        stop_after: by name, the step after which a stop is requested.
     """
     losses = {}
     for name, overrides in runs.items():

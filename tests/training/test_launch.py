@@ -1,4 +1,4 @@
-"""Starting a run: what is refused, what a run leaves behind, and that Ray, faults and Ctrl-C change nothing else."""
+"""Starting a run: rejected arguments, output files, and equal results with Ray, failures and Ctrl-C."""
 
 import json
 import os
@@ -153,7 +153,7 @@ def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
     """A nonfinite loss ends the run before the optimizer step and names the samples."""
     from bsq_ray.training.nonfinite import NonFiniteLossError
 
-    # A learning rate this absurd overflows within a few steps.
+    # This learning rate overflows within a few steps.
     overrides = ["training.optimizer.base_learning_rate=1e30", "training.steps=40"]
     with pytest.raises(
         NonFiniteLossError, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
@@ -219,7 +219,7 @@ def test_worker_failure_ends_run_with_its_error(photo_shards, tmp_path, ray_loca
 
 
 def train_command(shards, out, *more):
-    """`bsq-ray train` on two workers."""
+    """Return the command line of `bsq-ray train` on two workers."""
     start = [
         sys.executable,
         "-c",
@@ -246,7 +246,7 @@ def test_killed_command_resumes_identically(photo_shards, tmp_path):
     out = tmp_path / "disturbed"
     process = subprocess.Popen(train_command(photo_shards, out), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(out, process)
-    # Ray's own agents stay a minute longer: they try to tell the dead head node that it is dead.
+    # Ray's agents stay a minute longer, because they retry to reach the head node.
     child_processes = [
         p for p in psutil.Process(process.pid).children(recursive=True) if not p.name().endswith("Agent")
     ]
@@ -276,7 +276,7 @@ def test_command_ctrl_c_prints_resume_command(photo_shards, tmp_path):
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))
     reader.start()
     wait_for_checkpoint(out, process)
-    # As a terminal does it: to everything that belongs to the command.
+    # Like a terminal: the signal goes to the process group of the command.
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     reader.join()

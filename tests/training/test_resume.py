@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on is the run that was never interrupted."""
+"""Resumed runs are identical to uninterrupted ones."""
 
 import json
 import shutil
@@ -39,16 +39,16 @@ HALF = STEPS // 2
 
 @pytest.fixture(scope="module")
 def stopped_runs(photo_shards, tmp_path_factory):
-    """(folder, losses): each engine's run on two workers, in one go as "… whole", and stopped at half."""
+    """(folder, losses): each engine's run on two workers, uninterrupted as "… uninterrupted", and stopped at half."""
     out = str(tmp_path_factory.mktemp("stopped"))
-    runs = {f"{name} whole": overrides for name, overrides in ENGINES.items()} | ENGINES
+    runs = {f"{name} uninterrupted": overrides for name, overrides in ENGINES.items()} | ENGINES
     [losses, _] = spawn_group(2, train_runs, photo_shards, out, runs, dict.fromkeys(ENGINES, HALF))
     return out, losses
 
 
 @pytest.fixture(scope="module")
 def resumed_runs(stopped_runs, photo_shards, tmp_path_factory):
-    """(folder, losses): the stopped runs, continued by two new workers."""
+    """(folder, losses): the stopped runs, resumed by two new workers."""
     out = str(tmp_path_factory.mktemp("continued"))
     shutil.copytree(stopped_runs[0], out, dirs_exist_ok=True)
     [losses, _] = spawn_group(2, train_runs, photo_shards, out, ENGINES)
@@ -58,12 +58,12 @@ def resumed_runs(stopped_runs, photo_shards, tmp_path_factory):
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_resumed_run_is_bit_identical(resumed_runs, stopped_runs, engine):
     out, losses = resumed_runs
-    expected = stopped_runs[1][f"{engine} whole"]
+    expected = stopped_runs[1][f"{engine} uninterrupted"]
     assert [record["step"] for record in losses[engine]] == [HALF + 1, STEPS]
     assert [comparable_values(r) for r in stopped_runs[1][engine] + losses[engine]] == [
         comparable_values(r) for r in expected
     ]
-    assert_identical(load_weights(out, engine), load_weights(out, f"{engine} whole"))
+    assert_identical(load_weights(out, engine), load_weights(out, f"{engine} uninterrupted"))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_resume_with_other_world_size_matches(stopped_runs, photo_shards, tmp_pa
     out, losses = stopped_runs
     shutil.copytree(f"{out}/{engine}", tmp_path / engine)
     alone = train_runs(0, 1, photo_shards, tmp_path, {engine: ENGINES[engine]})[engine]
-    for record, expected in zip(alone, losses[f"{engine} whole"][HALF:], strict=True):
+    for record, expected in zip(alone, losses[f"{engine} uninterrupted"][HALF:], strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
 
 
 @pytest.fixture
 def two_checkpoints(photo_shards, tmp_path):
-    """Folder of a run of this process with a checkpoint after each of two steps."""
+    """Folder of a run with a checkpoint after each of two steps."""
     run_training(small_spec(photo_shards, tmp_path, EVERY_STEP), local_worker(RecordingReporter(HALF)))
     assert list_checkpoints(str(tmp_path)) == ["step-0000001", "step-0000002"]
     return tmp_path
@@ -122,7 +122,7 @@ def test_checkpoint_without_index_is_invisible(two_checkpoints, photo_shards):
 
 
 def test_old_and_partial_checkpoints_are_removed(two_checkpoints, photo_shards):
-    """The newest checkpoints are kept; older and incomplete ones are removed."""
+    """The newest checkpoints are kept; older and partial ones are removed."""
     (two_checkpoints / "checkpoints" / "step-0000001" / "checkpoint.json").unlink()
     run_training(
         small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=2"]),
