@@ -15,7 +15,6 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.data.data_source import Batch
@@ -29,7 +28,7 @@ from bsq_ray.training.control_sync import ControlState, ControlSync
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.eval_loop import EvalLoop
-from bsq_ray.training.export import write_model
+from bsq_ray.training.export import gather_weights, write_model
 from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
@@ -97,7 +96,13 @@ class Trainer:
         )
         self.control = ControlSync(spec, worker, self.checkpoints)
         self.eval_loop = EvalLoop(
-            spec, self.stage, self.engines, self.source, self.micro_batch, self.autocast, self.recorder
+            spec,
+            self.stage,
+            engines=self.engines,
+            source=self.source,
+            micro_batch=self.micro_batch,
+            autocast=self.autocast,
+            recorder=self.recorder,
         )
         self.blocking_seconds = 0.0
         self.metrics: dict[str, float] = {}
@@ -274,10 +279,7 @@ class Trainer:
 
     def _export(self) -> None:
         """Evaluate the published weights and write the model folder."""
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, engine in self.engines.items():
-            with engine.gathered_parameters():
-                states[name] = {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}
+        states = gather_weights(self.engines)
         raw = published = states.pop(self.main_name)
         if self.ema is not None:
             published = {key: self.ema.average[key].to(value) for key, value in raw.items()}
@@ -290,7 +292,14 @@ class Trainer:
             weights = published, raw if self.ema else None
             bundled_models = self.stage.bundled_models()
             self.recorder.retry(
-                lambda: write_model(self.spec, card_fields, self.metrics, weights, states, bundled_models)
+                lambda: write_model(
+                    self.spec,
+                    card_fields=card_fields,
+                    metrics=self.metrics,
+                    weights=weights,
+                    extra_modules=states,
+                    bundled_models=bundled_models,
+                )
             )
         self.worker.barrier()
 

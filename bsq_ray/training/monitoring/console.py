@@ -1,6 +1,6 @@
 """Terminal display of a run: a live status line on a terminal, occasional lines elsewhere.
 
-    record ─▶ formatter of its kind ─▶ status line (training records) or permanent line (all others)
+record ─▶ formatter of its kind ─▶ status line (training records) or permanent line (all others)
 """
 
 from __future__ import annotations
