@@ -12,7 +12,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -130,8 +129,7 @@ class Trainer:
         while not should_stop:
             with timer.data_wait_timer():
                 batch = next(batches)
-            factor = schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
-            lr = peak_lr * factor
+            lr = peak_lr * schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
             self.train_step(batch, lr, scalar_history)
             self.step = self.recorder.step = self.step + 1
             self.elapsed = timer.elapsed
@@ -186,15 +184,16 @@ class Trainer:
             context = None
             for phase in self.stage.phases(self.step):
                 engine = self.engines[phase]
-                with self._freeze_others(phase):
-                    with self.autocast:
-                        output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
-                    context = output.context
-                    losses[phase].append(PhaseLoss(output.loss.detach(), output.scalars, micro_batch.keys))
-                    engine.backward(output.loss)
-                    if micro_index == self.accumulation_steps - 1:
-                        self._raise_if_nonfinite(find_nonfinite(losses[phase], self.worker))
-                    grad_norm = engine.step(lr)
+                for name, module in self.stage.modules.items():
+                    module.requires_grad_(name == phase)
+                with self.autocast:
+                    output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
+                context = output.context
+                losses[phase].append(PhaseLoss(output.loss.detach(), output.scalars, micro_batch.keys))
+                engine.backward(output.loss)
+                if micro_index == self.accumulation_steps - 1:
+                    self._raise_if_nonfinite(find_nonfinite(losses[phase], self.worker))
+                grad_norm = engine.step(lr)
                 for name, value in output.scalars.items():
                     scalar_history[name].append(value)
                 if grad_norm is not None:
@@ -210,12 +209,6 @@ class Trainer:
         if nonfinite:
             self.checkpoints.wait()
             raise nonfinite_error(*nonfinite, self.step + 1, self.spec.out_url, self.worker)
-
-    @contextmanager
-    def _freeze_others(self, phase: str) -> Iterator[None]:
-        for name, module in self.stage.modules.items():
-            module.requires_grad_(name == phase)
-        yield
 
     def _sync_control(self) -> ControlState:
         self._record_checkpoint_warnings()
