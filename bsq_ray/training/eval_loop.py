@@ -37,6 +37,7 @@ class EvalLoop:
         self,
         spec: RunSpec,
         stage: Stage,
+        *,
         engines: Engines,
         source: DataSource,
         micro_batch: int,

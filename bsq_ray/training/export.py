@@ -8,13 +8,24 @@ import safetensors.torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
+from bsq_ray.training.engines.engine import Engine
 from bsq_ray.training.run_spec import RunSpec
 
 StateDict = dict[str, Tensor]
 
 
+def gather_weights(engines: Mapping[str, Engine]) -> dict[str, StateDict]:
+    """Copy the complete state dict of every engine's module to the CPU, by name; collective."""
+    states: dict[str, StateDict] = {}
+    for name, engine in engines.items():
+        with engine.gathered_parameters():
+            states[name] = {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}
+    return states
+
+
 def write_model(
     spec: RunSpec,
+    *,
     card_fields: dict[str, str],
     metrics: dict[str, float],
     weights: tuple[StateDict, StateDict | None],

@@ -43,7 +43,13 @@ class RunRecorder:
         if self._worker.is_main:
             trackers = self._spec.config.training.trackers
             self._metrics_log = self.retry(
-                lambda: MetricsLog(self._spec.out_url, self.step, trackers, self._spec.config, self.warn)
+                lambda: MetricsLog(
+                    self._spec.out_url,
+                    self.step,
+                    trackers=trackers,
+                    run_config=self._spec.config,
+                    on_warning=self.warn,
+                )
             )
 
     def close(self) -> None:

@@ -12,10 +12,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.config.batch_split import split_batch
@@ -30,7 +28,7 @@ from bsq_ray.training.control_sync import ControlState, ControlSync
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.eval_loop import EvalLoop
-from bsq_ray.training.export import write_model
+from bsq_ray.training.export import gather_weights, write_model
 from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
@@ -98,7 +96,13 @@ class Trainer:
         )
         self.control = ControlSync(spec, worker, self.checkpoints)
         self.eval_loop = EvalLoop(
-            spec, self.stage, self.engines, self.source, self.micro_batch, self.autocast, self.recorder
+            spec,
+            self.stage,
+            engines=self.engines,
+            source=self.source,
+            micro_batch=self.micro_batch,
+            autocast=self.autocast,
+            recorder=self.recorder,
         )
         self.blocking_seconds = 0.0
         self.metrics: dict[str, float] = {}
@@ -126,8 +130,7 @@ class Trainer:
         while not should_stop:
             with timer.data_wait_timer():
                 batch = next(batches)
-            factor = schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
-            lr = peak_lr * factor
+            lr = peak_lr * schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
             self.train_step(batch, lr, scalar_history)
             self.step = self.recorder.step = self.step + 1
             self.elapsed = timer.elapsed
@@ -182,15 +185,16 @@ class Trainer:
             context = None
             for phase in self.stage.phases(self.step):
                 engine = self.engines[phase]
-                with self._freeze_others(phase):
-                    with self.autocast:
-                        output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
-                    context = output.context
-                    losses[phase].append(PhaseLoss(output.loss.detach(), output.scalars, micro_batch.keys))
-                    engine.backward(output.loss)
-                    if micro_index == self.accumulation_steps - 1:
-                        self._raise_if_nonfinite(find_nonfinite(losses[phase], self.worker))
-                    grad_norm = engine.step(lr)
+                for name, module in self.stage.modules.items():
+                    module.requires_grad_(name == phase)
+                with self.autocast:
+                    output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
+                context = output.context
+                losses[phase].append(PhaseLoss(output.loss.detach(), output.scalars, micro_batch.keys))
+                engine.backward(output.loss)
+                if micro_index == self.accumulation_steps - 1:
+                    self._raise_if_nonfinite(find_nonfinite(losses[phase], self.worker))
+                grad_norm = engine.step(lr)
                 for name, value in output.scalars.items():
                     scalar_history[name].append(value)
                 if grad_norm is not None:
@@ -206,12 +210,6 @@ class Trainer:
         if nonfinite:
             self.checkpoints.wait()
             raise nonfinite_error(*nonfinite, self.step + 1, self.spec.out_url, self.worker)
-
-    @contextmanager
-    def _freeze_others(self, phase: str) -> Iterator[None]:
-        for name, module in self.stage.modules.items():
-            module.requires_grad_(name == phase)
-        yield
 
     def _sync_control(self) -> ControlState:
         self._record_checkpoint_warnings()
@@ -275,10 +273,7 @@ class Trainer:
 
     def _export(self) -> None:
         """Evaluate the published weights and write the model folder."""
-        states: dict[str, dict[str, Tensor]] = {}
-        for name, engine in self.engines.items():
-            with engine.gathered_parameters():
-                states[name] = {key: value.detach().cpu().clone() for key, value in engine.module.state_dict().items()}
+        states = gather_weights(self.engines)
         raw = published = states.pop(self.main_name)
         if self.ema is not None:
             published = {key: self.ema.average[key].to(value) for key, value in raw.items()}
@@ -291,7 +286,14 @@ class Trainer:
             weights = published, raw if self.ema else None
             bundled_models = self.stage.bundled_models()
             self.recorder.retry(
-                lambda: write_model(self.spec, card_fields, self.metrics, weights, states, bundled_models)
+                lambda: write_model(
+                    self.spec,
+                    card_fields=card_fields,
+                    metrics=self.metrics,
+                    weights=weights,
+                    extra_modules=states,
+                    bundled_models=bundled_models,
+                )
             )
         self.worker.barrier()
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside the training, whole or not at all, and in spite of storage that fails for a while."""
+"""Asynchronous checkpoints: complete or invisible, and retried while storage is unavailable."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ AT_HALF = [f"training.checkpoint_every={HALF}"]
 
 @pytest.fixture(scope="module")
 def reference_run(photo_shards, tmp_path_factory):
-    """(folder, listener) of a run that nothing happens to."""
+    """(folder, listener) of an undisturbed run."""
     out, listener = tmp_path_factory.mktemp("undisturbed"), RecordingReporter()
     run_training(small_spec(photo_shards, out / "run"), local_worker(listener))
     return out, listener
@@ -53,12 +53,12 @@ def test_copy_to_host_is_deep_and_on_cpu():
 def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, reference_run, monkeypatch):
     """Training continues while a checkpoint is written, and the checkpoint contains the state of its own step."""
     next_step = threading.Event()
-    copy_in = storage.upload
+    upload = storage.upload
 
     def slow(local, url):
-        # Without a thread that writes, the next step would never come.
+        # Without a writer thread the next step would never start.
         assert "checkpoints" not in url or next_step.wait(60)
-        copy_in(local, url)
+        upload(local, url)
 
     class Waker(RecordingReporter):
         def record(self, record):
@@ -83,16 +83,16 @@ def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, refe
 
 
 def train_and_kill_in_checkpoint(shards, out, step):
-    """Trains, and is killed when the second file of the checkpoint of `step` is to be copied."""
+    """Train until killed at the upload of the second file of the checkpoint of `step`."""
     copied = []
-    copy_in = storage.upload
+    upload = storage.upload
 
     def upload_or_die(local, url):
         if f"step-{step:07d}" in url:
             copied.append(url)
         if len(copied) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        copy_in(local, url)
+        upload(local, url)
 
     storage.upload = upload_or_die
     run_training(small_spec(shards, out, EVERY_STEP), local_worker(RecordingReporter()))
@@ -116,7 +116,7 @@ def test_resume_after_kill_during_write_uses_previous(photo_shards, tmp_path, re
 
 
 class FlakyFileSystem(MemoryFileSystem):
-    """Remote storage that refuses what `refuses` names, a number of times."""
+    """Remote storage that fails `num_failures` times for paths that contain `failing_path`."""
 
     protocol = "outage"
     store, pseudo_dirs = {}, [""]
@@ -142,23 +142,23 @@ class FlakyFileSystem(MemoryFileSystem):
 
 @pytest.fixture
 def flaky_storage(tmp_path):
-    """Where storage is that fails when it is told to."""
+    """URL on a `FlakyFileSystem`."""
     fsspec.register_implementation("outage", FlakyFileSystem, clobber=True)
     FlakyFileSystem.num_failures = 0
     return f"outage://{tmp_path.name}"
 
 
-@pytest.mark.parametrize("refused", ["optim_states.pt", "step-0000002/checkpoint.json", "model.safetensors"])
-def test_checkpoint_transient_storage_error_is_retried(photo_shards, flaky_storage, reference_run, refused):
+@pytest.mark.parametrize("failing_path", ["optim_states.pt", "step-0000002/checkpoint.json", "model.safetensors"])
+def test_checkpoint_transient_storage_error_is_retried(photo_shards, flaky_storage, reference_run, failing_path):
     """Transient storage errors are retried with a warning, and the run completes."""
-    FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = refused, 2
+    FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = failing_path, 2
     listener = RecordingReporter()
     result = run_training(small_spec(photo_shards, flaky_storage, AT_HALF), local_worker(listener))
     assert result.finished
     assert FlakyFileSystem.num_failures == 0
     warnings = [record["text"] for record in listener.records if record["kind"] == "warning"]
     assert len(warnings) == 2
-    assert all(refused in text and "503 Slow Down; trying again" in text for text in warnings)
+    assert all(failing_path in text and "503 Slow Down; trying again" in text for text in warnings)
     assert_same_steps(listener, reference_run)
     assert list_checkpoints(flaky_storage) == [f"step-{HALF:07d}", f"step-{STEPS:07d}"]
 
@@ -190,7 +190,7 @@ def test_resume_unavailable_checkpoint_is_not_damaged(photo_shards, flaky_storag
 
 
 def test_unavailable_samples_are_retried_not_skipped(photo_shards, flaky_storage, tmp_path, reference_run):
-    """Samples on unavailable storage are requested again and not counted as damaged."""
+    """Samples on unavailable storage are requested again and not skipped as damaged."""
     for name in os.listdir(photo_shards):
         storage.upload(f"{photo_shards}/{name}", f"{flaky_storage}/shards/{name}")
 
@@ -198,7 +198,7 @@ def test_unavailable_samples_are_retried_not_skipped(photo_shards, flaky_storage
         def record(self, record):
             super().record(record)
             if record["kind"] == "start":
-                # More than the first tries of all chunks read ahead, so the one that is trained on is among them.
+                # More failures than chunks are read ahead, so the chunk being trained on fails too.
                 FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = "shard-", 2000
 
     listener = OutageAtStart()
@@ -239,7 +239,7 @@ def write_to_full_disk(path):
 
 
 def write_checkpoint_with(out, write):
-    """Has a checkpoint written one of whose files is written by `write`."""
+    """Write a checkpoint with one file that `write` produces."""
     writer = CheckpointWriter(str(out), local_worker(RecordingReporter()), 1, 0.0, print)
     writer.save(RunProgress(3, 48, 1.0, 1, "", ""), {"state/weights": write})
     writer.wait()
@@ -259,7 +259,7 @@ def test_checkpoint_temp_disk_full_names_remedy(tmp_path, write):
     """A full temporary disk is reported with its folder, its free space and what to do."""
     message = (
         r"worker 0 cannot write the checkpoint of step 3: state/weights cannot be written to the scratch folder "
-        rf"{tempfile.gettempdir()}/\w+, where \d+ MB are free \(.+\); make room there, or set TMPDIR"
+        rf"{tempfile.gettempdir()}/\w+, where \d+ MB are free \(.+\); free space there, or set TMPDIR"
     )
     with pytest.raises(RuntimeError, match=message):
         write_checkpoint_with(tmp_path, write)

@@ -1,4 +1,4 @@
-"""What a person reads while a run goes on."""
+"""Terminal display of a run."""
 
 from bsq_ray.training.monitoring.console import ProgressLine
 

@@ -1,4 +1,4 @@
-"""Damaged samples in a run of two workers: skipped, counted over both, named in log and summary, up to a limit."""
+"""Damaged samples: skipped, counted over all workers, reported in log and summary, and limited in number."""
 
 import json
 
@@ -13,13 +13,13 @@ from bsq_ray.training.launch import train
 from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import WorkerContext, local_device
 
-# Two passes over the photographs, so that every sample is met.
+# Two epochs, so that every sample is read.
 OVERRIDES = ["training.steps=12", "data.interleave=1", "loss.adversarial.weight=0"]
 
 
 @pytest.fixture
 def damaged_shards(photo_folders, tmp_path):
-    """(URL, names) of shards in which every seventh photograph is broken."""
+    """(URL, names) of shards in which every seventh image is damaged."""
     shards, names = tmp_path / "shards", []
     manifest = pack_images(str(photo_folders[0]), str(shards), PackOptions(max_side=64, num_workers=0)).manifest
     for number in range(0, manifest.num_samples, 7):
@@ -32,7 +32,7 @@ def damaged_shards(photo_folders, tmp_path):
 
 
 def train_worker(rank, world_size, shards, out, overrides):
-    """(records, all samples that the result names) of a worker that reads one step at a time; or its error."""
+    """(records, skipped samples of the result) of a worker that reads one step at a time; or its error message."""
     stream._CHUNK_SAMPLES = 1
     listener = RecordingReporter()
     job = small_spec(shards, out, [*OVERRIDES, *overrides])
@@ -59,7 +59,7 @@ def test_max_skipped_samples_applies_to_all_workers(damaged_shards, tmp_path):
     """The limit applies to the skipped samples of all workers together."""
     shards, names = damaged_shards
     limit = len(names) - 1
-    # In so few steps neither of them meets all.
+    # In so few steps no worker reads all of them.
     few = ["training.steps=3", f"data.max_skipped_samples={limit}"]
     for error in spawn_group(2, train_worker, shards, tmp_path / "run", few):
         assert (

@@ -1,4 +1,4 @@
-"""The average of weights over the steps of a run."""
+"""Exponential moving average of weights."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_ema_update_matches_definition():
 
 
 def test_ema_of_bf16_weights_is_fp32():
-    """The average of bf16 weights is kept in fp32, which holds steps that bf16 cannot."""
+    """The average of bf16 weights is fp32, which represents steps that bf16 rounds away."""
     module = nn.Linear(2, 2).bfloat16()
     set_all(module, 1.0)
     ema = EMA(module, 0.999)
@@ -35,7 +35,7 @@ def test_ema_of_bf16_weights_is_fp32():
     for _ in range(10):
         set_all(module, 1.0078125)
         ema.update(module)
-    # bf16 cannot hold so small a step.
+    # bf16 cannot represent so small a step.
     assert ema.average["weight"].dtype == torch.float32
     assert 1.00007 < ema.average["weight"][0, 0].item() < 1.00008
 
@@ -43,14 +43,14 @@ def test_ema_of_bf16_weights_is_fp32():
 def test_ema_restored_continues_identically():
     """An average restored from its state dict continues exactly like one that was never interrupted."""
     module = nn.Linear(2, 2)
-    whole, first = EMA(module, 0.9), EMA(module, 0.9)
+    uninterrupted, first = EMA(module, 0.9), EMA(module, 0.9)
     second = EMA(nn.Linear(2, 2), 0.9)
     for value in (2.0, 3.0):
         set_all(module, value)
-        whole.update(module)
+        uninterrupted.update(module)
         first.update(module)
     second.load_state_dict(first.state_dict())
     set_all(module, 4.0)
-    whole.update(module)
+    uninterrupted.update(module)
     second.update(module)
-    assert torch.equal(whole.average["weight"], second.average["weight"])
+    assert torch.equal(uninterrupted.average["weight"], second.average["weight"])

@@ -1,7 +1,7 @@
-"""Every engine takes the same steps: ZeRO 0 to 3 and plain data parallelism, on one worker or two.
+"""All engines take the same steps: ZeRO 0 to 3 and data parallelism, on one worker or two.
 
-Two engines in one process go wrong in silence when they are called the wrong way, so whole GAN steps of the real loop
-are compared, one of them with the R1 penalty, which runs a graph for autograd.grad through the discriminator.
+Two engines in one process give wrong gradients without an error when they are called in the wrong order. Therefore full
+GAN steps of the training loop are compared, including the R1 penalty, which calls autograd.grad on the discriminator.
 """
 
 import numpy as np
@@ -31,12 +31,12 @@ def load_weights(out, name, which="model.plain"):
     return safetensors.numpy.load_file(f"{out}/{name}/model/{which}.safetensors")
 
 
-# Not the same by nature: clocks, words, and what is counted by each worker alone.
+# Different by nature: times, texts, and per-worker statistics.
 UNCOMPARED = {"kind", "images_per_second", "data_wait", "seconds", "code_usage", "bit_entropy"}
 
 
 def assert_same_run(out, losses, left_name, right_name, tolerance=1e-5, uncompared=frozenset()):
-    """Losses and gradient norms of each step, and weights after the last one."""
+    """Compare losses and gradient norms of each step, and the final weights."""
     for left, right in zip(losses[left_name], losses[right_name], strict=True):
         for key in left.keys() - UNCOMPARED - uncompared:
             assert left[key] == pytest.approx(right[key], rel=tolerance, abs=tolerance), (
@@ -55,8 +55,8 @@ def assert_same_run(out, losses, left_name, right_name, tolerance=1e-5, uncompar
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _pytorchs_own_linear():
-    """ZeRO-3 puts another function in its place, for all that the process does later."""
+def _restore_linear():
+    """Restore `F.linear`, which ZeRO-3 replaces for the rest of the process."""
     linear = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = linear
@@ -64,7 +64,7 @@ def _pytorchs_own_linear():
 
 @pytest.fixture(scope="module")
 def runs(photo_shards, tmp_path_factory):
-    """(folder, losses by name) of the same training by every engine, on two workers and on one."""
+    """(folder, losses by name) of the same training with every engine, on two workers and on one."""
     out = str(tmp_path_factory.mktemp("engines"))
     [two_workers, _] = spawn_group(2, train_runs, photo_shards, out, ENGINES)
     accumulated = {
@@ -76,10 +76,10 @@ def runs(photo_shards, tmp_path_factory):
         "clipped zero 1": ["training.optimizer.max_grad_norm=0.01"],
         "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.max_grad_norm=0.01"],
     }
-    # The entropy of a batch is not the mean of its parts' entropies, so it is left out where parts are compared.
+    # The entropy of a batch is not the mean over its parts, so its weight is 0 where parts are compared.
     no_codebook = ["model.quantizer.entropy.codebook_weight=0"]
     accumulated = {name: [*overrides, *no_codebook] for name, overrides in accumulated.items()}
-    accumulated["whole ddp"] = [*ENGINES["ddp"], *no_codebook]
+    accumulated["full batch ddp"] = [*ENGINES["ddp"], *no_codebook]
     [variants, _] = spawn_group(2, train_runs, photo_shards, out, accumulated)
     one_worker = train_runs(0, 1, photo_shards, out, {"alone ddp": ENGINES["ddp"], "alone zero 1": []})
     return out, {**two_workers, **variants, **one_worker}
@@ -96,7 +96,7 @@ def test_deepspeed_steps_match_ddp(runs, engine):
 
 @pytest.fixture(scope="module")
 def long_runs(photo_shards, tmp_path_factory):
-    """The same of twenty steps."""
+    """(folder, losses by name) of twenty steps with every engine."""
     out = str(tmp_path_factory.mktemp("long"))
     longer = {name: [*overrides, "training.steps=20"] for name, overrides in ENGINES.items()}
     return out, spawn_group(2, train_runs, photo_shards, out, longer)[0]
@@ -152,7 +152,7 @@ def test_two_workers_match_one_at_same_batch(runs, engine):
 @pytest.mark.parametrize("engine", ["accumulated ddp", "accumulated zero 1", "accumulated zero 2"])
 def test_gradient_accumulation_matches_full_batch(runs, engine):
     """Accumulated micro batches give the step of the full batch."""
-    assert_same_run(*runs, "whole ddp", engine, uncompared={"codebook_entropy"})
+    assert_same_run(*runs, "full batch ddp", engine, uncompared={"codebook_entropy"})
 
 
 @pytest.mark.parametrize("engine", ["clipped zero 0", "clipped zero 1", "clipped zero 3"])
@@ -160,7 +160,7 @@ def test_gradient_clipping_matches_across_engines(runs, engine):
     """Gradient clipping changes the losses, and equally for every engine."""
     out, losses = runs
     assert_same_run(out, losses, "clipped ddp", engine)
-    assert losses["clipped ddp"][-1]["loss"] != losses["whole ddp"][-1]["loss"]
+    assert losses["clipped ddp"][-1]["loss"] != losses["full batch ddp"][-1]["loss"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -173,7 +173,7 @@ def test_nonfinite_gradient_is_returned_without_step(engine):
     assert np.isfinite(built.step(1e-3))
     with built.gathered_parameters():
         before = module.weight.detach().clone()
-    # The loss is 0 and finite, the gradient of the root there is not.
+    # The loss is 0, and the gradient of the square root at 0 is not finite.
     built.backward((0 * built(torch.ones(1, 2))).square().sum().sqrt())
     grad_norm = built.step(1.0)
     assert grad_norm is not None
@@ -184,7 +184,7 @@ def test_nonfinite_gradient_is_returned_without_step(engine):
 
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
 def test_bf16_autocast_reaches_engine_forward(photo_shards, tmp_path, monkeypatch, kind):
-    # As on a GPU, where DeepSpeed sees the outer autocast and switches it off inside its engines.
+    # As on a GPU, where DeepSpeed detects the outer autocast and disables it inside its engines.
     original = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: original(*device) if device else original("cpu"))
     dtypes = set()
@@ -215,7 +215,7 @@ def test_auto_precision_is_bf16_only_with_hardware(monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_flat_buffer_parameters_are_aligned(stage):
-    """A bias of 18 values in their midst would leave all that follow at odd places."""
+    """Parameters that kernels read are aligned, although a bias of 18 values is among them."""
     run_config = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"])
     tokenizer = Tokenizer(run_config.model)
     assert any(parameter.numel() % 4 for parameter in tokenizer.parameters())

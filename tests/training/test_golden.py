@@ -1,7 +1,7 @@
-"""The losses of the demo preset's first steps, shrunk, are those written down when they were last looked at.
+"""Golden losses: the first steps of a small demo preset match recorded values.
 
-A refactoring must not change them. After a change that is meant to: `pytest tests/training/test_golden.py
---regenerate-golden`, and say in the commit why they moved.
+A refactoring must not change them. After an intended change run `pytest tests/training/test_golden.py
+--regenerate-golden`, and state the reason in the commit.
 """
 
 import json
@@ -16,7 +16,7 @@ from bsq_ray.training.run_spec import RunSpec
 from bsq_ray.training.trainer import run_training
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "demo-losses.json"
-# Smaller than the preset, and what may be tuned for speed or quality is held.
+# Smaller than the preset, with fixed values for all keys that may be tuned.
 SHRUNK = [
     "model.image_size=32",
     "model.encoder.width=32",
@@ -53,5 +53,5 @@ def test_demo_losses_match_golden_file(photo_shards, tmp_path, request):
     for record, expected in zip(measured, json.loads(GOLDEN.read_text()), strict=True):
         assert record.keys() == expected.keys()
         for key, value in expected.items():
-            # Six steps amplify the last digits in which processors differ.
+            # Six steps amplify rounding differences between processors.
             assert record[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (record["step"], key)

@@ -224,7 +224,7 @@ def test_worker_failure_ends_run_with_its_error(photo_shards, tmp_path, ray_loca
 
 
 def train_command(shards, out, *more):
-    """`bsq-ray train` on two workers."""
+    """Return the command line of `bsq-ray train` on two workers."""
     start = [
         sys.executable,
         "-c",

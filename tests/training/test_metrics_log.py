@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object per line, never a step twice."""
+"""Log of a run: one JSON object per line, without duplicate steps after a resume."""
 
 import json
 
@@ -51,12 +51,12 @@ def test_metrics_log_record_is_readable_immediately(tmp_path):
 
 def test_metrics_log_disk_full_writes_later(tmp_path):
     """Records that a full disk rejects are written once there is space."""
-    log, file, backup = MetricsLog(str(tmp_path), 0), tmp_path / "metrics.jsonl", tmp_path / "kept.jsonl"
+    log, file, backup = MetricsLog(str(tmp_path), 0), tmp_path / "metrics.jsonl", tmp_path / "backup.jsonl"
     log.write({"kind": "training", "step": 1})
     file.rename(backup)
     file.symlink_to("/dev/full")
     for step in range(2, 40):
-        # More numbers than TensorBoard's queue holds.
+        # More scalars than TensorBoard's queue has slots.
         log.write({"kind": "training", "step": step, "loss": 0.5})
     with pytest.raises(storage.StorageUnavailableError, match="cannot write .*metrics.jsonl.* No space left"):
         log.flush()
@@ -69,7 +69,7 @@ def test_metrics_log_disk_full_writes_later(tmp_path):
 
 
 def read_events(file):
-    """(tag, step, value) of the scalars in a TensorBoard file: records of length, checksum, event, checksum."""
+    """Return (tag, step, value) of the scalars in a TensorBoard file: length, checksum, event, checksum per record."""
     from tensorboardX.proto.event_pb2 import Event
 
     content, scalars = file.read_bytes(), []
@@ -92,8 +92,8 @@ def test_metrics_log_scalars_reach_tensorboard(tmp_path):
 
 def test_metrics_log_image_is_png(out):
     log = MetricsLog(out, 0)
-    picture_3HW = torch.arange(3 * 4 * 5, dtype=torch.uint8).reshape(3, 4, 5)
-    log.image("step-0000000", picture_3HW)
+    image_3HW = torch.arange(3 * 4 * 5, dtype=torch.uint8).reshape(3, 4, 5)
+    log.image("step-0000000", image_3HW)
     log.close()
     with storage.open_url(f"{out}/samples/step-0000000.png") as file:
         image = Image.open(file)

@@ -29,7 +29,7 @@ def test_failing_tracker_warns_once_and_is_dropped(tmp_path, monkeypatch):
     """Records still reach metrics.jsonl, with one warning."""
     sink, warnings = FailingSink(), []
     monkeypatch.setattr(metrics_log, "build_trackers", lambda names, *_: {names[0]: sink})
-    log = MetricsLog(str(tmp_path), 0, ["mlflow"], on_warning=warnings.append)
+    log = MetricsLog(str(tmp_path), 0, trackers=["mlflow"], on_warning=warnings.append)
     for record in RECORDS:
         log.write(record)
     log.close()
@@ -45,7 +45,7 @@ def test_tracker_failing_at_start_warns(tmp_path, monkeypatch):
 
     warnings = []
     monkeypatch.setattr(metrics_log, "build_trackers", fail)
-    MetricsLog(str(tmp_path), 0, ["wandb"], on_warning=warnings.append).close()
+    MetricsLog(str(tmp_path), 0, trackers=["wandb"], on_warning=warnings.append).close()
     assert warnings == ["wandb receives no further records: ConnectionError: unreachable"]
 
 
@@ -67,7 +67,7 @@ def test_mlflow_resumed_run_continues_same_run(tmp_path, monkeypatch):
     out, run_config = str(tmp_path / "run"), load_config("demo")
     for last_step, record in enumerate(RECORDS):
         warnings = []
-        log = MetricsLog(out, last_step, ["mlflow"], run_config, warnings.append)
+        log = MetricsLog(out, last_step, trackers=["mlflow"], run_config=run_config, on_warning=warnings.append)
         log.write(record)
         log.close()
         assert not warnings
@@ -83,7 +83,7 @@ def test_mlflow_resumed_run_continues_same_run(tmp_path, monkeypatch):
 WANDB_PROGRAM = """
 import sys
 from bsq_ray.training.monitoring.metrics_log import MetricsLog
-log = MetricsLog(sys.argv[1], 0, ["wandb"], None, print)
+log = MetricsLog(sys.argv[1], 0, trackers=["wandb"], on_warning=print)
 log.write({"kind": "training", "step": 1, "loss": 0.5})
 log.close()
 """
@@ -96,7 +96,7 @@ def test_wandb_offline_writes_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     # In a process of its own, because W&B keeps a service process.
     process = subprocess.run(
-        [sys.executable, "-c", WANDB_PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WANDB_PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, process.stderr
     assert "receives no further records" not in process.stdout

@@ -1,4 +1,4 @@
-"""What is told of a loss that is not finite."""
+"""Detection of nonfinite losses."""
 
 import math
 
@@ -10,16 +10,16 @@ from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite
 
 
 @pytest.mark.parametrize(
-    ("terms", "total", "what"),
+    ("terms", "total", "description"),
     [
         ({"reconstruction": 1.0, "perceptual": math.nan}, math.nan, "the loss (perceptual)"),
         ({"reconstruction": math.inf, "perceptual": math.nan}, math.nan, "the loss (perceptual, reconstruction)"),
         ({"reconstruction": 3e38, "perceptual": 3e38}, math.inf, "the sum of the loss's terms"),
     ],
 )
-def test_find_nonfinite_names_terms_or_sum(terms, total, what):
+def test_find_nonfinite_names_terms_or_sum(terms, total, description):
     """The nonfinite terms are named; if every term is finite, their sum is named."""
-    fine = PhaseLoss(torch.tensor(1.0), {name: torch.tensor(1.0) for name in terms}, ["fine"])
-    bad = PhaseLoss(torch.tensor(total), {name: torch.tensor(value) for name, value in terms.items()}, ["a", "b"])
-    assert find_nonfinite([fine, bad], local_worker(RecordingReporter())) == (what, ["a", "b"])
-    assert find_nonfinite([fine], local_worker(RecordingReporter())) is None
+    finite = PhaseLoss(torch.tensor(1.0), {name: torch.tensor(1.0) for name in terms}, ["finite"])
+    nonfinite = PhaseLoss(torch.tensor(total), {name: torch.tensor(value) for name, value in terms.items()}, ["a", "b"])
+    assert find_nonfinite([finite, nonfinite], local_worker(RecordingReporter())) == (description, ["a", "b"])
+    assert find_nonfinite([finite], local_worker(RecordingReporter())) is None

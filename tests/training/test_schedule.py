@@ -1,4 +1,4 @@
-"""Learning rate and ramps as functions of the run's progress alone."""
+"""Schedules of the learning rate and of loss weights."""
 
 from math import cos, pi
 
@@ -48,12 +48,12 @@ def test_schedule_time_limit_follows_progress():
     start=st.floats(0, 1),
     final=st.floats(0, 1),
     steps=st.integers(1, 100),
-    place=st.floats(0, 1),
+    progress=st.floats(0, 1),
 )
-def test_schedule_factor_stays_in_range(warmup, start, final, steps, place):
+def test_schedule_factor_stays_in_range(warmup, start, final, steps, progress):
     """The factor stays between the smaller of its ends and 1."""
     schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_start_factor=start, final_factor=final)
-    value = factor(schedule, int(place * steps), steps)
+    value = factor(schedule, int(progress * steps), steps)
     assert min(start, final) - 1e-9 <= value <= 1 + 1e-9
 
 

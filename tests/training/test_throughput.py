@@ -1,4 +1,4 @@
-"""The speed of a run is that of its steps; its length has the evaluations along the way in it."""
+"""Step timer: the speed of a run excludes evaluations, its length includes them."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ STEP, WAIT, EVALUATION = 1.0, 0.25, 100.0
 
 
 def test_step_timer_excludes_evaluations_from_speed(photo_shards, tmp_path, monkeypatch):
-    """Four steps of a second each, a quarter of it waiting, and an evaluation of 100 s after each but the last."""
+    """With four steps of 1 s and an evaluation of 100 s after each but the last, the speed is one step per second."""
     time, batches = [0.0], trainer.training_batches
 
     def taking(seconds, function):

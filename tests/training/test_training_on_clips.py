@@ -1,4 +1,4 @@
-"""Trainings on packed videos: engines, workers, recomputing and resuming change nothing, as with images."""
+"""Training on packed videos: equal results across engines, workers, gradient checkpointing and resuming."""
 
 import pytest
 import safetensors.numpy
@@ -49,7 +49,7 @@ def test_clip_training_resumed_is_bit_identical(runs, video_shards):
 
 
 def test_clip_discriminator_3d_trains(video_shards, tmp_path):
-    """The 3D discriminator trains on whole clips, including the R1 penalty."""
+    """The 3D discriminator trains on clips, including the R1 penalty."""
     listener = RecordingReporter()
     overrides = [*CLIPS, "loss.adversarial.discriminator=stylegan2-3d", "training.steps=2"]
     run_training(small_spec(video_shards, tmp_path, overrides), local_worker(listener))
@@ -69,12 +69,12 @@ def test_video_model_initializes_from_image_model(image_model, video_shards, tmp
     job = small_spec(video_shards, tmp_path, CLIPS)
     first = []
 
-    def show(record):
+    def on_record(record):
         if record["kind"] == "evaluation":
             first.append(record)
 
-    train(job.config, video_shards, str(tmp_path), 0, init_url=image_model, on_record=show)
-    # Before the first step every frame is what the image model makes of it.
+    train(job.config, video_shards, str(tmp_path), 0, init_url=image_model, on_record=on_record)
+    # Before the first step every frame is the reconstruction of the image model.
     [batch] = eval_batches(job)
     image = Tokenizer.from_pretrained(image_model)
     assert first[0]["psnr"] == pytest.approx(psnr(image, batch), abs=1e-2)
@@ -89,7 +89,7 @@ def eval_batches(job):
 
 
 def psnr(image, batch):
-    """Mean over frames."""
+    """Return the mean PSNR over frames in dB."""
     import torch
 
     from bsq_ray.data.transforms import to_float, to_uint8

@@ -39,6 +39,7 @@ class MetricsLog:
         self,
         out_url: str,
         last_step: int,
+        *,
         trackers: Sequence[str] = ("tensorboard",),
         run_config: config.AnyConfig | None = None,
         on_warning: Callable[[str], None] = lambda text: None,

@@ -1,4 +1,4 @@
-"""The masked language model's stage: through the same loop as the tokenizer, with the same promises."""
+"""Training stage of the masked language model, through the training loop."""
 
 import json
 from pathlib import Path
@@ -81,10 +81,10 @@ def test_masked_lm_run_learns_and_exports_generator(trained_run):
 
 
 def test_masked_lm_two_workers_match_one_process(trained_run, tokens, tmp_path, ray_local):
-    there = run(tokens, tmp_path, 2, "training.engine.kind=ddp")
-    here = run(tokens, tmp_path / "alone", 0, "training.engine.kind=ddp")
-    # Masked places of the two halves differ in number, so the mean of their means is not quite the whole's.
-    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in here], rel=0.02)
+    on_ray = run(tokens, tmp_path, 2, "training.engine.kind=ddp")
+    local = run(tokens, tmp_path / "alone", 0, "training.engine.kind=ddp")
+    # The two halves have different numbers of masked positions, so the mean of means differs a little.
+    assert [r["loss"] for r in on_ray] == pytest.approx([r["loss"] for r in local], rel=0.02)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -96,10 +96,10 @@ def test_masked_lm_zero_stages_match(trained_run, tokens, tmp_path, stage):
 def test_masked_lm_resumed_run_is_bit_identical(trained_run, tokens, tmp_path):
     run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final_factor=1")
     run(tokens, tmp_path, 0, "training.schedule.final_factor=1", resume=True)
-    whole = tmp_path / "whole"
-    run(tokens, whole, 0, "training.schedule.final_factor=1")
-    resumed, unbroken = weights(tmp_path), weights(whole)
-    assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
+    uninterrupted = tmp_path / "uninterrupted"
+    run(tokens, uninterrupted, 0, "training.schedule.final_factor=1")
+    resumed, expected = weights(tmp_path), weights(uninterrupted)
+    assert all((resumed[name] == expected[name]).all() for name in expected)
 
 
 def test_eval_every_does_not_change_training_with_dropout(tokens, tmp_path):
@@ -180,6 +180,6 @@ def test_run_rejects_tokens_of_other_tokenizer(trained_run, photo_shards, tmp_pa
 
 
 def training_table_url(out):
-    """The token table of a run, from its model card."""
+    """Return the URL of a run's token table from its model card."""
     [line] = [line for line in (out / "model" / "README.md").read_text().splitlines() if "trained on" in line]
     return line.split("|")[2].split()[0]

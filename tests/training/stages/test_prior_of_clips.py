@@ -1,4 +1,4 @@
-"""A prior over clips: tokens of a video tokenizer, trained in time order, compress the clips they came from."""
+"""Training stage of the prior on clips: tokens of a video tokenizer, trained in temporal order."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The prior's stage: through the same loop, its loss is what coding costs."""
+"""Training stage of the prior: its loss is the coding cost."""
 
 import pytest
 import safetensors.numpy
@@ -55,7 +55,7 @@ def test_prior_run_learns_and_exports_codec(tokens, tmp_path, photos):
     assert records[-1]["bits_per_token"] < 8
     codec = Codec.from_pretrained(str(tmp_path / "model"))
     encoded = codec.compress(photos[0].resize((128, 128)))
-    # Sixteen tiles of 16 tokens, under a model that has learnt: cheaper than their raw bits.
+    # Sixteen tiles of 16 tokens cost less than their raw bits under a trained model.
     assert encoded.cross_entropy_bits < 0.9 * encoded.raw_bits
     assert codec.decompress(encoded.data).size == (128, 128)
 

@@ -1,4 +1,4 @@
-"""What the tokenizer's stage makes of a batch: which terms, with which weights, and gradients for whom."""
+"""Training stage of the tokenizer: terms of the loss, their weights, and the modules that get gradients."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def build(*overrides):
 
 
 def losses(batch, *overrides, step=0):
-    """Totals and scalars of the phases of one step."""
+    """Return the stage, and by phase the loss and scalars of one step."""
     stage, engines = build(*overrides)
     return stage, run_phases(stage, engines, batch, step)
 
@@ -65,7 +65,7 @@ def run_phases(stage, engines, batch, step):
 def test_generator_loss_is_weighted_sum_of_terms(batch):
     _, results = losses(batch, "loss.perceptual_weight=0.3", "loss.perceptual_network=alex")
     total, terms = results["generator"]
-    # At step 0 the quantiser's weight of 0.1 is three times as large.
+    # At step 0 the quantizer weight of 0.1 is multiplied by 3.
     expected = (
         terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["loss/generator"] + 0.3 * terms["quantizer"]
     )
@@ -130,7 +130,7 @@ def test_phase_gradients_equal_two_pass_version(batch):
 
 
 def test_r1_penalty_applies_every_16_steps(batch):
-    """The R1 penalty is added at every sixteenth step, weighted by sixteen."""
+    """The R1 penalty is added at every sixteenth step, multiplied by sixteen."""
     without = losses(batch, step=14)[1]["discriminator"]
     total, terms = losses(batch, step=15)[1]["discriminator"]
     assert "r1" not in without[1]
@@ -159,22 +159,22 @@ def test_adaptive_weight_balances_last_layer_gradients(batch):
     stage, engines = build("loss.adversarial.adaptive_weight=true", "loss.quantizer_weight=0")
     stage.modules["discriminator"].requires_grad_(False)
     output = stage.loss("generator", batch, engines, None, 0)
-    [whole] = torch.autograd.grad(output.loss, stage.modules["generator"].last_layer)
+    [total_grad] = torch.autograd.grad(output.loss, stage.modules["generator"].last_layer)
     stage, engines = build("loss.adversarial.weight=0", "loss.quantizer_weight=0")
-    [pixels] = torch.autograd.grad(
+    [pixel_grad] = torch.autograd.grad(
         stage.loss("generator", batch, engines, None, 0).loss, stage.modules["generator"].last_layer
     )
-    # With weight 0.1, the adversary's share has a tenth of the reconstruction's norm.
-    assert float((whole - pixels).norm() / pixels.norm()) == pytest.approx(0.1, rel=0.02)
+    # With weight 0.1, the adversarial gradient has a tenth of the reconstruction gradient's norm.
+    assert float((total_grad - pixel_grad).norm() / pixel_grad.norm()) == pytest.approx(0.1, rel=0.02)
     assert float(output.scalars["adaptive_weight"]) > 0
 
 
 def test_pop_metrics_resets_code_usage(batch):
     """Code usage covers the batches since the last call."""
     stage, _ = losses(batch)
-    summary = stage.pop_metrics()
-    assert 0 < summary["code_usage"] <= 1
-    assert 0 < summary["bit_entropy"] <= 1
+    metrics = stage.pop_metrics()
+    assert 0 < metrics["code_usage"] <= 1
+    assert 0 < metrics["bit_entropy"] <= 1
     assert stage.pop_metrics() == {}
 
 
@@ -197,7 +197,7 @@ def clips():
 
 @pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "stylegan2-3d"])
 def test_clip_phase_gradients_reach_only_own_module(clips, discriminator):
-    """Clips enter the discriminator by frame or whole, and each phase has gradients for its own module only."""
+    """Clips reach the discriminator as frames or clips, and each phase has gradients for its own module only."""
     stage, engines = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
     context = None
     for phase in ("generator", "discriminator"):
@@ -228,26 +228,26 @@ def test_clip_loss_terms_are_frame_means(clips):
 
 
 def test_clip_r1_penalty_matches_frames_as_images(clips):
-    """For a discriminator without batch statistics, which join images."""
+    """PatchGAN, which has no batch statistics, gives clips the penalty of their frames as images."""
     overrides = ["model.frames=4", "loss.adversarial.discriminator=patchgan"]
     stage, engines = build(*overrides)
-    whole = run_phases(stage, engines, clips, 15)["discriminator"][1]
+    clip_scalars = run_phases(stage, engines, clips, 15)["discriminator"][1]
     values = frames_time_major(clips.values_B)
     frames = Batch(values, torch.zeros(len(values), dtype=torch.int64), ["x"] * len(values))
-    alone = run_phases(stage, engines, frames, 15)["discriminator"][1]
-    assert float(whole["r1"]) == pytest.approx(float(alone["r1"]), rel=1e-4)
-    assert float(whole["logits_real"]) == pytest.approx(float(alone["logits_real"]), rel=1e-4)
+    frame_scalars = run_phases(stage, engines, frames, 15)["discriminator"][1]
+    assert float(clip_scalars["r1"]) == pytest.approx(float(frame_scalars["r1"]), rel=1e-4)
+    assert float(clip_scalars["logits_real"]) == pytest.approx(float(frame_scalars["logits_real"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("share", [slice(0, None, 2), slice(1, None, 2), slice(3, 4)])
 def test_clip_logits_do_not_depend_on_batch_split(clips, share):
-    """Every second clip, or one alone: the discriminator's groups are of frames of the same clips."""
+    """Every second clip, or one clip alone, has the logits that it has in the full batch."""
     stage, _ = build("model.frames=4")
     discriminator = stage.modules["discriminator"]
     values = to_float(clips.values_B)
-    [whole] = discriminator(frames_time_major(values))
-    [part] = discriminator(frames_time_major(values[share]))
-    torch.testing.assert_close(part.view(4, -1), whole.view(4, 8)[:, share], rtol=1e-4, atol=1e-5)
+    [full_logits] = discriminator(frames_time_major(values))
+    [part_logits] = discriminator(frames_time_major(values[share]))
+    torch.testing.assert_close(part_logits.view(4, -1), full_logits.view(4, 8)[:, share], rtol=1e-4, atol=1e-5)
 
 
 def test_clip_evaluate_shows_first_clip_per_frame_psnr(clips):
