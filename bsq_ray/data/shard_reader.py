@@ -123,7 +123,7 @@ def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exc
 
 
 def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
-    """Return the file after its tar header; the header detects another file in a shard that was changed."""
+    """Return the file after its tar header; the header detects another file in a changed shard."""
     if isinstance(data, Exception) or len(data) <= _HEADER:
         return data if isinstance(data, Exception) else b""
     try:
@@ -134,7 +134,7 @@ def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | 
     is_full_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
     key = posixpath.basename(header.name).partition(".")[0]
     if header.size != shard.sizes[index] or (is_full_name and key != shard.keys[index]):
-        return ValueError(f"the shard has {header.name} in its place")
+        return ValueError(f"the shard has {header.name} at its offset")
     return data[_HEADER:]
 
 

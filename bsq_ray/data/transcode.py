@@ -1,4 +1,4 @@
-"""Decide what is stored of an image or video file: the file itself, or one encoded again.
+"""Choose what to store of an image or video file: the file itself, or one encoded again.
 
 image ─plain, upright, small enough─▶ unchanged      otherwise ─▶ JPEG or PNG
 video ─constant rate, small enough──▶ unchanged      otherwise ─▶ H.264 at a constant rate, at most `max_side`
