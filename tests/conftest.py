@@ -23,10 +23,14 @@ os.environ.update(
 )
 os.environ.pop("RAY_ADDRESS", None)
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(2)
+# A busy machine exceeds any deadline per example.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")

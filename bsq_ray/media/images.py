@@ -7,7 +7,6 @@ file ─open_image─▶ header: format, size ─load_rgb─▶ RGB, 8 bits per 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -30,7 +29,7 @@ def decode_error_text(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def open_image(data: bytes, formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Open an image file without decoding its pixels; format and size are known afterwards.
 
     Args:
