@@ -79,11 +79,11 @@ def test_read_video_above_max_pixels_raises(frames):
 
 
 @pytest.mark.parametrize("read_all", [lambda file: list(read_video(file).frames), probe])
-@pytest.mark.parametrize("container_format", ["mp4", "matroska"])
-def test_readers_damaged_file_raises(frames, container_format, read_all):
+def test_readers_damaged_mp4_raises(frames, read_all):
     """A file that is overwritten in the middle raises an error after its readable frames."""
-    data = bytearray(encode(frames * 5, container_format))
-    data[len(data) // 2 : -len(data) // 4] = b"\xff" * (len(data) - len(data) // 2 - (len(data) + 3) // 4)
+    data = bytearray(encode(frames * 5))
+    damaged = slice(len(data) // 2, -len(data) // 4)
+    data[damaged] = b"\xff" * len(data[damaged])
     with pytest.raises(ValueError, match=r"the video is damaged after \d+ decoded frames \(Invalid data"):
         read_all(io.BytesIO(data))
 
