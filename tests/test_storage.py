@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bsq_ray.storage import StorageUnavailableError, download, remove_folder, write_bytes
+from bsq_ray.storage import StorageUnavailableError, download, remove_folder, retry_while_unavailable, write_bytes
 
 
 def test_remove_folder_concurrent_calls_succeed(tmp_path):
@@ -53,3 +53,42 @@ def test_write_bytes_below_file_raises(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"^cannot write {tmp_path}/file/a.png: .*: {tmp_path}/file$"):
         write_bytes(str(tmp_path / "file" / "a.png"), b"data")
+
+
+def failing_operation(num_failures, error):
+    """Return an operation that fails a number of times, and the list of its calls."""
+    calls = []
+
+    def operation():
+        calls.append(1)
+        if len(calls) <= num_failures:
+            raise error
+        return "done"
+
+    return operation, calls
+
+
+def test_retry_while_unavailable_returns_after_failures():
+    """An operation that fails twice is called three times, and each retry is reported."""
+    operation, calls = failing_operation(2, StorageUnavailableError("cannot read x: slow down"))
+    messages = []
+    assert retry_while_unavailable(operation, 30, messages.append) == "done"
+    assert messages == ["cannot read x: slow down; trying again"] * 2
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "timeout_s", "min_calls"),
+    [
+        (StorageUnavailableError("no response"), 0.0, 1),
+        (StorageUnavailableError("no response"), 0.2, 2),
+        (ValueError("does not exist"), 30.0, 1),
+    ],
+)
+def test_retry_while_unavailable_raises_the_error_itself(error, timeout_s, min_calls):
+    """The error is raised at the timeout, or at once if a retry does not help."""
+    operation, calls = failing_operation(100, error)
+    with pytest.raises(type(error)) as raised:
+        retry_while_unavailable(operation, timeout_s, lambda message: None)
+    assert raised.value is error
+    assert len(calls) == min_calls

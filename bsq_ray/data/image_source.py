@@ -1,5 +1,7 @@
 """Packed images as a data source: random crops for training, center crops for evaluation.
 
+    samples ─fetch─▶ files ─decode, or the next readable one─▶ RGB ─crop─▶ block
+
 Shape suffixes: P samples, H and W pixels.
 """
 
@@ -8,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from bsq_ray import config
+from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.shard_reader import decode_blob, fetch_encoded, read_samples
+from bsq_ray.data.shard_reader import decode_blob, fetch_encoded
 from bsq_ray.data.transforms import eval_transform, train_transform
 
 
@@ -32,14 +34,39 @@ class ImageSource(DataSource):
         self.sample_bytes = 3 * size**2
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Read random crops, uint8 (P, 3, size, size)."""
+        """Read random crops, uint8 (P, 3, size, size).
 
-        def crop(image: Image.Image, p: int) -> np.ndarray:
-            rng = np.random.default_rng((seed, int(epochs_P[p]), int(samples_P[p])))
-            return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
+        A damaged image is replaced by the next readable one of its shard, so that batches stay full for any reader.
+        """
+        block = SampleBlock(np.empty(0, np.uint8), np.empty(0, np.int64), [])
+        crops, labels = [], []
+        samples = samples_P.tolist()
+        blobs = fetch_encoded(self.manifest, samples, self.timeout_s, block.retries.append)
+        for sample, epoch, blob in zip(samples, epochs_P.tolist(), blobs, strict=True):
+            shard, index = self.manifest.locate(sample)
+            image, index = self._first_readable(sample, blob, block.skipped)
+            rng = np.random.default_rng((seed, epoch, sample))
+            resize_range, random_flip = self.data_config.resize_range, self.data_config.random_flip
+            crops.append(train_transform(image, self.size, resize_range, random_flip, rng))
+            labels.append(shard.labels[index])
+            block.keys.append(shard.keys[index])
+        block.values_P, block.labels_P = np.stack(crops), np.array(labels, np.int64)
+        return block
 
+    def _first_readable(self, sample: int, blob: bytes | Exception, skipped: list[str]) -> tuple[Image.Image, int]:
+        """Decode a sample, or the next readable one of its shard; return the image and its index in the shard."""
+        shard, index = self.manifest.locate(sample)
+        shard_start = sample - index
         max_short_side = round(self.size * self.data_config.resize_range[1])
-        return read_samples(self.manifest, samples_P.tolist(), max_short_side, crop, self.timeout_s)
+        for step in range(len(shard.keys)):
+            candidate = (index + step) % len(shard.keys)
+            if step:
+                [blob] = fetch_encoded(self.manifest, [shard_start + candidate])
+            try:
+                return decode_blob(blob, shard.sizes[candidate], max_short_side), candidate
+            except ValueError as error:
+                skipped.append(f"{shard.name}: {shard.keys[candidate]}: {error}")
+        raise RuntimeError(f"no sample of {storage.join(self.url, shard.name)} can be read; first: {skipped[0]}")
 
     def read_eval(self, samples: range) -> SampleBlock:
         """Read center crops of the resized images, uint8 (P, 3, size, size)."""

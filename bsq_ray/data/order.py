@@ -13,7 +13,7 @@ Example: 10 samples, `interleave` 3, `shuffle_block_size` 2. Numbers are positio
 
 Epochs follow each other without a gap, so one number, the position, describes the progress of a run: position P is
 sample P mod T of epoch P // T. Global batch b has the positions [b·G, (b+1)·G). Worker r of N reads every N-th of them,
-starting with the r-th. A worker reads from `interleave` places, so it keeps few shards open.
+starting with the r-th. A worker reads from `interleave` lanes, so it keeps few shards open.
 
 Shape suffixes: P positions.
 """

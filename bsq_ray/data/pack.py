@@ -15,16 +15,15 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import list_files
 from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
-from bsq_ray.data.transcode import TooShortError, reencode_image, transcode_if_needed
+from bsq_ray.data.transcode import StoredFile, TooShortError, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512
@@ -94,17 +93,8 @@ class PackReport:
     num_ignored: int = 0
 
 
-class _EncodedFile(NamedTuple):
-    """A file as it is stored in a shard."""
-
-    data: bytes
-    suffix: str
-    video: VideoInfo | None
-    change: str
-
-
 # From a file and its suffix; raises ValueError if it cannot be decoded.
-_EncodeFn = Callable[[bytes, str], _EncodedFile]
+_EncodeFn = Callable[[bytes, str], StoredFile]
 
 
 @dataclass
@@ -169,20 +159,15 @@ def pack_videos(
         ValueError: the folder is missing or has no usable videos, the destination has a data set already, or storage
             fails.
     """
-    encode = partial(_encode_video, max_side=options.max_side, min_frames=options.min_frames)
+    encode = partial(transcode_if_needed, max_side=options.max_side, min_frames=options.min_frames)
     return _pack(source, destination, "videos", VIDEO_SUFFIXES, encode, options, on_progress)
 
 
-def _encode_image(data: bytes, suffix: str, max_side: int | None) -> _EncodedFile:
+def _encode_image(data: bytes, suffix: str, max_side: int | None) -> StoredFile:
     try:
-        encoded, suffix = reencode_image(data, max_side)
+        return reencode_image(data, max_side)
     except DECODE_ERRORS as error:
         raise ValueError(decode_error_text(error)) from error
-    return _EncodedFile(encoded, suffix, None, "")
-
-
-def _encode_video(data: bytes, suffix: str, max_side: int | None, min_frames: int) -> _EncodedFile:
-    return _EncodedFile(*transcode_if_needed(data, suffix, max_side, min_frames))
 
 
 def _pack(
@@ -265,7 +250,7 @@ def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: 
     """Write one shard."""
     result = _ShardResult(len(sources))
     archive = io.BytesIO()
-    samples: list[tuple[FileSource, int, _EncodedFile]] = []
+    samples: list[tuple[FileSource, int, StoredFile]] = []
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for source in sources:
             try:

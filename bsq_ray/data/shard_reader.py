@@ -1,7 +1,4 @@
-"""Read samples from shards by ranged reads, decode them, and replace damaged ones.
-
-Shape suffixes: P samples, C channels, H and W pixels.
-"""
+"""Fetch the files of samples from shards, by ranged reads, and decode images."""
 
 from __future__ import annotations
 
@@ -12,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.manifest import Manifest, Shard
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
@@ -25,40 +20,6 @@ _SMALL = 4 * 2**20
 _SampleLocation = tuple[Shard, int]
 _HEADER = tarfile.BLOCKSIZE
 _Value = TypeVar("_Value")
-
-
-def read_samples(
-    manifest: Manifest,
-    samples: Sequence[int],
-    short_side: int | None,
-    transform: Callable[[Image.Image, int], np.ndarray],
-    timeout_s: float = 0.0,
-) -> SampleBlock:
-    """Read, decode and transform samples, in the given order.
-
-    A damaged sample is replaced by the next readable one of its shard, so that batches stay full for any reader.
-
-    Args:
-        manifest: the data set.
-        samples: numbers of the samples through all shards.
-        short_side: size for scaled decoding of JPEGs, see `load_rgb`.
-        transform: called with the RGB image and its index in `samples`; returns uint8 (3, H, W).
-        timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
-
-    Raises:
-        RuntimeError: no sample of a shard can be read.
-    """
-    block = SampleBlock(np.empty(0, np.uint8), np.empty(0, np.int64), [])
-    images, labels = [], []
-    blobs = fetch_encoded(manifest, samples, timeout_s, block.retries.append)
-    for position, sample in enumerate(samples):
-        shard, index = manifest.locate(sample)
-        image, index = _first_readable(manifest, shard, index, blobs[position], short_side, block.skipped)
-        images.append(transform(image, position))
-        labels.append(shard.labels[index])
-        block.keys.append(shard.keys[index])
-    block.values_P, block.labels_P = np.stack(images), np.array(labels, np.int64)
-    return block
 
 
 def fetch_encoded(
@@ -123,7 +84,7 @@ def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exc
 
 
 def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
-    """Return the file after its tar header; the header detects another file in a shard that was changed."""
+    """Return the file after its tar header; the header detects another file in a changed shard."""
     if isinstance(data, Exception) or len(data) <= _HEADER:
         return data if isinstance(data, Exception) else b""
     try:
@@ -134,7 +95,7 @@ def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | 
     is_full_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
     key = posixpath.basename(header.name).partition(".")[0]
     if header.size != shard.sizes[index] or (is_full_name and key != shard.keys[index]):
-        return ValueError(f"the shard has {header.name} in its place")
+        return ValueError(f"the shard has {header.name} at its offset")
     return data[_HEADER:]
 
 
@@ -259,24 +220,3 @@ def decode_blob(blob: bytes | Exception, size: int, short_side: int | None) -> I
         return decode_image(data, short_side)
     except DECODE_ERRORS as error:
         raise ValueError(decode_error_text(error)) from error
-
-
-def _first_readable(
-    manifest: Manifest,
-    shard: Shard,
-    index: int,
-    blob: bytes | Exception,
-    short_side: int | None,
-    skipped: list[str],
-) -> tuple[Image.Image, int]:
-    """Decode a sample, or the next readable one of its shard; return the image and its index in the shard."""
-    start = int(manifest.shard_starts[manifest.shards.index(shard)])
-    for step in range(len(shard.keys)):
-        candidate = (index + step) % len(shard.keys)
-        if step:
-            [blob] = fetch_encoded(manifest, [start + candidate])
-        try:
-            return decode_blob(blob, shard.sizes[candidate], short_side), candidate
-        except ValueError as error:
-            skipped.append(f"{shard.name}: {shard.keys[candidate]}: {error}")
-    raise RuntimeError(f"no sample of {storage.join(manifest.url, shard.name)} can be read; first: {skipped[0]}")

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, islice
 from typing import Any, Literal
 
@@ -98,7 +97,7 @@ def training_batches(
     chunk_size = local_batch_size * max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
     order = Order(source.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
     worker_positions(position, position, batch_size, rank, world_size)  # raises before anything starts
-    read = partial(_read_chunk, source, order, (position, chunk_size, batch_size, rank, world_size))
+    read = _ChunkReader(source, order, position, chunk_size, batch_size, rank, world_size)
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))
     if executor == "ray":
         blocks = _ray_blocks(read, _num_read_tasks(world_size))
@@ -181,14 +180,25 @@ def _evaluation_chunks(num_samples: int, batch_size: int, limit: int | None) -> 
     return [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
 
 
-def _read_chunk(source: DataSource, order: Order, layout: tuple[int, int, int, int, int], chunk: int) -> SampleBlock:
-    """Read the `chunk`-th range of this worker's samples after the start position."""
-    position, chunk_size, batch_size, rank, world_size = layout
-    first = position + chunk * chunk_size * world_size
-    epochs_P, samples_P = order.at(
-        worker_positions(first, first + chunk_size * world_size, batch_size, rank, world_size)
-    )
-    return source.read(samples_P, epochs_P, order.seed)
+@dataclass(frozen=True)
+class _ChunkReader:
+    """Reads the `chunk`-th range of a worker's samples after the start position."""
+
+    source: DataSource
+    order: Order
+    start: int
+    chunk_size: int
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __call__(self, chunk: int) -> SampleBlock:
+        # A chunk of every worker together.
+        global_size = self.chunk_size * self.world_size
+        first = self.start + chunk * global_size
+        positions_P = worker_positions(first, first + global_size, self.batch_size, self.rank, self.world_size)
+        epochs_P, samples_P = self.order.at(positions_P)
+        return self.source.read(samples_P, epochs_P, self.order.seed)
 
 
 def _local_blocks(

@@ -1,4 +1,4 @@
-"""Decide what is stored of an image or video file: the file itself, or one encoded again.
+"""Choose what to store of an image or video file: the file itself, or one encoded again.
 
 image ─plain, upright, small enough─▶ unchanged      otherwise ─▶ JPEG or PNG
 video ─constant rate, small enough──▶ unchanged      otherwise ─▶ H.264 at a constant rate, at most `max_side`
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -36,12 +37,29 @@ _MAX_REPEATS = 50
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as it is stored in a shard.
+
+    Attributes:
+        data: content.
+        suffix: without the dot.
+        video: facts for the manifest; None for an image.
+        change: note on what changed for the user; empty for nothing.
+    """
+
+    data: bytes
+    suffix: str
+    video: VideoInfo | None = None
+    change: str = ""
+
+
 class TooShortError(ValueError):
     """The video is readable but has too few frames."""
 
 
-def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
-    """Return the bytes to store and their suffix.
+def reencode_image(data: bytes, max_side: int | None) -> StoredFile:
+    """Return an image file as it is to be stored.
 
     A JPEG, PNG or WebP is stored unchanged if it is 8-bit RGB or gray, opaque, upright and small enough.
 
@@ -57,7 +75,7 @@ def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
     rgb = load_rgb(image)
     exceeds_max_side = max_side is not None and max(rgb.size) > max_side
     if image_format in _SUFFIX_OF_FORMAT and is_plain and not exceeds_max_side:
-        return data, _SUFFIX_OF_FORMAT[image_format]
+        return StoredFile(data, _SUFFIX_OF_FORMAT[image_format])
     if max_side is not None and exceeds_max_side:
         scale = max_side / max(rgb.size)
         size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
@@ -65,14 +83,12 @@ def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
     if image_format == "JPEG":
         file = io.BytesIO()
         rgb.save(file, "JPEG", quality=95, subsampling=0)
-        return file.getvalue(), "jpg"
-    return encode_png(rgb), "png"
+        return StoredFile(file.getvalue(), "jpg")
+    return StoredFile(encode_png(rgb), "png")
 
 
-def transcode_if_needed(
-    data: bytes, suffix: str, max_side: int | None, min_frames: int
-) -> tuple[bytes, str, VideoInfo, str]:
-    """Return the bytes to store, their suffix, facts for the manifest, and a note on what changed ("" for nothing).
+def transcode_if_needed(data: bytes, suffix: str, max_side: int | None, min_frames: int) -> StoredFile:
+    """Return a video file as it is to be stored.
 
     Args:
         data: content of the file.
@@ -90,11 +106,11 @@ def transcode_if_needed(
     long_side = max(source_probe.video.width, source_probe.video.height)
     needs_resize = max_side is not None and long_side > max_side
     if not source_probe.is_variable_rate and not needs_resize:
-        return data, suffix, source_probe.video, ""
+        return StoredFile(data, suffix, source_probe.video)
     output = _reencode(data, source_probe, min(long_side, max_side or long_side))
     output_video = probe(io.BytesIO(output)).video
     note = f"variable rate, now {output_video.fps:.4g} fps" if source_probe.is_variable_rate else ""
-    return output, "mp4", output_video, note
+    return StoredFile(output, "mp4", output_video, note)
 
 
 def _reencode(data: bytes, source_probe: VideoProbe, max_side: int) -> bytes:

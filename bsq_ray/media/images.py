@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from bsq_ray import storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Largest image or video frame that is read unless the caller sets another limit: four 33-megapixel photographs.
+# Largest image or video frame that is read unless the caller sets another limit: 134 megapixels.
 MAX_PIXELS = 2**27
 # Errors that Pillow raises on damaged, truncated or hostile files.
 DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
@@ -29,7 +29,7 @@ def decode_error_text(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def open_image(data: bytes, formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
+def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Open an image file without decoding its pixels; format and size are known afterwards.
 
     Args:

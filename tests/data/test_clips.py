@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
@@ -27,7 +28,7 @@ def decode_all_frames(manifest, shard, index):
     with shard_reader.ShardFiles(manifest, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
+        return [Image.fromarray(upright_rgb(frame)) for frame in decode_frames(container, stream)]
 
 
 def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):

@@ -20,7 +20,7 @@ from bsq_ray.data.shard_reader import fetch_encoded
 
 @pytest.fixture
 def folder(tmp_path, photos):
-    """Two classes, three photographs each."""
+    """Two classes, three photos each."""
     for number, photo in enumerate(photos[:6]):
         path = tmp_path / "photos" / ("cats" if number < 3 else "dogs") / f"photo.{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,9 +249,9 @@ def test_inspect_shards_reads_files_in_small_batches(kind, request, tmp_path, mo
     def count_reads(name):
         function = getattr(inspect, name)
 
-        def counting(manifest, places, *more):
-            read.append(len(places))
-            return function(manifest, places, *more)
+        def counting(manifest, locations, *more):
+            read.append(len(locations))
+            return function(manifest, locations, *more)
 
         monkeypatch.setattr(inspect, name, counting)
 

@@ -1,4 +1,4 @@
-"""Reading frames out of video files: the right ones, whatever the container, without decoding the others."""
+"""Reading frames of video files: the right ones, from every container, without decoding the others."""
 
 import io
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "f
 
 def all_frames(data):
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [np.asarray(upright_rgb(frame)) for frame in decode_frames(container, stream)]
+        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
 
 
 @pytest.mark.parametrize("suffix", ["3gp", "avi", "flv", "mkv", "mp4", "mpg", "webm", "wmv"])

@@ -92,11 +92,11 @@ def _open_raw(url: str) -> Generator[_Frames, None, None]:
     if not match:
         raise ValueError("the name has no frame size; rename it like videoSRC01_1920x1080_30.yuv: width, height, rate")
     if "10bit" in name:
-        raise ValueError("the name says 10 bits per sample; convert it to 8 bits")
+        raise ValueError("the file name has 10 bits per sample; convert it to 8 bits")
     width, height, frame_rate = map(int, match.groups())
     frame_bytes = width * height * 3 // 2
     if width % 2 or height % 2 or not frame_bytes or not frame_rate:
-        raise ValueError(f"the name says {width} x {height} at {frame_rate} frames/s; 4:2:0 requires even sides")
+        raise ValueError(f"the file name has {width} x {height} at {frame_rate} frames/s; 4:2:0 requires even sides")
     fs, path = storage.filesystem(url)
     num_bytes = int(fs.size(path))
     if num_bytes % frame_bytes or not num_bytes:
