@@ -34,7 +34,7 @@ def ray_local():
     """The one Ray session of a test run."""
     from bsq_ray.runtime.ray_session import ray_session
 
-    with ray_session(cpus=4):
+    with ray_session(num_cpus=4):
         yield
 
 
