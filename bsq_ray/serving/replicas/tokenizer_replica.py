@@ -52,7 +52,7 @@ class TokenizerEngine:
         run_config = config.require_stage(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
         self._resize_filter = run_config.data.eval_interpolation
         self._max_pixels, self._device = limits.max_pixels, device
-        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits, device)
+        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits=limits, device=device)
         model_config = self.tokenizer.config
         self.grid_size = model_config.image_size // model_config.patch_size
         images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
@@ -159,6 +159,7 @@ class TokenizerReplica:
             return video
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
+        # In NumPy and not by `metrics.psnr`: PyTorch would wake its threads here, outside the model thread.
         mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
         return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
 

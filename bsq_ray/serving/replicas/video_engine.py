@@ -47,7 +47,7 @@ class VideoEngine:
         limits: limits of requests.
     """
 
-    def __init__(self, tokenizer: Tokenizer, resize_filter: Any, limits: Limits, device: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, resize_filter: Any, *, limits: Limits, device: str) -> None:
         model_config = tokenizer.config
         self._tokenizer, self._resize_filter, self._limits, self._device = tokenizer, resize_filter, limits, device
         self._image_size, self._grid_size = model_config.image_size, model_config.image_size // model_config.patch_size
