@@ -232,7 +232,7 @@ def test_batch_invariant_runner_slow_model_limits_sizes():
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes in ([2, 1], [4, 2, 1])
+    assert max(BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes) <= 4
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))
