@@ -30,9 +30,9 @@ def serve(
     from bsq_ray.runtime.signals import stop_on_signal
     from bsq_ray.serving.server import parse_settings, serve_app
 
-    settings = parse_settings(model, host, token, overrides or [])
+    settings = parse_settings(model, host, require_token=token, overrides=overrides or [])
     print(f"loading {', '.join(settings.models)}", file=sys.stderr)
-    with serve_app(settings, host, port, address) as server, stop_on_signal() as stop_event:
+    with serve_app(settings, host, port, address=address) as server, stop_on_signal() as stop_event:
         print(server.url, flush=True)
         if server.note:
             print(server.note, file=sys.stderr)

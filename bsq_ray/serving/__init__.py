@@ -1,1 +1,1 @@
-"""Trained models behind HTTP: Ray Serve deployments, a FastAPI application in front of them, and a page."""
+"""HTTP service for trained models: Ray Serve deployments, a FastAPI ingress and a web page."""

@@ -55,7 +55,9 @@ def application(settings: Settings, token: str | None, loopback_only: bool) -> A
         name: model_kind(model_folder.load_model_folder_config(url)) for name, url in settings.models.items()
     }
     handles = {
-        name: {role: _bind_deployment(role, name, url, settings) for role in ROLES[model_kinds[name].stage]}
+        name: {
+            role: _bind_deployment(role, name, url=url, settings=settings) for role in ROLES[model_kinds[name].stage]
+        }
         for name, url in settings.models.items()
     }
     ingress = serve.deployment(
@@ -63,11 +65,17 @@ def application(settings: Settings, token: str | None, loopback_only: bool) -> A
         name="ingress",
         **deployment_options(settings.ingress, settings.limits.max_ongoing_requests * 8, settings),
     )
-    ingress_app: Application = ingress.bind(settings, token and hash_token(token), loopback_only, model_kinds, handles)
+    ingress_app: Application = ingress.bind(
+        settings,
+        token_hash=token and hash_token(token),
+        loopback_only=loopback_only,
+        kinds=model_kinds,
+        handles=handles,
+    )
     return ingress_app
 
 
-def _bind_deployment(role: str, name: str, url: str, settings: Settings) -> Application:
+def _bind_deployment(role: str, name: str, *, url: str, settings: Settings) -> Application:
     role_config: TorchScaling = getattr(settings, role)
     # A replica with batches computes one batch while the next one fills. A codec computes one request while the file of
     # the next one is already there.

@@ -18,7 +18,7 @@ GENERATED_MEDIA_TYPES = (IMAGE_MEDIA_TYPE, VIDEO_MEDIA_TYPE)
 
 
 async def generate_images(
-    body: GenerateBody, models: ModelRegistry, admission: AdmissionControl, timeout_s: float
+    body: GenerateBody, models: ModelRegistry, *, admission: AdmissionControl, timeout_s: float
 ) -> AsyncIterator[bytes]:
     """Yield an image file after each step.
 

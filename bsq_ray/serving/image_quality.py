@@ -48,7 +48,7 @@ class QualityReport(TypedDict):
 
 
 def measure_quality(
-    original: Image.Image, decoded: Image.Image, num_bytes: int, check_deadline: Callable[[], None]
+    original: Image.Image, decoded: Image.Image, *, num_bytes: int, check_deadline: Callable[[], None]
 ) -> QualityReport:
     """Measure the quality of a decoded image whose file has `num_bytes` bytes.
 

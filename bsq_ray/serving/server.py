@@ -50,7 +50,9 @@ class ServerHandle:
     note: str = ""
 
 
-def parse_settings(models: Sequence[str], host: str, require_token: bool | None, overrides: Sequence[str]) -> Settings:
+def parse_settings(
+    models: Sequence[str], host: str, *, require_token: bool | None = None, overrides: Sequence[str] = ()
+) -> Settings:
     """Return the settings for models given as FOLDER or NAME=FOLDER.
 
     Args:
@@ -74,7 +76,7 @@ def parse_settings(models: Sequence[str], host: str, require_token: bool | None,
 
 
 @contextmanager
-def serve_app(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[ServerHandle]:
+def serve_app(settings: Settings, host: str, port: int, *, address: str | None = None) -> Iterator[ServerHandle]:
     """Run the service while the block runs.
 
     Args:

@@ -140,7 +140,7 @@ def token_from_environment() -> str:
     token = os.environ.get(TOKEN_VARIABLE, "")
     if len(token) < 16:
         raise ValueError(
-            f"authentication is on, but {TOKEN_VARIABLE} is not a token of at least 16 characters; set it on every "
-            "node to the output of: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+            f"authentication is on, so {TOKEN_VARIABLE} must be a token of at least 16 characters on every node; "
+            "create one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         )
     return token

@@ -100,7 +100,7 @@ def test_serving_speed(preset, photos, tmp_path, record_measurement):
     num_single, num_concurrent = _MODELS[preset]
     with serve_preset(preset, tmp_path) as (folder, url, startup_s):
         torch.set_num_threads(os.cpu_count())
-        engine = TokenizerEngine(folder, "cpu", 16, Limits())
+        engine = TokenizerEngine(folder, "cpu", max_batch_size=16, limits=Limits())
         measure_service(url, body, 16, 16)
         measure_service(url, body, 1, 2)
         rounds_ms = []

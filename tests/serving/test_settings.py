@@ -29,11 +29,11 @@ def model(tmp_path_factory):
 
 def test_parse_settings_names_models(model):
     """A model takes its name from its configuration or from NAME=FOLDER."""
-    assert parse_settings([model, f"other={model}"], "127.0.0.1", None, []).models == {"tiny": model, "other": model}
+    assert parse_settings([model, f"other={model}"], "127.0.0.1").models == {"tiny": model, "other": model}
     with pytest.raises(ValueError, match="two models are named tiny; rename one of them"):
-        parse_settings([model, model], "127.0.0.1", None, [])
+        parse_settings([model, model], "127.0.0.1")
     with pytest.raises(ValueError, match="is not a model folder"):
-        parse_settings([model + "/none"], "127.0.0.1", None, [])
+        parse_settings([model + "/none"], "127.0.0.1")
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_parse_settings_names_models(model):
 def test_parse_settings_public_host_requires_token(model, host, loopback):
     """A host that others can reach requires a token unless the option overrides it."""
     assert is_loopback(host) is loopback
-    assert parse_settings([model], host, None, []).authentication is not loopback
+    assert parse_settings([model], host).authentication is not loopback
     for require_token in (True, False):
-        assert parse_settings([model], host, require_token, []).authentication is require_token
+        assert parse_settings([model], host, require_token=require_token).authentication is require_token
 
 
 def test_build_without_token_raises(model, monkeypatch):
     """On a cluster the token must be set and long enough."""
     monkeypatch.delenv("BSQ_RAY_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="BSQ_RAY_TOKEN is not a token"):
+    with pytest.raises(ValueError, match="BSQ_RAY_TOKEN must be a token"):
         build({"models": {"tiny": model}})
     monkeypatch.setenv("BSQ_RAY_TOKEN", "short")
     with pytest.raises(ValueError, match="16 characters"):
@@ -65,7 +65,10 @@ def test_serve_app_short_token_raises(model, monkeypatch, token):
     monkeypatch.setenv("BSQ_RAY_TOKEN", token)
     settings = Settings(models={"tiny": model})
     monkeypatch.setattr("bsq_ray.serving.server.ray_session", lambda _: pytest.fail("Ray was started"))
-    with pytest.raises(ValueError, match="not a token of at least 16 characters"), serve_app(settings, "0.0.0.0", 0):
+    with (
+        pytest.raises(ValueError, match="must be a token of at least 16 characters"),
+        serve_app(settings, "0.0.0.0", 0),
+    ):
         pass
 
 
@@ -130,11 +133,11 @@ def test_serve_app_remote_cluster_listens_on_head(model, monkeypatch, host, url,
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         # The port is in use on this node, but free on the head node.
-        with serve_app(settings, host, port, "10.0.0.1:6379") as service:
-            assert service.url == url.replace("8000", str(port))
-            assert note.replace("8000", str(port)) in service.note
+        with serve_app(settings, host, port, address="10.0.0.1:6379") as server:
+            assert server.url == url.replace("8000", str(port))
+            assert note.replace("8000", str(port)) in server.note
     assert http_options_seen == [{"host": host, "port": port}]
-    with pytest.raises(ValueError, match="choose a port"), serve_app(settings, host, 0, "10.0.0.1:6379"):
+    with pytest.raises(ValueError, match="choose a port"), serve_app(settings, host, 0, address="10.0.0.1:6379"):
         pass
 
 
@@ -229,7 +232,7 @@ def test_batch_invariant_runner_slow_model_limits_sizes():
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes in ([2, 1], [4, 2, 1])
+    assert max(BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes) <= 4
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))

@@ -64,13 +64,13 @@ def create_app(
     app.add_exception_handler(Exception, _handle_unexpected_error)
     admission = AdmissionControl(limits, token_hash, loopback_only)
     app.include_router(InferenceEndpoints(models, admission, limits).router())
-    _add_status_routes(app, models, admission, collect_metrics)
+    _add_status_routes(app, models, admission=admission, collect_metrics=collect_metrics)
     app.include_router(page_routes.router)
     return app
 
 
 def _add_status_routes(
-    app: FastAPI, models: ModelRegistry, admission: AdmissionControl, collect_metrics: Callable[[], Awaitable[str]]
+    app: FastAPI, models: ModelRegistry, *, admission: AdmissionControl, collect_metrics: Callable[[], Awaitable[str]]
 ) -> None:
     @app.get(
         "/v1/models", summary="Models, their capabilities, and whether they are loaded", response_model=ModelsResponse,

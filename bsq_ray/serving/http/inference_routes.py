@@ -153,7 +153,7 @@ class InferenceEndpoints:
         self._admission.authenticate(request)
         async with self._admission.read_body(request) as data:
             body = _parse_body(GenerateBody, data)
-        images = generate_images(body, self._models, self._admission, self._timeout_s)
+        images = generate_images(body, self._models, admission=self._admission, timeout_s=self._timeout_s)
         # An invalid request fails at the first image, while the status can still be set.
         image = await anext(images)
         target = self._models.choose("generate", body.model)

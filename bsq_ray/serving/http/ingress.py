@@ -33,6 +33,7 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
+        *,
         token_hash: str | None,
         loopback_only: bool,
         kinds: Mapping[str, ModelKind],

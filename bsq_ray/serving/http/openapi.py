@@ -5,6 +5,7 @@ FastAPI generates `/openapi.json` from routes and schemas. Only files are descri
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -82,9 +83,10 @@ def _render_route(method: str, path: str, route: dict[str, Any]) -> str:
         for status, response in route["responses"].items()
         if status != "200"
     )
+    description = re.sub("`(.+?)`", r"<code>\1</code>", escape(route.get("description", "")))
     errors = f"<details><summary>Errors</summary><ul>{error_items}</ul></details>" if error_items else ""
     return (
         f"<section><h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(route['summary'])}. "
-        f"{escape(route.get('description', ''))}</p>"
+        f"{description}</p>"
         f"<p>Accepts {escape(request_types)}; returns {escape(response_types)}.</p>{errors}</section>"
     )

@@ -52,7 +52,7 @@ def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int =
     container = _detect_container(data)
     assert container is not None
     try:
-        video = read_video_sandboxed(data, container, limits.max_pixels, limits.request_timeout_s)
+        video = read_video_sandboxed(data, container, max_pixels=limits.max_pixels, timeout_s=limits.request_timeout_s)
     except TooLargeError as error:
         raise _too_large_error(error) from None
     except ValueError as error:
@@ -73,7 +73,9 @@ def check_total_pixels(num_frames: int, pixels_per_frame: int, limits: Limits) -
         )
 
 
-def encode_video_file(frames: Iterable[np.ndarray], media_type: str, rate: Fraction, color: Color) -> tuple[bytes, int]:
+def encode_video_file(
+    frames: Iterable[np.ndarray], media_type: str, *, rate: Fraction, color: Color
+) -> tuple[bytes, int]:
     """Encode frames, uint8 (H, W, 3), as a video file; return it and the number of frames.
 
     Args:

@@ -33,7 +33,7 @@ _FRAME_HEADER = struct.Struct("<II")
 _SUBPROCESS_CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
 
 
-def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s: float) -> VideoStream:
+def read_video_sandboxed(data: bytes, container: str, *, max_pixels: int, timeout_s: float) -> VideoStream:
     """Open a video as `read_video` does, in a subprocess that ends with the frames or when they are closed.
 
     Args:
@@ -45,7 +45,7 @@ def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s
         TooLargeError: a frame is too large; also while frames are iterated.
         ValueError: the video cannot be decoded within these limits; also while frames are iterated.
     """
-    messages = _decode_in_subprocess(data, container, max_pixels, timeout_s)
+    messages = _decode_in_subprocess(data, container, max_pixels=max_pixels, timeout_s=timeout_s)
     header: dict[str, Any] = next(messages)
     return VideoStream(
         messages,
@@ -57,7 +57,9 @@ def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s
     )
 
 
-def _decode_in_subprocess(data: bytes, container: str, max_pixels: int, timeout_s: float) -> Generator[Any, None, None]:
+def _decode_in_subprocess(
+    data: bytes, container: str, *, max_pixels: int, timeout_s: float
+) -> Generator[Any, None, None]:
     """Yield the header of the video, and then its frames."""
     arguments = [sys.executable, "-P", "-c", _SUBPROCESS_CODE, container, str(max_pixels), str(timeout_s)]
     # Threads reserve memory that they never use, and the limit counts it.

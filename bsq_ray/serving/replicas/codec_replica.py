@@ -72,7 +72,9 @@ class CodecEngine:
             pixels_per_frame = header.width * header.height
             check_total_pixels(header.num_frames, max(pixels_per_frame, self._tile_size**2), self._limits)
             frames = self.codec.decompress_clip(data, max_pixels=max_pixels, on_progress=deadline.check)
-            file, num_frames = encode_video_file(frames, media_type, header.clip.frame_rate, header.clip.color)
+            file, num_frames = encode_video_file(
+                frames, media_type, rate=header.clip.frame_rate, color=header.clip.color
+            )
         except ValueError as error:
             raise ApiError(422, str(error)) from None
         return MediaFile(file, media_type, num_frames * pixels_per_frame, num_frames)
@@ -93,7 +95,7 @@ class CodecEngine:
         decoded = self._codec_without_prior.decompress(
             coded_without_prior, max_pixels=self._limits.max_pixels, on_progress=deadline.check
         )
-        return measure_quality(image, decoded, num_bytes, deadline.check)
+        return measure_quality(image, decoded, num_bytes=num_bytes, check_deadline=deadline.check)
 
 
 class CodecReplica:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ Decode = Callable[[Tensor], Tensor]
 class GeneratorEngine:
     """Samples images of classes; forward passes of several requests can share a batch."""
 
-    def __init__(self, url: str, device: str, max_batch_size: int, max_steps: int) -> None:
+    def __init__(self, url: str, device: str, *, max_batch_size: int, max_steps: int) -> None:
         self.generator = Generator.from_pretrained(url, device=device)
         self._device, self._max_steps = device, max_steps
         model = self.generator.model
@@ -108,13 +109,12 @@ class GeneratorReplica:
     def __init__(self, url: str, settings: Settings) -> None:
         replica_config = settings.generator
         self._model_thread = ModelThread(replica_config.threads)
-        arguments = url, replica_config.device, replica_config.max_batch_size, settings.limits.max_steps
-        self._engine: GeneratorEngine = self._model_thread.run_blocking(GeneratorEngine, *arguments)
+        limits = settings.limits
+        make_engine = partial(GeneratorEngine, max_batch_size=replica_config.max_batch_size, max_steps=limits.max_steps)
+        self._engine: GeneratorEngine = self._model_thread.run_blocking(make_engine, url, replica_config.device)
         self._batched_forward = self._model_thread.make_batcher(self._engine.forward, replica_config)
         # Each request samples from its logits and encodes its PNG in a thread of its own.
-        self._sampling_threads = ThreadPoolExecutor(
-            settings.limits.max_ongoing_requests, "sample", lambda: set_num_threads(1)
-        )
+        self._sampling_threads = ThreadPoolExecutor(limits.max_ongoing_requests, "sample", lambda: set_num_threads(1))
 
     async def metadata(self) -> dict[str, Any]:
         """See the engine."""

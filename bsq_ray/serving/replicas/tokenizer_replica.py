@@ -47,12 +47,12 @@ class TokenizerEngine:
         grid_size: rows and columns of tokens.
     """
 
-    def __init__(self, url: str, device: str, max_batch_size: int, limits: Limits) -> None:
+    def __init__(self, url: str, device: str, *, max_batch_size: int, limits: Limits) -> None:
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
         run_config = config.require_stage(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
         self._resize_filter = run_config.data.eval_interpolation
         self._max_pixels, self._device = limits.max_pixels, device
-        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits, device)
+        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits=limits, device=device)
         model_config = self.tokenizer.config
         self.grid_size = model_config.image_size // model_config.patch_size
         images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
@@ -125,8 +125,8 @@ class TokenizerReplica:
     def __init__(self, url: str, settings: Settings) -> None:
         replica_config = settings.tokenizer
         self._model_thread, self._timeout_s = ModelThread(replica_config.threads), settings.limits.request_timeout_s
-        arguments = url, replica_config.device, replica_config.max_batch_size, settings.limits
-        self._engine: TokenizerEngine = self._model_thread.run_blocking(TokenizerEngine, *arguments)
+        make_engine = partial(TokenizerEngine, max_batch_size=replica_config.max_batch_size, limits=settings.limits)
+        self._engine: TokenizerEngine = self._model_thread.run_blocking(make_engine, url, replica_config.device)
         self._video_threads = ThreadPoolExecutor(_MAX_CONCURRENT_VIDEOS, "video", lambda: set_num_threads(1))
         self._encode = self._model_thread.make_batcher(self._engine.encode, replica_config)
         self._decode = self._model_thread.make_batcher(self._engine.decode, replica_config)
@@ -159,6 +159,7 @@ class TokenizerReplica:
             return video
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
+        # In NumPy and not by `metrics.psnr`: PyTorch would wake its threads here, outside the model thread.
         mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
         return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
 
@@ -169,5 +170,5 @@ class TokenizerReplica:
         """Call the video engine in a thread of its own, which enters the model thread for a few frames at a time."""
         loop = asyncio.get_running_loop()
         with deadline_after(self._timeout_s) as deadline:
-            call = partial(function, *arguments, self._model_thread.run_blocking, deadline)
+            call = partial(function, *arguments, run_in_model_thread=self._model_thread.run_blocking, deadline=deadline)
             return await loop.run_in_executor(self._video_threads, call)

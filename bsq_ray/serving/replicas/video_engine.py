@@ -47,13 +47,13 @@ class VideoEngine:
         limits: limits of requests.
     """
 
-    def __init__(self, tokenizer: Tokenizer, resize_filter: Any, limits: Limits, device: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, resize_filter: Any, *, limits: Limits, device: str) -> None:
         model_config = tokenizer.config
         self._tokenizer, self._resize_filter, self._limits, self._device = tokenizer, resize_filter, limits, device
         self._image_size, self._grid_size = model_config.image_size, model_config.image_size // model_config.patch_size
         self._chunk_frames = frames_per_chunk(model_config)
 
-    def encode(self, data: bytes, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
+    def encode(self, data: bytes, *, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
         """Return the tokens of a video file.
 
         Raises:
@@ -76,6 +76,7 @@ class VideoEngine:
         packed: np.ndarray,
         rate: Fraction,
         media_type: str,
+        *,
         run_in_model_thread: RunInModelThread,
         deadline: Deadline,
     ) -> MediaFile:
@@ -95,11 +96,11 @@ class VideoEngine:
             for chunk in self._iter_chunks(frames_TNb, deadline):
                 yield from run_in_model_thread(self._decode, decoder, np.concatenate(chunk))
 
-        file, num_frames = encode_video_file(frames(), media_type, rate, _DEFAULT_COLOR)
+        file, num_frames = encode_video_file(frames(), media_type, rate=rate, color=_DEFAULT_COLOR)
         return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames)
 
     def reconstruct(
-        self, data: bytes, media_type: str, run_in_model_thread: RunInModelThread, deadline: Deadline
+        self, data: bytes, media_type: str, *, run_in_model_thread: RunInModelThread, deadline: Deadline
     ) -> MediaFile:
         """Encode and decode a video file; return the video and its PSNR.
 
@@ -122,7 +123,7 @@ class VideoEngine:
                     psnr_values.append(float(psnr(_to_tensor(originals.popleft()), _to_tensor(decoded_CHW))))
                     yield frame
 
-        file, num_frames = encode_video_file(frames(), media_type, video.frame_rate, video.color)
+        file, num_frames = encode_video_file(frames(), media_type, rate=video.frame_rate, color=video.color)
         return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames, float(np.mean(psnr_values)))
 
     def _prepare(self, pixels_HWC: np.ndarray) -> np.ndarray:
