@@ -26,7 +26,9 @@ def test_reconstruction_rate_matches_the_paper_on_a5000():
 
 @pytest.mark.parametrize("gpus", [8, 16])
 def test_make_plan_32_images_at_128_px_fit_an_a5000(gpus):
-    assert make_plan(load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus).has_enough_memory
+    assert make_plan(
+        load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus
+    ).has_enough_memory
 
 
 def test_make_plan_32_images_at_256_px_advises_accumulation():
@@ -68,13 +70,15 @@ def test_make_plan_advice_makes_the_run_fit():
     assert len(plan.advice) == 2
     for change in plan.advice:
         overrides = [word for word in change.split(" (")[0].split() if "=" in word]
-        assert make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16).has_enough_memory
+        assert make_plan(
+            load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16
+        ).has_enough_memory
 
 
 def test_make_plan_model_too_large_advises_larger_gpu():
     huge = load_config("imagenet256-bsq18", ["model.encoder.width=6144", "model.encoder.layers=48"])
     [advice] = make_plan(huge, "l4", 16).advice
-    assert "not even one sample" in advice
+    assert "a micro batch of one sample does not fit" in advice
 
 
 def test_communication_bytes_match_ring_formulas():
@@ -96,15 +100,15 @@ def test_make_plan_single_node_ignores_network_bandwidth():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("gpu", "num_gpus", "options", "message"),
     [
-        (("a9000", 16), "no GPU 'a9000' is known; choose one of a5000"),
-        (("a5000", 0), "must be 1 or more"),
-        (("a5000", 7), "cannot be shared evenly by 7 workers"),
-        (("a5000", 16, 0.0), "must be in"),
-        (("a5000", 16, 25.0, 8, 1.5), "must be in"),
+        ("a9000", 16, {}, "unknown GPU 'a9000'; choose one of a5000"),
+        ("a5000", 0, {}, "must be 1 or more"),
+        ("a5000", 7, {}, "cannot be shared evenly by 7 workers"),
+        ("a5000", 16, {"network_gbit": 0.0}, "must be positive"),
+        ("a5000", 16, {"efficiency": 1.5}, "must be in"),
     ],
 )
-def test_make_plan_invalid_arguments_raise(arguments, message):
+def test_make_plan_invalid_arguments_raise(gpu, num_gpus, options, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(load_config("imagenet128-bsq18"), *arguments)
+        make_plan(load_config("imagenet128-bsq18"), gpu, num_gpus, **options)
