@@ -36,16 +36,16 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_Conv(3, 32, 3, 2)]
+        layers: list[nn.Module] = [_SameConv(3, 32, 3, 2)]
         channels = 32
         for blocks, kernel, stride, expansion, out in _STAGES:
             for block in range(blocks):
                 layers.append(_Bottleneck(channels, out, kernel, 1 if block else stride, expansion))
                 channels = out
-        self.layers = nn.Sequential(*layers, _Conv(channels, NUM_FEATURES, 1))
+        self.layers = nn.Sequential(*layers, _SameConv(channels, NUM_FEATURES, 1))
         self.top = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         weights = resolve_once("imagenet-classifier").tensors
-        convs = [module for module in self.modules() if isinstance(module, _Conv)]
+        convs = [module for module in self.modules() if isinstance(module, _SameConv)]
         assert 5 * len(convs) + 2 == len(weights)
         with torch.no_grad():
             for number, layer in enumerate(convs):
@@ -72,7 +72,7 @@ class EfficientNetLite0(nn.Module):
         return cast(Tensor, self.top(features_BD))
 
 
-class _Conv(nn.Module):
+class _SameConv(nn.Module):
     """Convolution with "same" padding, batch norm, and ReLU6 unless `max_value` is infinite."""
 
     def __init__(
@@ -98,9 +98,9 @@ class _Bottleneck(nn.Module):
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         inner = channels * expansion
-        expand = [_Conv(channels, inner, 1)] if expansion > 1 else []
-        depthwise = _Conv(inner, inner, kernel, stride, groups=inner)
-        self.layers = nn.Sequential(*expand, depthwise, _Conv(inner, out_channels, 1, max_value=float("inf")))
+        expand = [_SameConv(channels, inner, 1)] if expansion > 1 else []
+        depthwise = _SameConv(inner, inner, kernel, stride, groups=inner)
+        self.layers = nn.Sequential(*expand, depthwise, _SameConv(inner, out_channels, 1, max_value=float("inf")))
         self.has_residual = stride == 1 and channels == out_channels
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

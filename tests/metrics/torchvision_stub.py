@@ -1,6 +1,6 @@
 """Make `import torchvision` work with a CPU build of torch, for the public implementations in the tests.
 
-The published torchvision is built for CUDA. Without CUDA its compiled operators do not load, and the import fails at two
+The published torchvision is built for CUDA. Without CUDA its operators do not load, and the import fails at two
 operators for which it registers shape functions. Defining the operators is enough; the tests do not call them.
 """
 
