@@ -1,1 +1,1 @@
-"""Image metrics that stream: each worker updates its own, the states are merged, the result is computed once."""
+"""Metrics of images and clips, one per module."""

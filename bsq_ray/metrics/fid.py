@@ -1,10 +1,10 @@
-"""Fréchet and kernel Inception distance between two sets of images, from features that stream through.
+"""Fréchet and kernel Inception distance between two sets of images, from features that arrive in batches.
 
-FID (Heusel et al., 2017) needs mean and covariance: sums over features. KID (Bińkowski et al., 2018) needs pairs: it
-keeps the features of at most 2,000 images, those whose keys come first by their hash. That is a fair sample, and the
-same one however the images were divided among workers.
+FID (Heusel et al., 2017) needs mean and covariance, which are sums over features. KID (Bińkowski et al., 2018) compares
+pairs: the features of at most 2,000 images are kept, those whose keys have the smallest hashes. This is a random subset
+that does not depend on the number of workers.
 
-Shape suffixes: N images, D features.
+Shape suffixes: N and M images, D features.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Features kept for KID: 2,000 x 2,048 doubles are 32 MB.
+# Number of images whose features are kept for KID: 2,000 x 2,048 doubles are 32 MB.
 KID_SUBSET_SIZE = 2000
 
 
 def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
-    """Places of the keys in a random order that every process agrees on, uint64 (N,): the smallest are a sample."""
+    """Return a hash of each key, uint64 (N,); the keys with the smallest hashes are a random subset."""
     return np.array([int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) for key in keys], np.uint64)
 
 
 class FeatureStatistics:
-    """Sums of features for FID and a bounded part of the features for KID."""
+    """Sums of features for FID and the features of a bounded random subset for KID.
+
+    Args:
+        width: number of features (D).
+    """
 
     def __init__(self, width: int = 2048) -> None:
         self.num_samples = 0
@@ -35,7 +39,7 @@ class FeatureStatistics:
         self._ranks_N = np.zeros(0, np.uint64)
 
     def update(self, features_ND: np.ndarray, keys: Sequence[str]) -> None:
-        """Adds the features of a batch and the keys of its images."""
+        """Add the features (N, D) of a batch and the keys of its images."""
         features_ND = features_ND.astype(np.float64)
         self._sum_D += features_ND.sum(0)
         self._products_DD += features_ND.T @ features_ND
@@ -49,28 +53,30 @@ class FeatureStatistics:
         self._kid_subset_ND = np.concatenate([self._kid_subset_ND, features_ND])[first_N]
 
     def kid_subset(self) -> np.ndarray:
-        """The kept features (N, D), N at most 2,000, in an order that depends on the keys only."""
+        """Return the kept features (N, D), N at most 2,000, in an order that depends on the keys only."""
         return self._kid_subset_ND
 
     def mean(self) -> np.ndarray:
-        """Mean (D,)."""
+        """Return the mean (D,)."""
         return self._sum_D / self.num_samples
 
     def covariance(self) -> np.ndarray:
-        """Unbiased covariance (D, D)."""
+        """Return the unbiased covariance (D, D)."""
         mean_D = self.mean()
         centered_DD = self._products_DD - self.num_samples * np.outer(mean_D, mean_D)
         return centered_DD / (self.num_samples - 1)
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½), with the root's trace from eigenvalues, so few images are no problem.
+    """Return |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½).
+
+    The trace of the root is computed from eigenvalues, which is stable for singular covariances of few images.
 
     Raises:
         ValueError: a set has fewer than two images.
     """
     if min(first.num_samples, second.num_samples) < 2:
-        raise ValueError("a Fréchet distance needs at least two images or clips in each set")
+        raise ValueError("the Fréchet distance needs at least two images or clips in each set")
     difference_D = first.mean() - second.mean()
     first_DD, second_DD = first.covariance(), second.covariance()
     # Σ₁Σ₂ has the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric and positive.

@@ -1,9 +1,9 @@
-"""The I3D network of the Fréchet Video Distance, in plain torch with its published Kinetics-400 weights.
+"""The I3D network of the Fréchet video distance, in plain torch with its published Kinetics-400 weights.
 
     clip ─1a─pool─2b─2c─pool─3b─3c─pool─4b … 4f─pool─5b─5c─▶ average over 2 x 7 x 7 ─▶ 400 logits ─mean─▶ features
 
-Carreira and Zisserman, 2017, as TensorFlow runs it: every convolution and pool pads its input so that the output has
-⌈size / stride⌉ places, with what is odd at the end; batch norms have no scale.
+Carreira and Zisserman, CVPR 2017, with TensorFlow's padding: the output of every convolution and pool has
+⌈size / stride⌉ positions, and an odd position is padded at the end. Batch norms have no scale.
 
 Shape suffixes: B clips, T frames, C channels, H and W pixels, D features.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bsq_ray.models.pretrained_weights import resolve_once
 
 NUM_FEATURES = 400
-# Shorter clips leave the last pool less than its two places in time.
+# For shorter clips the input of the last pool has fewer than its two positions in time.
 MIN_FRAMES = 9
 _INPUT_SIZE = 224
 _NORM_EPSILON = 1e-3
@@ -33,23 +33,23 @@ _POOLS: tuple[_Size, ...] = ((1, 3, 3), (3, 3, 3), (2, 2, 2))
 
 
 class I3D(nn.Module):
-    """Clips to the 400 logits that FVD compares.
+    """Map clips to the 400 logits that FVD compares.
 
     Raises:
-        ValueError: the published weights are not to be had.
+        ValueError: the published weights are not available.
     """
 
     def __init__(self) -> None:
         super().__init__()
         for name, tensor in resolve_once("fvd-i3d").tensors.items():
-            # A buffer's name has no dots.
+            # Names of buffers must not contain dots.
             self.register_buffer(name.replace(".", "/"), tensor, persistent=False)
 
     @torch.no_grad()
     def forward(self, clips_B3THW: Tensor) -> Tensor:
-        """RGB in [-1, 1] of any size, at least `FEWEST_FRAMES` frames, to fp32 (B, 400).
+        """Map RGB in [-1, 1] of any size with at least `MIN_FRAMES` frames to fp32 logits (B, 400).
 
-        Frames are resized to 224 x 224, bilinear without aligned corners.
+        Frames are resized to 224 x 224 (bilinear, corners not aligned).
         """
         batch, frames = clips_B3THW.shape[0], clips_B3THW.shape[2]
         assert frames >= MIN_FRAMES, f"{frames} frames"

@@ -33,12 +33,12 @@ class Inception(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            _Conv(3, 32, 3, stride=2),
-            _Conv(32, 32, 3),
-            _Conv(32, 64, 3, padding=1),
+            _ConvNormReLU(3, 32, 3, stride=2),
+            _ConvNormReLU(32, 32, 3),
+            _ConvNormReLU(32, 64, 3, padding=1),
             nn.MaxPool2d(3, 2),
-            _Conv(64, 80, 1),
-            _Conv(80, 192, 3),
+            _ConvNormReLU(64, 80, 1),
+            _ConvNormReLU(80, 192, 3),
             nn.MaxPool2d(3, 2),
             *(_block_a(channels, pool_channels) for channels, pool_channels in ((192, 32), (256, 64), (288, 64))),
             _reduction_b(288),
@@ -53,7 +53,7 @@ class Inception(nn.Module):
 
     def _load_weights(self) -> None:
         weights = resolve_once("fid-inception").tensors
-        convolutions = [module for module in self.modules() if isinstance(module, _Conv)]
+        convolutions = [module for module in self.modules() if isinstance(module, _ConvNormReLU)]
         assert 4 * len(convolutions) == len(weights)
         with torch.no_grad():
             for number, layer in enumerate(convolutions):
@@ -71,7 +71,7 @@ class Inception(nn.Module):
         return cast(Tensor, self.layers(x_BCHW).mean((2, 3)))
 
 
-class _Conv(nn.Module):
+class _ConvNormReLU(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
     def __init__(self, channels: int, out_channels: int, kernel: _Size, *, stride: int = 1, padding: _Size = 0) -> None:
@@ -96,58 +96,59 @@ class _Concat(nn.Module):
 
 def _block_a(channels: int, pool_channels: int) -> _Concat:
     return _Concat(
-        [_Conv(channels, 64, 1)],
-        [_Conv(channels, 48, 1), _Conv(48, 64, 5, padding=2)],
-        [_Conv(channels, 64, 1), _Conv(64, 96, 3, padding=1), _Conv(96, 96, 3, padding=1)],
-        [nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), _Conv(channels, pool_channels, 1)],
+        [_ConvNormReLU(channels, 64, 1)],
+        [_ConvNormReLU(channels, 48, 1), _ConvNormReLU(48, 64, 5, padding=2)],
+        [_ConvNormReLU(channels, 64, 1), _ConvNormReLU(64, 96, 3, padding=1), _ConvNormReLU(96, 96, 3, padding=1)],
+        [nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), _ConvNormReLU(channels, pool_channels, 1)],
     )
 
 
 def _reduction_b(channels: int) -> _Concat:
     return _Concat(
-        [_Conv(channels, 384, 3, stride=2)],
-        [_Conv(channels, 64, 1), _Conv(64, 96, 3, padding=1), _Conv(96, 96, 3, stride=2)],
+        [_ConvNormReLU(channels, 384, 3, stride=2)],
+        [_ConvNormReLU(channels, 64, 1), _ConvNormReLU(64, 96, 3, padding=1), _ConvNormReLU(96, 96, 3, stride=2)],
         [nn.MaxPool2d(3, 2)],
     )
 
 
-def _row(channels: int, out_channels: int) -> _Conv:
-    return _Conv(channels, out_channels, (1, 7), padding=(0, 3))
+def _row(channels: int, out_channels: int) -> _ConvNormReLU:
+    return _ConvNormReLU(channels, out_channels, (1, 7), padding=(0, 3))
 
 
-def _column(channels: int, out_channels: int) -> _Conv:
-    return _Conv(channels, out_channels, (7, 1), padding=(3, 0))
+def _column(channels: int, out_channels: int) -> _ConvNormReLU:
+    return _ConvNormReLU(channels, out_channels, (7, 1), padding=(3, 0))
 
 
 def _block_c(channels: int, inner: int) -> _Concat:
     double = [_column(inner, inner), _row(inner, inner), _column(inner, inner), _row(inner, 192)]
     return _Concat(
-        [_Conv(channels, 192, 1)],
-        [_Conv(channels, inner, 1), _row(inner, inner), _column(inner, 192)],
-        [_Conv(channels, inner, 1), *double],
-        [nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), _Conv(channels, 192, 1)],
+        [_ConvNormReLU(channels, 192, 1)],
+        [_ConvNormReLU(channels, inner, 1), _row(inner, inner), _column(inner, 192)],
+        [_ConvNormReLU(channels, inner, 1), *double],
+        [nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), _ConvNormReLU(channels, 192, 1)],
     )
 
 
 def _reduction_d(channels: int) -> _Concat:
     return _Concat(
-        [_Conv(channels, 192, 1), _Conv(192, 320, 3, stride=2)],
-        [_Conv(channels, 192, 1), _row(192, 192), _column(192, 192), _Conv(192, 192, 3, stride=2)],
+        [_ConvNormReLU(channels, 192, 1), _ConvNormReLU(192, 320, 3, stride=2)],
+        [_ConvNormReLU(channels, 192, 1), _row(192, 192), _column(192, 192), _ConvNormReLU(192, 192, 3, stride=2)],
         [nn.MaxPool2d(3, 2)],
     )
 
 
 def _block_e(channels: int, pool: nn.Module) -> _Concat:
     return _Concat(
-        [_Conv(channels, 320, 1)],
-        [_Conv(channels, 384, 1), _split(384)],
-        [_Conv(channels, 448, 1), _Conv(448, 384, 3, padding=1), _split(384)],
-        [pool, _Conv(channels, 192, 1)],
+        [_ConvNormReLU(channels, 320, 1)],
+        [_ConvNormReLU(channels, 384, 1), _split(384)],
+        [_ConvNormReLU(channels, 448, 1), _ConvNormReLU(448, 384, 3, padding=1), _split(384)],
+        [pool, _ConvNormReLU(channels, 192, 1)],
     )
 
 
 def _split(channels: int) -> _Concat:
     """A row filter and a column filter of three taps, side by side."""
     return _Concat(
-        [_Conv(channels, channels, (1, 3), padding=(0, 1))], [_Conv(channels, channels, (3, 1), padding=(1, 0))]
+        [_ConvNormReLU(channels, channels, (1, 3), padding=(0, 1))],
+        [_ConvNormReLU(channels, channels, (3, 1), padding=(1, 0))],
     )

@@ -1,4 +1,4 @@
-"""What is measured on clips: the metrics of images frame by frame, and what only a sequence has.
+"""Metrics of clips: image metrics frame by frame, PSNR of whole clips, and flicker.
 
 Shape suffixes: B clips, T frames, H and W pixels. Clips are 8-bit values mapped to [-1, 1].
 """
@@ -16,21 +16,21 @@ from bsq_ray.models.frame_layout import frames_batch_major
 def metric_per_frame(
     metric: Callable[[Tensor, Tensor], Tensor], original_B3THW: Tensor, reconstruction_B3THW: Tensor
 ) -> Tensor:
-    """A metric of images on each frame of each clip, (B, T)."""
+    """Apply an image metric to each frame of each clip; returns (B, T)."""
     return metric(frames_batch_major(original_B3THW), frames_batch_major(reconstruction_B3THW)).unflatten(
         0, (len(reconstruction_B3THW), -1)
     )
 
 
 def clip_psnr(original_B3THW: Tensor, reconstruction_B3THW: Tensor) -> Tensor:
-    """PSNR with one error over the whole clip, in dB, (B,): not the mean of the frames' PSNR, but at most that."""
+    """Return the PSNR over whole clips in dB, (B,); it is at most the mean PSNR of the frames."""
     return psnr(original_B3THW.flatten(1, 2), reconstruction_B3THW.flatten(1, 2))
 
 
 def flicker(original_B3THW: Tensor, reconstruction_B3THW: Tensor) -> Tensor:
-    """Mean of |eₜ₊₁ - eₜ| with e the error of a frame, in 8-bit levels, (B,); 0 where the error stands still.
+    """Return the mean of |eₜ₊₁ - eₜ| with e the error of a frame, in 8-bit levels, (B,); lower is better.
 
-    It is what moves in the reconstruction and does not in the original, or the reverse.
+    It measures motion that is in only one of original and reconstruction; a constant error gives 0.
     """
     error_B3THW = (reconstruction_B3THW - original_B3THW) * 127.5
     return error_B3THW.diff(dim=2).abs().mean((1, 2, 3, 4))

@@ -13,12 +13,12 @@ _CHUNK_ROWS = 1024
 
 
 def precision_recall(real_ND: np.ndarray, generated_MD: np.ndarray, num_neighbors: int = 3) -> dict[str, float]:
-    """Share of drawn images inside the manifold of the real ones (precision), and the reverse (recall), 0 to 1.
+    """Return the fraction of generated images in the manifold of the real ones (precision), and the reverse (recall).
 
-    The manifold of a set is the union of balls around its images, each as wide as the distance to its k-th neighbour.
+    The manifold of a set is the union of balls around its images, with the distance to the k-th neighbor as radius.
 
     Raises:
-        ValueError: a set has too few images to have k neighbours.
+        ValueError: a set has too few images for k neighbors.
     """
     if min(len(real_ND), len(generated_MD)) <= num_neighbors:
         raise ValueError(f"precision and recall need more than {num_neighbors} images in each set")
@@ -32,7 +32,7 @@ def precision_recall(real_ND: np.ndarray, generated_MD: np.ndarray, num_neighbor
 def knn_labels(
     features_ND: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray, num_neighbors: int
 ) -> np.ndarray:
-    """Class of each image (N,) by majority among its nearest known images, the nearer class where it is a tie."""
+    """Return the majority class (N,) of the nearest reference images; the class of the nearest image breaks ties."""
     points_ND, reference = torch.from_numpy(features_ND).double(), torch.from_numpy(reference_MD).double()
     k = min(num_neighbors, len(reference))
     neighbor_chunks = [
@@ -47,7 +47,7 @@ def _majority(labels_k: np.ndarray) -> int:
 
 
 def _radii(points_ND: Tensor, num_neighbors: int) -> Tensor:
-    # The nearest of all is the point itself.
+    # The nearest point of the set is the point itself.
     rows = [
         torch.cdist(part, points_ND).kthvalue(num_neighbors + 1, dim=1).values for part in points_ND.split(_CHUNK_ROWS)
     ]

@@ -1,18 +1,18 @@
-"""Structural similarity, by the package that papers on tokenizers use (pytorch-msssim)."""
+"""Structural similarity by pytorch-msssim, the package that papers on tokenizers use."""
 
 from __future__ import annotations
 
 from pytorch_msssim import ms_ssim, ssim
 from torch import Tensor
 
-# The smallest of MS-SSIM's five scales must hold the 11 x 11 window.
+# The 11 x 11 window must fit into the smallest of MS-SSIM's five scales.
 MS_SSIM_SIDE = (11 - 1) * 2**4
 
 
 def structural_similarity(original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> dict[str, Tensor]:
-    """`ssim` and `ms_ssim` of each image over RGB, (B,): Gaussian window 11 x 11, sigma 1.5, data range 255.
+    """Return `ssim` and `ms_ssim` of each image over RGB, (B,): Gaussian window 11 x 11, sigma 1.5, data range 255.
 
-    Only valid positions count. MS-SSIM needs sides above 160 pixels; below that it is left out. Images are in [-1, 1].
+    Images are in [-1, 1]. Only valid positions count. `ms_ssim` is omitted unless both sides are above 160 pixels.
     """
     pair = [(images.float() + 1) * 127.5 for images in (original_BCHW, reconstruction_BCHW)]
     values = {"ssim": ssim(*pair, data_range=255, size_average=False)}
@@ -22,7 +22,7 @@ def structural_similarity(original_BCHW: Tensor, reconstruction_BCHW: Tensor) ->
 
 
 def multi_scale_similarity(original_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
-    """`ms_ssim` alone, (B,), for images with sides above 160 pixels."""
+    """Return MS-SSIM of each image, (B,); both sides must be above 160 pixels."""
     pair = [(images.float() + 1) * 127.5 for images in (original_BCHW, reconstruction_BCHW)]
     value_B: Tensor = ms_ssim(*pair, data_range=255, size_average=False)
     return value_B

@@ -96,9 +96,9 @@ def _build_trunk(name: NetworkName) -> nn.ModuleList:
     assert 2 * len(trunk_convolutions) == len(weights)
     with torch.no_grad():
         for index, convolution in enumerate(trunk_convolutions):
-            convolution.weight.copy_(weights[f"conv.{index}.weight"])
+            convolution.weight.data = weights[f"conv.{index}.weight"].clone(memory_format=torch.channels_last)
             cast(Tensor, convolution.bias).copy_(weights[f"conv.{index}.bias"])
-    return slices.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return slices
 
 
 def _load_heads(name: NetworkName) -> list[Tensor]:

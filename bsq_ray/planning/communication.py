@@ -1,4 +1,4 @@
-"""Bytes that a worker sends in one training step to keep parameters and optimizer state together."""
+"""Communication of one training step: bytes that a worker sends, and the time for them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from bsq_ray import config
 
 
 def communication_bytes(parameters: int, engine: config.EngineConfig, workers: int, accumulation: int) -> float:
-    """Bytes each of N workers sends per step, for fp32 gradients and weights (4 bytes a parameter, P of them).
+    """Return the bytes that each of N workers sends per step, for P parameters with fp32 gradients and weights.
 
-    Rings of N workers (Patarasuk and Yuan, 2009) send (N - 1)/N · 4 P for a reduce-scatter and as much for an
+    A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · 4 P for a reduce-scatter and as much for an
     all-gather. By Rajbhandari et al., "ZeRO" (2020), section 7:
 
-    - plain data parallelism and stage 0: one all-reduce of the gradients = both of them;
-    - stage 1: gradients are reduced, then updated weights gathered: the same volume;
-    - stage 2: gradients are reduced at every micro batch, weights gathered once;
-    - stage 3: at every micro batch, weights gathered for the forward and the backward pass, and gradients reduced.
+    - data parallelism and stage 0: one all-reduce of the gradients, which is a reduce-scatter and an all-gather;
+    - stage 1: gradients are reduced, then updated weights are gathered: the same volume;
+    - stage 2: gradients are reduced for every micro batch, weights are gathered once;
+    - stage 3: for every micro batch, weights are gathered for forward and backward pass, and gradients are reduced.
     """
     ring = (workers - 1) / workers * 4 * parameters
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
@@ -26,12 +26,14 @@ def communication_bytes(parameters: int, engine: config.EngineConfig, workers: i
 def communication_seconds(
     num_bytes: float, workers: int, gpus_per_node: int, link_bandwidth: float, network_gbit: float
 ) -> float:
-    """Time for a ring: as slow as its slowest hop, which between servers is one network port.
+    """Return the seconds that a ring needs; its slowest hop limits it, between nodes one network port.
 
     Args:
-        sent: bytes of each worker.
-        link: between cards of a server, 1e9 bytes per second.
-        network_gbit: between servers, 1e9 bits per second and direction.
+        num_bytes: bytes that each worker sends.
+        workers: number of workers, one GPU each.
+        gpus_per_node: GPUs of a node.
+        link_bandwidth: between GPUs of a node, 1e9 bytes per second.
+        network_gbit: between nodes, 1e9 bits per second and direction.
     """
     if workers == 1:
         return 0.0

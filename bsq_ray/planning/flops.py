@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, a multiply-add counted as two.
+"""Floating-point operations of a training step; a multiply-add counts as two.
 
-Only matrix products and convolutions count, as in model FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix
-B): norms, activations and losses are bound by memory, not by arithmetic. A layer's backward pass costs its forward pass
-twice, once for the gradient of its weights and once for that of its input; a frozen network or a fixed filter needs
+Only matrix products and convolutions count, as in model FLOPs utilization (Chowdhery et al., "PaLM", 2022, appendix
+B): norms, activations and losses are bound by memory bandwidth. The backward pass of a layer costs twice its forward
+pass, once for the gradient of its weights and once for that of its input. A frozen network or a fixed filter needs
 only the second.
 """
 
@@ -19,11 +19,11 @@ from bsq_ray.planning.layer_costs import (
 
 
 def blocks_flops(transformer: config.TransformerConfig, frame_tokens: int, frames: int, causal: bool = False) -> int:
-    """Forward pass of the blocks for one clip of N = frames · frame_tokens tokens.
+    """Return the operations of the blocks' forward pass for one clip of N = frames · frame_tokens tokens.
 
     Per block 2 N (4 D² + 2 D h) for the projections and 4 D for each pair of a query and a key, scores and weighted
-    values together (Kaplan et al., 2020, section 2.1): N² pairs, or where frames see only themselves and what is before
-    them, T (T + 1) / 2 times the pairs of a frame.
+    values together (Kaplan et al., 2020, section 2.1): N² pairs, or with block-causal attention T (T + 1) / 2 times the
+    pairs of a frame.
     """
     tokens = frames * frame_tokens
     width, hidden = transformer.width, int(transformer.width * transformer.mlp_ratio)
@@ -32,12 +32,12 @@ def blocks_flops(transformer: config.TransformerConfig, frame_tokens: int, frame
 
 
 def _last_matmul_flops(transformer: config.TransformerConfig, tokens: int) -> int:
-    """The last matrix product of each block, which gradient checkpointing has no need to do again."""
+    """Return the operations of the last matrix product of each block, which checkpointing does not recompute."""
     return transformer.layers * 2 * tokens * transformer.width * int(transformer.width * transformer.mlp_ratio)
 
 
 def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
-    """Encoder, projections and decoder for one clip of all its frames; a codebook's search is left out."""
+    """Return the operations of encoder, projections and decoder for one clip, without a codebook search."""
     frame_tokens = (model.image_size // model.patch_size) ** 2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder, decoder = model.encoder, model.decoder
@@ -55,12 +55,12 @@ def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
 
 
 def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
-    """Operations per image, or per clip, of a training step with every phase running.
+    """Return the operations per image or clip of a training step with all phases.
 
     Returns:
-        generator: its forward and backward pass; with gradient checkpointing the recomputation too.
+        generator: forward and backward pass, and with gradient checkpointing the recomputation.
         LPIPS: of the reconstruction with its gradient, and of the original.
-        discriminator: in the generator's phase and in its own, R1 spread over the steps between.
+        discriminator: in the generator's phase and in its own, with R1 averaged over the steps.
     """
     model, loss = run.model, run.loss
     forward = tokenizer_forward_flops(model)
@@ -85,11 +85,12 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
 
 
 def _discriminator_flops(layers: list[Convolution], adversarial: config.AdversarialConfig) -> float:
-    """On the reconstruction once forward, back to its pixels for the generator and back to the weights (2 F + 2 F).
+    """Return the discriminator's operations per input for a forward pass of F operations.
 
-    On the original forward and back to the weights (3 F less what needs no gradient). A step with R1 (Mescheder et al.,
-    2018) differentiates a gradient of the original's logits: F for it, 2 F for the second derivatives, and the gradient
-    of the first layer's input that is otherwise left out.
+    Reconstruction: forward pass, gradient of its pixels for the generator, gradient of the weights (2 F + 2 F).
+    Original: forward pass and gradient of the weights (3 F minus the gradients that are not needed). A step with R1
+    (Mescheder et al., 2018) differentiates a gradient of the original's logits: F for the gradient, 2 F for the second
+    derivatives, and the gradient of the first layer's input, which is otherwise not needed.
     """
     if not layers:
         return 0

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""Format a plan as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bsq_ray.planning.planner import Plan
 
 
 def format_plan(plan: Plan) -> str:
-    """The plan as a table of plain text, at most 100 columns wide."""
+    """Return the plan as a table of plain text, at most 100 columns wide, followed by advice."""
     from rich.console import Console
     from rich.table import Table
 
@@ -18,7 +18,7 @@ def format_plan(plan: Plan) -> str:
     text = io.StringIO()
     Console(file=text, width=100, color_system=None).print(table)
     for change in plan.advice:
-        text.write(f"to make it fit: {change}\n")
+        text.write(f"to fit the memory: {change}\n")
     return text.getvalue()
 
 
@@ -30,18 +30,19 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     parts = ("weights", "gradients", "optimizer", "ema", "buckets", "activations", "overhead")
     return [
         ("parameters", ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in sample.parameters.items())),
-        ("batch of a GPU", f"{plan.micro_batch} {sample.unit}, {plan.accumulation} times a step"),
-        ("memory of a GPU", f"{_gib(memory.total)} of {plan.gpu.memory_gib:.0f} GiB: {verdict}"),
+        ("batch per GPU", f"{plan.micro_batch} {sample.unit}, {plan.accumulation} micro batches per step"),
+        ("memory per GPU", f"{_gib(memory.total)} of {plan.gpu.memory_gib:.0f} GiB: {verdict}"),
         *((f"  {part}", _gib(getattr(memory, part))) for part in parts),
-        ("operations of a step", f"{plan.step_flops / 1e12:.4g} TFLOP: {shares}"),
+        ("operations per step", f"{plan.step_flops / 1e12:.4g} TFLOP: {shares}"),
         (
-            "time of a step",
-            f"{plan.step_seconds:.3g} s: computing {plan.compute_seconds:.3g}, sending {plan.communication_seconds:.3g}",
+            "time per step",
+            f"{plan.step_seconds:.3g} s: computation {plan.compute_seconds:.3g}, "
+            f"communication {plan.communication_seconds:.3g}",
         ),
-        ("speed", f"{plan.samples_per_second:.4g} {sample.unit}/s"),
-        ("network", f"{plan.communication_bytes / 1e9:.3g} GB sent by each GPU in a step"),
-        ("data to read", f"{plan.data_bytes_per_second / 1e6:.4g} MB/s, all servers together"),
-        ("time of the run", f"{plan.days:.2f} days"),
+        ("throughput", f"{plan.samples_per_second:.4g} {sample.unit}/s"),
+        ("network", f"{plan.communication_bytes / 1e9:.3g} GB sent by each GPU per step"),
+        ("data rate", f"{plan.data_bytes_per_second / 1e6:.4g} MB/s over all nodes"),
+        ("duration", f"{plan.days:.2f} days"),
     ]
 
 

@@ -1,10 +1,9 @@
-"""Graphics cards that runs are planned for, with the figures of their makers' data sheets.
+"""GPUs that runs can be planned for, with the values of their data sheets.
 
 Sources: NVIDIA's data sheets of RTX A5000, RTX A6000, A100, H100 (SXM5), L4 and A10, and its white paper on the Ada
-architecture (GeForce RTX 4090). They were noted from memory and rounded: check them before you buy. Tensor figures are
-dense; where a sheet quotes structured sparsity, half of it. The link is what one card can send, in one direction, to
-another card of its server: PCIe 4.0 x16, or NVLink within A100 and H100 servers. Bridges that join pairs of cards are
-not counted on.
+architecture (GeForce RTX 4090). Values are rounded; verify them before a purchase. Tensor throughput is dense: half of
+a value that is quoted with structured sparsity. The link bandwidth is that of one GPU to another GPU of its node, in
+one direction: PCIe 4.0 x16, or NVLink in A100 and H100 nodes. Bridges between pairs of GPUs are not considered.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """One card.
+    """Properties of one GPU.
 
     Attributes:
-        title: what people call it.
+        title: product name.
         bf16_tflops: dense bf16 matrix products accumulated in fp32, 1e12 operations per second.
         fp32_tflops: fp32 without tensor cores, 1e12 operations per second.
-        memory_gib: GiB.
-        bandwidth: of the memory, 1e9 bytes per second.
-        link: to another card of the same server, 1e9 bytes per second and direction.
+        memory_gib: size of the memory, GiB.
+        memory_bandwidth: 1e9 bytes per second.
+        link_bandwidth: to another GPU of the same node, 1e9 bytes per second and direction.
     """
 
     title: str
@@ -46,12 +45,12 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPUSpec:
-    """The card of that name.
+    """Return the GPU with this key of `GPUS`, in any case.
 
     Raises:
-        ValueError: it is not in the table.
+        ValueError: the table has no such GPU.
     """
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise ValueError(f"no GPU '{name}' is known; choose one of {', '.join(GPUS)}") from None
+        raise ValueError(f"unknown GPU '{name}'; choose one of {', '.join(GPUS)}") from None

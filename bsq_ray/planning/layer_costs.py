@@ -1,4 +1,4 @@
-"""The networks of a run as lists of layers, from which parameters, operations and activations are counted.
+"""Networks of a run as lists of layers, for counting parameters, operations and activations.
 
 Shape letters in formulas: D width, h hidden width of a block's MLP, C channels of a code.
 """
@@ -17,10 +17,14 @@ class Convolution:
     """A square convolution on one image, or one over space and time on a clip.
 
     Attributes:
-        size: side of its output.
-        depth: frames that its kernel spans.
-        length: frames of its output.
-        learned: False for fixed low-pass filters.
+        in_channels, out_channels: channels of input and output.
+        kernel: side of the kernel.
+        output_size: side of the output, pixels.
+        bias: True if it has a bias.
+        trainable: False for fixed low-pass filters.
+        depthwise: True if each output channel has one input channel.
+        kernel_frames: frames that the kernel spans.
+        output_frames: frames of the output.
     """
 
     in_channels: int
@@ -35,7 +39,7 @@ class Convolution:
 
     @property
     def num_parameters(self) -> int:
-        """outputs · inputs · kernel² · depth + outputs."""
+        """Trainable parameters: out · in · kernel² · kernel_frames + out."""
         return (
             self.out_channels * (self.in_channels * self.kernel**2 * self.kernel_frames + self.bias)
             if self.trainable
@@ -44,32 +48,32 @@ class Convolution:
 
     @property
     def flops(self) -> int:
-        """2 · outputs · inputs · kernel² · depth · size² · length, with one input per output if depthwise."""
+        """Operations: 2 · out · in · kernel² · kernel_frames · output_size² · output_frames; in = 1 if depthwise."""
         volume = self.kernel**2 * self.kernel_frames * self.output_size**2 * self.output_frames
         return 2 * self.out_channels * (1 if self.depthwise else self.in_channels) * volume
 
 
 def num_transformer_parameters(transformer: config.TransformerConfig, tokens: int, frames: int) -> int:
-    """Position embeddings, two norms, and the blocks."""
+    """Return the parameters of position embeddings, two norms, and the blocks."""
     positions = (tokens + (frames if frames > 1 else 0)) * transformer.width
     return positions + 4 * transformer.width + num_block_parameters(transformer)
 
 
 def num_block_parameters(transformer: config.TransformerConfig) -> int:
-    """Per block 4 D² + 2 D h + 9 D + h: norms, attention, MLP, with biases."""
+    """Return the parameters of all blocks, each 4 D² + 2 D h + 9 D + h: norms, attention, MLP, with biases."""
     width, hidden = transformer.width, int(transformer.width * transformer.mlp_ratio)
     return transformer.layers * (4 * width**2 + 2 * width * hidden + 9 * width + hidden)
 
 
 def code_channels(quantizer: config.QuantizerConfig) -> int:
-    """Channels between encoder and decoder (C)."""
+    """Return the number of channels between encoder and decoder (C)."""
     if isinstance(quantizer, config.VQConfig):
         return quantizer.code_dim
     return len(quantizer.levels) if isinstance(quantizer, config.FSQConfig) else quantizer.bits
 
 
 def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
-    """Encoder, projections to and from the code, codebook if there is one, decoder and its two-layer head."""
+    """Return the parameters of encoder, code projections, codebook if any, decoder and its two-layer head."""
     tokens = (model.image_size // model.patch_size) ** 2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder, decoder = model.encoder, model.decoder
@@ -87,20 +91,20 @@ def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
 
 
 def stylegan_channels(adversarial: config.AdversarialConfig, image_size: int) -> dict[int, int]:
-    """Channels of StyleGAN2's discriminator at each resolution, largest first."""
+    """Return the channels of StyleGAN2's discriminator by resolution, the largest first."""
     sizes = [image_size >> n for n in range(image_size.bit_length()) if image_size >> n >= 4]
     return {size: max(1, min(adversarial.channel_base // size, adversarial.channel_max)) for size in sizes}
 
 
 def discriminator_inputs_per_sample(adversarial: config.AdversarialConfig, frames: int) -> int:
-    """How many images, or clips, the discriminator takes of one sample."""
+    """Return the number of discriminator inputs (images or clips) of one sample."""
     return 1 if adversarial.discriminator == "stylegan2-3d" else frames
 
 
 def discriminator_layers(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> list[Convolution]:
-    """The discriminator's layers for one image, or clip if it takes clips; none without adversarial loss.
+    """Return the discriminator's layers for one image, or for one clip if its input is clips.
 
-    Linear layers are 1 x 1 images.
+    The list is empty without adversarial loss. Linear layers are convolutions of 1 x 1 images.
     """
     if not adversarial.weight:
         return []
@@ -129,7 +133,7 @@ def discriminator_layers(adversarial: config.AdversarialConfig, image_size: int,
 
 
 def num_discriminator_parameters(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> int:
-    """Of its layers, and two per channel of each group norm of PatchGAN."""
+    """Return the parameters of all layers, with two per channel of each group norm of PatchGAN."""
     layers = discriminator_layers(adversarial, image_size, frames)
     norms = (
         sum(2 * layer.out_channels for layer in layers if not layer.bias)
@@ -140,7 +144,7 @@ def num_discriminator_parameters(adversarial: config.AdversarialConfig, image_si
 
 
 def perceptual_layers(network: Literal["vgg", "alex"], image_size: int) -> list[list[Convolution]]:
-    """The convolutions of LPIPS' network for one image; each list ends where features are compared."""
+    """Return the convolutions of the LPIPS network for one image; each list ends where features are compared."""
     if network == "alex":
         first = (image_size + 2 * 2 - 11) // 4 + 1
         second = (first - 3) // 2 + 1
@@ -156,7 +160,7 @@ def perceptual_layers(network: Literal["vgg", "alex"], image_size: int) -> list[
 
 
 def frames_per_resolution(image_size: int, frames: int) -> list[int]:
-    """Frames at each resolution of the discriminator of clips: its last blocks halve them while they are even."""
+    """Return the frames at each resolution of the clip discriminator: its last blocks halve even numbers."""
     blocks = image_size.bit_length() - 3
     halvings = min(blocks, (frames & -frames).bit_length() - 1)
     return [frames >> max(0, number - (blocks - halvings)) for number in range(blocks + 1)]

@@ -12,28 +12,28 @@ from bsq_ray.planning.gpus import GPUSpec, find_gpu
 from bsq_ray.planning.memory import Memory, training_memory
 from bsq_ray.planning.requirements import SampleRequirements, sample_requirements
 
-# Share of the peak at which matrix products run. The one published measurement of this network, 45.1 images/s of
-# reconstruction at 256 px on an A5000, means this.
+# Fraction of the peak at which matrix products run. It follows from the only published measurement of this network:
+# 45.1 reconstructed images/s at 256 px on an A5000.
 DEFAULT_EFFICIENCY = 0.19
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs; sizes in bytes, times in seconds.
+    """Requirements of a run; sizes in bytes, times in seconds.
 
     Attributes:
-        name: of the configuration.
-        gpu, gpus: the card and how many.
-        sample: what one image, clip or row of tokens needs.
-        micro_batch, accumulation: samples a GPU takes at once, and how often in a step.
-        memory: of one GPU.
-        step_flops: of a step, all GPUs together.
-        compute_seconds, network_seconds: of a step; they are not counted as overlapping.
-        bytes_sent: by each GPU in a step.
-        data_bytes: read per second, all GPUs together.
-        samples_per_second: trained on, all GPUs together.
-        days: to the last step.
-        advice: what to change if it does not fit, each with the override that does it.
+        name: name of the configuration.
+        gpu, num_gpus: type and number of GPUs.
+        sample: requirements of one image, clip or row of tokens.
+        micro_batch, accumulation: samples of a micro batch of one GPU, and micro batches per step.
+        memory: memory of one GPU.
+        step_flops: operations per step of all GPUs.
+        compute_seconds, communication_seconds: per step, without overlap.
+        communication_bytes: bytes that each GPU sends per step.
+        data_bytes_per_second: bytes that all GPUs read per second.
+        samples_per_second: throughput of all GPUs.
+        days: duration of the run.
+        advice: changes that make the run fit the memory, with their overrides; empty if it fits.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Computing, then sending."""
+        """Computation and communication, one after the other."""
         return self.compute_seconds + self.communication_seconds
 
     @property
     def has_enough_memory(self) -> bool:
-        """Whether the card's memory holds it."""
+        """True if the run fits into the memory of the GPU."""
         return self.memory.total <= self.gpu.memory_gib * 2**30
 
 
@@ -67,29 +67,33 @@ def make_plan(
     run: config.AnyConfig,
     gpu: str | GPUSpec,
     num_gpus: int,
+    *,
     network_gbit: float = 25.0,
     gpus_per_node: int = 8,
     efficiency: float = DEFAULT_EFFICIENCY,
 ) -> Plan:
-    """Plans a run.
+    """Estimate the requirements of a run.
 
     Args:
-        gpu: name of a card, see `gpus.GPUS`, or the figures of another one.
-        gpus: workers; each has one.
-        network_gbit: between servers, 1e9 bits per second and direction.
-        gpus_per_server: cards of one server.
-        efficiency: share of the card's peak that matrix products reach, 0 to 1.
+        run: configuration of the run.
+        gpu: key of `gpus.GPUS`, or the properties of another GPU.
+        num_gpus: number of GPUs, one worker each.
+        network_gbit: bandwidth between nodes, 1e9 bits per second and direction.
+        gpus_per_node: GPUs of a node.
+        efficiency: fraction of the GPU's peak that matrix products reach, 0 to 1.
 
     Raises:
-        ValueError: an unknown card, numbers out of range, or a batch that the workers cannot share evenly.
+        ValueError: the GPU is unknown, a number is out of range, or the batch cannot be divided among the workers.
     """
     from bsq_ray.config.batch_split import split_batch
 
     gpu_spec = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if num_gpus < 1 or gpus_per_node < 1:
-        raise ValueError(f"gpus {num_gpus} and gpus per server {gpus_per_node} must be 1 or more")
+        raise ValueError(f"number of GPUs {num_gpus} and GPUs per node {gpus_per_node} must be 1 or more")
     if not 0 < efficiency <= 1 or network_gbit <= 0:
-        raise ValueError(f"efficiency {efficiency} must be in (0, 1] and the network's {network_gbit} Gbit/s positive")
+        raise ValueError(
+            f"efficiency {efficiency} must be in (0, 1], and network bandwidth {network_gbit} Gbit/s must be positive"
+        )
     training_config = run.training
     micro_batch, accumulation = split_batch(training_config, num_gpus)
     sample = sample_requirements(run)
@@ -118,7 +122,7 @@ def make_plan(
 
 
 def reconstruction_rate(model: config.TokenizerModelConfig, gpu: str, efficiency: float = DEFAULT_EFFICIENCY) -> float:
-    """Images one card encodes and decodes per second, in bf16."""
+    """Return the images that one GPU encodes and decodes per second, in bf16."""
     gpu_spec = find_gpu(gpu)
     products = tokenizer_forward_flops(model) / (gpu_spec.bf16_tflops * 1e12 * efficiency)
     # Without a backward pass every activation is written and read once.
@@ -126,10 +130,10 @@ def reconstruction_rate(model: config.TokenizerModelConfig, gpu: str, efficiency
 
 
 def _compute_seconds(run: config.AnyConfig, sample: SampleRequirements, gpu_spec: GPUSpec, efficiency: float) -> float:
-    """Of one sample: products at a share of the peak, then memory traffic.
+    """Return the seconds for one sample: matrix products at a fraction of the peak, then memory traffic.
 
-    Each activation is written, read by the next layer, read by the backward pass, and its gradient written. What is not
-    a product is bound by memory: Ivanov et al., "Data Movement Is All You Need", 2021.
+    Each activation is written, read by the next layer, read by the backward pass, and its gradient is written. All
+    other operations are bound by memory bandwidth: Ivanov et al., "Data Movement Is All You Need", 2021.
     """
     half = run.training.engine.precision != "fp32"
     peak = (gpu_spec.bf16_tflops if half else gpu_spec.fp32_tflops) * 1e12
@@ -138,7 +142,7 @@ def _compute_seconds(run: config.AnyConfig, sample: SampleRequirements, gpu_spec
 
 
 def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> tuple[str, ...]:
-    """Changes that make it fit, each by itself unless it says otherwise."""
+    """Return alternative changes that make the run fit the memory, each with its overrides."""
     advice = []
     fitting_batch = _largest_fitting_micro_batch(run, gpu_spec, num_gpus, micro_batch)
     if fitting_batch:
@@ -152,7 +156,7 @@ def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch
         if checkpointed_batch:
             advice.append(f"model.gradient_checkpointing=true{smaller} (a third more compute)")
     if not advice:
-        advice.append("a card with more memory, or a smaller model: not even one sample at a time fits")
+        advice.append("use a GPU with more memory or a smaller model: a micro batch of one sample does not fit")
     return tuple(advice)
 
 

@@ -1,4 +1,4 @@
-"""What one sample of a training step needs, whatever is trained: the formulas of a stage, brought into one form."""
+"""Requirements of one sample of a training step, in the same form for all stages."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from bsq_ray.planning.token_costs import (
     token_model_step_flops,
 )
 
-# An ImageNet JPEG as published (138 GB of 1.28 million images).
+# Mean size of an ImageNet JPEG (138 GB, 1.28 million images).
 _JPEG_BYTES = 110_000
-# A video of UCF-101 as published (6.5 GB of 13,320); a clip is cut from a whole one.
+# Mean size of a UCF-101 video (6.5 GB, 13,320 videos); the whole video is read for a clip.
 _VIDEO_BYTES = 490_000
 
 
 @dataclass(frozen=True)
 class SampleRequirements:
-    """Of one image, clip, or row of a token table.
+    """Requirements of one image, clip, or row of a token table.
 
     Attributes:
-        unit: what a sample is called.
-        parameters: trained, by module; the first module is the one that is averaged and kept.
-        frozen: parameters of a network that only measures.
-        copies: bytes of the weights' copies that products take, beside the fp32 ones.
-        flops: operations of a step by part, every phase running.
-        activations: bytes kept when each phase's backward pass begins.
-        read: bytes read from the storage.
+        unit: name of a sample, plural.
+        parameters: trained parameters by module; the first module is averaged and exported.
+        frozen_parameters: parameters of networks that are not trained.
+        weight_copy_bytes: bytes of copies of the fp32 weights for matrix products.
+        flops: operations of a step by part, with all phases.
+        activations: bytes saved at the start of each phase's backward pass.
+        bytes_read: bytes read from storage.
     """
 
     unit: str
@@ -44,7 +44,7 @@ class SampleRequirements:
 
 
 def sample_requirements(run: config.AnyConfig) -> SampleRequirements:
-    """What a sample of this run needs."""
+    """Return the requirements of a sample of this run."""
     return _tokenizer_requirements(run) if isinstance(run, config.TokenizerConfig) else _token_model_requirements(run)
 
 
@@ -56,7 +56,7 @@ def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
         perceptual = sum(layer.num_parameters for layers in slices for layer in layers)
-    # bf16 copies of all, or fp32 ones of the discriminator's equalised weights.
+    # bf16 copies of all weights, or fp32 copies of the discriminator's scaled weights (equalized learning rate).
     half = run.training.engine.precision != "fp32"
     return SampleRequirements(
         unit="images" if model.frames == 1 else "clips",

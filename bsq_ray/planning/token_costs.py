@@ -1,4 +1,4 @@
-"""Masked language models and priors by formula: parameters, operations, and memory kept for the backward pass.
+"""Parameters, operations and saved activations of masked language models and priors, by formula.
 
 Shape letters: N tokens of a sample, S sub-tokens of a token, V values of a sub-token, k its bits, C classes and "any",
 D width, h hidden width of a block's MLP; e is the size of a matrix product's operand, see `activations`.
@@ -13,12 +13,12 @@ from bsq_ray.planning.activations import block_activation_bytes
 from bsq_ray.planning.flops import blocks_flops
 from bsq_ray.planning.layer_costs import num_block_parameters
 
-# Mean of the cosine schedule that decides how many tokens are hidden.
+# Mean fraction of masked tokens of the cosine schedule.
 _MEAN_MASKED_FRACTION = 2 / pi
 
 
 def num_token_model_parameters(model: config.TokenModelConfig) -> int:
-    """Of all layers.
+    """Return the parameters of all layers.
 
     Masked language model: table S (V + 1) D, classes C D, positions (N + 1) D, a norm, and a bias for every value.
     Prior: tables S V D and (S - 1) V D, positions N D and a start, a norm, and S trees of V - 1 nodes. Both: blocks,
@@ -33,10 +33,10 @@ def num_token_model_parameters(model: config.TokenModelConfig) -> int:
 
 
 def token_model_forward_flops(model: config.TokenModelConfig) -> int:
-    """Operations of a forward pass for one sample.
+    """Return the operations of a forward pass for one sample.
 
-    The head costs 2 D² a token and each sub-token's logits 2 D V; the prior runs its head for every sub-token. The
-    causal mask saves nothing: masked scores are counted too.
+    The head costs 2 D² per token and each sub-token's logits 2 D V. The prior runs its head for every sub-token. Scores
+    that the causal mask removes are counted.
     """
     width, tokens, sub_tokens = model.width, model.num_tokens, model.num_sub_tokens
     if isinstance(model, config.MaskedLMModelConfig):
@@ -47,18 +47,18 @@ def token_model_forward_flops(model: config.TokenModelConfig) -> int:
 
 
 def token_model_step_flops(model: config.TokenModelConfig) -> int:
-    """Operations of a training step for one sample: three times the forward pass, but classes need no gradient."""
+    """Return the operations of a training step for one sample: three forward passes; classes need no gradient."""
     return 3 * token_model_forward_flops(model) - (
         _class_flops(model) if isinstance(model, config.MaskedLMModelConfig) else 0
     )
 
 
 def token_model_activation_bytes(model: config.TokenModelConfig, half: bool) -> float:
-    """Kept for one sample.
+    """Return the bytes that the forward pass saves for one sample.
 
-    Blocks as in the tokenizer; dropout keeps masks of a byte for each of the 2 D values it may drop in a block (a GPU's
-    way). Masked language model: the first norm 4 D, the head 2 e D + 4 D and what the table is multiplied with e D,
-    logits at masked places 4 S V. Prior: the last norm 4 D, and for each sub-token the head 2 e D + 4 D, the tree's
+    Blocks as in the tokenizer; dropout on GPUs saves a mask of one byte for each of 2 D values per block. Masked
+    language model: the first norm 4 D, the head 2 e D + 4 D and the input of the output product e D, logits at masked
+    positions 4 S V. Prior: the last norm 4 D, and for each sub-token the head 2 e D + 4 D, the tree's
     input e D, its logits 4 (V - 1), and for each of its k bits 16: logit and bit in fp32, node as an integer.
     """
     operand_bytes, width = (2 if half else 4), model.width

@@ -1,24 +1,43 @@
-"""Benchmarks put their figures into one table, which is printed at the end of `make benchmark`."""
+"""Benchmarks record measurements: a table at the end of the run, and rows of docs/results/*.json."""
 
 import pytest
+from result_files import write_results
 
-_ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
+_TABLE = pytest.StashKey[list[tuple[str, str, str]]]()
+_RESULTS = pytest.StashKey[dict[str, dict[str, dict]]]()
 
 
 @pytest.fixture
 def record_measurement(request):
-    """Adds a row: what was measured, the figure, and its neighbour's in the same run."""
+    """Add a row to the printed table: what was measured, its value, and the baseline of the same run."""
 
     def add(what, value, comparison=""):
-        request.config.stash.setdefault(_ROWS, []).append((what, value, comparison))
+        request.config.stash.setdefault(_TABLE, []).append((what, value, comparison))
+
+    return add
+
+
+@pytest.fixture
+def record(request):
+    """Set values of a row of docs/results/BENCHMARK.json, by the keys of its columns."""
+
+    def add(benchmark, row_id, **values):
+        rows = request.config.stash.setdefault(_RESULTS, {}).setdefault(benchmark, {})
+        rows.setdefault(row_id, {}).update(values)
 
     return add
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(_ROWS, [])
-    if not rows:
-        return
-    terminalreporter.section("measurements")
-    for row in (("what", "value", "comparison"), ("---", "---", "---"), *rows):
-        terminalreporter.write_line(f"| {' | '.join(row)} |")
+    results = config.stash.get(_RESULTS, {})
+    for name, rows in results.items():
+        terminalreporter.section(name)
+        for row_id, values in rows.items():
+            terminalreporter.write_line(f"{row_id}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+        if kept := write_results(name, rows):
+            terminalreporter.write_line(f"docs/results/{name}.json: not measured in this run: {', '.join(kept)}")
+    table = config.stash.get(_TABLE, [])
+    if table:
+        terminalreporter.section("measurements")
+        for row in (("what", "value", "comparison"), ("---", "---", "---"), *table):
+            terminalreporter.write_line(f"| {' | '.join(row)} |")

@@ -1,4 +1,4 @@
-"""Quantisers, forward and backward with entropies, ours and those of vector-quantize-pytorch."""
+"""Forward and backward passes of quantizers with entropies: ours and those of vector-quantize-pytorch."""
 
 import pytest
 import torch
@@ -33,18 +33,18 @@ def library_step(shape, device, module, width):
 
 
 def quantizer_steps(shape, device):
-    """By name, the first being what the others are compared with.
+    """Return functions that run one step, by the row ids of docs/results/quantizer-*.json.
 
     Args:
         shape: batch and tokens.
+        device: where the steps compute.
     """
     library = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
     lfq = library.LFQ(codebook_size=2**9, num_codebooks=2, dim=18, spherical=True, entropy_loss_weight=0.1)
     fsq = library.FSQ(levels=[8, 8, 8, 5, 5, 5])
-    steps = {f"BSQ {bits} bits, analytical": bsq_step(shape, device, bits) for bits in WIDTHS}
-    steps["BSQ 18 bits, groups of 9"] = bsq_step(shape, device, 18, estimate="group", group_size=9)
-    steps["BSQ 18 bits, groups of 18"] = bsq_step(shape, device, 18, estimate="group", group_size=18)
-    steps["vector-quantize-pytorch LFQ 2 x 2^9"] = library_step(shape, device, lfq.train(), 18)
-    steps["vector-quantize-pytorch FSQ 6 channels"] = library_step(shape, device, fsq.train(), 6)
+    steps = {f"bsq-{bits}": bsq_step(shape, device, bits) for bits in WIDTHS}
+    steps["bsq-group18"] = bsq_step(shape, device, 18, estimate="group", group_size=18)
+    steps["lfq"] = library_step(shape, device, lfq.train(), 18)
+    steps["fsq"] = library_step(shape, device, fsq.train(), 6)
     return steps

@@ -1,4 +1,4 @@
-"""The codec: where the time of an image goes, and the range coder beside torchac."""
+"""Time of the codec by stage, and the range coder compared with torchac."""
 
 import time
 
@@ -18,17 +18,17 @@ DECISIONS = 96 * 64 * 18
 
 
 def best_time(times, work):
-    """Shortest time of several, seconds, and what was made."""
+    """Return the minimum time of several calls in seconds, and the last result."""
     seconds = []
     for _ in range(times):
-        began = time.perf_counter()
-        made = work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds), made
+        start = time.perf_counter()
+        result = work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), result
 
 
-def test_range_coder_speed_against_torchac(record_measurement):
-    """The same bits with the same probabilities."""
+def test_range_coder_speed_against_torchac(record):
+    """Both coders code the same bits with the same probabilities."""
     import torchac
 
     rng = np.random.default_rng(0)
@@ -50,30 +50,28 @@ def test_range_coder_speed_against_torchac(record_measurement):
     decode_theirs, theirs = best_time(5, lambda: torchac.decode_float_cdf(cdf, data))
     assert np.array_equal(ours, bits)
     assert torch.equal(theirs, symbols)
-    what = f"range coder, {DECISIONS:,} decisions of a 768 x 512 px image, encode / decode"
-    record_measurement(
-        what,
-        f"{1e3 * encode_ours:.1f} / {1e3 * decode_ours:.1f} ms, {4 * len(words):,} bytes",
-        f"torchac {1e3 * encode_theirs:.1f} / {1e3 * decode_theirs:.1f} ms, {len(data):,} bytes",
-    )
+    ours_ms, theirs_ms = (1e3 * encode_ours, 1e3 * decode_ours), (1e3 * encode_theirs, 1e3 * decode_theirs)
+    record("range-coder-cpu", "bsq-ray", encode_ms=ours_ms[0], decode_ms=ours_ms[1], bytes=4 * len(words))
+    record("range-coder-cpu", "torchac", encode_ms=theirs_ms[0], decode_ms=theirs_ms[1], bytes=len(data))
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "prior", "size"),
-    [("demo", "prior-demo", (768, 512)), ("imagenet128-bsq18", "imagenet128-prior", (128, 128))],
+    ("case", "tokenizer", "prior", "size"),
+    [
+        ("demo", "demo", "prior-demo", (768, 512)),
+        ("imagenet128", "imagenet128-bsq18", "imagenet128-prior", (128, 128)),
+    ],
 )
-def test_codec_time_breakdown(tokenizer, prior, size, photos, record_measurement, tmp_path):
+def test_codec_time_breakdown(case, tokenizer, prior, size, photos, record, tmp_path):
     Prior(load_config(prior).model).save_pretrained(str(tmp_path))
     Tokenizer(load_config(tokenizer).model).save_pretrained(str(tmp_path / "tokenizer"))
     codec = Codec.from_pretrained(str(tmp_path))
     photo = photos[0].resize(size)
     codec.compress(photo.crop((0, 0, 64, 64)))
-    coded = codec.compress(photo)
-    decoding = {}
-    codec.decompress(coded.data, timings_s=decoding)
-    what = f"compressing {size[0]} x {size[1]} px, {prior}"
-    record_measurement(what, _format_stages(coded.timings_s), f"decompressing: {_format_stages(decoding)}")
-
-
-def _format_stages(seconds):
-    return ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in seconds.items())
+    compressed = codec.compress(photo)
+    decoding_s = {}
+    codec.decompress(compressed.data, timings_s=decoding_s)
+    for direction, timings_s in (("compress", compressed.timings_s), ("decompress", decoding_s)):
+        record(
+            "codec-time-cpu", f"{case}-{direction}", **{f"{name}_ms": 1e3 * spent for name, spent in timings_s.items()}
+        )

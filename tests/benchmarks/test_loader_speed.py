@@ -1,4 +1,4 @@
-"""Loading: images per second from the same shards to the same crops, beside webdataset's own loader; from S3 too."""
+"""Throughput of loaders from the same shards to the same crops, compared with webdataset's loader; also from S3."""
 
 import random
 import time
@@ -23,7 +23,7 @@ _TIMED_FROM_S3 = 6000
 
 @pytest.fixture(scope="module", params=[256, 512], ids=lambda side: f"{side} px")
 def shards(request, photos, tmp_path_factory):
-    """2,000 JPEGs cut from real photographs, in eight shards."""
+    """Return the side and the URL of 2,000 JPEGs, crops of real photographs, in eight shards."""
     side = request.param
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
@@ -38,26 +38,28 @@ def shards(request, photos, tmp_path_factory):
 
 
 def measure_rate(batches, timed=_TIMED):
-    """Images per second once all processes are up, over far more images than a loader reads ahead (4,000 at most)."""
+    """Return the images per second in steady state, over many more images than a loader prefetches (at most 4,000)."""
     iterator = iter(batches)
     num_images = 0
     while num_images < _WARM_UP:
         num_images += len(next(iterator))
-    num_images, began = 0, time.perf_counter()
+    num_images, start = 0, time.perf_counter()
     while num_images < timed:
         num_images += len(next(iterator))
-    return num_images / (time.perf_counter() - began)
+    return num_images / (time.perf_counter() - start)
 
 
 def bsq_ray_loader(manifest, executor):
-    section = config.DataConfig()
-    stream = training_batches(ImageSource(manifest, section, _CROP), section, _BATCH, 0, 1, seed=0, executor=executor)
+    data_config = config.DataConfig()
+    stream = training_batches(
+        ImageSource(manifest, data_config, _CROP), data_config, _BATCH, 0, 1, seed=0, executor=executor
+    )
     for batch in stream:
         yield batch.values_B
 
 
 def webdataset_loader(manifest, processes):
-    """The same tensors as its users make them, with Pillow."""
+    """Return webdataset's loader of the same tensors, decoded and cropped with Pillow."""
 
     def crop(sample):
         image = sample["jpg"].convert("RGB")
@@ -72,23 +74,20 @@ def webdataset_loader(manifest, processes):
     return webdataset.WebLoader(data.batched(_BATCH, collation_fn=torch.stack), batch_size=None, num_workers=processes)
 
 
-# The server first: Ray's workers take its address from the environment they are started in.
-def test_loader_speed(shards, bucket, ray_local, record_measurement):
+# The `bucket` fixture comes first: Ray's workers read the server's address from the environment at their start.
+def test_loader_speed(shards, bucket, ray_local, record):
     side, url = shards
     storage.copy_folder(url, bucket)
     manifest, remote = read_manifest(url), read_manifest(bucket)
     loaders = {
-        "webdataset, 2 processes": lambda: webdataset_loader(manifest, 2),
-        "bsq_ray, threads of this process": lambda: bsq_ray_loader(manifest, "local"),
-        "bsq_ray, Ray Data": lambda: bsq_ray_loader(manifest, "ray"),
+        "webdataset": lambda: webdataset_loader(manifest, 2),
+        "threads": lambda: bsq_ray_loader(manifest, "local"),
+        "ray-data": lambda: bsq_ray_loader(manifest, "ray"),
     }
-    # In turns, and each one's best: what else a machine has to do comes and goes.
+    # Loaders alternate and the best round counts, because the load of a shared node changes.
     rounds = [{name: measure_rate(loader()) for name, loader in loaders.items()} for _ in range(_ROUNDS)]
-    rows = {name: max(figures[name] for figures in rounds) for name in loaders}
-    rows["bsq_ray, Ray Data, from S3 (a server on the same cores)"] = measure_rate(
-        bsq_ray_loader(remote, "ray"), _TIMED_FROM_S3
-    )
-    webdataset_rate = rows["webdataset, 2 processes"]
-    for name, value in rows.items():
-        what = f"loader, {side} px JPEGs to {_CROP} px crops: {name}"
-        record_measurement(what, f"{value:,.0f} images/s", f"{value / webdataset_rate:.2f} x webdataset")
+    rows = {name: max(rates[name] for rates in rounds) for name in loaders}
+    rows["s3"] = measure_rate(bsq_ray_loader(remote, "ray"), _TIMED_FROM_S3)
+    for row_id, rate in rows.items():
+        values = {f"images_per_s_{side}": round(rate), f"ratio_{side}": rate / rows["webdataset"]}
+        record("loader-cpu", row_id, **values)

@@ -1,7 +1,7 @@
-"""The plan against a real step: memory and time of the demo's presets on this processor, planned as if it were a card.
+"""Accuracy of plans: predicted and measured memory and time of a step of the demo presets on this CPU.
 
-Its peak and bandwidth are measured in the same run, and so is how fast the demo's tokenizer reconstructs, from which
-the plan's efficiency follows as it does for the A5000 from the one published figure.
+The CPU's peak throughput and memory bandwidth are measured in the same run. The plan's efficiency follows from the
+speed at which the demo's tokenizer reconstructs, as the default efficiency follows from a published measurement.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from bsq_ray.planning.planner import make_plan
 
 pytestmark = pytest.mark.benchmark
 CPU = torch.device("cpu")
-# ZeRO's buffers are reserved but not touched on a processor, so that they cannot be measured.
+# On a CPU, ZeRO's buffers are reserved but not written, so they cannot be measured.
 PLAIN = ["training.engine.kind=ddp", "training.engine.precision=bf16"]
 
 
@@ -31,16 +31,16 @@ def preset(name):
 
 def min_time(call, times=5):
     def once():
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     call()
     return min(once() for _ in range(times))
 
 
 def cpu_as_gpu_spec():
-    """Its figures, as a card's data sheet would give them."""
+    """Return the measured properties of the CPU."""
     side, source = 2048, torch.empty(2**28, dtype=torch.uint8)
     peaks = {}
     for kind in (torch.bfloat16, torch.float32):
@@ -49,32 +49,32 @@ def cpu_as_gpu_spec():
     target = torch.empty_like(source)
     bandwidth = 2 * len(source) / min_time(lambda: target.copy_(source)) / 1e9
     memory = psutil.virtual_memory().total / 2**30
-    return GPUSpec("this processor", peaks[torch.bfloat16], peaks[torch.float32], memory, bandwidth, bandwidth)
+    return GPUSpec("this CPU", peaks[torch.bfloat16], peaks[torch.float32], memory, bandwidth, bandwidth)
 
 
 def measured_efficiency(gpu_spec):
-    """Share of the peak at which the demo's tokenizer reconstructs; the inverse of `reconstruction_rate`."""
+    """Return the fraction of the peak at which the demo's tokenizer reconstructs; inverts `reconstruction_rate`."""
     run = preset("demo")
     tokenizer, images = Tokenizer(run.model).eval(), torch.rand(16, 3, 64, 64) * 2 - 1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         seconds = min_time(lambda: tokenizer(images)) / len(images)
-    traffic = 2 * tokenizer_activation_bytes(run.model, half=True) / (gpu_spec.bandwidth * 1e9)
+    traffic = 2 * tokenizer_activation_bytes(run.model, half=True) / (gpu_spec.memory_bandwidth * 1e9)
     return tokenizer_forward_flops(run.model) / (gpu_spec.bf16_tflops * 1e12) / (seconds - traffic)
 
 
 def mean_step_seconds(training):
-    """On average: what comes every sixteenth step is a sixteenth of it."""
+    """Return the seconds of an average step; R1 runs in every sixteenth step."""
 
     def timed(number):
-        began = time.perf_counter()
+        start = time.perf_counter()
         training.step(number)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return statistics.median(map(timed, (1, 2, 3))) * 15 / 16 + min(map(timed, (15, 15))) / 16
 
 
 def peak_tensor_bytes(call):
-    """Most bytes that tensors made by a call hold at once."""
+    """Return the peak memory of the tensors that a call allocates, bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     current = peak = 0
@@ -92,7 +92,7 @@ def cpu_spec():
 
 
 @pytest.mark.parametrize("name", ["demo", "masked-lm-demo", "prior-demo"])
-def test_plan_accuracy(name, cpu_spec, record_measurement):
+def test_plan_accuracy(name, cpu_spec, record):
     gpu_spec, efficiency = cpu_spec
     steps = []
 
@@ -104,7 +104,14 @@ def test_plan_accuracy(name, cpu_spec, record_measurement):
     peak_bytes = peak_tensor_bytes(build_and_step)
     seconds = mean_step_seconds(steps[0])
     plan = make_plan(preset(name), gpu_spec, 1, efficiency=efficiency)
-    memory = plan.memory.total - plan.memory.overhead
-    what = f"plan of {name} on this processor ({efficiency:.0%} of {gpu_spec.bf16_tflops:.2f} bf16 TFLOP/s)"
-    record_measurement(f"{what}: time of a step", f"{plan.step_seconds:.3g} s", f"measured {seconds:.3g} s")
-    record_measurement(f"{what}: memory", f"{memory / 1e6:.0f} MB", f"measured {peak_bytes / 1e6:.0f} MB")
+    predicted_bytes = plan.memory.total - plan.memory.overhead
+    record(
+        "planner-cpu",
+        name,
+        predicted_mb=predicted_bytes / 1e6,
+        measured_mb=peak_bytes / 1e6,
+        memory_ratio=predicted_bytes / peak_bytes,
+        predicted_s=plan.step_seconds,
+        measured_s=seconds,
+        time_ratio=plan.step_seconds / seconds,
+    )

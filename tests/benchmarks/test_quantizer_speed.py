@@ -1,4 +1,4 @@
-"""Quantisers: forward and backward with entropies for 8,192 tokens, beside vector-quantize-pytorch in the same run."""
+"""Time and memory of quantizers for 8,192 tokens, compared with vector-quantize-pytorch in the same run."""
 
 import statistics
 import timeit
@@ -12,7 +12,7 @@ _BATCH, _TOKENS = 32, 256
 
 
 def milliseconds(steps, rounds=9, calls=5):
-    """Time of each step: the median over rounds, in which the steps take turns, of the least of a few calls."""
+    """Return the time of each step: the median over rounds of the minimum of a few calls; steps alternate."""
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -22,7 +22,7 @@ def milliseconds(steps, rounds=9, calls=5):
 
 
 def peak_megabytes(step):
-    """Most memory that tensors made by a call hold at once."""
+    """Return the peak memory of the tensors that a call allocates, MB."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     held = peak = 0
@@ -33,12 +33,7 @@ def peak_megabytes(step):
     return peak / 1e6
 
 
-def test_quantizer_speed(record_measurement):
+def test_quantizer_speed(record):
     steps = quantizer_steps((_BATCH, _TOKENS), torch.device("cpu"))
-    rows = milliseconds(steps)
-    base = rows["BSQ 18 bits, analytical"]
-    for name, value in rows.items():
-        what = f"quantiser, forward + backward, {_BATCH * _TOKENS:,} tokens: {name}"
-        record_measurement(
-            what, f"{value:.2f} ms, {peak_megabytes(steps[name]):.1f} MB", f"{value / base:.2f} x BSQ 18 bits"
-        )
+    for row_id, step_ms in milliseconds(steps).items():
+        record("quantizer-cpu", row_id, ms=step_ms, mb=peak_megabytes(steps[row_id]))

@@ -1,9 +1,7 @@
-"""Training the demo's model as its user does: speed, waiting for data, start-up, and after a worker was lost."""
+"""Training of the demo's tokenizer: throughput, data wait, start-up time, and recovery from a lost worker."""
 
 import json
-import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -12,7 +10,7 @@ import psutil
 import pytest
 
 pytestmark = pytest.mark.benchmark
-# The discriminator learns from the first step, so that all steps are alike.
+# The discriminator trains from the first step, so that all steps cost the same.
 _RUN_OVERRIDES = [
     "training.steps=100000",
     "training.log_every=1",
@@ -24,13 +22,13 @@ _WARM_UP, _TIMED = 30, 150
 
 
 class Run:
-    """`bsq-ray train` in a process of its own, followed by the records it writes."""
+    """`bsq-ray train` in its own process, observed through the records it writes."""
 
     def __init__(self, shards, out, workers):
         command = ["train", "tokenizer", "--config", "demo", "--data", shards, "--out", str(out)]
         command += ["--workers", str(workers), *_RUN_OVERRIDES]
         self.log = out / "metrics.jsonl"
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *command],
             stdout=subprocess.DEVNULL,
@@ -38,11 +36,11 @@ class Run:
         )
 
     def records(self):
-        """What the run has logged so far."""
+        """Return the records that the run has logged."""
         return list(map(json.loads, self.log.read_text().splitlines())) if self.log.exists() else []
 
     def wait_for_step(self, step):
-        """Waits until a step is taken; returns its record."""
+        """Wait until a step is reached; return its record."""
         while True:
             assert self.process.poll() is None
             reached = [r for r in self.records() if r["kind"] == "training" and r["step"] >= step]
@@ -51,11 +49,11 @@ class Run:
             time.sleep(0.05)
 
     def kill_worker(self):
-        """Kills one of the workers; returns how long no step is taken."""
+        """Kill one of the workers; return the seconds until the next step."""
         workers = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in p.name()]
         workers[-1].kill()
         killed = time.monotonic()
-        # The log is cut back to the newest checkpoint and goes on with another start.
+        # The log is truncated to the newest checkpoint; then a second start record follows.
         while [record["kind"] for record in self.records()].count("start") < 2:
             assert self.process.poll() is None
             time.sleep(0.05)
@@ -70,43 +68,30 @@ class Run:
 
 
 def throughput(before, after):
-    """Images per second between two records, and the share of that time spent waiting for data."""
+    """Return images per second between two records, and the fraction of that time spent waiting for data."""
     seconds = after["seconds"] - before["seconds"]
     waited = after["data_wait"] * after["seconds"] - before["data_wait"] * before["seconds"]
     return 16 * (after["step"] - before["step"]) / seconds, waited / seconds
 
 
-def test_scaling_speed(photo_shards, tmp_path, record_measurement):
-    names = {0: "in one process, without Ray", 1: "one Ray worker", 2: "two Ray workers"}
+def test_scaling_speed(photo_shards, tmp_path, record):
     speeds, starts, waits = {}, {}, {}
-    for workers in names:
+    for workers in (0, 1, 2):
         run = Run(photo_shards, tmp_path / f"{workers}", workers)
         try:
-            run.reach(1)
-            starts[workers] = time.monotonic() - run.began
-            first = run.reach(_WARM_UP)
-            speeds[workers], waits[workers] = throughput(first, run.reach(_WARM_UP + _TIMED))
+            run.wait_for_step(1)
+            starts[workers] = time.monotonic() - run.start_time
+            first = run.wait_for_step(_WARM_UP)
+            speeds[workers], waits[workers] = throughput(first, run.wait_for_step(_WARM_UP + _TIMED))
             checkpoints = [record for record in run.records() if record["kind"] == "checkpoint"]
             recovery_s = run.kill_worker() if workers == 2 else 0.0
         finally:
-            run.end()
-    for workers, name in names.items():
-        ratio = f"{speeds[workers] / speeds[0]:.2f} x without Ray"
-        what = f"training the demo's tokenizer, batch 16, {os.cpu_count()} cores, {name}"
-        record_measurement(
-            what, f"{speeds[workers]:.1f} images/s, {waits[workers]:.1%} of the time waiting for data", ratio
-        )
-    for workers, name in names.items():
-        comparison = f"{starts[0]:.1f} s without Ray"
-        record_measurement(f"from the command to the first step, {name}", f"{starts[workers]:.1f} s", comparison)
-    record_measurement(
-        "from a killed worker to the next step, two Ray workers",
-        f"{recovery_s:.1f} s",
-        f"{starts[2]:.1f} s from the command",
-    )
-    blocking_ms, whole = (
-        1e3 * statistics.median(record[key] for record in checkpoints) for key in ("blocking_seconds", "seconds")
-    )
-    record_measurement(
-        "steps wait for a checkpoint, two Ray workers", f"{blocking_ms:.0f} ms", f"until it is visible {whole:.0f} ms"
-    )
+            run.stop()
+    for workers, images_per_s in speeds.items():
+        values = {"images_per_s": images_per_s, "data_wait": waits[workers], "first_step_s": starts[workers]}
+        record("training-throughput-cpu", str(workers), **values)
+    record("training-recovery-cpu", "restart", min_s=recovery_s, max_s=recovery_s)
+    blocking_s = [checkpoint["blocking_seconds"] for checkpoint in checkpoints]
+    record("training-recovery-cpu", "blocking", min_s=min(blocking_s), max_s=max(blocking_s))
+    published_s = [checkpoint["seconds"] for checkpoint in checkpoints]
+    record("training-recovery-cpu", "published", min_s=min(published_s), max_s=max(published_s))

@@ -1,7 +1,7 @@
-"""One full training step: generator, LPIPS (VGG), discriminator, R1 amortised over its 16 steps, both optimisers.
+"""Full training step: generator, LPIPS (VGG), discriminator, R1 averaged over its 16 steps, both optimizers.
 
-Width 256, 6 + 6 layers, 128 px, batch 4, StyleGAN2 discriminator with channel base 32,768. The neighbour is the same
-step spelt without care, see `CarelessTraining`.
+Width 256, 6 + 6 layers, 128 px, batch 4, StyleGAN2 discriminator with channel base 32,768. The baseline is the same
+step in naive PyTorch, see `NaiveTrainingSteps`.
 """
 
 import os
@@ -35,21 +35,21 @@ def build_config(precision, compiled):
 
 
 def measure(kind, precision, compiled):
-    """Seconds of an average step, and the process's peak memory in GB."""
+    """Return the seconds of an average step and the peak memory of the process in GB."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     step = {"optimized": TrainingSteps, "naive": NaiveTrainingSteps}[kind](build_config(precision, compiled), CPU).step
     step(0)
     times = []
     for number in (1, 2, 15):
-        began = time.perf_counter()
+        start = time.perf_counter()
         step(number)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     average = min(times[:2]) * 15 / 16 + times[2] / 16
     return average, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def test_step_speed(record_measurement):
+def test_step_speed(record):
     cases = [
         ("naive", "fp32", False),
         ("optimized", "fp32", False),
@@ -58,20 +58,20 @@ def test_step_speed(record_measurement):
         ("optimized", "bf16", False),
         ("optimized", "bf16", True),
     ]
-    seconds = {}
+    measured = {}
     for case in cases:
-        # A process of its own for each, so that peak memory is its own.
+        # Each case runs in its own process, because peak memory is measured per process.
         call = f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); import test_step_speed as t; "
         call += f"print(*t.measure(*{case!r}))"
-        # Ours as Ray's workers are started; the neighbour as any process.
+        # Only the optimized steps run with the allocator settings of Ray workers.
         extra_env = malloc_env() if case[0] == "optimized" else {}
         environment = os.environ | extra_env
         done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True, env=environment)
-        value, memory = map(float, done.stdout.split()[-2:])
-        seconds[case] = value
+        measured[case] = seconds, memory_gb = tuple(map(float, done.stdout.split()[-2:]))
         kind, precision, compiled = case
-        name = "naive baseline" if kind == "naive" else "bsq_ray"
-        name += f", {precision}, {'compiled' if compiled else 'eager'}"
-        ratio = seconds["naive", precision, False] / value
-        what = f"full training step, {_SIZE} px, batch {_BATCH}: {name}"
-        record_measurement(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the naive baseline's speed")
+        if kind == "naive":
+            continue
+        naive_seconds, naive_gb = measured["naive", precision, False]
+        values = {"step_s": seconds, "memory_gb": memory_gb, "naive_s": naive_seconds, "naive_gb": naive_gb}
+        row_id = f"{precision}-{'compiled' if compiled else 'eager'}"
+        record("training-step-cpu", row_id, **values, speedup=naive_seconds / seconds)

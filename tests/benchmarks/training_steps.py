@@ -1,4 +1,4 @@
-"""Steps of a training without what surrounds them in a run, on any device, and the tokenizer's step without care."""
+"""Training steps without the surrounding loop, on any device, and a naive baseline of the tokenizer's step."""
 
 from types import SimpleNamespace
 
@@ -15,18 +15,18 @@ from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 
 def random_batch(run):
-    """As many samples as a step takes, on the host, as the loader gives them."""
+    """Return a batch of random samples in host memory, in the format of the loader."""
     size = run.training.batch_size
     if run.stage == "tokenizer":
         shape = (size, 3, run.model.image_size, run.model.image_size)
     else:
-        shape = (size, run.model.tokens * run.model.bits // 8)
+        shape = (size, run.model.num_tokens * run.model.bits // 8)
     values = torch.randint(0, 256, shape, dtype=torch.uint8)
     return Batch(values, torch.zeros(size, dtype=torch.int64), list(map(str, range(size))))
 
 
 def build_stage_for(run, device) -> Stage:
-    """The stage that a configuration names; those of tokens read no table."""
+    """Return the stage of a configuration; stages of token models get no table."""
     tokens = SimpleNamespace(tokenizer_url="")
     if run.stage == "tokenizer":
         return TokenizerStage(run, device)
@@ -34,18 +34,18 @@ def build_stage_for(run, device) -> Stage:
 
 
 class TrainingSteps:
-    """Steps of a configuration by its engine in its precision."""
+    """Training steps of a configuration with its engine and precision."""
 
     def __init__(self, run, device):
         self.stage, self.device = build_stage_for(run, device), device
         self.half = run.training.engine.precision == "bf16"
-        section = run.training
+        training_config = run.training
         self.engines = {
-            name: build_engine(module, section, section.batch_size, 1, device, self.half)
+            name: build_engine(module, training_config, training_config.batch_size, 1, device, self.half)
             for name, module in self.stage.modules.items()
         }
         self.main = next(iter(self.stage.modules.values()))
-        self.ema = EMA(self.main, section.ema_decay)
+        self.ema = EMA(self.main, training_config.ema_decay)
         self.batch = random_batch(run)
 
     def step(self, number):
@@ -62,7 +62,7 @@ class TrainingSteps:
 
 
 class NaiveConv(torch.nn.Module):
-    """The literal order of the description: pad, filter, then stride, on whatever layout comes."""
+    """Convolution in the order of its description: pad, filter, then stride, in any memory layout."""
 
     def __init__(self, conv):
         super().__init__()
@@ -86,10 +86,10 @@ class NaiveConv(torch.nn.Module):
 
 
 class NaiveTrainingSteps:
-    """The tokenizer's step spelt without care.
+    """Naive PyTorch version of the tokenizer's training step.
 
-    Filter and stride apart in the default memory layout, discriminator not frozen while the generator learns,
-    originals' perceptual features with gradients, optimisers not fused.
+    Filter and stride are separate operations in the default memory layout. The discriminator is not frozen while the
+    generator learns. The originals' perceptual features have gradients. Optimizers are not fused.
     """
 
     def __init__(self, run, device):

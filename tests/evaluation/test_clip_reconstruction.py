@@ -1,4 +1,4 @@
-"""Measuring a video tokenizer: frame by frame and as clips, the same for any number of workers."""
+"""Evaluation of a video tokenizer, per frame and per clip, with any number of workers."""
 
 import io
 import json
@@ -24,14 +24,14 @@ _FRAMES = 9
 
 def save_model(url, frames, **data):
     torch.manual_seed(0)
-    section = config.TokenizerModelConfig(
+    model_config = config.TokenizerModelConfig(
         image_size=32,
         frames=frames,
         encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32),
     )
-    run = config.TokenizerConfig(name="clips", model=section, data=config.DataConfig(**data))
-    Tokenizer(section).save_pretrained(url, run)
+    run = config.TokenizerConfig(name="clips", model=model_config, data=config.DataConfig(**data))
+    Tokenizer(model_config).save_pretrained(url, run)
     return url
 
 

@@ -1,4 +1,4 @@
-"""The codecs beside ours: real files that other readers open, more bits for more quality, the paper's settings."""
+"""Standard codecs: valid files, more bits for a higher quality, and the paper's settings."""
 
 import io
 
@@ -34,8 +34,8 @@ def test_image_codec_higher_quality_costs_more_bits(name, photos):
     photo = photos[1].resize((200, 150))
     codec = standard_codecs()[name]
     files = [codec.encode(photo, quality) for quality in codec.qualities]
-    magic, place = MAGIC[name]
-    assert all(data[place : place + len(magic)] == magic for data in files)
+    magic, offset = MAGIC[name]
+    assert all(data[offset : offset + len(magic)] == magic for data in files)
     sizes = [len(data) for data in files]
     assert sizes == sorted(sizes)
     errors = [error(codec.decode(data), photo) for data in files]
@@ -79,7 +79,7 @@ def test_video_codec_uses_the_papers_settings(name, clip):
     data = standard_video_codecs()[name].encode(clip, 37)
     assert b"bframes=0" in data
     assert b"crf=37.0" in data
-    # What "medium" stands for.
+    # Settings of the preset "medium".
     assert (b"subme=7" if name == "H.264" else b"subme=2") in data
     if name == "H.264":
         assert b" threads=4" in data

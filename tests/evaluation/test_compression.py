@@ -1,4 +1,4 @@
-"""Comparing our codec with the standard ones: what is measured, what is written, what is refused."""
+"""Comparison of our codec with standard codecs: measurements, output files, invalid input."""
 
 import io
 import json
@@ -25,7 +25,7 @@ MODEL_CONFIG = config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, widt
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A prior's model folder, untrained, with its tokenizer."""
+    """Model folder of an untrained prior, with its tokenizer."""
     url = tmp_path_factory.mktemp("prior")
     torch.manual_seed(0)
     Prior(MODEL_CONFIG).save_pretrained(str(url))
@@ -43,7 +43,7 @@ def folder(photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(model, folder, tmp_path_factory):
-    """With fewer qualities than the command has; all of them are in test_codecs.py."""
+    """Results with a subset of the qualities; test_codecs.py uses all of them."""
     out = tmp_path_factory.mktemp("results")
     counts = {"JPEG": 4, "WebP": 4}
     few = {
@@ -98,7 +98,7 @@ def test_content_reader_returns_pixels_without_color_profile(photos, tmp_path):
 
 def test_prior_savings_match_file_sizes(results):
     curves = results[0]["curves"]
-    assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens, the same picture"
+    assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens decode to the same image"
     saved = 1 - curves[PRIOR][0]["bits_per_pixel"] / curves[RAW][0]["bits_per_pixel"]
     assert results[0]["prior_savings"] == pytest.approx(saved)
 

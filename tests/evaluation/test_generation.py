@@ -1,4 +1,4 @@
-"""Measuring drawn images: same numbers for any number of workers, a baseline beside, and files for people."""
+"""Evaluation of generated images with any number of workers, its baseline, and generated files."""
 
 import io
 import json
@@ -101,7 +101,9 @@ def test_real_features_are_read_from_cache(generation_setup, results, monkeypatc
     from bsq_ray.evaluation.generation import features
 
     monkeypatch.setattr(
-        features, "actor_map_ordered", lambda *arguments: pytest.fail("the real images are measured again")
+        features,
+        "actor_map_ordered",
+        lambda *arguments: pytest.fail("the features of the real images are computed again"),
     )
     run = config.load_config(f"{generation_setup[0]}/tokenizer/config.yaml")
     manifest = read_manifest(generation_setup[1])
@@ -130,7 +132,7 @@ def test_unreadable_real_images_raise_and_are_not_cached(generation_setup, cache
     [shard] = (tmp_path / "shards").glob("*.tar")
     shard.write_bytes(shard.read_bytes()[:-20_000])
     manifest = read_manifest(str(tmp_path / "shards"))
-    # Another hash than that of the whole data set, whose features are in the cache.
+    # The hash differs from that of the complete data set, whose features are in the cache.
     damaged = replace(manifest, shards=(replace(manifest.shards[0], sha256="0" * 64),))
     cached = set(cache.rglob("*.npz"))
     with pytest.raises(RuntimeError, match=r"shards has an image that cannot be read: shard-000000\.tar: .*shard ends"):
@@ -142,7 +144,7 @@ def test_class_accuracy_and_coverage_use_nearest_images():
     """Class accuracy and coverage follow from the classes of the nearest reference images."""
     rng = np.random.default_rng(0)
     reference = Features(rng.normal(size=(40, 8)), np.repeat(np.eye(4), 10, 0), np.repeat(np.arange(4), 10), ["a"] * 40)
-    # Of classes 0, 1 and 2; those of 2 all look like 0.
+    # Images of the classes 0, 1 and 2; those of class 2 have the features of class 0.
     classifier_NC = np.concatenate([np.eye(4)[[0] * 5], np.eye(4)[[1] * 5], np.eye(4)[[0] * 5]])
     generated = Features(rng.normal(size=(15, 8)), classifier_NC, np.repeat([0, 1, 2], 5), [f"{n}" for n in range(15)])
     metrics = generation._compare(
@@ -201,12 +203,12 @@ def test_frequency_sampler_matches_class_and_position(generation_setup, monkeypa
     sampler(labels, 0)
     sampler(labels, len(labels))
     assert rows == list(range(source.num_samples))
-    # As small in memory as in the table: 160 bits of an image are 20 bytes.
+    # In memory the bits are packed as in the table: 160 bits of an image are 20 bytes.
     assert sampler.packed_PB.nbytes == source.num_samples * 20
     for bits_NL, label in zip(decoded_tokens[0].bits_BNL, labels, strict=True):
         own_PNL = bits_PNL[torch.from_numpy(block.labels_P == label)]
         assert (own_PNL == bits_NL).all(-1).any(0).all()
-        # No single image has all of them.
+        # No single image has all sampled tokens.
         assert not (own_PNL == bits_NL).all(-1).all(-1).any()
 
 
@@ -230,7 +232,7 @@ def test_generate_files_keeps_only_displayed_thumbnails(generation_setup, tmp_pa
 
     monkeypatch.setattr(sample, "ClassSheet", RecordingSheet)
     generate_files(generation_setup[0], str(tmp_path), GenerateRequest([1], count=4, sampling={"steps": 1}))
-    # Each file is written before the next image is kept, and only two are.
+    # Each file is written before the next thumbnail is kept; only two thumbnails are kept.
     assert written == [*((f"class-001-{n:04}.png", min(n, 2)) for n in range(4)), ("sheet.png", 2)]
     assert {tile.size for tile in kept_tiles(sheets)} == {(96, 96)}
 
@@ -253,14 +255,16 @@ def test_generate_files_writes_images(generation_setup, tmp_path):
             generation_setup[0], str(tmp_path / "x"), GenerateRequest([0], image=image, mask=str(tmp_path / "tall.png"))
         )
     assert (
-        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True))
+        generate_files(
+            generation_setup[0], str(tmp_path / "interpolated"), GenerateRequest([0, 1], count=4, interpolate=True)
+        )
         == 4
     )
 
 
 def test_generate_files_writes_animated_clips(tmp_path):
-    section = MODEL_CONFIG.model_copy(update={"grid": (3, 4, 4)})
-    MaskedLM(section).save_pretrained(str(tmp_path / "model"))
+    model_config = MODEL_CONFIG.model_copy(update={"grid": (3, 4, 4)})
+    MaskedLM(model_config).save_pretrained(str(tmp_path / "model"))
     save_tokenizer(tmp_path / "model" / "tokenizer", 0, frames=3)
     model = str(tmp_path / "model")
     assert generate_files(model, str(tmp_path / "out"), GenerateRequest([1], count=2, sampling={"steps": 2})) == 2
@@ -291,12 +295,12 @@ def test_generate_files_invalid_request_raises(generation_setup, tmp_path, reque
 
 def test_read_qt_resources_returns_files():
     names = b"".join(struct.pack(">HI", len(n), 0) + n.encode("utf-16-be") for n in ("a", "b.webp"))
-    content = zlib.compress(b"photograph")
+    content = zlib.compress(b"image file")
     contents = struct.pack(">I", len(content) + 4) + struct.pack(">I", 10) + content
     entries = struct.pack(">IHII", 0, 2, 1, 1) + struct.pack(">IHII", 0, 2, 1, 2)
     entries += struct.pack(">IHHHI", 8, 1, 0, 0, 0)
     header = 20
     data = struct.pack(">4s4I", b"qres", 1, header, header + len(entries), header + len(entries) + len(contents))
-    assert read_qt_resources(data + entries + contents + names) == {"/a/b.webp": b"photograph"}
+    assert read_qt_resources(data + entries + contents + names) == {"/a/b.webp": b"image file"}
     with pytest.raises(ValueError, match="not a Qt resource file"):
         read_qt_resources(io.BytesIO(b"no").getvalue())

@@ -1,4 +1,4 @@
-"""Curves of rate and distortion: means, figures at a rate, BD-rates against an independent calculation."""
+"""Rate-distortion curves: means, interpolation at a rate, BD-rates against an independent computation."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def test_bd_rate_of_scaled_rates_is_the_scale_factor(factor):
 
 
 def test_bd_rate_matches_numerical_integration():
-    """Integrated here, over 200,000 steps; the curves need not have the same number of points."""
+    """The BD-rate equals a numerical integral over 200,000 steps, for curves of different numbers of points."""
     first, second = curve(RATES, [28, 31, 34, 36, 39]), curve([0.12, 0.2, 0.3, 0.7], [29, 32, 34.5, 38.5])
     at = np.linspace(29, 38.5, 200_001)
     curves = [
@@ -78,7 +78,7 @@ def test_bd_rate_matches_numerical_integration():
 
 
 def test_mean_bd_rate_is_independent_of_bit_allocation():
-    """The same codec at half the anchor's rate: once at the anchor's qualities, once at one PSNR for both images."""
+    """A codec with half the anchor's rate has the same BD-rate at equal qualities and at equal PSNR of both images."""
     easy, hard = [36, 39, 42, 45, 48], [20, 23, 26, 29, 32]
     anchors = {"easy": easy, "hard": hard}
     psnrs_by_item = {"easy": [37, 40, 43, 46], "hard": [21, 22, 25, 28]}

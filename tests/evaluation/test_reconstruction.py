@@ -1,4 +1,4 @@
-"""Measuring a tokenizer: the same numbers for any number of workers, with a contract and a baseline."""
+"""Evaluation of a tokenizer with any number of workers: metrics, provenance, baseline."""
 
 import json
 from importlib import metadata
@@ -22,14 +22,14 @@ def model(tmp_path_factory):
     """An untrained tokenizer of 36 bits at 32 px."""
     torch.manual_seed(0)
     small = config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32)
-    section = config.TokenizerModelConfig(
+    model_config = config.TokenizerModelConfig(
         image_size=32,
         encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=small,
         quantizer=config.BSQConfig(bits=36),
     )
     url = str(tmp_path_factory.mktemp("model"))
-    Tokenizer(section).save_pretrained(url)
+    Tokenizer(model_config).save_pretrained(url)
     return url
 
 

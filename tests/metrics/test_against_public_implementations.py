@@ -1,4 +1,4 @@
-"""Every metric against a public implementation of it, on real photographs and their distortions."""
+"""Every metric against a public implementation, on real photos and their distortions."""
 
 import itertools
 from importlib.util import find_spec
@@ -86,7 +86,7 @@ def test_lpips_matches_lpips_package(originals, distorted, network):
 
 
 def test_inception_features_match_pytorch_fid(originals, inception, monkeypatch):
-    """The public wrapper, given the same weights instead of its download."""
+    """Features equal those of pytorch-fid with the same weights."""
     stub_torchvision_ops()
     import pytorch_fid.inception as public
     from torchvision.models.inception import BasicConv2d, Inception3
@@ -111,7 +111,7 @@ def features(count, seed, width=64):
 
 
 def statistics(features_ND, first=0):
-    """Of images whose keys are their numbers from `first` on."""
+    """Statistics of images whose keys are consecutive numbers from `first` on."""
     result = FeatureStatistics(features_ND.shape[1])
     result.update(features_ND, [f"{first + n:06}" for n in range(len(features_ND))])
     return result
@@ -119,7 +119,7 @@ def statistics(features_ND, first=0):
 
 @pytest.mark.parametrize("count", [30, 500])
 def test_frechet_distance_matches_pytorch_fid(count):
-    """Also with fewer images than features, where the covariance is singular."""
+    """The distance is correct even for fewer images than features, where the covariance is singular."""
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     a, b = features(count, 1), features(count, 2)
@@ -140,7 +140,7 @@ def test_kernel_distance_matches_torchmetrics():
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 2500), max_size=5))
 def test_kid_subset_is_independent_of_batching(cuts):
-    """With more images than are kept; the images come sorted, so that their first ones would be no fair sample."""
+    """The subset of more than 2,000 images is random: the images are sorted, so the first ones would be biased."""
     features_ND = np.sort(np.random.default_rng(0).normal(size=(2500, 4)), 0)
     whole, gathered = statistics(features_ND), FeatureStatistics(4)
     for start, end in itertools.pairwise([0, *sorted(cuts), 2500]):
@@ -159,13 +159,13 @@ def test_inception_score_matches_torch_fidelity():
     logits = torch.from_numpy(features(80, 3)) / 10
     public = isc_features_to_metric(logits, splits=1, shuffle=False)
     assert inception_score(logits.numpy()) == pytest.approx(public["inception_score_mean"], rel=1e-6)
-    same, sure = np.zeros((9, 5)), np.eye(5) * 2000
-    assert inception_score(same) == pytest.approx(1)
-    assert inception_score(sure) == pytest.approx(5), "classes that cannot be do no harm"
+    uniform, certain = np.zeros((9, 5)), np.eye(5) * 2000
+    assert inception_score(uniform) == pytest.approx(1)
+    assert inception_score(certain) == pytest.approx(5), "classes of probability 0 have no effect"
 
 
 def test_classifier_recognizes_imagenet_photos():
-    """Photographs of ImageNet with the true class in their names; what it gets wrong is among its five best."""
+    """At least 17 of 20 ImageNet photos have the correct class, and 19 have it among the five best."""
     folder = Path(find_spec("foolbox").submodule_search_locations[0]) / "data"
     paths = sorted(folder.glob("imagenet_*.jpg"))
     images = np.stack([eval_transform(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])

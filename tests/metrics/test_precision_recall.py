@@ -1,4 +1,4 @@
-"""Precision and recall as in a public implementation; classes by the nearest images."""
+"""Precision and recall against a public implementation; classes by the nearest images."""
 
 import numpy as np
 import pytest

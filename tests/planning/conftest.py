@@ -1,9 +1,9 @@
-"""What the tests of the plan share."""
+"""Fixtures of the planning tests."""
 
 import pytest
 
 
 @pytest.fixture
 def fused_attention(monkeypatch):
-    """Formulas are of a GPU, whose attention keeps no scores."""
+    """Use fused attention, which saves no scores: the formulas are for GPUs."""
     monkeypatch.setattr("bsq_ray.models.layers.attention._EAGER_MAX_TOKENS", 0)

@@ -1,4 +1,4 @@
-"""Parameters and operations by formula are those of the modules that are really built."""
+"""Parameters and operations by formula equal those of the built modules."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts as `FlopCounterMode` does, which cannot follow gradients of gradients."""
+    """Count as `FlopCounterMode`, which does not support gradients of gradients."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the formulas say is kept for the backward pass, against what PyTorch really keeps."""
+"""Saved activations by formula against the bytes that PyTorch saves for the backward pass."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ IMAGES = 4
 
 
 def saved_tensor_bytes(forward, module, copies):
-    """Bytes of distinct storages saved by `forward`, less the module's own weights and `copies` bytes of theirs."""
+    """Return the bytes of distinct storages saved by `forward`, minus the module's weights and `copies` bytes."""
     own = {value.untyped_storage().data_ptr() for value in module.parameters()}
     storages = {}
 
@@ -83,7 +83,7 @@ def test_discriminator_activation_bytes_within_ten_percent(overrides, half):
             return discriminator(images_BCHW)
 
     weights = sum(value.numel() for value in discriminator.parameters())
-    # Equalised weights are computed, so fp32 keeps a copy of them as well.
+    # Weights with equalized learning rate are computed, so fp32 saves a copy of them, too.
     copies = 2 * weights if half else 4 * weights * (adversarial.discriminator == "stylegan2")
     saved_bytes = saved_tensor_bytes(forward, discriminator, copies)
     assert discriminator_activation_bytes(adversarial, size, half) == pytest.approx(saved_bytes / IMAGES, rel=0.1)
@@ -98,7 +98,7 @@ def test_clip_discriminator_bytes_within_ten_percent(frames):
     adversarial = load_config("demo", overrides).loss.adversarial
     discriminator, clips = build_discriminator(adversarial, 64, frames), random_images(64, frames).requires_grad_()
     weights = sum(value.numel() for value in discriminator.parameters())
-    # In fp32 alone: half precision on a CPU averages in fp32, on a GPU it does not.
+    # Only in fp32: in half precision a CPU averages in fp32 and a GPU does not.
     saved_bytes = saved_tensor_bytes(lambda: discriminator(clips), discriminator, 4 * weights)
     assert discriminator_activation_bytes(adversarial, 64, False, frames) == pytest.approx(
         saved_bytes / IMAGES, rel=0.1
@@ -124,7 +124,7 @@ def test_lpips_activation_bytes_within_five_percent(overrides, half):
 def test_zero_partitions_more_state_at_each_stage():
     stages = [training_memory(load_config("demo", [f"training.engine.zero_stage={s}"]), 4, 4) for s in range(4)]
     none, optimizer, gradients, weights = stages
-    # Two moments on every worker, against two moments and ZeRO's own weights on four.
+    # Two moments on every worker, compared with two moments and ZeRO's weights divided by four.
     assert optimizer.optimizer == none.optimizer * 3 / 8
     assert gradients.gradients == none.gradients / 4
     assert weights.weights < gradients.weights == none.weights

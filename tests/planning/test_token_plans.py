@@ -1,4 +1,4 @@
-"""Models of tokens: what the formulas say against what PyTorch builds, computes and keeps."""
+"""Token models: formulas against the parameters, operations and saved bytes of PyTorch."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def build(run):
 
 
 def training_loss(run, model, sub_tokens_BNS):
-    """The training loss; for the masked model with the share of tokens hidden that is hidden on average."""
+    """Return the training loss; for the masked model with the mean fraction of masked tokens."""
     if run.stage == "prior":
         return code_length(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
     count = round(run.model.num_tokens * 2 / torch.pi)
@@ -75,11 +75,11 @@ def test_token_model_bytes_within_five_percent(name, overrides, half, fused_atte
         with autocast(half):
             return training_loss(run, model, sub_tokens_BNS)
 
-    # Of the tables, autocast copies only the one that logits are made with.
+    # Autocast copies only the table that computes the logits.
     tables = () if run.stage == "masked-lm" else ("embedding", "earlier")
     cast = sum(value.numel() for name, value in model.named_parameters() if name.split(".")[0] not in tables)
     saved_bytes = saved_tensor_bytes(forward, model, 2 * cast if half else 0) / SAMPLES
-    # The head's norm takes what the GELU gives as it is on CPUs, and in fp32 on GPUs.
+    # The input of the head's norm has half precision on CPUs and fp32 on GPUs.
     heads = 1 if run.stage == "masked-lm" else run.model.num_sub_tokens
     saved_bytes += 2 * half * heads * run.model.num_tokens * run.model.width
     assert token_model_activation_bytes(run.model, half) == pytest.approx(saved_bytes, rel=0.05)

@@ -10,7 +10,7 @@ animation, `reconstructions.webp`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionM
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.fid import KID_SUBSET_SIZE
 from bsq_ray.metrics.i3d import MIN_FRAMES
+from bsq_ray.metrics.ssim import MS_SSIM_SIDE
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
@@ -152,23 +153,16 @@ def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Ite
 def _write_results(
     accumulator: MetricAccumulator, task: _EvaluationTask, out_url: str, show_published: bool
 ) -> dict[str, Any]:
+    """Write results.json, results.md and the plots; return the content of results.json."""
     if accumulator.num_samples < 2:
-        what = f"{task.total} {_UNITS[task.manifest.kind]}"
-        raise RuntimeError(f"only {accumulator.num_samples} of {what} of {task.manifest.url} could be read")
-    model, data = task.model_config, task.run.data
+        expected = f"{task.total} {_UNITS[task.manifest.kind]}"
+        raise RuntimeError(f"only {accumulator.num_samples} of {expected} of {task.manifest.url} could be read")
+    model, is_video = task.model_config, task.manifest.kind == "videos"
     metrics = accumulator.compute()
     for row_metrics in metrics.values():
         row_metrics["bits_per_pixel"] = model.quantizer.bits / model.patch_size**2
-    num_frames = model.frames if task.manifest.kind == "videos" else 1
-    unit = "frames_per_second" if task.manifest.kind == "videos" else "images_per_second"
+    unit, num_frames = ("frames_per_second", model.frames) if is_video else ("images_per_second", 1)
     metrics["model"][unit] = metrics["model"].pop("samples_per_second") * num_frames
-    provenance = collect_provenance(
-        task.manifest,
-        accumulator.num_samples,
-        size=model.image_size,
-        resize_filter=data.eval_interpolation,
-        networks=task.metrics_type.networks,
-    )
     results: dict[str, Any] = {
         "model": task.model_url,
         "model_id": task.model_id,
@@ -176,42 +170,57 @@ def _write_results(
         "rows": metrics,
         "bit_entropies": accumulator.usage.bit_entropies(),
         "skipped_samples": accumulator.skipped,
-        "provenance": provenance,
+        "provenance": _provenance(accumulator.num_samples, metrics["model"], task),
     }
-    if "kid" in metrics["model"]:
+    if is_video:
+        results["per_frame"] = accumulator.per_frame()
+    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
+    table = reconstruction_markdown(results) + "\n"
+    if show_published:
+        table += "\n" + published_results.published_markdown(task.manifest.kind) + "\n"
+    storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
+    for name, content in _render_plots(accumulator, is_video).items():
+        storage.write_bytes(storage.join(out_url, name), content)
+    return results
+
+
+def _provenance(num_samples: int, metrics: Mapping[str, float], task: _EvaluationTask) -> dict[str, Any]:
+    """Return the provenance with notes about KID, clips and metrics that are not defined for the data."""
+    model, data = task.model_config, task.run.data
+    provenance = collect_provenance(
+        task.manifest,
+        num_samples,
+        size=model.image_size,
+        resize_filter=data.eval_interpolation,
+        networks=task.metrics_type.networks,
+    )
+    if "kid" in metrics:
         provenance["kid"] = (
-            f"U-statistic over {min(accumulator.num_samples, KID_SUBSET_SIZE)} images, without the pairs of an image "
-            "and its reconstruction; ± is the jackknife standard error"
+            f"U-statistic over {min(num_samples, KID_SUBSET_SIZE)} images, without the pairs of an image and its "
+            "reconstruction; ± is the jackknife standard error"
         )
-    if "ms_ssim" not in metrics["model"]:
-        provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
+    if "ms_ssim" not in metrics:
+        provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above {MS_SSIM_SIDE})"
     if task.manifest.kind == "videos":
         provenance["clips"] = (
-            f"{num_frames} frames, {_format_stride(data.frame_stride)} of the video; "
+            f"{model.frames} frames, {_format_stride(data.frame_stride)} of the video; "
             f"at most {data.clips_per_video} of a video, from the middles of equal parts"
         )
         provenance["skipped"] = list(task.source.notes)
-        if "rfvd" not in metrics["model"]:
-            provenance["rfvd"] = (
-                f"not defined for clips of {num_frames} frames (its network takes {MIN_FRAMES} or more)"
-            )
-        results["per_frame"] = accumulator.per_frame()
-        plots = {
-            "reconstructions.png": render_strips(accumulator.comparisons, accumulator.lpips_scores),
-            "reconstructions.webp": render_animation(accumulator.comparisons, accumulator.lpips_scores, _ANIMATION_FPS),
-        }
-    else:
-        plots = {"reconstructions.png": render_grid(accumulator.comparisons, accumulator.lpips_scores)}
-    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
-    table = (
-        reconstruction_markdown(results)
-        + ("\n\n" + published_results.published_markdown(task.manifest.kind) if show_published else "")
-        + "\n"
-    )
-    storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
-    for name, content in plots.items():
-        storage.write_bytes(storage.join(out_url, name), content)
-    return results
+        if "rfvd" not in metrics:
+            provenance["rfvd"] = f"not defined for clips of {model.frames} frames (I3D needs {MIN_FRAMES} or more)"
+    return provenance
+
+
+def _render_plots(accumulator: MetricAccumulator, is_video: bool) -> dict[str, bytes]:
+    """Return the content of the plots by file name."""
+    comparisons, lpips_scores = accumulator.comparisons, accumulator.lpips_scores
+    if not is_video:
+        return {"reconstructions.png": render_grid(comparisons, lpips_scores)}
+    return {
+        "reconstructions.png": render_strips(comparisons, lpips_scores),
+        "reconstructions.webp": render_animation(comparisons, lpips_scores, _ANIMATION_FPS),
+    }
 
 
 _DEFAULT_BATCH_SIZES = {"images": 32, "videos": 2}

@@ -1,4 +1,4 @@
-"""The layouts in which Kodak, MCL-JCV and UVG are handed out, and folders of one's own."""
+"""Published layouts of Kodak, MCL-JCV and UVG, and unnamed folders."""
 
 import pytest
 

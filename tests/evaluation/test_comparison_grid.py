@@ -1,4 +1,4 @@
-"""Which reconstructions are shown: the true best and worst, and what stands for the median is near it."""
+"""Selection of displayed reconstructions: the exact best and worst, and approximate quantiles."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_select_by_quantile_few_images_is_exact(count):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_subsample_is_independent_of_number_of_workers(workers):
-    """The same few of many images are selected for any number of workers."""
+    """The same subset of many images is selected for any number of workers."""
     scores = np.linspace(0, 1, 3200).tolist()
     parts = []
     for rank in range(workers):

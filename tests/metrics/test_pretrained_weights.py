@@ -1,4 +1,4 @@
-"""Where the published weights come from, and that nothing foreign is executed or trusted."""
+"""Sources of the published weights: verification by hash, and no execution of pickled code."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""`bsq-ray reconstruct` of a video: every frame comes back, beside its original, in memory that does not grow."""
+"""`bsq-ray reconstruct` of a video: all frames, side by side with the original, in constant memory."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_reconstruct_clip_writes_originals_on_the_left(model, short_clip, tmp_pa
     )
     side_by_side = read_video_frames(tmp_path / "out.mp4").astype(int)
     assert side_by_side.shape == (10, 32, 64, 3)
-    # H.264 with halved colour changes little.
+    # H.264 with 4:2:0 chroma subsampling changes the pixels little.
     assert np.abs(side_by_side[:, :, :32] - frames).mean() < 6
     tokenizer = Tokenizer.from_pretrained(model)
     together = tokenizer.config.frames
