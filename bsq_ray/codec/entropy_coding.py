@@ -12,7 +12,6 @@ tree, L bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from bsq_ray.codec import probabilities
 from bsq_ray.codec.side_info import read_side_info, write_side_info
+from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.models.prior import Prior, binary_tree_nodes
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
@@ -43,14 +43,6 @@ class EncodedTokens:
 
 class BitstreamError(ValueError):
     """The bytes are not what an encoder with these probabilities writes."""
-
-
-@contextmanager
-def add_elapsed(timings_s: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the time spent inside to a part."""
-    start_time = time.perf_counter()
-    yield
-    timings_s[stage] = timings_s.get(stage, 0.0) + time.perf_counter() - start_time
 
 
 @contextmanager
