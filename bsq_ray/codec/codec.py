@@ -115,7 +115,7 @@ class Codec:
         model_config = self.tokenizer.config
         if model_config.frames > 1 and not model_config.causal:
             raise ValueError(
-                "this tokenizer is not causal and takes whole clips; use a causal or an image tokenizer for images"
+                "this tokenizer is not causal, so it takes clips only; use a causal or an image tokenizer for images"
             )
         pixels_THWC = np.array(to_srgb(image))[None]
         header = self._make_header(pixels_THWC.shape[2], pixels_THWC.shape[1], None)

@@ -97,7 +97,7 @@ def test_files_invalid_input_raises_clear_errors(model, photo, tmp_path):
         decompress_file(model, coded, str(tmp_path / "x.mp4"))
     with pytest.raises(ValueError, match=r"photo.jpg: not a .bsq file"):
         decompress_file(model, photo, str(tmp_path / "x.png"))
-    with pytest.raises(ValueError, match="has 90 x 60 pixels; the limit is 1 to 100 pixels"):
+    with pytest.raises(ValueError, match="claims 90 x 60 pixels; the limit is 1 to 100 pixels"):
         decompress_file(model, coded, str(tmp_path / "x.png"), DecodeSelection(max_pixels=100))
     with pytest.raises(ValueError, match="does not exist"):
         compress_file(model, str(tmp_path / "none.png"), coded)
