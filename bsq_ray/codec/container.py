@@ -281,7 +281,9 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
         ValueError: a field is out of range, or the image is too large.
     """
     if not header.width or not header.height or header.width * header.height > max_pixels:
-        raise ValueError(f"the file claims {header.width} x {header.height} pixels; the limit is 1 to {max_pixels} pixels")
+        raise ValueError(
+            f"the file claims {header.width} x {header.height} pixels; the limit is 1 to {max_pixels} pixels"
+        )
     is_valid = (
         header.coding in (CODING_RAW, CODING_PRIOR)
         and header.tolerance <= 63
