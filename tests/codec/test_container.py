@@ -131,5 +131,5 @@ def test_read_header_foreign_or_damaged_file_raises():
 
 
 def test_validate_header_custom_pixel_limit_raises():
-    with pytest.raises(ValueError, match="images of 1 to 100 pixels are read"):
+    with pytest.raises(ValueError, match="the limit is 1 to 100 pixels"):
         validate_header(IMAGE, 100)

@@ -45,11 +45,11 @@ def read_side_info(data):
     bits, position, choices = BitReader(data[offset + 1 :], True), -1, {}
     for _ in range(count):
         ones = 0
-        while bits.take():
+        while bits.read():
             ones += 1
-        position += 1 + (ones << parameter | bits.take(parameter))
-        choices[position] = bits.take()
-    return choices, offset + 1 + -(-bits.at // 8)
+        position += 1 + (ones << parameter | bits.read(parameter))
+        choices[position] = bits.read()
+    return choices, offset + 1 + -(-bits.position // 8)
 
 
 class RangeDecoder:
