@@ -98,7 +98,7 @@ def decode_payload(payload, logit, tiles, tokens, sub_tokens, k):
             for depth in range(k):
                 for tile in range(tiles):
                     p = probability(logit(bits, tile, n, s, node[tile]), choices.get(number))
-                    bit = coder.bit(p)
+                    bit = coder.decode_bit(p)
                     bits[tile, n, s * k + depth] = bit
                     node[tile] = 2 * node[tile] + 1 + bit
                     number += 1
