@@ -1,4 +1,4 @@
-"""Binary Spherical Quantization tokenizers and what stands on their tokens, trained and served on Ray."""
+"""Binary Spherical Quantization tokenizers and token models, trained and served on Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer"]
 
-_HOME = {
+_MODULES = {
     "Codec": "codec.codec",
     "Generator": "models.generator",
     "MaskedLM": "models.masked_lm",
@@ -24,7 +24,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: the command line must answer --help without loading torch.
-    if name in _HOME:
-        return getattr(import_module(f"bsq_ray.{_HOME[name]}"), name)
+    # Imported on first use, so that `bsq-ray --help` does not load torch.
+    if name in _MODULES:
+        return getattr(import_module(f"bsq_ray.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'bsq_ray' has no attribute '{name}'")

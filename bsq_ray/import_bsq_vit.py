@@ -1,8 +1,8 @@
-"""Imports checkpoints of the BSQ-ViT authors' published code as model folders.
+"""Import of checkpoints of the BSQ-ViT authors' published code as model folders.
 
 Such a file is a dictionary with the weights (`state_dict`), averaged weights (`ema_state_dict`, may be None), the
-discriminator's (`state_dict_discriminator`), and pickled Python objects of the training script. It is read without
-running anything of it: objects of the script become inert stand-ins, and a file that asks for anything else is refused.
+discriminator (`state_dict_discriminator`), and pickled Python objects of the training script. Pickled code is never
+executed: objects of the training script become inert placeholders, and files with other objects are rejected.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from bsq_ray.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """What came out of a checkpoint.
+    """Result of an import.
 
     Attributes:
-        id: of the model folder that was written.
-        iteration: training step of the checkpoint, if it says so.
-        has_discriminator: whether the checkpoint held a discriminator, now `discriminator.safetensors` in the folder.
+        model_id: id of the written model folder.
+        iteration: training step of the checkpoint, or None if the file does not contain it.
+        has_discriminator: whether the checkpoint contains a discriminator, now `discriminator.safetensors`.
     """
 
     model_id: str
@@ -44,17 +44,16 @@ class ImportedModel:
 def import_bsq_vit(
     checkpoint_url: str, config_name: str, out_url: str, weights: model_folder.WeightsKind = "ema"
 ) -> ImportedModel:
-    """Converts a checkpoint of the published reference code into a model folder.
+    """Convert a checkpoint of the published reference code to a model folder.
 
     Args:
         checkpoint_url: path or fsspec URL of `checkpoint.pt`.
-        config_name: the preset or configuration file of the same model.
-        out_url: the folder to write.
-        weights: "ema" makes the averaged weights the model and keeps the plain ones beside them; "plain" takes only
-            the plain ones.
+        config_name: preset or configuration file of the same model.
+        out_url: folder to write.
+        weights: "ema" writes averaged and raw weights; "raw" writes only the raw weights.
 
     Raises:
-        ValueError: the file is damaged, asks for code to be run, or holds other tensors than this model has.
+        ValueError: the file is damaged, contains unexpected objects, or its tensors do not match the model.
     """
     run_config = config.require_stage(config.load_config(config_name), config.TokenizerConfig, config_name)
     with _local_copy(checkpoint_url) as path:
@@ -63,7 +62,7 @@ def import_bsq_vit(
         ema_weights = None
         if weights == "ema":
             if not checkpoint.get("ema_state_dict"):
-                raise ValueError(f"{checkpoint_url} holds no averaged weights; import its raw weights instead")
+                raise ValueError(f"{checkpoint_url} contains no averaged weights; import its raw weights instead")
             ema_weights = _tokenizer_weights(run_config.model, checkpoint, "ema_state_dict", checkpoint_url)
         discriminator = _discriminator_weights(run_config, checkpoint, checkpoint_url)
         iteration = checkpoint.get("iter")
@@ -89,7 +88,7 @@ _EXPECTED_BUILTINS = {"bool", "bytes", "dict", "float", "int", "list", "object",
 
 
 class _InertObject:
-    """Stands in for an object whose class is not to be imported: takes any arguments and state and keeps none."""
+    """Placeholder of an object whose class is not imported; accepts and ignores any arguments and state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _InertObject:
         return object.__new__(cls)
@@ -99,35 +98,35 @@ class _InertObject:
 
 
 class _PlainDict:
-    """Stands in for a subclass of dict, which the unpickler would not fill: making one gives a plain dict."""
+    """Placeholder of a dict subclass; creates a plain dict, because the unpickler does not fill subclasses."""
 
     def __new__(cls, *args: Any) -> dict[Any, Any]:  # type: ignore[misc]
         return {}
 
 
 def read_checkpoint(path: str, source: str) -> dict[str, Any]:
-    """Reads a file of `torch.save` without running anything that it asks for.
+    """Read a file of `torch.save` without executing code from it.
 
     Args:
-        path: a local file.
-        source: what to call it in messages.
+        path: local file.
+        source: name of the file in error messages.
 
     Raises:
-        ValueError: the file is damaged or refers to Python objects that such a checkpoint has no use for.
+        ValueError: the file is damaged or refers to unexpected Python objects.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{source} is not a checkpoint as torch.save writes it, or it is damaged")
+        raise ValueError(f"{source} is not a file written by torch.save, or it is damaged")
     try:
         class_names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         rejected = sorted(name for name in class_names if not _is_expected(name))
         if rejected:
-            raise ValueError(f"{source} is refused: reading it would run or import {', '.join(rejected)}")
+            raise ValueError(f"{source} is rejected: it contains objects that would run or import {', '.join(rejected)}")
         with torch.serialization.safe_globals([_placeholder_class(name) for name in class_names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"cannot read the checkpoint {source}: {' '.join(str(error).split())}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{source} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
+        raise ValueError(f"{source} contains a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
 
 
@@ -144,7 +143,7 @@ def _placeholder_class(name: str) -> type:
 
 @contextmanager
 def _local_copy(url: str) -> Iterator[str]:
-    """A local path of the file, so that its tensors can be mapped instead of loaded."""
+    """Provide a local path of the file, so that its tensors can be memory-mapped."""
     if storage.is_local(url):
         if not storage.exists(url):
             raise ValueError(f"cannot read {url}: it does not exist")
@@ -157,7 +156,7 @@ def _local_copy(url: str) -> Iterator[str]:
         yield copy.name
 
 
-# Reference names, as patterns, and ours. Patterns apply one after another.
+# Patterns of the reference names, and our names. Patterns apply one after another.
 _TOKENIZER_KEY_PATTERNS = [
     (r"^(encoder|decoder)\.(positional_embedding|temporal_positional_embedding|ln_pre|ln_post)", r"\1.transformer.\2"),
     (r"\.positional_embedding$", ".spatial_position"),
@@ -177,7 +176,7 @@ _TOKENIZER_KEY_PATTERNS = [
     (r"^quant_embed\.", "to_code."),
     (r"^post_quant_embed\.", "from_code."),
 ]
-# Powers of two from which the reference makes integer indices; they say nothing about the model.
+# Powers of two that the reference uses for integer indices; they are not weights.
 _INDEX_TABLES = {"quantize.basis", "quantize.group_basis"}
 
 
@@ -194,7 +193,7 @@ def _tokenizer_weights(
 def _discriminator_weights(
     run_config: config.TokenizerConfig, checkpoint: Mapping[str, Any], source: str
 ) -> dict[str, Tensor] | None:
-    """The discriminator's weights, whose names are the reference's, or None if the checkpoint has none."""
+    """Return the weights of the discriminator, named as in the reference, or None if the checkpoint has none."""
     state_dict_key = "state_dict_discriminator"
     if not checkpoint.get(state_dict_key):
         return None
@@ -203,7 +202,7 @@ def _discriminator_weights(
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     for name in sorted(filters):
         if not torch.equal(reference[name].float(), torch.outer(taps, taps)):
-            raise ValueError(f"{source} ({state_dict_key}): {name} is another low-pass filter than [1, 3, 3, 1] / 8")
+            raise ValueError(f"{source} ({state_dict_key}): {name} is not the low-pass filter [1, 3, 3, 1] / 8")
     discriminator = build_discriminator(run_config.loss.adversarial, run_config.model.image_size)
     weights = {name: reference[name] for name in reference.keys() - filters}
     model_folder.load_weights(discriminator, weights, f"{source} ({state_dict_key})")
@@ -211,11 +210,11 @@ def _discriminator_weights(
 
 
 def _tensors(checkpoint: Mapping[str, Any], state_dict_key: str, source: str) -> dict[str, Tensor]:
-    """The tensors of a part by name, without the prefixes of the wrappers (`module.`) they were saved through."""
+    """Return the tensors of a state dict by name, without the prefix `module.` of wrappers."""
     tensors = checkpoint.get(state_dict_key)
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(
-            f"{source} holds no weights called {state_dict_key}; its keys are {', '.join(map(str, checkpoint))}"
+            f"{source} contains no weights {state_dict_key}; its keys are {', '.join(map(str, checkpoint))}"
         )
     tensors = dict(tensors)
     while tensors and all(name.startswith("module.") for name in tensors):

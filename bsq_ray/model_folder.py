@@ -1,9 +1,9 @@
-"""A trained model as a folder, local or behind any fsspec URL:
+"""Model folders: a trained model in a local folder or at an fsspec URL.
 
-config.yaml               the configuration of the run
-model.safetensors         the weights, averaged (EMA) if the training averaged them
-model.plain.safetensors   beside averaged weights: the weights as the optimiser left them
-README.md                 the model card
+config.yaml               configuration of the run
+model.safetensors         weights; averaged (EMA) if the training averaged them
+model.plain.safetensors   raw weights, only if the main weights are averaged
+README.md                 model card
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from bsq_ray import config, storage
 WeightsKind = Literal["ema", "raw"]
 
 _WEIGHTS_FILE, _RAW_WEIGHTS_FILE = "model.safetensors", "model.plain.safetensors"
-# Value of the key "weights" in the metadata of a safetensors file.
+# Metadata of raw weights in a safetensors file; part of the file format.
 _RAW_METADATA = "plain"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a model folder holds.
+    """Content of a model folder.
 
     Attributes:
-        config: the configuration the model was trained with.
+        config: configuration that the model was trained with.
         weights: tensors by name, on the CPU.
-        id: SHA-256 (hexadecimal) over the model section of the configuration and the weights.
+        model_id: SHA-256 (hexadecimal) of the `model` part of the configuration and the weights.
     """
 
     config: config.AnyConfig
@@ -53,21 +53,21 @@ def write_model_folder(
     metrics: Mapping[str, float] | None = None,
     card_fields: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes a model folder, replacing what an earlier call left there.
+    """Write a model folder, replacing the model in it.
 
     Args:
         url: path or fsspec URL of the folder.
-        config_text: the configuration as YAML; it is stored with every key written out.
-        weights: the weights to use by default.
-        plain_weights: the weights as the optimiser left them, if `weights` are averaged.
+        config_text: configuration as YAML; all its keys are written to the folder.
+        weights: weights to use by default.
+        raw_weights: weights without averaging, if `weights` are averaged.
         metrics: measured values for the model card, by name.
-        facts: further rows of the model card, for example the data set and its hash.
+        card_fields: further rows of the model card, for example the data set and its hash.
 
     Returns:
         The id of the model.
 
     Raises:
-        ValueError: the configuration is not valid or the folder cannot be written.
+        ValueError: the configuration is invalid or the folder cannot be written.
     """
     run_config = config.parse_config(config_text, "the configuration of the model")
     text = config.dump_config(run_config)
@@ -86,14 +86,13 @@ def write_model_folder(
 
 
 def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
-    """Reads a model folder from a path, any fsspec URL, or a model hub id such as `someone/bsq-18`.
+    """Read a model folder from a path, an fsspec URL, or a model hub id such as `someone/bsq-18`.
 
     Args:
-        weights: "ema" for the folder's main weights, "raw" for the weights as the optimizer left them.
+        weights: "ema" for the main weights of the folder, "raw" for the weights without averaging.
 
     Raises:
-        ValueError: there is no such folder, a part is missing or damaged, or weights and configuration do not belong
-            together.
+        ValueError: the folder does not exist, a part is missing or damaged, or weights and configuration do not match.
     """
     folder = _resolve_folder(url)
     text = storage.read_text(storage.join(folder, "config.yaml"))
@@ -108,27 +107,27 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     model_id = _model_id(text, tensors)
     if model_id != header["id"]:
         raise ValueError(
-            f"{path} and {storage.join(folder, 'config.yaml')} do not belong together: one of them was changed or "
-            f"replaced after the model was written (its id is {header['id'][:12]}, what lies there has {model_id[:12]})"
+            f"{path} and {storage.join(folder, 'config.yaml')} do not match: one of them changed after the model was "
+            f"written (stored id {header['id'][:12]}, computed id {model_id[:12]}); write or download the folder again"
         )
     return ModelFolder(run_config, tensors, model_id)
 
 
 def load_model_folder_config(url: str) -> config.AnyConfig:
-    """The configuration of a model folder, without its weights.
+    """Read the configuration of a model folder without its weights.
 
     Raises:
-        ValueError: there is no such folder, or its configuration is not valid.
+        ValueError: the folder does not exist, or its configuration is invalid.
     """
     path = storage.join(_resolve_folder(url), "config.yaml")
     return config.parse_config(storage.read_text(path), path)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads every tensor of a module, or none.
+    """Load all tensors of a module, or none of them.
 
     Raises:
-        ValueError: keys are missing or left over or shapes differ; the message lists them and names their `source`.
+        ValueError: keys are missing or unexpected, or shapes differ; the message contains the keys and `source`.
     """
     expected = module.state_dict()
     shapes = [
@@ -139,19 +138,19 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     mismatches = {
         "missing": expected.keys() - weights.keys(),
         "unexpected": weights.keys() - expected.keys(),
-        "of another shape": shapes,
+        "wrong shape": shapes,
     }
     if any(mismatches.values()):
         details = "; ".join(f"{kind}: {_truncate(sorted(keys))}" for kind, keys in mismatches.items() if keys)
-        raise ValueError(f"the weights of {source} are not those of this model ({details})")
+        raise ValueError(f"the weights of {source} do not match this model ({details})")
     module.load_state_dict(dict(weights))
 
 
 def _resolve_folder(url: str) -> str:
-    """The folder to read: `url` itself, or where the model hub's client put its copy."""
+    """Return the folder to read: `url`, or the local copy of a model from a model hub."""
     model_url = storage.join(url, "model")
     if storage.exists(storage.join(model_url, _WEIGHTS_FILE)) and not storage.exists(storage.join(url, _WEIGHTS_FILE)):
-        raise ValueError(f"{url} is the folder of a run; its model folder is {model_url}")
+        raise ValueError(f"{url} is the folder of a run; use its model folder {model_url}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
     parent_exists = "/" in url and storage.exists(url.rpartition("/")[0])
@@ -161,13 +160,13 @@ def _resolve_folder(url: str) -> str:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"there is no model folder {url}; to read it as a model hub id, install huggingface_hub"
+            f"there is no model folder {url}; install huggingface_hub to read it as a model hub id"
         ) from None
     try:
         return str(snapshot_download(url, allow_patterns=["config.yaml", _WEIGHTS_FILE, _RAW_WEIGHTS_FILE]))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"there is no model folder {url}, and the model hub gives none either: {' '.join(str(error).split())}"
+            f"there is no model folder {url}, and the model hub has none either: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -186,12 +185,12 @@ def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{url} is damaged or not a safetensors file: {error}") from error
     if not {"id", "weights"} <= header.keys():
-        raise ValueError(f"{url} was not written as part of a model folder: its header does not name a model id")
+        raise ValueError(f"{url} is not part of a model folder: its metadata has no model id")
     return tensors, header
 
 
 def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what decides the tokens: the model section as it is written, and every tensor."""
+    """Return the SHA-256 of everything that determines the tokens: the `model` configuration and all tensors."""
     model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
     model.pop("gradient_checkpointing", None)
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
@@ -209,7 +208,7 @@ def _truncate(keys: list[str], max_keys: int = 5) -> str:
 def _model_card(
     run_config: config.AnyConfig, model_id: str, metrics: Mapping[str, float], card_fields: Mapping[str, str]
 ) -> str:
-    """The model card: front matter for model hubs, how to use it, what it is, what was measured."""
+    """Render the model card: front matter for model hubs, example, description and measured values."""
     if isinstance(run_config, config.TokenizerConfig):
         tags, example, model_rows = _tokenizer_card(run_config)
     else:

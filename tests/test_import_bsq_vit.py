@@ -202,7 +202,7 @@ def test_import_reconstructions_match_reference(save, small_config, tmp_path, pr
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
     assert imported.iteration == 7000
     assert not imported.has_discriminator
-    assert imported.id == model_folder.load_model_folder(out).id
+    assert imported.model_id == model_folder.load_model_folder(out).model_id
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| imported from | checkpoint.pt |" in card
     assert "| training steps | 7000 |" in card
@@ -231,7 +231,7 @@ def test_import_discriminator_logits_match_reference(save, small_config, tmp_pat
             lambda t: t.update({"b4.out.weight": torch.ones(2, 32)}),
             r"b4\.out\.weight is \(2, 32\) instead of",
         ),
-        (lambda t: t["b16.skip.resample_filter"].mul_(2), r"b16\.skip\.resample_filter is another low-pass filter"),
+        (lambda t: t["b16.skip.resample_filter"].mul_(2), r"b16\.skip\.resample_filter is not the low-pass filter"),
     ],
 )
 def test_import_mismatched_discriminator_raises(save, small_config, tmp_path, change, message):
@@ -248,7 +248,7 @@ def test_import_raw_weights_only_on_request(save, small_config, tmp_path):
     """A checkpoint without EMA weights is rejected unless raw weights are requested."""
     out = str(tmp_path / "model")
     checkpoint = save(checkpoint_contents(ema_state_dict=None))
-    with pytest.raises(ValueError, match="holds no averaged weights; import its raw weights instead"):
+    with pytest.raises(ValueError, match="contains no averaged weights; import its raw weights instead"):
         import_bsq_vit(checkpoint, small_config, out)
     assert not os.path.exists(out)
     import_bsq_vit(checkpoint, small_config, out, weights="raw")
@@ -325,7 +325,7 @@ def test_import_malicious_pickle_is_rejected_without_running(save, small_config,
         function, f"open({str(evidence)!r}, 'w')"
     )
     checkpoint = save(checkpoint_contents(args=MaliciousObject(function, argument)))
-    with pytest.raises(ValueError, match=f"is refused: reading it would run or import {name}"):
+    with pytest.raises(ValueError, match=f"is rejected: it contains objects that would run or import {name}"):
         import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
     assert not evidence.exists()
 
@@ -342,16 +342,16 @@ def test_read_checkpoint_does_not_import_script_objects(save):
 def test_import_damaged_or_foreign_file_raises(save, small_config, tmp_path, damage):
     path = pathlib.Path(save(checkpoint_contents()))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint as torch\.save writes it"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a file written by torch\.save"):
         import_bsq_vit(str(path), small_config, str(tmp_path / "model"))
 
 
 def test_import_checkpoint_without_expected_keys_raises(save, small_config, tmp_path):
-    with pytest.raises(ValueError, match="holds a list, not the dictionary of a checkpoint"):
+    with pytest.raises(ValueError, match="contains a list, not the dictionary of a checkpoint"):
         import_bsq_vit(save([1, 2]), small_config, str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="holds no weights called state_dict; its keys are model, epoch"):
+    with pytest.raises(ValueError, match="contains no weights state_dict; its keys are model, epoch"):
         import_bsq_vit(save({"model": {}, "epoch": 1}), small_config, str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="holds no weights called state_dict"):
+    with pytest.raises(ValueError, match="contains no weights state_dict"):
         import_bsq_vit(save({"state_dict": {"a": 1}}), small_config, str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"cannot read /nowhere/checkpoint\.pt: it does not exist"):
         import_bsq_vit("/nowhere/checkpoint.pt", small_config, str(tmp_path / "model"))

@@ -116,7 +116,7 @@ def test_load_model_folder_changed_weight_raises(folder, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"model.safetensors and .*config.yaml do not belong together"):
+    with pytest.raises(ValueError, match=r"model.safetensors and .*config.yaml do not match"):
         Tokenizer.from_pretrained(folder)
 
 
@@ -127,7 +127,7 @@ def test_load_model_folder_checks_model_config_only(folder, tmp_path):
     file.write_text(text.replace("steps: 1000000", "steps: 5"))
     assert model_folder.load_model_folder(folder).config.training.steps == 5
     file.write_text(text.replace("causal: true", "causal: false"))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not match"):
         Tokenizer.from_pretrained(folder)
 
 
@@ -139,7 +139,7 @@ def test_load_model_folder_damaged_weights_file_raises(folder, tmp_path):
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             model_folder.load_model_folder(folder)
     file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
-    with pytest.raises(ValueError, match="does not name a model id"):
+    with pytest.raises(ValueError, match="its metadata has no model id"):
         model_folder.load_model_folder(folder)
 
 
@@ -153,7 +153,7 @@ def test_load_weights_mismatch_lists_keys(folder):
     del weights["encoder.patch_embedding.weight"]
     with pytest.raises(ValueError) as error:
         model_folder.load_weights(target, weights, "model M")
-    assert "weights of model M are not those of this model" in str(error.value)
+    assert "weights of model M do not match this model" in str(error.value)
     assert "missing: encoder.patch_embedding.weight" in str(error.value)
     assert "unexpected: surplus" in str(error.value)
     assert "to_code.bias is (6,) instead of (8,)" in str(error.value)
@@ -187,7 +187,7 @@ def test_save_pretrained_to_s3_twice_removes_raw_weights(bucket):
 
 def test_load_hub_id_without_client_names_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"no model folder someone/bsq-18; .* install huggingface_hub"):
+    with pytest.raises(ValueError, match=r"no model folder someone/bsq-18; install huggingface_hub"):
         Tokenizer.from_pretrained("someone/bsq-18")
 
 
@@ -203,14 +203,14 @@ def test_load_hub_id_uses_huggingface_hub(folder, tmp_path, monkeypatch):
     client.snapshot_download = snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", client)
     assert Tokenizer.from_pretrained("someone/bsq-18").model_id == Tokenizer.from_pretrained(folder).model_id
-    with pytest.raises(ValueError, match="the model hub gives none either: 404 no such repository"):
+    with pytest.raises(ValueError, match="the model hub has none either: 404 no such repository"):
         Tokenizer.from_pretrained("someone/else")
 
 
 def test_load_model_folder_run_folder_names_model_folder(tmp_path):
     small_tokenizer().save_pretrained(str(tmp_path / "run" / "model"))
     (tmp_path / "run" / "config.yaml").write_text("stage: tokenizer\n")
-    with pytest.raises(ValueError, match="run is the folder of a run; its model folder is .*run/model"):
+    with pytest.raises(ValueError, match="run is the folder of a run; use its model folder .*run/model"):
         Tokenizer.from_pretrained(str(tmp_path / "run"))
 
 

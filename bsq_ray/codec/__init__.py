@@ -1,1 +1,1 @@
-"""The codec: images to `.bsq` files that decode anywhere, to the last bit."""
+"""Compression of images and clips to `.bsq` files that decode to the same bytes on every machine."""

@@ -1,6 +1,6 @@
 """The `.bsq` file: header, index of groups of tiles, payloads. docs/reference/bsq-format.md specifies it byte by byte.
 
-Whatever the bytes say is checked before anything is made of it, so a hostile file costs one error.
+Every field is checked before memory is allocated for it, so a hostile file costs one error.
 
 Shape suffixes: G groups, E 32-bit words of an index entry.
 """
@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from bsq_ray.codec.rect import Rect
 from bsq_ray.media.color import Color
 from bsq_ray.media.images import MAX_PIXELS
 
@@ -24,20 +25,20 @@ CODING_RAW, CODING_PRIOR = 0, 1
 _HEADER_STRUCT = struct.Struct("<4s4BIIH3B8s8s")
 _VIDEO_STRUCT = struct.Struct("<IIIH4B")
 _CRC_STRUCT = struct.Struct("<I")
-# Tiles are padded: an image one pixel high may be a hundred times larger inside. No more than this, whatever is asked.
+# Tiles are padded, so an image one pixel high may be a hundred times larger inside. No caller can raise this limit.
 _MAX_PADDED_PIXELS = 2**28
 _MAX_GROUP_SIZE = 4
 
 
 @dataclass(frozen=True)
 class VideoHeader:
-    """What a file says of time.
+    """Timing and color of a clip.
 
     Attributes:
-        frames: of the clip.
-        gop: frames that are coded together (group of pictures); the last one is padded to as many.
-        rate: frames per second.
-        colour: of the source; an image's is always sRGB.
+        num_frames: number of frames of the clip.
+        gop_size: frames coded together (group of pictures); the last group is padded to this size.
+        frame_rate: frames per second.
+        color: color space of the source; images are always sRGB.
     """
 
     num_frames: int
@@ -48,17 +49,17 @@ class VideoHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """Header of a file.
 
     Attributes:
-        coding: RAW (bits as they are) or PRIOR.
-        tolerance: the decoder's logits may differ by 2^-tolerance.
-        width, height: of the image, pixels.
-        tile, patch: sides of a tile and of a token's patch, pixels.
-        bits: of a token.
+        coding: RAW (uncoded bits) or PRIOR.
+        tolerance: the decoder's logits may differ from the encoder's by 2^-tolerance.
+        width, height: size of the image in pixels.
+        tile, patch: sides of a tile and of a token's patch in pixels.
+        bits: bits of a token.
         group: tiles of a group in each direction.
-        tokenizer, prior: first 8 bytes of the models' ids; the prior's are zeros in RAW files.
-        clip: None for an image.
+        tokenizer, prior: first 8 bytes of the models' ids; zeros for the prior of a RAW file.
+        clip: timing and color of a clip; None for an image.
     """
 
     coding: int
@@ -75,54 +76,46 @@ class Header:
 
     @property
     def tile_grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
+        """Number of rows and columns of tiles."""
         return -(-self.height // self.tile), -(-self.width // self.tile)
 
     @property
     def tokens_per_frame(self) -> int:
-        """Tokens of one frame of a tile."""
+        """Number of tokens of one frame of a tile."""
         side = self.tile // self.patch
         return side * side
 
     @property
     def num_frames(self) -> int:
-        """Frames; 1 for an image."""
+        """Number of frames; 1 for an image."""
         return self.clip.num_frames if self.clip else 1
 
     @property
     def gop_size(self) -> int:
-        """Frames coded together; 1 for an image."""
+        """Number of frames coded together; 1 for an image."""
         return self.clip.gop_size if self.clip else 1
 
     @property
     def num_gops(self) -> int:
-        """Groups of pictures."""
+        """Number of groups of pictures."""
         return -(-self.num_frames // self.gop_size)
 
     @property
     def groups_per_gop(self) -> int:
-        """Groups of tiles of one group of pictures."""
+        """Number of groups of tiles in one group of pictures."""
         rows, columns = self.tile_grid
         return -(-rows // self.group) * -(-columns // self.group)
 
-    def iter_groups(
-        self, rows: range | None = None, columns: range | None = None
-    ) -> Iterator[tuple[int, range, range]]:
-        """Number in its group of pictures, rows and columns of tiles of each group that touches these tiles."""
-        tile_rows, tile_columns = self.tile_grid
-        rows, columns = rows or range(tile_rows), columns or range(tile_columns)
-        groups_across = -(-tile_columns // self.group)
-        for group_row in range(rows.start // self.group, -(-rows.stop // self.group)):
-            for group_column in range(columns.start // self.group, -(-columns.stop // self.group)):
-                top, left = group_row * self.group, group_column * self.group
-                yield (
-                    group_row * groups_across + group_column,
-                    range(top, min(top + self.group, tile_rows)),
-                    range(left, min(left + self.group, tile_columns)),
-                )
+    def iter_groups(self, tiles: Rect | None = None) -> Iterator[tuple[int, Rect]]:
+        """Yield the groups that overlap these tiles: index within the group of pictures, and the group's tiles."""
+        all_tiles = Rect(0, 0, *self.tile_grid)
+        groups_per_row = -(-all_tiles.right // self.group)
+        for block in (tiles or all_tiles).cover(self.group).blocks(1):
+            group_tiles = block.scale(self.group).intersect(all_tiles)
+            yield block.top * groups_per_row + block.left, group_tiles
 
     def pack(self) -> bytes:
-        """The header's bytes."""
+        """Serialize the header."""
         kind = KIND_CLIP if self.clip else KIND_IMAGE
         packed = _HEADER_STRUCT.pack(
             MAGIC, VERSION, kind, self.coding, self.tolerance, self.width, self.height, self.tile, self.patch,
@@ -135,13 +128,20 @@ class Header:
         return packed + _VIDEO_STRUCT.pack(*timing, *self.clip.color)
 
     def header_bound_crc(self, token_crc: int) -> int:
-        """Ties the checksum of tokens to this header: under another one the same tokens do not pass."""
+        """Combine the checksum of tokens with this header, so that the tokens are invalid under another header."""
         return zlib.crc32(self.pack(), token_crc)
 
 
 @dataclass(frozen=True)
 class Container:
-    """A parsed file; `index_GE` holds size, payload checksum and the frames' token checksums of each group."""
+    """A parsed file.
+
+    Attributes:
+        header: the header.
+        data: the whole file.
+        index_GE: int64; size, payload checksum and token checksum of each frame, for each group.
+        offsets_G: int64; byte offset of each group's payload.
+    """
 
     header: Header
     data: bytes
@@ -149,10 +149,10 @@ class Container:
     offsets_G: np.ndarray
 
     def payload(self, group_index: int) -> bytes | None:
-        """The bytes of a group, None where the file was cut off before.
+        """Return the bytes of a group, or None if the file ends before them.
 
         Raises:
-            ValueError: they are damaged.
+            ValueError: the bytes are damaged.
         """
         start, size = int(self.offsets_G[group_index]), int(self.index_GE[group_index, 0])
         if start + size > len(self.data):
@@ -163,21 +163,21 @@ class Container:
         return payload
 
     def token_crc(self, group_index: int, frame: int) -> int:
-        """Checksum of the tokens of a frame of a group, bound to the header."""
+        """Return the checksum of the tokens of a frame of a group, bound to the header."""
         return int(self.index_GE[group_index, 2 + frame])
 
     @property
     def num_complete_groups(self) -> int:
-        """Groups that are there completely."""
+        """Number of groups whose payload is complete."""
         return int((self.offsets_G + self.index_GE[:, 0] <= len(self.data)).sum())
 
 
 def write_container(header: Header, payloads: list[bytes], token_crcs: list[list[int]]) -> bytes:
-    """The file.
+    """Serialize a file.
 
     Args:
-        payloads: of every group, groups of pictures slowest, rows of groups before columns.
-        checks: for each payload the checksum of each frame's tokens, not yet bound to the header.
+        payloads: bytes of each group; groups of pictures slowest, rows of groups before columns.
+        token_crcs: checksums of the tokens of each frame of each group, not yet bound to the header.
     """
     assert len(payloads) == len(token_crcs) == header.num_gops * header.groups_per_gop
     index = b"".join(
@@ -191,14 +191,14 @@ def write_container(header: Header, payloads: list[bytes], token_crcs: list[list
 
 
 def read_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """Parses a file.
+    """Parse a file.
 
     Args:
-        whole: refuse a file whose payload is cut off; otherwise its missing groups are None.
-        max_pixels: larger frames are refused before anything is allocated.
+        require_complete: reject a truncated file; otherwise the payloads of its missing groups are None.
+        max_pixels: larger frames are rejected before memory is allocated.
 
     Raises:
-        ValueError: not such a file, of a newer version, damaged, cut off, or too large.
+        ValueError: the data is not a .bsq file, or of a newer version, damaged, truncated or too large.
     """
     header = read_header(data, max_pixels)
     num_groups, words_per_entry, start = (
@@ -208,9 +208,7 @@ def read_container(data: bytes, require_complete: bool = True, max_pixels: int =
     )
     end = start + num_groups * words_per_entry * 4
     if len(data) < end + _CRC_STRUCT.size:
-        raise ValueError(
-            f"the file is cut off: its index alone needs {end + _CRC_STRUCT.size} bytes, there are {len(data)}"
-        )
+        raise ValueError(f"the file is cut off: header and index need {end + _CRC_STRUCT.size} bytes, got {len(data)}")
     (crc,) = _CRC_STRUCT.unpack_from(data, end)
     if crc != zlib.crc32(memoryview(data)[:end]):
         raise ValueError("the file is damaged: header and index do not match their checksum")
@@ -224,48 +222,50 @@ def read_container(data: bytes, require_complete: bool = True, max_pixels: int =
     if len(data) > expected_size:
         raise ValueError(f"the file is damaged: {len(data) - expected_size} bytes follow its end")
     if require_complete and len(data) < expected_size:
-        raise ValueError(f"the file is cut off: {len(data)} of {expected_size} bytes are there")
+        raise ValueError(f"the file is cut off: got {len(data)} of {expected_size} bytes")
     return Container(header, data, index_GE, ends_G - index_GE[:, 0])
 
 
 def read_image_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """As `read_container`, and refuses a clip."""
+    """Parse the file of an image; as `read_container`, and raise ValueError for a clip."""
     container = read_container(data, require_complete, max_pixels)
     if container.header.clip is not None:
-        raise ValueError(f"the file holds a clip of {container.header.num_frames} frames, not an image")
+        raise ValueError(f"the file contains a clip of {container.header.num_frames} frames, not an image")
     return container
 
 
 def read_video_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """As `read_container`, and refuses an image."""
+    """Parse the file of a clip; as `read_container`, and raise ValueError for an image."""
     container = read_container(data, require_complete, max_pixels)
     if container.header.clip is None:
-        raise ValueError("the file holds an image, not a clip")
+        raise ValueError("the file contains an image, not a clip")
     return container
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """The header alone.
+    """Parse the header only.
 
     Raises:
-        ValueError: as `read_container`, but for what follows the header.
+        ValueError: the header is invalid, see `read_container`.
     """
     if data[:4] != MAGIC:
-        raise ValueError("not a .bsq file: it does not begin with BSQ1")
+        raise ValueError("not a .bsq file: it does not start with BSQ1")
     if len(data) < _HEADER_STRUCT.size:
-        raise ValueError(f"the file is cut off: it has {len(data)} bytes, the header alone has {_HEADER_STRUCT.size}")
+        raise ValueError(f"the file is cut off: the header needs {_HEADER_STRUCT.size} bytes, got {len(data)}")
     _, version, kind, *fields = _HEADER_STRUCT.unpack_from(data)
     if version != VERSION:
-        raise ValueError(f"the file is of version {version} of the format; this program reads version {VERSION}")
+        raise ValueError(f"the file has format version {version}; this program reads version {VERSION}")
     if kind not in (KIND_IMAGE, KIND_CLIP):
         raise ValueError("the file is damaged: it is neither an image nor a clip")
     clip = None
     if kind == KIND_CLIP:
         if len(data) < _HEADER_STRUCT.size + _VIDEO_STRUCT.size:
-            raise ValueError(f"the file is cut off: it has {len(data)} bytes, not even its header is whole")
+            raise ValueError(
+                f"the file is cut off: the header needs {_HEADER_STRUCT.size + _VIDEO_STRUCT.size} bytes, got {len(data)}"
+            )
         frames, numerator, denominator, gop, *color = _VIDEO_STRUCT.unpack_from(data, _HEADER_STRUCT.size)
         if not (frames and numerator and denominator and gop):
-            raise ValueError("the file is damaged: its header names a clip without frames or without a rate")
+            raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
         clip = VideoHeader(frames, gop, Fraction(numerator, denominator), Color(*color))
         if (clip.frame_rate.numerator, clip.frame_rate.denominator) != (numerator, denominator):
             raise ValueError("the file is damaged: its frame rate is not in lowest terms")
@@ -275,14 +275,14 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 
 
 def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuses what cannot be, and what would take more memory than allowed.
+    """Check the ranges of all fields and the memory that decoding needs.
 
     Raises:
-        ValueError: the header is one of these.
+        ValueError: a field is out of range, or the image is too large.
     """
     if not header.width or not header.height or header.width * header.height > max_pixels:
         raise ValueError(
-            f"the file claims {header.width} x {header.height} pixels; images of 1 to {max_pixels} pixels are read"
+            f"the file claims {header.width} x {header.height} pixels; the limit is 1 to {max_pixels} pixels"
         )
     is_valid = (
         header.coding in (CODING_RAW, CODING_PRIOR)
@@ -294,10 +294,10 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
         and 1 <= header.group <= _MAX_GROUP_SIZE
     )
     if not is_valid:
-        raise ValueError("the file is damaged: its header names tiles, tokens or a coding that cannot be")
+        raise ValueError("the file is damaged: its header has invalid tiles, tokens or coding")
     rows, columns = header.tile_grid
     if rows * columns * header.tile**2 > _MAX_PADDED_PIXELS:
         raise ValueError(
-            f"{header.width} x {header.height} pixels are {rows} x {columns} tiles of {header.tile} pixels; at most "
-            f"{_MAX_PADDED_PIXELS} pixels in tiles are read"
+            f"{header.width} x {header.height} pixels need {rows} x {columns} tiles of {header.tile} pixels; the limit is "
+            f"{_MAX_PADDED_PIXELS} pixels in all tiles"
         )

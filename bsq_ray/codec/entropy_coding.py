@@ -1,10 +1,10 @@
-"""Tokens of a group of tiles to bytes and back, by the prior's probabilities and a range coder (constriction).
+"""Entropy coding of tokens with the prior's probabilities and a range coder (constriction).
 
     encode: logits in one pass ─▶ integer probabilities of the nodes on the paths ─▶ range coder
-    decode: token by token with cached keys and values, all tiles of many groups at once
+    decode: token by token with cached keys and values, all tiles of several groups at once
 
-Both visit the nodes in the same order: token, sub-token, depth, tile. Bytes of a group: the side information, which
-knows its own length, then the range coder's 32-bit words, little-endian.
+Both visit the nodes in the same order: token, sub-token, depth, tile. The bytes of a group are the side information,
+which contains its own length, and the range coder's 32-bit words, little-endian.
 
 Shape suffixes: B tiles, N tokens, S sub-tokens of a token, k bits of a sub-token (depths of its tree), K nodes of a
 tree, L bits.
@@ -12,7 +12,6 @@ tree, L bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,17 +23,18 @@ from torch import Tensor
 
 from bsq_ray.codec import probabilities
 from bsq_ray.codec.side_info import read_side_info, write_side_info
+from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.models.prior import Prior, binary_tree_nodes
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 _BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
-# Tokens in one pass where the caller does not say how many tiles.
+# Tokens in one pass if the caller does not set the batch size.
 _TOKENS_PER_PASS = 8192
 
 
 @dataclass(frozen=True)
 class EncodedTokens:
-    """Bytes of a group, and what they consist of in bits."""
+    """Bytes of a group, the cross entropy of its tokens, and the size of its side information in bits."""
 
     data: bytes
     cross_entropy_bits: float
@@ -42,20 +42,12 @@ class EncodedTokens:
 
 
 class BitstreamError(ValueError):
-    """The bytes are not what an encoder with these probabilities writes."""
-
-
-@contextmanager
-def add_elapsed(timings_s: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the time spent inside to a part."""
-    start_time = time.perf_counter()
-    yield
-    timings_s[stage] = timings_s.get(stage, 0.0) + time.perf_counter() - start_time
+    """The bytes cannot come from an encoder with these probabilities."""
 
 
 @contextmanager
 def deterministic_fp32(device: torch.device) -> Iterator[None]:
-    """fp32 as it is written: no autocast and no reduced precision of products, whatever the caller has set."""
+    """Disable gradients, autocast and reduced-precision products of fp32 in the block, whatever the caller has set."""
     previous_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -72,13 +64,13 @@ def encode_tokens(
     batch_size: int | None = None,
     timings_s: dict[str, float] | None = None,
 ) -> EncodedTokens:
-    """Codes the tokens of a group of tiles.
+    """Encode the tokens of a group of tiles.
 
     Args:
         bits_BNL: bool; N may be less than the prior's tokens (the first frames).
-        tolerance: the largest difference that the decoder's logits may have, see `probabilities`.
-        batch: tiles that go through the prior at once.
-        seconds: "prior" and "coder" are added to it.
+        tolerance: maximum difference between the logits of encoder and decoder, see `probabilities`.
+        batch_size: tiles in one pass through the prior.
+        timings_s: the seconds of "prior" and "coder" are added to it.
     """
     timings_s = {} if timings_s is None else timings_s
     with add_elapsed(timings_s, "prior"):
@@ -97,7 +89,7 @@ def encode_tokens(
 
 
 def _path_logits(prior: Prior, bits_BNL: Tensor, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (float64) of the nodes that the tokens pass, and the bits taken there (int32), in the order of coding."""
+    """Return the logits (float64) and the chosen bits (int32) of the nodes on the paths, (N, S, k, B) each."""
     sub_bits, device = prior.config.sub_bits, prior.start.device
     batch_size = batch_size or max(1, _TOKENS_PER_PASS // bits_BNL.shape[1])
     logits, chosen = [], []
@@ -121,21 +113,21 @@ def decode_tokens(
     timings_s: dict[str, float] | None = None,
     check_deadline: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
-    """The bits (B, N, L) of several groups, step by step together.
+    """Decode several groups together, token by token; return the bits (B, N, L) of each.
 
-    What comes out of bytes that no encoder wrote is arbitrary; callers compare a checksum.
+    Invalid bytes may decode to arbitrary tokens, so callers compare a checksum.
 
     Args:
-        payloads: of each group.
-        tiles: of each group.
-        coded: tokens of a tile that the payloads hold.
-        wanted: tokens of a tile to decode, the first ones (N).
-        batch: tiles that go through the prior at once.
-        seconds: "prior" and "coder" are added to it.
-        check: called before each token; what it raises ends the work.
+        payloads: bytes of each group.
+        tile_counts: number of tiles of each group.
+        num_coded_tokens: tokens of a tile in the payloads.
+        num_tokens: tokens of a tile to decode, the first ones (N).
+        batch_size: tiles in one pass through the prior.
+        timings_s: the seconds of "prior" and "coder" are added to it.
+        check_deadline: called before each token; an exception raised by it stops the decoding.
 
     Raises:
-        ValueError: the bytes cannot be those of such groups.
+        ValueError: the bytes cannot belong to such groups.
     """
     timings_s = {} if timings_s is None else timings_s
     model_config, device = prior.config, prior.start.device
@@ -180,7 +172,7 @@ def decode_tokens(
 
 
 class _GroupBitstream:
-    """The bytes of one group, read bit by bit of all its tiles."""
+    """Bytes of one group, decoded one bit of each tile at a time."""
 
     def __init__(self, data: bytes, num_tiles: int, num_nodes: int) -> None:
         self._positions, self._round_up, side_info_bytes = read_side_info(data, num_nodes)
@@ -193,7 +185,7 @@ class _GroupBitstream:
         self._num_visited = self._next_position = 0
 
     def next_bits(self, logits_B: np.ndarray) -> np.ndarray:
-        """The bits taken at a node of each tile."""
+        """Decode the next bit of each tile, given the logits (B,) of their nodes."""
         levels_B, _ = probabilities.round_logits(logits_B, 0.0)
         end = self._next_position
         while end < len(self._positions) and self._positions[end] < self._num_visited + self._num_tiles:
@@ -210,6 +202,6 @@ class _GroupBitstream:
                 np.int64
             )
         except AssertionError as error:
-            # How constriction reports bytes that its encoder cannot have written.
+            # constriction raises AssertionError for bytes that its encoder cannot write.
             raise BitstreamError(str(error)) from error
         return bits_B

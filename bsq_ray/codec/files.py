@@ -1,4 +1,4 @@
-"""Compressing and decompressing files; `-` is the standard input or output.
+"""Compression and decompression of files; `-` is the standard input or output.
 
 png jpg webp mp4 mkv … ─▶ .bsq ─▶ png, webp: an image, or one frame of a clip
                                └▶ mp4, mkv: a clip
@@ -36,14 +36,14 @@ _VIDEO_CONTAINERS = {"mp4": "mp4", "mkv": "matroska"}
 
 @dataclass(frozen=True)
 class DecodeSelection:
-    """What of a .bsq file is wanted; everything by default.
+    """The part of a .bsq file to decode; by default all of it.
 
     Attributes:
-        region: left, top, right and lower edge in pixels.
-        frame: of a clip, its number from 0.
-        second: of a clip, the frame that is shown at this time.
-        preview: take a file that is cut off, and show what is there.
-        max_pixels: larger frames are refused.
+        region: left, top, right and bottom edge in pixels.
+        frame: index of one frame of a clip.
+        time_s: time of one frame of a clip in seconds.
+        preview: decode the available part of a truncated file.
+        max_pixels: larger frames are rejected.
     """
 
     region: Box | None = None
@@ -58,19 +58,19 @@ class DecodeSelection:
             raise ValueError("choose one of --frame, --seek and --preview, and --region only without --preview")
 
     def resolve_frame(self, clip: VideoHeader) -> int | None:
-        """Number of the one frame that is wanted, None for all.
+        """Return the index of the selected frame, or None for all frames.
 
         Raises:
-            ValueError: the clip has no such frame.
+            ValueError: the clip does not have this frame.
         """
         if self.frame is None and self.time_s is None:
             return None
-        # By its decimal digits: the float nearest to 0.12 lies below it, which is a frame earlier at 25 a second.
+        # Exact decimal digits: the float nearest to 0.12 is below it, which selects the previous frame at 25 fps.
         index = self.frame if self.frame is not None else floor(Fraction(str(self.time_s)) * clip.frame_rate)
         if not 0 <= index < clip.num_frames:
             duration_s = float(clip.num_frames / clip.frame_rate)
             raise ValueError(
-                f"there is no frame {index}: the clip has {clip.num_frames} frames, numbered from 0, in {duration_s:.2f} s"
+                f"there is no frame {index}: the clip has frames 0 to {clip.num_frames - 1} in {duration_s:.2f} s"
             )
         return index
 
@@ -82,7 +82,7 @@ def compress_file(
     weights: WeightsKind = "ema",
     on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
-    """Compresses an image or video file; a sentence with sizes and times.
+    """Compress an image or video file; return one line with sizes and times.
 
     Raises:
         ValueError: the model or the file cannot be read, or the result cannot be written.
@@ -100,7 +100,7 @@ def compress_file(
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     _write_output(destination, compressed.data)
-    return f"{source}: {description} {_summary(compressed)}, {time.perf_counter() - start_time:.2f} s in all"
+    return f"{source}: {description} {_summary(compressed)}, {time.perf_counter() - start_time:.2f} s in total"
 
 
 def _compress_video(codec: Codec, video: VideoStream, on_progress: ProgressCallback) -> tuple[CompressedFile, str]:
@@ -115,10 +115,10 @@ def _compress_video(codec: Codec, video: VideoStream, on_progress: ProgressCallb
     compressed = codec.compress_clip(
         frames(), video.frame_rate, video.color, lambda done, _: on_progress(done, video.num_frames)
     )
-    sound_note = ", sound left out" if video.has_audio else ""
+    sound_note = ", without its sound" if video.has_audio else ""
     return (
         compressed,
-        f"{compressed.num_frames} frames of {size[0]} x {size[1]} px at {float(video.frame_rate):g} a second{sound_note},",
+        f"{compressed.num_frames} frames of {size[0]} x {size[1]} px at {float(video.frame_rate):g} fps{sound_note},",
     )
 
 
@@ -127,8 +127,8 @@ def _summary(compressed: CompressedFile) -> str:
     if compressed.cross_entropy_bits:
         fraction = compressed.cross_entropy_bits / compressed.raw_bits
         prior_note = (
-            f"; the prior needs {compressed.cross_entropy_bits / 8:.0f} bytes, {fraction:.1%} of the tokens' "
-            f"{compressed.raw_bits / 8:.0f}, and {compressed.side_info_bits / 8:.0f} of side information"
+            f"; tokens {compressed.raw_bits / 8:.0f} bytes raw, {compressed.cross_entropy_bits / 8:.0f} ({fraction:.1%}) with the "
+            f"prior, plus {compressed.side_info_bits / 8:.0f} of side information"
         )
     timing_note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in compressed.timings_s.items())
     return f"in {len(compressed.data)} bytes, {compressed.bits_per_pixel:.4f} bits per pixel{prior_note}; {timing_note}"
@@ -142,13 +142,13 @@ def decompress_file(
     weights: WeightsKind = "ema",
     on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
-    """Decompresses a .bsq file; a sentence about it.
+    """Decompress a .bsq file; return one line with sizes and times.
 
-    What is written goes by the name's ending: PNG or lossless WebP for an image or a frame, MP4 (H.264) or MKV (FFV1,
-    lossless) for a clip. The standard output gets PNG or MKV.
+    The file name extension selects the format: PNG or lossless WebP for an image or a frame, MP4 (H.264) or MKV (FFV1,
+    lossless) for a clip. The standard output receives PNG or MKV.
 
     Raises:
-        ValueError: the model or the file cannot be read, the file is damaged, or the ending does not suit it.
+        ValueError: the model or the file cannot be read, the file is damaged, or the extension does not fit its content.
     """
     kind = "" if destination == "-" else destination.rsplit(".", 1)[-1].lower()
     if kind and kind not in _IMAGE_FORMATS | _VIDEO_CONTAINERS:
@@ -162,7 +162,7 @@ def decompress_file(
         clip = read_header(data, selection.max_pixels).clip
         frame = None if clip is None else selection.resolve_frame(clip)
         if clip is None and (selection.frame is not None or selection.time_s is not None):
-            raise ValueError("it holds an image; --frame and --seek are for clips")
+            raise ValueError("it contains an image; --frame and --seek are for clips")
         is_image = clip is None or frame is not None
         if kind and is_image != (kind in _IMAGE_FORMATS):
             expected = "an image or one frame, so OUT must end in .png or .webp" if is_image else (
@@ -183,7 +183,7 @@ def decompress_file(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     timing_note = ", ".join(f"{name} {elapsed_s:.2f} s" for name, elapsed_s in timings_s.items())
-    return f"{source}: {description}; {timing_note}, {time.perf_counter() - start_time:.2f} s in all"
+    return f"{source}: {description}; {timing_note}, {time.perf_counter() - start_time:.2f} s in total"
 
 
 def _decompress_image(
@@ -197,7 +197,7 @@ def _decompress_image(
 ) -> str:
     if selection.preview:
         image, fraction = codec.preview(data, selection.max_pixels)
-        return f"{_save_image(image, destination, kind)}, {fraction:.0%} of it there"
+        return f"{_save_image(image, destination, kind)}, {fraction:.0%} of it available"
     return _save_image(
         codec.decompress(data, selection.region, selection.max_pixels, on_progress, timings_s), destination, kind
     )
@@ -216,8 +216,8 @@ def _decompress_video(
     if selection.preview:
         frames, num_available = codec.preview_clip(data, selection.max_pixels)
         if not num_available:
-            raise ValueError("the file is cut off before its first frame is whole")
-        availability_note = f", {num_available} of {clip.num_frames} frames there"
+            raise ValueError("the file is cut off before the end of its first frame")
+        availability_note = f", {num_available} of {clip.num_frames} frames available"
     else:
         frames, availability_note = (
             codec.decompress_clip(data, None, selection.region, selection.max_pixels, on_progress, timings_s),
@@ -236,11 +236,11 @@ def _decompress_video(
 
 
 def _open_image(file: IO[bytes], source: str) -> Image.Image | None:
-    """The image in a file; None if it may be a video."""
+    """Return the image in a file, or None if it may be a video."""
     try:
         image = Image.open(file)
         if getattr(image, "n_frames", 1) > 1:
-            raise ValueError("it is an animation; give it as a video, such as .mkv")
+            raise ValueError("it is an animation; convert it to a video, such as .mkv")
         return to_srgb(image)
     except UnidentifiedImageError:
         if source == "-":

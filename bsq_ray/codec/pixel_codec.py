@@ -1,11 +1,11 @@
-"""Pixels of tiles to tokens, and tokens to pictures that are the same to the last bit on every machine.
+"""Pixels of tiles to tokens, and tokens to pixels that are equal to the last bit on every machine.
 
     encode: tiles ─fp32─▶ tokens               decode: tokens ─fp64─▶ windows ─▶ blended over seams ─▶ 8 bits
 
-An 8-bit value is decided in fp64, where machines differ by 1e-13 of a level: practically never across a rounding
-boundary, as fp32 does in every picture.
+8-bit values are rounded from fp64. Machines differ by 1e-13 of a level in fp64, which practically never crosses a
+rounding boundary. With fp32 it happens in every image.
 
-Shape suffixes: B tiles, C colours, T frames, H and W pixels, N tokens of a tile, L bits of a token, R and C rows and
+Shape suffixes: B tiles, C colors, T frames, H and W pixels, N tokens of a tile, L bits of a token, R and C rows and
 columns of tiles.
 """
 
@@ -18,22 +18,24 @@ import torch
 from torch import Tensor
 
 from bsq_ray.codec.entropy_coding import deterministic_fp32
+from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tiles import as_grid, blend_tiles
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 _TOKENS_PER_PASS = 8192
-# Pixels of all frames that are blended at once; larger pictures are put together from blocks.
+# Pixels of all frames blended at once; larger images are decoded in blocks.
 _BLOCK_PIXELS = 2**23
 _GRAY = 128
 
 
 class PixelCodec:
-    """The tokenizer at work on tiles.
+    """Runs the tokenizer on tiles.
 
     Args:
-        tokenizer: in evaluation mode, in fp32; its decoder is kept in `arithmetic` once it has been used.
-        arithmetic: of decoding; fp32 takes half the time, and pixels may then differ by a level between machines.
-        batch: tiles that go through the tokenizer at once; None chooses by their tokens.
+        tokenizer: in evaluation mode, in fp32; its decoder is converted to `decode_dtype` at the first decoding.
+        decode_dtype: data type of decoding. fp32 takes half the time of fp64, and pixels may differ by a level between
+            machines.
+        batch_size: tiles in one pass; None chooses by the number of tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
@@ -50,7 +52,10 @@ class PixelCodec:
         return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
 
     def encode(self, tiles_BCTHW: Tensor, check_deadline: Callable[[], None]) -> Tensor:
-        """uint8 tiles to bits (B, N, L); `check` is called before each pass, and what it raises ends the work."""
+        """Encode uint8 tiles to bits (B, N, L).
+
+        `check_deadline` is called before each pass; an exception raised by it stops the encoding.
+        """
         parts = []
         with deterministic_fp32(self._device):
             for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
@@ -63,61 +68,49 @@ class PixelCodec:
         bits_RCNL: Tensor,
         available_RC: Tensor,
         frames: int,
-        box: tuple[int, int, int, int],
+        region: Rect,
         check_deadline: Callable[[], None],
     ) -> Tensor:
-        """A part of a picture, uint8 (3, T, H, W); tiles that are not known are grey.
+        """Decode a region to uint8 pixels (3, T, H, W); missing tiles are gray.
 
         Args:
-            bits_RCNL: tokens of tiles around the part; those next to it take part in blending its seams.
-            box: left, top, right and lower edge in pixels of these tiles.
-            check: called before each pass; what it raises ends the work.
+            bits_RCNL: tokens of the tiles of the region and of those next to it, which take part in blending its seams.
+            available_RC: False for missing tiles.
+            frames: number of frames T.
+            region: in pixels, counted from the top left corner of these tiles.
+            check_deadline: called before each pass; an exception raised by it stops the decoding.
         """
         tile = self.tokenizer.config.image_size
-        left, top, right, bottom = box
-        result = torch.empty(3, frames, bottom - top, right - left, dtype=torch.uint8)
-        block_tiles = max(1, int((_BLOCK_PIXELS / frames) ** 0.5) // tile)
-        for row in range(top // tile, -(-bottom // tile), block_tiles):
-            for column in range(left // tile, -(-right // tile), block_tiles):
-                rows = range(max(0, row - 1), min(bits_RCNL.shape[0], row + block_tiles + 1))
-                columns = range(max(0, column - 1), min(bits_RCNL.shape[1], column + block_tiles + 1))
-                block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, rows, columns, check_deadline)
-                pixel_rows = range(max(top, row * tile), min(bottom, (row + block_tiles) * tile))
-                pixel_columns = range(max(left, column * tile), min(right, (column + block_tiles) * tile))
-                result[
-                    :,
-                    :,
-                    pixel_rows.start - top : pixel_rows.stop - top,
-                    pixel_columns.start - left : pixel_columns.stop - left,
-                ] = block_CTHW[
-                    :,
-                    :,
-                    pixel_rows.start - rows.start * tile : pixel_rows.stop - rows.start * tile,
-                    pixel_columns.start - columns.start * tile : pixel_columns.stop - columns.start * tile,
-                ]
-        return result
+        all_tiles = Rect(0, 0, *bits_RCNL.shape[:2])
+        result_CTHW = torch.empty(3, frames, region.height, region.width, dtype=torch.uint8)
+        for block in region.cover(tile).blocks(max(1, int((_BLOCK_PIXELS / frames) ** 0.5) // tile)):
+            # Tiles of the block and those next to it; only the pixels of the block are kept.
+            context, inner = block.grow(1).intersect(all_tiles), block.scale(tile).intersect(region)
+            block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_deadline)
+            source, target = inner.relative_to(context.scale(tile)), inner.relative_to(region)
+            result_CTHW[:, :, *target.slices()] = block_CTHW[:, :, *source.slices()]
+        return result_CTHW
 
     def _decode_block(
         self,
         bits_RCNL: Tensor,
         available_RC: Tensor,
         frames: int,
-        rows: range,
-        columns: range,
+        tiles: Rect,
         check_deadline: Callable[[], None],
     ) -> Tensor:
-        block_slices = slice(rows.start, rows.stop), slice(columns.start, columns.stop)
+        """Decode a rectangle of tiles to uint8 pixels (3, T, H, W)."""
         tile = self.tokenizer.config.image_size
-        grid_trcL = as_grid(bits_RCNL[block_slices], frames)
+        grid_trcL = as_grid(bits_RCNL[tiles.slices()], frames)
         pixels_CTHW = blend_tiles(
             grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
         )
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        available_HW = available_RC[block_slices].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
+        available_HW = available_RC[tiles.slices()].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
         return torch.where(available_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
 
     def _decode_windows(self, check_deadline: Callable[[], None], bits_BNL: Tensor) -> Tensor:
-        """Windows (B, 3, T, H, W), fp32 values on the CPU."""
+        """Decode windows to (B, 3, T, H, W) on the CPU, fp32 values."""
         frames = bits_BNL.shape[1] // self.grid_size**2
         grid, parts = (frames, self.grid_size, self.grid_size), []
         if self.tokenizer.from_code.weight.dtype != self.decode_dtype:

@@ -1,10 +1,10 @@
-"""Integer probabilities on which encoder and decoder cannot disagree, though their logits differ in the last digits.
+"""Integer probabilities that are equal in encoder and decoder although their logits differ in the last digits.
 
-    logit ─▶ nearest step of a grid of 1/4 ─▶ a table of integers ─▶ probability of a 1
+    logit ─▶ nearest level, a multiple of 1/4 ─▶ table of integers ─▶ probability of a 1
 
-The encoder knows its logit only up to the tolerance ε by which the decoder's may differ. Where it lies within ε of a
-boundary between two steps, it writes down which of the two it took; everywhere else both round alike. What is written
-down is a list of places, sorted: see `side.py`.
+The logits of encoder and decoder differ by up to a tolerance ε. Where a logit lies within ε of the boundary between two
+levels, the encoder stores its choice; everywhere else both round to the same level. The choices are stored as a sorted
+list of positions, see `side_info.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-# Steps are numbered -SPAN to SPAN; logits beyond are clipped, which bounds what a surprising bit costs.
+# Levels are -MAX_LOGIT_LEVEL to MAX_LOGIT_LEVEL. Clipping larger logits bounds the cost of an unlikely bit.
 LOGIT_STEP = 0.25
 MAX_LOGIT_LEVEL = 40
 # Probabilities are multiples of 2^-16.
@@ -23,9 +23,9 @@ PROB_BITS = 16
 
 @cache
 def probability_table() -> np.ndarray:
-    """Probability of a 1 at each step, as integers out of 2^16, uint32 (2 · SPAN + 1,).
+    """Return the probability of a 1 at each level as a multiple of 2^-16, uint32 (2 · MAX_LOGIT_LEVEL + 1,).
 
-    round(2^16 / (1 + e^-x)) in decimal arithmetic of 50 digits, so that every machine computes the same integers.
+    round(2^16 / (1 + e^-x)) is computed in decimal arithmetic of 50 digits, so every machine gets the same integers.
     """
     with localcontext() as context:
         context.prec = 50
@@ -38,31 +38,31 @@ def probability_table() -> np.ndarray:
 
 
 def probabilities_of_levels(levels: np.ndarray) -> np.ndarray:
-    """Probability of a 1 for each step, float64: a multiple of 2^-16, so exact."""
+    """Return the probability of a 1 for each level, float64; exact, because it is a multiple of 2^-16."""
     result: np.ndarray = probability_table()[levels + MAX_LOGIT_LEVEL] / 2.0**PROB_BITS
     return result
 
 
 def round_logits(logits: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """The encoder's rounding: steps (int64), and whether each is too close to a boundary to be sure of.
+    """Round the encoder's logits; return levels (int64) and whether each is ambiguous, within the tolerance of a boundary.
 
     Args:
         logits: float64.
-        tolerance: the largest difference between the encoder's and the decoder's logit.
+        tolerance: maximum difference between the logits of encoder and decoder.
     """
     scaled = np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)
-    # To the boundary between floor and floor + 1; what is clipped has none beyond the ends.
+    # Distance to the boundary between floor and floor + 1; clipped logits have no boundary.
     to_boundary = np.abs(scaled - np.floor(scaled) - 0.5)
     inside = np.abs(scaled) < MAX_LOGIT_LEVEL
     return _nearest_level(scaled), (to_boundary <= tolerance / LOGIT_STEP) & inside
 
 
 def round_with_side_info(logits: np.ndarray, round_up: np.ndarray) -> np.ndarray:
-    """The decoder's rounding where the encoder wrote down its choice: the step above or below the nearest boundary.
+    """Round the decoder's logits at the ambiguous positions to the level above or below the nearest boundary.
 
     Args:
-        logits: float64, of the places in the list only.
-        upper: whether the encoder took the step above.
+        logits: float64, at the ambiguous positions only.
+        round_up: True where the encoder chose the level above.
     """
     boundary = np.floor(np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)).clip(
         -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL - 1
@@ -72,7 +72,7 @@ def round_with_side_info(logits: np.ndarray, round_up: np.ndarray) -> np.ndarray
 
 
 def rounded_up(logits: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Whether the step taken is the one above the boundary that the logit is near to."""
+    """Return whether the chosen level is above the boundary nearest to the logit."""
     boundary = np.floor(np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)).clip(
         -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL - 1
     )

@@ -1,8 +1,8 @@
-"""Side information: the places where the encoder's rounding was in doubt, and what it chose.
+"""Side information: the positions where the rounding of a logit is ambiguous, and the encoder's choices.
 
-    count (varint) · Rice parameter (1 byte) · for each place: gap to the one before, Rice-coded, and one bit of choice
+    count (varint) · Rice parameter (1 byte) · for each position: Rice-coded gap to the previous one, and one choice bit
 
-Bits are packed most significant first; the last byte is filled with zeros.
+Bits are packed most significant first; the last byte is padded with zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MAX_RICE_PARAMETER = 30
 
 
 def write_side_info(positions: np.ndarray, round_up: np.ndarray) -> bytes:
-    """Places (ascending, int64) and choices (bool) as bytes."""
+    """Serialize positions (ascending, int64) and choices (bool)."""
     gaps = np.diff(positions, prepend=-1) - 1
     mean = float(gaps.mean()) if len(gaps) else 0.0
     rice_parameter = min(_MAX_RICE_PARAMETER, max(0, round(log2(mean * 0.7 + 1e-9)))) if mean else 0
@@ -28,19 +28,19 @@ def write_side_info(positions: np.ndarray, round_up: np.ndarray) -> bytes:
 
 
 def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Places, choices, and how many bytes they took.
+    """Parse positions, choices, and the number of bytes read.
 
     Args:
-        limit: places are below it.
+        limit: exclusive upper bound of the positions.
 
     Raises:
-        ValueError: the bytes end too early or name places that do not exist.
+        ValueError: the bytes end too early or contain positions out of range.
     """
     num_positions, start = read_varint(data, 0)
     if start >= len(data):
         raise ValueError("the side information is cut off")
     rice_parameter = data[start]
-    # Each place takes at least two bits, so a count that lies is noticed before anything is made of it.
+    # Each position takes at least two bits, so a wrong count is found before memory is allocated for it.
     available = (len(data) - start - 1) * 8
     if (
         rice_parameter > _MAX_RICE_PARAMETER
@@ -62,14 +62,14 @@ def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int
         gap = end - bit_offset << rice_parameter | int("".join(map(str, remainder_bits)) or "0", 2)
         position += gap + 1
         if position >= limit:
-            raise ValueError("the side information names a place that does not exist")
+            raise ValueError("the side information is damaged: it contains a position out of range")
         positions[n], round_up[n] = position, bool(bits[end + 1 + rice_parameter])
         bit_offset = end + 2 + rice_parameter
     return positions, round_up, start + 1 + -(-bit_offset // 8)
 
 
 def write_varint(value: int) -> bytes:
-    """Seven bits a byte, least significant first; the highest bit says that more follow."""
+    """Serialize an integer in groups of seven bits, least significant first; the highest bit marks a continuation."""
     out = bytearray()
     while value >= 128:
         out.append(value & 127 | 128)
@@ -79,15 +79,15 @@ def write_varint(value: int) -> bytes:
 
 
 def read_varint(data: bytes, offset: int) -> tuple[int, int]:
-    """The value and the place behind it.
+    """Return the value at an offset, and the offset after it.
 
     Raises:
-        ValueError: the bytes end in it, or it has more than 63 bits.
+        ValueError: the bytes end inside the value, or it has more than 63 bits.
     """
     value = 0
     for n in range(9):
         if offset + n >= len(data):
-            raise ValueError("the side information is cut off in a number")
+            raise ValueError("the side information is cut off")
         value |= (data[offset + n] & 127) << 7 * n
         if data[offset + n] < 128:
             return value, offset + n + 1

@@ -1,7 +1,7 @@
-"""Groups of tiles: their tokens to payloads with checksums, and back.
+"""Groups of tiles: tokens to payloads with checksums, and back.
 
-    tokens (tile, token, bit) ─▶ as they are, or by the prior ─▶ payload
-                             └▶ a checksum of each frame, bound to the header when the file is written
+    tokens (tile, token, bit) ─raw, or entropy coded with the prior─▶ payload
+                             └▶ checksum of each frame, bound to the header when the file is written
 
 Shape suffixes: B tiles of a group, N tokens of a tile (frames slowest), L bits of a token.
 """
@@ -22,14 +22,14 @@ from bsq_ray.codec.entropy_coding import BitstreamError, decode_tokens, encode_t
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 
-# Keys and values kept while groups are decoded together.
+# Memory of the keys and values of groups decoded together.
 _MAX_CACHE_BYTES = 2**31
 _MAX_GROUP_SIZE = 4
 
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """A group's payload, the checksums of its frames, and what the payload consists of in bits."""
+    """Payload of a group, token checksum of each frame, and statistics in bits."""
 
     payload: bytes
     token_crcs: list[int]
@@ -38,7 +38,7 @@ class EncodedGroup:
 
 
 def group_size(prior: Prior | None) -> int:
-    """Tiles of a group in each direction: few enough that their keys and values fit when it is decoded."""
+    """Return the tiles of a group in each direction, so that its keys and values fit into memory when decoding."""
     tiles = _MAX_GROUP_SIZE
     while prior is not None and tiles > 1 and tiles * tiles * _cache_bytes_per_tile(prior) > _MAX_CACHE_BYTES:
         tiles //= 2
@@ -46,7 +46,7 @@ def group_size(prior: Prior | None) -> int:
 
 
 def max_groups_per_pass(prior: Prior | None, header: Header) -> int:
-    """Groups that are decoded together: as many as their keys and values leave room for."""
+    """Return how many groups to decode together, limited by the memory of their keys and values."""
     return 1 if prior is None else max(1, _MAX_CACHE_BYTES // (_cache_bytes_per_tile(prior) * header.group**2))
 
 
@@ -59,7 +59,7 @@ def encode_group(
     batch_size: int | None,
     timings_s: dict[str, float],
 ) -> EncodedGroup:
-    """Codes the group with this number in the file."""
+    """Encode the tokens of the group with this index in the file."""
     token_crcs = [_token_crc(group_index, frame, part) for frame, part in enumerate(bits_BNL.chunk(num_frames, 1))]
     if prior is None:
         return EncodedGroup(pack_bits(bits_BNL.flatten()).numpy().tobytes(), token_crcs, 0.0, 0)
@@ -76,15 +76,15 @@ def decode_groups(
     timings_s: dict[str, float],
     check_deadline: Callable[[], None],
 ) -> Iterator[tuple[int, Tensor]]:
-    """The tokens of groups that are there, as (place in `groups`, bits (B, N, L)); N is that of the first `frames`.
+    """Yield index in `groups` and bits (B, N, L) of each group in the file; N tokens of the first `num_frames` frames.
 
     Args:
-        groups: number in the file and tiles of each.
-        frames: how many of the coded frames are wanted.
-        check: called between parts of the work; what it raises ends it.
+        groups: index in the file and number of tiles of each group.
+        num_frames: number of frames to decode.
+        check_deadline: called between passes; an exception raised by it stops the decoding.
 
     Raises:
-        ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than was allowed.
+        ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than the tolerance.
     """
     header = container.header
     groups_per_pass = max_groups_per_pass(prior, header)
@@ -127,15 +127,15 @@ def _verify_token_crcs(
 
 def _mismatch_message(tolerance: int) -> str:
     return (
-        "the decoded tokens do not match their checksum though the payload does: this machine's logits differ from the "
-        f"encoder's by more than the 2^-{tolerance} that the file allows for, or the file was made to deceive"
+        "the decoded tokens do not match their checksum, but the payload does: this machine's logits differ from the "
+        f"encoder's by more than the 2^-{tolerance} that the file allows, or the file was manipulated"
     )
 
 
 def _unpack(payload: bytes, num_tiles: int, num_tokens: int, bits: int) -> Tensor:
     num_bits = num_tiles * num_tokens * bits
     if len(payload) != -(-num_bits // 8):
-        raise ValueError("the file is damaged: a group has not the length that its tokens need")
+        raise ValueError(f"the file is damaged: a group has {len(payload)} bytes, its tokens need {-(-num_bits // 8)}")
     packed = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
     return unpack_bits(packed, num_bits).view(num_tiles, num_tokens, bits)
 
@@ -146,6 +146,6 @@ def _token_crc(group_index: int, frame: int, bits_BNL: Tensor) -> int:
 
 
 def _cache_bytes_per_tile(prior: Prior) -> int:
-    """Bytes of the keys and values of one tile."""
+    """Return the bytes of the keys and values of one tile."""
     model_config = prior.config
     return 2 * 4 * model_config.layers * model_config.width * model_config.num_tokens

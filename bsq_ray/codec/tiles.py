@@ -1,6 +1,6 @@
-"""Images and clips of any size as tiles of the size the tokenizer takes, and back without seams.
+"""Images and clips of any size to tiles of the tokenizer's size, and back without seams.
 
-Shape suffixes: R and C rows and columns of tiles, t frames, r and c rows and columns of tokens of the whole picture, N
+Shape suffixes: R and C rows and columns of tiles, t frames, r and c rows and columns of tokens of the whole image, N
 tokens of a tile (frames slowest), L bits, T frames, H and W pixels.
 """
 
@@ -12,51 +12,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bsq_ray.codec.rect import Rect
+
 
 def split_tiles(pixels_CTHW: Tensor, tile: int) -> Tensor:
-    """Tiles (R, C, 3, T, tile, tile) of frames whose right and lower edges are repeated to fill the last ones."""
+    """Cut frames into tiles (R, C, 3, T, tile, tile); right and lower edges are replicated to fill the last tiles."""
     _, _, height, width = pixels_CTHW.shape
     padded = F.pad(pixels_CTHW.float(), (0, -width % tile, 0, -height % tile), mode="replicate").to(pixels_CTHW.dtype)
     return padded.unfold(2, tile, tile).unfold(3, tile, tile).permute(2, 3, 0, 1, 4, 5)
 
 
 def as_grid(bits_RCNL: Tensor, frames: int) -> Tensor:
-    """Tokens by tile to tokens by place in the whole picture (t, r, c, L)."""
+    """Rearrange tokens by tile to the token grid of the whole image (t, r, c, L)."""
     side = round((bits_RCNL.shape[2] // frames) ** 0.5)
     return bits_RCNL.unflatten(2, (frames, side, side)).permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
 def place_tiles(
-    bits_RCNL: Tensor,
-    available_RC: Tensor,
-    group_RCNL: Tensor,
-    group_ranges: tuple[range, range],
-    rows: range,
-    columns: range,
+    bits_RCNL: Tensor, available_RC: Tensor, group_RCNL: Tensor, group_tiles: Rect, all_tiles: Rect
 ) -> None:
-    """Copies what a group has in common with the tiles that are wanted."""
-    common_rows = range(max(group_ranges[0].start, rows.start), min(group_ranges[0].stop, rows.stop))
-    common_columns = range(max(group_ranges[1].start, columns.start), min(group_ranges[1].stop, columns.stop))
-    target = _relative_slice(common_rows, rows), _relative_slice(common_columns, columns)
-    bits_RCNL[target] = group_RCNL[
-        _relative_slice(common_rows, group_ranges[0]), _relative_slice(common_columns, group_ranges[1])
-    ]
+    """Copy the tiles of a group into those of `all_tiles` and mark them as available; other tiles are ignored."""
+    common = group_tiles.intersect(all_tiles)
+    target = common.relative_to(all_tiles).slices()
+    bits_RCNL[target] = group_RCNL[common.relative_to(group_tiles).slices()]
     available_RC[target] = True
 
 
-def _relative_slice(inner: range, outer: range) -> slice:
-    return slice(inner.start - outer.start, inner.stop - outer.start)
-
-
 def blend_tiles(bits_trcL: Tensor, side: int, patch: int, decode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pixels (3, t, r · patch, c · patch), fp64, of a grid of tokens, without seams.
+    """Decode a token grid to fp64 pixels (3, t, r · patch, c · patch) without seams.
 
-    Windows of the grid are decoded tile by tile and again shifted by half a tile, so that where one has its edge the
-    other has its middle. Near an edge the shifted one takes over, smoothly over a token on each side.
+    Windows are decoded twice: at the positions of the tiles and shifted by half a tile. An edge of one set lies in the
+    middle of the other. Near an edge the weights blend to the shifted windows, over one token on each side.
 
     Args:
         side: tokens of a tile in each direction.
-        decode: tokens (n, N, L) of n windows to pixels (n, 3, t, side · patch, side · patch).
+        patch: pixels of a token in each direction.
+        decode: function from tokens (n, N, L) of n windows to pixels (n, 3, t, side · patch, side · patch).
     """
     frames, rows, columns, _ = bits_trcL.shape
     result = torch.zeros(3, frames, rows * patch, columns * patch, dtype=torch.float64)
@@ -81,12 +72,15 @@ def blend_tiles(bits_trcL: Tensor, side: int, patch: int, decode: Callable[[Tens
 
 
 def _blend_weight(tokens: int, side: int, patch: int, shift: int) -> Tensor:
-    """Share of the windows shifted by `shift` tokens at each pixel along one direction; both shares add up to 1."""
+    """Return the weight of the windows shifted by `shift` tokens at each pixel along one axis.
+
+    The weights of the unshifted and the shifted windows sum to 1.
+    """
     pixel = torch.arange(tokens * patch, dtype=torch.float64) + 0.5
     length = side * patch
     seam = (pixel / length).round()
     to_seam = (pixel - seam * length).abs()
-    # The picture's own edges are no seams.
+    # The edges of the image are not seams.
     is_border = (seam == 0) | (seam * side >= tokens)
     fraction = (to_seam / patch).clamp(max=1.0)
     unshifted_weight = torch.where(is_border, torch.ones_like(fraction), 0.5 - 0.5 * torch.cos(torch.pi * fraction))

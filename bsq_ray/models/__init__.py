@@ -1,1 +1,1 @@
-"""Plain PyTorch models, usable without Ray."""
+"""Networks in plain PyTorch, usable without Ray."""

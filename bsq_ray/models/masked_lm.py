@@ -1,12 +1,12 @@
 """Masked language model: a bidirectional post-LN Transformer that fills in masked tokens (MaskGIT; paper section 4.1).
 
-    sub-tokens ─embedded and added up─▶ token ┐
-    class ─────────────────────────▶ first place ┴▶ blocks ─▶ head ─▶ logits of every sub-token
+    sub-tokens ─embed and sum─▶ token ┐
+    class ─embed─▶ first position ────┴▶ blocks ─▶ head ─▶ logits of every sub-token
 
-A token of L bits is read and predicted as S sub-tokens of L / S bits, so no table has 2^L rows.
+A token of L bits is split into S sub-tokens of L / S bits, so no table has 2^L rows.
 
-Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, C classes and "any", D width,
-H heads, E width of one head, L bits of a token.
+Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, C classes and the null class,
+D width, H heads, E width of one head, L bits of a token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + attention(x)), then norm(x + mlp(x))."""
+    """Post-LN block: norm(x + attention(x)), then norm(x + mlp(x))."""
 
     def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
@@ -39,18 +39,18 @@ class PostNormBlock(nn.Module):
         self.dropout = nn.Dropout(model_config.dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Same shape out as in."""
+        """Map (B, N, D) to (B, N, D)."""
         y_BHNE = attention(*split_heads(self.qkv(x_BND), self.heads))
         x_BND = self.attention_norm(x_BND + self.dropout(self.out(merge_heads(y_BHNE))))
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 
 
 class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
-    """Predicts every sub-token of an image from those that are not masked, and from its class.
+    """Predicts every sub-token of an image from its class and the sub-tokens that are not masked.
 
     Attributes:
-        mask: the value that stands for a masked sub-token (V).
-        any_class: the class that stands for none in particular (C - 1).
+        mask_token: value of a masked sub-token (V).
+        null_class: index of the class of unconditional generation (C - 1).
     """
 
     run_config_class = config.MaskedLMConfig
@@ -60,7 +60,7 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
         self.mask_token = 2**model_config.sub_bits
         self.null_class = model_config.num_classes
         width = model_config.width
-        # One table for all sub-tokens: rows s · (V + 1) to s · (V + 1) + V, the last of which is the mask.
+        # One table for all sub-tokens: sub-token s has rows s · (V + 1) to s · (V + 1) + V, the last one for the mask.
         self.embedding = nn.Embedding(model_config.num_sub_tokens * (self.mask_token + 1), width)
         self.classes = nn.Linear(model_config.num_classes + 1, width, bias=False)
         self.position = nn.Parameter(torch.empty(model_config.num_tokens + 1, width))
@@ -73,11 +73,11 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor, classes_BC: Tensor) -> Tensor:
-        """Logits (B, N, S, V), fp32.
+        """Return fp32 logits (B, N, S, V).
 
         Args:
-            sub_tokens_BNS: int64 values 0 to V - 1, or `mask`.
-            classes_BC: weights of the classes, see `classes_of`; mixtures interpolate between classes.
+            sub_tokens_BNS: int64 values 0 to V - 1, or `mask_token`.
+            classes_BC: weights of the classes, see `class_weights`; mixtures interpolate between classes.
         """
         row_offsets = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * (self.mask_token + 1)
         x_BND = self.embedding(sub_tokens_BNS + row_offsets).sum(2)
@@ -92,10 +92,10 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
         return logits_BNSV.float() + self.bias
 
     def class_weights(self, labels_B: Tensor) -> Tensor:
-        """Class numbers (B,) to weights (B, C) with a single 1; `any_class` is allowed.
+        """Convert class indices (B,) to one-hot weights (B, C); `null_class` is allowed.
 
         Raises:
-            ValueError: a class that the model does not have.
+            ValueError: a class index is out of range.
         """
         if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.null_class:
             raise ValueError(
@@ -104,18 +104,18 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
         return F.one_hot(labels_B.long(), self.null_class + 1).float()
 
     def split_bits(self, bits_BNL: Tensor) -> Tensor:
-        """Tokens' bits to sub-tokens (B, N, S)."""
+        """Split the bits (B, N, L) of tokens into sub-tokens (B, N, S)."""
         return bits_to_integers(bits_BNL, self.config.sub_bits)
 
     def join_bits(self, sub_tokens_BNS: Tensor) -> Tensor:
-        """The inverse of `split`; masked sub-tokens become zeros."""
+        """Invert `split_bits`; masked sub-tokens become zeros."""
         return integers_to_bits(sub_tokens_BNS % self.mask_token, self.config.sub_bits)
 
 
 def masked_cross_entropy(
     logits_BNSV: Tensor, sub_tokens_BNS: Tensor, masked_BNS: Tensor, label_smoothing: float
 ) -> Tensor:
-    """Mean cross entropy of the masked sub-tokens in nats, scalar."""
+    """Return the mean cross entropy of the masked sub-tokens in nats, scalar."""
     masked = masked_BNS.flatten()
     logits_PV = logits_BNSV.flatten(0, 2)[masked]
     return F.cross_entropy(logits_PV, sub_tokens_BNS.flatten()[masked], label_smoothing=label_smoothing)

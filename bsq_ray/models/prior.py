@@ -1,11 +1,18 @@
-"""Autoregressive prior: the exact probability of every bit of an image's tokens (paper section 4.2).
+r"""Autoregressive prior: the exact probability of every bit of an image's tokens (paper section 4.2).
 
-    start, token 1 … token N-1 ─embedded─▶ causal blocks ─▶ features of token 1 … N
+    start, token 1 … token N-1 ─embed─▶ causal blocks ─▶ features of token 1 … N
     features, earlier sub-tokens of the token ─▶ tree of each sub-token: logits of its 2^k - 1 nodes
 
-Tokens are in raster order inside a frame, frames in time order. A sub-token of k bits is a walk down a binary tree, its
-least significant bit first: at each node one logit says how likely a 1 is. The training loss is the sum over the nodes
-on the path, which is exactly what coding them costs.
+Tokens are in raster order within a frame, and frames in time order. A sub-token of k bits is a path down a binary tree,
+least significant bit first. The logit of a node gives the probability that its bit is 1. For k = 2:
+
+             node 0               bit 1 of the sub-token
+           0 /    \ 1
+        node 1    node 2          bit 2
+        0 / \ 1   0 / \ 1
+        0    2     1    3         value of the sub-token
+
+The training loss is the sum over the nodes on the path, which is the code length of the sub-token.
 
 Shape suffixes: B images, N tokens, S sub-tokens of a token, K nodes of a tree, k bits of a sub-token, D width, H heads,
 E width of one head, L bits of a token.
@@ -27,7 +34,7 @@ from bsq_ray.models.pretrained import PretrainedModel
 
 
 class CausalBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), where a token attends to itself and what is before it."""
+    """Pre-LN block: x + attention(norm(x)), then x + mlp(norm(x)). A token attends to itself and to earlier tokens."""
 
     def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
@@ -41,7 +48,7 @@ class CausalBlock(nn.Module):
         self.dropout = nn.Dropout(model_config.dropout)
 
     def forward(self, x_BND: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Same shape out as in; with a cache of keys and values (B, H, N, E), x is the one token at `place`."""
+        """Map (B, N, D) to (B, N, D); with a cache, x is the single token after the cached ones."""
         q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(self.attention_norm(x_BND)), self.heads)
         if cache is None:
             y_BHNE = causal_attention(q_BHNE, k_BHNE, v_BHNE)
@@ -52,7 +59,7 @@ class CausalBlock(nn.Module):
 
 
 class Prior(PretrainedModel[config.PriorModelConfig]):
-    """Probabilities of the bits of an image's tokens, given those before them."""
+    """Predicts the bits of an image's tokens from earlier bits."""
 
     run_config_class = config.PriorConfig
 
@@ -65,7 +72,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         self.position = nn.Parameter(torch.empty(model_config.num_tokens, width))
         self.blocks = nn.ModuleList(CausalBlock(model_config) for _ in range(model_config.layers))
         self.output_norm = nn.LayerNorm(width)
-        # What a token's earlier sub-tokens add to its features.
+        # Embeddings of the earlier sub-tokens of a token, added to its features.
         self.earlier = nn.Embedding(max(1, model_config.num_sub_tokens - 1) * num_values, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.num_sub_tokens))
@@ -74,9 +81,9 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor) -> Tensor:
-        """Logits of all nodes (B, N, S, K), fp32, of every token given those before it (the parallel pass).
+        """Return fp32 logits (B, N, S, K) of all nodes of every token, in one parallel pass.
 
-        N may be less than the model's: the first tokens, such as those of a clip's first frames.
+        N may be less than the model's number of tokens, for example the tokens of the first frames of a clip.
         """
         x_BND = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), self._embed(sub_tokens_BNS[:, :-1])], 1)
         x_BND = x_BND + self.position[: x_BND.shape[1]]
@@ -88,7 +95,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         )
 
     def node_logits(self, h_BND: Tensor, earlier_BNs: Tensor) -> Tensor:
-        """Logits (B, N, K) of the next sub-token's nodes, given the s sub-tokens of the same token before it."""
+        """Return fp32 logits (B, N, K) of the nodes of sub-token s, given the s earlier sub-tokens of the token."""
         sub_token_index = earlier_BNs.shape[-1]
         if sub_token_index:
             row_offsets_s = torch.arange(sub_token_index, device=earlier_BNs.device) * 2**self.config.sub_bits
@@ -96,7 +103,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         return cast(Tensor, self.trees[sub_token_index](self.head(h_BND))).float()
 
     def start_decoding(self, batch_size: int, num_tokens: int | None = None) -> IncrementalDecoder:
-        """Step-by-step decoding of a batch of images, with cached keys and values; of the first `tokens`, or of all."""
+        """Start decoding a batch token by token with cached keys and values; by default all tokens."""
         return IncrementalDecoder(self, batch_size, num_tokens or self.config.num_tokens)
 
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
 
 
 class IncrementalDecoder:
-    """One token after the other: `features`, then `node_logits` and a value for each sub-token, then `push`."""
+    """Decodes token by token: `next_features`, then `Prior.node_logits` for each sub-token, then `push`."""
 
     def __init__(self, prior: Prior, batch_size: int, num_tokens: int) -> None:
         self.prior = prior
@@ -114,22 +121,22 @@ class IncrementalDecoder:
         self._position = 0
 
     def next_features(self) -> Tensor:
-        """Features (B, 1, D) of the next token."""
+        """Compute the features (B, 1, D) of the next token."""
         x_B1D = self._next_B1D + self.prior.position[self._position]
         for block, cache in zip(self.prior.blocks, self._caches, strict=True):
             x_B1D = block(x_B1D, cache)
         return cast(Tensor, self.prior.output_norm(x_B1D))
 
     def push(self, sub_tokens_BS: Tensor) -> None:
-        """The token that was decoded."""
+        """Append the decoded token."""
         self._position += 1
         self._next_B1D = self.prior._embed(sub_tokens_BS[:, None])
 
 
 def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
-    """Nodes on the way to each value and the bits taken there, both (…, k); node 0 is the root.
+    """Return the nodes on the path to each value and the bits chosen there, both (…, k).
 
-    From node i a bit b leads to node 2 i + 1 + b; the least significant bit is taken first.
+    Node 0 is the root. From node i, bit b leads to node 2 i + 1 + b. The least significant bit is first.
     """
     bits = sub_tokens[..., None] >> torch.arange(sub_bits, device=sub_tokens.device) & 1
     nodes = torch.zeros_like(bits)
@@ -139,7 +146,7 @@ def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor
 
 
 def code_length(logits_BNSK: Tensor, sub_tokens_BNS: Tensor, sub_bits: int) -> Tensor:
-    """What the sub-tokens cost in nats, (B, N, S): the sum over the nodes on their paths."""
+    """Return the code length of the sub-tokens in nats, (B, N, S): the sum over the nodes on their paths."""
     nodes, bits = binary_tree_nodes(sub_tokens_BNS, sub_bits)
     chosen_logits = logits_BNSK.gather(-1, nodes)
     return F.binary_cross_entropy_with_logits(chosen_logits, bits.to(chosen_logits.dtype), reduction="none").sum(-1)

@@ -1,12 +1,14 @@
-"""Drawing images from a masked language model: all tokens masked, then the surest predictions kept, step by step.
+"""Sampling from a masked language model by iterative decoding (MaskGIT; Chang et al., CVPR 2022).
 
-    masked tokens ─model, guided─▶ a value and a confidence for each ─▶ the surest stay, the others are masked again
+    masked tokens ─model with guidance─▶ a sample and a confidence for each ─▶ keep the most confident, mask the others
+          ▲                                                                                     │
+          └──────────────────────────────────── next step ──────────────────────────────────────┘
 
-After step t of T, cos(π/2 · t/T) of the tokens are still masked (MaskGIT; Chang et al., CVPR 2022). Randomness comes
-from one generator per image, seeded by (seed, number of the image), so an image does not depend on its batch.
+After step t of T, a fraction cos(π/2 · t/T) of the tokens is still masked. Each image has its own random generator,
+seeded with (seed, index of the image), so an image does not depend on its batch.
 
-Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, C classes and "any class", U units
-that are masked as a whole (tokens or sub-tokens) of an image.
+Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, C classes and the null class,
+U units of an image that are masked as a whole (tokens or sub-tokens).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 
 
 def num_masked(step: int, steps: int, units: int) -> int:
-    """Units still masked after `step` of `steps` steps: the cosine schedule, with at least one revealed each step."""
+    """Return the number of units masked after `step` of `steps` steps: a cosine schedule, at least one fewer each step."""
     if step >= steps:
         return 0
     return max(0, min(int(units * cos(pi / 2 * step / steps)), units - step))
@@ -40,21 +42,22 @@ def sample_steps(
     inpaint_mask_BN: Tensor | None = None,
     predict: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Sub-tokens (B, N, S) after each step, masked ones being `model.mask`; the last ones are complete.
+    """Yield the sub-tokens (B, N, S) after each step; masked ones have the value `model.mask_token`.
 
     Args:
-        classes_BC: weights of the classes, see `MaskedLM.classes_of`.
-        section: number of steps, temperature of the noise on confidences, guidance.
-        seed, first: image b is drawn with the generator of (seed, first + b).
-        given_BNS, open_BN: inpainting: sub-tokens of images, and which tokens are to be drawn anew.
-        predict: what to call instead of the model, such as an engine that holds it.
+        classes_BC: weights of the classes, see `MaskedLM.class_weights`.
+        sampling_config: number of steps, temperature of the noise on confidences, guidance.
+        seed, first_index: image b uses the generator of (seed, first_index + b).
+        known_BNS: for inpainting: sub-tokens of the images.
+        inpaint_mask_BN: for inpainting: True for the tokens to sample.
+        predict: replaces the model's forward pass.
 
     Raises:
-        ValueError: only one of `given_BNS` and `open_BN` is given.
+        ValueError: only one of `known_BNS` and `inpaint_mask_BN` is given.
     """
     device, batch = classes_BC.device, len(classes_BC)
     if (known_BNS is None) != (inpaint_mask_BN is None):
-        raise ValueError("inpainting needs both the tokens of the images and which of them are to be drawn anew")
+        raise ValueError("inpainting needs both the tokens of the images and the mask of the tokens to sample")
     shape = (model.config.num_tokens, model.config.num_sub_tokens)
     if known_BNS is None or inpaint_mask_BN is None:
         inpaint_mask_BN = torch.ones(batch, shape[0], dtype=torch.bool, device=device)
@@ -63,7 +66,7 @@ def sample_steps(
     masked_BNS = inpaint_mask_BN[..., None].expand(-1, -1, shape[1])
     tokens_BNS = known_BNS.masked_fill(masked_BNS, model.mask_token)
     by_token = model.config.mask_unit == "token"
-    # Read once: on a GPU every look at a number waits for all work before it.
+    # Read once: on a GPU every copy to the host waits for all queued kernels.
     num_units_B: list[int] = (inpaint_mask_BN.sum(1) * (1 if by_token else shape[1])).tolist()
     for step in range(1, sampling_config.steps + 1):
         logits_BNSV = _guided_logits(predict or model, model.null_class, tokens_BNS, classes_BC, sampling_config, step)
@@ -92,7 +95,7 @@ def sample(
     inpaint_mask_BN: Tensor | None = None,
     predict: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The bits (B, N, L) of drawn images; arguments as `sample_steps`."""
+    """Sample images; return their bits (B, N, L). Arguments as in `sample_steps`."""
     *_, tokens_BNS = sample_steps(
         model, classes_BC, sampling_config, seed, first_index, known_BNS, inpaint_mask_BN, predict
     )
@@ -100,13 +103,15 @@ def sample(
 
 
 def interpolate_classes(model: MaskedLM, labels: Sequence[int], steps: int) -> Tensor:
-    """Weights (steps, C) that go from the first of two classes to the second.
+    """Return class weights (steps, C) from the first of two classes to the second.
 
     Raises:
-        ValueError: not two classes of the model, or fewer than two steps.
+        ValueError: there are not two classes, one is unknown, or there are fewer than two steps.
     """
     if len(labels) != 2 or steps < 2:
-        raise ValueError(f"interpolation goes between two classes in at least two steps, not {labels} in {steps}")
+        raise ValueError(
+            f"interpolation needs two classes and at least two steps, got classes {list(labels)} and {steps} steps"
+        )
     first_C, last_C = model.class_weights(torch.tensor(labels))
     weight_B1 = torch.linspace(0, 1, steps)[:, None]
     return (1 - weight_B1) * first_C + weight_B1 * last_C
@@ -120,7 +125,7 @@ def _guided_logits(
     sampling_config: config.SamplingConfig,
     step: int,
 ) -> Tensor:
-    """Logits with classifier-free guidance, l_c + α (l_c - l_any); both halves run in one batch."""
+    """Return logits with classifier-free guidance, l_c + α (l_c - l_null); both halves run in one batch."""
     alpha = sampling_config.guidance_scale * (
         step / sampling_config.steps if sampling_config.guidance_schedule == "linear" else 1.0
     )
@@ -133,7 +138,7 @@ def _guided_logits(
 
 
 def _sample_categorical(logits_BNSV: Tensor, uniform_BNS: Tensor) -> tuple[Tensor, Tensor]:
-    """A value from each distribution by inverting its cumulated sum, and its log probability."""
+    """Sample a value from each distribution by inverting its CDF; also return its log probability, (B, N, S) each."""
     log_probs_BNSV = logits_BNSV.log_softmax(-1)
     cdf_BNSV = log_probs_BNSV.exp().cumsum(-1)
     indices_BNS1 = torch.searchsorted(cdf_BNSV, uniform_BNS[..., None] * cdf_BNSV[..., -1:], right=True)
@@ -142,7 +147,7 @@ def _sample_categorical(logits_BNSV: Tensor, uniform_BNS: Tensor) -> tuple[Tenso
 
 
 def _lowest_confidence(confidence_BU: Tensor, masked_BU: Tensor, num_masked_B: Tensor) -> Tensor:
-    """Which of the masked units stay masked: the `count_B` least sure ones."""
+    """Return which masked units stay masked (B, U): the `num_masked_B` least confident ones."""
     ranks_BU = confidence_BU.masked_fill(~masked_BU, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
     return ranks_BU < num_masked_B[:, None]
 
@@ -154,6 +159,6 @@ def _image_generator(seed: int, image_index: int) -> torch.Generator:
 
 
 def _uniform(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Uniform numbers in (0, 1), (B, *shape)."""
+    """Draw uniform random numbers in (0, 1), (B, *shape)."""
     numbers = torch.stack([torch.rand(tuple(shape), generator=g, dtype=torch.float64) for g in generators])
     return numbers.clamp(1e-12, 1 - 1e-7).float().to(device)

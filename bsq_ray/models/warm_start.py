@@ -1,7 +1,7 @@
-"""Weights that a tokenizer begins its training with, from the folder of a trained one.
+"""Warm start: initial weights of a tokenizer from a trained one, including inflation of an image to a video model.
 
-A video model begins as its image model looking at each frame alike: what is new, the temporal position, is zero. So a
-one-frame clip, and in a causal model the first frame of any clip, comes out exactly as from the image model.
+The only new weights of a video model, its temporal position embeddings, are zero. So a one-frame clip, and in a causal
+model the first frame of any clip, is reconstructed exactly as by the image model.
 
 Shape suffixes: S tokens of one frame, h and w its rows and columns, D width.
 """
@@ -15,21 +15,21 @@ from torch import Tensor
 from bsq_ray import config, model_folder
 
 _PARTS = ("encoder", "decoder")
-# What may differ: the size of the images, how frames see each other, and what only training uses.
+# Keys that may differ: they change no weights, or their weights are resized or added.
 _IGNORED_KEYS = {"image_size", "frames", "causal", "gradient_checkpointing"}
 
 
 def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict[str, Tensor]:
-    """Every weight of a new tokenizer, taken from a model folder.
+    """Return all weights of a new tokenizer, loaded from a model folder.
 
-    Spatial positions are interpolated (bicubic) when the image size differs; temporal ones are zero when the folder's
-    model is one of images.
+    Spatial position embeddings are interpolated (bicubic) if the image size differs. Temporal ones are zero if the
+    source is an image model.
 
     Args:
-        url: path, fsspec URL or hub id of an image tokenizer, or of a video tokenizer of as many frames.
+        url: path, fsspec URL or hub id of an image tokenizer, or of a video tokenizer with the same number of frames.
 
     Raises:
-        ValueError: there is no such folder, or its model does not fit; the message names what differs.
+        ValueError: the folder does not exist, or its model does not fit; the message lists the differences.
     """
     folder = model_folder.load_model_folder(url)
     source_config = config.require_stage(folder.config, config.TokenizerConfig, url).model
@@ -42,7 +42,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     if source_config.frames not in (1, model_config.frames):
         mismatches.append(f"model.frames is {source_config.frames} there, where 1 or {model_config.frames} would do")
     if mismatches:
-        raise ValueError(f"{url} cannot initialise this model: {'; '.join(mismatches)}")
+        raise ValueError(f"{url} cannot initialize this model: {'; '.join(mismatches)}")
     weights = dict(folder.weights)
     side = model_config.grid_size
     for part in _PARTS:
@@ -55,7 +55,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
 
 
 def resize_positions(position_SD: Tensor, side: int) -> Tensor:
-    """Position embeddings of a square grid of `side` rows and columns, interpolated from those of another one."""
+    """Interpolate the position embeddings (S, D) of a square grid to `side` rows and columns."""
     source_side = round(len(position_SD) ** 0.5)
     if source_side == side:
         return position_SD
@@ -65,7 +65,7 @@ def resize_positions(position_SD: Tensor, side: int) -> Tensor:
 
 
 def _diff_configs(source_value: object, target_value: object, path: str = "") -> list[tuple[str, object, object]]:
-    """Dotted keys of nested sections that have different values, except what only the training loss uses."""
+    """Return dotted key and both values of every difference; keys used only by the training loss are ignored."""
     if isinstance(source_value, dict) and isinstance(target_value, dict):
         keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commitment_weight"})
         return [

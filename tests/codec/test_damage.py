@@ -48,7 +48,7 @@ class Target:
 
 
 def corrupt_bytes(target, rng):
-    """What wires, disks and programs do to files."""
+    """Corrupt bytes as transfers, disks and programs do."""
     data = bytearray(target.data)
     kind = rng.choice(["cut", "random", "flip", "insert", "delete", "repeat", "set"])
     offset = rng.randrange(len(data))
@@ -73,7 +73,7 @@ def corrupt_bytes(target, rng):
 def corrupt_structure(target, rng):
     """A field, an index entry or a payload is another, and the checksums of header, index and payload fit again."""
     header_bytes = bytearray(target.data[: target.header_bytes])
-    index_GE, payloads = target.words.copy(), list(target.payloads)
+    index_GE, payloads = target.index_GE.copy(), list(target.payloads)
     kind = rng.choice(["field", "fields", "size", "payload", "payloads", "checks"])
     group = rng.randrange(len(payloads))
     if kind in ("field", "fields"):
@@ -99,7 +99,7 @@ def corrupt_structure(target, rng):
 
 
 def fuzz(targets, num_files, seed=0):
-    """Counts how files were answered."""
+    """Count the outcomes of decoding corrupted files."""
     rng = random.Random(seed)
     outcomes = Counter()
     slowest_s = 0.0
@@ -111,15 +111,15 @@ def fuzz(targets, num_files, seed=0):
         start_time = time.perf_counter()
         try:
             decoded = target.decode(corrupted)
-            assert decoded == target.right, "a silent wrong picture"
-            outcomes["decoded to the same picture"] += 1
+            assert decoded == target.expected_bytes, "silently decoded to wrong pixels"
+            outcomes["decoded to the same pixels"] += 1
         except ValueError as error:
             outcomes[" ".join(re.sub(r"\d+", "N", str(error)).split()[:6])] += 1
         if rng.random() < 0.05:
             try:
                 target.preview(corrupted)
             except ValueError:
-                outcomes["previews refused"] += 1
+                outcomes["previews rejected"] += 1
         slowest_s = max(slowest_s, time.perf_counter() - start_time)
     return outcomes, slowest_s
 
@@ -149,7 +149,7 @@ def test_decode_forged_tokens_fail_token_checksum(targets):
     """Other tokens under the same checksums, in a file that is sound otherwise."""
     raw = targets[1]
     payload = bytes([raw.payloads[0][0] ^ 1]) + raw.payloads[0][1:]
-    index_GE = raw.words.copy()
+    index_GE = raw.index_GE.copy()
     index_GE[0, 1] = zlib.crc32(payload)
     header_and_index = raw.data[: raw.header_bytes] + index_GE.astype("<u4").tobytes()
     forged = header_and_index + struct.pack("<I", zlib.crc32(header_and_index)) + payload + b"".join(raw.payloads[1:])

@@ -49,7 +49,7 @@ def test_files_truncated_previews_and_animation_raises(model, photo, tmp_path):
     with pytest.raises(ValueError, match=r"cut.bsq: the file is cut off"):
         decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"))
     summary = decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"), DecodeSelection(preview=True))
-    assert "90 x 60 px, 0% of it there" in summary
+    assert "90 x 60 px, 0% of it available" in summary
     frames = [Image.open(photo), Image.new("RGB", (90, 60))]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="it is an animation"):
@@ -61,9 +61,9 @@ def test_resolve_frame_at_start_time_returns_that_frame(rate):
     clip = VideoHeader(200, 1, rate, SRGB)
     exact_frames = [n for n in range(200) if (n / rate * 10_000).denominator == 1]
     assert len(exact_frames) >= 7
-    assert [DecodeSelection(second=float(n / rate)).chosen_frame(clip) for n in exact_frames] == exact_frames
+    assert [DecodeSelection(time_s=float(n / rate)).resolve_frame(clip) for n in exact_frames] == exact_frames
     with pytest.raises(ValueError, match="there is no frame -1"):
-        DecodeSelection(second=-0.001).chosen_frame(clip)
+        DecodeSelection(time_s=-0.001).resolve_frame(clip)
 
 
 def test_commands_work_with_pipes(model, photo, tmp_path):
@@ -97,7 +97,7 @@ def test_files_invalid_input_raises_clear_errors(model, photo, tmp_path):
         decompress_file(model, coded, str(tmp_path / "x.mp4"))
     with pytest.raises(ValueError, match=r"photo.jpg: not a .bsq file"):
         decompress_file(model, photo, str(tmp_path / "x.png"))
-    with pytest.raises(ValueError, match="claims 90 x 60 pixels; images of 1 to 100 pixels"):
+    with pytest.raises(ValueError, match="claims 90 x 60 pixels; the limit is 1 to 100 pixels"):
         decompress_file(model, coded, str(tmp_path / "x.png"), DecodeSelection(max_pixels=100))
     with pytest.raises(ValueError, match="does not exist"):
         compress_file(model, str(tmp_path / "none.png"), coded)

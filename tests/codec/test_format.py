@@ -45,11 +45,11 @@ def read_side_info(data):
     bits, position, choices = BitReader(data[offset + 1 :], True), -1, {}
     for _ in range(count):
         ones = 0
-        while bits.take():
+        while bits.read():
             ones += 1
-        position += 1 + (ones << parameter | bits.take(parameter))
-        choices[position] = bits.take()
-    return choices, offset + 1 + -(-bits.at // 8)
+        position += 1 + (ones << parameter | bits.read(parameter))
+        choices[position] = bits.read()
+    return choices, offset + 1 + -(-bits.position // 8)
 
 
 class RangeDecoder:
@@ -98,7 +98,7 @@ def decode_payload(payload, logit, tiles, tokens, sub_tokens, k):
             for depth in range(k):
                 for tile in range(tiles):
                     p = probability(logit(bits, tile, n, s, node[tile]), choices.get(number))
-                    bit = coder.bit(p)
+                    bit = coder.decode_bit(p)
                     bits[tile, n, s * k + depth] = bit
                     node[tile] = 2 * node[tile] + 1 + bit
                     number += 1

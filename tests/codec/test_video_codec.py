@@ -111,7 +111,7 @@ def test_decompress_clip_frame_range_and_region(clip_codec, data, decoded):
     assert len(part) == 7
     assert all((here == whole[10:33, 20:50]).all() for here, whole in zip(part, decoded[2:9], strict=True))
     for invalid_range in (range(3, 12), range(4, 4), range(-1, 3)):
-        with pytest.raises(ValueError, match="the clip has 0 to 10"):
+        with pytest.raises(ValueError, match="do not exist; the clip has 0 to 10"):
             clip_codec.decompress_clip(data, invalid_range)
 
 
@@ -125,11 +125,11 @@ def test_preview_clip_truncated_file_shows_first_frames(clip_codec, data, decode
 
 
 def test_codec_distinguishes_images_and_clips(clip_codec, codec, data, frames):
-    with pytest.raises(ValueError, match="holds a clip of 11 frames"):
+    with pytest.raises(ValueError, match="contains a clip of 11 frames"):
         clip_codec.decompress(data)
     image = clip_codec.compress(Image.fromarray(frames[0]))
     assert clip_codec.decompress(image.data).size == (88, 72)
-    with pytest.raises(ValueError, match="holds an image"):
+    with pytest.raises(ValueError, match="contains an image"):
         clip_codec.decompress_clip(image.data)
     single = codec.compress_clip(frames[:3], 25)
     assert read_container(single.data).header.clip.gop == 1, "a tokenizer of images takes frame after frame"
@@ -203,7 +203,7 @@ def test_files_video_to_bsq_to_videos_and_images(folder, carphone, tmp_path):
             short.mux(stream.encode(frame.reformat(format="yuv420p")))
         short.mux(stream.encode())
     summary = compress_file(folder, str(tmp_path / "short.mkv"), coded)
-    assert "9 frames of 176 x 144 px at 29.97 a second" in summary
+    assert "9 frames of 176 x 144 px at 29.97 fps" in summary
     assert "bits per pixel" in summary
     assert "9 frames" in decompress_file(folder, coded, str(tmp_path / "b.mkv"))
     decompress_file(folder, coded, str(tmp_path / "b.mp4"))
@@ -211,16 +211,16 @@ def test_files_video_to_bsq_to_videos_and_images(folder, carphone, tmp_path):
     assert read_video(str(tmp_path / "b.mp4")).frame_rate == RATE
     decompress_file(folder, coded, str(tmp_path / "5.png"), DecodeSelection(frame=5))
     assert (np.asarray(Image.open(tmp_path / "5.png")) == frames[5]).all()
-    decompress_file(folder, coded, str(tmp_path / "s.webp"), DecodeSelection(second=0.2, region=(0, 0, 30, 20)))
+    decompress_file(folder, coded, str(tmp_path / "s.webp"), DecodeSelection(time_s=0.2, region=(0, 0, 30, 20)))
     assert (np.asarray(Image.open(tmp_path / "s.webp").convert("RGB")) == frames[5][:20, :30]).all()
     (tmp_path / "cut.bsq").write_bytes((tmp_path / "a.bsq").read_bytes()[:-100])
     summary = decompress_file(folder, str(tmp_path / "cut.bsq"), str(tmp_path / "p.mkv"), DecodeSelection(preview=True))
-    assert "9 frames, 9 of 9 frames there" in summary
+    assert "9 frames, 9 of 9 frames available" in summary
     for part, out, message in (
         (DecodeSelection(), "x.png", "this is a clip, so OUT must end in .mp4 or .mkv"),
         (DecodeSelection(frame=2), "x.mp4", "this is an image or one frame"),
-        (DecodeSelection(frame=9), "x.png", "no frame 9: the clip has 9 frames"),
-        (DecodeSelection(second=-1.0), "x.png", "no frame -30"),
+        (DecodeSelection(frame=9), "x.png", "no frame 9: the clip has frames 0 to 8"),
+        (DecodeSelection(time_s=-1.0), "x.png", "no frame -30"),
     ):
         with pytest.raises(ValueError, match=message):
             decompress_file(folder, coded, str(tmp_path / out), part)

@@ -102,7 +102,7 @@ def test_warm_start_from_video_model_of_same_length(image_model, tmp_path):
     ids=["bits", "patches", "layers", "kind"],
 )
 def test_warm_start_mismatch_lists_differing_keys(image_model, changes, message):
-    with pytest.raises(ValueError, match=f"cannot initialise this model: .*{message}"):
+    with pytest.raises(ValueError, match=f"cannot initialize this model: .*{message}"):
         initial_weights(small_config(4, **changes), image_model[0])
 
 

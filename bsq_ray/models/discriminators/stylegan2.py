@@ -1,9 +1,8 @@
-"""Discriminators: StyleGAN2's residual one and PatchGAN, written from their published descriptions.
+"""StyleGAN2's residual discriminator (Karras et al., CVPR 2020), written from its published description.
 
-    images ─fromrgb─▶ [ conv ─ blur ─ conv/2 ] + [ blur/2 ─ 1x1 ]  …until 4 x 4 ─▶ batch deviation ─ conv ─ fc ─▶ logit
+    images ─fromrgb─▶ [ conv ─ blur ─ conv/2 ] + [ blur/2 ─ 1x1 ]  …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
 
-One call may carry several batches (real and reconstructed): the convolutions run on all of them at once, while batch
-statistics stay inside each. Shape suffixes: B images, C channels, H and W pixels, g members of a group, M groups.
+Shape suffixes: B images, C channels, H and W pixels, g members of a group, M groups.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ _STDDEV_GROUP_SIZE = 4
 
 
 class EqualizedConv(nn.Module):
-    """A convolution whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time (Karras et al., 2018).
+    """Convolution whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time (Karras et al., 2018).
 
     Args:
-        down: halve the size: [1, 3, 3, 1] low-pass filter, then stride 2.
-        gain: factor on the output; with `activate` it multiplies the leaky ReLU's own gain of sqrt(2).
+        downsample: halve the size by a [1, 3, 3, 1] low-pass filter and stride 2.
+        activate: add a bias and apply a leaky ReLU with a gain of sqrt(2).
+        gain: additional factor on the output.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class EqualizedConv(nn.Module):
         self.gain = gain
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Convolves; the size stays, or is halved."""
-        # leaky_relu(g x) = g leaky_relu(x), so the gain rides on weight and bias, which are small, not on the images.
+        """Convolve (B, C_in, H, W) to (B, C_out, H, W), or to half the size."""
+        # leaky_relu(g x) = g leaky_relu(x), so the gain is applied to weight and bias, which are smaller than the images.
         gain = self.gain if self.bias is None else self.gain * LEAKY_RELU_GAIN
         weight = self.weight * (self.scale * gain)
         bias = None if self.bias is None else self.bias * gain
@@ -64,7 +64,7 @@ class EqualizedConv(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """A linear layer with run-time weight scaling, optionally followed by the scaled leaky ReLU."""
+    """Linear layer with run-time weight scaling, optionally followed by the scaled leaky ReLU."""
 
     def __init__(self, in_features: int, out_features: int, activate: bool) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class EqualizedLinear(nn.Module):
         self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, inputs) to (…, outputs)."""
+        """Map (…, in_features) to (…, out_features)."""
         x = F.linear(x, self.weight * self.scale, self.bias)
         return F.leaky_relu(x, LEAKY_RELU_SLOPE) * LEAKY_RELU_GAIN if self.activate else x
 
 
 class StyleBlock(nn.Module):
-    """Residual block that halves the size; the sum keeps unit variance."""
+    """Residual block that halves the size; the sum has unit variance."""
 
     def __init__(self, in_channels: int, out_channels: int, from_rgb: bool) -> None:
         super().__init__()
@@ -90,14 +90,14 @@ class StyleBlock(nn.Module):
         self.skip = EqualizedConv(in_channels, out_channels, 1, downsample=True, activate=False, gain=sqrt(0.5))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, inputs, H, W), or RGB in the first block, to (B, outputs, H/2, W/2)."""
+        """Map (B, C_in, H, W), or (B, 3, H, W) in the first block, to (B, C_out, H/2, W/2)."""
         if self.fromrgb is not None:
             x_BCHW = self.fromrgb(x_BCHW)
         return cast(Tensor, self.skip(x_BCHW) + self.conv1(self.conv0(x_BCHW)))
 
 
 class StyleEpilogue(nn.Module):
-    """From 4 x 4 features and the deviation within the batch to one logit per image."""
+    """Maps 4 x 4 features and their minibatch standard deviation to one logit for each image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -106,16 +106,16 @@ class StyleEpilogue(nn.Module):
         self.out = EqualizedLinear(channels, 1, activate=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C + 1, 4, 4) to (B, 1)."""
+        """Map (B, C + 1, 4, 4) to logits (B, 1)."""
         return cast(Tensor, self.out(self.fc(self.conv(x_BCHW).flatten(1))))
 
 
 class StyleDiscriminator(nn.Module):
-    """StyleGAN2's residual discriminator (Karras et al., CVPR 2020).
+    """StyleGAN2's residual discriminator: one logit for each image.
 
     Args:
-        image_size: side of the images, a power of two.
-        channel_base, channel_max: channels at resolution r are channel_base / r, at most channel_max.
+        image_size: side of the images in pixels, a power of two.
+        channel_base, channel_max: the number of channels at resolution r is channel_base / r, at most channel_max.
     """
 
     def __init__(self, image_size: int, channel_base: int, channel_max: int) -> None:
@@ -130,7 +130,7 @@ class StyleDiscriminator(nn.Module):
         self.b4 = StyleEpilogue(channels[4])
 
     def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, 1), fp32, of each batch of images in [-1, 1]."""
+        """Return fp32 logits (B, 1) for each batch of images (B, 3, H, W) in [-1, 1]."""
         batch_sizes = [len(batch) for batch in batches_BCHW]
         x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
         for name in self.block_names:
@@ -140,14 +140,14 @@ class StyleDiscriminator(nn.Module):
 
 
 def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict[int, int]:
-    """Channels at each resolution, from the images down to 4 x 4.
+    """Return the number of channels at each resolution, from the image size down to 4.
 
     Raises:
-        ValueError: the size cannot be halved down to 4.
+        ValueError: the image size is not a power of two of at least 8.
     """
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(
-            f"the stylegan2 discriminators need image_size to be a power of two, at least 8, not {image_size}; "
+            f"image_size {image_size} must be a power of two, at least 8, for the stylegan2 discriminators; change it, "
             "or choose loss.adversarial.discriminator=patchgan"
         )
     sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
@@ -155,12 +155,15 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
 
 
 def append_minibatch_stddev(x: Tensor) -> Tensor:
-    """Appends a channel with the mean deviation within groups of images i, i + M, i + 2M, … (Karras et al., 2018).
+    """Append a channel with the mean standard deviation in groups of images i, i + M, i + 2M, … (Karras et al., 2018).
 
-    Workers hold every N-th image of a batch, so such groups are the same for any number of workers.
+    Each of R ranks has every R-th image of the batch, so the groups are the same for any number of ranks.
 
     Args:
-        x: (B, C, …), images or clips.
+        x: images (B, C, H, W) or clips (B, C, T, H, W).
+
+    Returns:
+        (B, C + 1, …)
     """
     batch, channels, *sizes = x.shape
     group_size = max(size for size in range(1, _STDDEV_GROUP_SIZE + 1) if batch % size == 0)

@@ -1,9 +1,9 @@
-"""A discriminator of whole clips: StyleGAN2's residual one with convolutions over space and time.
+"""Discriminator of whole clips: StyleGAN2's residual discriminator with convolutions over space and time.
 
-    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ]  …until 4 x 4 ─▶ batch deviation ─ conv ─ fc ─▶ logit
+    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ]  …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
 
-Every block halves height and width, the last ones time too, as often as the number of frames can be halved. Filter and
-stride are one averaging of 2 x 2 (x 2) pixels: StyleGAN2's longer filter costs too much in three dimensions.
+Every block halves height and width. The last blocks also halve time, as often as the number of frames can be halved.
+Downsampling averages 2 x 2 (x 2) pixels, because StyleGAN2's longer filter is expensive in three dimensions.
 
 Shape suffixes: B clips, C channels, T frames, H and W pixels.
 """
@@ -29,7 +29,7 @@ from bsq_ray.models.ops.conv_double_backward import convolution
 
 
 class EqualizedConv3d(nn.Module):
-    """A convolution over time, height and width whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time."""
+    """Convolution over time, height and width whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, activate: bool = True, gain: float = 1.0
@@ -41,7 +41,7 @@ class EqualizedConv3d(nn.Module):
         self.scale = gain / sqrt(in_channels * kernel_size**3)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """The size stays; with a bias, a leaky ReLU with a gain of sqrt(2) follows."""
+        """Convolve (B, C_in, T, H, W) to (B, C_out, T, H, W); with `activate`, apply a leaky ReLU with a gain of sqrt(2)."""
         if self.bias is None:
             return convolution(x_BCTHW, self.weight * self.scale, padding=self.kernel_size // 2)
         x_BCTHW = convolution(
@@ -54,7 +54,7 @@ class EqualizedConv3d(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Residual block that halves height and width, and time if `shorten`; the sum keeps unit variance."""
+    """Residual block that halves height and width, and time if `downsample_time`; the sum has unit variance."""
 
     def __init__(self, in_channels: int, out_channels: int, downsample_time: bool) -> None:
         super().__init__()
@@ -64,18 +64,18 @@ class ClipBlock(nn.Module):
         self.pool_size = (2 if downsample_time else 1, 2, 2)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """(B, inputs, T, H, W) to (B, outputs, T or T/2, H/2, W/2)."""
+        """Map (B, C_in, T, H, W) to (B, C_out, T or T/2, H/2, W/2)."""
         branch_BCTHW = self.conv1(F.avg_pool3d(self.conv0(x_BCTHW), self.pool_size))
         return cast(Tensor, self.skip(F.avg_pool3d(x_BCTHW, self.pool_size)) + branch_BCTHW)
 
 
 class ClipDiscriminator(nn.Module):
-    """One logit for a clip of `frames` frames.
+    """StyleGAN2's discriminator for clips: one logit for each clip.
 
     Args:
-        image_size: side of the frames, a power of two.
-        frames: of every clip.
-        channel_base, channel_max: channels at resolution r are channel_base / r, at most channel_max.
+        image_size: side of the frames in pixels, a power of two.
+        frames: number of frames of every clip.
+        channel_base, channel_max: the number of channels at resolution r is channel_base / r, at most channel_max.
     """
 
     def __init__(self, image_size: int, frames: int, channel_base: int, channel_max: int) -> None:
@@ -94,16 +94,16 @@ class ClipDiscriminator(nn.Module):
         self.out = EqualizedLinear(widths[-1], 1, activate=False)
 
     def forward(self, *batches_BCTHW: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, 1), fp32, of each batch of clips in [-1, 1].
+        """Return fp32 logits (B, 1) for each batch of clips (B, 3, T, H, W) in [-1, 1].
 
         Raises:
-            ValueError: clips have another number of frames.
+            ValueError: the number of frames differs from `frames`.
         """
         batch_sizes = [len(batch) for batch in batches_BCTHW]
         x_BCTHW = torch.cat(batches_BCTHW)
         if x_BCTHW.shape[2] != self.frames:
             raise ValueError(
-                f"the stylegan2-3d discriminator takes clips of {self.frames} frames, not {x_BCTHW.shape[2]}"
+                f"clips have {x_BCTHW.shape[2]} frames, but this stylegan2-3d discriminator takes {self.frames}"
             )
         x_BCTHW = self.fromrgb(x_BCTHW.contiguous(memory_format=torch.channels_last_3d))
         for block in self.blocks:
@@ -114,7 +114,7 @@ class ClipDiscriminator(nn.Module):
 
 
 def temporal_downsampling(frames: int, num_blocks: int) -> list[bool]:
-    """Whether each block halves the time: the last ones do, as often as the frames can be halved."""
+    """Return for each block whether it halves time: the last ones do, as often as `frames` can be halved."""
     num_halvings = 0
     while num_halvings < num_blocks and frames % 2 ** (num_halvings + 1) == 0:
         num_halvings += 1

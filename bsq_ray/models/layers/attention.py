@@ -1,9 +1,9 @@
-"""Softmax attention, in the form that is fastest where it is computed.
+"""Softmax attention by the fastest implementation.
 
-    learning in bf16 on a CPU ─▶ spelt out        PyTorch's fused attention comes back up to five times as slowly there
-    anything else ─▶ PyTorch's fused attention
+    training in bf16 on a CPU ─▶ eager attention      the backward pass of fused attention is up to 5 times slower there
+    everything else ─▶ fused attention
 
-Shape suffixes: B images, H heads, N queries, M keys, E width of one head.
+Shape suffixes: B batch, H heads, N queries, M keys, E width of one head.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keys up to which it is faster; the scores that are kept take 6 bytes for every pair of query and key.
+# Eager attention is faster up to this number of keys. It saves 6 bytes for each pair of query and key.
 _EAGER_MAX_TOKENS = 512
 
 
 def attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
-    """Every query attends to every key, (B, H, N, E)."""
+    """Attend from every query to every key; return (B, H, N, E)."""
     if not _should_use_eager(q_BHNE, k_BHME):
         return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME)
     return _softmax_weighted_sum(_scores(q_BHNE, k_BHME), v_BHME)
 
 
 def causal_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
-    """Every query attends to its own key and to those before it, (B, H, N, E)."""
+    """Attend from every query to its own key and earlier ones; return (B, H, N, E)."""
     if not _should_use_eager(q_BHNE, k_BHNE):
         return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE, is_causal=True)
     scores_BHNN = _scores(q_BHNE, k_BHNE)

@@ -1,13 +1,14 @@
-"""Pre-LN vision transformer: the body that the tokenizer's encoder and decoder share.
+"""Pre-LN vision transformer, used by the tokenizer's encoder and decoder.
 
-In a causal transformer the tokens of a frame attend to their own frame and to those before it, frame by frame:
+In a causal transformer the tokens of a frame attend to their own frame and to earlier frames, frame by frame. There is
+no attention mask, and masked pairs are not computed:
 
     queries of frame 0 ─▶ keys of frame 0
     queries of frame 1 ─▶ keys of frames 0, 1
-    queries of frame 2 ─▶ keys of frames 0, 1, 2      No mask is made, and no pair that it would forbid is computed.
+    queries of frame 2 ─▶ keys of frames 0, 1, 2
 
 Shape suffixes: B clips, T frames, S tokens of one frame, N = T·S tokens of a clip (time slowest, rows before columns),
-M tokens of the clip and of what came before it, D width, H attention heads, E width of one head.
+M tokens of the clip and of the cached frames before it, D width, H attention heads, E width of one head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bsq_ray.models.layers.mlp import build_mlp, init_weights
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases; query, key and value come from one projection, in this order."""
+    """Multi-head self-attention with biases; one projection computes query, key and value in this order."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Each span of tokens attends to itself, to the spans before it, and to what is in the cache."""
+        """Map (B, N, D) to (B, N, D); each span of tokens attends to itself, to earlier spans and to the cache."""
         q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(x_BND), self.heads)
         if cache is not None:
             k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
@@ -42,11 +43,11 @@ class SelfAttention(nn.Module):
 
 
 def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
-    """Attention of each span of queries to its own span of keys and to all keys before it, (B, N, H, E).
+    """Attend from each span of queries to its own span of keys and to all earlier keys; return (B, N, H, E).
 
     Args:
-        k_BHME, v_BHME: the last N are those of the queries' own tokens.
-        span: tokens of a frame; all N of them for attention without an order.
+        k_BHME, v_BHME: the last N belong to the tokens of the queries.
+        span: tokens of a frame; N for bidirectional attention.
     """
     parts = []
     spans = q_BHNE.split(span, 2)
@@ -58,9 +59,9 @@ def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
 
 
 def _causal_prefixes(x_BHME: Tensor, num_spans: int, span: int) -> list[Tensor]:
-    """What there is up to the end of each of the last `count` spans.
+    """Return the prefixes of x that end with each of the last `num_spans` spans, shortest first.
 
-    Each is cut from the next longer one: cut from the whole, its gradient would be padded to the length of the whole.
+    Each prefix is a slice of the next longer one. As a slice of x, its gradient would be padded to the length of x.
     """
     prefixes = [x_BHME]
     while len(prefixes) < num_spans:
@@ -69,7 +70,7 @@ def _causal_prefixes(x_BHME: Tensor, num_spans: int, span: int) -> list[Tensor]:
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the unit to compile, checkpoint or shard."""
+    """Pre-LN block: x + attention(norm(x)), then x + mlp(norm(x)). The unit to compile, checkpoint or shard."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class TransformerBlock(nn.Module):
         self.mlp = build_mlp(width, mlp_ratio)
 
     def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Same shape out as in; span and cache as in `SelfAttention`."""
+        """Map (B, N, D) to (B, N, D); `span` and `cache` as in `SelfAttention`."""
         x_BND = x_BND + self.attention(self.attention_norm(x_BND), span, cache)
         return x_BND + cast(Tensor, self.mlp(self.mlp_norm(x_BND)))
 
@@ -87,13 +88,13 @@ class TransformerBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Position embeddings, a norm, the blocks, a norm.
 
-    The position of a token is the sum of a learned spatial and, for clips, a learned temporal embedding. The temporal
-    one starts at zero, so that a video model initialised from an image model begins by treating each frame alike.
+    The position embedding of a token is the sum of a learned spatial and, for clips, a learned temporal embedding. The
+    temporal embedding starts at zero, so a video model inflated from an image model starts by treating frames equally.
 
     Args:
-        sizes: width, layers, heads and MLP ratio.
-        frame_tokens: tokens of one frame (S).
-        frames: the longest clip; 1 for images.
+        transformer_config: width, layers, heads and MLP ratio.
+        tokens_per_frame: tokens of one frame (S).
+        frames: maximum number of frames; 1 for images.
         causal: whether a token attends only to its own and earlier frames.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -121,10 +122,10 @@ class VisionTransformer(nn.Module):
         self._init_weights()
 
     def forward(self, x_BND: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Same shape out as in; N is 1 to `frames` times `frame_tokens`.
+        """Map (B, N, D) to (B, N, D); N is 1 to `frames` times `tokens_per_frame`.
 
         Args:
-            caches: of every block, from `new_caches`: x follows the frames that they hold, and is added to them.
+            caches: one per block, from `new_caches`. x continues the cached frames and is appended to the caches.
         """
         tokens_per_frame, _ = self.spatial_position.shape
         frames = x_BND.shape[1] // tokens_per_frame
@@ -136,14 +137,14 @@ class VisionTransformer(nn.Module):
         x_BND = self.input_norm(x_BND + position_TSD.flatten(0, 1))
         for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random, so there is no generator state to keep.
+                # A block uses no random numbers, so there is no generator state to save.
                 x_BND = checkpoint(block, x_BND, span, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, span, caches[index] if caches else None)
         return cast(Tensor, self.output_norm(x_BND))
 
     def new_caches(self) -> list[KeyValueCache]:
-        """Empty caches for a clip of up to `frames` frames that comes piece by piece, without gradients."""
+        """Create empty caches for a clip of up to `frames` frames that arrives in parts; use without gradients."""
         return [KeyValueCache(self.frames * len(self.spatial_position)) for _ in self.blocks]
 
     def _init_weights(self) -> None:

@@ -1,10 +1,12 @@
 """StyleGAN2's low-pass filter, [1, 3, 3, 1] x [1, 3, 3, 1] / 64 on every channel, with derivatives of any order.
 
-    x ─blur─▶ y          of the gradient penalty: blur, spread, and blur again
-    x ◀─spread─ y        (the filter is linear: each is the other's gradient)
+    x ─blur──────────▶ y
+    x ◀─blur transpose─ y      the filter is linear, so each is the backward pass of the other
 
-PyTorch's second derivative of a convolution in groups also makes the gradient of the filter, channel by channel, which
-nobody asks for; it would be most of a step with the R1 penalty. On a GPU a kernel of our own filters (blur_triton.py).
+PyTorch's double backward of a grouped convolution also computes the gradient of the fixed filter, channel by channel.
+That would take most of the time of a step with the R1 penalty. On GPUs the filter is a Triton kernel (blur_triton.py).
+
+Shape suffixes: B images, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ _Grad = tuple[Tensor, None, None]
 
 
 def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
-    """Filters every channel: (B, C, H, W) to (B, C, (H + 2 pad - 4) / stride + 1, …); under autocast in its precision.
+    """Filter every channel: (B, C, H, W) to (B, C, (H + 2 pad - 4) / stride + 1, …), in the precision of autocast.
 
     Args:
-        stride, pad: 1, 2: one row and column more; 2, 1: half the size.
+        stride, pad: 1 and 2 add one row and column; 2 and 1 halve the size.
     """
     if torch.is_autocast_enabled(x_BCHW.device.type):
         x_BCHW = x_BCHW.to(torch.get_autocast_dtype(x_BCHW.device.type))
@@ -51,7 +53,7 @@ class _BlurTranspose(torch.autograd.Function):
     def forward(ctx: Any, y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
         ctx.stride, ctx.pad = stride, pad
         if stride == 1:
-            # The filter is symmetric, so this is the transposed convolution.
+            # The filter is symmetric, so this convolution is the transposed one.
             return _apply_filter(y_BCHW, 1, 3 - pad)
         return _blur_transpose(y_BCHW, stride, pad)
 
@@ -70,7 +72,7 @@ def _apply_filter(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
 def _blur_transpose(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(y_BCHW):
         return kernels.blur_transpose(y_BCHW, stride, pad)
-    # On CPUs at least in fp32: they take several times as long for the same in bf16.
+    # At least fp32 on CPUs, where bf16 takes several times as long.
     dtype = y_BCHW.dtype if y_BCHW.is_cuda else torch.promote_types(y_BCHW.dtype, torch.float32)
     with torch.autocast(y_BCHW.device.type, enabled=False):
         x_BCHW = F.conv_transpose2d(
@@ -85,7 +87,7 @@ def _kernels_for(x_BCHW: Tensor) -> ModuleType | None:
 
 @cache
 def _load_kernels(device: torch.device) -> ModuleType | None:
-    """Our own for a GPU; None where Triton is not installed or cannot build them."""
+    """Compile the Triton kernels for a GPU; return None if Triton is missing or cannot compile them."""
     try:
         from bsq_ray.models.ops import blur_triton
 
@@ -93,7 +95,11 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        _log.warning("the discriminator's filter will take several times as long: no kernel for %s (%s)", device, error)
+        _log.warning(
+            "no Triton kernel for the discriminator's filter on %s, which makes the filter several times slower (%s)",
+            device,
+            error,
+        )
         return None
     return blur_triton
 
@@ -104,7 +110,7 @@ def _taps(like_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _filter(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: a copy from the host would have a GPU's queue run empty."""
+    """Return the filter (4, 4); cached, because a copy from the host in every call would stall the GPU."""
     with torch.inference_mode(False):
         taps = torch.tensor(_TAPS, dtype=dtype, device=device)
         return torch.outer(taps, taps)

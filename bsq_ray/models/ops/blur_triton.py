@@ -1,6 +1,7 @@
-"""The low-pass filter of `blur` as one kernel that reads the images once; libraries take twenty times as long.
+"""Triton kernels of the low-pass filter of `blur`, which read the images once.
 
-Images lie as (B, H, W, C). A program calculates a few pixels of a row for a block of channels, in fp32.
+Images are in channels-last memory order (B, H, W, C). A program computes a few pixels of a row for a block of channels,
+in fp32.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ _BLOCK_WIDTH, _BLOCK_CHANNELS = 16, 128
 
 
 def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
-    """(B, C, H, W) to (B, C, (H + 2 pad - 4) / stride + 1, …)."""
+    """Filter (B, C, H, W) to (B, C, (H + 2 pad - 4) / stride + 1, …)."""
     height, width = ((size + 2 * pad - 4) // stride + 1 for size in x_BCHW.shape[2:])
     return _launch_kernel(_blur_kernel, x_BCHW, height, width, stride, pad)
 
 
 def blur_transpose(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
-    """The way back with a stride of 2 and a pad of 1: (B, C, H, W) to (B, C, 2H, 2W)."""
+    """Compute the backward pass of `blur` with stride 2 and pad 1: (B, C, H, W) to (B, C, 2H, 2W)."""
     assert (stride, pad) == (2, 1)
     height, width = (stride * size for size in y_BCHW.shape[2:])
     return _launch_kernel(_blur_transpose_kernel, y_BCHW, height, width, stride, pad)
@@ -44,7 +45,8 @@ def _launch_kernel(
 @triton.jit
 def _blur_kernel(
     x: tl.tensor, y: tl.tensor, in_height: tl.tensor, in_width: tl.tensor, height: tl.tensor, width: tl.tensor,
-    channels: tl.tensor, STRIDE: tl.constexpr, PAD: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    channels: tl.tensor, STRIDE: tl.constexpr, PAD: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x += row // height * in_height * in_width * channels
@@ -64,7 +66,8 @@ def _blur_kernel(
 @triton.jit
 def _blur_transpose_kernel(
     y: tl.tensor, x: tl.tensor, in_height: tl.tensor, in_width: tl.tensor, height: tl.tensor, width: tl.tensor,
-    channels: tl.tensor, STRIDE: tl.constexpr, PAD: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    channels: tl.tensor, STRIDE: tl.constexpr, PAD: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     y += row // height * in_height * in_width * channels
@@ -72,7 +75,7 @@ def _blur_transpose_kernel(
     v = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)[:, None] + PAD
     c = tl.program_id(2) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
     total = tl.zeros((BLOCK_WIDTH, BLOCK_CHANNELS), tl.float32)
-    # Of the four taps in each direction every second one falls on a pixel: 0 and 2, or 1 and 3.
+    # Every second of the four taps in each direction meets a pixel: 0 and 2, or 1 and 3.
     for i in tl.static_range(4 // STRIDE):
         tap_u = u % STRIDE + STRIDE * i
         in_row = (u - tap_u) // STRIDE

@@ -1,11 +1,11 @@
-"""Convolutions with derivatives of any order, all of which are convolutions that libraries have fast kernels for.
+"""Convolutions with fast derivatives of any order, for the R1 penalty.
 
-    convolution  x, w ─▶ y          <g, convolution(x, w)> is linear in x, w and g,
-    spreading    g, w ─▶ like x     so the gradients of each of the three functions
-    correlation  x, g ─▶ like w     are the two others.
+    convolution      x, w ─▶ y          <g, convolution(x, w)> is linear in x, w and g,
+    input gradient   g, w ─▶ like x     so the derivatives of each of the three functions
+    weight gradient  x, g ─▶ like w     are the two others.
 
-PyTorch's second derivative calculates the gradient of the weights as a convolution whose kernel is as large as the
-image, for which a GPU has only slow kernels; they would be most of a step with the R1 penalty.
+PyTorch's double backward computes the gradient of the weights as a convolution with a kernel as large as the image.
+GPUs have only slow kernels for it, which would take most of the time of a step with the R1 penalty.
 
 Shapes: x (B, I, …), w (O, I, k, …), y and g (B, O, …), with two or three sizes.
 """
@@ -23,7 +23,7 @@ _Grad = Tensor | None
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolves images (B, I, H, W) or clips (B, I, T, H, W); under autocast in its precision."""
+    """Convolve images (B, I, H, W) or clips (B, I, T, H, W) to (B, O, …), in the precision of autocast."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -83,7 +83,7 @@ class _ConvWeightGrad(torch.autograd.Function):
         ctx.save_for_backward(x, g)
         ctx.stride, ctx.padding = stride, padding
         sizes = x.dim() - 2
-        # Of the weights only the shape is looked at.
+        # Only the shape of the weights is used.
         weight_grad: Tensor = torch.ops.aten.convolution_backward(
             g, x, x.new_empty(shape), None, [stride] * sizes, [padding] * sizes, [1] * sizes, False, [0] * sizes, 1,
             [False, True, False],
@@ -106,7 +106,7 @@ class _ConvWeightGrad(torch.autograd.Function):
 def _conv(
     x: Tensor, w: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: list[int] | None = None
 ) -> Tensor:
-    """The convolution, or the transposed one with so many rows and columns more at the end of each size."""
+    """Compute the convolution, or with `output_padding` the transposed one, outside of autocast."""
     sizes = x.dim() - 2
     with torch.autocast(x.device.type, enabled=False):
         return torch.convolution(

@@ -1,4 +1,4 @@
-"""Quantisers behind one interface: vectors in, straight-through codes and bits out."""
+"""Quantizers behind one interface: vectors in, straight-through codes and bits out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Quantized", "Quantizer", "build_quantizer"]
 def build_quantizer(
     quantizer_config: config.BSQConfig | config.LFQConfig | config.FSQConfig | config.VQConfig,
 ) -> Quantizer:
-    """The quantiser that a configuration section describes."""
+    """Build the configured quantizer."""
     if isinstance(quantizer_config, config.BSQConfig):
         return BinarySphericalQuantizer(quantizer_config)
     if isinstance(quantizer_config, config.LFQConfig):

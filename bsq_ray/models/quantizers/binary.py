@@ -1,4 +1,4 @@
-"""What BSQ and LFQ share: the sign of each coordinate, and the entropy penalty.
+"""Base of BSQ and LFQ: the sign of each coordinate, and the entropy penalty.
 
     u_BNC ─▶ sign ─▶ · scale ─▶ codes          penalty = weight · (γ0 · E[H] - γ · H(E)) / τ' + commit
 
@@ -19,7 +19,7 @@ from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 
 
 class BinaryQuantizer(Quantizer):
-    """Keeps the sign of each coordinate; `scale` is the magnitude of a code's coordinates."""
+    """Keeps the sign of each coordinate; `scale` is the magnitude of the coordinates of a code."""
 
     def __init__(self, quantizer_config: config.BSQConfig | config.LFQConfig, scale: float) -> None:
         super().__init__()
@@ -29,13 +29,13 @@ class BinaryQuantizer(Quantizer):
         self.scale = scale
 
     def dequantize(self, bits_BNL: Tensor) -> Tensor:
-        """±scale for each bit."""
-        # Twice as fast on a CPU as choosing between two numbers, and as exact.
+        """Return fp32 codes (B, N, L) with ±scale for each bit."""
+        # Twice as fast as torch.where on a CPU, and as exact.
         return bits_BNL.float().mul_(2 * self.scale).sub_(self.scale)
 
     def quantize_coordinates(self, u_BNC: Tensor) -> Quantized:
-        """Quantises coordinates that are already on the sphere (BSQ) or free (LFQ)."""
-        bits_BNL = u_BNC >= 0  # the paper's sign(0) = +1
+        """Quantize coordinates on the sphere (BSQ) or unconstrained ones (LFQ)."""
+        bits_BNL = u_BNC >= 0  # sign(0) = +1, as in the paper
         codes_BNC: Tensor = _SignSTE.apply(u_BNC, self.dequantize(bits_BNL), self.scale)
         penalty, stats = self._entropy_penalty(u_BNC)
         if self.commitment_weight:
@@ -67,7 +67,7 @@ class BinaryQuantizer(Quantizer):
 
 
 class _SignSTE(torch.autograd.Function):
-    """The codes, with the straight-through gradient: that of u · scale."""
+    """Return the codes; the straight-through gradient is that of u · scale."""
 
     @staticmethod
     def forward(ctx: Any, u_BNC: Tensor, codes_BNC: Tensor, scale: float) -> Tensor:

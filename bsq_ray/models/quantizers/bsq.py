@@ -1,4 +1,4 @@
-"""Binary spherical quantisation (paper section 3.2)."""
+"""Binary spherical quantization (paper section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from bsq_ray.models.quantizers.quantizer import Quantized
 class BinarySphericalQuantizer(BinaryQuantizer):
     """u = v / |v|, code = sign(u) / sqrt(L).
 
-    The gradient of the code with respect to u is 1 / sqrt(L) (straight-through), and the normalisation's Jacobian
-    carries it on to v. The quantisation error is below sqrt(2 - 2 / sqrt(L)), so no commit loss is needed.
+    The gradient of the code with respect to u is 1 / sqrt(L) (straight-through); the Jacobian of the normalization
+    maps it to v. The quantization error is below sqrt(2 - 2 / sqrt(L)), so no commitment loss is needed.
     """
 
     def __init__(self, quantizer_config: config.BSQConfig) -> None:
         super().__init__(quantizer_config, scale=quantizer_config.bits**-0.5)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Projects on the sphere, then keeps the signs."""
+        """Project onto the unit sphere, then keep the signs."""
         u_BNC: Tensor = _L2Normalize.apply(v_BNC)
         return self.quantize_coordinates(u_BNC)
 
 
 class _L2Normalize(torch.autograd.Function):
-    """u = v / |v| with du/dv = (1 - u uᵀ) / |v|; the null vector stays where it is."""
+    """u = v / |v| with du/dv = (1 - u uᵀ) / |v|; the zero vector stays zero."""
 
     @staticmethod
     def forward(ctx: Any, v_BNC: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Entropies of soft binary quantisation in O(N·L), or O(N·2^g) for groups of g bits (paper equations 4, 7, 8, 9).
+"""Entropies of soft binary quantization in O(N·L), or O(N·2^g) for groups of g bits (paper equations 4, 7, 8, 9).
 
-A coordinate takes its positive code with probability sigmoid(logit), independently of the others, so the entropy of one
-token is the sum over its bits. The entropy of the whole batch is that of the averaged distribution: bit by bit
+A coordinate takes its positive code with probability sigmoid(logit), independently of the others. The entropy of a
+token is therefore the sum over its bits. The codebook entropy is that of the batch-averaged distribution: bit by bit
 ("analytical", an upper bound), or jointly over groups of bits.
 
 Shape suffixes: N tokens, L bits or coordinates, G groups, K codes of a group or of half a group. Entropies are in nats.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def bit_statistics(u_NL: Tensor, steepness: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Per-sample entropy (scalar) and the mean probability of each bit (L,), in one pass over the coordinates.
+    """Return the per-sample entropy (scalar) and the mean probability of each bit (L,) in one pass.
 
     A bit's probability is sigmoid(steepness · u). The entropy is the mean over tokens of the summed entropy of their
     bits: exact, in [0, L·ln 2].
@@ -27,7 +27,7 @@ def bit_statistics(u_NL: Tensor, steepness: float = 1.0) -> tuple[Tensor, Tensor
 
 
 class _BitStatistics(torch.autograd.Function):
-    """One sigmoid serves both values and both gradients; written out, autograd would keep six arrays instead of two."""
+    """Computes both values and both gradients from one sigmoid; autograd would save six arrays instead of two."""
 
     @staticmethod
     def forward(ctx: Any, u_NL: Tensor, steepness: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,7 @@ class _BitStatistics(torch.autograd.Function):
 
 
 def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Tensor:
-    """Entropy of the batch-averaged bits, summed over bits: the paper's upper bound of the code entropy. Scalar.
+    """Return the entropy of the batch-averaged bits, summed over bits: the paper's upper bound. Scalar.
 
     Args:
         mean_L: mean probability of each bit over this worker's batch.
@@ -60,10 +60,10 @@ def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Te
 
 
 def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers: bool = False) -> Tensor:
-    """Entropy of the batch-averaged distribution over the 2^g codes of each group, summed over groups. Scalar.
+    """Return the entropy of the batch-averaged distribution over the 2^g codes of each group, summed over groups.
 
-    The distribution over a group is the outer product of those over its two halves, and the average of outer products
-    is one matrix product, so N·2^g numbers are never held.
+    The distribution over a group is the outer product of those over its two halves. The average of outer products is
+    one matrix product, so the N·2^g probabilities are never in memory.
     """
     probability_GNg = torch.sigmoid(logits_NL).unflatten(-1, (-1, group_size)).transpose(0, 1)
     half = group_size // 2
@@ -74,10 +74,10 @@ def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers:
 
 
 def all_reduce_mean(local: Tensor, across_workers: bool) -> Tensor:
-    """The average over all workers, with the gradient of this worker's part alone.
+    """Average a tensor over all ranks; the gradient is that of this rank's part.
 
-    Gradients are averaged over workers afterwards, which makes the whole exactly the gradient of the joined batch.
-    Without gradients nothing is exchanged, so that one worker alone may encode while the others do something else.
+    Data parallelism averages gradients over ranks afterwards, which gives exactly the gradient of the global batch.
+    Without gradients there is no collective call, so one rank alone may encode.
     """
     should_reduce = across_workers and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
     if not should_reduce or dist.get_world_size() == 1:
@@ -88,12 +88,12 @@ def all_reduce_mean(local: Tensor, across_workers: bool) -> Tensor:
 
 
 def _entropy_terms(p: Tensor) -> Tensor:
-    """-p·ln p, with a finite gradient at p = 0."""
+    """Return -p·ln p with a finite gradient at p = 0."""
     return torch.special.entr(p.clamp_min(torch.finfo(p.dtype).tiny))
 
 
 def _joint(probability_GNb: Tensor) -> Tensor:
-    """Distribution over the 2^b patterns of b independent bits, (G, N, 2^b)."""
+    """Return the distribution over the 2^b patterns of b independent bits, (G, N, 2^b)."""
     joint_GNK = probability_GNb.new_ones(*probability_GNb.shape[:2], 1)
     for p_GN in probability_GNb.unbind(-1):
         p_GN1 = p_GN.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation (Mentzer et al., ICLR 2024): each channel is bounded and rounded to its levels."""
+"""Finite scalar quantization (Mentzer et al., ICLR 2024): each channel is bounded and rounded to its levels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from bsq_ray import config
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
-# Keeps the bound just above the outermost level, so that it can be reached.
+# Keeps the bound just above the outermost level, so that the level can be reached.
 _MARGIN = 1e-3
 
 
 class FiniteScalarQuantizer(Quantizer):
     """Channel c takes `levels[c]` evenly spaced values in [-1, 1]; there is no penalty.
 
-    A channel's level is written in the fewest bits that hold it, least significant first.
+    The level of a channel is stored in ceil(log2(levels)) bits, least significant first.
     """
 
     levels_C: Tensor
@@ -29,7 +29,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.bit_widths = [(n - 1).bit_length() for n in quantizer_config.levels]
         self.bits = quantizer_config.bits
         self.channels = len(quantizer_config.levels)
-        # An even number of levels has none at zero; the shift keeps the initial outputs at zero.
+        # An even number of levels does not include zero; the shift keeps the initial outputs at zero.
         self.register_buffer("levels_C", levels_C, persistent=False)
         offset_C = torch.where(levels_C % 2 == 0, 0.5, 0.0)
         self.register_buffer("offset_C", offset_C, persistent=False)
@@ -38,7 +38,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("shift_C", torch.atanh(offset_C / half_C), persistent=False)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Bounds each channel with a tanh and rounds it."""
+        """Bound each channel with a tanh and round it."""
         bounded_BNC = torch.tanh(v_BNC + self.shift_C) * self.half_C - self.offset_C
         center_C = self.levels_C // 2
         level_BNC = (bounded_BNC.detach().round().long() + center_C).clamp(min=0).minimum(self.levels_C - 1)
@@ -46,7 +46,7 @@ class FiniteScalarQuantizer(Quantizer):
         return Quantized(codes_BNC, self._levels_to_bits(level_BNC), v_BNC.new_zeros(()), {})
 
     def dequantize(self, bits_BNL: Tensor) -> Tensor:
-        """The values of the levels; bits beyond a channel's last level name the last level."""
+        """Return the values of the levels; indices beyond the last level of a channel are clamped to it."""
         levels = []
         for bits_BNb in bits_BNL.split(self.bit_widths, dim=-1):
             shifts_b = torch.arange(bits_BNb.shape[-1], device=bits_BNL.device)

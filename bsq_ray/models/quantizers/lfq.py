@@ -1,4 +1,4 @@
-"""Look-up free quantisation (MAGVIT-v2), the paper's comparison: BSQ without the sphere."""
+"""Lookup-free quantization (MAGVIT-v2), the paper's baseline: BSQ without the sphere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bsq_ray.models.quantizers.quantizer import Quantized
 
 
 class LookupFreeQuantizer(BinaryQuantizer):
-    """code = sign(v), with gradient 1; the quantisation error is not bounded."""
+    """code = sign(v), with gradient 1; the quantization error is unbounded."""
 
     def __init__(self, quantizer_config: config.LFQConfig) -> None:
         super().__init__(quantizer_config, scale=1.0)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Keeps the signs of the free vector."""
+        """Keep the signs of the unconstrained vector."""
         return self.quantize_coordinates(v_BNC)

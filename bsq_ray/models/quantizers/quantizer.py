@@ -1,9 +1,9 @@
-"""What every quantiser is: vectors to codes with a straight-through gradient, codes to bits and back.
+"""Interface of the quantizers: vectors to codes with a straight-through gradient, and bits to codes.
 
-    v_BNC ──forward──▶ codes_BNC (gradient as if nothing was rounded), bits_BNL, penalty
-    bits_BNL ──codes──▶ codes_BNC (the same values)
+    v_BNC ──forward──▶ codes_BNC (straight-through gradient), bits_BNL, loss
+    bits_BNL ──dequantize──▶ codes_BNC (the same values)
 
-Shape suffixes: B batch, N tokens, C channels the encoder projects to, L bits of a token.
+Shape suffixes: B batch, N tokens, C channels of a vector, L bits of a token.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class Quantized(NamedTuple):
-    """The result of quantising a batch. A tuple, because ZeRO-3 hooks onto tensors that it finds in tuples.
+    """A quantized batch. This is a tuple because ZeRO-3 registers hooks on tensors in tuples.
 
     Attributes:
-        codes_BNC: what the decoder sees, fp32, with the straight-through gradient.
-        bits_BNL: bool; dimension 1 is the least significant bit.
-        loss: the quantiser's whole weighted penalty, fp32 scalar.
+        codes_BNC: input of the decoder, fp32, with the straight-through gradient.
+        bits_BNL: bool; index 0 of L is the least significant bit.
+        loss: weighted sum of the quantizer's penalties, fp32 scalar.
         stats: detached scalars for the log; entropies in bits.
     """
 
@@ -32,30 +32,30 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Base of the quantisers. All arithmetic is fp32, also under autocast.
+    """Base class of the quantizers. All arithmetic is fp32, also under autocast.
 
     Attributes:
         bits: bits of a token (L).
-        channels: channels the encoder must project to (C).
+        channels: channels of a vector (C).
     """
 
     bits: int
     channels: int
 
     def forward(self, v_BNC: Tensor) -> Quantized:
-        """Quantises (B, N, C) vectors of any float type."""
+        """Quantize vectors (B, N, C) of any float type."""
         with torch.autocast(v_BNC.device.type, enabled=False):
             return self.quantize(v_BNC.float())
 
     @abstractmethod
     def quantize(self, v_BNC: Tensor) -> Quantized:
-        """`forward` without autocast, on fp32 vectors."""
+        """Quantize fp32 vectors (B, N, C); called by `forward` with autocast off."""
 
     @abstractmethod
     def dequantize(self, bits_BNL: Tensor) -> Tensor:
-        """The fp32 codes that these bits name: exactly the values `forward` returned with them."""
+        """Return the fp32 codes (B, N, C) of bits; equal to the codes that `forward` returned with them."""
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` in the forward pass, to the last digit, and the gradient of `surrogate` in the backward pass."""
+    """Return `value` exactly in the forward pass, with the gradient of `surrogate` in the backward pass."""
     return value.detach() + (surrogate - surrogate.detach())

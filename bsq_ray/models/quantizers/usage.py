@@ -1,7 +1,7 @@
-"""How much of a codebook is in use, measured without ever listing it.
+"""Code usage: the fraction of a codebook that occurs, without materializing its 2^L codes.
 
-A token of many bits is cut into sub-tokens of at most 18 bits and each sub-token's codes are counted, so usage can be
-measured at 36 bits; at 18 bits or fewer the sub-token is the whole token and the figure is the paper's code usage.
+Tokens are split into sub-tokens of at most 18 bits, and the codes of each sub-token are counted. At 18 bits or fewer
+the sub-token is the whole token, and the value is the paper's code usage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAX_SUB_BITS = 18
 
 
 class CodeUsage:
-    """Counts of the codes seen.
+    """Counts the codes of tokens.
 
     Args:
         bits: bits of a token (L).
@@ -30,7 +30,7 @@ class CodeUsage:
         self._num_tokens = 0
 
     def update(self, bits_BNL: Tensor) -> None:
-        """Counts the tokens of a batch."""
+        """Count the tokens of a batch."""
         tokens_NL = bits_BNL.detach().cpu().reshape(-1, self.bits)
         for counts_K, code_N in zip(
             self._counts_SK, bits_to_integers(tokens_NL, self.sub_bits).unbind(-1), strict=True
@@ -40,13 +40,15 @@ class CodeUsage:
         self._num_tokens += len(tokens_NL)
 
     def compute(self) -> dict[str, float]:
-        """Figures over all tokens counted.
+        """Return metrics over all counted tokens.
 
         Returns:
-            code_usage: share of all sub-token codes seen at least once, mean over sub-tokens, 0 to 1.
-            code_perplexity: 2 to the entropy of a sub-token's codes, mean over sub-tokens.
-            bit_entropy: mean entropy of a single bit, 0 to 1; the least of them is bit_entropy_min.
-            sub_token_bits: width of a sub-token; tokens: how many were counted.
+            code_usage: fraction of the sub-token codes that occur, mean over sub-tokens, 0 to 1.
+            code_perplexity: 2 to the entropy of the codes of a sub-token, mean over sub-tokens.
+            bit_entropy: mean entropy of a bit, 0 to 1.
+            bit_entropy_min: minimum entropy of a bit, 0 to 1.
+            sub_token_bits: bits of a sub-token.
+            tokens: number of counted tokens.
         """
         num_tokens = max(1, self._num_tokens)
         entropy_S = np.array([_entropy(counts_K / num_tokens) for counts_K in self._counts_SK])
@@ -62,7 +64,7 @@ class CodeUsage:
         }
 
     def bit_entropies(self) -> list[float]:
-        """Entropy of each bit, least significant first, in bits."""
+        """Return the entropy of each bit, least significant first, in bits."""
         return [_entropy(np.array([p, 1 - p])) for p in self._ones_L / max(1, self._num_tokens)]
 
 

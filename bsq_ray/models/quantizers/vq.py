@@ -1,4 +1,4 @@
-"""Vector quantisation with a learned codebook (VQ-VAE; with l2-normalised codes as in ViT-VQGAN)."""
+"""Vector quantization with a learned codebook (VQ-VAE; with l2-normalized codes as in ViT-VQGAN)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bsq_ray import config
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
-# Distances held at once: bounds the memory of the search, whatever the codebook.
+# Maximum number of distances in memory at once, for any size of the codebook.
 _MAX_DISTANCES = 2**24
 
 
 class VectorQuantizer(Quantizer):
-    """The nearest row of the codebook. penalty = |sg(v) - e|² + commitment_weight · |v - sg(e)|², mean over tokens."""
+    """Nearest row of the codebook. loss = |sg(v) - e|² + commitment_weight · |v - sg(e)|², mean over tokens."""
 
     def __init__(self, quantizer_config: config.VQConfig) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class VectorQuantizer(Quantizer):
         nn.init.uniform_(self.codebook, -1 / quantizer_config.codebook_size, 1 / quantizer_config.codebook_size)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Searches the codebook and copies the gradient of the code to the vector."""
+        """Find the nearest codes and copy their gradient to the vectors."""
         v_BNC = self._maybe_normalize(v_BNC)
         codebook_KC = self._maybe_normalize(self.codebook)
         index_BN = _nearest_indices(v_BNC.detach().flatten(0, 1), codebook_KC.detach()).view(v_BNC.shape[:2])
@@ -39,7 +39,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(straight_through(codes_BNC, v_BNC), bits_BNL, loss, {"commit": commitment_loss.detach()})
 
     def dequantize(self, bits_BNL: Tensor) -> Tensor:
-        """Rows of the codebook."""
+        """Look up rows of the codebook."""
         index_BN = bits_to_integers(bits_BNL, self.bits).squeeze(-1)
         return F.embedding(index_BN, self._maybe_normalize(self.codebook))
 
@@ -48,7 +48,7 @@ class VectorQuantizer(Quantizer):
 
 
 def _nearest_indices(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:
-    """Index of the nearest row for each vector, searched in tiles of tokens."""
+    """Return the index of the nearest row for each vector, searched in chunks of tokens."""
     square_K = codebook_KC.square().sum(-1)
     tiles = v_NC.split(max(1, _MAX_DISTANCES // codebook_KC.shape[0]))
     indices = [torch.addmm(square_K, tile, codebook_KC.t(), alpha=-2).argmin(-1) for tile in tiles]

@@ -48,9 +48,9 @@ def test_bits_to_integers_36_bits_are_exact():
 
 def test_bits_invalid_widths_raise():
     bits = random_bits(18, 0)
-    with pytest.raises(ValueError, match="18 bits cannot be cut into sub-tokens of 5"):
+    with pytest.raises(ValueError, match="18 bits cannot be split into sub-tokens of 5"):
         bits_to_integers(bits, 5)
     with pytest.raises(ValueError, match="1 to 62"):
         bits_to_integers(bits, 63)
-    with pytest.raises(ValueError, match="2 bytes do not hold tokens of 18 bits; 3 do"):
+    with pytest.raises(ValueError, match="2 bytes cannot contain tokens of 18 bits; expected 3"):
         unpack_bits(torch.zeros(4, 2, dtype=torch.uint8), 18)
