@@ -64,7 +64,7 @@ def test_autoscaling_submitted_run_scales_up_and_down(photo_shards):
         ]
         start = ["ray", "start", "--head", "--block", "--port=6379", "--object-store-memory=200000000", *start_options]
         head.start(*start, log=shared / "head.log", **AUTOSCALER)
-        counts_file = head.count_nodes()
+        counts_file = head.start_counting_nodes()
         wait_until(lambda: counts_file.read_text() == "1\n", shared / "head.log")
 
         job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo", "--data", "/tmp/shared/shards"]

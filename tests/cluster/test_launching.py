@@ -55,7 +55,7 @@ def ray_process_names(server):
 
 
 def start_counting_nodes(head):
-    counts_file = head.count_nodes()
+    counts_file = head.start_counting_nodes()
     wait_until(lambda: counts_file.read_text(), counts_file)
     return counts_file
 

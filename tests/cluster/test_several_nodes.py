@@ -6,7 +6,7 @@ import shutil
 import pytest
 from process_group import spawn_group
 from small_runs import train_runs
-from test_resume import assert_identical, weights
+from test_resume import assert_identical, load_weights
 from virtual_nodes import virtual_nodes, wait_until
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def cluster(photo_shards):
         head, worker_node = nodes
         shutil.copytree(photo_shards, shared / "shards")
         start_ray(head, "--head", "--port=6379")
-        counts_file = head.count_nodes()
+        counts_file = head.start_counting_nodes()
         wait_until(lambda: current_node_count(counts_file) == 1, counts_file)
         start_ray(worker_node, "--address=10.0.0.1:6379")
         wait_until(lambda: current_node_count(counts_file) == 2, counts_file)
@@ -88,7 +88,7 @@ def test_cluster_slow_lossy_network_same_weights(cluster, reference_run):
     assert [len(train_workers(server)) for server in (head, worker_node)] == [1, 1], (shared / "run.log").read_text()
     assert run.wait(400) == 0, (shared / "run.log").read_text()
     assert json.loads((shared / "run" / "summary.json").read_text())["restarts"] == 0
-    assert_identical(weights(shared, "run"), weights(reference_run, "run"))
+    assert_identical(load_weights(shared, "run"), load_weights(reference_run, "run"))
 
 
 def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
@@ -108,4 +108,4 @@ def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
     assert summary["restarts"] >= 1
     records = [json.loads(line) for line in (shared / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "training"] == list(range(1, 31))
-    assert_identical(weights(shared, "cut"), weights(reference_run, "run"))
+    assert_identical(load_weights(shared, "cut"), load_weights(reference_run, "run"))

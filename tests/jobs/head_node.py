@@ -107,8 +107,8 @@ def _wait_until_ready(address, process, log):
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
             return
-        except urllib.error.HTTPError as refused:
-            if refused.code in (401, 403):
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
                 return
         except OSError:
             pass
