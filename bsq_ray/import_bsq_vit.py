@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 
 
@@ -63,7 +63,7 @@ def import_bsq_vit(
         ema_weights = None
         if weights == "ema":
             if not checkpoint.get("ema_state_dict"):
-                raise ValueError(f"{checkpoint_url} holds no averaged weights; import its plain ones instead")
+                raise ValueError(f"{checkpoint_url} holds no averaged weights; import its raw weights instead")
             ema_weights = _tokenizer_weights(run_config.model, checkpoint, "ema_state_dict", checkpoint_url)
         discriminator = _discriminator_weights(run_config, checkpoint, checkpoint_url)
         iteration = checkpoint.get("iter")

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from bsq_ray import config, storage
 
-WeightsKind = Literal["ema", "plain"]
+WeightsKind = Literal["ema", "raw"]
 
 _WEIGHTS_FILE, _RAW_WEIGHTS_FILE = "model.safetensors", "model.plain.safetensors"
+# Value of the key "weights" in the metadata of a safetensors file.
+_RAW_METADATA = "plain"
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,12 @@ def write_model_folder(
     run_config = config.parse_config(config_text, "the configuration of the model")
     text = config.dump_config(run_config)
     model_id = _write_weights(
-        storage.join(url, _WEIGHTS_FILE), text, weights, "plain" if raw_weights is None else "ema"
+        storage.join(url, _WEIGHTS_FILE), text, weights, _RAW_METADATA if raw_weights is None else "ema"
     )
     if raw_weights is None:
         storage.remove(storage.join(url, _RAW_WEIGHTS_FILE))
     else:
-        _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, "plain")
+        _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, _RAW_METADATA)
     storage.write_bytes(
         storage.join(url, "README.md"), _model_card(run_config, model_id, metrics or {}, card_fields or {}).encode()
     )
@@ -87,7 +89,7 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     """Reads a model folder from a path, any fsspec URL, or a model hub id such as `someone/bsq-18`.
 
     Args:
-        weights: "ema" for the folder's main weights, "plain" for the weights as the optimiser left them.
+        weights: "ema" for the folder's main weights, "raw" for the weights as the optimizer left them.
 
     Raises:
         ValueError: there is no such folder, a part is missing or damaged, or weights and configuration do not belong
@@ -96,12 +98,12 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     folder = _resolve_folder(url)
     text = storage.read_text(storage.join(folder, "config.yaml"))
     run_config = config.parse_config(text, storage.join(folder, "config.yaml"))
-    has_raw_file = weights == "plain" and storage.exists(storage.join(folder, _RAW_WEIGHTS_FILE))
+    has_raw_file = weights == "raw" and storage.exists(storage.join(folder, _RAW_WEIGHTS_FILE))
     path = storage.join(folder, _RAW_WEIGHTS_FILE if has_raw_file else _WEIGHTS_FILE)
     tensors, header = _read_weights(path)
-    if weights == "plain" and header["weights"] != "plain":
+    if weights == "raw" and header["weights"] != _RAW_METADATA:
         raise ValueError(
-            f"{url} holds no plain weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} holds averaged ones"
+            f"{url} contains no raw weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} contains averaged ones"
         )
     model_id = _model_id(text, tensors)
     if model_id != header["id"]:
@@ -248,7 +250,7 @@ def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str],
     rows = {
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{(model.image_size // model.patch_size) ** 2} per {unit}, one for {model.patch_size} x "
+        "tokens": f"{model.grid_size**2} per {unit}, one for {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }

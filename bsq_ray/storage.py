@@ -1,4 +1,7 @@
-"""The one way to open a path: local files, `s3://` and whatever else fsspec knows, with errors a user can act on."""
+"""Open, write and remove files by path or URL: local, `s3://` and every other file system of fsspec.
+
+Every error is a `ValueError` with one sentence for the user. `StorageUnavailableError` marks those worth a retry.
+"""
 
 from __future__ import annotations
 
@@ -16,39 +19,45 @@ from fsspec.core import url_to_fs
 
 Value = TypeVar("Value")
 
-# How often a folder is tried to be removed while others remove parts of it.
+# Attempts to remove a folder while other processes remove parts of it.
 _MAX_REMOVE_ATTEMPTS = 20
 _STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
-# What another try will not change: the names, the rights and the credentials are wrong.
+# Errors that a retry does not change: wrong names, permissions or credentials.
 _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _PERMANENT_ERROR_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL"}
+_REQUEST_TIMEOUT, _TOO_MANY_REQUESTS = 408, 429
 _INITIAL_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
 
 
 class StorageUnavailableError(ValueError):
-    """Storage failed in a way that may pass: no answer, an error of the server, a full disk."""
+    """Storage failed in a way that may pass: no response, an error of the server, a full disk."""
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether what a file system raised could be different at the next try."""
+    """Return True if an error of a file system may not occur again on a retry."""
     if isinstance(error, StorageUnavailableError):
         return True
     if isinstance(error, _PERMANENT_ERRORS) or type(error).__name__ in _PERMANENT_ERROR_NAMES:
         return False
-    # An object store that answers "your request is wrong" (a range behind the end of a file) will say so again.
+    # An object store rejects an invalid request (such as a range behind the end of a file) every time.
     response = getattr(error.__cause__ or error, "response", None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
-    if 400 <= status < 500 and status not in (408, 429):
+    if 400 <= status < 500 and status not in (_REQUEST_TIMEOUT, _TOO_MANY_REQUESTS):
         return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES
 
 
 @contextmanager
 def translate_errors(url: str, action: str) -> Iterator[None]:
-    """Turns what a file system raises about `url` into one ValueError sentence; `action` completes "cannot …".
+    """Turn what a file system raises about `url` into one ValueError sentence.
+
+    Args:
+        url: file or folder that the message names.
+        action: verb that completes "cannot …".
 
     Raises:
-        Unavailable: a ValueError that may pass, see `persistently`.
+        StorageUnavailableError: the error may pass, see `retry_while_unavailable`.
+        ValueError: any other error of the file system.
     """
     try:
         yield
@@ -62,7 +71,7 @@ def translate_errors(url: str, action: str) -> Iterator[None]:
 
 
 def _error_reason(error: Exception, url: str) -> str:
-    """What a file system says is wrong, and with which other file or folder if it is not the one of the URL."""
+    """Return the message of a file system, with the file it names if that is not the one of the URL."""
     if isinstance(error, OSError) and error.strerror:
         names_other_file = isinstance(error.filename, str) and not error.filename.endswith(url.rpartition("/")[2])
         return f"{error.strerror}: {error.filename}" if names_other_file else error.strerror
@@ -70,14 +79,19 @@ def _error_reason(error: Exception, url: str) -> str:
 
 
 def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on_retry: Callable[[str], None]) -> Value:
-    """Calls an operation until storage is there: again after about 0.5, 1, 2, 4 … and at most 60 seconds.
+    """Call an operation again while it raises `StorageUnavailableError`.
+
+    The pauses are about 0.5, 1, 2, 4 … and at most 60 seconds; random factors keep workers apart.
 
     Args:
-        operation: is called from its beginning each time.
-        patience: seconds after which the newest `Unavailable` is raised.
-        say: hears of each failure that is followed by another try.
+        operation: called from its start each time.
+        timeout_s: seconds after which the last error is raised; 0 never retries.
+        on_retry: called with a message before each retry.
+
+    Raises:
+        StorageUnavailableError: the operation still fails after `timeout_s` seconds.
     """
-    pause, end = _INITIAL_BACKOFF_S, time.monotonic() + timeout_s
+    pause_s, end = _INITIAL_BACKOFF_S, time.monotonic() + timeout_s
     while True:
         try:
             return operation()
@@ -86,13 +100,12 @@ def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on
             if remaining_s <= 0:
                 raise
             on_retry(f"{error}; trying again")
-        # Not all workers at the same moment.
-        time.sleep(min(remaining_s, pause * random.uniform(0.5, 1)))
-        pause = min(2 * pause, _MAX_BACKOFF_S)
+        time.sleep(min(remaining_s, pause_s * random.uniform(0.5, 1)))
+        pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path inside it.
+    """Return the fsspec file system of a URL, and the path inside it.
 
     Raises:
         ValueError: the URL's scheme is unknown or needs a package that is not installed.
@@ -104,23 +117,23 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def join(url: str, *parts: str) -> str:
-    """Path or URL of something inside the folder `url`."""
+    """Return the path or URL of an entry inside the folder `url`."""
     return posixpath.join(url.rstrip("/") or "/", *parts)
 
 
 def is_local(url: str) -> bool:
-    """Whether the URL names a path on this machine."""
+    """Return True if the URL is a path on this node."""
     protocol = filesystem(url)[0].protocol
     return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
 
 def absolute(url: str) -> str:
-    """The same place, named so that a process in another folder finds it too."""
+    """Return a name of the same file that is valid in a process with another working folder."""
     return os.path.abspath(filesystem(url)[1]) if is_local(url) else url
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return True if the file or folder exists."""
     fs, path = filesystem(url)
     with translate_errors(url, "look at"):
         return bool(fs.exists(path))
@@ -128,7 +141,7 @@ def exists(url: str) -> bool:
 
 @contextmanager
 def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
-    """Opens a file for reading ("r", "rb") or writing ("w", "wb", folders are made as needed)."""
+    """Open a file for reading ("r", "rb") or writing ("w", "wb"; missing folders are created)."""
     action = "write" if "w" in mode else "read"
     with translate_errors(url, action):
         fs, path = filesystem(url)
@@ -143,14 +156,18 @@ def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file."""
+    """Read a whole file."""
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
         return bytes(fs.cat_file(path))
 
 
 def read_text(url: str) -> str:
-    """The whole file, which must be text (UTF-8)."""
+    """Read a whole text file (UTF-8).
+
+    Raises:
+        ValueError: the file is not text.
+    """
     try:
         return read_bytes(url).decode()
     except UnicodeDecodeError as error:
@@ -158,13 +175,13 @@ def read_text(url: str) -> str:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Writes a whole file aside and then makes it visible in one step, so a reader never sees half of it."""
+    """Write a whole file under a temporary name, then rename it: readers never see a part of it."""
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if is_local(url):
             if fs.isdir(path):
-                # Moving into it would be no error.
+                # Renaming would move the file into the folder.
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             fs.pipe_file(path + ".partial", data)
             fs.mv(path + ".partial", path)
@@ -173,7 +190,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def list_folder(url: str) -> list[str]:
-    """Names of what lies directly in a folder, sorted; an absent folder is empty."""
+    """Return the sorted names of the entries of a folder; none if it does not exist."""
     fs, path = filesystem(url)
     with translate_errors(url, "list"):
         if not fs.exists(path):
@@ -183,7 +200,7 @@ def list_folder(url: str) -> list[str]:
 
 
 def remove(url: str) -> None:
-    """Deletes a file, if it is there."""
+    """Delete a file if it exists."""
     with translate_errors(url, "delete"):
         fs, path = filesystem(url)
         if fs.exists(path):
@@ -191,7 +208,7 @@ def remove(url: str) -> None:
 
 
 def upload(local_path: str, url: str) -> None:
-    """Copies a local file to a URL."""
+    """Copy a local file to a URL."""
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
@@ -199,7 +216,11 @@ def upload(local_path: str, url: str) -> None:
 
 
 def download(url: str, local_path: str) -> None:
-    """Copies a file to a local path."""
+    """Copy a file to a local path.
+
+    Raises:
+        StorageUnavailableError: the storage is unavailable, or the local disk is full.
+    """
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
         try:
@@ -209,17 +230,17 @@ def download(url: str, local_path: str) -> None:
                 raise
             folder = os.path.dirname(local_path)
             raise StorageUnavailableError(
-                f"cannot copy {url} to the scratch folder {folder}: its disk is full; make room there, or set TMPDIR "
-                "to a folder with more"
+                f"cannot copy {url} to the scratch folder {folder}: its disk is full; free some space, or set TMPDIR "
+                "to a larger disk"
             ) from error
 
 
 def remove_folder(url: str) -> None:
-    """Removes a folder and what lies in it; an absent one is fine."""
+    """Remove a folder and its content; a missing folder is no error."""
     fs, path = filesystem(url)
     with translate_errors(url, "remove"):
         for attempt in range(_MAX_REMOVE_ATTEMPTS):
-            # Another process may be removing parts of it; who waits a little longer each time leaves it to the others.
+            # Another process may be removing parts of the folder; growing pauses leave it to the others.
             time.sleep(0.01 * attempt)
             with suppress(FileNotFoundError):
                 if not fs.exists(path):
@@ -230,6 +251,6 @@ def remove_folder(url: str) -> None:
 
 
 def copy_folder(source: str, destination: str) -> None:
-    """Copies the files that lie directly in a folder to another one."""
+    """Copy the files of a folder, without its subfolders, to another folder."""
     for name in list_folder(source):
         write_bytes(join(destination, name), read_bytes(join(source, name)))

@@ -57,20 +57,20 @@ def photos(photo_folders):
 @pytest.fixture(scope="session")
 def photo_shards(photo_folders, tmp_path_factory):
     """URL of the training photographs, packed in several shards."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
     url = str(tmp_path_factory.mktemp("shards"))
-    pack_images(str(photo_folders[0]), url, shard_mb=0.3, max_side=192, num_workers=0)
+    pack_images(str(photo_folders[0]), url, PackOptions(shard_mb=0.3, max_side=192, num_workers=0))
     return url
 
 
 @pytest.fixture(scope="session")
 def held_out_shards(photo_folders, tmp_path_factory):
     """URL of the held-out photographs, packed."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
     url = str(tmp_path_factory.mktemp("held_out"))
-    pack_images(str(photo_folders[1]), url, shard_mb=0.3, max_side=192, num_workers=0)
+    pack_images(str(photo_folders[1]), url, PackOptions(shard_mb=0.3, max_side=192, num_workers=0))
     return url
 
 
@@ -85,20 +85,20 @@ def video_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def video_shards(video_folders, tmp_path_factory):
     """URL of the training clips, packed at 64 pixels, a shard each."""
-    from bsq_ray.data.pack import pack_videos
+    from bsq_ray.data.pack import PackOptions, pack_videos
 
     url = str(tmp_path_factory.mktemp("video_shards"))
-    pack_videos(str(video_folders[0]), url, shard_mb=0.1, max_side=64, num_workers=0)
+    pack_videos(str(video_folders[0]), url, PackOptions(shard_mb=0.1, max_side=64, num_workers=0))
     return url
 
 
 @pytest.fixture(scope="session")
 def held_out_video_shards(video_folders, tmp_path_factory):
     """URL of the held-out clips, packed at 64 pixels."""
-    from bsq_ray.data.pack import pack_videos
+    from bsq_ray.data.pack import PackOptions, pack_videos
 
     url = str(tmp_path_factory.mktemp("held_out_videos"))
-    pack_videos(str(video_folders[1]), url, max_side=64, num_workers=0)
+    pack_videos(str(video_folders[1]), url, PackOptions(max_side=64, num_workers=0))
     return url
 
 

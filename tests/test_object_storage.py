@@ -9,7 +9,7 @@ import pytest
 
 from bsq_ray import Tokenizer, storage
 from bsq_ray.config import load_config
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.token_table import read_table
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
@@ -37,7 +37,7 @@ def ignore_record(record):
 def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
     """Packing, training, evaluation, tokenization and the report work without a local folder."""
     shards, run, table, lm = (f"{bucket}/{name}" for name in ("shards", "run", "tokens", "lm"))
-    pack_images(str(photo_folders[1]), shards, max_side=64, num_workers=0)
+    pack_images(str(photo_folders[1]), shards, PackOptions(max_side=64, num_workers=0))
     train(load_config("demo", SMALL_TRAINING), shards, run, 0, on_record=ignore_record)
     assert list_checkpoints(run) == ["step-0000002"]
     assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
@@ -56,7 +56,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
 @pytest.mark.slow
 def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
     """Ray workers train from and to an object store, and a run resumes there."""
-    pack_images(str(photo_folders[1]), f"{bucket}/shards", max_side=64, num_workers=0)
+    pack_images(str(photo_folders[1]), f"{bucket}/shards", PackOptions(max_side=64, num_workers=0))
     command = [
         sys.executable,
         "-c",

@@ -32,7 +32,7 @@ def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local):
     (folder / "broken.jpg").write_text("no image")
     result = run_quickstart(folder, tmp_path / "out", minutes=5, overrides=_SMALL_OVERRIDES)
     html = result.report.read_text()
-    assert "Images it has never seen" in html
+    assert "Images not seen in training" in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report needs nothing from elsewhere"
     assert html.count("<svg") >= 3
     assert "training.batch" not in html
@@ -54,7 +54,7 @@ def test_quickstart_clips_write_report_with_animation(tmp_path, ray_local):
     overrides = (*_SMALL_OVERRIDES, "training.steps=6", "training.batch_size=2", "data.clips_per_video=2")
     result = run_quickstart(None, tmp_path / "out", minutes=5, overrides=overrides, sample_set=CLIPS)
     html = result.report.read_text()
-    assert "Clips it has never seen" in html
+    assert "Clips not seen in training" in html
     assert "data:image/webp;base64," in html
     assert not re.search(r'(src|href)="(?!data:|#)', html), "the report needs nothing from elsewhere"
     assert "PSNR by position in the clip" in html

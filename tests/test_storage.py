@@ -1,4 +1,4 @@
-"""Opening, writing and removing through one module."""
+"""Reading, writing, copying and removing files through `bsq_ray.storage`."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +25,7 @@ def test_remove_folder_unremovable_raises(tmp_path, monkeypatch):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    # fsspec asks for the working folder, which is no more.
+    # fsspec queries the working folder, which no longer exists.
     with pytest.raises(ValueError, match="cannot remove"):
         remove_folder(str(tmp_path / "folder"))
 
@@ -35,7 +35,7 @@ def test_download_full_local_disk_names_scratch_folder(tmp_path):
     (tmp_path / "file").write_bytes(bytes(100_000))
     (tmp_path / "copy").symlink_to("/dev/full")
     with pytest.raises(
-        StorageUnavailableError, match=f"to the scratch folder {tmp_path}: its disk is full; make room there, or set"
+        StorageUnavailableError, match=f"to the scratch folder {tmp_path}: its disk is full; free some space, or set"
     ):
         download(str(tmp_path / "file"), str(tmp_path / "copy"))
 

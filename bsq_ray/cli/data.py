@@ -33,22 +33,20 @@ def data_pack(
         raise ValueError("--min-frames is for videos; add --kind videos")
     require_extra("data pack", "train", *(() if workers == 0 else ("ray",)))
 
-    from bsq_ray.data.pack import pack_images, pack_videos
+    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
+    options = PackOptions(
+        shard_mb=shard_mb,
+        max_side=max_side,
+        seed=seed,
+        split_list=split_list,
+        num_workers=workers,
+        address=address,
+        **drop_none(min_frames=min_frames),
+    )
     pack = pack_images if kind == "images" else pack_videos
     with ProgressBar("packing") as on_progress:
-        report = pack(
-            src,
-            dest,
-            shard_mb=shard_mb,
-            max_side=max_side,
-            seed=seed,
-            num_workers=workers,
-            address=address,
-            on_progress=on_progress,
-            split_list=split_list,
-            **drop_none(min_frames=min_frames),
-        )
+        report = pack(src, dest, options, on_progress)
     manifest = report.manifest
     print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged:

@@ -1,4 +1,4 @@
-"""The command that puts models behind HTTP."""
+"""Command `bsq-ray serve`."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from bsq_ray.cli.options import AddressOption, OverridesArgument
 
 
 def serve(
-    model: Annotated[list[str], typer.Option(help="Model folder, or NAME=FOLDER; several times for several models.")],
+    model: Annotated[list[str], typer.Option(help="Model folder or NAME=FOLDER. Repeat for several models.")],
     overrides: OverridesArgument = None,
-    host: Annotated[str, typer.Option(help="Address to listen on, of the cluster's head.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on, on the head node.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8000,
     token: Annotated[
         bool | None,
         typer.Option(
-            "--token/--no-token", help="Ask for a bearer token; default: unless --host is this machine's own."
+            "--token/--no-token", help="Require a bearer token. Default: only if --host is not a loopback address."
         ),
     ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Serve models: a page at /, the HTTP interface at /v1, its description at /docs.
+    """Serve models over HTTP: a web page at /, the API at /v1, its documentation at /docs.
 
-    The token is that of the environment variable BSQ_RAY_TOKEN, of 16 characters or more, or a new one that is printed.
+    The token is the value of BSQ_RAY_TOKEN (at least 16 characters), or a new one that is printed.
     """
     from bsq_ray.runtime.signals import stop_on_signal
     from bsq_ray.serving.server import parse_settings, serve_app

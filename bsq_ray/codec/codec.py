@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from bsq_ray import config, model_folder
 from bsq_ray.codec.container import (
     CODING_PRIOR,
     CODING_RAW,
-    MAX_PIXELS,
     Container,
     Header,
     VideoHeader,
@@ -37,7 +35,9 @@ from bsq_ray.codec.container import (
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.tile_groups import EncodedGroup, decode_groups, encode_group, group_size, max_groups_per_pass
 from bsq_ray.codec.tiles import place_tiles, split_tiles
-from bsq_ray.media.color import SRGB, Color, to_srgb
+from bsq_ray.media.color import SRGB, Color
+from bsq_ray.media.images import MAX_PIXELS, to_srgb
+from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ class Codec:
     ) -> None:
         model_config = tokenizer.config
         if prior is not None:
-            side = model_config.image_size // model_config.patch_size
+            side = model_config.grid_size
             is_compatible = (
                 prior.config.grid == (model_config.frames, side, side) and prior.config.bits == tokenizer.quantizer.bits
             )
@@ -112,7 +112,7 @@ class Codec:
     def from_pretrained(
         cls,
         url: str,
-        weights: Literal["ema", "plain"] = "ema",
+        weights: WeightsKind = "ema",
         device: str = "cpu",
         batch_size: int | None = None,
         decode_dtype: torch.dtype = torch.float64,

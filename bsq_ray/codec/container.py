@@ -1,4 +1,4 @@
-"""The `.bsq` file: header, index of groups of tiles, payloads. docs/bsq-format.md specifies it byte by byte.
+"""The `.bsq` file: header, index of groups of tiles, payloads. docs/reference/bsq-format.md specifies it byte by byte.
 
 Whatever the bytes say is checked before anything is made of it, so a hostile file costs one error.
 
@@ -16,6 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 from bsq_ray.media.color import Color
+from bsq_ray.media.images import MAX_PIXELS
 
 MAGIC, VERSION = b"BSQ1", 1
 KIND_IMAGE, KIND_CLIP = 0, 1
@@ -23,8 +24,6 @@ CODING_RAW, CODING_PRIOR = 0, 1
 _HEADER_STRUCT = struct.Struct("<4s4BIIH3B8s8s")
 _VIDEO_STRUCT = struct.Struct("<IIIH4B")
 _CRC_STRUCT = struct.Struct("<I")
-# Four times the pixels of a 33-megapixel photograph.
-MAX_PIXELS = 2**27
 # Tiles are padded: an image one pixel high may be a hundred times larger inside. No more than this, whatever is asked.
 _MAX_PADDED_PIXELS = 2**28
 _MAX_GROUP_SIZE = 4

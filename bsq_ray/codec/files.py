@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile, ProgressCallback
-from bsq_ray.codec.container import MAX_PIXELS, VideoHeader, read_header
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text
-from bsq_ray.media.color import to_srgb
-from bsq_ray.media.video_files import VideoStream, read_video, write_video
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.codec.container import VideoHeader, read_header
+from bsq_ray.media.images import DECODE_ERRORS, MAX_PIXELS, decode_error_text, to_srgb
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video
+from bsq_ray.media.video_writer import write_video
+from bsq_ray.model_folder import WeightsKind
 
 _IMAGE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
 _VIDEO_CONTAINERS = {"mp4": "mp4", "mkv": "matroska"}
@@ -79,7 +79,7 @@ def compress_file(
     model_url: str,
     source: str,
     destination: str,
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
     """Compresses an image or video file; a sentence with sizes and times.
@@ -139,7 +139,7 @@ def decompress_file(
     source: str,
     destination: str,
     selection: DecodeSelection = DecodeSelection(),
-    weights: Literal["ema", "plain"] = "ema",
+    weights: WeightsKind = "ema",
     on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
     """Decompresses a .bsq file; a sentence about it.

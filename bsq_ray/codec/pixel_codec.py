@@ -19,7 +19,6 @@ from torch import Tensor
 
 from bsq_ray.codec.entropy_coding import deterministic_fp32
 from bsq_ray.codec.tiles import as_grid, blend_tiles
-from bsq_ray.data.transforms import to_float
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 _TOKENS_PER_PASS = 8192
@@ -40,7 +39,7 @@ class PixelCodec:
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
         model_config = tokenizer.config
         self.tokenizer, self.decode_dtype = tokenizer, decode_dtype
-        self.side = model_config.image_size // model_config.patch_size
+        self.grid_size = model_config.grid_size
         self._batch_size = batch_size
 
     @property
@@ -48,7 +47,7 @@ class PixelCodec:
         return self.tokenizer.last_layer.device
 
     def _tiles_per_pass(self, frames: int) -> int:
-        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.side**2))
+        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
 
     def encode(self, tiles_BCTHW: Tensor, check_deadline: Callable[[], None]) -> Tensor:
         """uint8 tiles to bits (B, N, L); `check` is called before each pass, and what it raises ends the work."""
@@ -56,7 +55,7 @@ class PixelCodec:
         with deterministic_fp32(self._device):
             for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
                 check_deadline()
-                parts.append(self.tokenizer.encode(to_float(part.to(self._device))).bits_BNL.cpu())
+                parts.append(self.tokenizer.encode(part.to(self._device).float().div_(127.5).sub_(1)).bits_BNL.cpu())
         return torch.cat(parts)
 
     def decode_region(
@@ -111,7 +110,7 @@ class PixelCodec:
         tile = self.tokenizer.config.image_size
         grid_trcL = as_grid(bits_RCNL[block_slices], frames)
         pixels_CTHW = blend_tiles(
-            grid_trcL, self.side, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
+            grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
         )
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         available_HW = available_RC[block_slices].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
@@ -119,8 +118,8 @@ class PixelCodec:
 
     def _decode_windows(self, check_deadline: Callable[[], None], bits_BNL: Tensor) -> Tensor:
         """Windows (B, 3, T, H, W), fp32 values on the CPU."""
-        frames = bits_BNL.shape[1] // self.side**2
-        grid, parts = (frames, self.side, self.side), []
+        frames = bits_BNL.shape[1] // self.grid_size**2
+        grid, parts = (frames, self.grid_size, self.grid_size), []
         if self.tokenizer.from_code.weight.dtype != self.decode_dtype:
             for module in (self.tokenizer.from_code, self.tokenizer.decoder):
                 module.to(self.decode_dtype)

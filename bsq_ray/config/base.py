@@ -123,6 +123,9 @@ class TrainingConfig(StrictModel):
     storage_timeout_s: float = Field(
         600.0, ge=0, description="Seconds for which transient storage errors are retried before the run fails."
     )
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",), description="Where metrics go besides metrics.jsonl, which is always written."
+    )
 
     @model_validator(mode="after")
     def _check_micro_batch_divides_batch(self) -> TrainingConfig:

@@ -1,1 +1,1 @@
-"""Photographs and clips to shards, shards to batches in a reproducible order."""
+"""Images and videos to shards, and shards to batches in a reproducible order."""

@@ -1,10 +1,10 @@
-"""Packed videos as a source of clips: a random start for training, fixed ones for evaluation.
+"""Packed videos as a data source of clips: random start frames for training, fixed ones for evaluation.
 
-    video of F frames ─n equal parts─▶ one clip of T frames in each: every `stride`-th frame, one crop for all of them
+    video of F frames ─n equal parts─▶ one clip of T frames in each: every `stride`-th frame, the same crop of all
 
-A clip spans S = (T - 1)·stride + 1 frames. A video has n = min(`data.clips_per_video`, F // S) clips, each inside its
-own part of the video, so no two share a frame. Training draws the start inside the part anew in every epoch; evaluation
-takes the middle. Videos shorter than S have no clip.
+A clip spans S = (T - 1)·stride + 1 frames. A video has n = min(`data.clips_per_video`, F // S) clips. Each lies inside
+its own part of the video, so no two share a frame. Training draws a new start inside the part in every epoch;
+evaluation uses the middle. Videos shorter than S have no clip.
 
 Shape suffixes: P clips, T frames, H and W pixels.
 """
@@ -27,13 +27,17 @@ from bsq_ray.media.video_reader import read_frames
 
 
 class ClipSource(DataSource):
-    """Clips of `frames` frames of `size` pixels cut from the videos of a manifest.
+    """Square crops of clips of the videos of a manifest.
 
     Args:
-        patience: seconds for which storage may fail before what lies there counts as damaged.
+        manifest: a data set of videos.
+        data_config: crop, flip, interpolation, frame stride and clips per video.
+        size: side of a frame, pixels.
+        num_frames: frames of a clip (T).
+        timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
 
     Attributes:
-        notes: how many videos have no clip.
+        notes: number of videos without a clip, if any.
 
     Raises:
         ValueError: no video is long enough.
@@ -47,24 +51,23 @@ class ClipSource(DataSource):
         self.url, self.hash = manifest.url, manifest.hash
         self.span = (num_frames - 1) * data_config.frame_stride + 1
         lengths = [[video.frames for video in shard.videos] for shard in manifest.shards]
-        # Clips before each video of a shard, and of the whole shard last.
+        # Number of clips before each video of a shard, and of the whole shard last.
         self._clip_starts = [[0, *accumulate(self._num_clips(length) for length in shard)] for shard in lengths]
         self.shard_sizes = tuple(starts[-1] for starts in self._clip_starts)
         self._shard_starts = [0, *accumulate(self.shard_sizes)]
         self.sample_bytes = 3 * num_frames * size**2
         short_lengths = [length for shard in lengths for length in shard if length < self.span]
-        description = (
+        clip_text = (
             f"{self.span} frames of a clip (model.frames {num_frames}, data.frame_stride {data_config.frame_stride})"
         )
         if not self.num_samples:
-            raise ValueError(f"no video of {self.url} has the {description}; the longest has {max(short_lengths)}")
+            raise ValueError(f"no video of {self.url} has the {clip_text}; the longest has {max(short_lengths)}")
         if short_lengths:
-            self.notes = (
-                f"{len(short_lengths)} of {manifest.num_samples} videos of {self.url} are shorter than the {description}",
-            )
+            num_short = f"{len(short_lengths)} of {manifest.num_samples} videos of {self.url}"
+            self.notes = (f"{num_short} are shorter than the {clip_text}",)
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Clips with a random start and a random crop."""
+        """Read clips with a random start and a random crop, uint8 (P, 3, T, size, size)."""
         block = SampleBlock(
             np.empty((len(samples_P), 3, self.num_frames, self.size, self.size), np.uint8), samples_P * 0, []
         )
@@ -77,7 +80,7 @@ class ClipSource(DataSource):
         return block
 
     def read_eval(self, samples: range) -> SampleBlock:
-        """Clips from the middles of the parts, resized to the short side, the centre cut out."""
+        """Read center crops of the middle clip of each part, uint8 (P, 3, T, size, size)."""
         shape = (3, self.num_frames, self.size, self.size)
         block = SampleBlock(np.empty((0, *shape), np.uint8), np.empty(0, np.int64), [])
         files = self._shard_files(samples, block)
@@ -97,16 +100,13 @@ class ClipSource(DataSource):
         return block
 
     def locate(self, sample: int) -> tuple[Shard, int, range]:
-        """The shard and the video of a clip (numbered through all shards), and the frames at which it may begin."""
+        """Return the shard and the video of a clip (numbered through all shards), and its possible start frames."""
         shard_index = bisect_right(self._shard_starts, sample) - 1
         shard, starts = self.manifest.shards[shard_index], self._clip_starts[shard_index]
         clip_index = sample - self._shard_starts[shard_index]
         index = bisect_right(starts, clip_index) - 1
-        length, part, num_parts = (
-            shard.videos[index].frames,
-            clip_index - starts[index],
-            starts[index + 1] - starts[index],
-        )
+        length = shard.videos[index].frames
+        part, num_parts = clip_index - starts[index], starts[index + 1] - starts[index]
         return shard, index, range(part * length // num_parts, (part + 1) * length // num_parts - self.span + 1)
 
     def _num_clips(self, length: int) -> int:
@@ -122,7 +122,7 @@ class ClipSource(DataSource):
     def _first_readable(
         self, sample: int, files: ShardFiles, rng: np.random.Generator, skipped: list[str]
     ) -> SampleBlock:
-        """The clip, or the next readable one of its shard, so that batches stay full whoever reads them."""
+        """Return the clip, or the next readable one of its shard, so that batches stay full for any reader."""
         shard_index = bisect_right(self._shard_starts, sample) - 1
         first, num_clips = self._shard_starts[shard_index], self.shard_sizes[shard_index]
         data_config = self.data_config

@@ -1,6 +1,6 @@
-"""What training and evaluation read from: photographs, clips, or tokens made of photographs.
+"""The interface of everything that training and evaluation read: images, clips, or tokens.
 
-Shape suffixes: B samples of a batch, P places in the order.
+Shape suffixes: B samples of a batch, P samples of a block.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass
 class SampleBlock:
-    """Samples as they are read.
+    """Samples that were read together.
 
     Attributes:
-        values_P: uint8: images (P, 3, H, W), clips (P, 3, T, H, W), or the packed bits of tokens (P, N, bytes).
-        labels_P: int64.
+        values_P: uint8: images (P, 3, H, W), clips (P, 3, T, H, W), or packed bits of tokens (P, bytes).
+        labels_P: int64 (P,).
         keys: names of the samples.
-        damaged: "shard: key: reason" of each sample that could not be read and was replaced or left out.
-        delays: what storage failed with before it could be read.
+        skipped: "shard: key: reason" of each unreadable sample that was replaced or left out.
+        retries: messages of storage errors before a retry succeeded.
     """
 
     values_P: np.ndarray
@@ -33,14 +33,14 @@ class SampleBlock:
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's share of a batch; `values_B` and `labels_B` as in `Samples`."""
+    """The part of a global batch that one worker reads; values and labels as in `SampleBlock`."""
 
     values_B: Tensor
     labels_B: Tensor
     keys: list[str]
 
     def subset(self, rows: slice) -> Batch:
-        """Some of its samples."""
+        """Return a batch of some samples."""
         return Batch(self.values_B[rows], self.labels_B[rows], self.keys[rows])
 
 
@@ -48,11 +48,11 @@ class DataSource(ABC):
     """A data set that can be read in any order.
 
     Attributes:
-        url: where it is.
-        hash: SHA-256 that names its content.
+        url: folder of the data set.
+        hash: SHA-256 of its content.
         shard_sizes: samples of each shard.
-        sample_bytes: of one sample's values.
-        notes: what a person should know who reads from it.
+        sample_bytes: size of one sample's values.
+        notes: warnings to show to the user.
     """
 
     url: str
@@ -68,9 +68,12 @@ class DataSource(ABC):
 
     @abstractmethod
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Samples, by their numbers through all shards, as training sees them.
+        """Read training samples; their randomness depends only on sample, epoch and seed.
 
-        What is random about a sample depends on its number, its epoch and the seed only.
+        Args:
+            samples_P: numbers of the samples through all shards, int64 (P,).
+            epochs_P: epoch of each sample, int64 (P,).
+            seed: seed of the run.
 
         Raises:
             RuntimeError: no sample of a shard can be read.
@@ -78,4 +81,4 @@ class DataSource(ABC):
 
     @abstractmethod
     def read_eval(self, samples: range) -> SampleBlock:
-        """Samples as evaluation sees them; those that cannot be read are left out."""
+        """Read evaluation samples; unreadable ones are left out."""

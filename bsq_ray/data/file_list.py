@@ -1,7 +1,7 @@
-"""Which files of a folder are packed, and the class of each: from its folder, or from a split list.
+"""List the files of a folder to pack, and their classes: from its subfolders, or from a split list.
 
-A split list is read as UCF-101's are: a line is `Class/file.avi` or `Class/file.avi 1`. Where `classInd.txt` lies
-beside the list (`1 Class` a line), it numbers the classes; otherwise they are numbered in the order of their names.
+A split list has the format of UCF-101: each line is `Class/file.avi` or `Class/file.avi 1`. A `classInd.txt` next to
+the list (`1 Class` per line) numbers the classes. Without it they are numbered in the order of their names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class FileList:
     """The files to pack.
 
     Attributes:
-        urls, labels, bytes: of each file.
+        urls, labels, sizes: URL, class and size in bytes of each file.
         classes: names of the labels.
-        ignored: number of files that are something else by their name.
+        num_ignored: number of files with another suffix.
     """
 
     urls: list[str]
@@ -32,18 +32,18 @@ class FileList:
 
 
 def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None = None) -> FileList:
-    """Lists a folder; its first level of folders names the classes, without one all files are of the class "all".
+    """List a folder; its first level of subfolders names the classes, without it all files have the class "all".
 
     Args:
         source: folder or fsspec URL.
         kind: "images" or "videos", for messages.
-        suffixes: of the files that count.
-        split_list: list of the files to take; None takes all. All folders count as classes, so that the lists of a
-            training and a test split number them alike.
+        suffixes: lowercase suffixes of the files to list.
+        split_list: list of the files to use; None uses all. All subfolders count as classes, so that a training and
+            a test split have the same class numbers.
 
     Raises:
-        ValueError: the folder is missing, holds nothing of the kind, mixes files with class folders, or the list names
-            what is not there.
+        ValueError: the folder is missing, has no such files, mixes files with class folders, or the split list names
+            missing files.
     """
     fs, root = storage.filesystem(source)
     with storage.translate_errors(source, "read"):
@@ -52,20 +52,20 @@ def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: st
         sizes = {path: info["size"] or 0 for path, info in sorted(fs.find(root, detail=True).items())}
     paths = {posixpath.relpath(path, root): path for path in sizes if path.lower().endswith(suffixes)}
     if not paths:
-        raise ValueError(f"{source} holds no {kind} (looked for {', '.join(suffixes)})")
+        raise ValueError(f"{source} contains no {kind} (looked for {', '.join(suffixes)})")
     folders = {name: name.split("/")[0] if "/" in name else "" for name in paths}
     class_names = set(folders.values()) - {""}
     if "" in folders.values() and class_names:
         stray = next(name for name, folder in folders.items() if not folder)
         raise ValueError(
-            f"{source} holds {kind} both in class folders ({min(class_names)}, …) and outside of them ({stray}, …); "
+            f"{source} has {kind} both in class folders ({min(class_names)}, …) and outside of them ({stray}, …); "
             "move them into class folders"
         )
     classes = tuple(sorted(class_names)) or ("all",)
     names = list(paths)
     if split_list is not None:
         if class_names:
-            # UCF-101 numbers its classes without regard to case.
+            # UCF-101 sorts its classes case-insensitively.
             classes = _read_class_order(split_list, class_names) or tuple(sorted(class_names, key=str.casefold))
         names = _read_split(split_list, source, paths, classes)
     local = storage.is_local(source)
@@ -85,12 +85,12 @@ def _read_split(url: str, source: str, paths: dict[str, str], classes: tuple[str
             continue
         name, _, label = line.strip().partition(" ")
         if name not in paths:
-            raise ValueError(f"{url} line {number}: there is no {name} in {source}")
+            raise ValueError(f"{url} line {number}: {source} has no {name}")
         expected_number = classes.index(name.split("/")[0]) + 1 if "/" in name else 1
         if label and label.strip() != str(expected_number):
             raise ValueError(
-                f"{url} line {number}: {name} has the class number {label.strip()}, but its class is number {expected_number} of "
-                f"{len(classes)}; put the {_CLASS_INDEX_FILE} that belongs to the list beside it"
+                f"{url} line {number}: {name} has the class number {label.strip()}, but its class is number "
+                f"{expected_number} of {len(classes)}; copy the list's {_CLASS_INDEX_FILE} next to it"
             )
         names[name] = None
     if not names:
@@ -99,13 +99,13 @@ def _read_split(url: str, source: str, paths: dict[str, str], classes: tuple[str
 
 
 def _read_class_order(split_list: str, class_names: set[str]) -> tuple[str, ...]:
-    """Class names in the order of the numbers beside the list; empty if there are none."""
+    """Return the class names in the order of `classInd.txt` next to the list; empty without that file."""
     url = storage.join(posixpath.dirname(split_list) or ".", _CLASS_INDEX_FILE)
     if not storage.exists(url):
         return ()
     rows = [line.split() for line in storage.read_bytes(url).decode("utf-8", "replace").splitlines() if line.strip()]
     if [row[0] for row in rows] != [str(n) for n in range(1, len(rows) + 1)] or any(len(row) != 2 for row in rows):
-        raise ValueError(f"{url} must number the classes from 1, one `1 Class` a line")
+        raise ValueError(f"{url} must number the classes from 1, one `1 Class` per line")
     classes = tuple(row[1] for row in rows)
     if missing := class_names - set(classes):
         raise ValueError(f"{url} does not number the class {min(missing)}")

@@ -1,10 +1,12 @@
-"""Packed photographs as a source: random crops for training, centre crops for evaluation."""
+"""Packed images as a data source: random crops for training, center crops for evaluation.
+
+Shape suffixes: P samples, H and W pixels.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from PIL import Image
 
 from bsq_ray import config
 from bsq_ray.data.data_source import DataSource, SampleBlock
@@ -14,10 +16,13 @@ from bsq_ray.data.transforms import eval_transform, train_transform
 
 
 class ImageSource(DataSource):
-    """Images of `size` pixels cut from the photographs of a manifest.
+    """Square crops of the images of a manifest.
 
     Args:
-        patience: seconds for which storage may fail before what lies there counts as damaged.
+        manifest: a data set of images.
+        data_config: crop, flip and interpolation.
+        size: side of a crop, pixels.
+        timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
     """
 
     def __init__(self, manifest: Manifest, data_config: config.DataConfig, size: int, timeout_s: float = 0.0) -> None:
@@ -27,17 +32,17 @@ class ImageSource(DataSource):
         self.sample_bytes = 3 * size**2
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Random crops."""
+        """Read random crops, uint8 (P, 3, size, size)."""
 
-        def crop(image: Any, p: int) -> np.ndarray:
+        def crop(image: Image.Image, p: int) -> np.ndarray:
             rng = np.random.default_rng((seed, int(epochs_P[p]), int(samples_P[p])))
             return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
 
-        short_side = round(self.size * self.data_config.resize_range[1])
-        return read_samples(self.manifest, samples_P.tolist(), short_side, crop, self.timeout_s)
+        max_short_side = round(self.size * self.data_config.resize_range[1])
+        return read_samples(self.manifest, samples_P.tolist(), max_short_side, crop, self.timeout_s)
 
     def read_eval(self, samples: range) -> SampleBlock:
-        """Resized to the short side, then the centre."""
+        """Read center crops of the resized images, uint8 (P, 3, size, size)."""
         size, interpolation = self.size, self.data_config.eval_interpolation
         block = SampleBlock(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
         images, labels = [], []

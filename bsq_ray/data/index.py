@@ -1,4 +1,4 @@
-"""The manifest of WebDataset shards that were made elsewhere."""
+"""Write the manifest of WebDataset shards that another program made."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import hashlib
 import io
 import posixpath
 import tarfile
-from collections.abc import Callable
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
-def index_shards(url: str, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """Writes the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
+def index_shards(url: str, on_progress: ProgressCallback = no_progress) -> Manifest:
+    """Write the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
 
-    Without any `.cls` all samples are of one class.
+    Without any `.cls` all samples have one class.
+
+    Args:
+        url: folder of the shards.
+        on_progress: called with the number of finished shards and of all shards.
 
     Raises:
-        ValueError: there are no tar files, or one is damaged, holds neither images nor videos, a video is damaged, or
+        ValueError: there are no tar files, a tar file or video is damaged, a shard has neither images nor videos, or
             only some samples have a class.
     """
     names = [name for name in storage.list_folder(url) if name.endswith(".tar")]
     if not names:
-        raise ValueError(f"{url} holds no .tar shards to index")
+        raise ValueError(f"{url} contains no .tar shards to index")
     shards, unlabeled = [], []
     for number, name in enumerate(names, 1):
         shard, shard_unlabeled = _index_shard(
@@ -37,27 +41,29 @@ def index_shards(url: str, on_progress: Callable[[int, int], None] = lambda done
     num_samples = sum(len(shard.keys) for shard in shards)
     if 0 < len(unlabeled) < num_samples:
         raise ValueError(
-            f"{len(unlabeled)} of {num_samples} samples in {url} have no class, such as {unlabeled[0]}; give each a .cls, or "
-            "none of them"
+            f"{len(unlabeled)} of {num_samples} samples in {url} have no class, such as {unlabeled[0]}; "
+            "give each a .cls, or none of them"
         )
     num_classes = 1 + max(max(shard.labels) for shard in shards)
     kinds = {"videos" if shard.videos else "images": shard.name for shard in shards}
     if len(kinds) > 1:
-        raise ValueError(f"{url} holds images ({kinds['images']}) and videos ({kinds['videos']}); index them apart")
+        raise ValueError(
+            f"{url} contains images ({kinds['images']}) and videos ({kinds['videos']}); put them in separate folders"
+        )
     manifest = Manifest(url, tuple(shards), tuple(str(label) for label in range(num_classes)), next(iter(kinds)))
     write_manifest(manifest)
     return manifest
 
 
 def _index_shard(name: str, content: bytes, url: str) -> tuple[Shard, list[str]]:
-    """What a shard holds, and the keys of samples without a class."""
+    """Return the manifest entry of a shard, and the keys of samples without a class."""
     spans: dict[str, tuple[int, int]] = {}
     classes: dict[str, int] = {}
     suffixes: set[str] = set()
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             for member in tar:
-                # Files of one name in two folders are two samples.
+                # Files with the same name in two folders are two samples.
                 folder, name_inside = posixpath.split(member.name)
                 stem, _, suffix = name_inside.partition(".")
                 key = posixpath.join(folder, stem)
@@ -72,17 +78,21 @@ def _index_shard(name: str, content: bytes, url: str) -> tuple[Shard, list[str]]
         raise ValueError(f"{url} has the class {min(classes.values())}; classes are numbers from 0")
     if not spans:
         raise ValueError(
-            f"{url} holds no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
+            f"{url} contains no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
         )
     videos = []
     if not suffixes.isdisjoint(VIDEO_SUFFIXES):
         if not suffixes.isdisjoint(IMAGE_SUFFIXES):
-            raise ValueError(f"{url} holds images and videos ({', '.join(sorted(suffixes))}); a data set has one kind")
+            raise ValueError(
+                f"{url} contains images and videos ({', '.join(sorted(suffixes))}); a data set has one kind"
+            )
         for key, (offset, size) in spans.items():
             try:
                 videos.append(probe(io.BytesIO(content[offset : offset + size])).video)
             except ValueError as error:
-                raise ValueError(f"{url}: {key} {error}; take it out of the shard, or pack the videos again") from error
+                raise ValueError(
+                    f"{url}: {key}: {error}; remove it from the shard, or pack the videos again"
+                ) from error
     keys = tuple(spans)
     shard = Shard(
         name,

@@ -1,9 +1,8 @@
-"""A look at a packed data set: counts, sizes, whether the files are whole, and a contact sheet."""
+"""Inspect a packed data set: counts, sizes, integrity of the files, and a contact sheet."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,28 +14,29 @@ from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_encoded
 from bsq_ray.data.transforms import eval_transform
+from bsq_ray.media.images import encode_png
 from bsq_ray.media.video_reader import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
-# Image sizes are measured on at most this many samples, spread over the data set.
+# Largest number of samples that are opened, spread over the data set.
 _MAX_MEASURED = 1000
-# So many files are in memory at once.
+# Files in memory at once.
 _BATCH_SIZE = 32
 
 
 @dataclass
 class Inspection:
-    """What a data set holds.
+    """Contents and errors of a data set.
 
     Attributes:
         manifest: the data set.
-        per_class: images or videos of each class, by name.
-        widths, heights: least, median and greatest of the measured images, pixels.
-        measured: how many images or videos were opened for that.
-        frames: least, median and greatest number of frames of all videos.
-        seconds: of all videos together.
-        rates: frame rates of the videos, in words.
-        faults: what is wrong with shards, images or videos.
+        class_counts: number of images or videos of each class, by name.
+        widths, heights: minimum, median and maximum of the measured images, pixels.
+        num_measured: number of images or videos that were opened.
+        frame_counts: minimum, median and maximum number of frames of all videos.
+        total_duration_s: duration of all videos, seconds.
+        frame_rates: frame rates of the videos, as text.
+        errors: messages about damaged shards, images or videos.
     """
 
     manifest: Manifest
@@ -51,11 +51,11 @@ class Inspection:
 
 
 def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
-    """Reads the manifest, compares every shard with it, measures images, and draws a contact sheet.
+    """Read the manifest, compare every shard with it, measure images, and write a contact sheet.
 
     Args:
         url: folder of the shards.
-        sheet: where the contact sheet PNG is written; None draws none.
+        sheet_url: PNG file of the contact sheet; None writes none.
 
     Raises:
         ValueError: the folder is not a packed data set.
@@ -71,7 +71,7 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
             continue
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             result.errors.append(
-                f"{shard.name} is not the file that was packed: it has {len(content)} bytes, the manifest says "
+                f"{shard.name} is not the file that was packed: it has {len(content)} bytes, the manifest lists "
                 f"{shard.bytes}" + ("" if len(content) != shard.bytes else " but another checksum")
             )
     samples = np.unique(np.linspace(0, manifest.num_samples - 1, _MAX_MEASURED).astype(int)).tolist()
@@ -102,7 +102,7 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
 
 
 def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
-    """Images, or the middle frames of videos; what is wrong stands in the place of one that cannot be read."""
+    """Yield images, or the middle frames of videos; an error message replaces one that cannot be read."""
     read = _read_images if manifest.kind == "images" else _middle_frames
     for first in range(0, len(samples), _BATCH_SIZE):
         yield from read(manifest, samples[first : first + _BATCH_SIZE])
@@ -134,7 +134,7 @@ def _min_median_max(values: np.ndarray) -> tuple[int, int, int]:
 
 
 def _contact_sheet(tiles: list[np.ndarray]) -> bytes:
-    """PNG of square tiles (3, S, S) on white."""
+    """Encode a PNG of square tiles (3, S, S) on white."""
     columns = min(_SHEET_COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
     pitch = _SHEET_TILE + _SHEET_GAP
@@ -142,6 +142,4 @@ def _contact_sheet(tiles: list[np.ndarray]) -> bytes:
     for number, tile in enumerate(tiles):
         corner = (number % columns * pitch + _SHEET_GAP, number // columns * pitch + _SHEET_GAP)
         sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), corner)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return encode_png(sheet)

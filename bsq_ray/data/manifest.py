@@ -1,7 +1,7 @@
-"""The manifest beside the shards: what they hold, and where in them each sample lies.
+"""The manifest of a packed data set: the content of each shard, and the offset of each sample in it.
 
-`manifest.parquet` has a row per shard. With the place of every image or video in it, a reader fetches the samples it
-needs by ranged reads, in any order, and a truncated or replaced shard is noticed.
+`manifest.parquet` has one row per shard. From the offset of every image or video a reader fetches the samples it needs
+by ranged reads, in any order. A truncated or replaced shard is detected.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
+from bsq_ray.media.video_reader import VideoInfo
 
 MANIFEST_FILE = "manifest.parquet"
 _VERSION = 1
@@ -36,36 +37,16 @@ _VIDEOS_TYPE = pa.list_(
 
 
 @dataclass(frozen=True)
-class VideoInfo:
-    """What reading clips out of a video needs to know of it.
-
-    Attributes:
-        frames: that can be decoded.
-        fps: frames per second.
-        width, height: pixels, upright.
-        key_frames: numbers of the frames at which decoding can begin; the first is 0.
-        key_times: their time stamps, in the units of the video stream.
-    """
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    key_frames: tuple[int, ...]
-    key_times: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Shard:
     """One tar file of samples.
 
     Attributes:
         name: file name inside the data set's folder.
-        bytes, sha256: of the whole file.
+        bytes, sha256: size and checksum of the whole file.
         keys: names of the samples, in the order of the tar.
         labels: class of each sample, an index into the manifest's classes.
-        offsets, sizes: where each sample's image or video lies in the file, in bytes.
-        videos: what is known of each sample's video; empty in a data set of images.
+        offsets, sizes: position and size of each sample's image or video in the file, bytes.
+        videos: facts about each sample's video; empty in a data set of images.
     """
 
     name: str
@@ -83,8 +64,8 @@ class Manifest:
     """A packed data set.
 
     Attributes:
-        url: the folder of the shards.
-        shards: in the order of the file.
+        url: folder of the shards.
+        shards: in the order of the manifest file.
         classes: names of the labels.
         kind: "images" or "videos".
     """
@@ -96,7 +77,7 @@ class Manifest:
 
     @cached_property
     def shard_starts(self) -> np.ndarray:
-        """Number of samples before each shard, and the total last: int64 (shards + 1,)."""
+        """Number of samples before each shard, and the total last; int64 (shards + 1,)."""
         return np.concatenate([[0], np.cumsum([len(shard.keys) for shard in self.shards])]).astype(np.int64)
 
     @property
@@ -106,41 +87,41 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the shards' names, contents and order: what a result names as its data set."""
+        """SHA-256 of the shards' names, contents and order, by which results identify the data set."""
         text = json.dumps([[shard.name, shard.sha256] for shard in self.shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def locate(self, sample: int) -> tuple[Shard, int]:
-        """The shard that holds a sample (numbered through all shards), and its place there."""
+        """Return the shard of a sample (numbered through all shards), and its index in the shard."""
         shard = int(np.searchsorted(self.shard_starts, sample, side="right")) - 1
         return self.shards[shard], int(sample - self.shard_starts[shard])
 
 
 def read_manifest(url: str) -> Manifest:
-    """Reads the manifest of a packed data set.
+    """Read the manifest of a packed data set.
 
     Raises:
-        ValueError: the folder holds no manifest, or it is damaged or of a newer version.
+        ValueError: the folder has no manifest, or it is damaged or of a newer version.
     """
     path = storage.join(url, MANIFEST_FILE)
     if not storage.exists(path):
         raise ValueError(
             f"{url} is not a packed data set: it has no {MANIFEST_FILE}. "
-            f"Pack a folder of images or videos with `bsq-ray data pack FOLDER {url}`, or index shards that are there "
-            f"already with `bsq-ray data index {url}`"
+            f"Pack a folder of images or videos with `bsq-ray data pack FOLDER {url}`, or index existing shards with "
+            f"`bsq-ray data index {url}`"
         )
     content, is_newer = storage.read_bytes(path), False
     try:
-        # pq.read_table starts threads; those that are still there when the process ends abort it.
+        # The threads of pq.read_table can abort the process at its end.
         table = pq.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
         metadata = json.loads((table.schema.metadata or {})[b"bsq_ray"])
         is_newer = metadata["version"] > _VERSION
         shards = tuple(_parse_shard(row) for row in table.to_pylist())
         classes, kind = tuple(metadata["classes"]), metadata["kind"]
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        # What a newer version writes need not be readable here.
+        # The format of a newer version may be unreadable here.
         if not is_newer:
-            raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
+            raise ValueError(f"{path} is damaged or not a manifest of bsq_ray: {error}") from error
     if is_newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this data set")
     return Manifest(url, shards, classes, kind)
@@ -156,7 +137,7 @@ def _parse_shard(row: dict[str, Any]) -> Shard:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Writes `manifest.parquet` in one step, after the shards it speaks of are there."""
+    """Write `manifest.parquet` in one step; its shards must exist already."""
     columns: dict[str, pa.Array] = {
         "name": pa.array([shard.name for shard in manifest.shards], pa.string()),
         "bytes": pa.array([shard.bytes for shard in manifest.shards], pa.int64()),

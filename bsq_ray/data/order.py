@@ -1,11 +1,21 @@
-"""The order in which training sees the samples: pure functions of (manifest, seed, epoch), whatever the workers.
+"""The order in which training reads samples: pure functions of manifest, seed and epoch, for any number of workers.
 
-    shards ─permuted by (seed, epoch)─▶ one sequence of T samples ─cut─▶ `lanes` contiguous pieces
-    piece ─windows shuffled by (seed, epoch, lane, window)─▶ lane        lanes ─taken in turn─▶ order of the epoch
+    shards ─permuted by (seed, epoch)─▶ sequence of T samples ─cut─▶ `interleave` lanes, contiguous pieces
+    lane ─blocks shuffled by (seed, epoch, lane, block)─▶ lane       lanes ─one sample of each in turn─▶ epoch
 
-Epochs follow each other without a gap, so a single number, the position, says how far a run has come: position P is
-sample P mod T of epoch P // T. Global batch b is positions [b·G, (b+1)·G), of which worker r of N takes every N-th one
-starting with the r-th. Reading follows the lanes, so a worker keeps few shards open; nothing is lost or repeated.
+Example: 10 samples, `interleave` 3, `shuffle_block_size` 2. Numbers are positions in the sequence of permuted shards.
+
+    sequence         0 1 2 3 4 5 6 7 8 9
+    lanes            [0 1 2]  [3 4 5]  [6 7 8 9]             lengths 3, 3, 4: `min_lane_len` is 3
+    blocks           [0 1][2] [3 4][5] [6 7][8 9]
+    shuffled blocks  [1 0][2] [3 4][5] [7 6][8 9]            for some seed
+    epoch            1 3 7 | 0 4 6 | 2 5 8 | 9               the last sample is the remainder of the longer lane
+
+Epochs follow each other without a gap, so one number, the position, describes the progress of a run: position P is
+sample P mod T of epoch P // T. Global batch b has the positions [b·G, (b+1)·G). Worker r of N reads every N-th of them,
+starting with the r-th. A worker reads from `interleave` places, so it keeps few shards open.
+
+Shape suffixes: P positions.
 """
 
 from __future__ import annotations
@@ -23,8 +33,8 @@ class Order:
     Args:
         shard_sizes: samples of each shard.
         seed: seed of the run.
-        lanes: places of the epoch that are read at once.
-        window: samples shuffled together inside a lane.
+        interleave: number of lanes.
+        shuffle_block_size: samples shuffled together inside a lane.
     """
 
     shard_sizes: tuple[int, ...]
@@ -38,7 +48,11 @@ class Order:
         return sum(self.shard_sizes)
 
     def at(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and sample (numbered through the shards in manifest order) at each position, both int64 (P,)."""
+        """Return the epoch and the sample at each position.
+
+        Returns:
+            epochs and samples, both int64 (P,); samples are numbered through the shards in manifest order.
+        """
         epochs_P, offsets_P = np.divmod(positions_P.astype(np.int64), self.num_samples)
         samples_P = np.empty_like(offsets_P)
         for epoch in np.unique(epochs_P):
@@ -47,42 +61,67 @@ class Order:
         return epochs_P, samples_P
 
     def _epoch_samples(self, epoch: int, offsets_P: np.ndarray) -> np.ndarray:
-        bounds = np.arange(self.interleave + 1) * self.num_samples // self.interleave
-        shortest = self.num_samples // self.interleave
-        longer_streams = np.flatnonzero(np.diff(bounds) > shortest)
-        stream_P, element_P = offsets_P % self.interleave, offsets_P // self.interleave
-        remainder_P = offsets_P >= shortest * self.interleave
-        stream_P[remainder_P] = longer_streams[offsets_P[remainder_P] - shortest * self.interleave]
-        element_P[remainder_P] = shortest
-        sequence_P = np.empty_like(offsets_P)
-        block_P = element_P // self.shuffle_block_size
-        for stream, block in np.unique(np.stack([stream_P, block_P], 1), axis=0):
-            mask_P = (stream_P == stream) & (block_P == block)
-            first = int(block) * self.shuffle_block_size
-            length = min(self.shuffle_block_size, int(bounds[stream + 1] - bounds[stream]) - first)
-            shuffled = _permutation(length, (self.seed, epoch, int(stream), int(block)))
-            sequence_P[mask_P] = bounds[stream] + first + shuffled[element_P[mask_P] - first]
+        lane_P, element_P = self._lane_and_element(offsets_P)
+        sequence_P = self._shuffled_position(epoch, lane_P, element_P)
         return self._to_manifest_order(epoch, sequence_P)
 
+    def _lane_bounds(self) -> np.ndarray:
+        """Return the first position of each lane in the sequence, and T last: int64 (interleave + 1,)."""
+        return np.arange(self.interleave + 1) * self.num_samples // self.interleave
+
+    def _lane_and_element(self, offsets_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lane of each offset in the epoch, and the index in that lane before shuffling."""
+        min_lane_len = self.num_samples // self.interleave
+        lane_P, element_P = offsets_P % self.interleave, offsets_P // self.interleave
+        # After the shortest lane ends, each longer lane has one more sample.
+        longer_lanes = np.flatnonzero(np.diff(self._lane_bounds()) > min_lane_len)
+        is_remainder_P = offsets_P >= min_lane_len * self.interleave
+        lane_P[is_remainder_P] = longer_lanes[offsets_P[is_remainder_P] - min_lane_len * self.interleave]
+        element_P[is_remainder_P] = min_lane_len
+        return lane_P, element_P
+
+    def _shuffled_position(self, epoch: int, lane_P: np.ndarray, element_P: np.ndarray) -> np.ndarray:
+        """Return the position in the sequence of each lane element, after each block of a lane is shuffled."""
+        bounds = self._lane_bounds()
+        sequence_P = np.empty_like(lane_P)
+        block_P = element_P // self.shuffle_block_size
+        for lane, block in np.unique(np.stack([lane_P, block_P], 1), axis=0):
+            mask_P = (lane_P == lane) & (block_P == block)
+            first = int(block) * self.shuffle_block_size
+            length = min(self.shuffle_block_size, int(bounds[lane + 1] - bounds[lane]) - first)
+            shuffled = _permutation(length, (self.seed, epoch, int(lane), int(block)))
+            sequence_P[mask_P] = bounds[lane] + first + shuffled[element_P[mask_P] - first]
+        return sequence_P
+
     def _to_manifest_order(self, epoch: int, sequence_P: np.ndarray) -> np.ndarray:
-        """From places in the epoch's sequence of permuted shards to samples in manifest order."""
+        """Convert positions in the sequence of permuted shards to samples in manifest order."""
         sizes = np.array(self.shard_sizes, np.int64)
         shard_order = _permutation(len(sizes), (self.seed, epoch))
         ends = np.cumsum(sizes[shard_order])
         slot_P = np.searchsorted(ends, sequence_P, side="right")
         shard_P = shard_order[slot_P]
-        within_P = sequence_P - (ends[slot_P] - sizes[shard_P])
-        return (np.cumsum(sizes) - sizes)[shard_P] + within_P
+        index_in_shard_P = sequence_P - (ends[slot_P] - sizes[shard_P])
+        shard_starts = np.cumsum(sizes) - sizes
+        return shard_starts[shard_P] + index_in_shard_P
 
 
 def worker_positions(first: int, stop: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """Positions in [first, stop) that worker `rank` of `world` takes; `first` is a multiple of `batch_size`.
+    """Return the positions in [first, stop) that a worker reads.
+
+    Args:
+        first: a multiple of `batch_size`.
+        stop: end of the range.
+        batch_size: samples of a global batch.
+        rank, world_size: the worker, and the number of workers.
+
+    Returns:
+        int64 (P,).
 
     Raises:
-        ValueError: the workers cannot share a batch evenly.
+        ValueError: `batch_size` is not a multiple of `world_size`.
     """
     if batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} cannot be shared evenly by {world_size} workers; choose a multiple")
+        raise ValueError(f"batch_size {batch_size} cannot be split evenly among {world_size} workers; use a multiple")
     assert first % batch_size == 0, "a run stops between batches"
     return np.arange(first + rank, stop, world_size, dtype=np.int64)
 

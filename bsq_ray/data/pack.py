@@ -1,8 +1,8 @@
-"""A folder of images or videos to WebDataset shards and their manifest, in parallel.
+"""Pack a folder of images or videos into WebDataset shards with a manifest, in parallel.
 
-    folder ─list, shuffle─▶ plan of shards ─one task each: decode, limit, write─▶ shard-000000.tar … ─▶ manifest.parquet
+    folder ─list, shuffle─▶ plan of shards ─one task each: decode, check, write─▶ shard-000000.tar … ─▶ manifest.parquet
 
-The manifest is written last, so an interrupted packing leaves no data set that looks whole.
+The manifest is written last, so an interrupted run leaves no data set that looks complete.
 """
 
 from __future__ import annotations
@@ -21,18 +21,54 @@ import numpy as np
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import list_files
-from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, VideoInfo, write_manifest
-from bsq_ray.data.transcode import TooShortError, transcode_if_needed
-from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text, reencode_image
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
+from bsq_ray.data.transcode import TooShortError, reencode_image, transcode_if_needed
+from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512
+# Smallest `max_side`, pixels.
+_MIN_MAX_SIDE = 8
+
+# Called with the number of finished files and of all files.
+ProgressFn = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Options of `pack_images` and `pack_videos`.
+
+    Attributes:
+        shard_mb: size of a shard, millions of bytes.
+        max_side: images or videos with a longer side are shrunk to it (Lanczos); None keeps their size.
+        min_frames: videos with fewer frames are left out.
+        seed: seed of the shuffle over shards.
+        split_list: list of the files to pack, see `list_files`; None packs all.
+        num_workers: parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
+        address: Ray cluster; None starts a local one.
+    """
+
+    shard_mb: float = 100.0
+    max_side: int | None = None
+    min_frames: int = 16
+    seed: int = 0
+    split_list: str | None = None
+    num_workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_mb <= 0:
+            raise ValueError(f"shard size {self.shard_mb} MB must be positive")
+        if self.max_side is not None and self.max_side < _MIN_MAX_SIDE:
+            raise ValueError(f"longest side {self.max_side} is too small; use at least {_MIN_MAX_SIDE} pixels")
+        if self.min_frames < 1:
+            raise ValueError(f"min_frames {self.min_frames} must be 1 or more")
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """One file to pack: its URL, the key it gets, and its class."""
+    """A file to pack: its URL, its key in the data set, and its class."""
 
     url: str
     key: str
@@ -41,14 +77,14 @@ class FileSource:
 
 @dataclass
 class PackReport:
-    """What became of a folder.
+    """The result of packing a folder.
 
     Attributes:
         manifest: the data set.
         damaged: "file: reason" of each file that could not be decoded.
         too_short: "file: reason" of each video with too few frames.
-        changed: "file: what" of each video of variable rate, which was stored at a constant one.
-        ignored: number of files that are something else by their name.
+        changed: "file: change" of each video of variable rate, which was stored at a constant one.
+        num_ignored: number of files whose suffix is not one of an image or video.
     """
 
     manifest: Manifest
@@ -59,7 +95,7 @@ class PackReport:
 
 
 class _EncodedFile(NamedTuple):
-    """A file as it goes into a shard."""
+    """A file as it is stored in a shard."""
 
     data: bytes
     suffix: str
@@ -73,7 +109,7 @@ _EncodeFn = Callable[[bytes, str], _EncodedFile]
 
 @dataclass
 class _ShardResult:
-    """A shard, None if nothing went into it, and what became of its files."""
+    """A shard, None if it would be empty, and reports on its files."""
 
     num_files: int
     shard: Shard | None = None
@@ -82,72 +118,59 @@ class _ShardResult:
     changed: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    source: str
+    kind: str
+    shards: list[list[FileSource]]
+    classes: tuple[str, ...]
+    num_ignored: int
+
+
 def pack_images(
     source: str,
     destination: str,
-    shard_mb: float = 100.0,
-    max_side: int | None = None,
-    seed: int = 0,
-    num_workers: int | None = None,
-    address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    split_list: str | None = None,
+    options: PackOptions = PackOptions(),
+    on_progress: ProgressFn = lambda done, total: None,
 ) -> PackReport:
-    """Packs a folder of images, with class subfolders or without.
+    """Pack a folder of images, with class subfolders or without.
 
-    The first folder level names the classes; without subfolders all images are of the class "all". Files that cannot be
-    decoded are reported and listed in `damaged.txt` beside the shards; the rest is packed.
+    The first folder level names the classes; without subfolders all images have the class "all". Files that cannot be
+    decoded are listed in `damaged.txt` next to the shards; all others are packed.
 
     Args:
-        source, destination: folders, local or behind any fsspec URL.
-        shard_mb: size of a shard, in millions of bytes.
-        max_side: images with a longer side are shrunk to it (Lanczos); None keeps every image as it is.
-        seed: of the shuffle over shards.
-        workers: 0 packs in this process; otherwise through Ray, None with as many tasks as fit.
-        address: the Ray cluster; None starts one on this machine.
-        progress: called with the number of finished files and of all files.
-        split_list: a list of the files to take, see `listing`.
+        source, destination: folders, as paths or fsspec URLs.
+        options: see `PackOptions`.
+        on_progress: called with the number of finished files and of all files.
 
     Raises:
-        ValueError: the folder is missing, holds no images or none that can be decoded, the destination is in use, or
+        ValueError: the folder is missing or has no readable images, the destination has a data set already, or
             storage fails.
     """
-    _check_options(destination, shard_mb, max_side)
-    plan = _make_plan(source, "images", IMAGE_SUFFIXES, split_list, shard_mb, seed)
-    return _pack_plan(plan, destination, partial(_encode_image, max_side=max_side), num_workers, address, on_progress)
+    encode = partial(_encode_image, max_side=options.max_side)
+    return _pack(source, destination, "images", IMAGE_SUFFIXES, encode, options, on_progress)
 
 
 def pack_videos(
     source: str,
     destination: str,
-    shard_mb: float = 100.0,
-    max_side: int | None = None,
-    seed: int = 0,
-    num_workers: int | None = None,
-    address: str | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    split_list: str | None = None,
-    min_frames: int = 16,
+    options: PackOptions = PackOptions(),
+    on_progress: ProgressFn = lambda done, total: None,
 ) -> PackReport:
-    """Packs a folder of videos, as `pack_images` does images.
+    """Pack a folder of videos, like `pack_images`.
 
-    Every video is decoded once: one that is damaged or too short is left out and listed in `damaged.txt` or
+    Every video is decoded once. One that is damaged or too short is left out and listed in `damaged.txt` or
     `too-short.txt`. One of variable rate is stored at a constant rate and listed in `changed.txt`.
 
     Args:
-        max_side: videos with a longer side are made again with that one; None keeps every video as it is.
-        min_frames: videos with fewer frames are left out.
-        source, destination, shard_mb, seed, workers, address, progress, split_list: as of `pack_images`.
+        source, destination, options, on_progress: as in `pack_images`.
 
     Raises:
-        ValueError: the folder is missing, holds no videos or none that can be packed, or the destination is in use.
+        ValueError: the folder is missing or has no usable videos, the destination has a data set already, or storage
+            fails.
     """
-    _check_options(destination, shard_mb, max_side)
-    if min_frames < 1:
-        raise ValueError(f"fewest frames {min_frames} must be 1 or more")
-    plan = _make_plan(source, "videos", VIDEO_SUFFIXES, split_list, shard_mb, seed)
-    encode = partial(_encode_video, max_side=max_side, min_frames=min_frames)
-    return _pack_plan(plan, destination, encode, num_workers, address, on_progress)
+    encode = partial(_encode_video, max_side=options.max_side, min_frames=options.min_frames)
+    return _pack(source, destination, "videos", VIDEO_SUFFIXES, encode, options, on_progress)
 
 
 def _encode_image(data: bytes, suffix: str, max_side: int | None) -> _EncodedFile:
@@ -162,61 +185,28 @@ def _encode_video(data: bytes, suffix: str, max_side: int | None, min_frames: in
     return _EncodedFile(*transcode_if_needed(data, suffix, max_side, min_frames))
 
 
-def _check_options(destination: str, shard_mb: float, max_side: int | None) -> None:
-    if storage.exists(storage.join(destination, MANIFEST_FILE)):
-        raise ValueError(f"{destination} already holds a packed data set; choose another folder or remove it first")
-    if shard_mb <= 0:
-        raise ValueError(f"shard size {shard_mb} MB must be positive")
-    if max_side is not None and max_side < 8:
-        raise ValueError(f"longest side {max_side} is too small; use at least 8 pixels")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    source: str
-    kind: str
-    shards: list[list[FileSource]]
-    classes: tuple[str, ...]
-    num_ignored: int
-
-
-def _make_plan(
-    source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None, shard_mb: float, seed: int
-) -> _Plan:
-    """Deals the files of a folder out to shards."""
-    file_list = list_files(source, kind, suffixes, split_list)
-    shards: list[list[FileSource]] = [[]]
-    filled_bytes = 0
-    for number in np.random.default_rng(seed).permutation(len(file_list.urls)):
-        url, size = file_list.urls[number], file_list.sizes[number]
-        if shards[-1] and filled_bytes + size > shard_mb * 1e6:
-            shards.append([])
-            filled_bytes = 0
-        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
-        shards[-1].append(FileSource(url, f"{number:08d}_{slug}", file_list.labels[number]))
-        filled_bytes += size
-    return _Plan(source, kind, shards, file_list.classes, file_list.num_ignored)
-
-
-def _pack_plan(
-    plan: _Plan,
+def _pack(
+    source: str,
     destination: str,
+    kind: str,
+    suffixes: tuple[str, ...],
     encode: _EncodeFn,
-    num_workers: int | None,
-    address: str | None,
-    on_progress: Callable[[int, int], None],
+    options: PackOptions,
+    on_progress: ProgressFn,
 ) -> PackReport:
+    if storage.exists(storage.join(destination, MANIFEST_FILE)):
+        raise ValueError(f"{destination} already has a packed data set; choose another folder or remove it first")
+    plan = _make_plan(source, kind, suffixes, options)
     total, done = sum(map(len, plan.shards)), 0
     results: list[_ShardResult] = []
-    for part in _pack_shards(plan.shards, destination, encode, num_workers, address):
-        results.append(part)
-        done += part.num_files
+    for result in _pack_shards(plan.shards, destination, encode, options):
+        results.append(result)
+        done += result.num_files
         on_progress(done, total)
-    shards = sorted((part.shard for part in results if part.shard is not None), key=lambda shard: shard.name)
-    damaged, too_short, changed = (
-        sorted(line for part in results for line in lines(part))
-        for lines in (lambda p: p.damaged, lambda p: p.too_short, lambda p: p.changed)
-    )
+    shards = sorted((result.shard for result in results if result.shard is not None), key=lambda shard: shard.name)
+    damaged = sorted(line for result in results for line in result.damaged)
+    too_short = sorted(line for result in results for line in result.too_short)
+    changed = sorted(line for result in results for line in result.changed)
     if not shards:
         problem = "can be decoded" if damaged else "is long enough"
         raise ValueError(
@@ -230,21 +220,37 @@ def _pack_plan(
     return PackReport(manifest, damaged, too_short, changed, plan.num_ignored)
 
 
+def _make_plan(source: str, kind: str, suffixes: tuple[str, ...], options: PackOptions) -> _Plan:
+    """Distribute the shuffled files of a folder over shards."""
+    file_list = list_files(source, kind, suffixes, options.split_list)
+    shards: list[list[FileSource]] = [[]]
+    filled_bytes = 0
+    for number in np.random.default_rng(options.seed).permutation(len(file_list.urls)):
+        url, size = file_list.urls[number], file_list.sizes[number]
+        if shards[-1] and filled_bytes + size > options.shard_mb * 1e6:
+            shards.append([])
+            filled_bytes = 0
+        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
+        shards[-1].append(FileSource(url, f"{number:08d}_{slug}", file_list.labels[number]))
+        filled_bytes += size
+    return _Plan(source, kind, shards, file_list.classes, file_list.num_ignored)
+
+
 def _pack_shards(
-    shards: list[list[FileSource]], destination: str, encode: _EncodeFn, num_workers: int | None, address: str | None
+    shards: list[list[FileSource]], destination: str, encode: _EncodeFn, options: PackOptions
 ) -> Iterator[_ShardResult]:
-    """Packs every shard of the plan, in this process or by Ray tasks, and yields each result as it is finished."""
+    """Pack every shard, in this process or by Ray tasks, and yield each result when it is ready."""
     shard_arguments = [
         (f"shard-{number:06d}.tar", sources, destination, encode) for number, sources in enumerate(shards)
     ]
-    if num_workers == 0:
+    if options.num_workers == 0:
         for arguments in shard_arguments:
             yield _pack_shard(*arguments)
         return
-    with ray_session(address):
+    with ray_session(options.address):
         import ray
 
-        max_in_flight = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        max_in_flight = options.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1)(_pack_shard)
         pending = list(reversed(shard_arguments))
         running = [task.remote(*pending.pop()) for _ in range(min(max_in_flight, len(shard_arguments)))]
@@ -256,7 +262,7 @@ def _pack_shards(
 
 
 def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: _EncodeFn) -> _ShardResult:
-    """Writes one shard."""
+    """Write one shard."""
     result = _ShardResult(len(sources))
     archive = io.BytesIO()
     samples: list[tuple[FileSource, int, _EncodedFile]] = []
@@ -268,7 +274,7 @@ def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: 
                 result.too_short.append(f"{source.url}: {error}")
                 continue
             except storage.StorageUnavailableError:
-                # Nothing is wrong with the file, so a data set without it would not be whole.
+                # The file may be intact, so a data set without it would be incomplete.
                 raise
             except ValueError as error:
                 result.damaged.append(f"{source.url}: {error}")
@@ -288,8 +294,8 @@ def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: 
             tuple(source.key for source, _, _ in samples),
             tuple(source.label for source, _, _ in samples),
             tuple(offset for _, offset, _ in samples),
-            tuple(len(stored.data) for _, _, stored in samples),
-            tuple(stored.video for _, _, stored in samples if stored.video is not None),
+            tuple(len(encoded.data) for _, _, encoded in samples),
+            tuple(encoded.video for _, _, encoded in samples if encoded.video is not None),
         )
     return result
 

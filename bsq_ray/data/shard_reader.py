@@ -1,4 +1,4 @@
-"""Reading samples out of shards: ranged reads, decoding in place, and what happens to damaged ones.
+"""Read samples from shards by ranged reads, decode them, and replace damaged ones.
 
 Shape suffixes: P samples, C channels, H and W pixels.
 """
@@ -18,9 +18,9 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.data_source import SampleBlock
 from bsq_ray.data.manifest import Manifest, Shard
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, decode_image
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
-# Files up to this size are fetched whole, bytes.
+# Largest remote file that is fetched whole, bytes.
 _SMALL = 4 * 2**20
 _SampleLocation = tuple[Shard, int]
 _HEADER = tarfile.BLOCKSIZE
@@ -34,16 +34,16 @@ def read_samples(
     transform: Callable[[Image.Image, int], np.ndarray],
     timeout_s: float = 0.0,
 ) -> SampleBlock:
-    """Reads, decodes and transforms samples, in the given order.
+    """Read, decode and transform samples, in the given order.
 
-    A damaged sample is replaced by the next readable one of its shard, so that batches stay full whoever reads them.
+    A damaged sample is replaced by the next readable one of its shard, so that batches stay full for any reader.
 
     Args:
         manifest: the data set.
         samples: numbers of the samples through all shards.
-        short_side: what JPEGs may be decoded towards, see `decode_image`.
-        transform: called with the RGB image and the place in `samples`; returns uint8 (3, H, W).
-        patience: seconds for which storage may fail before what lies there counts as damaged.
+        short_side: size for scaled decoding of JPEGs, see `load_rgb`.
+        transform: called with the RGB image and its index in `samples`; returns uint8 (3, H, W).
+        timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
 
     Raises:
         RuntimeError: no sample of a shard can be read.
@@ -64,11 +64,13 @@ def read_samples(
 def fetch_encoded(
     manifest: Manifest, samples: Iterable[int], timeout_s: float = 0.0, on_retry: Callable[[str], None] = lambda _: None
 ) -> list[bytes | Exception]:
-    """The image files of samples; an exception stands where one could not be read.
+    """Return the files of samples; an exception takes the place of one that could not be read.
 
     Args:
-        patience: seconds for which remote storage may fail, while it is asked again.
-        say: hears of each failure that is followed by another try.
+        manifest: the data set.
+        samples: numbers of the samples through all shards.
+        timeout_s: seconds to retry unavailable remote storage.
+        on_retry: called with a message before each retry.
     """
     locations = [manifest.locate(sample) for sample in samples]
     if storage.is_local(manifest.url):
@@ -76,7 +78,7 @@ def fetch_encoded(
     blobs: list[bytes | Exception] = [storage.StorageUnavailableError()] * len(locations)
 
     def fetch_missing() -> None:
-        """Asks for what has not come yet."""
+        """Fetch the files that are still missing."""
         missing = [p for p, blob in enumerate(blobs) if isinstance(blob, Exception) and storage.is_transient(blob)]
         for p, blob in zip(missing, _fetch_remote(manifest.url, [locations[p] for p in missing]), strict=True):
             blobs[p] = blob
@@ -86,7 +88,7 @@ def fetch_encoded(
                 with storage.translate_errors(storage.join(manifest.url, locations[p][0].name), "read"):
                     raise blob
 
-    # What has not come by then is handled as damaged.
+    # Files that are still missing then count as damaged.
     with suppress(storage.StorageUnavailableError):
         storage.retry_while_unavailable(fetch_missing, timeout_s, on_retry)
     return blobs
@@ -98,7 +100,7 @@ def _fetch_remote(url: str, locations: list[_SampleLocation]) -> list[bytes | Ex
     starts = [shard.offsets[index] - _HEADER for shard, index in locations]
     ends = [shard.offsets[index] + shard.sizes[index] for shard, index in locations]
     blobs = fs.cat_ranges(paths, starts, ends, on_error="return")
-    return [_strip_header(blob, *place) for blob, place in zip(blobs, locations, strict=True)]
+    return [_strip_header(blob, *location) for blob, location in zip(blobs, locations, strict=True)]
 
 
 def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exception]:
@@ -121,31 +123,31 @@ def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exc
 
 
 def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
-    """A file without its tar header, which is looked at: in a shard that was changed another file lies in its place."""
+    """Return the file after its tar header; the header detects another file in a shard that was changed."""
     if isinstance(data, Exception) or len(data) <= _HEADER:
         return data if isinstance(data, Exception) else b""
     try:
         header = tarfile.TarInfo.frombuf(data[:_HEADER], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return ValueError("its shard is not the one that the manifest speaks of")
-    # Names that do not fit the header stand elsewhere.
+        return ValueError("its shard is not the one in the manifest")
+    # Names that do not fit into the header are stored elsewhere.
     is_full_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
     key = posixpath.basename(header.name).partition(".")[0]
     if header.size != shard.sizes[index] or (is_full_name and key != shard.keys[index]):
-        return ValueError(f"{header.name} lies in its place")
+        return ValueError(f"the shard has {header.name} in its place")
     return data[_HEADER:]
 
 
 class ShardFiles:
-    """The files of some samples, to be opened one at a time: in memory never lies more than what is being read.
+    """Files of some samples, to be opened one at a time.
 
-    On this machine and for large files only the bytes that are asked for are read; small ones that lie elsewhere come
-    together in one request.
+    Small remote files are fetched together in one request. Of local and of large files only the requested bytes are
+    read.
 
     Args:
         manifest: the data set.
-        places: shard, and place in it, of each sample.
-        patience, say: see `fetch`.
+        locations: shard, and index in it, of each sample.
+        timeout_s, on_retry: see `fetch_encoded`.
     """
 
     def __init__(
@@ -163,15 +165,15 @@ class ShardFiles:
             shard.name: int(start) for shard, start in zip(manifest.shards, manifest.shard_starts[:-1], strict=True)
         }
         small = {(shard.name, index) for shard, index in locations if shard.sizes[index] <= _SMALL}
-        samples = {place: shard_starts[place[0]] + place[1] for place in sorted(small)}
+        samples = {(name, index): shard_starts[name] + index for name, index in sorted(small)}
         self._blobs = dict(zip(samples, fetch_encoded(manifest, samples.values(), timeout_s, on_retry), strict=True))
 
     @contextmanager
     def open(self, shard: Shard, index: int) -> Iterator[IO[bytes]]:
-        """The file of a sample.
+        """Open the file of a sample.
 
         Raises:
-            ValueError: it cannot be fetched, or the shard is cut off; the message gives the reason.
+            ValueError: the file cannot be fetched, or the shard is truncated; the message gives the reason.
         """
         blob, size = self._blobs.get((shard.name, index)), shard.sizes[index]
         if blob is not None:
@@ -188,7 +190,7 @@ class ShardFiles:
                 file.seek(shard.offsets[index] + offset)
                 return bytes(file.read(count))
 
-            reader = _RangeReader(size, lambda place, count: self._retry(url, lambda: read(place, count)))
+            reader = _RangeReader(size, lambda offset, count: self._retry(url, lambda: read(offset, count)))
             yield io.BufferedReader(reader)
 
     def _retry(self, url: str, operation: Callable[[], _Value]) -> _Value:
@@ -200,7 +202,7 @@ class ShardFiles:
 
 
 class _RangeReader(io.RawIOBase):
-    """A part of a file as a file; `read` gives so many bytes from a place in it."""
+    """A part of a file as a file; `read_range(offset, count)` returns bytes of the part."""
 
     def __init__(self, size: int, read_range: Callable[[int, int], bytes]) -> None:
         self.size, self.read_range, self.position = size, read_range, 0
@@ -226,10 +228,14 @@ class _RangeReader(io.RawIOBase):
 
 
 def check_length(blob: bytes | Exception, size: int) -> bytes:
-    """A fetched file, whose manifest says it has `size` bytes.
+    """Return a fetched file if it has the size in the manifest.
+
+    Args:
+        blob: the content, or the error that fetching it raised.
+        size: bytes in the manifest.
 
     Raises:
-        ValueError: it could not be fetched, or is cut off.
+        ValueError: the file could not be fetched, or is truncated.
     """
     if isinstance(blob, Exception):
         raise ValueError(f"cannot be read: {' '.join(str(blob).split())}")
@@ -239,10 +245,14 @@ def check_length(blob: bytes | Exception, size: int) -> bytes:
 
 
 def decode_blob(blob: bytes | Exception, size: int, short_side: int | None) -> Image.Image:
-    """Decodes a fetched file, whose manifest says it has `size` bytes.
+    """Decode a fetched image file.
+
+    Args:
+        blob, size: see `check_length`.
+        short_side: size for scaled decoding of JPEGs, see `load_rgb`.
 
     Raises:
-        ValueError: it could not be fetched, is cut off, or is not an image; the message gives the reason.
+        ValueError: the file could not be fetched, is truncated, or is not an image; the message gives the reason.
     """
     data = check_length(blob, size)
     try:
@@ -259,6 +269,7 @@ def _first_readable(
     short_side: int | None,
     skipped: list[str],
 ) -> tuple[Image.Image, int]:
+    """Decode a sample, or the next readable one of its shard; return the image and its index in the shard."""
     start = int(manifest.shard_starts[manifest.shards.index(shard)])
     for step in range(len(shard.keys)):
         candidate = (index + step) % len(shard.keys)

@@ -1,9 +1,11 @@
-"""Shards to batches, in the order of `order.py`, executed by Ray Data or by threads of this process.
+"""Read batches in the order of `order.py`, with Ray Data tasks or with threads of this process.
 
     position ─order─▶ samples of this worker ─cut─▶ chunks ─read by the source─▶ blocks of samples ─▶ batches
 
-What is read when is decided by pure functions; an executor only carries out the chunks it is given, in their order. No
-JPEG bytes travel: a chunk of photographs is fetched, decoded and cropped in one place.
+Pure functions decide the content of each chunk; an executor only reads the chunks, in their order. A chunk is fetched,
+decoded and cropped in one task, so encoded images are never sent between processes.
+
+Shape suffixes: B samples of a batch, P samples of a block.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from itertools import count, islice
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from bsq_ray import config
@@ -26,18 +29,20 @@ from bsq_ray.data.order import Order, worker_positions
 
 Executor = Literal["ray", "local"]
 
-# Samples and bytes of crops read by one task: enough to hide a task's cost, few enough to begin soon and fit memory.
+# Samples and bytes of crops per task: enough to hide the overhead of a task, few enough to start soon and fit memory.
 _CHUNK_SAMPLES, _CHUNK_BYTES = 256, 12 * 2**20
-# Chunks of one Ray Data execution, and executions ahead of the one being consumed.
+# Chunks per Ray Data execution, and executions ahead of the consumed one.
 _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
 
 
 @dataclass
 class SkippedSamples:
-    """Samples that could not be read, each named once however often it is met, and how many are tolerated.
+    """Unreadable samples, each listed once, and their limit.
 
     Attributes:
-        delays: what storage failed with before other samples could be read.
+        limit: number of samples that may be skipped.
+        samples: "shard: key: reason" of each.
+        retries: messages of storage errors before a retry succeeded.
     """
 
     limit: int
@@ -45,10 +50,13 @@ class SkippedSamples:
     retries: list[str] = field(default_factory=list)
 
     def add(self, reports: list[str]) -> None:
-        """Counts damaged samples.
+        """Count skipped samples.
+
+        Args:
+            reports: "shard: key: reason" of each.
 
         Raises:
-            RuntimeError: there are more than the limit; the message names the newest.
+            RuntimeError: there are more than the limit; the message names the last one.
         """
         self.samples.extend(report for report in dict.fromkeys(reports) if report not in self.samples)
         if len(self.samples) > self.limit:
@@ -69,27 +77,27 @@ def training_batches(
     executor: Executor = "local",
     skipped: SkippedSamples | None = None,
 ) -> Generator[Batch, None, None]:
-    """This worker's share of each global batch, endlessly, from a position on; reading begins at once.
+    """Yield this worker's part of each global batch, endlessly; reading starts at once.
 
     Args:
         source: the data set.
-        section: the data section of the configuration.
+        data_config: order, prefetching and the limit of skipped samples.
         batch_size: samples of a global batch.
-        rank, world: this worker and how many there are.
+        rank, world_size: this worker, and the number of workers.
         seed: seed of order and crops.
-        position: samples that all workers together have consumed so far.
-        executor: who reads: Ray Data's tasks, or threads of this process. The batches are the same.
-        damage: collects damaged samples; by default a new one with the configured limit.
+        position: number of samples that all workers together have consumed.
+        executor: "ray" reads with Ray Data tasks, "local" with threads of this process; the batches are the same.
+        skipped: collects skipped samples; None uses a new one with the configured limit.
 
     Raises:
-        ValueError: the batch cannot be shared evenly.
-        RuntimeError: more samples are damaged than allowed.
+        ValueError: the batch cannot be split evenly.
+        RuntimeError: more samples are skipped than allowed.
     """
     skipped = skipped or SkippedSamples(data_config.max_skipped_samples)
     local_batch_size = batch_size // world_size
     chunk_size = local_batch_size * max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
     order = Order(source.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
-    worker_positions(position, position, batch_size, rank, world_size)  # refuses an uneven share before anything starts
+    worker_positions(position, position, batch_size, rank, world_size)  # raises before anything starts
     read = partial(_read_chunk, source, order, (position, chunk_size, batch_size, rank, world_size))
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))
     if executor == "ray":
@@ -100,7 +108,7 @@ def training_batches(
 
 
 def _prefetch_first(blocks: Iterator[SampleBlock]) -> Iterator[SampleBlock]:
-    """The same blocks; the first one is being read already."""
+    """Return the same blocks, and start reading the first one."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-first")
     first = thread.submit(next, blocks)
     thread.shutdown(wait=False)
@@ -115,7 +123,7 @@ def _prefetch_first(blocks: Iterator[SampleBlock]) -> Iterator[SampleBlock]:
 def _to_batches(
     blocks: Iterator[SampleBlock], local_batch_size: int, skipped: SkippedSamples
 ) -> Generator[Batch, None, None]:
-    """Blocks to batches of `share` samples."""
+    """Split blocks into batches of `local_batch_size` samples."""
     for block in blocks:
         skipped.retries.extend(block.retries)
         skipped.add(block.skipped)
@@ -128,11 +136,16 @@ def _to_batches(
 def evaluation_batches(
     source: DataSource, batch_size: int, limit: int | None = None, skipped: SkippedSamples | None = None
 ) -> Iterator[Batch]:
-    """Every sample once, in the order of the shards.
+    """Yield every sample once, in the order of the shards.
 
     Args:
-        limit: only the first so many samples of the data set.
-        damage: collects samples that cannot be read; they are left out. By default none is tolerated.
+        source: the data set.
+        batch_size: samples of a batch.
+        limit: number of leading samples to read; None reads all.
+        skipped: collects unreadable samples, which are left out; None allows none.
+
+    Raises:
+        RuntimeError: more samples are skipped than allowed.
     """
     skipped = skipped or SkippedSamples(0)
     for block in evaluation_blocks(source, batch_size, limit):
@@ -143,13 +156,13 @@ def evaluation_batches(
 
 
 def evaluation_blocks(source: DataSource, batch_size: int, limit: int | None = None) -> Iterator[SampleBlock]:
-    """The same, read by threads of this process and with the damaged samples of each batch beside it."""
+    """Yield the blocks of `evaluation_batches`, with the skipped samples of each, read by threads of this process."""
     chunks = _evaluation_chunks(source.num_samples, batch_size, limit)
     return _local_blocks(lambda chunk: source.read_eval(chunks[chunk]), 2, len(chunks))
 
 
 def evaluation_dataset(source: DataSource, batch_size: int, limit: int | None = None) -> Any:
-    """The same as a Ray Data set with one row for each batch: {"block": Samples}, in the same order."""
+    """Return the blocks of `evaluation_blocks` as a Ray dataset, one row per batch: {"block": SampleBlock}."""
     import ray
 
     def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def _evaluation_chunks(num_samples: int, batch_size: int, limit: int | None) -> 
 
 
 def _read_chunk(source: DataSource, order: Order, layout: tuple[int, int, int, int, int], chunk: int) -> SampleBlock:
-    """The `chunk`-th run of this worker's samples after the start position."""
+    """Read the `chunk`-th range of this worker's samples after the start position."""
     position, chunk_size, batch_size, rank, world_size = layout
     first = position + chunk * chunk_size * world_size
     epochs_P, samples_P = order.at(
@@ -181,7 +194,7 @@ def _read_chunk(source: DataSource, order: Order, layout: tuple[int, int, int, i
 def _local_blocks(
     read: Callable[[int], SampleBlock], num_ahead: int, num_chunks: int | None = None
 ) -> Iterator[SampleBlock]:
-    """Chunks read by threads, `ahead` of the consumer; without `chunks`, endlessly."""
+    """Yield chunks read by threads, `num_ahead` before the consumer; endless if `num_chunks` is None."""
     num_threads = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
     remaining = iter(range(num_chunks)) if num_chunks is not None else count()
@@ -198,12 +211,11 @@ def _local_blocks(
 
 
 def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[SampleBlock]:
-    """Chunks read by Ray Data's tasks, in order, endlessly.
+    """Yield chunks read by Ray Data tasks, in order, endlessly.
 
-    Ray Data is given a few chunks at a time and runs them to their end ahead of the consumer: while it waits for a slow
-    consumer its scheduling loop would spin, on a core that trains. One execution begins before the other ends, so that
-    the cluster does not idle between them; only the first has a single chunk, and the cluster to itself, so that
-    training begins soon.
+    Ray Data executes a few chunks at a time, ahead of the consumer. A streaming execution that waits for a slow
+    consumer would keep its scheduling loop busy, on a core that trains. Executions overlap, so the cluster does not
+    idle between them. The first has a single chunk and the cluster to itself, so training starts soon.
     """
     import ray
     from ray.data.block import BlockAccessor
@@ -217,28 +229,26 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
         while True:
             for block in blocks:
                 row = BlockAccessor.for_block(ray.get(block)).to_numpy()
-                skipped, retries = (
-                    [line for line in str(row[name][0]).split("\n") if line] for name in ("skipped", "retries")
-                )
-                yield SampleBlock(row["values"][0], row["labels"][0], str(row["keys"][0]).split("\n"), skipped, retries)
+                keys, skipped, retries = (list(map(str, row[name][0])) for name in ("keys", "skipped", "retries"))
+                yield SampleBlock(row["values"][0], row["labels"][0], keys, skipped, retries)
             blocks = pending.popleft().result()
             pending.extend(islice(executions, 1))
 
 
 def _execute(read_ref: Any, chunks: range, num_tasks: int) -> list[Any]:
-    """Runs one execution of Ray Data to its end; references to its blocks, one per chunk, in order."""
+    """Run one Ray Data execution to its end; return references to its blocks, one per chunk, in order."""
     import ray
     from ray.data import TaskPoolStrategy
 
     def run(rows: dict[str, np.ndarray]) -> dict[str, Any]:
         block = ray.get(read_ref)(int(rows["id"][0]))
-        # One row per chunk: a block is handed over whole, without per-sample bookkeeping.
+        # One row per chunk avoids per-sample overhead.
         return {
             "values": block.values_P[None],
             "labels": block.labels_P[None],
-            "keys": ["\n".join(block.keys)],
-            "skipped": ["\n".join(block.skipped)],
-            "retries": ["\n".join(block.retries)],
+            "keys": _list_column(block.keys),
+            "skipped": _list_column(block.skipped),
+            "retries": _list_column(block.retries),
         }
 
     _configure_ray_data()
@@ -246,6 +256,10 @@ def _execute(read_ref: Any, chunks: range, num_tasks: int) -> list[Any]:
     return list(
         ids.map_batches(run, batch_size=1, compute=TaskPoolStrategy(size=num_tasks)).materialize().to_arrow_refs()
     )
+
+
+def _list_column(texts: list[str]) -> pa.Array:
+    return pa.array([texts], pa.list_(pa.string()))
 
 
 def _configure_ray_data() -> None:
@@ -257,7 +271,7 @@ def _configure_ray_data() -> None:
 
 
 def _num_read_tasks(world_size: int) -> int:
-    """Tasks that read for one worker: its share of the cluster's CPUs, less the one that computes."""
+    """Return the number of reading tasks per worker: its fraction of the cluster's CPUs, less the one that trains."""
     import ray
 
     return max(1, min(8, int(ray.cluster_resources()["CPU"]) // world_size - 1))

@@ -1,8 +1,8 @@
-"""Token tables: the tokens of a data set as Parquet, made once by `tokenize` and read by every training on them.
+"""Token tables: the tokens of a data set as Parquet, written once by `tokenize` and read by the token models.
 
-tokens.json             what the table holds; written last, so that a table that has it is whole
-part-000000.parquet     one part for each shard: key, label, view, shape (t, h, w), bits (all bits of an image, packed)
-tokenizer/              the model folder of the tokenizer that made the tokens and turns them into pixels again
+tokens.json             facts about the table; written last, so a table that has it is complete
+part-000000.parquet     one part per shard: key, label, view, shape (t, h, w), bits (all bits of an image, packed)
+tokenizer/              model folder of the tokenizer, which decodes the tokens
 
 Shape suffixes: P rows, N tokens of an image, L bits of a token.
 """
@@ -27,22 +27,22 @@ from bsq_ray.data.data_source import DataSource, SampleBlock
 
 TABLE_FILE, TOKENIZER_FOLDER = "tokens.json", "tokenizer"
 _VERSION = 1
-# Rows read at once when any of them is wanted; an image of 256 tokens of 18 bits is 576 bytes.
+# Rows that are read together; an image of 256 tokens of 18 bits has 576 bytes.
 _ROW_GROUP_SIZE = 1024
 _ROW_GROUP_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class TokenTableInfo:
-    """What all parts of a table share.
+    """Facts that all parts of a table share.
 
     Attributes:
-        tokenizer_id: of the model folder that made the tokens.
-        bits: of a token (L).
+        tokenizer_id: identifier of the tokenizer's model folder.
+        bits: bits of a token (L).
         grid: frames, rows and columns of tokens.
         classes: names of the labels.
-        views: rows of each image: its centre, then random crops.
-        dataset: hash of the images.
+        views: rows of each image: its center crop, then random crops.
+        dataset: hash of the images, and the options that select crops and clips.
     """
 
     tokenizer_id: str
@@ -65,7 +65,7 @@ class TokenTableInfo:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A whole table: `parts` are (name, rows, SHA-256)."""
+    """A complete table; `parts` are (name, rows, SHA-256)."""
 
     url: str
     info: TokenTableInfo
@@ -78,7 +78,7 @@ class TokenTable:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over tokenizer and parts: what a run names as its data set."""
+        """SHA-256 of tokenizer and parts, by which runs identify the data set."""
         text = json.dumps([self.info.tokenizer_id, [[name, digest] for name, _, digest in self.parts]])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -86,7 +86,15 @@ class TokenTable:
 def write_part(
     url: str, info: TokenTableInfo, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
 ) -> None:
-    """Writes one part in one step."""
+    """Write one part in one step.
+
+    Args:
+        url: file of the part.
+        info: facts of the table.
+        keys: names of the rows.
+        labels_P, views_P: class and crop number of each row.
+        packed_PB: packed bits, uint8 (P, bytes).
+    """
     shape = pa.array([list(info.grid)] * len(keys), pa.list_(pa.int32(), 3))
     columns = {
         "key": pa.array(keys, pa.string()),
@@ -103,7 +111,7 @@ def write_part(
 
 
 def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
-    """Rows and SHA-256 of a part that is there and was made with the same facts; None if it has to be made."""
+    """Return rows and SHA-256 of an existing part with the same facts; None if it has to be written."""
     if not storage.exists(url):
         return None
     content = storage.read_bytes(url)
@@ -116,22 +124,22 @@ def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
 
 
 def write_table(table: TokenTable) -> None:
-    """Writes `tokens.json`, after all parts are there."""
+    """Write `tokens.json`; all parts must exist already."""
     record = {"version": _VERSION, **json.loads(_to_json(table.info)), "parts": table.parts}
     storage.write_bytes(storage.join(table.url, TABLE_FILE), json.dumps(record, indent=1).encode())
 
 
 def read_table(url: str) -> TokenTable:
-    """Reads what a table holds.
+    """Read the facts of a table.
 
     Raises:
-        ValueError: there is no whole table, or it was written by a newer version.
+        ValueError: the table is missing, incomplete, damaged, or was written by a newer version.
     """
     path = storage.join(url, TABLE_FILE)
     if not storage.exists(path):
         raise ValueError(
-            f"{url} is not a whole token table: it has no {TABLE_FILE}. Make it with `bsq-ray tokenize --model TOKENIZER "
-            f"--data SHARDS --out {url}`; what was begun is gone on with"
+            f"{url} is not a complete token table: it has no {TABLE_FILE}. Write it with `bsq-ray tokenize "
+            f"--model TOKENIZER --data SHARDS --out {url}`, which resumes a partial table"
         )
     content, is_newer = storage.read_bytes(path), False
     try:
@@ -140,7 +148,7 @@ def read_table(url: str) -> TokenTable:
         parts = tuple((str(name), int(rows), str(digest)) for name, rows, digest in record.pop("parts"))
         info = TokenTableInfo(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # What a newer version writes need not be readable here.
+        # The format of a newer version may be unreadable here.
         if not is_newer:
             raise ValueError(f"{path} is damaged: {error}") from error
     if is_newer:
@@ -149,23 +157,25 @@ def read_table(url: str) -> TokenTable:
 
 
 class TokenSource(DataSource):
-    """The rows of a token table; `values_P` are packed bits (P, bytes)."""
+    """Rows of a token table; `values_P` are packed bits (P, bytes)."""
 
     def __init__(self, table: TokenTable, model: config.TokenModelConfig, timeout_s: float = 0.0) -> None:
-        """Refuses a table that does not fit the model.
+        """Open a table for a model.
 
         Args:
-            patience: seconds for which storage may fail.
+            table: as `read_table` returns it.
+            model: configuration of the model that reads the tokens.
+            timeout_s: seconds to retry unavailable storage.
 
         Raises:
-            ValueError: its tokens are another tokenizer's, or bits, grid or classes differ; the message then gives the
-                overrides that fit.
+            ValueError: the tokens are from another tokenizer, or bits, grid or classes differ; the message gives the
+                overrides that match.
         """
         info = table.info
         if model.tokenizer not in (None, info.tokenizer_id):
             raise ValueError(
                 f"the tokens in {table.url} are those of the tokenizer {info.tokenizer_id[:12]}, "
-                f"the model reads those of {str(model.tokenizer)[:12]}: the same bits mean something else"
+                f"the model reads those of {str(model.tokenizer)[:12]}; use a table of the same tokenizer"
             )
         mismatches = [
             f"model.{name}={json.dumps(table_value)}"
@@ -177,7 +187,7 @@ class TokenSource(DataSource):
             if model_value is not None and table_value != model_value
         ]
         if mismatches:
-            raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(mismatches)}")
+            raise ValueError(f"the tokens in {table.url} do not match the model; give {' '.join(mismatches)}")
         self.table, self.timeout_s = table, timeout_s
         self.url, self.hash = table.url, table.hash
         self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
@@ -186,11 +196,11 @@ class TokenSource(DataSource):
 
     @property
     def tokenizer_url(self) -> str:
-        """The model folder that turns tokens into pixels."""
+        """Model folder of the tokenizer, which decodes the tokens."""
         return storage.join(self.url, TOKENIZER_FOLDER)
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Rows as they are: nothing about them is random."""
+        """Read rows; nothing about them is random."""
         values_P = np.empty((len(samples_P), self.sample_bytes), np.uint8)
         labels_P = np.empty(len(samples_P), np.int64)
         keys, retries = [""] * len(samples_P), list[str]()
@@ -208,11 +218,11 @@ class TokenSource(DataSource):
         return SampleBlock(values_P, labels_P, keys, retries=retries)
 
     def read_eval(self, samples: range) -> SampleBlock:
-        """The same rows."""
+        """Read the same rows as `read`."""
         return self.read(np.asarray(samples), np.zeros(len(samples), np.int64), 0)
 
     def iter_blocks(self) -> Iterator[SampleBlock]:
-        """All rows in their order, a row group at a time."""
+        """Yield all rows in order, one row group at a time."""
         for start, end in pairwise(self.part_starts.tolist()):
             for first in range(start, end, _ROW_GROUP_SIZE):
                 yield self.read_eval(range(first, min(first + _ROW_GROUP_SIZE, end)))
@@ -220,8 +230,8 @@ class TokenSource(DataSource):
 
 @lru_cache(_ROW_GROUP_CACHE_SIZE)
 def _read_row_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Keys, labels and packed bits of a group of rows; the digest keeps a table that was made anew apart."""
-    # What pyarrow raises about damaged content looks like a fault of the storage, which a disk seldom has.
+    """Return keys, labels and packed bits of a row group; the digest distinguishes a rewritten table in the cache."""
+    # pyarrow raises OSError for damaged content, which looks like a storage error; local disks seldom have those.
     error_context = nullcontext() if storage.is_local(url) else storage.translate_errors(url, "read")
     try:
         with storage.open_url(url) as file, error_context:

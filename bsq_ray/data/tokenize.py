@@ -1,13 +1,12 @@
-"""Images and clips to tokens, once, by a pool of actors: every shard becomes a part of a token table.
+"""Encode packed images or videos to a token table with a pool of actors: each shard becomes one part of the table.
 
-    shards ─Ray Data─▶ actors: read, crop, Tokenizer.encode, pack ─▶ part-….parquet ─▶ tokens.json when all are there
+    shards ─▶ actors: read, crop, Tokenizer.encode, pack bits ─▶ part-….parquet ─all parts exist─▶ tokens.json
 
-Parts that are already there, made by the same tokenizer from the same data, are not made again.
+Existing parts of the same tokenizer and data are kept, so an interrupted run resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,11 +30,12 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """A finished table, parts made by this call, and images or videos that could not be read."""
+    """A complete table, the number of parts that this call wrote, and images or videos that could not be read."""
 
     table: TokenTable
     num_written: int
@@ -53,31 +53,34 @@ def tokenize(
     flip: bool = False,
     batch_size: int = 64,
     seed: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> TokenizeResult:
-    """Makes a token table of packed images, or of the clips of packed videos.
+    """Write a token table of packed images, or of the clips of packed videos.
 
     Args:
-        model_url: the tokenizer's model folder; a copy goes into the table's folder.
+        model_url: model folder of the tokenizer; it is copied into the folder of the table.
         data_url: packed images or videos.
         out_url: folder of the table.
-        workers: actors; 0 works in this process, without Ray.
-        views: rows of each image: the first is its centre, the others are random crops. Of a clip, these begin at a
-            random frame too.
-        scale: random crops come from images whose short side is 1 to `scale` times the crop.
+        num_workers: number of actors; 0 runs in this process, without Ray.
+        address: Ray cluster; None starts a local one.
+        num_crops: rows of each image: the center crop, then random crops. Random crops of a clip start at a random
+            frame, too.
+        scale: images are resized so that their short side is 1 to `scale` times a random crop.
         flip: mirror half of the random crops.
-        seed: of the random crops.
-        progress: called with parts done and all parts.
+        batch_size: images or clips per forward pass.
+        seed: seed of the random crops.
+        on_progress: called with the number of finished parts and of all parts.
 
     Raises:
-        ValueError: model or data are missing, or the folder holds a table of another tokenizer.
+        ValueError: model or data are missing, or the folder has a table of another tokenizer.
     """
     folder = model_folder.load_model_folder(model_url)
     run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
     if num_crops < 1:
         raise ValueError(f"num_crops {num_crops} must be 1 or more")
-    run = run.model_copy(update={"data": run.data.model_copy(update={"resize_range": (1.0, scale), "random_flip": flip})})
+    data_config = run.data.model_copy(update={"resize_range": (1.0, scale), "random_flip": flip})
+    run = run.model_copy(update={"data": data_config})
     source = build_pixel_source(run, manifest)
     frames = run.model.frames if manifest.kind == "videos" else 1
     side = run.model.image_size // run.model.patch_size
@@ -113,7 +116,7 @@ def _bundle_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
         bundled_id = model_folder.load_model_folder(bundled_url).model_id
         if bundled_id != model_id:
             raise ValueError(
-                f"{out_url} holds tokens of another tokenizer ({bundled_id[:12]}, {model_url} is {model_id[:12]}); "
+                f"{out_url} has tokens of another tokenizer ({bundled_id[:12]}, {model_url} is {model_id[:12]}); "
                 "choose another --out"
             )
     else:
@@ -139,7 +142,7 @@ class _PartWriter:
         self.source = task.source
 
     def __call__(self, part: int) -> list[str]:
-        """Makes a part; the images or videos of its shard that could not be read."""
+        """Write a part; return reports on the images or videos of its shard that could not be read."""
         first = sum(self.source.shard_sizes[:part])
         last = first + self.source.shard_sizes[part]
         keys: list[str] = []
@@ -167,14 +170,14 @@ class _PartWriter:
     def _read(self, samples: range, view: int) -> SampleBlock:
         if view == 0:
             return self.source.read_eval(samples)
-        # Each view stands where an epoch of training would; what replaces a damaged sample there is left out here.
+        # Each crop number takes the place of an epoch. Replacements of damaged samples are left out.
         block = self.source.read(np.asarray(samples), np.full(len(samples), view), self.task.seed)
         rows = [p for p, key in enumerate(block.keys) if self._matches(key, samples[p])]
         keys = [block.keys[p] for p in rows]
         return SampleBlock(block.values_P[rows], block.labels_P[rows], keys, block.skipped)
 
     def _matches(self, key: str, sample: int) -> bool:
-        """Whether it is the key of this image, or of a clip of this video."""
+        """Return True if the key is that of this image, or of a clip of this video."""
         if isinstance(self.source, ClipSource):
             shard, index, _ = self.source.locate(sample)
             return key.rpartition("@")[0] == shard.keys[index]

@@ -47,4 +47,4 @@ def run_demo(
         demo.prepare(tokenizer_overrides)
         prior = demo.train(config.load_config("prior-demo", (UNLIMITED_STEPS, *prior_overrides)), "prior", demo.tables)
         log(f"compressing {images} with every codec")
-        return evaluate_compression(prior, str(images), str(out / "evaluation"), WORKERS)
+        return evaluate_compression(prior, str(images), str(out / "evaluation"), workers=WORKERS)

@@ -85,7 +85,7 @@ def _evaluate(
     sources = {name: TokenSource(read_table(url), run_config.model) for name, url in tables.items()}
     summary = json.loads(storage.read_bytes(str(Path(model).parent / "summary.json")))
     results: dict[str, Any] = {
-        "bits_per_token": summary["figures"]["bits_per_token"],
+        "bits_per_token": summary["metrics"]["bits_per_token"],
         "bits_per_token_of_frequencies": histogram_cross_entropy(
             sources["train"], sources["held_out"], run_config.model.sub_bits
         ),
@@ -97,7 +97,7 @@ def _evaluate(
             model,
             shards["held_out"],
             str(out / "evaluation" / f"guidance-{guidance_scale:g}"),
-            WORKERS,
+            workers=WORKERS,
             count=num_images,
             sampling={"guidance_scale": guidance_scale},
             reference_url=shards["train"],

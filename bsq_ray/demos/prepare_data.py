@@ -52,11 +52,11 @@ def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_ou
 def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
     """Pack a folder unless `dest` is packed already; return the packed folder."""
     from bsq_ray.data.manifest import MANIFEST_FILE
-    from bsq_ray.data.pack import pack_images, pack_videos
+    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
     if not (dest / MANIFEST_FILE).exists():
         pack = pack_images if sample_set is PHOTOS else pack_videos
-        report = pack(str(folder), str(dest), max_side=sample_set.max_side)
+        report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
         log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
         for line in report.damaged + report.too_short:
             log(f"skipped {line}")

@@ -126,7 +126,7 @@ def _previous_source(source_file: Path) -> str:
 
 def _collect_files(source: Path | None, out: Path, sample_set: SampleSet) -> tuple[Path, Path]:
     """Return the folders of training and of held-out files; no file is in both."""
-    from bsq_ray.data.transforms import IMAGE_SUFFIXES
+    from bsq_ray.media.images import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
     from bsq_ray.samples.photos import collect_photos, collect_videos
 

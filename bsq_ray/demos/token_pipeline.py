@@ -100,7 +100,7 @@ def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
 
         train, held_out = collect_labeled_photos(out / "photos", out / "packages")
         return {"train": train, "held_out": held_out}
-    from bsq_ray.data.transforms import IMAGE_SUFFIXES
+    from bsq_ray.media.images import IMAGE_SUFFIXES
 
     if not images.is_dir():
         raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")

@@ -1,1 +1,1 @@
-"""Measuring trained models, and telling what was measured."""
+"""Evaluate trained models: reconstruction, generation, compression."""

@@ -1,4 +1,4 @@
-"""What a figure needs beside it to be compared with another: the contract every result carries."""
+"""Provenance stored with every result: data, preprocessing, metric weights and versions."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from importlib import metadata
 from typing import Any
 
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.metrics.pretrained_weights import resolve_once
+from bsq_ray.models.pretrained_weights import resolve_once
 
-# With fewer images FID says more about their number than about the model.
+# The bias of FID of fewer images is larger than the differences between models.
 _MIN_FID_SAMPLES = 2048
 
 
 def collect_provenance(
     manifest: Manifest,
     num_samples: int,
+    *,
     size: int,
     resize_filter: str,
     networks: Sequence[str],
     num_generated: int | None = None,
 ) -> dict[str, Any]:
-    """Conditions of a measurement, as plain data.
+    """Return the conditions of a measurement as plain data.
 
     Args:
-        images: how many images or clips were measured.
+        manifest: the data set.
+        num_samples: number of images or clips that were measured.
         size: side of the images or frames, pixels.
+        resize_filter: interpolation of the resize.
         networks: names of the metric networks whose weights were used.
-        drawn: how many other images they were compared with; None for their own reconstructions.
+        num_generated: number of generated images they were compared with; None for their own reconstructions.
     """
     weights = {name: resolve_once(name) for name in networks}
     conditions: dict[str, Any] = {
@@ -50,7 +53,8 @@ def collect_provenance(
     if "fid-inception" in networks and smaller_count < _MIN_FID_SAMPLES:
         name = "rFID" if num_generated is None else "FID"
         conditions["warning"] = (
-            f"{name} of {smaller_count} images is biased upwards; compare it only with {name} of the same images, or use KID"
+            f"{name} of {smaller_count} images is biased upwards; compare it only with {name} of the same images, "
+            "or use KID"
         )
     if "fvd-i3d" in networks and num_samples < _MIN_FID_SAMPLES:
         conditions["warning"] = (
@@ -60,7 +64,7 @@ def collect_provenance(
 
 
 def _version(package: str) -> str:
-    """Of what need not be there: one process measures without Ray, and a checkout is not installed."""
+    """Return the version of a package that may be absent, such as Ray, or bsq_ray itself in a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Published figures on ImageNet and UCF-101, to be shown beside measured ones; none of them was measured here.
+"""Published results on ImageNet and UCF-101, for comparison with measured ones; none of them was measured here.
 
-PSNR moves by more than 2 dB with the resize filter: compare rows of one filter only. ViT-VQGAN's own
-report was copied, not measured again. A later paper gives the 18-bit BSQ-ViT a rFID of 2.85 on COCO instead of 5.81.
+PSNR changes by more than 2 dB with the resize filter: compare rows of one filter only. The row of ViT-VQGAN is copied
+from its own report. A later paper reports an rFID of 2.85 on COCO for the 18-bit BSQ-ViT instead of 5.81.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A row of a published table; a missing figure is None."""
+    """A row of a published table; a missing value is None."""
 
     method: str
     data: str
@@ -49,7 +49,7 @@ IMAGE_ROWS = (
 
 @dataclass(frozen=True)
 class PublishedVideoResult:
-    """A row of the published table on UCF-101, clips of 16 frames at 128 px; a missing figure is None."""
+    """A row of the published table on UCF-101, clips of 16 frames at 128 px; a missing value is None."""
 
     method: str
     split: str
@@ -78,7 +78,7 @@ VIDEO_ROWS = (
 
 
 def published_markdown(kind: str = "images") -> str:
-    """The rows on "images" or "videos" as a Markdown table."""
+    """Return the rows for "images" or "videos" as a Markdown table."""
     if kind == "videos":
         return _table(
             ("published", "UCF-101 split", "bits", "PSNR", "SSIM", "LPIPS", "rFVD"),

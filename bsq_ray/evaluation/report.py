@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, with pictures, figures, curves and the configuration."""
+"""Write the report of a run: one self-contained HTML file with examples, metrics, curves and the configuration."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import jinja2
 
 from bsq_ray import config, storage
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
-from bsq_ray.training.monitoring.console import format_duration
+from bsq_ray.runtime.text_format import format_duration
 
-# Curves of the report: title, unit, and the records and names they are drawn from.
+# Curves of the report: title, unit, kind of the records, and names of the plotted values.
 _CURVES = (
     ("Reconstruction and perceptual loss", "loss", "training", ("reconstruction", "perceptual")),
     ("Generator and discriminator", "loss", "training", ("loss/generator", "loss/discriminator")),
@@ -23,11 +23,11 @@ _CURVES = (
 
 
 def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
-    """Writes the report of a finished run and its evaluation.
+    """Write the report of a finished run and its evaluation.
 
     Args:
         run_url: folder of the run (config.yaml, metrics.jsonl, summary.json).
-        evaluation_url: folder of `evaluate_reconstruction`.
+        evaluation_url: output folder of `evaluate_reconstruction`.
         out_url: the HTML file.
     """
     results = json.loads(storage.read_bytes(storage.join(evaluation_url, "results.json")))
@@ -58,7 +58,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
 
 
 def _data_url(evaluation_url: str, suffix: str) -> str:
-    """A picture of the evaluation as a URL that needs no other file."""
+    """Return a plot of the evaluation as a data URL."""
     content = storage.read_bytes(storage.join(evaluation_url, f"reconstructions.{suffix}"))
     return f"data:image/{suffix};base64,{base64.b64encode(content).decode()}"
 
@@ -68,7 +68,7 @@ def _visible_columns(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Rows of (name, [(text, whether it is the better one)])."""
+    """Return rows of (name, [(text, True for the better value)])."""
     rows = []
     for name, metrics in results["rows"].items():
         cells = []
@@ -83,38 +83,35 @@ def _table_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool
 def _training_curve(
     records: list[dict[str, Any]], title: str, unit: str, kind: str, names: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """A plot of a run's records; None if it has nothing to draw."""
+    """Plot values from the records of a run; return None if there are fewer than two points."""
     series = {name: [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r] for name in names}
     series = {name: points for name, points in series.items() if len(points) > 1}
     return _plot(series, title, "step", unit) if series else None
 
 
 def _frame_curves(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Of clips, how the figures of a frame depend on its place in the clip."""
+    """Plot the metrics of clips over the position of the frame."""
     rows = results.get("per_frame", {})
     curves = []
-    for name, title, unit in (
-        ("psnr", "PSNR by position in the clip", "dB"),
-        ("lpips", "LPIPS by position in the clip", ""),
-    ):
-        drawn = {
+    for name, label, unit in (("psnr", "PSNR", "dB"), ("lpips", "LPIPS", "")):
+        series = {
             "this tokenizer" if row == "model" else row: list(enumerate(metrics[name], 1))
             for row, metrics in rows.items()
         }
-        curves += [_plot(drawn, title, "frame", unit)] if drawn else []
+        curves += [_plot(series, f"{label} by position in the clip", "frame", unit)] if series else []
     return curves
 
 
 def _plot(series: dict[str, list[tuple[int, float]]], title: str, x_label: str, unit: str) -> dict[str, str]:
-    """Lines of (x, y) as inline SVG with its description."""
+    """Plot lines of (x, y); return title, inline SVG and a description."""
     from matplotlib.figure import Figure
 
-    # Greys that read on white and on black.
+    # This gray is legible on white and on black.
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
     for (name, points), color in zip(series.items(), ("#2a78c2", "#d0742c"), strict=False):
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=name.replace("_", " "), color=color, linewidth=1.6)
+        axes.plot(steps, values, label=_label(name), color=color, linewidth=1.6)
     axes.set_xlabel(x_label, color="#808080")
     axes.set_ylabel(unit, color="#808080")
     axes.tick_params(colors="#808080")
@@ -124,6 +121,11 @@ def _plot(series: dict[str, list[tuple[int, float]]], title: str, x_label: str, 
     axes.legend(frameon=False, labelcolor="#808080")
     svg = io.StringIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in series.items())
+    last = ", ".join(f"{_label(name)} ends at {points[-1][1]:.3g}" for name, points in series.items())
     text = svg.getvalue()
     return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over {x_label}s: {last}."}
+
+
+def _label(metric_name: str) -> str:
+    """Return the legend of a metric: its name without the group, such as "loss/"."""
+    return metric_name.rpartition("/")[2].replace("_", " ")

@@ -1,19 +1,19 @@
-"""Results as Markdown tables."""
+"""Format results as Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-# Title, digits, and which value of a column is the better one: min, max, or None if neither is.
+# Title, digits, and the function that selects the better value: min, max, or None if neither is better.
 Column = tuple[str, int, Callable[[Iterable[float]], float] | None]
 
 
 def metric_table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, Column]) -> list[str]:
-    """Lines of a table of the columns that any row has, the better value of each in bold.
+    """Return the lines of a table, the better value of each column in bold; columns without values are omitted.
 
     Args:
-        rows: figures by name, for each row's name.
-        columns: by the names of figures, in their order.
+        rows: metrics by name, for each row's name.
+        columns: columns by the names of metrics, in their order.
     """
     visible = {key: column for key, column in columns.items() if any(key in metrics for metrics in rows.values())}
     lines = ["| | " + " | ".join(title for title, _, _ in visible.values()) + " |", "|---" * (len(visible) + 1) + "|"]

@@ -1,1 +1,1 @@
-"""Losses in plain PyTorch."""
+"""Training losses in plain PyTorch."""

@@ -1,1 +1,1 @@
-"""Decoders and encoders of the image and video files that users have."""
+"""Decode and encode image and video files: one reader for packing, training, codec, evaluation and service."""

@@ -1,15 +1,19 @@
-"""What the values of pixels mean: images become sRGB, clips keep what their source says of itself."""
+"""Color of video frames: what a file is marked with, and the conversion between its pixel formats and RGB."""
 
 from __future__ import annotations
 
-import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from PIL import Image, ImageCms
+import av
+import numpy as np
+from av.video.reformatter import Interpolation
+
+# FFmpeg's default rounding makes every channel one level darker, and its default chroma is at half resolution.
+_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class Color(NamedTuple):
-    """Code points of ITU-T H.273, and whether all 256 values of a source are used (1) or 16 to 235 (0)."""
+    """Code points of ITU-T H.273, and the value range: 1 for 0 to 255, 0 for 16 to 235."""
 
     primaries: int
     transfer: int
@@ -18,24 +22,45 @@ class Color(NamedTuple):
 
 
 SRGB = Color(1, 13, 0, 1)
+BT709 = Color(1, 1, 1, 0)
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """RGB with 8 bits a channel, upright, transparency on white; an embedded profile's colours become those of sRGB."""
-    # Here, so that what knows colours only loads no PyTorch.
-    from bsq_ray.data.transforms import to_rgb
+def frame_color(frame: Any) -> Color:
+    """Return the color that a decoded frame is marked with."""
+    full_range = int(frame.color_range == 2)
+    return Color(int(frame.color_primaries), int(frame.color_trc), int(frame.colorspace), full_range)
 
-    profile, mode = image.info.get("icc_profile"), image.mode
-    rgb = to_rgb(image)
-    if not profile or mode not in ("RGB", "RGBA", "P"):
-        return rgb
-    try:
-        source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source_profile.profile.xcolor_space.strip() != "RGB":
-            return rgb
-        converted = ImageCms.profileToProfile(rgb, source_profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        # A profile that nobody can read says nothing about the colours.
-        return rgb
-    assert converted is not None
-    return converted
+
+def frame_to_rgb(frame: Any, colorspace: int | None = None) -> np.ndarray:
+    """Convert a decoded frame to RGB.
+
+    Args:
+        frame: `av.VideoFrame` of any pixel format.
+        colorspace: matrix of the frame (`av.video.reformatter.Colorspace`); None takes the one it is marked with.
+
+    Returns:
+        uint8 (H, W, 3), in the orientation in which the frame is stored.
+    """
+    pixels_HW3: np.ndarray = frame.reformat(
+        format="rgb24", src_colorspace=colorspace, interpolation=_ACCURATE
+    ).to_ndarray()
+    return pixels_HW3
+
+
+def rgb_to_frame(
+    pixels_HW3: np.ndarray, pixel_format: str, colorspace: int | None = None, color_range: int | None = None
+) -> Any:
+    """Convert RGB pixels to a frame for an encoder.
+
+    Args:
+        pixels_HW3: uint8 (H, W, 3).
+        pixel_format: FFmpeg's name, such as "yuv420p".
+        colorspace, color_range: matrix and range of the result; None leaves FFmpeg's default (BT.601, 16 to 235).
+
+    Returns:
+        an `av.VideoFrame` without a time stamp.
+    """
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HW3), "rgb24")
+    return frame.reformat(
+        format=pixel_format, dst_colorspace=colorspace, dst_color_range=color_range, interpolation=_ACCURATE
+    )

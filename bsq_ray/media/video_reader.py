@@ -1,15 +1,17 @@
-"""Video files to frames: which frames there are, and reading some of them without decoding the others.
+"""Decode video files, through PyAV (FFmpeg): whole ones frame by frame, and clips from the middle.
 
-    file ─probe, once, when it is packed─▶ `Video`: frames, rate, size, where decoding can begin
-    file + `Video` ─seek to the key frame before─decode─▶ every n-th frame as RGB
+    file ─read_video─▶ `VideoStream`: every frame in order, with limits for untrusted files
+    file ─probe, once, at packing─▶ `VideoInfo`: frames, rate, size, frames at which decoding can start
+    file + `VideoInfo` ─seek to the key frame before─decode─▶ every n-th frame, by `read_frames`
 
-Frames are numbered in the order in which they are shown. Decoding takes one thread: the readers run side by side.
+Frames are numbered in the order of display. `upright_rgb` is the only conversion from decoded frames to pixels: RGB,
+rotated as the file's display matrix requires. Audio is ignored.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,29 +21,54 @@ import av
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.manifest import VideoInfo
+from bsq_ray.media.color import Color, frame_color, frame_to_rgb
+from bsq_ray.media.images import MAX_PIXELS
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".vob", ".wmv", ".asf",
     ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".rm", ".swf", ".mxf",
 )  # fmt: skip
 
-# A time between two frames is regular within this share of the usual one; a few irregular ones are dropped frames.
+# Largest deviation of a regular frame interval, relative to the usual one, and the largest fraction of other intervals.
 _INTERVAL_TOLERANCE, _MAX_IRREGULAR_FRACTION = 0.5, 0.05
-# Frames that a decoder may give out of order.
+# Frames that a decoder may return out of order.
 _MAX_REORDERED_FRAMES = 32
-# A file that holds fewer than this share of the frames it declares is cut off.
+# A file with a smaller fraction of the frames it declares is truncated.
 _MIN_DECODED_FRACTION = 0.9
 
 
+class TooLargeError(ValueError):
+    """The frames have more pixels than the limit."""
+
+
 @dataclass(frozen=True)
-class Probe:
+class VideoInfo:
+    """Facts about a video file that reading clips from it needs.
+
+    Attributes:
+        frames: number of frames that can be decoded.
+        fps: frames per second.
+        width, height: pixels, upright.
+        key_frames: numbers of the frames at which decoding can start; the first is 0.
+        key_times: their time stamps, in units of the stream's time base.
+    """
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+    key_frames: tuple[int, ...]
+    key_times: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class VideoProbe:
     """A video and the times of its frames.
 
     Attributes:
-        video: what the manifest keeps.
-        seconds: when each frame is shown, (frames,).
-        interval: usual time between frames, seconds.
+        video: the part that the manifest stores.
+        times_s: time of each frame, seconds, float64 (frames,).
+        interval_s: usual time between frames, seconds.
     """
 
     video: VideoInfo
@@ -50,16 +77,81 @@ class Probe:
 
     @property
     def is_variable_rate(self) -> bool:
-        """Whether the frames do not follow each other at a constant rate."""
-        off = np.abs(np.diff(self.times_s) / self.interval_s - 1) > _INTERVAL_TOLERANCE
-        return bool(off.mean() > _MAX_IRREGULAR_FRACTION) if len(off) else False
+        """True if the frames do not follow each other at a constant rate."""
+        is_irregular = np.abs(np.diff(self.times_s) / self.interval_s - 1) > _INTERVAL_TOLERANCE
+        return bool(is_irregular.mean() > _MAX_IRREGULAR_FRACTION) if len(is_irregular) else False
 
 
-def probe(file: IO[bytes]) -> Probe:
-    """Decodes a whole video and notes what reading clips of it needs.
+@dataclass(frozen=True)
+class VideoStream:
+    """A video that is being read.
+
+    Attributes:
+        frames: upright RGB frames, uint8 (H, W, 3), decoded on demand; closing it closes the file.
+        frame_rate: frames per second; the mean of a variable rate.
+        num_frames: number of frames that the file declares; 0 if it declares none.
+        size: declared width and height of the stored frames, pixels.
+        color: what the file is marked with.
+        has_audio: True if the file has sound, which is ignored.
+    """
+
+    frames: Generator[np.ndarray, None, None]
+    frame_rate: Fraction
+    num_frames: int
+    size: tuple[int, int]
+    color: Color
+    has_audio: bool
+
+
+def read_video(file: IO[bytes] | str, container_format: str | None = None, max_pixels: int = MAX_PIXELS) -> VideoStream:
+    """Open a video to read its frames in order; the first frame is decoded at once.
+
+    Args:
+        file: path, or an open file.
+        container_format: FFmpeg's name of the container; None detects it.
+        max_pixels: largest number of pixels of a frame, checked against the header before anything is decoded and
+            against every frame.
 
     Raises:
-        ValueError: it is no video, or it is damaged; the message gives the reason.
+        TooLargeError: the frames are too large; also raised while frames are read.
+        ValueError: the file is not a video; or, while frames are read, it is damaged.
+    """
+    # FFmpeg would otherwise decode frames while it looks for the streams.
+    container, stream = _open_container(file, container_format, {"skip_frame": "all"})
+    try:
+        size = stream.width, stream.height
+        _check_size(*size, max_pixels)
+        stream.thread_type = "AUTO"
+        # The size may change between frames. FFmpeg counts the padding of its decoders, too.
+        stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**17)}
+        decoded = decode_frames(container, stream, max_pixels)
+        first = next(decoded, None)
+        if first is None:
+            raise ValueError("the video has no frames")
+    except ValueError:
+        container.close()
+        raise
+    frame_rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    frames = _iter_upright_rgb(container, first, decoded)
+    return VideoStream(frames, frame_rate, stream.frames, size, frame_color(first), bool(container.streams.audio))
+
+
+def _iter_upright_rgb(container: Any, first: Any, others: Iterator[Any]) -> Generator[np.ndarray, None, None]:
+    with container:
+        yield upright_rgb(first)
+        yield from map(upright_rgb, others)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLargeError(f"its frames have {width} x {height} pixels; at most {max_pixels} are allowed")
+
+
+def probe(file: IO[bytes]) -> VideoProbe:
+    """Decode a whole video and record what reading clips from it needs.
+
+    Raises:
+        ValueError: the file is not a video, or it is damaged; the message gives the reason.
     """
     with open_video(file) as (container, stream):
         times: list[int] = []
@@ -71,52 +163,55 @@ def probe(file: IO[bytes]) -> Probe:
             num_corrupt += frame.is_corrupt
             size = size if times else _upright_size(frame)
             times.append(frame_timestamp(frame))
-        base = float(stream.time_base or Fraction(1, 1))
-        rate = float(stream.average_rate or stream.base_rate or 25)
+        time_base = float(stream.time_base or Fraction(1, 1))
+        declared_rate = float(stream.average_rate or stream.base_rate or 25)
     if not times:
-        raise ValueError("holds no frames")
+        raise ValueError("the video has no frames")
     if num_corrupt:
         raise ValueError(f"{num_corrupt} of {len(times)} frames are corrupt")
     if len(times) < _MIN_DECODED_FRACTION * num_declared:
-        raise ValueError(f"ends after {len(times)} of {num_declared} frames")
-    interval = _median_frame_step(np.diff(times) * base) or 1 / rate
+        raise ValueError(f"the video ends after {len(times)} of {num_declared} frames")
+    interval_s = _usual_interval(np.diff(times) * time_base) or 1 / declared_rate
     seekable = [0, *(key for key in key_frames if key and _is_seekable(times, key))]
-    video = VideoInfo(len(times), 1 / interval, *size, tuple(seekable), tuple(times[key] for key in seekable))
-    return Probe(video, np.array(times) * base, interval)
+    video = VideoInfo(len(times), 1 / interval_s, *size, tuple(seekable), tuple(times[key] for key in seekable))
+    return VideoProbe(video, np.array(times) * time_base, interval_s)
 
 
-def _median_frame_step(steps: np.ndarray) -> float:
-    """Mean of the steps that are near their median, which rounded time stamps do not shift; 0 if there is none."""
-    near = steps[np.abs(steps - np.median(steps)) <= _INTERVAL_TOLERANCE * np.median(steps)] if len(steps) else steps
+def _usual_interval(intervals_s: np.ndarray) -> float:
+    """Return the mean of the intervals near the median, in which rounded time stamps cancel; 0 if there is none."""
+    if not len(intervals_s):
+        return 0.0
+    median = np.median(intervals_s)
+    near = intervals_s[np.abs(intervals_s - median) <= _INTERVAL_TOLERANCE * median]
     return float(near.mean()) if len(near) else 0.0
 
 
 def _is_seekable(times: list[int], key: int) -> bool:
-    """Whether no frame near it is shown out of order, so that seeking to its time finds this frame."""
+    """Return True if no frame near a key frame is out of order, so that seeking to its time finds it."""
     near = slice(max(0, key - _MAX_REORDERED_FRAMES), key + _MAX_REORDERED_FRAMES)
     return times[near] == sorted(set(times[near]))
 
 
 def read_frames(file: IO[bytes], video: VideoInfo, start: int, num_frames: int, stride: int) -> Iterator[Image.Image]:
-    """Frames start, start + stride, … as RGB; only what lies between them and the key frame before is decoded.
+    """Read frames start, start + stride, … as RGB; decoding starts at the last key frame before them.
 
     Raises:
-        ValueError: the file is damaged, or not the one that `video` was made of.
+        ValueError: the file is damaged, or not the one that `video` describes.
     """
     frame_indices = range(start, start + num_frames * stride, stride)
     key_index = bisect.bisect_right(video.key_frames, start) - 1
     num_yielded = 0
     for number, frame in _decode_from_key_frame(file, video, key_index):
         if number == frame_indices[num_yielded]:
-            yield to_upright_rgb(frame)
+            yield Image.fromarray(upright_rgb(frame))
             num_yielded += 1
             if num_yielded == num_frames:
                 return
-    raise ValueError(f"ends before frame {frame_indices[num_yielded]} of {video.frames}")
+    raise ValueError(f"the video ends before frame {frame_indices[num_yielded]} of {video.frames}")
 
 
 def _decode_from_key_frame(file: IO[bytes], video: VideoInfo, key_index: int) -> Iterator[tuple[int, Any]]:
-    """Numbered frames from a key frame on; from the first one where the container cannot seek to it."""
+    """Yield numbered frames from a key frame on, or from frame 0 if the container cannot seek to it."""
     if key_index:
         with open_video(file) as (container, stream):
             frames = _seek(container, stream, video.key_times[key_index])
@@ -131,13 +226,13 @@ def _decode_from_key_frame(file: IO[bytes], video: VideoInfo, key_index: int) ->
 
 
 def _seek(container: Any, stream: Any, timestamp: int) -> Iterator[Any]:
-    """Frames from the one at `time` on; none if it is not found."""
+    """Yield frames from the one with this time stamp on; none if it is not found."""
     try:
         container.seek(timestamp, stream=stream)
     except av.FFmpegError:
         return
     frames = decode_frames(container, stream)
-    # Frames that are shown before their key frame come without what they refer to.
+    # Frames that are displayed before their key frame lack their reference frames.
     first = next((frame for frame in frames if frame_timestamp(frame) >= timestamp), None)
     if first is not None and frame_timestamp(first) == timestamp:
         yield first
@@ -146,51 +241,86 @@ def _seek(container: Any, stream: Any, timestamp: int) -> Iterator[Any]:
 
 @contextmanager
 def open_video(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; errors of the decoder become a ValueError with the reason."""
+    """Open a container and its first video stream, decoded by one thread.
+
+    Raises:
+        ValueError: the file is not a video.
+    """
+    container, stream = _open_container(file)
+    with container:
+        # Threads inside a decoder can hang when many decoders run; readers run in parallel instead.
+        stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        yield container, stream
+
+
+def _open_container(
+    file: IO[bytes] | str, container_format: str | None = None, options: dict[str, str] | None = None
+) -> tuple[Any, Any]:
     try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise ValueError("holds no video stream")
-            stream = container.streams.video[0]
-            # Threads inside a decoder can hang when many decoders run.
-            stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
-            yield container, stream
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot be decoded: {error.strerror}") from error
+        container = av.open(file, format=container_format, options=options or {})
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"not a video of a known format ({ffmpeg_error_text(error)})") from error
+    if not container.streams.video:
+        container.close()
+        raise ValueError("the file has no video stream")
+    return container, container.streams.video[0]
 
 
-def decode_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames in the order in which they are shown."""
-    for packet in container.demux(stream):
-        # An empty packet repeats the frame before; only the last one, without a time, empties the decoder.
-        if packet.size or packet.dts is None:
-            yield from packet.decode()
+def decode_frames(container: Any, stream: Any, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:
+    """Decode frames (`av.VideoFrame`) in the order of display.
+
+    Raises:
+        TooLargeError: a frame has more than `max_pixels` pixels.
+        ValueError: the file is damaged.
+    """
+    num_decoded = 0
+    try:
+        for packet in container.demux(stream):
+            # An empty packet repeats the frame before. Only the last one, without a time stamp, flushes the decoder.
+            if packet.size or packet.dts is None:
+                for frame in packet.decode():
+                    # A frame need not have the size that the header declares.
+                    _check_size(frame.width, frame.height, max_pixels)
+                    yield frame
+                    num_decoded += 1
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(
+            f"the video is damaged after {num_decoded} decoded frames ({ffmpeg_error_text(error)})"
+        ) from error
+
+
+def ffmpeg_error_text(error: Exception) -> str:
+    """Return a short reason for an error of PyAV."""
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:160] or type(error).__name__
 
 
 def frame_timestamp(frame: Any) -> int:
-    """Time stamp of a frame in the units of its stream.
+    """Return the time stamp of a frame, in units of the stream's time base.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the frame has none.
     """
     time = frame.pts if frame.pts is not None else frame.dts
     if time is None:
-        raise ValueError("has frames without time stamps")
+        raise ValueError("the video has frames without time stamps")
     return int(time)
 
 
-def to_upright_rgb(frame: Any) -> Image.Image:
-    """RGB, turned as the file says it is to be shown."""
-    image: Image.Image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+def upright_rgb(frame: Any) -> np.ndarray:
+    """Convert a decoded frame to RGB in the orientation of display.
+
+    The display matrix is applied as the nearest number of quarter turns, counterclockwise.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    return np.ascontiguousarray(np.rot90(frame_to_rgb(frame), _num_quarter_turns(frame)))
+
+
+def _num_quarter_turns(frame: Any) -> int:
+    return round(frame.rotation / 90) % 4
 
 
 def _upright_size(frame: Any) -> tuple[int, int]:
-    turned = abs(frame.rotation) % 180 == 90
-    return (frame.height, frame.width) if turned else (frame.width, frame.height)
-
-
-def even_size(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """The size with this longer side, or the next smaller even one: H.264 stores colour for two by two pixels."""
-    scale = max(2, max_side - max_side % 2) / max(width, height)
-    return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
+    is_on_its_side = _num_quarter_turns(frame) % 2 == 1
+    return (frame.height, frame.width) if is_on_its_side else (frame.width, frame.height)

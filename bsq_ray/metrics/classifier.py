@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.metrics.pretrained_weights import resolve_once
+from bsq_ray.models.pretrained_weights import resolve_once
 
 NUM_FEATURES, NUM_CLASSES = 1280, 1000
 _INPUT_SIZE, _MEAN, _SCALE = 224, 127 / 255, 128 / 255

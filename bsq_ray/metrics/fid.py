@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 # Features kept for KID: 2,000 x 2,048 doubles are 32 MB.
-_KID_SUBSET_SIZE = 2000
+KID_SUBSET_SIZE = 2000
 
 
 def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
@@ -43,7 +44,7 @@ class FeatureStatistics:
 
     def _update_kid_subset(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
         ranks_N = np.concatenate([self._ranks_N, ranks_N])
-        first_N = np.argsort(ranks_N, kind="stable")[:_KID_SUBSET_SIZE]
+        first_N = np.argsort(ranks_N, kind="stable")[:KID_SUBSET_SIZE]
         self._ranks_N = ranks_N[first_N]
         self._kid_subset_ND = np.concatenate([self._kid_subset_ND, features_ND])[first_N]
 
@@ -79,21 +80,64 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     return float(difference_D @ difference_D + np.trace(first_DD) + np.trace(second_DD) - 2 * trace_root)
 
 
-def kernel_distance(first_ND: np.ndarray, second_ND: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x·y / D + 1)³; can be slightly negative.
+def _kernel(first_ND: np.ndarray, second_MD: np.ndarray) -> np.ndarray:
+    """Polynomial kernel (x·y / D + 1)³ of all pairs, (N, M)."""
+    values_NM: np.ndarray = (first_ND @ second_MD.T / first_ND.shape[1] + 1) ** 3
+    return values_NM
+
+
+def kernel_distance(first_ND: np.ndarray, second_MD: np.ndarray) -> float:
+    """Return the KID of two independent sets: the unbiased squared maximum mean discrepancy, possibly below 0.
 
     Raises:
         ValueError: a set has fewer than two images.
     """
-    n, m, width = len(first_ND), len(second_ND), first_ND.shape[1]
+    n, m = len(first_ND), len(second_MD)
     if min(n, m) < 2:
         raise ValueError("KID needs at least two images in each set")
+    own_first_NN, own_second_MM = _kernel(first_ND, first_ND), _kernel(second_MD, second_MD)
+    within = (own_first_NN.sum() - np.trace(own_first_NN)) / (n * (n - 1))
+    within += (own_second_MM.sum() - np.trace(own_second_MM)) / (m * (m - 1))
+    return float(within - 2 * _kernel(first_ND, second_MD).mean())
 
-    def kernel(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-        values: np.ndarray = (a_ND @ b_ND.T / width + 1) ** 3
-        return values
 
-    own_first, own_second = kernel(first_ND, first_ND), kernel(second_ND, second_ND)
-    within = (own_first.sum() - np.trace(own_first)) / (n * (n - 1))
-    within += (own_second.sum() - np.trace(own_second)) / (m * (m - 1))
-    return float(within - 2 * kernel(first_ND, second_ND).mean())
+@dataclass(frozen=True)
+class PairedKernelDistance:
+    """KID of images and their reconstructions.
+
+    Attributes:
+        value: the distance; 0 for perfect reconstructions.
+        standard_error: by the jackknife over images; None for fewer than three images.
+        num_samples: number of images it was computed from.
+    """
+
+    value: float
+    standard_error: float | None
+    num_samples: int
+
+
+def paired_kernel_distance(original_ND: np.ndarray, reconstruction_ND: np.ndarray) -> PairedKernelDistance:
+    """Return the KID of N images and their N reconstructions, in the same order.
+
+    The two sets are not independent. The estimator is the U-statistic (Gretton et al., 2012, section 3) of
+
+        h(i, j) = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i),   i ≠ j,
+
+    which never compares an image with its own reconstruction. `kernel_distance` would, and would be biased downwards.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    n = len(original_ND)
+    if n < 2:
+        raise ValueError("KID needs at least two images in each set")
+    cross_NN = _kernel(original_ND, reconstruction_ND)
+    pairs_NN = _kernel(original_ND, original_ND) + _kernel(reconstruction_ND, reconstruction_ND) - cross_NN - cross_NN.T
+    np.fill_diagonal(pairs_NN, 0)
+    total = pairs_NN.sum()
+    value = float(total / (n * (n - 1)))
+    if n < 3:
+        return PairedKernelDistance(value, None, n)
+    without_one_N = (total - 2 * pairs_NN.sum(0)) / ((n - 1) * (n - 2))
+    variance = (n - 1) / n * ((without_one_N - without_one_N.mean()) ** 2).sum()
+    return PairedKernelDistance(value, float(np.sqrt(variance)), n)

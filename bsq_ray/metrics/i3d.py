@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.metrics.pretrained_weights import resolve_once
+from bsq_ray.models.pretrained_weights import resolve_once
 
 NUM_FEATURES = 400
 # Shorter clips leave the last pool less than its two places in time.

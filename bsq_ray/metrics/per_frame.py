@@ -10,16 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from bsq_ray.metrics.psnr import psnr
-
-
-def frames_batch_major(clips_B3THW: Tensor) -> Tensor:
-    """Clips as a batch of their frames, (B·T, 3, H, W)."""
-    return clips_B3THW.transpose(1, 2).flatten(0, 1)
-
-
-def clips_from_batch_major(frames_B3HW: Tensor, num_clips: int) -> Tensor:
-    """The inverse of `frames_of`: (clips·T, 3, H, W) to (clips, 3, T, H, W)."""
-    return frames_B3HW.unflatten(0, (num_clips, -1)).transpose(1, 2)
+from bsq_ray.models.frame_layout import frames_batch_major
 
 
 def metric_per_frame(

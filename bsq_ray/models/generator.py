@@ -1,40 +1,45 @@
-"""Masked language model and tokenizer together: classes in, images out.
+"""Class-conditional image generation: a masked language model and its tokenizer.
 
-classes ─MaskedLM, step by step─▶ tokens ─Tokenizer.decode─▶ images
+classes ─MaskedLM, iteratively─▶ tokens ─Tokenizer.decode─▶ images
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray import config, model_folder
+from bsq_ray import config
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.sampling import interpolate_classes, sample, sample_steps
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
+if TYPE_CHECKING:
+    from bsq_ray.model_folder import WeightsKind
+
 
 class Generator:
-    """Draws images of classes; the same seed draws the same images, whatever the batch.
+    """Generates images of classes. A seed determines the images whatever the batch size.
 
     Attributes:
-        sampling: what is used where a call does not say otherwise.
+        sampling: default sampling options; the methods take overrides as keywords.
     """
 
     def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.SamplingConfig) -> None:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema", device: str = "cpu") -> Generator:
-        """Reads the model folder of a masked language model, whose `tokenizer/` is its tokenizer.
+    def from_pretrained(cls, url: str, weights: WeightsKind = "ema", device: str = "cpu") -> Generator:
+        """Load the model folder of a masked language model, which contains its tokenizer in `tokenizer/`.
 
         Raises:
-            ValueError: there is no such folder, or its parts do not belong together.
+            ValueError: the folder does not exist, or its parts do not match.
         """
+        from bsq_ray import model_folder
+
         run_config = config.require_stage(
             model_folder.load_model_folder(url, weights).config, config.MaskedLMConfig, url
         )
@@ -42,12 +47,12 @@ class Generator:
         return cls(model.to(device), Tokenizer.from_token_model(url, run_config.model).to(device), run_config.sampling)
 
     def generate(self, labels: Sequence[int], seed: int = 0, first_index: int = 0, **sampling: Any) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], or clips, of the classes.
+        """Generate images (B, 3, H, W) or clips (B, 3, T, H, W) in [-1, 1].
 
         Args:
-            labels: a class for each image; the number of classes itself stands for "any class".
-            seed, first: image b is drawn from (seed, first + b).
-            sampling: keys of `config.Sampling` to change.
+            labels: a class index for each image; the number of classes means "any class".
+            seed, first_index: image b is sampled from (seed, first_index + b).
+            sampling: overrides of `config.SamplingConfig`.
 
         Raises:
             ValueError: an unknown class or an invalid value.
@@ -63,28 +68,29 @@ class Generator:
         decode: Callable[[Tensor], Tensor] | None = None,
         **sampling: Any,
     ) -> Iterator[Tensor]:
-        """Images after each step; what is still masked is grey.
+        """Yield the images after each sampling step, masked tokens in gray; shapes as in `generate`.
 
         Args:
-            predict, decode: what to call instead of the model and of `decode`, such as a batch shared with others.
+            predict: replaces the model's forward pass, for example by a dynamically batched one.
+            decode: replaces `decode`.
         """
         sampling_config, classes_BC = self._sampling_config(sampling), self._class_weights(labels)
         for tokens_BNS in sample_steps(self.model, classes_BC, sampling_config, seed, predict=predict):
-            images = (decode or self.decode)(self.model.join_bits(tokens_BNS))
+            images_BCHW_or_BCTHW = (decode or self.decode)(self.model.join_bits(tokens_BNS))
             masked_BN = (tokens_BNS == self.model.mask_token).any(-1)
-            yield images * (1 - self._upsample_to_pixels(masked_BN.float(), images))
+            yield images_BCHW_or_BCTHW * (1 - self._upsample_to_pixels(masked_BN.float(), images_BCHW_or_BCTHW))
 
     def inpaint(
-        self, images: Tensor, mask_B1HW: Tensor, labels: Sequence[int], seed: int = 0, **sampling: Any
+        self, images_BCHW: Tensor, mask_B1HW: Tensor, labels: Sequence[int], seed: int = 0, **sampling: Any
     ) -> Tensor:
-        """Images (B, 3, H, W) whose holes are drawn anew; every token that a hole touches is replaced.
+        """Generate the masked part of images (B, 3, H, W); every token that the mask touches is replaced.
 
         Args:
-            images: as `generate` gives them.
-            holes_B1HW: above 0 where the image is to be drawn.
-            labels: a class for each image.
+            images_BCHW: images in [-1, 1].
+            mask_B1HW: above 0 where the image is generated.
+            labels: a class index for each image.
         """
-        tokens = self.tokenizer.encode(images.to(self._device))
+        tokens = self.tokenizer.encode(images_BCHW.to(self._device))
         patch = self.tokenizer.config.patch_size
         inpaint_mask_BN = F.max_pool2d(mask_B1HW.to(self._device).float(), patch).flatten(1) > 0
         known_BNS = self.model.split_bits(tokens.bits_BNL)
@@ -92,14 +98,14 @@ class Generator:
         return self.decode(sample(self.model, classes_BC, sampling_config, seed, 0, known_BNS, inpaint_mask_BN))
 
     def interpolate(self, labels: Sequence[int], num_images: int, seed: int = 0, **sampling: Any) -> Tensor:
-        """Images from one class to another, all drawn with the same randomness."""
+        """Generate images (num_images, 3, H, W) between two classes, all with the same random numbers."""
         class_weights_BC = interpolate_classes(self.model, labels, num_images).to(self._device)
         sampling_config = self._sampling_config(sampling)
         samples = [sample(self.model, class_weights_BC[n : n + 1], sampling_config, seed) for n in range(num_images)]
         return self.decode(torch.cat(samples))
 
     def decode(self, bits_BNL: Tensor) -> Tensor:
-        """Images of tokens, (B, 3, H, W) or clips."""
+        """Decode tokens to images (B, 3, H, W) or clips (B, 3, T, H, W)."""
         return self.tokenizer.decode(Tokens(bits_BNL, self.model.config.grid))
 
     @property
@@ -113,7 +119,7 @@ class Generator:
         return config.SamplingConfig.model_validate(self.sampling.model_dump() | overrides)
 
     def _upsample_to_pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
-        """A value for each token to one for each of its pixels."""
+        """Repeat the value of each token for each of its pixels; the result broadcasts over `like`."""
         frames, rows, columns = self.model.config.grid
         values = values_BN.view(-1, frames, rows, columns)
         values = F.interpolate(values, scale_factor=self.tokenizer.config.patch_size, mode="nearest")

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.layers.attention import attention
+from bsq_ray.models.layers.attention import attention, merge_heads, split_heads
+from bsq_ray.models.layers.mlp import build_mlp, init_weights
 from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
@@ -28,20 +29,19 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
-        width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
+        width = model_config.width
         self.heads = model_config.heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
+        self.mlp = build_mlp(width, model_config.mlp_ratio)
         self.mlp_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(model_config.dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Same shape out as in."""
-        q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        y_BHNE = attention(q_BHNE, k_BHNE, v_BHNE)
-        x_BND = self.attention_norm(x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2))))
+        y_BHNE = attention(*split_heads(self.qkv(x_BND), self.heads))
+        x_BND = self.attention_norm(x_BND + self.dropout(self.out(merge_heads(y_BHNE))))
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 
 
@@ -69,11 +69,7 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
         self.blocks = nn.ModuleList(PostNormBlock(model_config) for _ in range(model_config.layers))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.bias = nn.Parameter(torch.zeros(model_config.num_sub_tokens, self.mask_token))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        init_weights(self)
         nn.init.trunc_normal_(self.position, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor, classes_BC: Tensor) -> Tensor:

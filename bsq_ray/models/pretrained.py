@@ -1,24 +1,27 @@
-"""What the three models share: reading one from a model folder, and writing it into one."""
+"""Base of the three models: load one from a model folder, save it to one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
-from bsq_ray import config, model_folder
+from bsq_ray import config
+
+if TYPE_CHECKING:
+    from bsq_ray.model_folder import WeightsKind
 
 ConfigT = TypeVar("ConfigT")
 
 
 class PretrainedModel(nn.Module, Generic[ConfigT]):
-    """A model that is made of the model section of a configuration.
+    """A model built from the `model` part of a run configuration.
 
     Attributes:
-        run_type: the configuration that has such a section.
-        config: the model section of the configuration.
-        model_id: SHA-256 of weights and configuration when read from a model folder, else None.
+        run_config_class: class of the run configuration.
+        config: the `model` part of the run configuration.
+        model_id: SHA-256 of weights and configuration if read from a model folder, else None.
     """
 
     run_config_class: ClassVar[type[config.AnyConfig]]
@@ -29,16 +32,20 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         self.model_id: str | None = None
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: Literal["ema", "plain"] = "ema") -> Self:
-        """Reads a model folder from a path, any fsspec URL or a hub id; in evaluation mode, on the CPU.
+    def from_pretrained(cls, url: str, weights: WeightsKind = "ema") -> Self:
+        """Load a model folder; return the model on the CPU in evaluation mode.
 
         Args:
-            weights: "ema" for the folder's main weights (averaged if the training averaged them), "plain" for the
-                weights as the optimiser left them.
+            url: path, fsspec URL or model hub id.
+            weights: "ema" for the main weights of the folder, which are averaged if the training averaged them;
+                "raw" for the weights without averaging.
 
         Raises:
-            ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
+            ValueError: the folder does not exist, its parts do not match, or it contains another kind of model.
         """
+        # Imported here so that the networks can be used without the storage layer.
+        from bsq_ray import model_folder
+
         folder = model_folder.load_model_folder(url, weights)
         run_config: Any = config.require_stage(folder.config, cls.run_config_class, url)
         model = cls(run_config.model)
@@ -54,14 +61,17 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         metrics: Mapping[str, float] | None = None,
         card_fields: Mapping[str, str] | None = None,
     ) -> str:
-        """Writes a model folder and returns the model's id.
+        """Write a model folder and return the model's id.
 
         Args:
             url: path or fsspec URL of the folder.
-            run: the configuration it was trained with; by default this model with default training.
-            plain_weights: the weights as the optimiser left them, if this module holds averaged ones.
-            metrics, facts: rows of the model card, see `hub.write_model_folder`.
+            run_config: configuration of the training run; by default this model with default training options.
+            raw_weights: weights without averaging, if this module contains averaged ones.
+            metrics: measured values for the model card, by name.
+            card_fields: further rows of the model card, see `model_folder.write_model_folder`.
         """
+        from bsq_ray import model_folder
+
         fields: dict[str, Any] = {"name": url.rstrip("/").rsplit("/", 1)[-1], "model": self.config}
         run_config = run_config or self.run_config_class(**fields)
         return model_folder.write_model_folder(

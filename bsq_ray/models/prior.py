@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.models.layers.attention import attention, causal_attention
+from bsq_ray.models.layers.attention import attention, causal_attention, merge_heads, split_heads
+from bsq_ray.models.layers.kv_cache import KeyValueCache
+from bsq_ray.models.layers.mlp import build_mlp, init_weights
 from bsq_ray.models.pretrained import PretrainedModel
 
 
@@ -29,27 +31,23 @@ class CausalBlock(nn.Module):
 
     def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
-        width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
+        width = model_config.width
         self.heads = model_config.heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
+        self.mlp = build_mlp(width, model_config.mlp_ratio)
         self.dropout = nn.Dropout(model_config.dropout)
 
-    def forward(self, x_BND: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: int = 0) -> Tensor:
+    def forward(self, x_BND: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Same shape out as in; with a cache of keys and values (B, H, N, E), x is the one token at `place`."""
-        q_BHNE, k_BHNE, v_BHNE = (
-            self.qkv(self.attention_norm(x_BND)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        )
+        q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(self.attention_norm(x_BND)), self.heads)
         if cache is None:
             y_BHNE = causal_attention(q_BHNE, k_BHNE, v_BHNE)
         else:
-            keys, values = cache
-            keys[:, :, position : position + 1], values[:, :, position : position + 1] = k_BHNE, v_BHNE
-            y_BHNE = attention(q_BHNE, keys[:, :, : position + 1], values[:, :, : position + 1])
-        x_BND = x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2)))
+            y_BHNE = attention(q_BHNE, *cache.extend(k_BHNE, v_BHNE))
+        x_BND = x_BND + self.dropout(self.out(merge_heads(y_BHNE)))
         return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
 
 
@@ -71,11 +69,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         self.earlier = nn.Embedding(max(1, model_config.num_sub_tokens - 1) * num_values, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.num_sub_tokens))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        init_weights(self)
         for parameter in (self.start, self.position):
             nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -115,17 +109,15 @@ class IncrementalDecoder:
 
     def __init__(self, prior: Prior, batch_size: int, num_tokens: int) -> None:
         self.prior = prior
-        model_config, like = prior.config, prior.start
-        shape = (batch_size, model_config.heads, num_tokens, model_config.width // model_config.heads)
-        self._caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in prior.blocks]
-        self._next_B1D = like.expand(batch_size, 1, -1)
+        self._caches = [KeyValueCache(num_tokens) for _ in prior.blocks]
+        self._next_B1D = prior.start.expand(batch_size, 1, -1)
         self._position = 0
 
     def next_features(self) -> Tensor:
         """Features (B, 1, D) of the next token."""
         x_B1D = self._next_B1D + self.prior.position[self._position]
         for block, cache in zip(self.prior.blocks, self._caches, strict=True):
-            x_B1D = block(x_B1D, cache, self._position)
+            x_B1D = block(x_B1D, cache)
         return cast(Tensor, self.prior.output_norm(x_B1D))
 
     def push(self, sub_tokens_BS: Tensor) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from math import cos, pi
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,9 +148,9 @@ def _lowest_confidence(confidence_BU: Tensor, masked_BU: Tensor, num_masked_B: T
 
 
 def _image_generator(seed: int, image_index: int) -> torch.Generator:
-    # Any two (seed, image) must differ, and neighbours must be unlike each other.
-    mixed_seed = (seed * 0x9E3779B97F4A7C15 + image_index * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) % 2**63
-    return torch.Generator().manual_seed(mixed_seed)
+    # The spawn key makes the streams of any two (seed, image) pairs independent.
+    [mixed_seed] = np.random.SeedSequence(seed, spawn_key=(image_index,)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed_seed))
 
 
 def _uniform(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:

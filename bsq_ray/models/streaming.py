@@ -1,39 +1,54 @@
-"""Clips of any length through a causal tokenizer, chunk by chunk, in memory that does not grow.
+"""Clips of any length, chunk by chunk, in constant memory.
 
     chunk ─▶ patches ─▶ encoder ─▶ bits    (Tokenizer.encode_stream)
     bits ─▶ codes ─▶ decoder ─▶ pixels     (Tokenizer.decode_stream)
                         │
-                      Window: keys and values of the frames before, in every block
+          StreamingWindow: keys and values of the earlier frames, in every block
 
-Up to the T frames that the model was trained with, tokens and pixels are those of one pass over the whole clip. There
-is no position embedding beyond T, so there the window moves on: its last `overlap` frames become frames 0 … overlap - 1
-of a new one, whose keys and values are computed afresh, and the clip goes on behind them. With T = 4, overlap = 2:
+Up to the T frames of the training clips, tokens and pixels equal those of one pass over the whole clip. There is no
+position embedding beyond T, so the window slides: its last `overlap` frames become frames 0 … overlap - 1 of a new
+window. Their keys and values are recomputed, and the clip continues after them. With T = 4 and overlap = 2:
 
     frames    0 1 2 3 4 5 6 7
-    window 0  0 1 2 3             numbers: the position embedding that a frame gets
-    window 1      0 1 2 3         frames 4, 5 are made here
-    window 2          0 1 2 3     frames 6, 7 are made here
+    window 0  0 1 2 3             numbers: the position embedding of a frame
+    window 1      0 1 2 3         computes frames 4, 5
+    window 2          0 1 2 3     computes frames 6, 7
 
-So each frame is made exactly as in one pass over the T frames of its window, at a position that the model was trained
-at, and it sees at least `overlap` frames before it. Beyond T a frame costs T / (T - overlap) times as much.
+Each frame is computed as in one pass over the T frames of its window, at a position used in training. It attends to at
+least `overlap` earlier frames. Beyond T a frame costs T / (T - overlap) times as much.
 
-Shape suffixes: B clips, N tokens of a chunk of frames, D width.
+`clip_encoder` and `clip_decoder` serve every kind of tokenizer: causal models stream frame by frame, image models take
+each frame alone, and other models take `frames_per_chunk` frames at once.
+
+Shape suffixes: B clips, T frames of a chunk, H and W pixels, N tokens of a chunk, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 from torch import Tensor
 
+from bsq_ray import config
 from bsq_ray.models.layers.transformer import VisionTransformer
+
+if TYPE_CHECKING:
+    from bsq_ray.models.tokenizer import Tokenizer, Tokens
+
+_InputT = TypeVar("_InputT")
+_OutputT = TypeVar("_OutputT")
 
 
 class StreamingWindow:
-    """A causal transformer over frames that come piece by piece.
+    """A causal transformer over frames that arrive in chunks.
 
     Args:
-        transformer: its `frames` are the longest window.
-        overlap: frames of a full window that the next one begins with; None takes half of them.
+        transformer: the transformer; its `frames` are the length of the window.
+        overlap: frames of a full window that the next window starts with; None means half of them.
 
     Raises:
         ValueError: the transformer is not causal, or the overlap is not below its frames.
@@ -43,8 +58,8 @@ class StreamingWindow:
         frames = transformer.frames
         if not transformer.causal and frames > 1:
             raise ValueError(
-                f"a model with model.causal=false looks at whole clips of up to {frames} frames and cannot stream; "
-                "encode such clips one after the other, or use a causal model"
+                f"a model with model.causal=false needs whole clips of up to {frames} frames and cannot stream; "
+                "encode the clips one by one, or use a causal model"
             )
         if overlap is not None and not 0 <= overlap < frames:
             raise ValueError(f"overlap {overlap} must be 0 or more and below the model's {frames} frames")
@@ -55,14 +70,14 @@ class StreamingWindow:
         self._recent_BND: Tensor | None = None
 
     def push(self, x_BND: Tensor) -> Tensor:
-        """What the transformer makes of the next frames, any number of them; same shape out as in.
+        """Run the transformer on the next frames, any number of them; same shape out as in.
 
         Raises:
-            ValueError: the number of clips is not that of the frames before.
+            ValueError: the number of clips differs from that of the earlier frames.
         """
         tokens_per_frame = len(self.transformer.spatial_position)
         if self._recent_BND is not None and len(self._recent_BND) != len(x_BND):
-            raise ValueError(f"this stream began with {len(self._recent_BND)} clips at once and now has {len(x_BND)}")
+            raise ValueError(f"this stream started with {len(self._recent_BND)} clips at once and now has {len(x_BND)}")
         parts = []
         while x_BND.shape[1]:
             if self._num_frames == self.transformer.frames:
@@ -83,5 +98,41 @@ class StreamingWindow:
 
     def _append(self, x_BND: Tensor, num_tokens: int) -> None:
         recent_BND = x_BND if self._recent_BND is None else torch.cat([self._recent_BND, x_BND], 1)
-        # A copy, so that what is forgotten is freed.
+        # A copy frees the memory of the older frames; a view would keep it.
         self._recent_BND = recent_BND[:, max(0, recent_BND.shape[1] - num_tokens) :].clone()
+
+
+def frames_per_chunk(model_config: config.TokenizerModelConfig) -> int:
+    """Return the number of frames of a chunk; the last chunk of a clip may be shorter."""
+    return 1 if model_config.causal else model_config.frames
+
+
+def clip_encoder(tokenizer: Tokenizer) -> Callable[[Tensor], Tokens]:
+    """Return a function from chunks (B, 3, T, H, W) to tokens; call it with the chunks of one clip in order."""
+    if frames_per_chunk(tokenizer.config) > 1:
+        return tokenizer.encode
+    return _as_step_function(tokenizer.encode_stream)
+
+
+def clip_decoder(tokenizer: Tokenizer) -> Callable[[Tokens], Tensor]:
+    """Return the inverse of `clip_encoder`: a function from tokens to chunks (B, 3, T, H, W)."""
+    if frames_per_chunk(tokenizer.config) > 1:
+        return partial(_decode_clip, tokenizer)
+    return _as_step_function(tokenizer.decode_stream)
+
+
+def _decode_clip(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
+    images_BCHW_or_BCTHW = tokenizer.decode(tokens)
+    return images_BCHW_or_BCTHW if images_BCHW_or_BCTHW.ndim == 5 else images_BCHW_or_BCTHW.unsqueeze(2)
+
+
+def _as_step_function(stream: Callable[[Iterable[_InputT]], Iterator[_OutputT]]) -> Callable[[_InputT], _OutputT]:
+    """Turn a function over an iterable into a function of one item at a time."""
+    pending: list[_InputT] = []
+    outputs = stream(pending.pop() for _ in count())
+
+    def step(item: _InputT) -> _OutputT:
+        pending.append(item)
+        return next(outputs)
+
+    return step

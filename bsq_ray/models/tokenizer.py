@@ -2,8 +2,10 @@
 
     images ─▶ patches ─▶ encoder ─▶ to_code ─▶ quantizer ─▶ from_code ─▶ decoder ─▶ patches ─▶ images
 
-Shape suffixes: B images or clips, T frames, N tokens (time slowest, rows before columns), L bits of a token,
-C channels of a code, D width, P values of a patch. Images are floats in [-1, 1], (B, 3, H, W) or (B, 3, T, H, W).
+Shape suffixes: B images or clips, T frames, H and W pixels, N tokens (time slowest, rows before columns), L bits of a
+token, C channels of a code, D width, P values of a patch.
+
+`images_BCHW_or_BCTHW` are floats in [-1, 1]: images (B, 3, H, W) or clips (B, 3, T, H, W).
 """
 
 from __future__ import annotations
@@ -15,23 +17,24 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bsq_ray import config, storage
+from bsq_ray import config
+from bsq_ray.models.layers.mlp import init_weights
 from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
 from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers import Quantized, build_quantizer
 from bsq_ray.models.streaming import StreamingWindow
 
-# A transformer over whole clips, or a window of it over what comes next.
+# A whole-clip transformer, or `StreamingWindow.push` over the next frames.
 TransformerFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a batch.
+    """Tokens of a batch.
 
     Attributes:
-        bits_BNL: bool; dimension 1 is the least significant bit.
-        grid: (t, h, w) with t·h·w = N.
+        bits_BNL: bool; index 0 of L is the least significant bit.
+        grid: frames, rows and columns (t, h, w) with t·h·w = N.
     """
 
     bits_BNL: Tensor
@@ -39,29 +42,29 @@ class Tokens:
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training step needs: unclamped fp32 images of the input's shape, and what the quantiser returned."""
+    """Output of a training step: unclamped fp32 images of the input's shape, and the quantizer's result."""
 
     images: Tensor
     quantized: Quantized
 
 
 class Encoder(nn.Module):
-    """Patches to features: one linear layer per patch, then the transformer."""
+    """Maps patches to features: a linear layer on each patch, then the transformer."""
 
     def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
         # No bias: the norm that follows the position embedding would remove it.
         self.patch_embedding = nn.Linear(3 * model_config.patch_size**2, model_config.encoder.width, bias=False)
         self.transformer = _build_transformer(model_config, model_config.encoder)
-        nn.init.trunc_normal_(self.patch_embedding.weight, std=0.02)
+        init_weights(self.patch_embedding)
 
     def forward(self, patches_BNP: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
-        """(B, N, P) to (B, N, D); `body` stands in for the transformer."""
+        """Map patches (B, N, P) to features (B, N, D); `transformer_fn` replaces the transformer."""
         return (transformer_fn or self.transformer)(self.patch_embedding(patches_BNP))
 
 
 class Decoder(nn.Module):
-    """Features to patches: the transformer, then Linear-Tanh-Linear on each token."""
+    """Maps features to patches: the transformer, then Linear-Tanh-Linear on each token."""
 
     def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
@@ -72,20 +75,17 @@ class Decoder(nn.Module):
             nn.Tanh(),
             nn.Linear(decoder_config.head_hidden_dim, 3 * model_config.patch_size**2),
         )
-        for layer in self.head:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        init_weights(self.head)
 
     def forward(self, x_BND: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
-        """(B, N, D) to (B, N, P); `body` stands in for the transformer."""
+        """Map features (B, N, D) to patches (B, N, P); `transformer_fn` replaces the transformer."""
         return cast(Tensor, self.head((transformer_fn or self.transformer)(x_BND)))
 
 
 def _build_transformer(
     model_config: config.TokenizerModelConfig, transformer_config: config.TransformerConfig
 ) -> VisionTransformer:
-    tokens_per_frame = (model_config.image_size // model_config.patch_size) ** 2
+    tokens_per_frame = model_config.grid_size**2
     return VisionTransformer(
         transformer_config,
         tokens_per_frame,
@@ -96,7 +96,7 @@ def _build_transformer(
 
 
 class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
-    """An image tokenizer, or with `frames` > 1 a video tokenizer for which an image is a clip of one frame."""
+    """Image tokenizer, or with `frames` > 1 video tokenizer. To a video tokenizer an image is a clip of one frame."""
 
     run_config_class = config.TokenizerConfig
 
@@ -110,91 +110,94 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the final linear layer, at which adaptive GAN weights compare gradients."""
+        """Weight of the final linear layer, where adaptive GAN weights compare gradients."""
         return cast(nn.Linear, self.decoder.head[-1]).weight
 
     @property
     def blocks(self) -> list[TransformerBlock]:
-        """Every transformer block, encoder first; `block.compile()` on each compiles the model in place."""
+        """All transformer blocks, encoder first; `block.compile()` on each compiles the model in place."""
         return [cast(TransformerBlock, b) for part in (self.encoder, self.decoder) for b in part.transformer.blocks]
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstructs through the quantiser with gradients.
+    def forward(self, images_BCHW_or_BCTHW: Tensor) -> TokenizerOutput:
+        """Reconstruct through the quantizer, with gradients.
 
         Raises:
-            ValueError: the images are not of the model's size.
+            ValueError: the size of the images differs from the model's.
         """
-        clips_B3THW = self._as_clips(images, self.config.frames)
+        clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
         quantized = self.quantizer(self._features(clips_B3THW))
         clips_B3THW = self._images(quantized.codes_BNC, self._grid(clips_B3THW))
-        return TokenizerOutput(clips_B3THW.reshape(images.shape), quantized)
+        return TokenizerOutput(clips_B3THW.reshape(images_BCHW_or_BCTHW.shape), quantized)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tokens:
-        """Images (B, 3, H, W) or clips (B, 3, T, H, W) in [-1, 1] to their tokens.
+    def encode(self, images_BCHW_or_BCTHW: Tensor) -> Tokens:
+        """Encode images (B, 3, H, W) or clips (B, 3, T, H, W) in [-1, 1] to tokens.
 
         Raises:
-            ValueError: the images are not of the model's size.
+            ValueError: the size of the images differs from the model's.
         """
-        return self._encode(self._as_clips(images, self.config.frames))
+        return self._encode(self._as_clips(images_BCHW_or_BCTHW, self.config.frames))
 
     @torch.no_grad()
     def decode(self, tokens: Tokens) -> Tensor:
-        """Tokens to images (B, 3, H, W), or clips (B, 3, T, H, W) if the grid has several frames, fp32 in [-1, 1].
+        """Decode tokens to images (B, 3, H, W), or clips (B, 3, T, H, W) if T > 1; fp32 in [-1, 1].
 
         Raises:
-            ValueError: grid or bits are not of this model.
+            ValueError: the grid or the number of bits differs from the model's.
         """
         clips_B3THW = self._decode(self._validate_tokens(tokens, self.config.frames))
         return clips_B3THW.squeeze(2) if tokens.grid[0] == 1 else clips_B3THW
 
     def encode_stream(self, chunks: Iterable[Tensor], overlap: int | None = None) -> Iterator[Tokens]:
-        """The tokens of each chunk of a clip of any length, as soon as it comes; see `models.streaming`.
+        """Encode a clip of any length chunk by chunk; see `models.streaming`.
 
         Args:
             chunks: consecutive frames, (B, 3, H, W) or (B, 3, t, H, W) with any t, in [-1, 1].
-            overlap: frames that stay in sight when a clip outgrows the model's frames; by default half of them.
+            overlap: frames kept when the window slides; by default half of the model's frames.
 
         Raises:
-            ValueError: the model is not causal, the overlap is not below its frames, or a chunk is not of its size.
+            ValueError: the model is not causal, `overlap` is not below the model's frames, or a chunk has another size.
         """
         window = StreamingWindow(self.encoder.transformer, overlap)
         return (self._encode(self._as_clips(chunk), window.push) for chunk in chunks)
 
     def decode_stream(self, chunks: Iterable[Tokens], overlap: int | None = None) -> Iterator[Tensor]:
-        """The pixels (B, 3, t, H, W), fp32 in [-1, 1], of each chunk of tokens, as soon as it comes.
+        """Decode tokens of a clip chunk by chunk to pixels (B, 3, t, H, W), fp32 in [-1, 1].
 
         Args:
-            chunks: tokens of consecutive frames, however many at once.
+            chunks: tokens of consecutive frames, any number of frames in each chunk.
             overlap: as in `encode_stream`.
 
         Raises:
-            ValueError: the model is not causal, the overlap is not below its frames, or tokens are not of this model.
+            ValueError: the model is not causal, `overlap` is not below the model's frames, or the grid or the number of
+                bits differs from the model's.
         """
         window = StreamingWindow(self.decoder.transformer, overlap)
         return (self._decode(self._validate_tokens(chunk), window.push) for chunk in chunks)
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """What is left of the images after encoding and decoding: fp32 of the same shape, in [-1, 1]."""
-        return self.decode(self.encode(images)).reshape(images.shape)
+    def reconstruct(self, images_BCHW_or_BCTHW: Tensor) -> Tensor:
+        """Encode and decode images; return fp32 images of the same shape in [-1, 1]."""
+        return self.decode(self.encode(images_BCHW_or_BCTHW)).reshape(images_BCHW_or_BCTHW.shape)
 
     @classmethod
     def from_token_model(cls, url: str, model_config: config.TokenModelConfig) -> Tokenizer:
-        """The tokenizer kept in the folder of a model of tokens.
+        """Load the tokenizer bundled with a token model.
 
         Args:
-            url: the model's folder; the tokenizer is in `tokenizer/`.
-            section: the model section of its configuration.
+            url: folder of the token model; the tokenizer is in `tokenizer/`.
+            model_config: configuration of the token model.
 
         Raises:
-            ValueError: there is none, or it is not the one that the model was trained with.
+            ValueError: the folder has no tokenizer, or the model was trained with another one.
         """
+        from bsq_ray import storage
+
         tokenizer_url = storage.join(url, "tokenizer")
         tokenizer = cls.from_pretrained(tokenizer_url)
         if model_config.tokenizer not in (None, tokenizer.model_id):
             raise ValueError(
-                f"{tokenizer_url} is the tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
-                f"was trained on tokens of {str(model_config.tokenizer)[:12]}; put that one there"
+                f"{tokenizer_url} contains tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
+                f"was trained on tokens of {str(model_config.tokenizer)[:12]}; put that tokenizer there"
             )
         return tokenizer
 
@@ -218,11 +221,11 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         return unpatchify(patches_BNP, grid, self.config.patch_size).float()
 
     def _grid(self, clips_B3THW: Tensor) -> tuple[int, int, int]:
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.grid_size
         return clips_B3THW.shape[2], side, side
 
     def _as_clips(self, images: Tensor, max_frames: int | None = None) -> Tensor:
-        """(B, 3, H, W) becomes (B, 3, 1, H, W); anything the model cannot take is refused."""
+        """Check the images and insert the time dimension of (B, 3, H, W)."""
         size = self.config.image_size
         shape = tuple(images.shape)
         if images.ndim not in (4, 5) or shape[1] != 3:
@@ -231,13 +234,10 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
             raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
         if shape[-2:] != (size, size):
             patch_size = self.config.patch_size
-            not_a_multiple = (
-                ""
-                if not (shape[-2] % patch_size or shape[-1] % patch_size)
-                else f", which is not a multiple of {patch_size},"
-            )
+            is_multiple = shape[-2] % patch_size == 0 and shape[-1] % patch_size == 0
+            patch_note = "" if is_multiple else f", which is not a multiple of {patch_size}"
             raise ValueError(
-                f"images are {shape[-1]} x {shape[-2]} pixels{not_a_multiple} but this model takes {size} x {size}; "
+                f"images are {shape[-1]} x {shape[-2]} pixels{patch_note}, but this model takes {size} x {size}; "
                 "resize or crop them first"
             )
         clips_B3THW = images.unsqueeze(2) if images.ndim == 4 else images
@@ -248,10 +248,10 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
 
     def _validate_tokens(self, tokens: Tokens, max_frames: int | None = None) -> Tokens:
         t, h, w = tokens.grid
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.grid_size
         if t < 1 or (max_frames is not None and t > max_frames) or not h == w == side:
             raise ValueError(
-                f"tokens have the grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"
+                f"tokens have grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"
             )
         expected = (t * h * w, self.quantizer.bits)
         if tokens.bits_BNL.dtype != torch.bool or tuple(tokens.bits_BNL.shape[1:]) != expected:
@@ -267,12 +267,12 @@ def _format_frames(max_frames: int | None) -> str:
 
 
 def patchify(clips_B3THW: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, T, H, W) to (B, N, 3·patch²); the values of a patch are ordered channel, row, column."""
+    """Cut clips (B, 3, T, H, W) into patches (B, N, 3·patch²); values are ordered channel, row, column."""
     x = clips_B3THW.unfold(3, patch_size, patch_size).unfold(4, patch_size, patch_size)  # B 3 T h w patch patch
     return x.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(1, 3)
 
 
 def unpatchify(patches_BNP: Tensor, grid: tuple[int, int, int], patch_size: int) -> Tensor:
-    """The inverse of `patchify`: (B, t·h·w, 3·patch²) to (B, 3, t, h·patch, w·patch)."""
+    """Invert `patchify`: (B, t·h·w, 3·patch²) to (B, 3, t, h·patch, w·patch)."""
     x = patches_BNP.unflatten(1, grid).unflatten(-1, (3, patch_size, patch_size))  # B t h w 3 patch patch
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

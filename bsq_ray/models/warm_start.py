@@ -44,7 +44,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     if mismatches:
         raise ValueError(f"{url} cannot initialise this model: {'; '.join(mismatches)}")
     weights = dict(folder.weights)
-    side = model_config.image_size // model_config.patch_size
+    side = model_config.grid_size
     for part in _PARTS:
         spatial = f"{part}.transformer.spatial_position"
         weights[spatial] = resize_positions(weights[spatial], side)

@@ -83,7 +83,7 @@ def make_plan(
     Raises:
         ValueError: an unknown card, numbers out of range, or a batch that the workers cannot share evenly.
     """
-    from bsq_ray.training.run_spec import split_batch
+    from bsq_ray.config.batch_split import split_batch
 
     gpu_spec = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if num_gpus < 1 or gpus_per_node < 1:

@@ -1,4 +1,4 @@
-"""Work spread over a pool of actors by Ray Data, results in order: for models that are loaded once and used often."""
+"""Ordered map over a pool of Ray actors, for models that are loaded once and applied to many items."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class _TaskError:
+    """Error of an item, returned as its result: Ray Data would replace it by an error of its own."""
+
+    error: Exception
+
+
+# Ray Data's pool is used, not ray.util.ActorPool: that one assigns an item to a fixed actor, so an actor that cannot be
+# placed, or whose node is lost, blocks every later result. Ray Data gives the items to the actors that are alive.
 def actor_map_ordered(
     items: Sequence[Item], build: Callable[[], Callable[[Item], Result]], num_workers: int, address: str | None = None
 ) -> Iterator[Result]:
-    """Results of all items, in their order, as they come.
+    """Yield the result of each item, in the order of the items, as soon as it is available.
 
     Args:
-        items: what to work on.
-        build: called once in each actor; what it returns is called for each item.
-        workers: actors, each with a CPU, and where the cluster has GPUs with one, or a part of one; 0 works in this
-            process.
+        items: inputs, one task each.
+        build: called once per actor; returns the function that is applied to each item.
+        num_workers: number of actors, each with a CPU and a GPU or part of one if the cluster has GPUs. 0 computes in
+            this process.
         address: Ray cluster, see `ray_session`.
 
     Raises:
-        ValueError, RuntimeError: as raised by the work on an item.
+        ValueError, RuntimeError: raised by the function for an item.
     """
     if not items:
         return
@@ -43,32 +52,29 @@ def actor_map_ordered(
         class Actor:
             def __init__(self) -> None:
                 self.build, self.items = ray.get(shared)
-                self.work: Any = None
+                self.function: Any = None
 
             def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
                 result = np.empty(1, object)
                 try:
-                    self.work = self.work or self.build()
-                    result[0] = self.work(self.items[int(rows["item"][0])])
+                    self.function = self.function or self.build()
+                    result[0] = self.function(self.items[int(rows["item"][0])])
                 except (ValueError, RuntimeError) as error:
-                    # Ray would wrap it in a page of its own words.
                     result[0] = _TaskError(error)
                 return {"result": result}
 
-        gpus_per_actor = gpus_per_process(num_workers)
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         indices = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        pool = ActorPoolStrategy(size=min(num_workers, len(items)))
-        for row in indices.map_batches(
-            Actor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor
-        ).iter_rows():
+        results = indices.map_batches(
+            Actor,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(num_workers, len(items))),
+            num_cpus=1,
+            num_gpus=gpus_per_process(num_workers),
+        )
+        for row in results.iter_rows():
             if isinstance(row["result"], _TaskError):
                 raise row["result"].error
             yield row["result"]
-
-
-@dataclass(frozen=True)
-class _TaskError:
-    error: Exception

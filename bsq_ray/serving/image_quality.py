@@ -1,13 +1,14 @@
-"""How good a picture is for its bits: PSNR, LPIPS, and the size of a JPEG and a WebP file of equal quality."""
+"""Rate and quality of a compressed image: PSNR, LPIPS, and the sizes of JPEG and WebP files of equal quality."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from typing_extensions import TypedDict
 
 from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
@@ -15,15 +16,26 @@ from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 
 _BASELINE_CODECS = ("JPEG", "WebP")
-# Of files that are compared; a finer ladder would cost more looks through the LPIPS network.
+# Encoder qualities that are compared; a finer scale would cost more passes through the LPIPS network.
 _QUALITIES = (1, 2, 3, 5, 8, 12, 18, 26, 36, 48, 62, 78, 95)
 
 
-class QualityReport(TypedDict):
-    """What was measured.
+class EqualQualityFile(TypedDict):
+    """The smallest JPEG or WebP file that is at least as good as the .bsq file.
 
-    `equal` says for each metric and codec the smallest file that is at least as good: its `bytes` and `quality`;
-    `better` where even its worst quality is better, `None` where its best one is not as good.
+    `better` is true if even the lowest encoder quality is better.
+    """
+
+    bytes: int
+    quality: int
+    better: bool
+
+
+class QualityReport(TypedDict):
+    """Rate and quality of a compressed image.
+
+    `equal` maps metric (`psnr`, `lpips`) and codec (`JPEG`, `WebP`) to a file of equal quality, or to null if not even
+    the highest encoder quality is as good.
     """
 
     width: int
@@ -32,26 +44,27 @@ class QualityReport(TypedDict):
     bits_per_pixel: float
     psnr: float
     lpips: float
-    equal: dict[str, dict[str, Any]]
+    equal: dict[str, dict[str, EqualQualityFile | None]]
 
 
 def measure_quality(
     original: Image.Image, decoded: Image.Image, num_bytes: int, check_deadline: Callable[[], None]
 ) -> QualityReport:
-    """Figures of a picture that a file of `size` bytes shows.
+    """Measure the quality of a decoded image whose file has `num_bytes` bytes.
 
     Args:
-        check: called between the parts of the work; what it raises ends it.
+        check_deadline: called between parts of the work; an exception from it ends the measurement.
 
     Raises:
-        ValueError: the LPIPS network's weights are not on this machine.
+        ValueError: the weights of the LPIPS network are not on this node.
     """
     original_BCHW = _to_tensor(original)
     metrics = {"psnr": psnr, "lpips": lpips}
     metric_values = {name: float(metric(original_BCHW, _to_tensor(decoded))) for name, metric in metrics.items()}
     codecs = standard_codecs()
-    equal: dict[str, dict[str, Any]] = {}
+    equal: dict[str, dict[str, EqualQualityFile | None]] = {}
     for name, metric in metrics.items():
+        # Higher PSNR is better, lower LPIPS is better.
         sign = 1 if name == "psnr" else -1
         equal[name] = {}
         for codec in _BASELINE_CODECS:
@@ -73,18 +86,18 @@ def measure_quality(
 
 def _smallest_quality_reaching(
     encode_at_quality: Callable[[int], tuple[int, float]], target: float
-) -> dict[str, Any] | None:
-    """The lowest quality whose picture is at least as good as wanted, by bisection."""
-    size, metric_value = encode_at_quality(_QUALITIES[0])
+) -> EqualQualityFile | None:
+    """Find the lowest encoder quality whose metric value is at least `target`, by bisection."""
+    num_bytes, metric_value = encode_at_quality(_QUALITIES[0])
     if metric_value >= target:
-        return {"bytes": size, "quality": _QUALITIES[0], "better": metric_value > target}
-    best = None
+        return {"bytes": num_bytes, "quality": _QUALITIES[0], "better": metric_value > target}
+    best: EqualQualityFile | None = None
     low, high = 0, len(_QUALITIES)
     while high - low > 1:
         middle = (low + high) // 2
-        size, metric_value = encode_at_quality(_QUALITIES[middle])
+        num_bytes, metric_value = encode_at_quality(_QUALITIES[middle])
         if metric_value >= target:
-            best = {"bytes": size, "quality": _QUALITIES[middle], "better": False}
+            best = {"bytes": num_bytes, "quality": _QUALITIES[middle], "better": False}
             high = middle
         else:
             low = middle
@@ -92,4 +105,5 @@ def _smallest_quality_reaching(
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as (1, 3, H, W) in [-1, 1]."""
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])

@@ -1,4 +1,4 @@
-"""What replicas answer: files and tokens, with what is to be said of them."""
+"""Results of replicas: files and tokens, with their metadata."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class MediaFile:
     """A file.
 
     Attributes:
-        media_type: of HTTP.
-        pixels: that it shows, of all frames.
-        frames: of a clip; None for an image.
-        psnr: of what it shows, mean over frames, dB; None where nothing is compared.
+        media_type: value of the header Content-Type.
+        num_pixels: pixels of the image, or of all frames of the video.
+        num_frames: frames of a video; None for an image.
+        psnr: PSNR against the original in dB, mean over frames; None without an original.
     """
 
     data: bytes
@@ -28,12 +28,12 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """Tokens of an image or a clip.
+    """Tokens of an image or a video.
 
     Attributes:
         grid: frames, rows, columns.
-        packed: for each token ceil(bits / 8) bytes, bit 1 least significant; frames slowest.
-        rate: frames per second of a clip, such as 25 or 30000/1001; None for an image.
+        packed: ceil(bits / 8) bytes per token, bit 1 least significant, frames slowest.
+        rate: frames per second of a video, such as 25 or 30000/1001; None for an image.
     """
 
     grid: list[int]

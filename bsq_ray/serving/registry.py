@@ -1,9 +1,9 @@
-"""The models of a service, and who answers what: names, kinds, and which replicas can carry out a request."""
+"""The models of a service: their names, capabilities and replicas, and the choice of a model for a request."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -12,46 +12,47 @@ from bsq_ray.codec.container import read_header
 from bsq_ray.serving.errors import ApiError, model_loading
 from bsq_ray.serving.media.video_io import is_video
 
-# What each role offers, as the last part of /v1/….
+# Capabilities of each role. Each is the last part of a path /v1/… and a method of the role's replicas.
 CAPABILITIES = {
     "tokenizer": ("encode", "decode", "reconstruct"),
     "codec": ("compress", "decompress", "measure"),
     "generator": ("generate",),
 }
-# The roles that a model folder of each stage can play.
+# Roles that a model folder of each stage can have.
 ROLES = {"tokenizer": ("tokenizer", "codec"), "prior": ("codec",), "masked-lm": ("generator",)}
+_ID_KEYS = ("tokenizer_id", "prior_id", "model_id")
 
 
 class Replicas(Protocol):
-    """The replicas that play one role of one model."""
+    """The replicas of one role of one model."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The result of a method, from whichever replica is free."""
+        """Return the result of a method of any replica."""
 
     def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
-        """The results of a method that has several, as they come."""
+        """Yield the results of a generator method of any replica."""
 
 
 class ModelKind(NamedTuple):
-    """What a model was trained as: the stage, and the frames that it sees at once, more than 1 if of clips."""
+    """The training stage of a model and the frames of its input; more than 1 frame for a video model."""
 
     stage: str
     num_frames: int
 
 
 def model_kind(run: config.AnyConfig) -> ModelKind:
-    """The kind of a model with this configuration."""
+    """Return the kind of a model with this configuration."""
     return ModelKind(run.stage, run.model.frames if isinstance(run, config.TokenizerConfig) else run.model.grid[0])
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """One model.
+    """One model of the service.
 
     Attributes:
-        kind: what it was trained as.
-        replicas: by role.
-        facts: what the replicas say of themselves; empty until all are loaded.
+        kind: stage and frames.
+        replicas: replicas by role.
+        metadata: fields that the replicas report; empty until all roles are loaded.
     """
 
     name: str
@@ -60,20 +61,20 @@ class ServedModel:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     async def load(self) -> None:
-        """Waits until the replicas of all roles answer."""
-        results = await asyncio.gather(*(replicas.call("facts") for replicas in self.replicas.values()))
-        self.metadata = {name: value for facts in results for name, value in facts.items()}
+        """Wait until the replicas of all roles respond, and store their metadata."""
+        results = await asyncio.gather(*(replicas.call("metadata") for replicas in self.replicas.values()))
+        self.metadata = {name: value for fields in results for name, value in fields.items()}
 
     @property
     def capabilities(self) -> list[str]:
-        """The requests it can carry out."""
-        return [offer for role in self.replicas for offer in CAPABILITIES[role]]
+        """Requests that this model can carry out."""
+        return [capability for role in self.replicas for capability in CAPABILITIES[role]]
 
     def replicas_for(self, capability: str) -> Replicas:
-        """The replicas for a request.
+        """Return the replicas for a request.
 
         Raises:
-            Refused: 503 they are not loaded yet.
+            ApiError: 503 they are not loaded yet.
         """
         if not self.metadata:
             raise model_loading(f"the model {self.name}")
@@ -81,56 +82,59 @@ class ServedModel:
 
 
 class ModelRegistry:
-    """All models of a service."""
+    """All models of a service, in the order of its configuration."""
 
     def __init__(self, models: list[ServedModel]) -> None:
         self._models = {model.name: model for model in models}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
 
     @property
     def loading(self) -> list[str]:
-        """Names of models that cannot answer yet."""
-        return [model.name for model in self if not model.facts]
+        """Names of models that are not loaded yet."""
+        return [model.name for model in self if not model.metadata]
 
     def choose(self, capability: str, name: str | None) -> ServedModel:
-        """The model of that name or id, or the first one that can.
+        """Return the model with this name or ID, or without a name the first one with the capability.
 
         Raises:
-            Refused: 404 no model of that name, 422 it cannot do this.
+            ApiError: 404 unknown model, 422 the model does not have the capability.
         """
-        capable = [model for model in self if capability in model.offers]
+        capable = [model for model in self if capability in model.capabilities]
         if name is None and capable:
             return capable[0]
         if name is None:
-            raise ApiError(404, f"no model here can {capability}")
-        matches = [model for model in self if name in (model.name, *map(model.facts.get, _ID_KEYS))]
+            raise ApiError(404, f"no model of this service can {capability}")
+        matches = [model for model in self if name in (model.name, *map(model.metadata.get, _ID_KEYS))]
         if not matches:
-            raise ApiError(404, f"there is no model {name[:80]}; there are {', '.join(self._models)}")
-        if not set(matches) & set(capable):
-            raise ApiError(
-                422, f"the model {matches[0].name} does not {capability}; {', '.join(matches[0].offers)} it does"
-            )
-        return next(model for model in matches if model in capable)
+            raise ApiError(404, f"unknown model {name[:80]}; available models: {', '.join(self._models)}")
+        for model in matches:
+            if model in capable:
+                return model
+        raise ApiError(
+            422, f"the model {matches[0].name} cannot {capability}; it can {', '.join(matches[0].capabilities)}"
+        )
 
     def model_for_upload(self, data: bytes, capability: str, name: str | None) -> ServedModel:
-        """As `choose`, but without a name rather a model of clips for a video, and one of images for an image.
+        """Choose as `choose`, but without a name prefer a video model for a video and an image model for an image.
 
         Raises:
-            Refused: as `choose`.
+            ApiError: as `choose`.
         """
+        if name is not None:
+            return self.choose(capability, name)
         is_video_upload = is_video(data)
-        matching = [
-            model for model in self if capability in model.offers and (model.kind.frames > 1) == is_video_upload
-        ]
-        return matching[0] if name is None and matching else self.choose(capability, name)
+        for model in self:
+            if capability in model.capabilities and (model.kind.num_frames > 1) == is_video_upload:
+                return model
+        return self.choose(capability, None)
 
     def model_for_bsq(self, data: bytes, name: str | None) -> ServedModel:
-        """The model that a .bsq file was written with.
+        """Return the model that wrote a .bsq file.
 
         Raises:
-            Refused: 415 not such a file, 422 damaged or of a model that is not here, 503 models are being loaded.
+            ApiError: 415 not a .bsq file, 422 damaged or written with an unknown model, 503 models are loading.
         """
         if data[:4] != b"BSQ1":
             raise ApiError(415, "the body is not a .bsq file")
@@ -143,28 +147,23 @@ class ModelRegistry:
         required_ids = header.tokenizer.hex(), header.prior.hex() if any(header.prior) else None
         for model in self:
             if "codec" in model.replicas:
-                tokenizer, prior = (model.facts.get(key) for key in ("tokenizer_id", "prior_id"))
+                tokenizer, prior = (model.metadata.get(key) for key in ("tokenizer_id", "prior_id"))
                 if tokenizer and (tokenizer[:16], prior and prior[:16]) == required_ids:
                     return model
         if self.loading:
             raise model_loading(f"the model {self.loading[0]}")
-        raise ApiError(
-            422, f"the file was written with the model {required_ids[1] or required_ids[0]}, which is not served here"
-        )
+        raise ApiError(422, f"the file needs the model {required_ids[1] or required_ids[0]}, which is not served here")
 
     def to_json(self) -> list[dict[str, Any]]:
-        """What `GET /v1/models` says."""
+        """Return the models of `GET /v1/models`."""
         return [
             {
                 "name": model.name,
                 "stage": model.kind.stage,
-                "frames": model.kind.frames,
-                "ready": bool(model.facts),
-                "offers": model.offers,
-                **model.facts,
+                "frames": model.kind.num_frames,
+                "ready": bool(model.metadata),
+                "capabilities": model.capabilities,
+                **model.metadata,
             }
             for model in self
         ]
-
-
-_ID_KEYS = ("tokenizer_id", "prior_id", "model_id")

@@ -1,4 +1,4 @@
-"""`bsq-ray serve`: the service on this machine or a cluster, until it is stopped."""
+"""The lifecycle of `bsq-ray serve`: start the service on a local or an existing Ray cluster, and shut it down."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from dataclasses import dataclass
 
 from bsq_ray import model_folder
 from bsq_ray.config.loader import validate_mapping
+from bsq_ray.runtime._ray_internals import head_node_resource, serve_http_callback_env
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.http.admission import is_loopback
-from bsq_ray.serving.service_config import TOKEN_VARIABLE, Settings, token_from_environment
+from bsq_ray.serving.service_config import PREFETCH_BODIES_VARIABLE, TOKEN_VARIABLE, Settings, token_from_environment
 
-# Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
-# free and a request need not change threads on its way.
+# Ray Serve's processes read these when they start. A variable that is already set keeps its value.
 _SERVE_ENVIRONMENT = {
+    # Replicas call models in their own threads, so the event loop is free and requests need not change threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "bsq_ray.serving.http.response_backpressure.middlewares",
-    # Requests between the processes of a machine are small and many.
+    serve_http_callback_env(): "bsq_ray.serving.http.response_backpressure.middlewares",
+    # Requests between the processes of a node are small and many.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-    # Threads that wait for more to compute soon leave the cores to those who read requests and files; at once would
-    # cost more than it gives, for they are woken dozens of times in each forward pass.
+    # OpenMP threads without work spin for a short time and then free their cores for threads that read requests. Not
+    # spinning at all would be slower, because each forward pass wakes them dozens of times.
     "GOMP_SPINCOUNT": "30000",
 }
-# A line in a file for every request takes longer than what it tells is worth; `/metrics` counts them.
+# Logging every request to a file costs time; `/metrics` counts requests.
 _LOGGING_CONFIG = {"enable_access_log": False}
 
 
 @dataclass(frozen=True)
 class ServerHandle:
-    """A service that answers.
+    """A running service.
 
     Attributes:
-        url: of the page.
-        token: what requests must carry; None if there is no authentication.
-        note: how to reach it from here, where the URL alone does not say.
+        url: URL of the page.
+        token: bearer token that requests must carry; None without authentication.
+        note: how to reach the service from this node, where the URL alone is not enough.
     """
 
     url: str
@@ -50,13 +51,13 @@ class ServerHandle:
 
 
 def parse_settings(models: Sequence[str], host: str, require_token: bool | None, overrides: Sequence[str]) -> Settings:
-    """Settings for models given as FOLDER or NAME=FOLDER.
+    """Return the settings for models given as FOLDER or NAME=FOLDER.
 
     Args:
-        token: whether requests need a token; None: unless only this machine can reach `host`.
+        require_token: requests need a token; None requires one unless `host` is a loopback address.
 
     Raises:
-        ValueError: a folder cannot be read, two models have one name, or an override is wrong.
+        ValueError: a folder cannot be read, two models have the same name, or an override is invalid.
     """
     folders_by_name: dict[str, str] = {}
     for text in models:
@@ -64,7 +65,7 @@ def parse_settings(models: Sequence[str], host: str, require_token: bool | None,
         if not separator:
             name, url = model_folder.load_model_folder_config(text).name, text
         if name in folders_by_name:
-            raise ValueError(f"two models are called {name}; give one another name: --model OTHER={url}")
+            raise ValueError(f"two models are named {name}; rename one of them: --model OTHER={url}")
         folders_by_name[name] = url
     authentication = not is_loopback(host) if require_token is None else require_token
     return validate_mapping(
@@ -74,20 +75,21 @@ def parse_settings(models: Sequence[str], host: str, require_token: bool | None,
 
 @contextmanager
 def serve_app(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[ServerHandle]:
-    """The service, loaded and answering, for the time of the block.
+    """Run the service while the block runs.
 
     Args:
-        port: of the cluster's head, which listens; 0 takes a free one, if that is this machine.
+        port: port on the head node; 0 selects a free one if this process runs on the head node.
         address: Ray cluster, see `ray_session`.
 
     Raises:
-        ValueError: the token in the environment is too short, the port is taken, a model folder cannot be read, or the
-            cluster serves already.
+        ValueError: the token in the environment is too short, the port is in use, a model folder cannot be read, or
+            Ray Serve already runs on the cluster.
         RuntimeError: a replica did not start.
     """
     token = _read_or_create_token() if settings.authentication else None
     for name, value in _SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ[PREFETCH_BODIES_VARIABLE] = str(int(settings.ingress.prefetch_bodies))
     with ray_session(address):
         from ray import serve
 
@@ -95,10 +97,10 @@ def serve_app(settings: Settings, host: str, port: int, address: str | None = No
 
         app = application(settings, token, is_loopback(host))
         if serve.status().proxies:
-            # Its port would stay as it is, and the end of this service would be the end of all.
+            # The port of a running proxy cannot change, and shutting down this service would end all applications.
             raise ValueError(
-                "Ray Serve already runs on this cluster; add the models to what it serves (cluster/README.md, "
-                "'Serving'), or leave --address out"
+                "Ray Serve already runs on this cluster; add the models to its configuration "
+                "(docs/guides/cluster.md, 'Serving'), or omit --address"
             )
         endpoint = _resolve_endpoint(host, port)
         try:
@@ -111,7 +113,7 @@ def serve_app(settings: Settings, host: str, port: int, address: str | None = No
             serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING_CONFIG)
             yield ServerHandle(endpoint.url, token, endpoint.note)
         finally:
-            # Ray reports the end of Serve's controller, which was asked for, as a failure.
+            # Ray reports the requested end of Serve's controller as a failure, so its output is discarded.
             with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
                 serve.shutdown()
 
@@ -128,25 +130,25 @@ class _Endpoint:
 
 
 def _resolve_endpoint(host: str, port: int) -> _Endpoint:
-    """Where the service listens: on the head of the cluster that this process has joined."""
+    """Return the address at which the head node of the joined cluster listens."""
     import ray
 
-    [head] = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
+    [head] = [node for node in ray.nodes() if node["Alive"] and head_node_resource() in node["Resources"]]
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
         port = _free_port(host, port)
         return _Endpoint(port, f"http://{_url_host(host)}:{port}/", "")
     if not port:
-        raise ValueError("--port 0 looks for a free port here, but the cluster's head is another machine; choose one")
+        raise ValueError("--port 0 needs the head node on this node, but it is another one; choose a port")
     address = head["NodeManagerAddress"]
     if is_loopback(host):
         tunnel = f"ssh -N -L {port}:{_url_host(host)}:{port} {address}"
         note = (
-            f"only the cluster's head {address} reaches this address: `{tunnel}` brings it here, --host 0.0.0.0 opens "
-            "it to others"
+            f"only the head node {address} can reach this address; forward it with `{tunnel}`, or use --host 0.0.0.0 "
+            "to open it to other nodes"
         )
         return _Endpoint(port, f"http://{_url_host(host)}:{port}/", note)
     public_host = address if host in ("0.0.0.0", "::") else host
-    return _Endpoint(port, f"http://{_url_host(public_host)}:{port}/", f"the cluster's head {address} listens")
+    return _Endpoint(port, f"http://{_url_host(public_host)}:{port}/", f"the head node {address} listens")
 
 
 def _url_host(host: str) -> str:

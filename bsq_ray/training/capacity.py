@@ -1,100 +1,126 @@
-"""Room on the cluster for a number of workers: waited for, and watched while there could be more.
+"""Cluster capacity for a number of workers: wait for it, and watch for more while a smaller group trains.
 
-A placement group that waits is the question: it is ready when there is room, whatever else runs there, and it tells an
-autoscaler what is wanted. Beside the workers a CPU is asked for, for the tasks that read.
+A pending placement group is the query: it becomes ready when its bundles fit, and an autoscaler sees it as demand.
+Each one includes a CPU for the data tasks.
+
+    ScaleUpMonitor:   ┌────────┐ delay passed  ┌──────────┐ ready   ┌───────────┐
+                      │ waiting│──────────────▶│ reserving│────────▶│ available │
+                      └────────┘               └──────────┘         └───────────┘
+                                   timeout: release, reserve the next size ↺
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Resources = dict[str, float]
 
-# How long to wait for the most workers before fewer are taken, and for each fewer number.
-_MAX_SIZE_TIMEOUT_S, _SMALLER_SIZE_TIMEOUT_S = 10.0, 3.0
-# A smaller group has worked for so long before it is ended for a larger one; each larger number is waited for in turn.
-_SCALE_UP_DELAY_S, _SCALE_UP_TIMEOUT_S = 60.0, 30.0
-# For the tasks that read.
+# Reserved for data tasks, in addition to the workers.
 DATA_TASK_RESOURCES: Resources = {"CPU": 1}
+_POLL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class CapacityTimeouts:
+    """Timeouts of an elastic run, in seconds.
+
+    Attributes:
+        max_size_s: wait for the maximum number of workers before fewer are tried.
+        smaller_size_s: wait for each smaller number.
+        scale_up_delay_s: a smaller group trains this long before more workers are requested.
+        scale_up_s: wait for each larger number before the next one is tried.
+    """
+
+    max_size_s: float = 10.0
+    smaller_size_s: float = 3.0
+    scale_up_delay_s: float = 60.0
+    scale_up_s: float = 30.0
 
 
 def wait_for_capacity(
-    world_sizes: Sequence[int], resources_per_worker: Resources, should_stop: Callable[[], bool]
+    world_sizes: Sequence[int],
+    resources_per_worker: Resources,
+    should_stop: Callable[[], bool],
+    timeouts: CapacityTimeouts = CapacityTimeouts(),
 ) -> int | None:
-    """The most workers for which there is room, as soon as there is room for any of the numbers.
+    """Wait until the cluster has capacity for any of the sizes; return the largest that fits.
 
     Args:
-        sizes: possible numbers of workers, ascending.
-        worker: what each of them needs.
-        stopped: whether to give up, which returns None.
+        world_sizes: valid numbers of workers, ascending.
+        resources_per_worker: resources of each worker, in Ray's names.
+        should_stop: polled while waiting; True ends the wait.
+
+    Returns:
+        The number of workers, or None if `should_stop` ended the wait.
     """
     while True:
         for world_size in reversed(world_sizes):
-            placement_group = _reserve([resources_per_worker] * world_size + [DATA_TASK_RESOURCES])
+            is_max = world_size == world_sizes[-1]
+            deadline = time.monotonic() + (timeouts.max_size_s if is_max else timeouts.smaller_size_s)
+            placement_group = _reserve(world_size, resources_per_worker)
             try:
-                deadline = time.monotonic() + (
-                    _MAX_SIZE_TIMEOUT_S if world_size == world_sizes[-1] else _SMALLER_SIZE_TIMEOUT_S
-                )
                 while time.monotonic() < deadline:
                     if should_stop():
                         return None
-                    if placement_group.wait(0.5):
+                    if placement_group.wait(_POLL_INTERVAL_S):
                         return world_size
             finally:
                 _release(placement_group)
 
 
 class ScaleUpMonitor:
-    """Watches for room for more workers than there are.
+    """Watches for capacity for more workers than the group has.
 
     Args:
-        size: workers at work.
-        sizes: possible numbers of workers, ascending.
-        worker: what each of them needs.
+        world_size: workers of the group.
+        world_sizes: valid numbers of workers, ascending.
+        resources_per_worker: resources of each worker, in Ray's names.
     """
 
-    def __init__(self, world_size: int, world_sizes: Sequence[int], resources_per_worker: Resources) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        world_sizes: Sequence[int],
+        resources_per_worker: Resources,
+        timeouts: CapacityTimeouts = CapacityTimeouts(),
+    ) -> None:
         self._extra_workers = [larger - world_size for larger in world_sizes if larger > world_size]
         self._resources_per_worker = resources_per_worker
+        self._timeouts = timeouts
         self._placement_group: Any = None
-        self._deadline = time.monotonic() + _SCALE_UP_DELAY_S
+        self._deadline = time.monotonic() + timeouts.scale_up_delay_s
 
-    def capacity_available(self) -> bool:
-        """Whether there is room now; to be asked again and again."""
+    def poll(self) -> bool:
+        """Advance the state machine; return True once there is capacity, with the reservation released."""
         if not self._extra_workers:
             return False
         if self._placement_group is not None and self._placement_group.wait(0):
-            # What it has taken is what the workers read with, or begin with.
+            # The larger group needs the reserved resources.
             self.close()
             return True
         if time.monotonic() > self._deadline:
             self.close()
+            # Largest size first, then the smaller ones in turn.
             num_extra = self._extra_workers.pop()
             self._extra_workers.insert(0, num_extra)
-            self._placement_group = _reserve([self._resources_per_worker] * num_extra + [DATA_TASK_RESOURCES])
-            self._deadline = time.monotonic() + _SCALE_UP_TIMEOUT_S
+            self._placement_group = _reserve(num_extra, self._resources_per_worker)
+            self._deadline = time.monotonic() + self._timeouts.scale_up_s
         return False
 
     def close(self) -> None:
-        """Stops watching."""
+        """Release the pending reservation."""
         if self._placement_group is not None:
             _release(self._placement_group)
         self._placement_group = None
 
 
-def draining_nodes() -> set[str]:
-    """Machines whose end was announced: a spot machine that is reclaimed, or `ray drain-node`."""
-    import ray
-
-    return set(ray._private.state.state.get_draining_nodes())
-
-
-def _reserve(bundles: list[Resources]) -> Any:
+def _reserve(num_workers: int, resources_per_worker: Resources) -> Any:
     from ray.util.placement_group import placement_group
 
-    return placement_group(bundles, strategy="PACK")
+    return placement_group([resources_per_worker] * num_workers + [DATA_TASK_RESOURCES], strategy="PACK")
 
 
 def _release(placement_group: Any) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class EMA:
-    """average ← d · average + (1 - d) · weights; d = min(decay, (1 + t) / (10 + t)), so that the start is forgotten.
+    """Averages parameters and buffers with decay d: average ← d · average + (1 - d) · weights.
 
-    Buffers are taken over as they are.
+    The decay of update t is d = min(decay, (1 + t) / (10 + t)), so that the average forgets the initial weights.
 
     Args:
-        module: whose weights are averaged; the average starts as a copy.
-        decay: 0 to 1, exclusive.
+        module: the average starts as an fp32 copy of its state dict.
+        decay: upper limit of d, 0 ≤ decay < 1.
     """
+
+    # torch.optim.swa_utils.AveragedModel copies the module, which fails for parameters that ZeRO-3 has partitioned,
+    # and its state dict is not this checkpoint format. Its averaging function is used below.
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -23,19 +27,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Moves the average towards the module's weights."""
+        """Update the average with the module's weights, which must be complete on this worker."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         current = module.state_dict()
         averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [current[name].float() for name in self.average], 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, [current[name].float() for name in self.average], self.num_updates)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average and the number of updates."""
+        """Return the averages by parameter name, and the number of updates as "updates"."""
         return {**self.average, "updates": torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continues from a saved average."""
+        """Load a state dict in place."""
         self.num_updates = int(state["updates"])
         for name, value in self.average.items():
             value.copy_(state[name])

@@ -1,4 +1,4 @@
-"""The model folder that a run leaves: averaged weights, plain ones beside, and the other modules of the stage."""
+"""Export of a trained model: a folder with averaged weights, raw weights and the stage's other modules."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ def write_model(
     extra_modules: Mapping[str, StateDict],
     bundled_models: Mapping[str, str],
 ) -> None:
-    """Writes `out/model`.
+    """Write the model folder `out/model`.
 
     Args:
-        facts: lines of the model card.
-        figures: what the published weights reach.
-        weights: the published ones, and the plain ones if those are averaged.
-        others: weights of the other modules, by name.
-        companions: model folders to be copied into it, URL by name.
+        card_fields: rows of the model card.
+        metrics: evaluation of the published weights.
+        weights: the published weights, and the raw ones if the published ones are averaged.
+        extra_modules: weights of the other modules, by name.
+        bundled_models: model folders to copy into it, URL by name.
+
+    Raises:
+        StorageUnavailableError: storage is unavailable; the call can be repeated.
     """
     url = storage.join(spec.out_url, "model")
-    card_fields = card_fields | ({"initialised from": spec.init_url} if spec.init_url else {})
+    card_fields = card_fields | ({"initialized from": spec.init_url} if spec.init_url else {})
     model_folder.write_model_folder(url, config.dump_config(spec.config), *weights, metrics, card_fields)
     for name, state in extra_modules.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))

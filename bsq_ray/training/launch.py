@@ -1,16 +1,20 @@
-"""Starting a run: what must fit together, training on Ray's workers or in this process, and the summary."""
+"""Start a training run: validate its input, train on Ray or in this process, write the summary.
+
+train ─▶ RunSpec ─▶ validate ─┬─ num_workers > 0 ─▶ ray_trainer.run_on_ray ─┬─▶ RunResult ─▶ summary.json
+                              └─ num_workers = 0 ─▶ trainer.run_training   ─┘
+"""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from bsq_ray import config, storage
+from bsq_ray.config.batch_split import valid_world_sizes
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
@@ -18,14 +22,15 @@ from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.monitoring.console import ProgressLine
 from bsq_ray.training.monitoring.summary import RunSummary
-from bsq_ray.training.ray_trainer import ResourceBudget, run_on_ray
-from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable, valid_world_sizes
+from bsq_ray.training.ray_trainer import run_on_ray
+from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable
 from bsq_ray.training.trainer import run_training
-from bsq_ray.training.worker_context import ControlSignal, Device, WorkerContext, local_device
+from bsq_ray.training.worker_context import ControlSignal, Device, RecordSink, WorkerContext, local_device
+from bsq_ray.training.worker_resources import ResourceBudget
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop, and what it did is saved; it can be resumed."""
+    """A stop request ended the run; its state is saved and it can be resumed."""
 
 
 def train(
@@ -33,6 +38,7 @@ def train(
     data_url: str,
     out_url: str,
     num_workers: int,
+    *,
     resume: bool = False,
     address: str | None = None,
     held_out_url: str | None = None,
@@ -41,35 +47,35 @@ def train(
     min_workers: int | None = None,
     max_failures: int = 3,
     init_url: str | None = None,
-    on_record: Callable[[dict[str, Any]], None] | None = None,
+    on_record: RecordSink | None = None,
     stop_event: threading.Event | None = None,
     budget: ResourceBudget = ResourceBudget(),
 ) -> RunResult:
-    """Trains a model and leaves `out_url/model`, checkpoints, logs and pictures; see `run_spec.RunSpec`.
+    """Train a model; write `out_url/model`, checkpoints, logs and sample images. See `run_spec.RunSpec`.
 
     Args:
-        workers: processes to train with; 0 trains in this process, without Ray.
-        resume: go on with the run in `out_url`.
-        address: Ray cluster; None starts one on this machine for the time of the run.
-        device: what each worker computes on: "gpu", "cpu", or "auto", which takes GPUs where the cluster has any, up or
-            still to be brought up by its autoscaler.
-        min_workers: the run goes on with as few when there is room for no more, and with more when there is; the global
-            batch stays. None always trains with `workers`.
-        max_failures: how often lost workers are replaced without a new checkpoint between.
-        init_url: folder of a trained tokenizer whose weights a new run begins with.
-        show: receives the run's records instead of the progress line.
-        stop: asks the run to save and stop when it is set; None lets Ctrl-C and SIGTERM ask.
-        share: what the run may take of the cluster.
+        num_workers: number of training processes; 0 trains in this process, without Ray.
+        resume: resume the run in `out_url`.
+        address: Ray cluster; None starts Ray on this node for the duration of the run.
+        device: device of each worker: "gpu", "cpu", or "auto", which uses GPUs if the cluster has any or its autoscaler
+            can start some.
+        min_workers: smallest number of workers of an elastic run. It shrinks when capacity is lost and grows when there
+            is more; the global batch stays the same. None always trains with `num_workers`.
+        max_failures: worker failures that are retried in a row, without a new checkpoint between them.
+        init_url: folder of a trained tokenizer that provides the initial weights of a new run.
+        on_record: receives the run's records; None shows a progress line.
+        stop_event: requests that the run saves and stops; None makes Ctrl-C and SIGTERM request it.
+        budget: resources of the run on a shared cluster.
 
     Raises:
         ValueError: configuration, data and folder do not fit together; nothing was started.
-        Interrupted: it was asked to stop, and has saved.
-        RuntimeError: the training failed; the message says why.
+        Interrupted: the run was stopped and its state is saved.
+        RuntimeError: the training failed; the message states why.
     """
-    # Workers may run in another folder.
+    # Workers may have another working directory.
     data_url, out_url = storage.absolute(data_url), storage.absolute(out_url)
     if init_url and storage.exists(init_url):
-        # Otherwise it may be a hub id.
+        # Otherwise it may be a hub ID.
         init_url = storage.absolute(init_url)
     run_config = resolve_tokenizer(run_config, data_url)
     spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
@@ -79,56 +85,74 @@ def train(
     _validate(spec, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
     summary = RunSummary()
-    with _console(on_record) as display:
-        record_sink = summary.tracking(display)
+    with _console(on_record) as console:
+        record_sink = summary.tracking(console)
+        result: RunResult | None
         if num_workers == 0:
             with stop_on_signal(stop_event) as stop_requested:
-                record_sink({"kind": "place", "step": 0, "out": out_url, "dashboard": ""})
-                worker = WorkerContext(0, 1, local_device(device), "local", _LocalReporter(record_sink, stop_requested))
-                result: RunResult | None = run_training(spec, worker)
+                result = _train_locally(spec, device, record_sink, stop_requested)
         else:
             with (
-                ray_session(address, include_dashboard=True) as dashboard,
+                ray_session(address, include_dashboard=True) as dashboard_url,
                 stop_on_signal(stop_event) as stop_requested,
             ):
-                record_sink({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
-                result = run_on_ray(spec, world_sizes, device, max_failures, record_sink, stop_requested, budget)
+                record_sink({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard_url})
+                result = run_on_ray(
+                    spec,
+                    world_sizes,
+                    device=device,
+                    max_failures=max_failures,
+                    on_record=record_sink,
+                    stop_event=stop_requested,
+                    budget=budget,
+                )
         if result is None:
-            raise Interrupted("stopped before the workers began; nothing is lost")
+            raise Interrupted("stopped before the workers started; nothing is lost")
         result = summary.complete(result)
-        summary_fields = {
-            **asdict(result),
-            "restarts": len(result.restart_reasons),
-            "restart_reasons": result.restart_reasons,
-        }
-        _write_summary({**summary_fields, "workers": num_workers, "minutes": minutes}, spec, record_sink)
+        _write_summary(result, num_workers, spec, record_sink)
     if not result.finished:
         raise Interrupted(f"stopped after step {result.step}; checkpoint and model are saved in {out_url}")
     return result
 
 
-def _write_summary(summary_fields: dict[str, Any], spec: RunSpec, on_record: Callable[[dict[str, Any]], None]) -> None:
-    write = partial(
-        storage.write_bytes, storage.join(spec.out_url, "summary.json"), json.dumps(summary_fields, indent=1).encode()
-    )
-    timeout_s = spec.config.training.storage_timeout_s
+def _train_locally(spec: RunSpec, device: Device, on_record: RecordSink, stop_event: threading.Event) -> RunResult:
+    on_record({"kind": "place", "step": 0, "out": spec.out_url, "dashboard": ""})
+    worker = WorkerContext(0, 1, local_device(device), "local", _LocalReporter(on_record, stop_event))
+    return run_training(spec, worker)
+
+
+def _write_summary(result: RunResult, num_workers: int, spec: RunSpec, on_record: RecordSink) -> None:
+    """Write summary.json; retry while storage is unavailable."""
+    fields = {
+        **asdict(result),
+        "restarts": len(result.restart_reasons),
+        "workers": num_workers,
+        "minutes": spec.minutes,
+    }
+    url = storage.join(spec.out_url, "summary.json")
     storage.retry_while_unavailable(
-        write, timeout_s, lambda text: on_record({"kind": "warning", "step": 0, "text": text})
+        lambda: storage.write_bytes(url, json.dumps(fields, indent=1).encode()),
+        spec.config.training.storage_timeout_s,
+        lambda text: on_record({"kind": "warning", "step": 0, "text": text}),
     )
 
 
 def _validate(spec: RunSpec, resume: bool) -> None:
-    """What can be known to be wrong before anything is started."""
+    """Check everything that can be known to be wrong before anything is started.
+
+    Raises:
+        ValueError: configuration, data and folder do not fit together.
+    """
     if spec.minutes is not None and spec.minutes <= 0:
         raise ValueError(f"minutes {spec.minutes} must be positive")
     source = build_source(spec.config, spec.data_url)
     for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
         if not data_source.num_samples:
-            raise ValueError(f"{data_source.url} holds no samples")
+            raise ValueError(f"{data_source.url} contains no samples")
     checkpoints = list_checkpoints(spec.out_url)
     if checkpoints and not resume:
         raise ValueError(
-            f"{spec.out_url} already holds a run (checkpoint {checkpoints[-1]}); go on with it by --resume, "
+            f"{spec.out_url} already contains a run (checkpoint {checkpoints[-1]}); resume it with --resume, "
             "or choose another --out"
         )
     progress = newest_progress(spec.out_url)
@@ -141,7 +165,8 @@ def _validate(spec: RunSpec, resume: bool) -> None:
 
 
 @contextmanager
-def _console(on_record: Callable[[dict[str, Any]], None] | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _console(on_record: RecordSink | None) -> Iterator[RecordSink]:
+    """Yield the sink for records: `on_record`, or a progress line."""
     if on_record is not None:
         yield on_record
         return
@@ -150,9 +175,16 @@ def _console(on_record: Callable[[dict[str, Any]], None] | None) -> Iterator[Cal
 
 
 class _LocalReporter:
-    def __init__(self, on_record: Callable[[dict[str, Any]], None], stop_event: threading.Event) -> None:
-        self.record = on_record
+    """Reporter of a run in this process."""
+
+    def __init__(self, on_record: RecordSink, stop_event: threading.Event) -> None:
+        self._on_record = on_record
         self._stop_event = stop_event
 
+    def record(self, record: dict[str, Any]) -> None:
+        """Report one record of the run."""
+        self._on_record(record)
+
     def control_signal(self) -> ControlSignal:
+        """Return STOP once the stop event is set."""
         return ControlSignal.STOP if self._stop_event.is_set() else ControlSignal.CONTINUE

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite numbers: noticed by all workers before the weights change, and told."""
+"""Detection of nonfinite losses and gradients on all workers, before the weights change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from bsq_ray.training.worker_context import WorkerContext
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or gradient that is not a finite number; the weights were not touched by it."""
+    """A loss or gradient is not finite; the weights are unchanged."""
 
 
 @dataclass(frozen=True)
 class PhaseLoss:
-    """The loss of a phase on one micro batch."""
+    """Loss of a phase on one micro batch.
+
+    Attributes:
+        total: detached scalar.
+        scalars: detached terms of the loss, by name.
+        sample_keys: keys of the micro batch.
+    """
 
     total: Tensor
     scalars: dict[str, Tensor]
@@ -26,7 +32,11 @@ class PhaseLoss:
 
 
 def find_nonfinite(losses: list[PhaseLoss], worker: WorkerContext) -> tuple[str, list[str]] | None:
-    """What is not finite in the losses of any worker, and the samples of this one that it comes from."""
+    """Find nonfinite losses on any worker; collective.
+
+    Returns:
+        A description that names the terms, and this worker's sample keys; None if all losses are finite.
+    """
     has_nonfinite = not bool(torch.isfinite(torch.stack([loss.total for loss in losses])).all())
     [any_rank] = worker.all_reduce_max([float(has_nonfinite)])
     if not any_rank:
@@ -46,7 +56,13 @@ def find_nonfinite(losses: list[PhaseLoss], worker: WorkerContext) -> tuple[str,
 def nonfinite_error(
     description: str, sample_keys: list[str], step: int, out_url: str, worker: WorkerContext
 ) -> NonFiniteLossError:
-    """What to raise; every worker comes here at the same step, with the samples it suspects."""
+    """Write `nonfinite.json` and return the error to raise; collective.
+
+    Args:
+        description: subject of the message, such as "the loss (reconstruction)".
+        sample_keys: suspect samples of this worker.
+        step: step that failed, from 1.
+    """
     suspect_keys = [key for part in worker.all_gather_object(sample_keys) for key in part]
     url = storage.join(out_url, "nonfinite.json")
     if worker.is_main:
@@ -55,7 +71,7 @@ def nonfinite_error(
         )
     key_list = ", ".join(suspect_keys[:4]) + (f" and {len(suspect_keys) - 4} more" if len(suspect_keys) > 4 else "")
     return NonFiniteLossError(
-        f"step {step}: {description} is not finite; the batch was {key_list} (all in {url}). The weights were not "
-        "changed by it; try a lower training.optimizer.base_learning_rate, a training.optimizer.max_grad_norm, "
+        f"step {step}: {description} is not finite; the batch was {key_list} (all in {url}). The weights are "
+        "unchanged; try a lower training.optimizer.base_learning_rate, a training.optimizer.max_grad_norm, "
         "or training.engine.precision=fp32"
     )

@@ -1,4 +1,4 @@
-"""What is asked of a run, what comes back, and what must fit together before it starts."""
+"""Input and result of a run, and the check that a checkpoint belongs to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bsq_ray import config
 from bsq_ray.data.data_source import DataSource
 from bsq_ray.training.checkpoints.writer import RunProgress
 
-# Keys that a run keeps when it goes on; everything else, such as its length, may change.
+# Keys that cannot change when a run resumes; every other key, such as the number of steps, may change.
 _FIXED_ON_RESUME = {
     "training": ("batch_size", "seed"),
     "data": ("interleave", "shuffle_block_size"),
@@ -18,16 +18,16 @@ _FIXED_ON_RESUME = {
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What to train, on what, and where the results go.
+    """Input of a training run.
 
     Attributes:
-        config: the run's configuration.
-        data_url: packed training images.
+        config: configuration of the run.
+        data_url: packed training data.
         out_url: folder of the run.
-        held_out_url: packed images for the evaluations along the way; None takes training images.
-        minutes: time limit of the training with its evaluations; the schedule then follows the clock. None trains all
-            steps.
-        init_url: model folder whose weights a new run begins with; None begins with random ones.
+        held_out_url: packed data for evaluations during training; None uses training data.
+        minutes: time limit for training and its evaluations; the schedule then follows the elapsed time. None trains
+            all steps.
+        init_url: model folder that provides the initial weights of a new run; None starts from random weights.
     """
 
     config: config.AnyConfig
@@ -40,19 +40,19 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run, or a part of it, ended.
+    """Result of a run, or of one worker group of it.
 
     Attributes:
-        step: steps taken.
-        finished: whether it came to its end, rather than being asked to stop or to make room.
-        seconds: of training over all parts of the run, with the evaluations along the way: what `minutes` limits.
-        images_per_second: of this part, all workers together, without the time of evaluations.
-        data_wait: share of that time spent waiting for data, 0 to 1.
-        checkpoints: how many were written.
-        checkpoint_stall: seconds for which steps were held up by them.
-        damaged: samples that could not be read by any worker.
-        figures: the last evaluation, with the averaged weights if there are any.
-        restarts: why other workers went on, once for each time.
+        step: number of completed steps.
+        finished: trained to its end, not ended by a stop or resize request.
+        seconds: time of training and its evaluations over all groups; `minutes` limits it.
+        images_per_second: throughput of this group, all workers together, without evaluations.
+        data_wait: fraction of that time spent waiting for data, 0 to 1.
+        num_checkpoints: number of checkpoints written.
+        checkpoint_blocking_seconds: time for which checkpoints blocked training.
+        skipped_samples: keys of samples that could not be read, over all workers.
+        metrics: metrics of the last evaluation, with the averaged weights if there are any.
+        restart_reasons: reason of each restart with another worker group.
     """
 
     step: int
@@ -67,58 +67,11 @@ class RunResult:
     restart_reasons: list[str] = field(default_factory=list)
 
 
-def split_batch(training_config: config.TrainingConfig, world_size: int) -> tuple[int, int]:
-    """Micro batch and number of accumulations that make up each worker's share of the global batch.
-
-    Raises:
-        ValueError: the numbers do not divide; the message says what to change.
-    """
-    if training_config.batch_size % world_size:
-        raise ValueError(
-            f"training.batch_size {training_config.batch_size} cannot be shared evenly by {world_size} workers; "
-            f"choose a multiple of {world_size} or another number of workers"
-        )
-    per_worker = training_config.batch_size // world_size
-    micro_batch = min(training_config.micro_batch_size or per_worker, per_worker)
-    if per_worker % micro_batch:
-        raise ValueError(
-            f"each of {world_size} workers takes {per_worker} of {training_config.batch_size} images, which is not a multiple of "
-            f"training.micro_batch_size {micro_batch}"
-        )
-    return micro_batch, per_worker // micro_batch
-
-
-def valid_world_sizes(training_config: config.TrainingConfig, min_workers: int, max_workers: int) -> list[int]:
-    """Numbers of workers, ascending, that can share the global batch; the most must be one of them.
-
-    Raises:
-        ValueError: the numbers are no range, or the most cannot share the batch.
-    """
-    if max_workers < 0:
-        raise ValueError(f"workers {max_workers} must be 0 (this process, without Ray) or more")
-    if min_workers > max_workers or (min_workers < 1 and max_workers > 0):
-        raise ValueError(f"workers {min_workers}-{max_workers} is no range from 1 worker or more to as many or more")
-    split_batch(training_config, max(1, max_workers))
-    return [
-        size
-        for size in range(min_workers, max_workers + 1)
-        if size in (0, max_workers) or _splits_evenly(training_config, size)
-    ]
-
-
-def _splits_evenly(training_config: config.TrainingConfig, world_size: int) -> bool:
-    try:
-        split_batch(training_config, world_size)
-    except ValueError:
-        return False
-    return True
-
-
 def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source: DataSource, out_url: str) -> None:
-    """Refuses to go on with a checkpoint of another model, another data set or another order of the data.
+    """Check that a checkpoint has the model, the data set and the data order of the run.
 
     Raises:
-        ValueError: naming each key that differs, with both values.
+        ValueError: it does not; the message names each key that differs, with both values.
     """
     checkpoint_values = _fixed_values(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
     current_values = _fixed_values(run_config)
@@ -129,7 +82,7 @@ def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source:
     ]
     if differences:
         raise ValueError(
-            f"{out_url} holds a run with another configuration: {'; '.join(differences)}; "
+            f"{out_url} contains a run with another configuration: {'; '.join(differences)}; "
             "give the same values, or another --out"
         )
     if progress.dataset != source.hash:
@@ -140,7 +93,7 @@ def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source:
 
 
 def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
-    """Dotted keys and values that cannot change within a run."""
+    """Return the dotted keys that cannot change within a run, with their values."""
     values = _flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model")
     if isinstance(run_config, config.TokenizerConfig):
         adversarial = run_config.loss.adversarial
@@ -157,6 +110,7 @@ def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
 
 
 def _flatten(values: dict[str, object], path: str) -> dict[str, object]:
+    """Return the leaves of nested dictionaries by their dotted keys below `path`."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}

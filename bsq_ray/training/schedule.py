@@ -1,4 +1,4 @@
-"""Learning rate and loss ramps: pure functions of how far a run has come."""
+"""Schedules of the learning rate and of loss weights, as pure functions of step and progress."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from bsq_ray import config
 
 
 def learning_rate(optimizer: config.OptimizerConfig, batch_size: int) -> float:
-    """The peak learning rate: given per 256 images, linear in the global batch, whatever the number of workers."""
+    """Return the peak learning rate: the base rate per 256 images, scaled linearly with the global batch size."""
     return optimizer.base_learning_rate * batch_size / 256
 
 
 def schedule_factor(schedule: config.ScheduleConfig, step: int, num_steps: int, progress: float) -> float:
-    """Factor on the learning rate: linear warm-up over steps, then a half cosine over the rest of the run.
+    """Return the factor on the learning rate: linear warm-up, then a half cosine over the rest of the run.
 
     Args:
         step: the step about to be taken, from 0.
-        steps: planned length of the run, in steps.
-        progress: share of the run that is done, 0 to 1; differs from step / steps only under a time limit.
+        num_steps: planned number of steps.
+        progress: fraction of the run that is done, 0 to 1; differs from step / num_steps only under a time limit.
     """
     warmup = min(schedule.warmup_steps, num_steps)
     if step < warmup:
@@ -29,6 +29,6 @@ def schedule_factor(schedule: config.ScheduleConfig, step: int, num_steps: int, 
 
 
 def ramp(step: int, num_steps: int, start: float) -> float:
-    """A factor that falls (or rises) linearly from `start` to 1 over the first `steps` steps."""
+    """Return a factor that changes linearly from `start` to 1 over the first `num_steps` steps."""
     fraction = min(1.0, step / num_steps) if num_steps else 1.0
     return start + (1 - start) * fraction

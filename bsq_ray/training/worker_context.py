@@ -1,10 +1,10 @@
-"""One worker of a run: who it is among the others, and what all of them must agree on."""
+"""One process of a run: its rank, collective operations, reporter and device."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -15,38 +15,41 @@ import torch
 import torch.distributed as dist
 
 from bsq_ray.data.stream import Executor
+from bsq_ray.runtime._torch_internals import has_native_bf16
 
-# What a worker computes on; "auto" takes a GPU where there is one.
+# Device of each worker; "auto" uses a GPU if there is one.
 Device = Literal["auto", "cpu", "gpu"]
+# Receives one record of a run; its key "kind" gives the type of the record.
+RecordSink = Callable[[dict[str, Any]], None]
 
 
 class ControlSignal(IntEnum):
-    """What a run is asked to do after its step; the greater one counts."""
+    """Signal that a run obeys after its current step; the greatest value over all ranks counts."""
 
     CONTINUE = 0
-    # Save and end, because others will go on: more workers, fewer, or on other machines.
+    # Save a checkpoint and exit: the run restarts with another number of workers, or on other nodes.
     RESIZE = 1
-    # Save, write the model folder and end.
+    # Save a checkpoint and the model folder and exit.
     STOP = 2
 
 
 class Reporter(Protocol):
-    """Where a run tells what it does, and hears what it should do. Only rank 0's is used."""
+    """Sink for run records and source of control signals; only that of rank 0 is used."""
 
     def record(self, record: dict[str, Any]) -> None:
-        """One record of the log: `kind` says what it is."""
+        """Report one record of the run."""
 
     def control_signal(self) -> ControlSignal:
-        """What the run was asked to do."""
+        """Return the newest control signal."""
 
 
 @dataclass
 class WorkerContext:
-    """A process of the run.
+    """One process of the run.
 
     Attributes:
-        rank, world: its number and how many there are.
-        device: where it computes.
+        rank, world_size: index of the process and number of processes.
+        device: device it computes on.
         executor: who reads its data.
         reporter: see `Reporter`.
     """
@@ -59,11 +62,11 @@ class WorkerContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is the one that writes for all."""
+        """Whether this process writes files for all."""
         return self.rank == 0
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
-        """The greatest of each value over all workers."""
+        """Return the maximum of each value over all workers."""
         if self.world_size == 1:
             return list(values)
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -71,7 +74,7 @@ class WorkerContext:
         return [float(value) for value in reduced.tolist()]
 
     def all_reduce_mean(self, values: Sequence[float]) -> list[float]:
-        """The mean of each value over all workers."""
+        """Return the mean of each value over all workers."""
         if self.world_size == 1:
             return list(values)
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -79,7 +82,7 @@ class WorkerContext:
         return [float(value) / self.world_size for value in reduced.tolist()]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Everybody's value, in order of rank."""
+        """Return the value of every worker, in order of rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -87,15 +90,15 @@ class WorkerContext:
         return values
 
     def barrier(self) -> None:
-        """Waits for all workers."""
+        """Wait for all workers."""
         if self.world_size > 1:
             dist.barrier()
 
     @contextmanager
     def node_local_dir(self) -> Iterator[tuple[Path, int]]:
-        """A temporary folder shared by the workers of a machine, and the rank of the one that is to fill it."""
+        """Yield a temporary folder shared by the workers of a node, and the rank of the one that fills it."""
         with tempfile.TemporaryDirectory() as own_dir:
-            # Names of hosts need not differ, and containers of one host need not see each other's files.
+            # Not by host name: two hosts can have the same, and containers of one host may not share files.
             dirs_by_rank = [Path(folder) for folder in self.all_gather_object(own_dir)]
             owner_rank = next(rank for rank, folder in enumerate(dirs_by_rank) if folder.exists())
             yield dirs_by_rank[owner_rank], owner_rank
@@ -103,25 +106,24 @@ class WorkerContext:
 
 
 def local_device(device: Device) -> torch.device:
-    """This process's GPU, or the CPU.
+    """Return this process's GPU, or the CPU.
 
     Raises:
-        ValueError: a GPU is asked for and PyTorch sees none.
+        ValueError: a GPU is required and PyTorch finds none.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("--device gpu needs a GPU, and PyTorch sees none here; give --device cpu")
+        raise ValueError("--device gpu requires a GPU, and PyTorch finds none on this node; give --device cpu")
     gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(gpu)
     return gpu
 
 
 def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch.device) -> Literal["bf16", "fp32"]:
-    """What "auto" means on this hardware: bf16 where it has instructions for it."""
+    """Resolve "auto" to bf16 if the hardware has instructions for it, else to fp32."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    has_native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_native_bf16 else "fp32"
+    return "bf16" if has_native_bf16() else "fp32"

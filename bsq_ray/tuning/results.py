@@ -1,4 +1,4 @@
-"""What a sweep leaves: a table, the best configuration as a preset, plots, and a page that shows them."""
+"""Results of a sweep: a table, the best configuration as a preset, plots, and a README that shows them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.training.monitoring.console import format_duration
+from bsq_ray.runtime.text_format import format_duration
 from bsq_ray.tuning import sweep_plots
 from bsq_ray.tuning.study import Study, TrialRecord, TrialRecordState, format_value
 from bsq_ray.tuning.sweep_config import INTERMEDIATE_METRICS
 
-# Figures shown in the Markdown table after the sweep's own metrics; the Parquet table has all.
+# Columns of the Markdown table after the sweep's own metrics; the Parquet table has all metrics.
 _TABLE_METRICS = ("bits_per_pixel", "psnr", "lpips", "ssim", "bits_per_token", "steps", "train_seconds")
 _PLOT_TITLES = {
-    "rate-distortion.png": "Rate against distortion on held-out images, trials that finished",
-    "curves.png": "Every trial over its steps",
-    "importance.png": "What the parameters matter",
+    "rate-distortion.png": "Rate-distortion on held-out images, finished trials",
+    "curves.png": "Training loss and held-out metric of every trial",
+    "importance.png": "Importance of the parameters",
 }
 
 
 def write_results(study: Study) -> None:
-    """Writes results.parquet, README.md, best.yaml and the plots into the sweep's folder, from what is known so far."""
+    """Write results.parquet, README.md, best.yaml and the plots into the sweep's folder, from the records so far."""
     out_url, best = study.out_url, study.best_trial()
     storage.write_bytes(storage.join(out_url, "results.parquet"), _to_parquet(study))
     if best is not None:
         storage.write_bytes(storage.join(out_url, "best.yaml"), _best_preset(study, best).encode())
     metric, _ = study.sweep.first_metric
-    curve_metric = (
-        metric if metric in INTERMEDIATE_METRICS[study.sweep.stage] else INTERMEDIATE_METRICS[study.sweep.stage][0]
-    )
+    intermediate_metrics = INTERMEDIATE_METRICS[study.sweep.stage]
+    curve_metric = metric if metric in intermediate_metrics else intermediate_metrics[0]
     losses = {record.number: _read_losses(study.trial_url(record)) for record in study.records}
     rendered_plots = {
         "rate-distortion.png": sweep_plots.plot_rate_distortion(study.records),
@@ -49,7 +48,7 @@ def write_results(study: Study) -> None:
 
 
 def markdown_table(study: Study) -> str:
-    """The trials as a Markdown table, the best one in bold."""
+    """Return the trials as a Markdown table, the best one in bold."""
     best = study.best_trial()
     metric_names = {name for record in study.records for name in record.metrics}
     metric_columns = [name for name in dict.fromkeys([*study.sweep.metrics, *_TABLE_METRICS]) if name in metric_names]
@@ -73,8 +72,8 @@ def _readme(study: Study, best: TrialRecord | None, plot_names: list[str]) -> st
     lines += [f"{len(study.records)} of {sweep.num_trials} trials of the preset `{sweep.preset}`: {state_counts}.", ""]
     if best is not None:
         lines += [
-            f"The best by {name} ({mode}) is trial {best.number}, {format_value(best.metrics[name])}: `best.yaml` is its "
-            f"configuration, `trials/{best.number:03}/model` its model.",
+            f"Best {name} ({mode}): trial {best.number}, {format_value(best.metrics[name])}. Its configuration is "
+            f"`best.yaml`, its model `trials/{best.number:03}/model`.",
             "",
         ]
     lines += [markdown_table(study), ""]
@@ -90,19 +89,19 @@ _STATE_LABELS: dict[TrialRecordState, str] = {
     "running": "interrupted",
     "failed": "failed",
     "diverged": "diverged",
-    "invalid": "not possible",
+    "invalid": "invalid",
 }
 
 
 def _failures(records: list[TrialRecord]) -> list[str]:
-    """What failed and why, and what was begun again."""
-    lines = [f"- trial {r.number} is {r.state}: {r.reason}" for r in records if r.reason]
-    lines += [f"- trial {r.number} was begun again: {reason}" for r in records for reason in r.retry_reasons]
-    return ["## What went wrong", "", *lines, ""] if lines else []
+    """Return the lines that list failed and retried trials with their reasons."""
+    lines = [f"- trial {r.number} {r.state}: {r.reason}" for r in records if r.reason]
+    lines += [f"- trial {r.number} retried: {reason}" for r in records for reason in r.retry_reasons]
+    return ["## Failures", "", *lines, ""] if lines else []
 
 
 def _to_parquet(study: Study) -> bytes:
-    """One row for each trial: number, state, its parameters as param.NAME, figures, attempts, reason."""
+    """Return a table with a row per trial: number, state, parameters as param.NAME, metrics, num_attempts, reason."""
     metric_names = sorted({name for record in study.records for name in record.metrics})
     best = study.best_trial()
     columns: dict[str, list[Any]] = {
@@ -127,14 +126,14 @@ def _best_preset(study: Study, best: TrialRecord) -> str:
     budget = study.sweep.budget
     budget_text = format_duration(60 * budget.minutes) if budget.minutes else f"{budget.steps or 'all'} steps"
     comments = [
-        f"Trial {best.number} of sweep {study.sweep.name}, best by {name} ({mode}): {format_value(best.metrics[name])}.",
-        f"The trials trained for {budget_text}; this preset trains as long as its base, unless training.steps is given.",
+        f"Trial {best.number} of sweep {study.sweep.name}, best {name} ({mode}): {format_value(best.metrics[name])}.",
+        f"The trials trained for {budget_text}; this preset trains as long as its base unless it sets training.steps.",
     ]
     return study.to_preset(best, f"{study.sweep.name}-best", comments, include_steps=False)
 
 
 def _read_losses(run_url: str) -> list[tuple[int, float]]:
-    """(step, loss) of a run so far."""
+    """Return (step, loss) of each training record of a run."""
     url = storage.join(run_url, "metrics.jsonl")
     lines = storage.read_bytes(url).splitlines(keepends=True) if storage.exists(url) else []
     records = [json.loads(line) for line in lines if line.endswith(b"\n")]

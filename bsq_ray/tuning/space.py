@@ -1,6 +1,6 @@
-"""The values that a sweep tries, and how a choice of them becomes a preset.
+"""Search space of a sweep, and the preset that sampled values make.
 
-space ─distribution─▶ searcher ─sampled values─▶ changes: key → value ─▶ preset: a base and what differs
+space ─distribution─▶ searcher ─sampled values─▶ changes (key → value) ─▶ preset (base preset and changes)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Changes = dict[str, Any]
 
 
 class SearchParameter(StrictModel):
-    """What one key of the configuration can be, or several that go together.
+    """Values of one configuration key, or of several keys that change together; exactly one attribute is given.
 
     Attributes:
-        values: these, one after the other.
-        choices: sets of keys by a name of their own, for keys that only make sense together.
-        integers: [lowest, highest], both included.
-        uniform, loguniform: [lowest, highest] real numbers, evenly or evenly in their logarithm.
+        values: list of values.
+        choices: named sets of keys and values, for keys that change together.
+        integers: [lowest, highest], inclusive.
+        uniform, loguniform: [lowest, highest], sampled uniformly or uniformly in the logarithm.
     """
 
     values: list[Any] | None = None
@@ -37,26 +37,26 @@ class SearchParameter(StrictModel):
     def _check_one_kind(self) -> SearchParameter:
         kinds = {name: value for name, value in self if value is not None}
         if len(kinds) != 1:
-            raise ValueError(f"give one of values, choices, integers, uniform, loguniform (there are {len(kinds)})")
+            raise ValueError(f"give one of values, choices, integers, uniform, loguniform (found {len(kinds)})")
         [(name, value)] = kinds.items()
         if not value:
             raise ValueError(f"{name} is empty")
         if name in ("integers", "uniform", "loguniform") and not value[0] < value[1]:
             raise ValueError(f"{name} {list(value)} is not a range [lowest, highest]")
         if name == "loguniform" and value[0] <= 0:
-            raise ValueError(f"loguniform {list(value)} has no logarithm; its lowest value must be above 0")
+            raise ValueError(f"loguniform {list(value)} is invalid; its lowest value must be above 0")
         if self.values and len(set(map(_category_label, self.values))) < len(self.values):
-            raise ValueError(f"values {self.values} names one twice")
+            raise ValueError(f"values {self.values} contains a value twice")
         return self
 
     def grid_values(self) -> list[Any]:
-        """All values a searcher can draw, as it sees them; none for a range of real numbers."""
+        """Return all values as the searcher names them; empty for a continuous range."""
         if self.integers:
             return list(range(self.integers[0], self.integers[1] + 1))
         return list(self.choices) if self.choices else [_category_label(value) for value in self.values or []]
 
     def distribution(self) -> Any:
-        """The same for Optuna."""
+        """Return the Optuna distribution of the values."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.integers:
@@ -68,7 +68,7 @@ class SearchParameter(StrictModel):
         return CategoricalDistribution(self.grid_values())
 
     def to_changes(self, key: str, choice: Any) -> Changes:
-        """The keys of the configuration that a drawn value stands for."""
+        """Return the configuration keys that a sampled value sets, with their values."""
         if self.choices:
             return dict(self.choices[choice])
         if self.values:
@@ -76,18 +76,18 @@ class SearchParameter(StrictModel):
         return {key: choice}
 
     def config_keys(self, key: str) -> Iterator[str]:
-        """Dotted names of all keys it sets, when it stands in the space under `key`."""
+        """Yield the dotted names of all keys that this parameter sets under the name `key`."""
         for choice in self.grid_values() or [0.0]:
             yield from leaf_keys(self.to_changes(key, choice))
 
 
 def _category_label(value: Any) -> Any:
-    """Optuna's categories are plain values; anything else is named by its JSON."""
+    """Return a value as an Optuna category: plain values stay, any other is replaced by its JSON."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def leaf_keys(changes: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted names of the single keys in changes whose values may be sections."""
+    """Yield the dotted names of the leaf keys in changes whose values may be nested."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and value:
             yield from (f"{key}.{child}" for child in leaf_keys(value))
@@ -96,7 +96,7 @@ def leaf_keys(changes: Mapping[str, Any]) -> Iterator[str]:
 
 
 def preset_text(base: str, name: str, description: str, changes: Changes, comments: list[str]) -> str:
-    """A preset's YAML: its base, its name and the keys in which it differs."""
+    """Return a preset's YAML: base, name, description and the keys that differ from the base."""
     keys: dict[str, Any] = {"base": base, "name": name, "description": description}
     for key, value in changes.items():
         *parents, leaf = key.split(".")

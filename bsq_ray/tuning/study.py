@@ -1,9 +1,9 @@
-"""What is known of a sweep: its trials, one record each, and the Optuna study that proposes their values.
+"""State of a sweep: one record per trial, and the Optuna study that proposes parameters.
 
-    out/trials/003/trial.json   parameters, state, figures, attempts, why it failed
-    out/trials/003/preset.yaml  the trial as a preset; beside it the files of an ordinary run
+    out/trials/003/trial.json   TrialRecord: parameters, state, metrics, attempts, reason of a failure
+    out/trials/003/preset.yaml  the trial as a preset, next to the files of its training run
 
-The records are all that a stopped sweep needs to go on: the study is made anew from them, and nothing is unpickled.
+A stopped sweep resumes from the records alone: the Optuna study is rebuilt from them, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from bsq_ray.config.loader import load_config
 from bsq_ray.tuning.space import Changes, preset_text
 from bsq_ray.tuning.sweep_config import SweepConfig
 
-# running: begun and not ended; stopped: by the scheduler; invalid: a configuration that cannot be; diverged: a loss
-# became infinite; failed: anything else, after its retries.
+# running: started and not ended; stopped: early, by the scheduler; invalid: an invalid configuration; diverged: a loss
+# is not finite; failed: any other error, after its retries.
 TrialRecordState = Literal["running", "finished", "stopped", "invalid", "diverged", "failed"]
-# What another attempt may change.
+# States that a resumed sweep runs again.
 _RETRYABLE_STATES = ("running", "failed")
 
 
 @dataclass
 class TrialRecord:
-    """One trial.
+    """Record of one trial.
 
     Attributes:
-        number: its place in the sweep, from 0.
-        parameters: the drawn values, by their names in the space.
-        figures: what the last evaluation gave.
-        reports: (step, figures) of every evaluation along the way.
-        attempts: how often it was begun.
-        reason: why it is in its state, if it did not finish.
-        again: why it was begun again, if it was.
+        number: index in the sweep, from 0.
+        parameters: sampled values, by their names in the space.
+        state: see `TrialRecordState`.
+        metrics: metrics of the newest evaluation.
+        reports: (step, metrics) of every evaluation during training.
+        num_attempts: number of times it was started.
+        reason: reason of its state; empty if it finished.
+        retry_reasons: reason of each retry.
     """
 
     number: int
@@ -52,10 +53,10 @@ class TrialRecord:
 
 
 class Study:
-    """The trials of a sweep.
+    """Trials of a sweep.
 
     Args:
-        out_url: folder of the sweep; what it holds already is taken up.
+        out_url: folder of the sweep; trials that it contains are continued.
     """
 
     def __init__(self, sweep: SweepConfig, out_url: str) -> None:
@@ -75,23 +76,23 @@ class Study:
 
     @property
     def ended_trials(self) -> list[TrialRecord]:
-        """Trials of earlier parts of the sweep that are not done again."""
+        """Trials that ended before the sweep was resumed and do not run again."""
         return [record for record in self.records if record.state not in _RETRYABLE_STATES]
 
     @property
     def unfinished_trials(self) -> list[TrialRecord]:
-        """Trials of earlier parts of the sweep that go on from where they were."""
+        """Trials that resume from their newest checkpoint."""
         return list(self._pending_records)
 
     @property
     def num_remaining(self) -> int:
-        """Trials that are still to be run, those to be run again among them."""
+        """Number of trials that are still to run, including those that run again."""
         return len(self._pending_records) + max(0, self.sweep.num_trials - len(self.records))
 
     def next_trial(self) -> TrialRecord | None:
-        """The next trial, whose folder then holds its configuration; None when there is none.
+        """Return the next trial, with its configuration written into its folder; None if none remains.
 
-        Combinations that cannot be are recorded and passed over.
+        Invalid combinations are recorded and skipped.
         """
         while True:
             if self._pending_records:
@@ -118,9 +119,9 @@ class Study:
                 self.end(record, "invalid", str(error).removeprefix(f"{self.preset_url(record)}: "))
 
     def report(self, record: TrialRecord, step: int, metrics: dict[str, float]) -> None:
-        """An evaluation along the way."""
+        """Record an evaluation during training."""
         reported_steps = {reported_step for reported_step, _ in record.reports}
-        # Of a step that is taken again after a failure, the newer figures count; Optuna keeps the older ones.
+        # Steps repeated after a failure replace their reports; Optuna keeps the first report of a step.
         record.reports = [*(report for report in record.reports if report[0] < step), (step, metrics)]
         record.metrics = metrics
         if step not in reported_steps:
@@ -128,7 +129,7 @@ class Study:
         self._save(record)
 
     def record_retry(self, record: TrialRecord, reason: str) -> None:
-        """It failed and is begun again."""
+        """Record that a trial failed and is retried."""
         record.num_attempts += 1
         record.retry_reasons.append(reason)
         self._save(record)
@@ -136,13 +137,13 @@ class Study:
     def end(
         self, record: TrialRecord, state: TrialRecordState, reason: str = "", metrics: dict[str, float] | None = None
     ) -> None:
-        """It has ended, in one of the states but "running"."""
+        """Record that a trial has ended, in any state but "running"."""
         from optuna.trial import TrialState
 
         record.metrics = metrics or record.metrics
         missing_metrics = [name for name in self.sweep.metrics if not math.isfinite(record.metrics.get(name, math.nan))]
         if state == "finished" and missing_metrics:
-            state, reason = "failed", f"it gave no {' and no '.join(missing_metrics)}"
+            state, reason = "failed", f"it has no finite {' and no finite '.join(missing_metrics)}"
         record.state, record.reason = state, reason
         optuna_trial = self._optuna_trials.pop(record.number)
         if state == "finished":
@@ -152,14 +153,16 @@ class Study:
         self._save(record)
 
     def best_trial(self) -> TrialRecord | None:
-        """The finished trial with the best first metric."""
+        """Return the finished trial with the best first metric."""
         name, mode = self.sweep.first_metric
         finished_records = [record for record in self.records if record.state == "finished"]
         return (min if mode == "min" else max)(finished_records, key=lambda r: r.metrics[name], default=None)
 
     def importances(self) -> dict[str, float]:
-        """Share of the first metric's variance among finished trials that each parameter explains (fANOVA, Hutter et
-        al., ICML 2014); empty when too few finished, or none differ.
+        """Return the share of the first metric's variance that each parameter explains.
+
+        Method: fANOVA (Hutter et al., ICML 2014), over finished trials.
+        Empty if fewer than four trials finished, or if their parameters or metrics do not differ.
         """
         import optuna
 
@@ -186,7 +189,7 @@ class Study:
     def to_preset(
         self, record: TrialRecord, name: str, comments: Iterable[str] = (), *, include_steps: bool = True
     ) -> str:
-        """The trial as a preset; `steps` says whether the sweep's budget of steps is part of it."""
+        """Return the trial as a preset, with the sweep's budget of steps if `include_steps`."""
         sweep = self.sweep
         values_text = ", ".join(f"{key} {format_value(value)}" for key, value in record.parameters.items())
         changes: Changes = dict(sweep.overrides)
@@ -198,15 +201,15 @@ class Study:
         return preset_text(sweep.preset, name, description, changes, [*comments])
 
     def trial_url(self, record: TrialRecord) -> str:
-        """Folder of a trial."""
+        """Return the folder of a trial."""
         return trial_url(self.out_url, record.number)
 
     def preset_url(self, record: TrialRecord) -> str:
-        """The trial as a preset file."""
+        """Return the URL of the trial's preset."""
         return storage.join(self.trial_url(record), "preset.yaml")
 
     def _report_to_optuna(self, record: TrialRecord, step: int, metrics: dict[str, float]) -> None:
-        """Tells Optuna, which compares trials along the way by one metric only."""
+        """Report an evaluation to Optuna, which supports intermediate values for a single metric only."""
         value = metrics.get(self.sweep.first_metric[0], math.nan)
         if len(self.sweep.metrics) == 1 and math.isfinite(value):
             self._optuna_trials[record.number].report(value, step)
@@ -216,12 +219,12 @@ class Study:
         storage.write_bytes(url, json.dumps(asdict(record), indent=1).encode())
 
     def _next_number(self) -> int:
-        """Of the next new trial; a trial whose folder was removed is run again."""
+        """Return the smallest unused number, so that a trial whose folder was removed runs again."""
         used_numbers = {record.number for record in self.records}
         return next(number for number in itertools.count() if number not in used_numbers)
 
     def _grid_point(self, number: int) -> dict[str, Any] | None:
-        """The number-th combination of a grid."""
+        """Return the combination of a grid with this index; None for other searchers."""
         if self.sweep.searcher != "grid":
             return None
         value_lists = [parameter.grid_values() for parameter in self.sweep.space.values()]
@@ -229,13 +232,13 @@ class Study:
         return dict(zip(self.sweep.space, combination, strict=True))
 
     def _ask_optuna(self, number: int, values: dict[str, Any] | None) -> Any:
-        """A trial of Optuna's with these values, or with values that its sampler proposes."""
+        """Return an Optuna trial with these values, or with values proposed by the sampler."""
         from optuna.samplers import RandomSampler, TPESampler
 
-        # Drawn from the number too, so that a sweep that goes on does not draw what it has drawn.
+        # The trial number is part of the seed, so that a resumed sweep does not repeat samples.
         seed = self.sweep.seed * 100_003 + number
         if self.sweep.searcher == "tpe":
-            # Whoever is still running counts as bad, so that concurrent trials keep apart.
+            # Running trials count as bad, so that concurrent trials are spread out.
             self._optuna_study.sampler = TPESampler(seed=seed, constant_liar=True)
         else:
             self._optuna_study.sampler = RandomSampler(seed=seed)
@@ -244,7 +247,7 @@ class Study:
         return self._optuna_study.ask(self.distributions)
 
     def _tell_optuna(self, record: TrialRecord) -> None:
-        """Shows a trial of an earlier part of the sweep to Optuna."""
+        """Add a trial that ended before to the Optuna study."""
         from optuna.trial import TrialState, create_trial
 
         name, _ = self.sweep.first_metric
@@ -265,17 +268,17 @@ class Study:
 
 
 def trial_url(out_url: str, number: int) -> str:
-    """Folder of a trial."""
+    """Return the folder of a trial."""
     return storage.join(out_url, "trials", f"{number:03}")
 
 
 def config_url(folder: str) -> str:
-    """A trial's whole configuration."""
+    """Return the URL of a trial's complete configuration."""
     return storage.join(folder, "config.yaml")
 
 
 def read_records(out_url: str) -> list[TrialRecord]:
-    """The trials that a folder holds, in their order.
+    """Read the trials in a folder, ordered by number.
 
     Raises:
         ValueError: a record is damaged.
@@ -291,10 +294,12 @@ def read_records(out_url: str) -> list[TrialRecord]:
             values["reports"] = [(step, metrics) for step, metrics in values["reports"]]
             records.append(TrialRecord(**values))
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{url} is damaged ({error}); remove the folder {root}/{name}, to run it again") from error
+            raise ValueError(
+                f"{url} is damaged ({error}); remove the folder {root}/{name} to run the trial again"
+            ) from error
     return sorted(records, key=lambda record: record.number)
 
 
 def format_value(value: Any) -> str:
-    """A parameter's value as a person reads it."""
+    """Format a parameter or metric for display."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
-"""The schema of a sweep's YAML: what is trained, what is varied and how, who is stopped, what it may cost.
+"""Schema of a sweep's YAML: stage and preset, search space, searcher, early-stopping rule, metrics, budget.
 
-What each key means is said beside it in `jobs/sweeps/loss-weights.yaml`, which writes out all of them.
+`jobs/sweeps/loss-weights.yaml` contains every key, with a comment that explains it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bsq_ray import storage
+from bsq_ray.config.base import StrictModel
 from bsq_ray.config.loader import (
     STAGE_CONFIGS,
     list_config_keys,
@@ -19,12 +20,11 @@ from bsq_ray.config.loader import (
     resolve_relative_base,
     suggest,
 )
-from bsq_ray.config.base import StrictModel
 from bsq_ray.tuning.space import SearchParameter, leaf_keys
 
 MetricMode = Literal["min", "max"]
 
-# Figures that the training's own evaluations give, and those of the measurement after the last step.
+# Metrics of the evaluations during training, and of the final evaluation.
 INTERMEDIATE_METRICS = {
     "tokenizer": ("psnr", "perceptual"),
     "masked-lm": ("bits_per_token",),
@@ -41,7 +41,7 @@ _FINAL_METRICS = {
 
 
 class SchedulerConfig(StrictModel):
-    """Who is stopped before the end: ASHA's worst at each rung, or who is worse than the median of the others."""
+    """Early-stopping rule: none, ASHA (worst trials of each rung), or median (worse than the median of the others)."""
 
     kind: Literal["none", "asha", "median"] = "none"
     metric: str | None = None
@@ -52,7 +52,7 @@ class SchedulerConfig(StrictModel):
 
 
 class BudgetConfig(StrictModel):
-    """What the sweep may cost: trials, the length of each, and its share of the cluster."""
+    """Budget: number of trials, length of each, retries, and resources of each worker."""
 
     num_samples: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
@@ -65,7 +65,7 @@ class BudgetConfig(StrictModel):
 
 
 class SweepConfig(StrictModel):
-    """A whole sweep."""
+    """Configuration of a sweep."""
 
     name: str = Field(min_length=1)
     description: str = ""
@@ -93,7 +93,7 @@ class SweepConfig(StrictModel):
 
     @property
     def num_trials(self) -> int:
-        """How many there are."""
+        """Number of trials: `budget.num_samples`, or the number of combinations of a grid."""
         if self.budget.num_samples is not None:
             return self.budget.num_samples
         combinations = 1
@@ -107,63 +107,65 @@ class SweepConfig(StrictModel):
             raise ValueError("space is empty; name at least one key of the configuration to vary")
         if self.searcher != "grid":
             if self.budget.num_samples is None:
-                raise ValueError(f"budget.num_samples is missing; the searcher {self.searcher} has no end of its own")
+                raise ValueError(
+                    f"budget.num_samples is missing; the searcher {self.searcher} needs a number of trials"
+                )
             return self
         for name, parameter in self.space.items():
             if not parameter.grid_values():
-                raise ValueError(f"space: {name} is a range of real numbers; a grid needs values, choices or integers")
+                raise ValueError(f"space: {name} is continuous; searcher grid needs values, choices or integers")
         if self.budget.num_samples is not None:
-            raise ValueError("budget.num_samples is not for a grid, which tries every combination; leave it out")
+            raise ValueError(
+                "budget.num_samples is not allowed with searcher grid, which tries all combinations; remove it"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_metrics(self) -> SweepConfig:
         if not self.metrics:
             raise ValueError("metrics is empty; name at least one, such as lpips: min")
-        intermediate_metrics, valid_metrics = (
-            INTERMEDIATE_METRICS[self.stage],
-            (*INTERMEDIATE_METRICS[self.stage], *_FINAL_METRICS[self.stage]),
-        )
+        intermediate_metrics = INTERMEDIATE_METRICS[self.stage]
+        valid_metrics = (*intermediate_metrics, *_FINAL_METRICS[self.stage])
         for name in self.metrics:
             if name not in valid_metrics:
                 suggestion = suggest(name, valid_metrics, "metrics")
-                raise ValueError(f"metrics: no evaluation of a {self.stage} gives {name}; {suggestion}")
+                raise ValueError(f"metrics: the evaluations of stage {self.stage} have no {name}; {suggestion}")
         if self.scheduler.kind != "none" and self.scheduler_metric[0] not in intermediate_metrics:
             raise ValueError(
-                f"scheduler: {self.scheduler_metric[0]} is not measured along the way, so nobody can be stopped by it; "
-                f"scheduler.metric can be {' or '.join(intermediate_metrics)}"
+                f"scheduler: {self.scheduler_metric[0]} is not evaluated during training, so it cannot stop trials; "
+                f"choose scheduler.metric {' or '.join(intermediate_metrics)}"
             )
         if self.scheduler.metric and self.scheduler.metric not in self.metrics and not self.scheduler.mode:
-            raise ValueError(f"scheduler.mode is missing; is {self.scheduler.metric} good at its min or its max?")
+            raise ValueError(f"scheduler.mode is missing; give min or max for {self.scheduler.metric}")
         return self
 
     @model_validator(mode="after")
     def _check_resources_not_empty(self) -> SweepConfig:
         resources = self.budget.resources
         if resources is not None and not any(amount > 0 for amount in resources.values()):
-            raise ValueError(f"budget.resources {resources} is nothing; give each worker a CPU or a GPU")
+            raise ValueError(f"budget.resources {resources} is empty; give each worker a CPU or a GPU")
         return self
 
     @model_validator(mode="after")
     def _check_one_length(self) -> SweepConfig:
         if self.budget.steps is not None and self.budget.minutes is not None:
-            raise ValueError("budget has steps and minutes; a trial ends by one of them")
+            raise ValueError("budget has steps and minutes; give one of them")
         return self
 
 
 def load_sweep(source: str) -> SweepConfig:
-    """Reads a sweep's YAML and checks it, its preset and every key that it names.
+    """Read a sweep's YAML; validate it, its preset and every configuration key that it names.
 
     Raises:
-        ValueError: one sentence that names the file, the key and what would be right.
+        ValueError: invalid file; one line that names the file, the key and a correction.
     """
     sweep = load_yaml_as(source, SweepConfig)
-    # Trials stand in other folders than the sweep.
+    # Trials have other folders than the sweep's file, so the preset's path becomes absolute.
     sweep = sweep.model_copy(update={"preset": resolve_relative_base(sweep.preset, storage.absolute(source))})
     run_config = load_config(sweep.preset)
     if run_config.stage != sweep.stage:
         raise ValueError(
-            f"{source}: stage {sweep.stage} is not that of preset {sweep.preset}, which is {run_config.stage}"
+            f"{source}: stage {sweep.stage} does not match preset {sweep.preset}, whose stage is {run_config.stage}"
         )
     valid_keys = list_config_keys(STAGE_CONFIGS[sweep.stage])
     for section_name, key in _referenced_keys(sweep):
@@ -173,7 +175,7 @@ def load_sweep(source: str) -> SweepConfig:
 
 
 def _referenced_keys(sweep: SweepConfig) -> Iterator[tuple[str, str]]:
-    """Every key of the configuration that the sweep names, and where."""
+    """Yield every configuration key that the sweep names, with the section that names it."""
     yield from (("overrides", key) for key in leaf_keys(sweep.overrides))
     for name, parameter in sweep.space.items():
         yield from (("space", key) for key in parameter.config_keys(name))

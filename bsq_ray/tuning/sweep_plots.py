@@ -1,4 +1,4 @@
-"""The pictures of a sweep: rate against distortion, curves of every trial, and what the parameters matter."""
+"""Plots of a sweep: rate-distortion, learning curves of every trial, and importance of the parameters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from bsq_ray.tuning.study import TrialRecord, format_value
 
 _GRAY, _HIGHLIGHT = "#8a8f98", "#c2372a"
-# Distortions that are drawn over the rate: title, and which end is the better one.
+# Distortions plotted over the rate: title, and whether a smaller or a larger value is better.
 _DISTORTIONS = {"lpips": ("LPIPS, alex (lower is better)", min), "psnr": ("PSNR, dB (higher is better)", max)}
 
 
 def pareto_front(points: Sequence[tuple[float, float]], better: Any) -> list[int]:
-    """Places of the points that no other one beats: fewer bits, and `better` (min or max) of the second value.
+    """Return the indices of the points that no other point dominates, by ascending first value.
 
-    Of equal points the first is kept.
+    The first value is minimized, the second by `better` (min or max). Of equal points the first is kept.
     """
     front: list[int] = []
     for index in sorted(
@@ -29,7 +29,7 @@ def pareto_front(points: Sequence[tuple[float, float]], better: Any) -> list[int
 
 
 def plot_rate_distortion(records: Sequence[TrialRecord]) -> bytes | None:
-    """PNG of bits per pixel against LPIPS and PSNR with the Pareto fronts; None without measured trials."""
+    """Plot LPIPS and PSNR over bits per pixel with the Pareto fronts; return a PNG, or None without finished trials."""
     finished_records = [
         r for r in records if r.state == "finished" and {"bits_per_pixel", *_DISTORTIONS} <= r.metrics.keys()
     ]
@@ -43,7 +43,7 @@ def plot_rate_distortion(records: Sequence[TrialRecord]) -> bytes | None:
         x, y = zip(*(points[index] for index in front), strict=True)
         axis.plot(x, y, "o-", color=_HIGHLIGHT, markersize=7, linewidth=1.6, label="Pareto front", zorder=3)
         for record, (bits, value) in zip(finished_records, points, strict=True):
-            # On the side of the worse values, where the front's line is not.
+            # On the side of worse values, away from the line of the front.
             offset = (6, 4) if better is min else (7, -12)
             axis.annotate(str(record.number), (bits, value), offset, textcoords="offset points", fontsize=9)
         axis.set(xlabel="bits per pixel", title=title)
@@ -55,11 +55,11 @@ def plot_rate_distortion(records: Sequence[TrialRecord]) -> bytes | None:
 def plot_curves(
     records: Sequence[TrialRecord], losses: dict[int, list[tuple[int, float]]], metric: str
 ) -> bytes | None:
-    """PNG of the training loss and a held-out metric of every trial over steps; None when there is nothing to draw.
+    """Plot the training loss and a held-out metric of every trial over steps; return a PNG, or None without data.
 
     Args:
         losses: (step, loss) of each trial, by its number.
-        metric: one that is measured along the way.
+        metric: a metric that is evaluated during training.
     """
     import matplotlib
 
@@ -80,7 +80,7 @@ def plot_curves(
             if record.state != "finished":
                 axis.plot(steps[-1], values[-1], "x", color=color, markersize=8, markeredgewidth=2)
     axes[0].set(title="Training loss", xlabel="step")
-    axes[1].set(title=f"Held-out {metric}, along the way", xlabel="step")
+    axes[1].set(title=f"Held-out {metric} during training", xlabel="step")
     if len(plottable_records) <= 16:
         axes[0].legend(
             frameon=False, fontsize=8, title="trial: " + ", ".join(plottable_records[0].parameters), title_fontsize=8
@@ -91,7 +91,7 @@ def plot_curves(
 
 
 def plot_importance(importances: dict[str, float], metric: str) -> bytes | None:
-    """PNG of how much of the metric's variance each parameter explains; None when it is not known."""
+    """Plot the share of the metric's variance that each parameter explains; return a PNG, or None if it is unknown."""
     if not importances:
         return None
     figure, [axis] = _new_figure(1, 1.2 + 0.45 * len(importances))

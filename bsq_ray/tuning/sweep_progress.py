@@ -1,4 +1,4 @@
-"""What a person sees while a sweep goes on: a line for each trial that ends, and one that says how far it all is."""
+"""Terminal display of a sweep: a line for each trial that ends, and a status line."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from bsq_ray.tuning.study import Study, TrialRecord, format_value
 
 
 class SweepProgress:
-    """Turns the events of a sweep into lines on stderr."""
+    """Prints the events of a sweep on stderr."""
 
     def __init__(self, progress_line: ProgressLine) -> None:
         self._progress_line = progress_line
 
     def on_event(self, event: str, record: TrialRecord, study: Study) -> None:
-        """One event, see `run_sweep`."""
+        """Print one event, see `run_sweep`."""
         if event == "end":
-            reason = f": {record.reason}" if record.reason else f"  {_format_metrics(record, study)}"
+            details = f": {record.reason}" if record.reason else f"  {_format_metrics(record, study)}"
             self._progress_line.print_line(
-                f"trial {record.number} ({_format_parameters(record)}) {record.state}{reason}"
+                f"trial {record.number} ({_format_parameters(record)}) {record.state}{details}"
             )
         elif event == "retry":
-            self._progress_line.print_line(f"trial {record.number} is begun again: {record.retry_reasons[-1]}")
+            self._progress_line.print_line(f"trial {record.number} is retried: {record.retry_reasons[-1]}")
         elif event == "interrupted":
-            self._progress_line.print_line(f"trial {record.number} has saved")
+            self._progress_line.print_line(f"trial {record.number} is saved")
         elif record.reports:
             step, _ = record.reports[-1]
             current = f"trial {record.number} at step {step}: {_format_metrics(record, study)}"
@@ -30,21 +30,17 @@ class SweepProgress:
 
 
 def _format_summary(study: Study) -> str:
-    state_counts = {
-        state: sum(record.state == state for record in study.records) for state in ("finished", "stopped", "running")
-    }
+    counts = {state: sum(r.state == state for r in study.records) for state in ("finished", "stopped", "running")}
     num_failed = sum(record.state in ("failed", "invalid", "diverged") for record in study.records)
-    best_record = study.best_trial()
+    best = study.best_trial()
     name, _ = study.sweep.first_metric
-    parts = [
-        f"{state_counts['finished']} of {study.sweep.num_trials} trials finished",
-        f"{state_counts['running']} running",
-    ]
-    parts += [f"{state_counts['stopped']} stopped early"] if state_counts["stopped"] else []
-    parts += [f"{num_failed} failed"] if num_failed else []
-    parts += (
-        [f"best {name} {format_value(best_record.metrics[name])} (trial {best_record.number})"] if best_record else []
-    )
+    parts = [f"{counts['finished']} of {study.sweep.num_trials} trials finished", f"{counts['running']} running"]
+    if counts["stopped"]:
+        parts.append(f"{counts['stopped']} stopped early")
+    if num_failed:
+        parts.append(f"{num_failed} failed")
+    if best is not None:
+        parts.append(f"best {name} {format_value(best.metrics[name])} (trial {best.number})")
     return ", ".join(parts)
 
 
@@ -53,6 +49,6 @@ def _format_parameters(record: TrialRecord) -> str:
 
 
 def _format_metrics(record: TrialRecord, study: Study) -> str:
-    """The sweep's metrics, or what there is of others."""
+    """Return the sweep's metrics of a trial, or its first two metrics if it has none of them."""
     names = [name for name in study.sweep.metrics if name in record.metrics] or list(record.metrics)[:2]
     return "  ".join(f"{name} {format_value(record.metrics[name])}" for name in names)

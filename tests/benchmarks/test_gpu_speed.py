@@ -18,11 +18,12 @@ from training_steps import NaiveTrainingSteps, TrainingSteps
 from bsq_ray import Generator, Prior, Tokenizer
 from bsq_ray.config import load_config
 from bsq_ray.data.transforms import to_float
-from bsq_ray.metrics.pretrained_weights import resolve_once
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
+from bsq_ray.models.pretrained_weights import resolve_once
 from bsq_ray.planning.planner import make_plan, reconstruction_rate
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStepContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 DEVICE = torch.device("cuda", 0)
@@ -37,7 +38,7 @@ PUBLISHED = {"imagenet256-bsq18": 45.1}
 @pytest.fixture(autouse=True)
 def reset_gpu_state():
     torch.cuda.init()
-    strict_fp32()
+    enable_strict_fp32()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
@@ -140,9 +141,8 @@ def test_training_step_breakdown(name, record_measurement):
             return (output.images - real).abs().mean() + output.quantized.loss
 
         def discriminator(step):
-            carry = {"real": real}
-            judged = stage._adversarial_term(fake, engines, carry)
-            return judged + stage._discriminator_loss(engines, carry, step)[0]
+            term, fake_logits = stage._adversarial_term(fake, engines)
+            return term + stage._discriminator_loss(engines, TokenizerStepContext(real, fake_logits), step).loss
 
         parts = {
             "generator": generator,
@@ -283,25 +283,25 @@ def test_prior_decoding_speed(record_measurement):
     """In fp32, as files need it; every eighth pass of those without a cache."""
     section = load_config("imagenet128-prior").model
     prior, tiles, sampled = Prior(section).to(DEVICE).eval(), 8, 8
-    shape = (tiles, section.tokens, section.sub_tokens)
+    shape = (tiles, section.num_tokens, section.num_sub_tokens)
     sub_tokens_BNS = torch.randint(0, 2**section.sub_bits, shape, device=DEVICE)
 
     def cached():
         decoding = prior.start_decoding(tiles)
-        for n in range(section.tokens):
-            h_B1D = decoding.features()
-            for s in range(section.sub_tokens):
+        for n in range(section.num_tokens):
+            h_B1D = decoding.next_features()
+            for s in range(section.num_sub_tokens):
                 prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])
             decoding.push(sub_tokens_BNS[:, n])
 
     def uncached():
-        for n in range(sampled // 2, section.tokens, sampled):
+        for n in range(sampled // 2, section.num_tokens, sampled):
             prior(sub_tokens_BNS[:, : n + 1])
 
     with torch.no_grad():
         with_cache = milliseconds(cached, 1, warm=1) / 1000
         without = milliseconds(uncached, 1, warm=1) / 1000 * sampled
-    tokens = tiles * section.tokens
-    what = f"prior, imagenet128-prior, decoding {tiles} tiles of {section.tokens} tokens, fp32"
+    tokens = tiles * section.num_tokens
+    what = f"prior, imagenet128-prior, decoding {tiles} tiles of {section.num_tokens} tokens, fp32"
     comparison = f"without cache {tokens / without:.0f} tokens/s, {without / with_cache:.1f} times as long"
     record_measurement(what, f"{tokens / with_cache:.0f} tokens/s", comparison)

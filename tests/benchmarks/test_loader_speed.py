@@ -12,7 +12,7 @@ from PIL import Image
 from bsq_ray import config, storage
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.stream import training_batches
 
 pytestmark = pytest.mark.benchmark
@@ -33,7 +33,7 @@ def shards(request, photos, tmp_path_factory):
         photo.crop((left, top, left + side, top + side)).save(folder / f"{number}.jpg", quality=90)
     total = sum(path.stat().st_size for path in folder.iterdir())
     url = str(tmp_path_factory.mktemp("shards"))
-    pack_images(str(folder), url, shard_mb=total / 7.5e6, num_workers=0)
+    pack_images(str(folder), url, PackOptions(shard_mb=total / 7.5e6, num_workers=0))
     return side, url
 
 

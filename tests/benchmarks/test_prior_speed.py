@@ -20,7 +20,7 @@ def test_cached_decoding_speed(record_measurement):
         began = time.perf_counter()
         decoding = prior.start_decoding(TILES)
         for n in range(TOKENS):
-            h_B1D = decoding.features()
+            h_B1D = decoding.next_features()
             for s in range(2):
                 prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])
             decoding.push(sub_tokens_BNS[:, n])

@@ -1,6 +1,6 @@
-"""The service under load, by an HTTP client: what it adds to the model's time, what it keeps of its throughput.
+"""Latency and throughput of the service under load, measured by an HTTP client.
 
-The neighbour is the same model called directly in this process, in turns with the service, in its best batch.
+The baseline is the same model, called directly in this process in its best batch size, alternating with the service.
 """
 
 import http.client
@@ -15,76 +15,81 @@ import pytest
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.serving.replicas.engines import TokenizerEngine
+from bsq_ray.serving.replicas.tokenizer_replica import TokenizerEngine
 from bsq_ray.serving.server import serve_app
 from bsq_ray.serving.service_config import Limits, Settings
 
 pytestmark = pytest.mark.benchmark
 
-# Requests of a round at concurrency 1, and all at 16.
+# Number of requests of a round at concurrency 1, and of all at concurrency 16.
 _MODELS = {"demo": (60, 640), "imagenet128-bsq18": (3, 48), "imagenet256-bsq18": (2, 32)}
-# In each the service and the model take turns: the machine's speed changes within minutes.
+# Service and model alternate in each round, because the speed of a shared node changes within minutes.
 _ROUNDS = 7
 
 
 class Client(threading.Thread):
-    """Sends the same file again and again over one connection; seconds of each answer."""
+    """Sends the same file repeatedly over one connection and records the latency of each request in seconds."""
 
-    def __init__(self, url, body, count):
+    def __init__(self, url, body, num_requests):
         super().__init__()
         host, port = url.removeprefix("http://").strip("/").split(":")
         self.connection = http.client.HTTPConnection(host, int(port), timeout=300)
-        self.body, self.num_requests, self.seconds = body, count, []
+        self.body, self.num_requests, self.latencies_s = body, num_requests, []
 
     def run(self):
         for _ in range(self.num_requests):
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             self.connection.request("POST", "/v1/encode", self.body)
             response = self.connection.getresponse()
             response.read()
             assert response.status == 200
-            self.seconds.append(time.perf_counter() - began)
+            self.latencies_s.append(time.perf_counter() - start_time)
 
 
-def run_load(url, body, num_clients, count):
-    """Seconds of all answers and images a second."""
-    threads = [Client(url, body, count // num_clients) for _ in range(num_clients)]
-    began = time.perf_counter()
+def measure_service(url, body, num_clients, num_requests):
+    """Return sorted latencies in seconds, and images per second."""
+    threads = [Client(url, body, num_requests // num_clients) for _ in range(num_clients)]
+    start_time = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seconds = sorted(second for thread in threads for second in thread.seconds)
-    return seconds, len(seconds) / (time.perf_counter() - began)
+    latencies_s = sorted(latency for thread in threads for latency in thread.latencies_s)
+    return latencies_s, len(latencies_s) / (time.perf_counter() - start_time)
 
 
-def run_directly(engine, body, batch, count):
-    """Seconds of each image alone (file to tokens), or images a second of batches of prepared pixels."""
-    pixels = engine.prepare(body)
-    if batch == 1:
-        seconds = []
-        for _ in range(count):
-            began = time.perf_counter()
-            engine.encode([engine.prepare(body)])
-            seconds.append(time.perf_counter() - began)
-        return seconds
-    began = time.perf_counter()
-    for _ in range(count // batch):
-        engine.encode([pixels] * batch)
-    return count // batch * batch / (time.perf_counter() - began)
+def measure_model_latency(engine, body, num_images):
+    """Return latencies in seconds of single images, file to tokens."""
+    latencies_s = []
+    for _ in range(num_images):
+        start_time = time.perf_counter()
+        engine.encode([engine.prepare(body)])
+        latencies_s.append(time.perf_counter() - start_time)
+    return latencies_s
+
+
+def measure_model_throughput(engine, body, num_images):
+    """Return images per second, pixels to tokens, in the best batch size."""
+    pixels, rates = engine.prepare(body), []
+    for batch_size in (2, 4, 8, 16):
+        num_batches = max(1, num_images // batch_size)
+        start_time = time.perf_counter()
+        for _ in range(num_batches):
+            engine.encode([pixels] * batch_size)
+        rates.append(num_batches * batch_size / (time.perf_counter() - start_time))
+    return max(rates)
 
 
 @contextmanager
 def serve_preset(preset, folder):
-    run = config.load_config(preset)
+    run_config = config.load_config(preset)
     torch.manual_seed(0)
-    Tokenizer(run.model).save_pretrained(str(folder / preset), run)
-    settings = Settings(
-        models={preset: str(folder / preset)}, authentication=False, limits=Limits(waiting=32, seconds=300)
-    )
-    began = time.perf_counter()
-    with serve_app(settings, "127.0.0.1", 0) as service:
-        yield str(folder / preset), service.url, time.perf_counter() - began
+    Tokenizer(run_config.model).save_pretrained(str(folder / preset), run_config)
+    limits = Limits(max_ongoing_requests=32, request_timeout_s=300)
+    settings = Settings(models={preset: str(folder / preset)}, authentication=False, limits=limits)
+    start_time = time.perf_counter()
+    with serve_app(settings, "127.0.0.1", 0) as server:
+        yield str(folder / preset), server.url, time.perf_counter() - start_time
 
 
 @pytest.mark.parametrize("preset", _MODELS)
@@ -92,29 +97,34 @@ def test_serving_speed(preset, photos, tmp_path, record_measurement):
     file = io.BytesIO()
     photos[0].save(file, "JPEG", quality=90)
     body = file.getvalue()
-    alone, many = _MODELS[preset]
-    with serve_preset(preset, tmp_path) as (folder, url, started):
+    num_single, num_concurrent = _MODELS[preset]
+    with serve_preset(preset, tmp_path) as (folder, url, startup_s):
         torch.set_num_threads(os.cpu_count())
         engine = TokenizerEngine(folder, "cpu", 16, Limits())
-        run_load(url, body, 16, 16)
-        run_load(url, body, 1, 2)
-        rounds = [(run_load(url, body, 1, alone)[0], run_directly(engine, body, 1, alone)) for _ in range(_ROUNDS)]
-        best = max(run_directly(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16))
-        seconds, rate = run_load(url, body, 16, many)
-        best = max(best, *(run_directly(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16)))
+        measure_service(url, body, 16, 16)
+        measure_service(url, body, 1, 2)
+        rounds_ms = []
+        for _ in range(_ROUNDS):
+            service_s, _ = measure_service(url, body, 1, num_single)
+            model_s = measure_model_latency(engine, body, num_single)
+            rounds_ms.append((1e3 * statistics.median(service_s), 1e3 * statistics.median(model_s)))
+        rate_before = measure_model_throughput(engine, body, num_concurrent // 4)
+        latencies_s, rate = measure_service(url, body, 16, num_concurrent)
+        model_rate = max(rate_before, measure_model_throughput(engine, body, num_concurrent // 4))
         torch.set_num_threads(2)
-    pairs = [tuple(1e3 * statistics.median(side) for side in pair) for pair in rounds]
-    service, model = (statistics.median(side) for side in zip(*pairs, strict=True))
-    added = sorted(with_service - without for with_service, without in pairs)
+    service_ms, model_ms = (statistics.median(column) for column in zip(*rounds_ms, strict=True))
+    overheads_ms = sorted(service - model for service, model in rounds_ms)
+    overhead_ms = statistics.median(overheads_ms)
     record_measurement(
         f"service, {preset}, one request at a time: p50",
-        f"{service:.1f} ms",
-        f"the model alone {model:.1f} ms: {statistics.median(added):.1f} ms more ({added[0]:.1f} to {added[-1]:.1f})",
+        f"{service_ms:.1f} ms",
+        f"the model alone {model_ms:.1f} ms: {overhead_ms:.1f} ms overhead "
+        f"({overheads_ms[0]:.1f} to {overheads_ms[-1]:.1f})",
     )
-    p50, p99 = (1e3 * seconds[int(len(seconds) * share)] for share in (0.5, 0.99))
+    p50, p99 = (1e3 * latencies_s[int(len(latencies_s) * quantile)] for quantile in (0.5, 0.99))
     record_measurement(
         "… 16 at a time: throughput, p50, p99",
         f"{rate:.3g} images/s, {p50:.0f} ms, {p99:.0f} ms",
-        f"the model alone in its best batch {best:.3g} images/s: {rate / best:.2f} of it",
+        f"the model alone in its best batch {model_rate:.3g} images/s: ratio {rate / model_rate:.2f}",
     )
-    record_measurement("… from nothing to the first answer, Ray included", f"{started:.1f} s")
+    record_measurement("… startup until the service responds, Ray included", f"{startup_s:.1f} s")

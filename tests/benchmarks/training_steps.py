@@ -49,13 +49,14 @@ class TrainingSteps:
         self.batch = random_batch(run)
 
     def step(self, number):
-        carry = {}
+        context = None
         for phase in self.stage.phases(number):
             for name, module in self.stage.modules.items():
                 module.requires_grad_(name == phase)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                loss, _ = self.stage.loss(phase, self.batch, self.engines, carry, number)
-            self.engines[phase].backward(loss)
+                output = self.stage.loss(phase, self.batch, self.engines, context, number)
+            self.engines[phase].backward(output.loss)
+            context = output.context
             self.engines[phase].step(1e-4)
         self.ema.update(self.main)
 

@@ -9,7 +9,7 @@ from small_runs import PRESET, SMALL
 
 from bsq_ray.config import load_config
 from bsq_ray.training.launch import train
-from bsq_ray.training.ray_trainer import ResourceBudget
+from bsq_ray.training.worker_resources import ResourceBudget
 
 if __name__ == "__main__":
     shards, out, *overrides = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""The files that put the service on a cluster, held against the schemas of Ray Serve and of the service."""
+"""The files that deploy the service on a cluster, checked with the schemas of Ray Serve and of the service."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def test_serve_yaml_contains_every_setting():
 def test_misspelled_key_error_suggests_correct_key():
     """A misspelled key raises an error that suggests the correct one."""
     [application] = SERVE_CONFIG["applications"]
-    with pytest.raises(ValueError, match=r"unknown key limits\.body_bm; did you mean limits\.body_mb\?"):
-        validate_mapping(application["args"], ["limits.body_bm=3"], Settings, "args")
+    with pytest.raises(ValueError, match=r"unknown key limits\.max_body_bm; did you mean limits\.max_body_mb\?"):
+        validate_mapping(application["args"], ["limits.max_body_bm=3"], Settings, "args")
 
 
 def test_rayservice_runs_same_application():
@@ -64,10 +64,10 @@ def test_one_pod_fits_minimum_replicas():
     replica_configs = [settings.tokenizer, settings.codec, settings.codec, settings.generator]
     [group] = SERVICE["rayClusterConfig"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert sum(scaling_config.replicas * scaling_config.gpus for scaling_config in replica_configs) <= 2 * int(
+    assert sum(scaling_config.min_replicas * scaling_config.num_gpus for scaling_config in replica_configs) <= 2 * int(
         limits["nvidia.com/gpu"]
     )
-    ingress_cpus = settings.front.replicas * settings.front.cpus
+    ingress_cpus = settings.ingress.min_replicas * settings.ingress.num_cpus
     assert ingress_cpus + sum(
-        scaling_config.replicas * scaling_config.cpus for scaling_config in replica_configs
+        scaling_config.min_replicas * scaling_config.num_cpus for scaling_config in replica_configs
     ) <= int(limits["cpu"])

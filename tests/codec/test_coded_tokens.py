@@ -26,7 +26,7 @@ def test_decode_tokens_roundtrip(codec, tiles):
 def test_decode_tokens_batch_size_does_not_matter(codec):
     for encoder_batch, decoder_batch in ((8, 1), (1, 8), (3, 16), (16, 5)):
         coded = encode_tokens(codec.prior, random_bits(16), TOLERANCE, encoder_batch)
-        assert torch.equal(decode(codec.prior, coded.data, 16, batch=decoder_batch), random_bits(16))
+        assert torch.equal(decode(codec.prior, coded.data, 16, batch_size=decoder_batch), random_bits(16))
 
 
 def test_decode_tokens_several_groups_together(codec):
@@ -51,4 +51,4 @@ def test_decode_tokens_noisy_logits_within_tolerance(codec):
 def test_encoded_size_equals_cross_entropy_plus_side_info(codec):
     coded = encode_tokens(codec.prior, random_bits(400), TOLERANCE)
     # What the range coder rounds up to, and the grid of probabilities.
-    assert 8 * len(coded.data) == pytest.approx(coded.cross_entropy + coded.side, rel=0.005)
+    assert 8 * len(coded.data) == pytest.approx(coded.cross_entropy_bits + coded.side_info_bits, rel=0.005)

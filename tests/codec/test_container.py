@@ -37,8 +37,8 @@ def test_container_write_and_read_roundtrip():
     container = read_container(write_container(CLIP, payloads, token_crcs))
     assert container.header == CLIP
     assert [container.payload(n) for n in range(6)] == payloads
-    assert all(container.check(n, f) == CLIP.bind(token_crcs[n][f]) for n in range(6) for f in range(4))
-    assert container.whole_groups == 6
+    assert all(container.token_crc(n, f) == CLIP.header_bound_crc(token_crcs[n][f]) for n in range(6) for f in range(4))
+    assert container.num_complete_groups == 6
     assert read_container(write_container(IMAGE, payloads[:2], [[1], [2]])).header == IMAGE
 
 
@@ -50,18 +50,18 @@ def test_iter_groups_raster_order_and_selection_by_tiles():
 
 
 def test_header_bound_crc_depends_on_header():
-    assert IMAGE.bind(7) != replace(IMAGE, width=71).bind(7)
-    assert IMAGE.bind(7) != IMAGE.bind(8)
+    assert IMAGE.header_bound_crc(7) != replace(IMAGE, width=71).header_bound_crc(7)
+    assert IMAGE.header_bound_crc(7) != IMAGE.header_bound_crc(8)
 
 
 def test_read_container_truncated_file_needs_opt_in():
     data = write_container(IMAGE, [b"first", b"second"], [[1], [2]])
     with pytest.raises(ValueError, match=f"cut off: {len(data) - 1} of {len(data)} bytes"):
         read_container(data[:-1])
-    part = read_container(data[:-1], whole=False)
+    part = read_container(data[:-1], require_complete=False)
     assert part.payload(0) == b"first"
     assert part.payload(1) is None
-    assert part.whole_groups == 1
+    assert part.num_complete_groups == 1
     with pytest.raises(ValueError, match="1 bytes follow its end"):
         read_container(data + b"x")
 
@@ -104,7 +104,7 @@ def test_read_container_invalid_lengths_raise():
     forged_data = forge_file(IMAGE, (2**32 - 1).to_bytes(4, "little") * 6) + b"payload"
     with pytest.raises(ValueError, match="cut off"):
         read_container(forged_data)
-    assert read_container(forged_data, whole=False).payload(0) is None
+    assert read_container(forged_data, require_complete=False).payload(0) is None
 
 
 def test_read_header_foreign_or_damaged_file_raises():

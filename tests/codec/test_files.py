@@ -13,7 +13,8 @@ from small_models import save_tokenizer
 from bsq_ray.codec.container import VideoHeader
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.media.color import SRGB
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A second decoder, written from docs/bsq-format.md without the codec's code: it reads what the codec writes."""
+"""A second decoder, written from docs/reference/bsq-format.md without the codec's code: it reads what the codec writes."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from small_codecs import save_clip_codec
 from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.models.tokenizer import Tokens
 
-PAGE = (Path(__file__).parents[2] / "docs" / "bsq-format.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "bsq-format.md").read_text()
 
 
 class BitReader:
@@ -132,7 +132,12 @@ def read_file(data, prior):
         tiles = part.shape[0] * part.shape[1]
         if coding:
             bits = decode_payload(
-                payload, logit_function(prior), tiles, t * side * side, prior.config.sub_tokens, prior.config.sub_bits
+                payload,
+                logit_function(prior),
+                tiles,
+                t * side * side,
+                prior.config.num_sub_tokens,
+                prior.config.sub_bits,
             )
         else:
             bits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")

@@ -36,14 +36,14 @@ import sys, torch
 from bsq_ray import Codec
 folder, source, out, threads, batch = sys.argv[1:]
 torch.set_num_threads(int(threads))
-open(out, "wb").write(Codec.from_pretrained(folder, batch=int(batch)).decompress(open(source, "rb").read()).tobytes())
+open(out, "wb").write(Codec.from_pretrained(folder, batch_size=int(batch)).decompress(open(source, "rb").read()).tobytes())
 """
 
 
 def test_decode_other_process_batch_and_threads_is_byte_exact(codec_folder, photos, tmp_path):
     """Byte-exact pictures from other processes, on an image of many groups of tiles."""
     photo = photos[0].resize((450, 300))
-    eight = Codec.from_pretrained(codec_folder, batch=8)
+    eight = Codec.from_pretrained(codec_folder, batch_size=8)
     data = eight.compress(photo).data
     (tmp_path / "a.bsq").write_bytes(data)
     expected = eight.decompress(data).tobytes()
@@ -56,8 +56,8 @@ def test_decode_other_process_batch_and_threads_is_byte_exact(codec_folder, phot
 
 def test_compress_batch_size_does_not_change_raw_file(codec_folder, photo, data):
     for batch in (1, 5):
-        assert Codec.from_pretrained(codec_folder, batch=batch).compress(photo).raw_bits > 0
-    raw = [Codec.from_pretrained(f"{codec_folder}/tokenizer", batch=b).compress(photo).data for b in (1, 5)]
+        assert Codec.from_pretrained(codec_folder, batch_size=batch).compress(photo).raw_bits > 0
+    raw = [Codec.from_pretrained(f"{codec_folder}/tokenizer", batch_size=b).compress(photo).data for b in (1, 5)]
     assert raw[0] == raw[1]
 
 
@@ -203,7 +203,7 @@ def test_codec_incompatible_models_raise(codec):
 def test_codec_wrong_tokenizer_in_prior_folder_raises(tmp_path):
     save_tokenizer(tmp_path / "tokenizer", 0)
     Prior(PRIOR_CONFIG.model_copy(update={"tokenizer": "a" * 64})).save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that one there"):
+    with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that tokenizer there"):
         Codec.from_pretrained(str(tmp_path))
 
 
@@ -213,7 +213,7 @@ def test_codec_reports_progress_and_timings(codec, photo):
     assert calls[-1] == (2, 2)
     assert set(coded.seconds) == {"tokenizer", "prior", "coder"}
     timings_s, calls = {}, []
-    codec.decompress(coded.data, progress=lambda *done: calls.append(done), seconds=timings_s)
+    codec.decompress(coded.data, on_progress=lambda *done: calls.append(done), timings_s=timings_s)
     assert calls[-1] == (2, 2)
     assert set(timings_s) == {"tokenizer", "prior", "coder"}
 
@@ -229,13 +229,13 @@ def test_codec_reports_progress_between_model_passes(codec_folder, photo, monkey
 
     for name in ("encode", "decode"):
         record_calls(Tokenizer, name)
-    record_calls(IncrementalDecoder, "features")
+    record_calls(IncrementalDecoder, "next_features")
     # One pass for each tile, and one of the prior for a token of all tiles.
-    codec = Codec.from_pretrained(codec_folder + folder, batch=100)
-    codec._pixels._batch = 1
-    coded = codec.compress(photo, lambda *_: events.append("told"))
-    codec.decompress(coded.data, progress=lambda *_: events.append("told"))
-    passes = {"encode", "decode"} if folder else {"encode", "decode", "features"}
-    assert set(events) == {"told", *passes}
+    codec = Codec.from_pretrained(codec_folder + folder, batch_size=100)
+    codec._pixel_codec._batch_size = 1
+    coded = codec.compress(photo, lambda *_: events.append("progress"))
+    codec.decompress(coded.data, on_progress=lambda *_: events.append("progress"))
+    passes = {"encode", "decode"} if folder else {"encode", "decode", "next_features"}
+    assert set(events) == {"progress", *passes}
     assert all(events.count(name) > 10 for name in passes)
-    assert not [pair for pair in pairwise(events) if "told" not in pair]
+    assert not [pair for pair in pairwise(events) if "progress" not in pair]

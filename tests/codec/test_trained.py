@@ -24,9 +24,9 @@ def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, ph
         compressed = codec.compress(photo.resize((768, 512)))
         container = read_container(compressed.data)
         payload_bits = 8 * sum(len(container.payload(n)) for n in range(len(container.index_GE)))
-        assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_bits, rel=0.005)
+        assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_info_bits, rel=0.005)
         assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "it has learnt something"
-        assert compressed.side_bits < 0.03 * compressed.cross_entropy_bits
+        assert compressed.side_info_bits < 0.03 * compressed.cross_entropy_bits
     assert codec.decompress(compressed.data, (300, 200, 400, 300)).size == (100, 100)
 
 
@@ -49,7 +49,7 @@ def test_blended_tile_borders_look_like_token_borders(trained_folder, photos, mo
     codec = Codec.from_pretrained(f"{trained_folder}/tokenizer")
     files = [codec.compress(photo.resize((320, 256))).data for photo in photos[:6]]
     blended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
-    monkeypatch.setattr(tiles, "_weight", _unblended_weight)
+    monkeypatch.setattr(tiles, "_blend_weight", _unblended_weight)
     unblended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
     print(f"difference across borders of tiles over borders of tokens: {blended}, tiles decoded apart {unblended}")
     assert np.mean(blended) < 1.1

@@ -13,7 +13,8 @@ from bsq_ray import Codec
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.media.color import SRGB, Color
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 
 RATE = Fraction(30000, 1001)
 
@@ -65,10 +66,10 @@ def test_compress_clip_invalid_rate_raises(raw_clip_codec, frames, rate):
 
 def test_compress_clip_roundtrip_keeps_rate_and_color(raw_clip_codec, frames, data, decoded):
     clip = read_container(data).header.clip
-    assert (clip.frames, clip.gop, clip.rate, clip.colour) == (11, 4, RATE, (1, 1, 1, 0))
+    assert (clip.num_frames, clip.gop_size, clip.frame_rate, clip.color) == (11, 4, RATE, (1, 1, 1, 0))
     assert [frame.shape for frame in decoded] == [(72, 88, 3)] * 11
     raw = raw_clip_codec.compress_clip(frames, RATE)
-    assert read_container(raw.data).header.clip.colour == SRGB
+    assert read_container(raw.data).header.clip.color == SRGB
     assert raw.frames == 11
     assert raw.bits_per_pixel == 8 * len(raw.data) / (88 * 72 * 11)
     for here, there in zip(decoded, raw_clip_codec.decompress_clip(raw.data), strict=True):
@@ -77,7 +78,7 @@ def test_compress_clip_roundtrip_keeps_rate_and_color(raw_clip_codec, frames, da
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_decompress_clip_batch_size_does_not_matter(folder, data, decoded, batch):
-    other = Codec.from_pretrained(folder, batch=batch)
+    other = Codec.from_pretrained(folder, batch_size=batch)
     assert (np.stack(list(other.decompress_clip(data))) == np.stack(decoded)).all()
 
 
@@ -87,8 +88,8 @@ def test_decompress_clip_single_frame_reads_only_its_gop(clip_codec, data, decod
     container = read_container(data)
     damaged = bytearray(data)
     for number in range(len(container.index_GE)):
-        if number // container.header.gop_groups != frame // 4:
-            start = int(container.starts_G[number])
+        if number // container.header.groups_per_gop != frame // 4:
+            start = int(container.offsets_G[number])
             damaged[start : start + int(container.index_GE[number, 0])] = bytes(int(container.index_GE[number, 0]))
     [alone] = clip_codec.decompress_clip(bytes(damaged), range(frame, frame + 1))
     assert (alone == decoded[frame]).all()
@@ -168,7 +169,7 @@ def test_write_video_lossless_roundtrip(decoded, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(88, 72), (87, 71)])
-@pytest.mark.parametrize("colour", [Color(1, 1, 1, 0), Color(9, 16, 9, 0), Color(1, 13, 0, 1)])
+@pytest.mark.parametrize("color", [Color(1, 1, 1, 0), Color(9, 16, 9, 0), Color(1, 13, 0, 1)])
 def test_write_video_mp4_is_close_and_keeps_color_tags(frames, tmp_path, size, color):
     """An MP4 is close to the frames and carries their color tags."""
     path = str(tmp_path / "a.mp4")

@@ -1,4 +1,4 @@
-"""Clips of packed videos: the same frames for the same order, seed and epoch, whoever reads."""
+"""Clips of packed videos: the same frames for the same order, seed and epoch, with any reader."""
 
 import io
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
 from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.factory import build_pixel_source, build_source
-from bsq_ray.data.manifest import Manifest, Shard, VideoInfo, read_manifest
-from bsq_ray.data.pack import pack_videos
+from bsq_ray.data.manifest import Manifest, Shard, read_manifest
+from bsq_ray.data.pack import PackOptions, pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
-from bsq_ray.media.video_reader import decode_frames, open_video, to_upright_rgb
+from bsq_ray.media.video_reader import VideoInfo, decode_frames, open_video, upright_rgb
 
 
 def make_source(url, num_frames=4, **overrides):
@@ -27,7 +27,7 @@ def decode_all_frames(manifest, shard, index):
     with shard_reader.ShardFiles(manifest, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [to_upright_rgb(frame) for frame in decode_frames(container, stream)]
+        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
 
 
 def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):
@@ -54,7 +54,7 @@ def test_read_depends_only_on_sample_epoch_and_seed(video_shards):
     assert first.keys == again.keys
     alone = source.read(samples[2:3], epochs[2:3], seed=5)
     assert (alone.values_P[0] == first.values_P[2]).all()
-    assert first.keys[1] != first.keys[3], "another epoch begins at another frame"
+    assert first.keys[1] != first.keys[3], "another epoch starts at another frame"
     assert source.read(samples, epochs, seed=6).keys != first.keys
 
 
@@ -65,9 +65,11 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     (tmp_path / "in").mkdir()
     still = photos[0].resize((96, 64))
     (tmp_path / "in" / "still.mkv").write_bytes(make_video(still, [0, *range(40, 40 * 96 * 4, 40)]))
-    pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), num_workers=0)
-    # The video moves by a pixel a frame and is as it was after 96: so is every frame of the clip.
-    source = make_source(str(tmp_path / "out"), num_frames=4, frame_stride=96, random_flip=True, resize_range=(1.0, 2.0))
+    pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), PackOptions(num_workers=0))
+    # The video moves by one pixel per frame and repeats after 96, so all frames of the clip are alike.
+    source = make_source(
+        str(tmp_path / "out"), num_frames=4, frame_stride=96, random_flip=True, resize_range=(1.0, 2.0)
+    )
     clip_3THW = source.read(np.array([0]), np.array([0]), seed=1).values_P[0].astype(float)
     assert np.abs(clip_3THW - clip_3THW[:, :1]).mean() < 3
     other = source.read(np.array([0]), np.array([1]), seed=1).values_P[0].astype(float)
@@ -106,7 +108,10 @@ def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, m
 
 def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local):
     """Ray Data and threads deliver the same batches, and workers split them without overlap."""
-    source, data_config = make_source(video_shards, clips_per_video=4), config.DataConfig(interleave=2, clips_per_video=4)
+    source, data_config = (
+        make_source(video_shards, clips_per_video=4),
+        config.DataConfig(interleave=2, clips_per_video=4),
+    )
 
     def take(count, rank, world_size, executor):
         batches = training_batches(source, data_config, 4, rank, world_size, seed=3, position=8, executor=executor)
@@ -156,7 +161,7 @@ def test_chunk_bytes_are_bounded_for_any_clip_length(video_shards, monkeypatch):
 
 def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
     """Training replaces an unreadable video; evaluation skips it."""
-    pack_videos(str(video_folders[1]), str(tmp_path), max_side=64, num_workers=0)
+    pack_videos(str(video_folders[1]), str(tmp_path), PackOptions(max_side=64, num_workers=0))
     shard = read_manifest(str(tmp_path)).shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
@@ -178,7 +183,7 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
 def test_clips_from_object_store_whole_or_by_range(video_folders, bucket, monkeypatch, small):
     """Clips are read from an object store as whole files or by byte range."""
     monkeypatch.setattr(shard_reader, "_SMALL", small)
-    pack_videos(str(video_folders[1]), f"{bucket}/set", max_side=64, num_workers=0)
+    pack_videos(str(video_folders[1]), f"{bucket}/set", PackOptions(max_side=64, num_workers=0))
     source = make_source(f"{bucket}/set", clips_per_video=2)
     assert source.read_eval(range(4)).values_P.std() > 10
     assert source.read(np.array([3, 0]), np.array([0, 0]), seed=0).skipped == []
@@ -189,16 +194,16 @@ def test_build_source_wrong_data_kind_raises(photo_shards, video_shards):
     video = config.TokenizerConfig(name="clips", model=config.TokenizerModelConfig(image_size=32, frames=4))
     image = config.TokenizerConfig(name="stills", model=config.TokenizerModelConfig(image_size=32))
     assert isinstance(build_source(video, video_shards), ClipSource)
-    with pytest.raises(ValueError, match="holds images, but clips trains on clips of 4 frames"):
+    with pytest.raises(ValueError, match="contains images, but clips trains on clips of 4 frames"):
         build_source(video, photo_shards)
-    with pytest.raises(ValueError, match="holds videos, but stills takes images"):
+    with pytest.raises(ValueError, match="contains videos, but stills takes images"):
         build_source(image, video_shards)
-    # Measured, an image is a clip of one frame.
+    # In evaluation an image is a clip of one frame.
     assert build_pixel_source(video, read_manifest(photo_shards)).read_eval(range(2)).values_P.shape == (2, 3, 32, 32)
 
 
 class FailsOnceFile:
-    """A file whose first reading of content fails as an object store does that is overloaded."""
+    """A file whose first read fails like an overloaded object store."""
 
     def __init__(self, file):
         self.file, self.failed = file, False

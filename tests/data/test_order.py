@@ -1,4 +1,4 @@
-"""The order of training: every sample once an epoch, whatever the workers, from any position on."""
+"""The order of training: every sample once per epoch, for any number of workers and any start position."""
 
 import numpy as np
 import pytest
@@ -38,11 +38,19 @@ def test_order_at_position_is_independent_of_start(order, start, length):
 @given(orders, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9))
 def test_worker_positions_partition_each_batch(order, world_size, first_batch):
     """The workers together read each position of a batch exactly once."""
-    batch = 12
-    first, stop = first_batch * batch, (first_batch + 3) * batch
-    parts = [worker_positions(first, stop, batch, rank, world_size) for rank in range(world_size)]
+    batch_size = 12
+    first, stop = first_batch * batch_size, (first_batch + 3) * batch_size
+    parts = [worker_positions(first, stop, batch_size, rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate(parts)) == list(range(first, stop))
     assert len({len(part) for part in parts}) == 1
+
+
+def test_order_takes_one_sample_of_each_lane_in_turn():
+    """The example of the module: 10 samples, three lanes, and the remainder of the longer lane last."""
+    order = Order((10,), seed=0, interleave=3, shuffle_block_size=1)
+    assert epoch_samples(order, 0).tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8, 9]
+    shuffled = epoch_samples(Order((10,), seed=0, interleave=3, shuffle_block_size=2), 0)
+    assert [set(shuffled[[lane, lane + 3]]) for lane in range(3)] == [{0, 1}, {3, 4}, {6, 7}]
 
 
 def test_order_differs_by_epoch_and_seed_and_repeats():
@@ -77,5 +85,5 @@ def test_order_of_a_million_samples_is_fast():
 
 def test_worker_positions_uneven_split_raises():
     """A batch size that the number of workers does not divide raises an error."""
-    with pytest.raises(ValueError, match="batch_size 32 cannot be shared evenly by 3 workers"):
+    with pytest.raises(ValueError, match="batch_size 32 cannot be split evenly among 3 workers"):
         worker_positions(0, 32, 32, 0, 3)

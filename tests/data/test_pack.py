@@ -1,4 +1,4 @@
-"""Packing folders, and reading back what was packed."""
+"""Packing folders, indexing and inspecting shards, and reading them back."""
 
 import io
 import tarfile
@@ -14,7 +14,7 @@ from bsq_ray.data import inspect
 from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.shard_reader import fetch_encoded
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path, photos):
 
 def test_pack_images_stores_every_image_with_its_class(folder, tmp_path):
     """Every image is in a shard with the label of its class folder."""
-    report = pack_images(str(folder), str(tmp_path / "out"), shard_mb=0.08, num_workers=0)
+    report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(shard_mb=0.08, num_workers=0))
     manifest = read_manifest(str(tmp_path / "out"))
     assert manifest == report.manifest
     assert manifest.num_samples == 6
@@ -45,7 +45,7 @@ def test_pack_images_stores_every_image_with_its_class(folder, tmp_path):
 
 def test_pack_images_writes_webdataset_shards(folder, tmp_path):
     """The `webdataset` package can read the shards."""
-    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     samples = list(webdataset.WebDataset(str(tmp_path / "out/shard-000000.tar"), shardshuffle=False))
     assert len(samples) == 6
     assert all({"jpg", "cls"} <= sample.keys() for sample in samples)
@@ -53,14 +53,14 @@ def test_pack_images_writes_webdataset_shards(folder, tmp_path):
 
 def test_pack_images_with_ray_gives_identical_shards(folder, tmp_path, ray_local):
     """Packing with Ray gives the same shards as packing in this process."""
-    here = pack_images(str(folder), str(tmp_path / "here"), shard_mb=0.08, num_workers=0)
-    there = pack_images(str(folder), str(tmp_path / "there"), shard_mb=0.08)
+    here = pack_images(str(folder), str(tmp_path / "here"), PackOptions(shard_mb=0.08, num_workers=0))
+    there = pack_images(str(folder), str(tmp_path / "there"), PackOptions(shard_mb=0.08))
     assert there.manifest.shards == here.manifest.shards
 
 
 def test_pack_images_max_side_limits_longer_side(folder, tmp_path):
     """`max_side` limits the longer side of every image."""
-    report = pack_images(str(folder), str(tmp_path / "out"), max_side=100, num_workers=0)
+    report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(max_side=100, num_workers=0))
     sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(report.manifest, range(6))]
     assert {max(size) for size in sizes} == {100}
 
@@ -71,7 +71,7 @@ def test_pack_images_undecodable_files_are_reported(folder, tmp_path):
     whole = (folder / "dogs" / "photo.3.jpg").read_bytes()
     (folder / "dogs" / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("not counted as damaged")
-    report = pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert report.manifest.num_samples == 6
     assert report.num_ignored == 1
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["text.jpg", "half.jpg"]
@@ -81,12 +81,12 @@ def test_pack_images_undecodable_files_are_reported(folder, tmp_path):
 def test_pack_images_flat_folder_has_one_class(photos, tmp_path):
     """A folder without class subfolders has the single class "all"."""
     photos[0].save(tmp_path / "a.png")
-    assert pack_images(str(tmp_path), str(tmp_path / "out"), num_workers=0).manifest.classes == ("all",)
+    assert pack_images(str(tmp_path), str(tmp_path / "out"), PackOptions(num_workers=0)).manifest.classes == ("all",)
 
 
 def test_pack_images_to_object_store_reads_back(folder, bucket):
     """Images packed into an object store read back unchanged."""
-    report = pack_images(str(folder), f"{bucket}/set", num_workers=0)
+    report = pack_images(str(folder), f"{bucket}/set", PackOptions(num_workers=0))
     manifest = read_manifest(f"{bucket}/set")
     assert manifest == report.manifest
     assert set(fetch_encoded(manifest, range(6))) == {path.read_bytes() for path in folder.rglob("*.jpg")}
@@ -96,7 +96,7 @@ def test_pack_images_to_object_store_reads_back(folder, bucket):
     ("prepare", "message"),
     [
         (lambda f: f / "missing", "does not exist"),
-        (lambda f: (f / "empty").mkdir() or f / "empty", "holds no images"),
+        (lambda f: (f / "empty").mkdir() or f / "empty", "contains no images"),
         (lambda f: (f / "file.txt").write_text("x") and f / "file.txt", "is not a folder"),
         (lambda f: (f / "text.jpg").write_text("x") and f, r"none of the 1 images in .* can be decoded"),
     ],
@@ -104,22 +104,22 @@ def test_pack_images_to_object_store_reads_back(folder, bucket):
 def test_pack_images_invalid_source_raises(tmp_path, prepare, message):
     """An invalid source folder raises an error that names the reason."""
     with pytest.raises(ValueError, match=message):
-        pack_images(str(prepare(tmp_path)), str(tmp_path / "out"), num_workers=0)
+        pack_images(str(prepare(tmp_path)), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
 def test_pack_images_existing_data_set_raises(folder, tmp_path):
     """An existing data set is never overwritten."""
-    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
-    with pytest.raises(ValueError, match="already holds a packed data set"):
-        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
+    with pytest.raises(ValueError, match="already has a packed data set"):
+        pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
 
 
 def test_pack_images_outside_class_folders_raises(folder, photos, tmp_path):
     """Images next to class folders raise an error."""
     photos[0].save(folder / "stray.png")
     with pytest.raises(ValueError, match="both in class folders"):
-        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+        pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
 
 
 def test_read_manifest_missing_or_invalid_raises(tmp_path):
@@ -134,7 +134,7 @@ def test_read_manifest_missing_or_invalid_raises(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda table: table.drop_columns(["sha256"]), "damaged or not a manifest of this program: 'sha256'"),
+        (lambda table: table.drop_columns(["sha256"]), "damaged or not a manifest of bsq_ray: 'sha256'"),
         (lambda table: table.replace_schema_metadata({"bsq_ray": "[]"}), "damaged or not a manifest"),
         (lambda table: table.replace_schema_metadata({"bsq_ray": "{}"}), "damaged or not a manifest"),
         (lambda table: table.replace_schema_metadata({"other": "{}"}), "damaged or not a manifest"),
@@ -146,7 +146,7 @@ def test_read_manifest_missing_or_invalid_raises(tmp_path):
 )
 def test_read_manifest_damaged_raises(folder, tmp_path, damage, message):
     """A damaged or newer manifest raises an error that names the file."""
-    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     path = tmp_path / "out" / "manifest.parquet"
     pq.write_table(damage(pq.read_table(path)), path)
     with pytest.raises(ValueError, match=f"manifest.parquet .*{message}"):
@@ -167,7 +167,7 @@ def test_index_shards_indexes_external_shards(photos, tmp_path):
 
 
 def test_index_shards_partly_unlabeled_raises(photos, tmp_path):
-    """They would be taken for class 0 in silence; where none has one, all are of one class."""
+    """Samples without a class among labeled ones raise an error; without any label all have one class."""
 
     def shard(name, *labels):
         tmp_path.joinpath(name).mkdir(exist_ok=True)
@@ -210,7 +210,7 @@ def test_pack_images_storage_error_leaves_no_manifest(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(storage, "read_bytes", failing)
     with pytest.raises(storage.StorageUnavailableError, match=r"photo\.4\.jpg: no answer"):
-        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+        pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
@@ -222,7 +222,7 @@ def test_pack_images_split_list_of_flat_folder(photos, tmp_path):
     (tmp_path / "classInd.txt").write_text("1 Archery\n")
     (tmp_path / "list.txt").write_text("0.png\n2.png\n")
     listed = str(tmp_path / "list.txt")
-    report = pack_images(str(tmp_path / "flat"), str(tmp_path / "out"), num_workers=0, split_list=listed)
+    report = pack_images(str(tmp_path / "flat"), str(tmp_path / "out"), PackOptions(num_workers=0, split_list=listed))
     assert report.manifest.classes == ("all",)
     assert report.manifest.num_samples == 2
 
@@ -230,7 +230,7 @@ def test_pack_images_split_list_of_flat_folder(photos, tmp_path):
 def test_inspect_shards_counts_and_detects_changes(folder, tmp_path):
     """Inspection counts images per class and detects a changed shard."""
     url = str(tmp_path / "out")
-    pack_images(str(folder), url, num_workers=0)
+    pack_images(str(folder), url, PackOptions(num_workers=0))
     inspection = inspect_shards(url, str(tmp_path / "sheet.png"))
     assert inspection.class_counts == {"cats": 3, "dogs": 3}
     assert inspection.num_measured == 6
@@ -278,7 +278,7 @@ def test_storage_unreachable_object_store_raises(monkeypatch):
 
 def test_pack_images_sample_members_are_adjacent(folder, tmp_path):
     """The tar members of one sample are adjacent."""
-    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         keys = [name.split(".")[0] for name in tar.getnames()]
     assert keys[0::2] == keys[1::2]

@@ -1,4 +1,4 @@
-"""The sample photographs."""
+"""The sample photos."""
 
 import sys
 

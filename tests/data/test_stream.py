@@ -1,4 +1,4 @@
-"""Batches: the same from either executor, for any number of workers, and full in spite of damage."""
+"""Batches: the same from both executors, for any number of workers, and full despite damaged samples."""
 
 import threading
 from itertools import islice
@@ -124,9 +124,9 @@ def test_training_batches_are_independent_of_prefetch(manifest):
 @pytest.fixture
 def damaged_manifest(photo_folders, tmp_path):
     """A data set of which one sample's bytes were overwritten after packing."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
-    manifest = pack_images(str(photo_folders[1]), str(tmp_path), max_side=96, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), str(tmp_path), PackOptions(max_side=96, num_workers=0)).manifest
     shard = manifest.shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
@@ -159,7 +159,9 @@ def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
     path = tmp_path / damaged_manifest.shards[0].name
     path.write_bytes(path.read_bytes()[:50000])
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
+        )
 
 
 def test_evaluation_batches_cover_every_sample_once(manifest):
@@ -195,14 +197,14 @@ def test_evaluation_batches_damaged_raises_by_default(damaged_manifest):
 
 def test_training_batches_from_object_store(photo_folders, bucket):
     """Training batches are read from an object store."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
-    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", max_side=96, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", PackOptions(max_side=96, num_workers=0)).manifest
     assert np.all([len(batch.keys) == 8 for batch in batches(manifest, 3)])
 
 
 def remove_members(path, key):
-    """Writes a shard anew without the members of a sample, as a careless tool leaves it."""
+    """Rewrite a shard without the members of a sample, as a faulty tool leaves it."""
     import io
     import tarfile
 
@@ -227,4 +229,6 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
     assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
     assert not skipped_keys & delivered_keys
     with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
-        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1}))
+        batches(
+            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1})
+        )

@@ -1,4 +1,4 @@
-"""Token tables: what the tokenizer says, exactly once, resumable, and refused by models that do not fit."""
+"""Token tables: complete, equal to the tokenizer's output, resumable, and rejected by incompatible models."""
 
 import json
 from pathlib import Path
@@ -84,14 +84,14 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
     assert np.array_equal(theirs.values_P, ours.values_P)
     (tmp_path / "tokens.json").unlink()
     (tmp_path / "part-000001.parquet").unlink()
-    with pytest.raises(ValueError, match="is not a whole token table"):
+    with pytest.raises(ValueError, match="is not a complete token table"):
         read_table(str(tmp_path))
     progress_calls = []
     again = tokenize(*arguments, num_workers=0, **settings, on_progress=lambda *done: progress_calls.append(done))
     assert again.num_written == 1
     assert progress_calls == [(len(table.parts), len(table.parts))]
     assert again.table == done.table
-    # Other views are another table, so nothing of the old one is kept.
+    # Another number of crops is another table, so every part is rewritten.
     assert tokenize(*arguments, num_workers=0, num_crops=1).num_written == len(table.parts)
 
 
@@ -108,7 +108,7 @@ def test_token_source_epoch_has_each_row_once(table):
 
 @pytest.fixture(scope="module")
 def clip_model(tmp_path_factory):
-    """A tokenizer of clips of 4 frames; a video gives two of them, every second frame taken."""
+    """A tokenizer for clips of 4 frames; each video has two clips with a frame stride of 2."""
     url = save_tokenizer(tmp_path_factory.mktemp("clip_tokenizer"), 0, frames=4)
     run = config.load_config(f"{url}/config.yaml", ["data.frame_stride=2", "data.clips_per_video=2"])
     Tokenizer.from_pretrained(url).save_pretrained(url, run)
@@ -135,7 +135,7 @@ def test_tokenize_clips_keeps_time_order(clip_model, held_out_video_shards, tmp_
     assert not np.array_equal(rows.values_P[count : 2 * count], rows.values_P[:count]), (
         "the second view is another clip"
     )
-    # What the clips are made of is part of the table: with another stride nothing of it is kept.
+    # The frame stride is part of the table's identity, so another stride rewrites every part.
     other = config.load_config(f"{clip_model}/config.yaml", ["data.frame_stride=1"])
     Tokenizer.from_pretrained(clip_model).save_pretrained(str(tmp_path / "other"), other)
     again = tokenize(str(tmp_path / "other"), held_out_video_shards, str(tmp_path / "a"), num_workers=0, num_crops=2)
@@ -150,15 +150,17 @@ def test_tokenize_images_with_video_tokenizer(clip_model, held_out_shards, tmp_p
 
 def test_tokenize_videos_with_image_tokenizer_raises(model, held_out_video_shards, tmp_path):
     """An image tokenizer rejects packed videos."""
-    with pytest.raises(ValueError, match="holds videos, but .* takes images"):
+    with pytest.raises(ValueError, match="contains videos, but .* takes images"):
         tokenize(model, held_out_video_shards, str(tmp_path), num_workers=0)
 
 
 def test_tokenize_damaged_image_is_skipped(model, photo_folders, tmp_path):
     """Damaged images are skipped and reported by key."""
-    from bsq_ray.data.pack import pack_images
+    from bsq_ray.data.pack import PackOptions, pack_images
 
-    manifest = pack_images(str(photo_folders[1]), str(tmp_path / "set"), max_side=64, num_workers=0).manifest
+    manifest = pack_images(
+        str(photo_folders[1]), str(tmp_path / "set"), PackOptions(max_side=64, num_workers=0)
+    ).manifest
     shard = manifest.shards[0]
     path = tmp_path / "set" / shard.name
     content = bytearray(path.read_bytes())
@@ -175,10 +177,10 @@ def test_token_table_mismatch_raises(table, model, photo_shards, tmp_path):
     with pytest.raises(ValueError, match=r"give model.bits=10 model.grid=\[1, 4, 4\] model.num_classes=1"):
         TokenSource(table, config.MaskedLMModelConfig())
     foreign = MODEL.model_copy(update={"tokenizer": "f" * 64})
-    with pytest.raises(ValueError, match="the model reads those of ffffffffffff: the same bits mean something else"):
+    with pytest.raises(ValueError, match="the model reads those of ffffffffffff; use a table of the same tokenizer"):
         TokenSource(table, foreign)
     other = save_tokenizer(tmp_path / "other", 1)
-    with pytest.raises(ValueError, match="holds tokens of another tokenizer"):
+    with pytest.raises(ValueError, match="has tokens of another tokenizer"):
         tokenize(other, photo_shards, table.url, num_workers=0)
     with pytest.raises(ValueError, match="num_crops 0"):
         tokenize(model, photo_shards, str(tmp_path / "x"), num_workers=0, num_crops=0)

@@ -58,8 +58,8 @@ def test_find_dataset_reads_object_storage_urls(bucket):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a.png", "b.mp4"], "holds images (a.png, …) and clips (b.mp4, …)"),
-        (["notes.txt"], "holds no images and no clips"),
+        (["a.png", "b.mp4"], "contains images (a.png, …) and clips (b.mp4, …)"),
+        (["notes.txt"], "contains no images and no clips"),
     ],
 )
 def test_find_dataset_invalid_folder_raises(tmp_path, names, message):

@@ -125,7 +125,7 @@ def test_video_tokenizer_evaluates_images_as_single_frames(model, held_out_shard
 
 def test_mismatched_model_or_data_raises(model, held_out_video_shards, tmp_path):
     images = save_model(str(tmp_path / "images"), 1)
-    with pytest.raises(ValueError, match="holds videos, but clips takes images"):
+    with pytest.raises(ValueError, match="contains videos, but clips takes images"):
         evaluate_reconstruction(images, held_out_video_shards, str(tmp_path), workers=0)
     long = save_model(str(tmp_path / "long"), 300)
     with pytest.raises(ValueError, match="no video of .* has the 300 frames of a clip"):

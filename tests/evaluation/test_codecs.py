@@ -5,7 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from bsq_ray.evaluation.compression.clip_files import read_video_clip
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
@@ -43,6 +43,16 @@ def test_image_codec_higher_quality_costs_more_bits(name, photos):
     assert errors[-1] < 150 < errors[0]
     if name != "JPEG XL":
         assert Image.open(io.BytesIO(files[0])).convert("RGB").tobytes() == codec.decode(files[0]).tobytes()
+
+
+@pytest.mark.parametrize("name", MAGIC)
+def test_image_codec_writes_no_color_profile(name, photos):
+    """A file has the same size for an image with and without a color profile."""
+    photo = photos[1].resize((64, 48))
+    tagged = photo.copy()
+    tagged.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    codec = standard_codecs()[name]
+    assert codec.encode(tagged, codec.qualities[0]) == codec.encode(photo, codec.qualities[0])
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, config
@@ -87,6 +87,15 @@ def test_points_match_file_sizes_and_decoded_images(results, model, folder):
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
 
 
+def test_content_reader_returns_pixels_without_color_profile(photos, tmp_path):
+    """No codec converts colors: our codec would convert to sRGB and would be compared with unconverted pixels."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photos[0].resize((64, 48)).save(tmp_path / "a.png", icc_profile=profile)
+    image = compression._ContentReader("images", None, None)(str(tmp_path / "a.png"))
+    assert "icc_profile" not in image.info
+    assert image.tobytes() == Image.open(tmp_path / "a.png").convert("RGB").tobytes()
+
+
 def test_prior_savings_match_file_sizes(results):
     curves = results[0]["curves"]
     assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens, the same picture"
@@ -139,7 +148,7 @@ def test_clips_are_compared_with_video_codecs(video_folders, tmp_path, monkeypat
     monkeypatch.setattr(compression, "standard_video_codecs", lambda: few)
     out = tmp_path / "out"
     evaluation = evaluate_compression(
-        str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, max_frames=3, max_side=320
+        str(tmp_path / "model"), str(tmp_path / "set"), str(out), workers=0, max_frames=3, max_side=320
     )
     assert (evaluation["dataset"], evaluation["kind"], evaluation["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
     assert evaluation["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
@@ -154,9 +163,9 @@ def test_unusable_images_raise_with_their_name(model, photos, tmp_path):
     small.mkdir()
     photos[0].resize((100, 300)).save(small / "a.png")
     with pytest.raises(ValueError, match=r"^\S+small/a.png is 100 x 300; MS-SSIM needs sides above 160 pixels$"):
-        evaluate_compression(model, str(small), str(tmp_path), 0)
+        evaluate_compression(model, str(small), str(tmp_path), workers=0)
     (small / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"^\S+small/a.png cannot be read as an image"):
-        evaluate_compression(model, str(small), str(tmp_path), 0)
-    with pytest.raises(ValueError, match="holds no images and no clips"):
-        evaluate_compression(model, model, str(tmp_path), 0)
+        evaluate_compression(model, str(small), str(tmp_path), workers=0)
+    with pytest.raises(ValueError, match="contains no images and no clips"):
+        evaluate_compression(model, model, str(tmp_path), workers=0)

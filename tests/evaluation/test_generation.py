@@ -15,7 +15,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import config, storage
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation import evaluate_generation as generation
@@ -44,7 +44,7 @@ def generation_setup(photos, tmp_path_factory):
         folder_of_class.mkdir(parents=True, exist_ok=True)
         photo.resize((80, 80)).save(folder_of_class / f"{number}.png")
     shards = str(folder / "shards")
-    pack_images(str(folder / "images"), shards, num_workers=0)
+    pack_images(str(folder / "images"), shards, PackOptions(num_workers=0))
     tokenizer = save_tokenizer(folder / "tokenizer", 0)
     tokens = str(folder / "tokens")
     tokenize(tokenizer, shards, tokens, num_workers=0, num_crops=3)
@@ -68,7 +68,7 @@ def cache(tmp_path_factory):
 def evaluate(generation_setup, out, workers=0, **options):
     model, shards, tokens = generation_setup
     return evaluate_generation(
-        model, shards, str(out), workers, count=40, sampling={"steps": 2}, baseline_url=tokens, **options
+        model, shards, str(out), workers=workers, count=40, sampling={"steps": 2}, baseline_url=tokens, **options
     )
 
 
@@ -114,9 +114,13 @@ def test_real_features_are_read_from_cache(generation_setup, results, monkeypatc
 def test_fid_warning_depends_on_generated_image_count(generation_setup):
     """FID of few generated images has a bias warning, regardless of the number of real images."""
     manifest = read_manifest(generation_setup[1])
-    provenance = collect_provenance(manifest, 50_000, 64, "lanczos", ["fid-inception"], num_generated=100)
+    provenance = collect_provenance(
+        manifest, 50_000, size=64, resize_filter="lanczos", networks=["fid-inception"], num_generated=100
+    )
     assert provenance["warning"].startswith("FID of 100 images is biased")
-    assert "warning" not in collect_provenance(manifest, 50_000, 64, "lanczos", ["fid-inception"])
+    assert "warning" not in collect_provenance(
+        manifest, 50_000, size=64, resize_filter="lanczos", networks=["fid-inception"]
+    )
 
 
 def test_unreadable_real_images_raise_and_are_not_cached(generation_setup, cache, tmp_path):
@@ -154,7 +158,7 @@ def test_baseline_table_of_other_tokenizer_raises(generation_setup, tmp_path):
     MaskedLM(other).save_pretrained(str(tmp_path / "model"))
     storage.copy_folder(f"{model}/tokenizer", str(tmp_path / "model" / "tokenizer"))
     with pytest.raises(ValueError, match="the model reads those of 000000000000"):
-        evaluate_generation(str(tmp_path / "model"), shards, str(tmp_path), 0, baseline_url=tokens)
+        evaluate_generation(str(tmp_path / "model"), shards, str(tmp_path), workers=0, baseline_url=tokens)
 
 
 def test_evaluation_on_two_workers_equals_local(generation_setup, results, tmp_path, ray_local):
@@ -166,13 +170,13 @@ def test_evaluation_on_two_workers_equals_local(generation_setup, results, tmp_p
 
 def test_invalid_inputs_raise(generation_setup, photo_shards, tmp_path):
     with pytest.raises(ValueError, match="has 1 classes, the model 2"):
-        evaluate_generation(generation_setup[0], photo_shards, str(tmp_path), 0)
+        evaluate_generation(generation_setup[0], photo_shards, str(tmp_path), workers=0)
     with pytest.raises(ValueError, match="3 images are too few"):
-        evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), 0, count=3)
+        evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), workers=0, count=3)
     with pytest.raises(ValueError, match="^sampling: steps: Input should be greater than or equal to 1, got 0$"):
-        evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), 0, sampling={"steps": 0})
-    with pytest.raises(ValueError, match="has stage 'tokenizer'"):
-        evaluate_generation(f"{generation_setup[0]}/tokenizer", generation_setup[1], str(tmp_path), 0)
+        evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), workers=0, sampling={"steps": 0})
+    with pytest.raises(ValueError, match="is of the stage tokenizer"):
+        evaluate_generation(f"{generation_setup[0]}/tokenizer", generation_setup[1], str(tmp_path), workers=0)
 
 
 def test_histogram_cross_entropy_of_same_table_is_low(generation_setup):
@@ -249,7 +253,8 @@ def test_generate_files_writes_images(generation_setup, tmp_path):
             generation_setup[0], str(tmp_path / "x"), GenerateRequest([0], image=image, mask=str(tmp_path / "tall.png"))
         )
     assert (
-        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True)) == 4
+        generate_files(generation_setup[0], str(tmp_path / "way"), GenerateRequest([0, 1], count=4, interpolate=True))
+        == 4
     )
 
 
@@ -262,10 +267,10 @@ def test_generate_files_writes_animated_clips(tmp_path):
     file = Image.open(tmp_path / "out" / "class-001-0001.webp")
     assert (file.n_frames, file.size) == (3, (32, 32))
     assert Image.open(tmp_path / "out" / "sheet.png").height == 104
-    with pytest.raises(ValueError, match="fill in images only"):
+    with pytest.raises(ValueError, match="inpaint images only"):
         generate_files(model, str(tmp_path / "x"), GenerateRequest([1], image="a.png", mask="b.png"))
-    with pytest.raises(ValueError, match="draws clips"):
-        evaluate_generation(model, "x", str(tmp_path), 0)
+    with pytest.raises(ValueError, match="generates clips"):
+        evaluate_generation(model, "x", str(tmp_path), workers=0)
 
 
 @pytest.mark.parametrize(

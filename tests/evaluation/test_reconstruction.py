@@ -64,7 +64,9 @@ def test_provenance_lists_missing_packages(held_out_shards, monkeypatch):
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
-    versions = collect_provenance(read_manifest(held_out_shards), 12, 32, "lanczos", ())["versions"]
+    versions = collect_provenance(read_manifest(held_out_shards), 12, size=32, resize_filter="lanczos", networks=())[
+        "versions"
+    ]
     assert (versions["ray"], versions["torch"]) == ("not installed", "1")
 
 

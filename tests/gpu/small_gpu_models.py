@@ -7,7 +7,7 @@ import torch
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import eval_transform, to_float
-from bsq_ray.metrics.pretrained_weights import resolve_once
+from bsq_ray.models.pretrained_weights import resolve_once
 
 SIZE = 32
 

@@ -36,7 +36,7 @@ def _resized_photos(photos):
 @pytest.mark.parametrize("devices", DEVICE_PAIRS)
 def test_codec_image_bytes_match_across_devices(devices, gpu, folder, photos):
     writer, reader = codecs(folder, gpu, devices)
-    own = Codec.from_pretrained(folder, device=str(gpu) if DEVICE_PAIRS[devices][0] else "cpu", batch=3)
+    own = Codec.from_pretrained(folder, device=str(gpu) if DEVICE_PAIRS[devices][0] else "cpu", batch_size=3)
     for photo in _resized_photos(photos):
         data = writer.compress(photo).data
         read = np.asarray(reader.decompress(data))
@@ -54,7 +54,7 @@ def test_codec_clip_bytes_match_across_devices(devices, gpu, clip_folder, photos
 
 
 def test_codec_fp32_pixels_differ_by_at_most_one_level(gpu, folder, photos):
-    writer, reader = codecs(folder, gpu, "cpu to gpu", arithmetic=torch.float32)
+    writer, reader = codecs(folder, gpu, "cpu to gpu", decode_dtype=torch.float32)
     data = writer.compress(photos[0]).data
     difference = np.asarray(reader.decompress(data)).astype(int) - np.asarray(writer.decompress(data))
     assert np.abs(difference).max() <= 1

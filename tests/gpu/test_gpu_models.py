@@ -19,7 +19,7 @@ from small_gpu_models import (
 from bsq_ray import config
 from bsq_ray.losses.adversarial import r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.ops.blur import _load_kernels, blur
 from bsq_ray.models.quantizers import build_quantizer
 from bsq_ray.models.tokenizer import Tokens

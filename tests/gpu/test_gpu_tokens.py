@@ -60,7 +60,7 @@ def train(device, preset, tokens, out, overrides=(), last=None):
     listener = RecordingReporter(last)
     run_config = resolve_tokenizer(load_config(preset, [*SMALL, *STAGES[preset], *overrides]), tokens)
     run_training(RunSpec(run_config, tokens, str(out)), WorkerContext(0, 1, device, "local", listener))
-    return listener.training
+    return listener.training_records
 
 
 def assert_same_losses(actual, expected, tolerance):
@@ -122,7 +122,7 @@ def test_generate_on_gpu_same_seed_gives_same_images(gpu, tmp_path):
     assert images.device.type == gpu.type
     assert torch.equal(images, generator.generate([0, 1, 2], seed=5, **settings))
     assert not torch.equal(images, generator.generate([0, 1, 2], seed=6, **settings))
-    assert torch.equal(images, list(generator.steps([0, 1, 2], seed=5, **settings))[-1])
+    assert torch.equal(images, list(generator.iter_steps([0, 1, 2], seed=5, **settings))[-1])
 
 
 def test_inpaint_accepts_cpu_images_on_gpu_model(gpu, tmp_path):
@@ -161,7 +161,7 @@ def test_incremental_decoder_on_gpu_matches_cpu_logits(gpu):
         assert_close_to_cpu(prior(sub_tokens_BNS), expected, 1e-4, "parallel pass")
         decoder, steps = prior.start_decoding(2), []
         for n in range(model_config.tokens):
-            h_B1D = decoder.features()
+            h_B1D = decoder.next_features()
             steps.append(torch.cat([prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s]) for s in range(2)], 1))
             decoder.push(sub_tokens_BNS[:, n])
     # The largest difference that compressed files allow for.

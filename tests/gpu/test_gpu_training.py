@@ -28,7 +28,7 @@ def train(device, shards, out, overrides=(), last=None):
     run_training(
         small_job(shards, out, [*STABLE_OPTIMIZER, *overrides]), WorkerContext(0, 1, device, "local", listener)
     )
-    return listener.training
+    return listener.training_records
 
 
 def assert_close(actual, expected, tolerance=RELATIVE_TOLERANCE):

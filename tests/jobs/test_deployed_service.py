@@ -19,7 +19,7 @@ TOKEN = "the-token-of-the-service"
 
 @pytest.fixture(scope="module")
 def head():
-    # Below /tmp, because the path of a socket may have no more than 107 characters.
+    # In /tmp, because the path of a socket is limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))
     try:
         with head_node(folder, cpus=8, settings={"BSQ_RAY_TOKEN": TOKEN}) as head_process:
@@ -33,8 +33,8 @@ def deploy(head, file, port, models):
     serve_config["http_options"] = {"host": "127.0.0.1", "port": port}
     args = serve_config["applications"][0]["args"]
     args["models"] = models
-    for name in ("front", "tokenizer", "codec", "generator"):
-        args[name] |= {"cpus": 0.5, "gpus": 0} if name != "front" else {"cpus": 0.5}
+    for name in ("ingress", "tokenizer", "codec", "generator"):
+        args[name] |= {"num_cpus": 0.5, "num_gpus": 0} if name != "ingress" else {"num_cpus": 0.5}
     file.write_text(yaml.safe_dump(serve_config))
     command = "import sys; from ray.serve.scripts import cli; sys.exit(cli())"
     return subprocess.run(

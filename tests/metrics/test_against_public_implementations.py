@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision_stub import stub_torchvision_ops
 
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.metrics.classifier import EfficientNetLite0
@@ -19,7 +20,7 @@ from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
-from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
+from bsq_ray.models.pretrained_weights import resolve_once
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +71,32 @@ def test_ms_ssim_is_omitted_for_small_images(originals, distorted):
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
 def test_lpips_matches_lpips_package(originals, distorted, network):
-    from bsq_ray.metrics.lpips import _load_network
+    stub_torchvision_ops()
+    from lpips import LPIPS
 
+    public = LPIPS(net=network, pnet_rand=True, verbose=False)
+    weights = resolve_once(f"lpips-{network}").tensors
+    convolutions = [module for module in public.net.modules() if isinstance(module, torch.nn.Conv2d)]
     with torch.no_grad():
-        expected = _load_network(network, "cpu").lpips(originals, distorted).flatten()
+        for index, convolution in enumerate(convolutions):
+            convolution.weight.copy_(weights[f"conv.{index}.weight"])
+            convolution.bias.copy_(weights[f"conv.{index}.bias"])
+        expected = public(originals, distorted).flatten()
     torch.testing.assert_close(lpips(originals, distorted, network), expected, rtol=0, atol=1e-5)
 
 
 def test_inception_features_match_pytorch_fid(originals, inception, monkeypatch):
     """The public wrapper, given the same weights instead of its download."""
+    stub_torchvision_ops()
     import pytorch_fid.inception as public
+    from torchvision.models.inception import BasicConv2d, Inception3
 
+    layout = Inception3(aux_logits=False, init_weights=False).named_modules()
+    names = [name for name, module in layout if isinstance(module, BasicConv2d)]
+    layers = [module for module in inception.modules() if hasattr(module, "bn")]
     state = {}
-    for name, module in inception.network.named_modules():
-        if type(module).__name__ == "BasicConv2d":
-            # Pool branches stand one level deeper here.
-            name = name.replace("branch_pool.1", "branch_pool")
-            state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, layer in zip(names, layers, strict=True):
+        state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
     state |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     monkeypatch.setattr(public, "load_state_dict_from_url", lambda *args, **kwargs: state)
     network = public.InceptionV3([3], resize_input=True, normalize_input=True).eval()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torchvision_stub import stub_torchvision_ops
 
 from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
-from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
 
 def points(count, seed, shift=0.0, width=16):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision_stub import stub_torchvision_ops
 
-from bsq_ray.metrics import pretrained_weights
-from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
+from bsq_ray.models import pretrained_weights
 
 
 @pytest.fixture(autouse=True)

@@ -76,10 +76,10 @@ def test_blur_without_triton_falls_back_and_warns(caplog, monkeypatch):
 def test_blur_out_of_memory_does_not_disable_kernels(monkeypatch):
     """An out-of-memory error while building the kernels is raised, not cached as "no kernels"."""
 
-    def filtered(*_):
+    def blur_out_of_memory(*_):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setitem(sys.modules, "bsq_ray.models.ops.blur_triton", SimpleNamespace(filtered=filtered))
+    monkeypatch.setitem(sys.modules, "bsq_ray.models.ops.blur_triton", SimpleNamespace(blur=blur_out_of_memory))
     monkeypatch.setattr("bsq_ray.models.ops.blur_triton", sys.modules["bsq_ray.models.ops.blur_triton"], raising=False)
     with pytest.raises(torch.OutOfMemoryError):
         _load_kernels.__wrapped__(torch.device("cpu"))

@@ -5,13 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.discriminators.stylegan2 import (
-    EqualizedConv,
-    PatchDiscriminator,
-    StyleDiscriminator,
-    append_minibatch_stddev,
-    build_discriminator,
-)
+from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.discriminators.patchgan import PatchDiscriminator
+from bsq_ray.models.discriminators.stylegan2 import EqualizedConv, StyleDiscriminator, append_minibatch_stddev
 
 
 def images(count, size=32, seed=0):
@@ -58,7 +54,7 @@ def test_discriminator_joint_batches_match_separate_batches(kind):
 def test_equalized_conv_downsample_matches_upfirdn():
     """Against the literal upfirdn: zero-pad, filter with the outer product of [1,3,3,1]/8, correlate with stride 2."""
     torch.manual_seed(0)
-    conv = EqualizedConv(5, 7, 3, down=True)
+    conv = EqualizedConv(5, 7, 3, downsample=True)
     x = torch.randn(2, 5, 16, 16)
     taps = torch.tensor([1.0, 3, 3, 1]) / 8
     padded = F.pad(x, (2, 2, 2, 2)).flatten(0, 1)[:, None]

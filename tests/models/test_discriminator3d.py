@@ -5,7 +5,7 @@ import torch
 from real_clips import street_clip
 
 from bsq_ray import config
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.discriminators.stylegan2_3d import ClipBlock, ClipDiscriminator, temporal_downsampling
 
 
@@ -53,7 +53,7 @@ def test_discriminator3d_blocks_preserve_variance():
 def test_clip_block_gradgradcheck_passes():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 2, 8, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(ClipBlock(3, 4, shorten=True).double(), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ClipBlock(3, 4, downsample_time=True).double(), x, fast_mode=True)
 
 
 def test_discriminator3d_wrong_length_or_size_raises():

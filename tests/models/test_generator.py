@@ -23,7 +23,7 @@ def generator(tmp_path):
 def test_generate_from_labels_returns_reproducible_images(generator):
     images = generator.generate([0, 3, 4], seed=1, steps=3)
     assert images.shape == (3, 3, 32, 32)
-    assert torch.equal(images[1:2], generator.generate([3], seed=1, first=1, steps=3))
+    assert torch.equal(images[1:2], generator.generate([3], seed=1, first_index=1, steps=3))
     with pytest.raises(ValueError, match="classes 0 to 3"):
         generator.generate([9])
     with pytest.raises(ValidationError, match="steps"):
@@ -31,7 +31,7 @@ def test_generate_from_labels_returns_reproducible_images(generator):
 
 
 def test_iter_steps_last_step_equals_generate(generator):
-    *earlier_steps, last = generator.steps([1], seed=2, steps=4)
+    *earlier_steps, last = generator.iter_steps([1], seed=2, steps=4)
     assert len(earlier_steps) == 3
     assert torch.equal(last, generator.generate([1], seed=2, steps=4))
     assert (earlier_steps[0] == 0).float().mean() > (earlier_steps[2] == 0).float().mean() > 0

@@ -92,7 +92,7 @@ def test_warm_start_from_video_model_of_same_length(image_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "message"),
     [
         ({"quantizer": {"bits": 12}}, "model.quantizer.bits is 10 there and 12 here"),
         ({"patch_size": 4}, "model.patch_size is 8 there and 4 here"),

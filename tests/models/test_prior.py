@@ -21,7 +21,7 @@ def small_prior(**changes):
 
 def random_tokens(batch, prior, seed=0):
     model_config = prior.config
-    shape = (batch, model_config.tokens, model_config.sub_tokens)
+    shape = (batch, model_config.num_tokens, model_config.num_sub_tokens)
     return torch.randint(0, 2**model_config.sub_bits, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -74,8 +74,8 @@ def test_incremental_decoder_matches_parallel_pass(grid):
         logits_BNSK = prior(sub_tokens_BNS)
         assert logits_BNSK.std() > 0.5
         decoder = prior.start_decoding(2)
-        for n in range(prior.config.tokens):
-            h_B1D = decoder.features()
+        for n in range(prior.config.num_tokens):
+            h_B1D = decoder.next_features()
             for s in range(2):
                 step = prior.node_logits(h_B1D, sub_tokens_BNS[:, n : n + 1, :s])[:, 0]
                 assert (step - logits_BNSK[:, n, s]).abs().max() < 1e-4

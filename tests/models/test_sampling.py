@@ -16,7 +16,7 @@ def sampling_config(**changes):
 
 
 def class_weights(model, *labels):
-    return model.classes_of(torch.tensor(labels))
+    return model.class_weights(torch.tensor(labels))
 
 
 @given(st.integers(1, 40), st.integers(1, 300))
@@ -48,7 +48,7 @@ def test_sample_depends_on_seed_and_index_not_batch():
     """An image depends on the seed and its index, not on the batch it is sampled in."""
     model = small_model()
     together = sample(model, class_weights(model, 0, 1, 2), sampling_config(), seed=5)
-    alone = [sample(model, class_weights(model, n), sampling_config(), seed=5, first=n) for n in range(3)]
+    alone = [sample(model, class_weights(model, n), sampling_config(), seed=5, first_index=n) for n in range(3)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together, sample(model, class_weights(model, 0, 1, 2), sampling_config(), seed=6))
 
@@ -58,12 +58,12 @@ def test_sample_inpainting_keeps_known_tokens():
     known_BNS = torch.randint(0, 8, (2, 6, 2))
     inpaint_mask_BN = torch.tensor([[True, False, True, False, False, False], [False] * 6])
     *_, filled_BNS = sample_steps(
-        model, class_weights(model, 1, 2), sampling_config(), 0, given_BNS=known_BNS, open_BN=inpaint_mask_BN
+        model, class_weights(model, 1, 2), sampling_config(), 0, known_BNS=known_BNS, inpaint_mask_BN=inpaint_mask_BN
     )
     assert torch.equal(filled_BNS[~inpaint_mask_BN], known_BNS[~inpaint_mask_BN])
     assert (filled_BNS < model.mask_token).all()
     with pytest.raises(ValueError, match="needs both"):
-        sample(model, class_weights(model, 1, 2), sampling_config(), 0, given_BNS=known_BNS)
+        sample(model, class_weights(model, 1, 2), sampling_config(), 0, known_BNS=known_BNS)
 
 
 def test_interpolate_classes_is_linear():
@@ -99,7 +99,7 @@ def trained_model():
 
 def class_fraction(model, **changes):
     labels_B = torch.arange(4).repeat(16)
-    sampled_BNS = model.split(sample(model, model.classes_of(labels_B), sampling_config(**changes), seed=3))
+    sampled_BNS = model.split_bits(sample(model, model.class_weights(labels_B), sampling_config(**changes), seed=3))
     return (sampled_BNS == labels_B[:, None, None]).float().mean().item()
 
 
@@ -112,7 +112,7 @@ def test_sample_matches_distribution_and_guidance_sharpens(trained_model):
 
 def test_guidance_linear_schedule_is_full_at_last_step(trained_model):
     """A linear guidance schedule reaches the full scale only in the last step."""
-    classes_BC = trained_model.classes_of(torch.arange(4))
+    classes_BC = trained_model.class_weights(torch.arange(4))
 
     def sample_with(steps, schedule):
         return sample(

@@ -172,7 +172,7 @@ def test_streaming_window_caches_stay_within_one_window():
 def test_stream_non_causal_model_raises():
     tokenizer = video_tokenizer(causal=False)
     for call in (tokenizer.encode_stream, tokenizer.decode_stream):
-        with pytest.raises(ValueError, match="model.causal=false looks at whole clips of up to 6 frames"):
+        with pytest.raises(ValueError, match="model.causal=false needs whole clips of up to 6 frames"):
             call([])
 
 
@@ -186,7 +186,7 @@ def test_stream_wrong_chunk_shape_raises():
     tokenizer = video_tokenizer()
     with pytest.raises(ValueError, match="clips have 0 frames, but this model takes 1 or more"):
         list(tokenizer.encode_stream([torch.zeros(1, 3, 0, 32, 32)]))
-    with pytest.raises(ValueError, match="began with 1 clips at once and now has 2"):
+    with pytest.raises(ValueError, match="started with 1 clips at once and now has 2"):
         list(tokenizer.encode_stream([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32)]))
     with pytest.raises(ValueError, match=r"grid \(2, 8, 8\), but this model takes \(1 or more, 4, 4\)"):
         list(tokenizer.decode_stream([Tokens(torch.zeros(1, 128, 10, dtype=torch.bool), (2, 8, 8))]))

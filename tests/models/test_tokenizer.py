@@ -195,7 +195,7 @@ def test_tokenizer_low_precision_returns_fp32_images(dtype):
     ("shape", "message"),
     [
         ((1, 3, 30, 32), "32 x 30 pixels, which is not a multiple of 8, but this model takes 32 x 32"),
-        ((1, 3, 64, 64), "64 x 64 pixels but this model takes 32 x 32"),
+        ((1, 3, 64, 64), "64 x 64 pixels, but this model takes 32 x 32"),
         ((1, 1, 32, 32), r"shape \(B, 3, H, W\)"),
         ((3, 32, 32), r"shape \(B, 3, H, W\)"),
         ((1, 3, 2, 32, 32), "clips have 2 frames, but this model takes 1 to 1"),

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.flops import tokenizer_forward_flops, tokenizer_step_flops
 from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers
@@ -88,7 +88,7 @@ def test_parameter_counts_match_released_code(name, generator, discriminator):
 @pytest.mark.parametrize("network", ["vgg", "alex"])
 def test_perceptual_network_parameter_count_is_exact(network):
     num_planned = sum(layer.parameters for layers in perceptual_layers(network, 64) for layer in layers)
-    assert num_planned == count_parameters(PerceptualLoss(network).lpips.net)
+    assert num_planned == count_parameters(PerceptualLoss(network).lpips.trunk)
 
 
 @pytest.mark.parametrize("frames", [16, 6, 5])
@@ -144,10 +144,11 @@ def test_training_step_flops_are_within_two_percent(overrides):
     # On CPUs the operations of fused attention are not registered.
     with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         for step in (0, 1):
-            carry = {}
+            context = None
             for phase in stage.phases(step):
                 for name, module in stage.modules.items():
                     module.requires_grad_(name == phase)
-                loss, _ = stage.loss(phase, batch, engines, carry, step)
-                engines[phase].backward(loss)
+                output = stage.loss(phase, batch, engines, context, step)
+                engines[phase].backward(output.loss)
+                context = output.context
     assert sum(tokenizer_step_flops(run).values()) * 8 == pytest.approx(counter.total, rel=0.02)

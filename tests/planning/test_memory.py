@@ -5,7 +5,7 @@ import torch
 
 from bsq_ray.config import load_config
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
     discriminator_activation_bytes,
@@ -116,7 +116,7 @@ def test_lpips_activation_bytes_within_five_percent(overrides, half):
         with autocast(half):
             return network(reconstruction, original)
 
-    copies = 2 * sum(value.numel() for value in network.lpips.net.parameters()) if half else 0
+    copies = 2 * sum(value.numel() for value in network.lpips.trunk.parameters()) if half else 0
     saved_bytes = saved_tensor_bytes(forward, network, copies)
     assert perceptual_activation_bytes(loss, 64, half) == pytest.approx(saved_bytes / IMAGES, rel=0.05)
 

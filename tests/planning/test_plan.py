@@ -26,7 +26,9 @@ def test_reconstruction_rate_matches_the_paper_on_a5000():
 
 @pytest.mark.parametrize("gpus", [8, 16])
 def test_make_plan_32_images_at_128_px_fit_an_a5000(gpus):
-    assert make_plan(load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus).has_enough_memory
+    assert make_plan(
+        load_config("imagenet128-bsq18", [f"training.batch_size={32 * gpus}"]), "a5000", gpus
+    ).has_enough_memory
 
 
 def test_make_plan_32_images_at_256_px_advises_accumulation():
@@ -68,7 +70,9 @@ def test_make_plan_advice_makes_the_run_fit():
     assert len(plan.advice) == 2
     for change in plan.advice:
         overrides = [word for word in change.split(" (")[0].split() if "=" in word]
-        assert make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16).has_enough_memory
+        assert make_plan(
+            load_config("imagenet256-bsq18", ["training.batch_size=1024", *overrides]), "a5000", 16
+        ).has_enough_memory
 
 
 def test_make_plan_model_too_large_advises_larger_gpu():

@@ -1,4 +1,4 @@
-"""The application in this process, for the tests of a module that says what is served: its fixture `settings`."""
+"""The application in this process, for test modules with a fixture `settings`."""
 
 import pytest
 from local_service import make_app, make_replicas, wait_until_loaded

@@ -1,4 +1,4 @@
-"""The service without Ray: the application and the replicas' classes in one process."""
+"""The service without Ray: the application and its replicas in one process."""
 
 import time
 
@@ -7,13 +7,13 @@ import torch
 from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
+from bsq_ray.serving.app import REPLICA_CLASSES
 from bsq_ray.serving.http.api import create_app
 from bsq_ray.serving.registry import ROLES, ModelRegistry, ServedModel, model_kind
-from bsq_ray.serving.replicas.deployments import replica_class
 
 
 def save_models(folder):
-    """Untrained models by name: a tokenizer of 8 x 8 tokens of 10 bits at 64 px, a prior and a masked LM on it."""
+    """Save untrained models: a tokenizer (64 px, 8 x 8 tokens of 10 bits), a prior and a masked LM."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     tokenizer = Tokenizer(
@@ -28,7 +28,7 @@ def save_models(folder):
     models = {
         "small": tokenizer,
         "prior": Prior(config.PriorModelConfig(**tokens)),
-        "draws": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=4)),
+        "generator": MaskedLM(config.MaskedLMModelConfig(**tokens, num_classes=4)),
     }
     for name, model in models.items():
         model.save_pretrained(str(folder / name))
@@ -38,7 +38,7 @@ def save_models(folder):
 
 
 def save_video_models(folder):
-    """Untrained models of 4 frames of 4 x 4 tokens of 10 bits at 32 px, by name; `whole` looks at later frames."""
+    """Save untrained video models (4 frames, 32 px, 4 x 4 tokens of 10 bits), causal but for `noncausal`."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     tokens = {"grid": [4, 4, 4], "bits": 10, "sub_bits": 5, **sizes}
@@ -49,21 +49,21 @@ def save_video_models(folder):
                 decoder=config.DecoderConfig(**sizes, head_hidden_dim=32), quantizer=config.BSQConfig(bits=10),
             )
         )
-        for name, causal in (("clips", True), ("whole", False))
+        for name, causal in (("clips", True), ("noncausal", False))
     }  # fmt: skip
     models = tokenizers | {
         "clip-prior": Prior(config.PriorModelConfig(**tokens)),
-        "moves": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=2)),
+        "video-generator": MaskedLM(config.MaskedLMModelConfig(**tokens, num_classes=2)),
     }
     for name, model in models.items():
         model.save_pretrained(str(folder / name))
-    for name in ("clip-prior", "moves"):
+    for name in ("clip-prior", "video-generator"):
         tokenizers["clips"].save_pretrained(str(folder / name / "tokenizer"))
     return {name: str(folder / name) for name in models}
 
 
 class LocalReplicas:
-    """A replica in this process, in place of a handle of Ray Serve."""
+    """A replica in this process, in place of a `ReplicaClient`."""
 
     def __init__(self, replica):
         self.replica = replica
@@ -77,17 +77,18 @@ class LocalReplicas:
 
 
 def make_replicas(settings):
-    """Replicas by model and role."""
+    """Return replicas by model and role."""
     return {
         name: {
-            role: replica_class(role)(url, settings) for role in ROLES[model_folder.load_model_folder_config(url).stage]
+            role: REPLICA_CLASSES[role](url, settings)
+            for role in ROLES[model_folder.load_model_folder_config(url).stage]
         }
         for name, url in settings.models.items()
     }
 
 
 def make_app(settings, replicas, token_hash=None):
-    """The application in front of replicas that are made already, as if it listened on loopback."""
+    """Return the application for existing replicas, as if it listened on loopback."""
 
     async def metrics():
         return "ray_serve_nothing 0\n"
@@ -96,11 +97,13 @@ def make_app(settings, replicas, token_hash=None):
         ServedModel(
             name,
             model_kind(model_folder.load_model_folder_config(settings.models[name])),
-            {k: LocalReplicas(v) for k, v in roles.items()},
+            {role: LocalReplicas(replica) for role, replica in roles.items()},
         )
         for name, roles in replicas.items()
     ]
-    return create_app(ModelRegistry(models), settings.limits, token_hash, True, metrics)
+    return create_app(
+        ModelRegistry(models), settings.limits, token_hash=token_hash, loopback_only=True, collect_metrics=metrics
+    )
 
 
 def wait_until_loaded(client):
@@ -109,4 +112,4 @@ def wait_until_loaded(client):
         if client.get("/healthz").status_code == 200:
             return
         time.sleep(0.02)
-    raise AssertionError("the models were not loaded")
+    raise AssertionError("the models did not load in time")

@@ -1,4 +1,4 @@
-"""The HTTP interface: formats in and out, and a plain refusal for everything that cannot be done."""
+"""The HTTP API: formats of requests and responses, limits, errors and authentication."""
 
 import asyncio
 import base64
@@ -27,7 +27,9 @@ TOKEN = "a-token-of-enough-length"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    limits = Limits(body_mb=0.5, pixels=300_000, upload_seconds=1, seconds=60, waiting=4)
+    limits = Limits(
+        max_body_mb=0.5, max_pixels=300_000, upload_timeout_s=1, request_timeout_s=60, max_ongoing_requests=4
+    )
     return Settings(models=save_models(tmp_path_factory.mktemp("models")), limits=limits, authentication=False)
 
 
@@ -51,11 +53,11 @@ def open_png(response):
 def test_list_models_reports_capabilities(client, settings):
     """GET /v1/models lists every model with its capabilities and metadata."""
     models = {model["name"]: model for model in client.get("/v1/models").json()["models"]}
-    assert models["small"]["offers"] == ["encode", "decode", "reconstruct", "compress", "decompress", "measure"]
-    assert models["prior"]["offers"] == ["compress", "decompress", "measure"]
-    assert models["draws"]["offers"] == ["generate"]
+    assert models["small"]["capabilities"] == ["encode", "decode", "reconstruct", "compress", "decompress", "measure"]
+    assert models["prior"]["capabilities"] == ["compress", "decompress", "measure"]
+    assert models["generator"]["capabilities"] == ["generate"]
     assert models["small"]["tokenizer_id"] == Tokenizer.from_pretrained(settings.models["small"]).model_id
-    assert models["draws"]["classes"] == 4
+    assert models["generator"]["num_classes"] == 4
 
 
 def test_encode_decode_photo_matches_library(client, settings, photo):
@@ -102,17 +104,19 @@ def test_measure_reports_quality_and_baseline_sizes(client, photo):
 
 def test_generate_streams_one_image_per_step(client, settings):
     """Generation streams one image per step, and the last one equals the library's."""
-    response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance": 1.5})
+    body = {"class": 2, "seed": 5, "steps": 4, "guidance_scale": 1.5}
+    response = client.post("/v1/generate", json=body)
     assert response.headers["content-type"] == "application/x-ndjson"
     steps = [json.loads(line) for line in response.text.splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(step["steps"] == 4 and step["seed"] == 5 for step in steps)
     images = [Image.open(io.BytesIO(base64.b64decode(step["image"].split(",")[1]))) for step in steps]
-    gray = [(np.asarray(picture) == 128).all(-1).mean() for picture in images]
+    gray = [(np.asarray(image) == 128).all(-1).mean() for image in images]
     assert gray[0] > gray[1] > gray[2]
-    [expected] = to_uint8(Generator.from_pretrained(settings.models["draws"]).generate([2], 5, steps=4, guidance=1.5))
+    generator = Generator.from_pretrained(settings.models["generator"])
+    [expected] = to_uint8(generator.generate([2], 5, steps=4, guidance_scale=1.5))
     assert np.array_equal(np.asarray(images[-1]).transpose(2, 0, 1), expected.numpy())
-    png_response = client.post("/v1/generate", json={"class": 2, "seed": 5, "steps": 4, "guidance": 1.5}, headers=PNG)
+    png_response = client.post("/v1/generate", json=body, headers=PNG)
     assert np.array_equal(np.asarray(open_png(png_response)), np.asarray(images[-1]))
     assert client.post("/v1/generate", json={"class": 0, "steps": 1}, headers=PNG).headers["x-seed"]
 
@@ -132,7 +136,7 @@ def test_encode_accepts_common_image_formats(client, photo, image_format):
 
 
 def test_decompression_bomb_returns_413(client):
-    """A PNG that claims 100,000 x 100,000 pixels, 30 GB when decoded."""
+    """A PNG whose header declares too many pixels is rejected before it is decoded."""
 
     def chunk(image_format, data):
         return struct.pack(">I", len(data)) + image_format + data + struct.pack(">I", zlib.crc32(image_format + data))
@@ -148,19 +152,19 @@ def test_decompression_bomb_returns_413(client):
 
 
 def with_claimed_width(file, width):
-    """A .bsq file whose header says another width."""
+    """Return a .bsq file with another width in its header."""
     return file[:8] + struct.pack("<I", width) + file[12:]
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
+    ("path", "body", "status", "message"),
     [
         ("encode", b"", 422, "empty"),
         ("encode", b"no image", 415, "not an image or video"),
         ("encode", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not an image or video"),
         ("compress", lambda photo, _: encode_image(photo)[:3000], 422, "damaged"),
-        ("encode?model=other", lambda photo, _: encode_image(photo), 404, "no model other"),
-        ("encode?model=draws", lambda photo, _: encode_image(photo), 422, "draws does not encode"),
+        ("encode?model=other", lambda photo, _: encode_image(photo), 404, "unknown model other"),
+        ("encode?model=generator", lambda photo, _: encode_image(photo), 422, "generator cannot encode"),
         ("decompress", b"no file", 415, "not a .bsq file"),
         ("decompress", lambda _, file: file[:60], 422, "cut off"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
@@ -176,9 +180,9 @@ def with_claimed_width(file, width):
         ("generate", b'{"class": 99999999999999999999999}', 422, "class"),
         ("generate", b'{"class": 0, "steps": 0}', 422, "steps"),
         ("generate", b'{"class": 0, "steps": 5000}', 422, "at most 256"),
-        ("generate", b'{"class": 0, "guidance": "much"}', 422, "guidance"),
+        ("generate", b'{"class": 0, "guidance_scale": "much"}', 422, "guidance_scale"),
         ("generate", b'{"class": 0, "size": 3}', 422, "size"),
-        ("generate", b'{"class": 0, "model": "small"}', 422, "small does not generate"),
+        ("generate", b'{"class": 0, "model": "small"}', 422, "small cannot generate"),
         ("nothing", b"", 404, "not found"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -217,7 +221,7 @@ def test_body_over_limit_returns_413(client):
 
 
 async def send_asgi_request(app, path="/v1/encode", body=(), delay=0.0):
-    """A request at the level of ASGI, whose parts come one by one; without more of them it waits."""
+    """Send a request at the level of ASGI, in parts with a delay before each; return status and headers."""
     parts, sent = list(body), []
 
     async def receive():
@@ -254,7 +258,7 @@ def test_slow_body_returns_408_without_taking_a_slot(settings, replicas, photo):
 
 
 def test_requests_over_limit_return_429(settings, replicas, photo):
-    """Four requests may be under way; the others hear so at once, and the four are answered."""
+    """With a limit of four, twelve concurrent requests give four results and eight times 429."""
     app = make_app(settings, replicas)
 
     async def check():
@@ -272,9 +276,9 @@ def test_requests_over_limit_return_429(settings, replicas, photo):
 
 
 def app_with_replicas(replicas, limits):
-    """The application, open to all machines, with one tokenizer whose replicas behave badly."""
+    """Return the application, not restricted to loopback, with one tokenizer with these replicas."""
     models = ModelRegistry([ServedModel("small", ModelKind("tokenizer", 1), {"tokenizer": replicas})])
-    return create_app(models, limits, None, False, lambda: "")
+    return create_app(models, limits, token_hash=None, loopback_only=False, collect_metrics=lambda: "")
 
 
 def test_request_before_models_load_returns_503(settings, photo):
@@ -301,11 +305,11 @@ def test_request_over_timeout_returns_503(settings, photo):
 
     class Stuck:
         async def call(self, method, *arguments):
-            if method == "facts":
+            if method == "metadata":
                 return {"bits": 10}
             return await asyncio.Event().wait()
 
-    limits = settings.limits.model_copy(update={"seconds": 0.2})
+    limits = settings.limits.model_copy(update={"request_timeout_s": 0.2})
     with TestClient(app_with_replicas(Stuck(), limits)) as client:
         wait_until_loaded(client)
         response = client.post("/v1/encode", content=encode_image(photo))
@@ -318,7 +322,7 @@ def test_internal_error_hides_details(settings, photo):
 
     class Broken:
         async def call(self, method, *arguments):
-            if method == "facts":
+            if method == "metadata":
                 return {"bits": 10}
             raise RuntimeError("/secret/path/model.py broke")
 
@@ -326,12 +330,12 @@ def test_internal_error_hides_details(settings, photo):
         wait_until_loaded(client)
         response = client.post("/v1/encode", content=encode_image(photo))
         assert response.status_code == 500
-        assert response.json() == {"error": "the service failed; its log says why"}
+        assert response.json() == {"error": "internal error; see the log of the service"}
 
 
 def test_model_load_failure_is_retried(settings, monkeypatch, caplog):
     """Loading a model is retried after a failure."""
-    monkeypatch.setattr("bsq_ray.serving.http.api._FAILED_PAUSE", 0.01)
+    monkeypatch.setattr("bsq_ray.serving.http.api._LOAD_RETRY_DELAY_S", 0.01)
 
     class Late:
         failures = 2
@@ -339,12 +343,12 @@ def test_model_load_failure_is_retried(settings, monkeypatch, caplog):
         async def call(self, method, *arguments):
             if self.failures:
                 self.failures -= 1
-                raise RuntimeError("no room for the model")
+                raise RuntimeError("not enough memory for the model")
             return {"bits": 10}
 
     with TestClient(app_with_replicas(Late(), settings.limits)) as client:
         wait_until_loaded(client)
-    assert caplog.text.count("the model small cannot be loaded; trying again") == 2
+    assert caplog.text.count("the model small cannot be loaded; retrying") == 2
 
 
 def test_authentication_leaves_page_and_health_public(settings, replicas, photo):
@@ -387,7 +391,7 @@ def test_no_token_foreign_host_header_returns_403(client, photo, host, status):
     paths["/v1/encode"] = client.post("/v1/encode", content=encode_image(photo), headers={"Host": host})
     assert {path: response.status_code for path, response in paths.items()} == dict.fromkeys(paths, status)
     if status == 403:
-        assert all("takes requests to localhost" in response.json()["error"] for response in paths.values())
+        assert all("requests to localhost" in response.json()["error"] for response in paths.values())
 
 
 def test_openapi_and_docs_need_no_external_scripts(client):
@@ -407,6 +411,6 @@ def test_openapi_and_docs_need_no_external_scripts(client):
     for path in ("/docs", "/"):
         response = client.get(path)
         assert "default-src 'self'" in response.headers["content-security-policy"]
-        assert "http" not in response.text.replace("http interface", "")
+        assert "http" not in response.text
     assert all(path in client.get("/docs").text for path in schema["paths"])
     assert client.get("/page/../api.py").status_code == 404

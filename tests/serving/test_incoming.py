@@ -1,12 +1,12 @@
-"""Small bodies go to the front with their request; nobody has to ask for them, and large ones are asked for."""
+"""Body prefetch: small bodies travel with their request, and the ingress requests the rest of large ones."""
 
 import asyncio
 
 import pytest
-from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import ClientDisconnect, Request
 
+from bsq_ray.runtime._ray_internals import disconnect_header
 from bsq_ray.serving.http.api import create_app
 from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, PrefetchedBodyMiddleware
 from bsq_ray.serving.registry import ModelRegistry
@@ -16,7 +16,7 @@ SCOPE = {"type": "http", "method": "POST", "headers": []}
 
 
 class FakeBody:
-    """What a client sends: parts, each with the seconds before it comes; then it waits for the answer."""
+    """The body of a client: parts, each with a delay in seconds; then the client waits for the response."""
 
     def __init__(self, *parts):
         self.parts, self.num_receive_calls = list(parts), 0
@@ -25,8 +25,8 @@ class FakeBody:
         self.num_receive_calls += 1
         if not self.parts:
             await asyncio.Event().wait()
-        seconds, part = self.parts[0]
-        await asyncio.sleep(seconds)
+        delay_s, part = self.parts[0]
+        await asyncio.sleep(delay_s)
         self.parts.pop(0)
         if part is None:
             return {"type": "http.disconnect"}
@@ -34,17 +34,17 @@ class FakeBody:
 
 
 async def read_body_at_ingress(receive):
-    """What the front reads, and how often it had to ask for it."""
+    """Return the body that the ingress reads, and its number of receive calls."""
     bodies, receive_counts = [], []
 
     async def api(scope, receive, send):
         bodies.append(await Request(scope, receive).body())
 
     async def ray_serve(scope, receive, send):
-        """As Ray Serve: the scope is sent, `receive` goes back to the proxy."""
-        before = client.asked
+        """Act as Ray Serve: the scope travels to the ingress, `receive` calls the proxy."""
+        before = client.num_receive_calls
         await PrefetchedBodyMiddleware(api)(scope, receive, send)
-        receive_counts.append(client.asked - before)
+        receive_counts.append(client.num_receive_calls - before)
 
     client = receive
     await PrefetchBodyMiddleware(ray_serve)(dict(SCOPE), receive, None)
@@ -64,22 +64,41 @@ def test_prefetch_large_body_receives_the_rest():
 
 
 def test_prefetch_removes_disconnect_disabled_header():
-    """Of Ray Serve's headers the proxy reads those that are left."""
+    """The header that would keep a request running after a disconnect is removed."""
     forwarded_headers = []
 
     async def proxy(scope, receive, send):
         forwarded_headers.extend(scope["headers"])
 
-    headers = [(b"x-request-disconnect-disabled", b"?1"), (b"host", b"x")]
+    headers = [(disconnect_header(), b"?1"), (b"host", b"x")]
     asyncio.run(PrefetchBodyMiddleware(proxy)(SCOPE | {"headers": headers}, FakeBody((0, b"")), None))
     assert forwarded_headers == [(b"host", b"x")]
-    assert headers[0][0] == SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER.encode()
 
 
-def test_app_installs_prefetched_body_middleware():
-    """The application reads the body that came with a request."""
-    app = create_app(ModelRegistry([]), Limits(), None, True, None)
-    assert [middleware.cls for middleware in app.user_middleware] == [PrefetchedBodyMiddleware]
+@pytest.mark.parametrize("prefetch_bodies", [True, False])
+def test_app_installs_prefetched_body_middleware(prefetch_bodies):
+    """The application reads prefetched bodies in any case; the setting only decides about the calls to the proxy."""
+    app = create_app(
+        ModelRegistry([]), Limits(), token_hash=None, loopback_only=True, collect_metrics=None,
+        prefetch_bodies=prefetch_bodies,
+    )  # fmt: skip
+    [middleware] = app.user_middleware
+    assert (middleware.cls, middleware.kwargs) == (PrefetchedBodyMiddleware, {"skip_receive": prefetch_bodies})
+
+
+def test_prefetched_body_without_skip_calls_receive():
+    """With the setting off, Ray's receive object stays as it is, and a disconnect comes from it."""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def api(scope, receive, send):
+        received.extend([await receive(), await receive()])
+
+    received = []
+    scope = SCOPE | {"bsq_ray.prefetched_messages": [{"type": "http.request", "body": b"whole"}]}
+    asyncio.run(PrefetchedBodyMiddleware(api, skip_receive=False)(scope, receive, None))
+    assert [message["type"] for message in received] == ["http.request", "http.disconnect"]
 
 
 def test_prefetch_slow_body_does_not_delay_request():
@@ -94,9 +113,9 @@ def test_prefetch_disconnect_reaches_ingress():
         asyncio.run(read_body_at_ingress(FakeBody((0, b"first"), (0, None))))
 
 
-@pytest.mark.parametrize(("parts", "asked"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
+@pytest.mark.parametrize(("parts", "expected_calls"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
 def test_prefetch_ray_serve_requests_only_missing_body(parts, expected_calls):
-    """Its own task asks over and over until the client is gone, whether or not anyone wants to know."""
+    """Ray Serve's own task requests messages from the proxy only if the body is incomplete."""
     receive_calls = []
 
     async def receive_from_proxy(metadata):

@@ -1,4 +1,4 @@
-"""`/metrics` of several machines: one text that Prometheus takes."""
+"""`/metrics` of several nodes: one valid text in the Prometheus format."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ ray_serve_requests{node="N"} 7
 
 @pytest.fixture
 def metrics_server():
-    """Starts a machine's port of metrics, which answers with the text and claims a length; the port."""
+    """Return a function that starts a metrics server with a text and a declared length, and returns its port."""
     servers = []
 
     def serve_once(server, text, length):
@@ -65,5 +65,7 @@ def test_cluster_metrics_merges_series_by_metric(monkeypatch, metrics_server):
 
 def test_cluster_metrics_skips_failing_node(monkeypatch, metrics_server):
     """A node whose response is incomplete is skipped."""
-    text = collect_metrics(monkeypatch, [metrics_server(TEXT, length=9999), metrics_server(TEXT.replace("N", "whole"))])
-    assert set(re.findall('node="(.*?)"', text)) == {"whole"}
+    text = collect_metrics(
+        monkeypatch, [metrics_server(TEXT, length=9999), metrics_server(TEXT.replace("N", "complete"))]
+    )
+    assert set(re.findall('node="(.*?)"', text)) == {"complete"}

@@ -1,4 +1,4 @@
-"""Clients that read slowly, or not at all, hold bounded memory and harm nobody else."""
+"""Slow clients use bounded memory and do not affect other clients."""
 
 import asyncio
 
@@ -11,10 +11,10 @@ SCOPE = {"type": "http", "method": "GET", "headers": []}
 
 
 class FakeClient:
-    """Reads as many messages as it is told to, and then no more."""
+    """Reads `max_messages` messages and then stops reading."""
 
-    def __init__(self, reads=10**9):
-        self.max_messages, self.messages = reads, []
+    def __init__(self, max_messages=10**9):
+        self.max_messages, self.messages = max_messages, []
 
     async def send(self, message):
         if len(self.messages) >= self.max_messages:
@@ -54,18 +54,18 @@ def test_backpressure_splits_response_into_chunks():
     """A response arrives unchanged in chunks, and only the last chunk ends it."""
     body = bytes(range(256)) * 1000
     client = FakeClient()
-    asyncio.run(with_backpressure(app_with_body(body, b"", b"end"))(SCOPE, None, client.take))
+    asyncio.run(with_backpressure(app_with_body(body, b"", b"end"))(SCOPE, None, client.send))
     assert client.status == 200
     assert client.body == body + b"end"
-    assert max(len(message.get("body", b"")) for message in client.seen) == 2**16
-    assert [message["more_body"] for message in client.seen[1:]] == [True] * (len(client.seen) - 2) + [False]
+    assert max(len(message.get("body", b"")) for message in client.messages) == 2**16
+    assert [message["more_body"] for message in client.messages[1:]] == [True] * (len(client.messages) - 2) + [False]
 
 
 def test_backpressure_keeps_empty_response():
     """An empty response stays a single empty message."""
     client = FakeClient()
-    asyncio.run(with_backpressure(app_with_body(b""))(SCOPE, None, client.take))
-    assert [message["type"] for message in client.seen] == ["http.response.start", "http.response.body"]
+    asyncio.run(with_backpressure(app_with_body(b""))(SCOPE, None, client.send))
+    assert [message["type"] for message in client.messages] == ["http.response.start", "http.response.body"]
 
 
 def test_backpressure_over_memory_limit_returns_429():
@@ -73,19 +73,19 @@ def test_backpressure_over_memory_limit_returns_429():
 
     async def together():
         service = with_backpressure(app_with_body(bytes(600_000)))
-        idle, rejected, later = FakeClient(reads=2), FakeClient(), FakeClient()
-        reading = asyncio.create_task(service(SCOPE, None, idle.take))
+        idle, rejected, later = FakeClient(max_messages=2), FakeClient(), FakeClient()
+        reading = asyncio.create_task(service(SCOPE, None, idle.send))
         await asyncio.sleep(0.01)
-        await service(SCOPE, None, rejected.take)
+        await service(SCOPE, None, rejected.send)
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        await service(SCOPE, None, later.take)
+        await service(SCOPE, None, later.send)
         return rejected, later
 
-    refused, later = asyncio.run(together())
-    assert refused.status == 429
-    assert (b"retry-after", b"1") in refused.seen[0]["headers"]
-    assert b"try again" in refused.body
+    rejected, later = asyncio.run(together())
+    assert rejected.status == 429
+    assert (b"retry-after", b"1") in rejected.messages[0]["headers"]
+    assert b"try again" in rejected.body
     assert later.status == 200
     assert len(later.body) == 600_000
 
@@ -99,11 +99,11 @@ def test_backpressure_counts_prefetched_body():
             lambda scope, receive, send: parts[scope["path"]](scope, receive, send), megabytes=0.7
         )
         service = PrefetchBodyMiddleware(route_by_path)
-        idle, with_body, without = FakeClient(reads=2), FakeClient(), FakeClient()
-        reading = asyncio.create_task(service(SCOPE | {"path": "/large"}, receive_body(b""), idle.take))
+        idle, with_body, without = FakeClient(max_messages=2), FakeClient(), FakeClient()
+        reading = asyncio.create_task(service(SCOPE | {"path": "/large"}, receive_body(b""), idle.send))
         await asyncio.sleep(0.01)
-        await service(SCOPE | {"path": "/small"}, receive_body(bytes(120_000)), with_body.take)
-        await service(SCOPE | {"path": "/small"}, receive_body(b""), without.take)
+        await service(SCOPE | {"path": "/small"}, receive_body(bytes(120_000)), with_body.send)
+        await service(SCOPE | {"path": "/small"}, receive_body(b""), without.send)
         reading.cancel()
         return with_body.status, without.status
 
@@ -119,36 +119,36 @@ def test_backpressure_ends_stream_over_memory_limit():
             "/stream": app_with_body(b"first line", bytes(600_000), b"last"),
         }
         service = with_backpressure(lambda scope, receive, send: parts[scope["path"]](scope, receive, send))
-        idle, stream = FakeClient(reads=2), FakeClient()
-        reading = asyncio.create_task(service(SCOPE | {"path": "/whole"}, None, idle.take))
+        idle, stream = FakeClient(max_messages=2), FakeClient()
+        reading = asyncio.create_task(service(SCOPE | {"path": "/whole"}, None, idle.send))
         await asyncio.sleep(0.01)
-        await service(SCOPE | {"path": "/stream"}, None, stream.take)
+        await service(SCOPE | {"path": "/stream"}, None, stream.send)
         reading.cancel()
         return stream
 
     stream = asyncio.run(together())
     assert stream.status == 200
     assert stream.body == b"first line"
-    assert stream.seen[-1]["more_body"]
+    assert stream.messages[-1]["more_body"]
 
 
 def test_backpressure_allows_one_oversized_response():
     """A single response may be larger than the memory limit for all responses."""
     client = FakeClient()
-    asyncio.run(with_backpressure(app_with_body(bytes(3_000_000)))(SCOPE, None, client.take))
+    asyncio.run(with_backpressure(app_with_body(bytes(3_000_000)))(SCOPE, None, client.send))
     assert len(client.body) == 3_000_000
-    assert [message["more_body"] for message in client.seen[1:]] == [True] * (len(client.seen) - 2) + [False]
+    assert [message["more_body"] for message in client.messages[1:]] == [True] * (len(client.messages) - 2) + [False]
 
 
-@pytest.mark.parametrize("reads", [0, 3])
+@pytest.mark.parametrize("max_messages", [0, 3])
 def test_backpressure_drops_client_that_does_not_read(max_messages):
-    """Not even the head of the answer, where the connection is still full of the one before."""
+    """The response of a client that does not read is dropped, and the next client is served."""
 
     async def in_turn():
-        service = with_backpressure(app_with_body(bytes(600_000), b"more"), seconds=0.05)
+        service = with_backpressure(app_with_body(bytes(600_000), b"more"), timeout_s=0.05)
         idle, next_one = FakeClient(max_messages), FakeClient()
-        await service(SCOPE, None, idle.take)
-        await service(SCOPE, None, next_one.take)
+        await service(SCOPE, None, idle.send)
+        await service(SCOPE, None, next_one.send)
         return idle, next_one
 
     idle, next_one = asyncio.run(in_turn())
@@ -164,16 +164,19 @@ def test_backpressure_non_http_scope_passes_through():
         await send({"type": "lifespan.startup.complete"})
 
     client = FakeClient()
-    asyncio.run(with_backpressure(app)({"type": "lifespan"}, None, client.take))
-    assert client.seen == [{"type": "lifespan.startup.complete"}]
+    asyncio.run(with_backpressure(app)({"type": "lifespan"}, None, client.send))
+    assert client.messages == [{"type": "lifespan.startup.complete"}]
 
 
 def test_middlewares_read_limit_from_environment(monkeypatch):
     """The memory limit comes from the environment, and invalid values raise ValueError."""
-    monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", "7.5")
+    monkeypatch.setenv("BSQ_RAY_MAX_RESPONSE_MB", "7.5")
     assert [middleware.cls for middleware in middlewares()] == [ResponseBackpressureMiddleware, PrefetchBodyMiddleware]
-    assert middlewares()[0].kwargs == {"answers_mb": 7.5}
+    assert middlewares()[0].kwargs == {"max_response_mb": 7.5}
+    with monkeypatch.context() as patch:
+        patch.setenv("BSQ_RAY_PREFETCH_BODIES", "0")
+        assert [middleware.cls for middleware in middlewares()] == [ResponseBackpressureMiddleware]
     for text in ("much", "nan", "-1"):
-        monkeypatch.setenv("BSQ_RAY_ANSWERS_MB", text)
-        with pytest.raises(ValueError, match=f"BSQ_RAY_ANSWERS_MB={text}: give a number of MB above 0"):
+        monkeypatch.setenv("BSQ_RAY_MAX_RESPONSE_MB", text)
+        with pytest.raises(ValueError, match=f"BSQ_RAY_MAX_RESPONSE_MB={text}: give a number of MB above 0"):
             middlewares()

@@ -1,4 +1,4 @@
-"""The page in a real browser: compressing, comparing, downloading, drawing; by mouse and keyboard, wide and narrow."""
+"""The page in a real browser: compression, comparison, download, generation; by mouse and keyboard, wide and narrow."""
 
 import asyncio
 import shutil
@@ -36,16 +36,16 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def serve(settings, replicas):
-    """Starts the application on loopback, with or without a token; the URL."""
+    """Return a function that starts the application on loopback, with or without a token, and returns its URL."""
     servers = []
 
-    def start(token=None, **never_loaded):
+    def start(token=None, **loading_replicas):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        models = settings.models | dict.fromkeys(never_loaded, settings.models["small"])
+        models = settings.models | dict.fromkeys(loading_replicas, settings.models["small"])
         served_settings = settings.model_copy(update={"models": models})
-        app = make_app(served_settings, replicas | never_loaded, token and hash_token(token))
+        app = make_app(served_settings, replicas | loading_replicas, token and hash_token(token))
         server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
         threading.Thread(target=server.run, daemon=True).start()
         servers.append(server)
@@ -60,7 +60,7 @@ def serve(settings, replicas):
 def wait_for(condition, timeout_s=60):
     expires_at = time.monotonic() + timeout_s
     while not (result := condition()):
-        assert time.monotonic() < expires_at, "what was waited for did not happen"
+        assert time.monotonic() < expires_at, "timeout"
         time.sleep(0.05)
     return result
 
@@ -124,15 +124,15 @@ def test_page_compresses_measures_and_downloads_photo(page, photo, downloads, se
     page.find("file").send_keys(str(photo))
     page.wait_shown("sizes")
     data = Codec.from_pretrained(settings.models["small"]).compress(Image.open(photo)).data
-    facts = page.text("facts")
-    assert f"bits\n{8 * len(data):,}" in facts
-    assert f"bits per pixel\n{8 * len(data) / (200 * 150):.3f}" in facts
-    assert "PSNR" in facts
-    assert "LPIPS" in facts
-    rows = page.text("rows").splitlines()
+    metrics = page.text("metrics")
+    assert f"bits\n{8 * len(data):,}" in metrics
+    assert f"bits per pixel\n{8 * len(data) / (200 * 150):.3f}" in metrics
+    assert "PSNR" in metrics
+    assert "LPIPS" in metrics
+    rows = page.text("size-rows").splitlines()
     assert len(rows) == 5
     assert rows[1].startswith("JPEG of equal LPIPS")
-    assert page.run("return arguments[0].naturalWidth", page.find("shown")) == 200
+    assert page.run("return arguments[0].naturalWidth", page.find("decoded")) == 200
     page.find("download").click()
     file = downloads / "image.bsq"
     wait_for(file.exists)
@@ -140,7 +140,7 @@ def test_page_compresses_measures_and_downloads_photo(page, photo, downloads, se
     page.find("file").send_keys(str(file))
     wait_for(lambda: "written with the model small" in page.text("compress-status"))
     assert not page.find("slider").is_displayed()
-    assert page.find("shown").is_displayed()
+    assert page.find("decoded").is_displayed()
 
 
 def test_page_slider_is_keyboard_accessible(page, photo):
@@ -169,15 +169,15 @@ def test_page_generates_image_and_can_stop(page):
         page.find(name).clear()
         page.find(name).send_keys(value)
     page.find("start").click()
-    wait_for(lambda: page.text("draw-status") == "Drawn in 6 steps with the seed 11.")
-    assert page.find("drawn").get_attribute("alt") == "A picture of class 2, 6 of 6 steps"
+    wait_for(lambda: page.text("generate-status") == "Generated in 6 steps with seed 11.")
+    assert page.find("generated").get_attribute("alt") == "Image of class 2, step 6 of 6"
     assert page.find("progress").get_attribute("value") == "6"
     page.find("steps").clear()
     page.find("steps").send_keys("256")
     page.find("start").click()
     wait_for(lambda: page.find("start").text == "Stop")
     page.find("start").click()
-    wait_for(lambda: page.text("draw-status") == "Stopped.")
+    wait_for(lambda: page.text("generate-status") == "Stopped.")
 
 
 class NeverLoaded:
@@ -217,40 +217,41 @@ def is_playing(page, name):
 def test_page_compares_video_with_reconstruction(page, clip, downloads, settings):
     """The page displays a video next to its reconstruction, and a .bsq file of a video alone."""
     page.find("file").send_keys(str(clip))
-    page.wait_shown("clips")
+    page.wait_shown("videos")
     wait_for(lambda: "Done with the model clips" in page.text("compress-status"))
     compress_file(settings.models["clips"], str(clip), str(downloads / "expected.bsq"))
     data = (downloads / "expected.bsq").read_bytes()
-    assert f"bits\n{8 * len(data):,}" in page.text("facts")
-    assert "frames\n30" in page.text("facts")
-    for name in ("source", "clip"):
+    assert f"bits\n{8 * len(data):,}" in page.text("metrics")
+    assert "frames\n30" in page.text("metrics")
+    for name in ("original-video", "decoded-video"):
         wait_for(lambda name=name: page.run("return arguments[0].videoWidth", page.find(name)) == 160)
-    assert not page.find("picture").is_displayed()
-    page.run("arguments[0].play()", page.find("clip"))
-    wait_for(lambda: is_playing(page, "clip") and is_playing(page, "source"))
-    page.run("arguments[0].pause(); arguments[0].currentTime = 0.6", page.find("source"))
-    wait_for(lambda: not is_playing(page, "clip"))
-    wait_for(lambda: page.run("return arguments[0].currentTime", page.find("clip")) == pytest.approx(0.6, abs=0.1))
+    assert not page.find("image-comparison").is_displayed()
+    page.run("arguments[0].play()", page.find("decoded-video"))
+    wait_for(lambda: is_playing(page, "decoded-video") and is_playing(page, "original-video"))
+    page.run("arguments[0].pause(); arguments[0].currentTime = 0.6", page.find("original-video"))
+    wait_for(lambda: not is_playing(page, "decoded-video"))
+    get_time_script = "return arguments[0].currentTime"
+    wait_for(lambda: page.run(get_time_script, page.find("decoded-video")) == pytest.approx(0.6, abs=0.1))
     page.find("download").click()
     file = downloads / "clip.bsq"
     wait_for(lambda: file.exists() and file.read_bytes() == data)
     page.find("file").send_keys(str(file))
     wait_for(lambda: "clip.bsq, written with the model clips" in page.text("compress-status"))
-    assert page.find("clip").is_displayed()
-    assert not page.find("source").is_displayed()
+    assert page.find("decoded-video").is_displayed()
+    assert not page.find("original-video").is_displayed()
 
 
 def test_page_compresses_video_browser_cannot_play(page, tmp_path):
     """A video that the browser cannot play is still compressed."""
     (tmp_path / "raw.mkv").write_bytes(make_street_video(6, container_format="matroska", codec="ffv1"))
     page.find("file").send_keys(str(tmp_path / "raw.mkv"))
-    page.wait_shown("clip")
-    wait_for(lambda: not page.find("source").is_displayed())
+    page.wait_shown("decoded-video")
+    wait_for(lambda: not page.find("original-video").is_displayed())
 
 
 def test_page_unreadable_file_displays_error(page, tmp_path):
     """A file that is neither an image nor a video displays an error message."""
-    (tmp_path / "note.txt").write_text("not a picture")
+    (tmp_path / "note.txt").write_text("not an image")
     page.find("file").send_keys(str(tmp_path / "note.txt"))
     wait_for(lambda: "the body is not an image or video" in page.text("compress-status"))
     assert not page.find("result").is_displayed()
@@ -262,8 +263,9 @@ def test_page_downscales_large_photo_before_upload(page, tmp_path):
     Image.fromarray(noise).resize((2000, 1600)).save(tmp_path / "large.jpg")
     page.find("file").send_keys(str(tmp_path / "large.jpg"))
     page.wait_shown("result")
-    assert page.run("return [arguments[0].naturalWidth, arguments[0].naturalHeight]", page.find("shown")) == [640, 512]
-    wait_for(lambda: "Shrunk to 640 × 512 pixels" in page.text("compress-status"))
+    get_size_script = "return [arguments[0].naturalWidth, arguments[0].naturalHeight]"
+    assert page.run(get_size_script, page.find("decoded")) == [640, 512]
+    wait_for(lambda: "Downscaled to 640 × 512 pixels" in page.text("compress-status"))
 
 
 @pytest.mark.parametrize("width", [360, 1100])
@@ -280,7 +282,7 @@ def test_page_fits_width_and_labels_every_control(browser, url, photo, width):
           .map((part) => part.outerHTML)"""
     assert page.run(unnamed) == []
     assert page.run("return [...document.querySelectorAll('h1, h2, h3')].map((part) => part.tagName)")[0] == "H1"
-    # Every part that can be used is reached by the keyboard.
+    # The keyboard reaches every control.
     assert page.run("return [...document.querySelectorAll('[tabindex]')].every((part) => part.tabIndex >= 0)")
 
 

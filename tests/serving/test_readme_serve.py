@@ -1,4 +1,4 @@
-"""The README's section "Serve": the command and every `curl` line as printed, but for the port."""
+"""The guide `docs/guides/serve.md`: its command and every `curl` line as printed, except for the port."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from PIL import Image
 from small_videos import make_street_video
 
 from bsq_ray import Codec
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 
-_SECTION = (Path(__file__).parents[2] / "README.md").read_text().split("## Serve\n")[1].split("\n## ")[0]
-_COMMAND, _CURL = re.findall(r"```bash\n(.*?)```", _SECTION, re.S)
+_GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "serve.md").read_text()
+_COMMAND, _CURL = re.findall(r"```bash\n(.*?)```", _GUIDE, re.S)
 
 
 @pytest.fixture
 def served(tmp_path, photo_folders):
-    """A folder as the README leaves it, and the port of the service that its command started there."""
+    """Return a folder with the files of the guide, and the port of the service that its command started there."""
     models = save_models(tmp_path / "made")
-    for name, folder in (("small", "runs/demo/model"), ("draws", "runs/lm/model")):
+    for name, folder in (("small", "runs/demo/model"), ("generator", "runs/lm/model")):
         shutil.copytree(models[name], tmp_path / folder)
     shutil.copy(photo_folders[1] / "coffee.png", tmp_path / "photo.png")
     (tmp_path / "clip.mp4").write_bytes(make_street_video(5))
@@ -50,8 +50,8 @@ def served(tmp_path, photo_folders):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-def test_readme_serve_commands_work_as_printed(served):
-    """Every command of the README's section works as printed."""
+def test_serve_guide_commands_work_as_printed(served):
+    """Every command of the guide works as printed."""
     folder, port = served
     outputs = {}
     for line in _CURL.splitlines():
@@ -63,7 +63,7 @@ def test_readme_serve_commands_work_as_printed(served):
         assert result.returncode == 0, (line, result.stderr)
         outputs[command.split("/v1/")[1].split()[0]] = result.stdout
     assert [model["name"] for model in json.loads(outputs["models"])["models"]] == ["small", "draw"]
-    for name in ("decoded", "reconstruction", "drawn"):
+    for name in ("decoded", "reconstruction", "generated"):
         assert Image.open(folder / f"{name}.png").size == (64, 64)
     assert (folder / "decoded.png").read_bytes() == (folder / "reconstruction.png").read_bytes()
     codec = Codec.from_pretrained(str(folder / "runs/demo/model"))

@@ -1,4 +1,4 @@
-"""The service on real Ray Serve: answers do not depend on load, and nothing a client does harms another one."""
+"""The service on Ray Serve: responses do not depend on load, and no client affects another one."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from small_videos import make_street_video
 
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.serving.server import serve_app
 from bsq_ray.serving.service_config import Limits, Settings
 
@@ -25,12 +25,12 @@ TOKEN = "the-token-of-this-test"
 
 @pytest.fixture(scope="module")
 def service(ray_local, tmp_path_factory):
-    """URL of a service with tokenizers of images and clips, a prior and a generator, that asks for a token."""
-    limits = Limits(body_mb=4, waiting=16, seconds=90)
+    """Return the URL of a service with image and video tokenizers, a prior and a generator; it requires a token."""
+    limits = Limits(max_body_mb=4, max_ongoing_requests=16, request_timeout_s=90)
     folder = tmp_path_factory.mktemp("served")
     models = save_models(folder) | {"clips": save_video_models(folder)["clips"]}
-    # Each deployment's share is small, because the session's CPUs are counted.
-    role_settings = {name: {"cpus": 0.25} for name in ("tokenizer", "codec", "generator")}
+    # All deployments together must fit into the CPUs of the session.
+    role_settings = {name: {"num_cpus": 0.25} for name in ("tokenizer", "codec", "generator")}
     settings = Settings(models=models, limits=limits, **role_settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BSQ_RAY_TOKEN", TOKEN)
@@ -47,7 +47,7 @@ def client(service):
 
 @pytest.fixture(scope="module")
 def files(photos):
-    """Photographs as files, each of another size and format."""
+    """Return photos as files of different sizes and formats."""
     files = []
     for n, photo in enumerate(photos):
         file = io.BytesIO()
@@ -57,7 +57,7 @@ def files(photos):
 
 
 def find_actors(name):
-    """Handles of Ray Serve's actors whose name contains `name`."""
+    """Return handles of Ray Serve's actors whose name contains `name`."""
     import ray
 
     return [
@@ -76,49 +76,49 @@ def test_image_response_under_load_equals_idle_response(client, files):
     """Responses to images under load equal those to single requests."""
     kinds = ("encode", "reconstruct", "compress")
     requests = [(kind, file) for file in files for kind in kinds]
-    alone = [client.post(f"/v1/{kind}", content=file) for kind, file in requests]
-    assert {answer.status_code for answer in alone} == {200}
-    together = post_concurrently(client, requests * 2, 12)
-    for request, one, other in zip(requests * 2, alone * 2, together, strict=True):
-        assert other.status_code == 200, other.text
-        assert other.content == one.content, request[0]
+    expected = [client.post(f"/v1/{kind}", content=file) for kind, file in requests]
+    assert {response.status_code for response in expected} == {200}
+    responses = post_concurrently(client, requests * 2, 12)
+    for request, idle, loaded in zip(requests * 2, expected * 2, responses, strict=True):
+        assert loaded.status_code == 200, loaded.text
+        assert loaded.content == idle.content, request[0]
 
 
 def test_video_response_under_load_equals_idle_response(client, files):
     """Responses to videos under load equal those to single requests."""
     clips = [make_street_video(6 + n, start=40 * n) for n in range(3)]
     requests = [(kind, clip) for clip in clips for kind in ("encode", "reconstruct", "compress")]
-    alone = [client.post(f"/v1/{kind}", content=clip) for kind, clip in requests]
-    assert {answer.status_code for answer in alone} == {200}
-    assert {answer.headers.get("x-model") or answer.json()["model"] for answer in alone} == {"clips"}
+    expected = [client.post(f"/v1/{kind}", content=clip) for kind, clip in requests]
+    assert {response.status_code for response in expected} == {200}
+    assert {response.headers.get("x-model") or response.json()["model"] for response in expected} == {"clips"}
     images = [("encode", file) for file in files]
-    together = post_concurrently(client, requests * 2 + images, 8)
-    assert {answer.status_code for answer in together[-len(images) :]} == {200}
-    for request, one, other in zip(requests * 2, alone * 2, together, strict=False):
-        assert other.status_code == 200, other.text
-        assert other.content == one.content, request[0]
-    decoded = client.post("/v1/decompress", content=alone[2].content, headers={"Accept": "video/mp4"})
+    responses = post_concurrently(client, requests * 2 + images, 8)
+    assert {response.status_code for response in responses[-len(images) :]} == {200}
+    for request, idle, loaded in zip(requests * 2, expected * 2, responses, strict=False):
+        assert loaded.status_code == 200, loaded.text
+        assert loaded.content == idle.content, request[0]
+    decoded = client.post("/v1/decompress", content=expected[2].content, headers={"Accept": "video/mp4"})
     assert len(list(read_video(io.BytesIO(decoded.content)).frames)) == 6
 
 
 def test_generate_concurrent_requests_match_single_ones(client):
     """Generated images do not depend on other requests in the same batch."""
     bodies = [f'{{"class": {n % 4}, "seed": {n}, "steps": {3 + n % 3}}}'.encode() for n in range(8)]
-    alone = [client.post("/v1/generate", content=body).text for body in bodies]
-    together = post_concurrently(client, [("generate", body) for body in bodies], 8)
-    assert [answer.text for answer in together] == alone
+    expected = [client.post("/v1/generate", content=body).text for body in bodies]
+    responses = post_concurrently(client, [("generate", body) for body in bodies], 8)
+    assert [response.text for response in responses] == expected
 
 
 def num_multi_request_batches(text):
-    """Batches of the tokenizer's encoding that held more than one request; Ray's sum of a histogram is only a guess."""
+    """Return the number of encoding batches with more than one request; Ray's histogram sums are approximate."""
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     buckets = [
         (sample.labels["le"], sample.value)
         for sample in samples
         if sample.name == "ray_serve_bsq_batch_size_bucket" and sample.labels["function"] == "encode"
     ]
-    return sum(value for upto, value in buckets if upto == "+Inf") - sum(
-        value for upto, value in buckets if upto == "1.0"
+    return sum(value for upper, value in buckets if upper == "+Inf") - sum(
+        value for upper, value in buckets if upper == "1.0"
     )
 
 
@@ -131,7 +131,7 @@ def test_metrics_cover_deployments_and_batch_sizes(client, files):
             break
         time.sleep(1)
     assert num_multi_request_batches(text) > 0
-    for name in ("front", "tokenizer-small", "codec-prior", "generator-draws"):
+    for name in ("ingress", "tokenizer-small", "codec-prior", "generator-generator"):
         assert f'deployment="{name}"' in text
     assert all(line.startswith(("ray_serve_", "# HELP ray_serve_", "# TYPE ray_serve_")) for line in text.splitlines())
 
@@ -143,7 +143,7 @@ def test_request_without_token_returns_401(service, files):
 
 
 def resident_mb(name):
-    """Resident MB of the processes of this Ray session with that title."""
+    """Return the resident MB of processes with `name` in their title."""
     return sum(
         process.memory_info().rss / 1e6
         for process in psutil.process_iter(["name", "cmdline"])
@@ -162,7 +162,7 @@ def request_head(request, length):
 
 @pytest.mark.slow
 def test_oversized_upload_is_cut_off_at_limit(service, client, files):
-    """Sent in pieces without a length, as fast as it goes."""
+    """An upload without a declared length is cut off at the limit, and the proxy's memory stays bounded."""
     before, peak_mb, sent = resident_mb("ProxyActor"), 0.0, 0
     head = (
         f"POST /v1/compress HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -181,7 +181,7 @@ def test_oversized_upload_is_cut_off_at_limit(service, client, files):
             response = b""
     assert sent < 900
     assert peak_mb - before < 300
-    print(f"cut off after {sent} MiB, the proxy took {peak_mb - before:.0f} MB more; answer {response[:12]!r}")
+    print(f"cut off after {sent} MiB, the proxy used {peak_mb - before:.0f} MB more; response {response[:12]!r}")
     assert client.post("/v1/encode", content=files[0]).status_code == 200
     rejected = client.post("/v1/compress", content=bytes(5_000_000))
     assert rejected.status_code == 413
@@ -189,7 +189,7 @@ def test_oversized_upload_is_cut_off_at_limit(service, client, files):
 
 @pytest.mark.slow
 def test_slow_readers_use_bounded_memory(service, client, photos):
-    """The picture is larger than what the connection itself can hold, and two of them than what is allowed."""
+    """A slow reader of a large image blocks another large response with 429, but not a small one."""
     image_file = io.BytesIO()
     photos[0].resize((2900, 2900)).save(image_file, "JPEG")
     data = client.post("/v1/compress", content=image_file.getvalue()).content
@@ -209,8 +209,8 @@ def test_slow_readers_use_bounded_memory(service, client, photos):
 
 @pytest.mark.slow
 def test_disconnected_clients_release_slots(service, client):
-    """Sixteen long drawings fill the service; their clients leave, and the next one is served."""
-    body = b'{"class": 1, "steps": 256, "guidance": 1}'
+    """Sixteen long generations fill the service; after their clients disconnect, the next one is served."""
+    body = b'{"class": 1, "steps": 256, "guidance_scale": 1}'
     head = (
         f"POST /v1/generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
     ).encode()
@@ -235,7 +235,7 @@ def test_disconnected_clients_release_slots(service, client):
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["tokenizer-small", "codec-small"])
 def test_killed_replica_loses_no_request(client, files, role):
-    """The only replica is killed while requests are under way: each one is still answered, and rightly."""
+    """All requests get correct responses although the only replica is killed during them."""
     import ray
 
     kind = {"tokenizer-small": "reconstruct", "codec-small": "compress"}[role]
@@ -253,8 +253,8 @@ def test_killed_replica_loses_no_request(client, files, role):
     responses = post_concurrently(client, [(kind, file) for file in files] * 8, 12)
     killer.join()
     assert killed.is_set()
-    assert [answer.status_code for answer in responses] == [200] * len(responses)
-    assert [answer.content for answer in responses] == expected * 8
+    assert [response.status_code for response in responses] == [200] * len(responses)
+    assert [response.content for response in responses] == expected * 8
 
 
 @pytest.mark.slow
@@ -262,26 +262,26 @@ def test_generate_resumes_after_replica_is_killed(service, client):
     """A generation stream continues without a gap after its replica is killed."""
     import ray
 
-    body = {"class": 3, "seed": 9, "steps": 40, "guidance": 2}
+    body = {"class": 3, "seed": 9, "steps": 40, "guidance_scale": 2}
     expected = client.post("/v1/generate", json=body).text.splitlines()
     with client.stream("POST", "/v1/generate", json=body) as response:
         lines = []
         for line in response.iter_lines():
             lines.append(line)
             if len(lines) == 5:
-                for actor in find_actors("generator-draws"):
+                for actor in find_actors("generator-generator"):
                     ray.kill(actor)
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
     assert lines == expected
 
 
 def test_healthz_responds_while_large_images_decode(client, files):
-    """An image whose decoding takes long does not stop the health check."""
+    """The health check responds while large images are decoded."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((4000, 4000, 3), np.uint8)).save(file, "PNG")
     with ThreadPoolExecutor(4) as pool:
         long = [pool.submit(client.post, "/v1/encode", content=file.getvalue()) for _ in range(3)]
         start_time = time.monotonic()
         assert client.get("/healthz").status_code == 200
-        print(f"healthz beside three large pictures took {time.monotonic() - start_time:.2f} s")
-        assert {answer.result().status_code for answer in long} == {200}
+        print(f"healthz during three large images took {time.monotonic() - start_time:.2f} s")
+        assert {response.result().status_code for response in long} == {200}

@@ -1,4 +1,4 @@
-"""How the service is set up: names, token, scaling; and batches that may not change an answer."""
+"""The settings of the service (names, token, scaling), its start, and batch invariance."""
 
 import socket
 import threading
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 def test_parse_settings_names_models(model):
     """A model takes its name from its configuration or from NAME=FOLDER."""
     assert parse_settings([model, f"other={model}"], "127.0.0.1", None, []).models == {"tiny": model, "other": model}
-    with pytest.raises(ValueError, match="two models are called tiny; give one another name"):
+    with pytest.raises(ValueError, match="two models are named tiny; rename one of them"):
         parse_settings([model, model], "127.0.0.1", None, [])
     with pytest.raises(ValueError, match="is not a model folder"):
         parse_settings([model + "/none"], "127.0.0.1", None, [])
@@ -52,7 +52,7 @@ def test_parse_settings_public_host_requires_token(model, host, loopback):
 def test_build_without_token_raises(model, monkeypatch):
     """On a cluster the token must be set and long enough."""
     monkeypatch.delenv("BSQ_RAY_TOKEN", raising=False)
-    with pytest.raises(ValueError, match="BSQ_RAY_TOKEN must hold a token"):
+    with pytest.raises(ValueError, match="BSQ_RAY_TOKEN is not a token"):
         build({"models": {"tiny": model}})
     monkeypatch.setenv("BSQ_RAY_TOKEN", "short")
     with pytest.raises(ValueError, match="16 characters"):
@@ -64,21 +64,21 @@ def test_serve_app_short_token_raises(model, monkeypatch, token):
     """A short token raises ValueError before Ray starts."""
     monkeypatch.setenv("BSQ_RAY_TOKEN", token)
     settings = Settings(models={"tiny": model})
-    monkeypatch.setattr("bsq_ray.serving.server.ray_session", lambda _: pytest.fail("Ray is started"))
-    with pytest.raises(ValueError, match="must hold a token of 16 characters"), serve_app(settings, "0.0.0.0", 0):
+    monkeypatch.setattr("bsq_ray.serving.server.ray_session", lambda _: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match="not a token of at least 16 characters"), serve_app(settings, "0.0.0.0", 0):
         pass
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
-        (["tokenizer.gpu=1"], "did you mean tokenizer.gpus?"),
-        (["front.gpus=1"], "front.gpus"),
-        (["limits.waiting=0"], "limits.waiting"),
-        (["codec.replicas=3", "codec.most_replicas=2"], "most_replicas 2 is below replicas 3"),
+        (["tokenizer.num_gpu=1"], "did you mean tokenizer.num_gpus?"),
+        (["ingress.num_gpus=1"], "ingress.num_gpus"),
+        (["limits.max_ongoing_requests=0"], "limits.max_ongoing_requests"),
+        (["codec.min_replicas=3", "codec.max_replicas=2"], "max_replicas 2 is below min_replicas 3"),
         (["models={}"], "name at least one model folder"),
-        (['models={"größer": "b"}'], "'größer' is no name"),
-        (['models={"": "b"}'], "'' is no name"),
+        (['models={"größer": "b"}'], "invalid model name 'größer'"),
+        (['models={"": "b"}'], "invalid model name ''"),
     ],
 )
 def test_invalid_settings_error_names_the_key(overrides, message):
@@ -91,7 +91,7 @@ def test_serve_app_keeps_running_applications(model, monkeypatch):
     """A cluster that already serves applications is left unchanged."""
     shutdown_calls = []
     monkeypatch.setattr("bsq_ray.serving.server.ray_session", nullcontext)
-    monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={"a-machine": "HEALTHY"}))
+    monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={"a-node": "HEALTHY"}))
     monkeypatch.setattr(serve, "shutdown", lambda: shutdown_calls.append(True))
     settings = Settings(models={"tiny": model}, authentication=False)
     with pytest.raises(ValueError, match="Ray Serve already runs on this cluster"), serve_app(settings, "127.0.0.1", 0):
@@ -104,8 +104,8 @@ def test_serve_app_keeps_running_applications(model, monkeypatch):
     [
         ("127.0.0.1", "http://127.0.0.1:8000/", "ssh -N -L 8000:127.0.0.1:8000 10.0.0.1"),
         ("::1", "http://[::1]:8000/", "ssh -N -L 8000:[::1]:8000 10.0.0.1"),
-        ("0.0.0.0", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
-        ("::", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
+        ("0.0.0.0", "http://10.0.0.1:8000/", "the head node 10.0.0.1 listens"),
+        ("::", "http://10.0.0.1:8000/", "the head node 10.0.0.1 listens"),
     ],
 )
 def test_serve_app_remote_cluster_listens_on_head(model, monkeypatch, host, url, note):
@@ -129,12 +129,12 @@ def test_serve_app_remote_cluster_listens_on_head(model, monkeypatch, host, url,
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        # Taken here, which says nothing about the head.
+        # The port is in use on this node, but free on the head node.
         with serve_app(settings, host, port, "10.0.0.1:6379") as service:
             assert service.url == url.replace("8000", str(port))
             assert note.replace("8000", str(port)) in service.note
     assert http_options_seen == [{"host": host, "port": port}]
-    with pytest.raises(ValueError, match="choose one"), serve_app(settings, host, 0, "10.0.0.1:6379"):
+    with pytest.raises(ValueError, match="choose a port"), serve_app(settings, host, 0, "10.0.0.1:6379"):
         pass
 
 
@@ -155,12 +155,13 @@ def test_serve_app_port_in_use_error_names_port(ray_local, model):
 def test_deployment_options_scale_independently():
     """Each deployment has its own scaling options."""
     overrides = [
-        "tokenizer.replicas=2", "tokenizer.gpus=0.25", "codec.most_replicas=5", "codec.queue=3", "generator.cpus=4",
-        "limits.waiting=7", "front.replicas=3", "front.cpus=2",
+        "tokenizer.min_replicas=2", "tokenizer.num_gpus=0.25", "codec.max_replicas=5",
+        "codec.target_ongoing_requests=3", "generator.num_cpus=4",
+        "limits.max_ongoing_requests=7", "ingress.min_replicas=3", "ingress.num_cpus=2",
     ]  # fmt: skip
     settings = validate_mapping({"models": {"a": "b"}}, overrides, Settings, "the service")
-    deployment_configs = settings.tokenizer, settings.codec, settings.generator, settings.front
-    tokenizer, codec, generator, ingress = (deployment_options(section, 8, settings) for section in deployment_configs)
+    deployment_configs = settings.tokenizer, settings.codec, settings.generator, settings.ingress
+    tokenizer, codec, generator, ingress = (deployment_options(scaling, 8, settings) for scaling in deployment_configs)
     empty_runtime_env = {"runtime_env": {}}
     assert (ingress["num_replicas"], ingress["ray_actor_options"]) == (
         3,
@@ -177,7 +178,7 @@ def test_deployment_options_scale_independently():
 
 
 def test_batch_invariant_runner_uses_only_safe_sizes():
-    """A computation that adds up differently in batches of 4, as a matrix product may."""
+    """A batch size that changes the result, as a matrix product may, is not used."""
     batch_sizes = []
 
     def run(rows):
@@ -186,7 +187,7 @@ def test_batch_invariant_runner_uses_only_safe_sizes():
 
     rows = torch.rand(8, 5)
     runner = BatchInvariantRunner(run, rows)
-    assert (runner.sizes, runner.core_sizes) == ([8, 2, 1], [])
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 2, 1], [])
     batch_sizes.clear()
     assert torch.equal(runner(torch.cat([rows, rows[:7]])), torch.cat([rows, rows[:7]]) * 3)
     assert batch_sizes == [8, 2, 2, 2, 1]
@@ -201,8 +202,8 @@ def test_batch_invariant_runner_splits_batch_over_cores():
         return rows + more
 
     rows = torch.rand(8, 5)
-    runner = BatchInvariantRunner(run, rows, rows, cores=2)
-    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
+    runner = BatchInvariantRunner(run, rows, rows, num_cores=2)
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
     calls.clear()
     assert torch.equal(runner(rows[:7], rows[:7]), 2 * rows[:7])
     together = (threading.current_thread().name[:4], torch.get_num_threads(), 1)
@@ -216,8 +217,8 @@ def test_batch_invariant_runner_skips_unsafe_core_split():
     def run(rows):
         return rows * 3 + (1e-7 if threading.current_thread().name.startswith("core") else 0)
 
-    runner = BatchInvariantRunner(run, torch.rand(8, 5), cores=2)
-    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [])
+    runner = BatchInvariantRunner(run, torch.rand(8, 5), num_cores=2)
+    assert (runner.sizes, runner.per_core_sizes) == ([8, 4, 2, 1], [])
     assert torch.equal(runner(torch.ones(3, 5)), torch.full((3, 5), 3.0))
 
 
@@ -228,7 +229,7 @@ def test_batch_invariant_runner_slow_model_limits_sizes():
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert BatchInvariantRunner(run, torch.rand(64, 2), seconds=0.2).sizes in ([2, 1], [4, 2, 1])
+    assert BatchInvariantRunner(run, torch.rand(64, 2), timeout_s=0.2).sizes in ([2, 1], [4, 2, 1])
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))

@@ -1,4 +1,4 @@
-"""Videos as bodies and answers: what the command line makes of them, within the limits, beside other requests."""
+"""Videos in requests and responses: equality with the command line, limits, and other requests at the same time."""
 
 import asyncio
 import base64
@@ -22,7 +22,7 @@ from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.serving.deadline import deadline_after
 from bsq_ray.serving.errors import ApiError
@@ -37,7 +37,7 @@ MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     models = {"small": save_models(folder)["small"]} | save_video_models(folder)
-    limits = Limits(body_mb=1, pixels=10_000, clip_pixels=200_000, seconds=60)
+    limits = Limits(max_body_mb=1, max_pixels=10_000, max_video_pixels=200_000, request_timeout_s=60)
     return Settings(models=models, limits=limits, authentication=False)
 
 
@@ -60,16 +60,16 @@ def decode_response(response, media_type):
     return np.stack(list(read_video(io.BytesIO(response.content)).frames))
 
 
-@pytest.mark.parametrize("name", ["clips", "whole", "small"])
+@pytest.mark.parametrize("name", ["clips", "noncausal", "small"])
 def test_video_encode_decode_matches_library(client, settings, clip, name, tmp_path):
-    """Of a causal model, one that looks ahead, and one of images."""
+    """Tokens and frames equal those of the library, for a causal, a non-causal and an image model."""
     tokenizer = Tokenizer.from_pretrained(settings.models[name])
     size, side = tokenizer.config.image_size, tokenizer.config.image_size // 8
     originals = [
         to_float(torch.from_numpy(eval_transform(Image.fromarray(frame), size, "lanczos"))[None])
         for frame in read_video(io.BytesIO(clip)).frames
     ]
-    if name == "whole":
+    if name == "noncausal":
         tokens = [tokenizer.encode(torch.stack(originals[n : n + 4], 2)) for n in (0, 4, 8)]
         expected = torch.cat([tokenizer.decode(part) for part in tokens], 2)
     else:
@@ -87,13 +87,13 @@ def test_video_encode_decode_matches_library(client, settings, clip, name, tmp_p
     reconstructed = client.post("/v1/reconstruct", params={"model": name}, content=clip, headers=MKV)
     assert np.array_equal(decode_response(reconstructed, "video/x-matroska"), expected)
     (tmp_path / "clip.mp4").write_bytes(clip)
-    report = reconstruct_clip(settings.models[name], str(tmp_path / "clip.mp4"), tmp_path / "beside.mp4")
+    report = reconstruct_clip(settings.models[name], str(tmp_path / "clip.mp4"), tmp_path / "reconstruction.mp4")
     assert f"PSNR {float(reconstructed.headers['x-psnr']):.2f} dB" in report
     assert reconstructed.headers["x-bits-per-pixel"] == "0.15625"
     for path, body in (("reconstruct", clip), ("decode", json.dumps(response).encode())):
         decoded_mp4 = client.post(f"/v1/{path}", params={"model": name}, content=body)
         mp4_frames = decode_response(decoded_mp4, "video/mp4").astype(int)
-        assert np.abs(mp4_frames - expected).mean() < 8, "H.264 with halved colour changes little"
+        assert np.abs(mp4_frames - expected).mean() < 8, "H.264 with subsampled color changes little"
 
 
 @pytest.mark.parametrize("name", ["clips", "clip-prior", "small"])
@@ -123,8 +123,8 @@ def test_upload_selects_video_or_image_model(client, clip, photo):
         assert client.post(f"/v1/{path}", content=photo).headers["x-model"] == "small"
     # An image is a clip of one frame.
     image = client.post("/v1/compress", params={"model": "clips"}, content=photo)
-    shown = client.post("/v1/decompress", content=image.content)
-    assert (shown.headers["x-model"], shown.headers["content-type"]) == ("clips", "image/png")
+    decompressed = client.post("/v1/decompress", content=image.content)
+    assert (decompressed.headers["x-model"], decompressed.headers["content-type"]) == ("clips", "image/png")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_encode_accepts_common_video_formats(client, kind, codec):
 
 
 def test_video_long_frame_rate_round_trips(client):
-    """As of files whose frames do not follow each other evenly."""
+    """A frame rate with a long numerator and denominator, as of uneven frame times, is preserved."""
     rate = Fraction(1111050000, 37079123)
     tokens = client.post("/v1/encode", content=make_street_video(3, frame_rate=rate)).json()
     assert tokens["rate"] == str(rate)
@@ -155,7 +155,7 @@ def test_video_long_frame_rate_round_trips(client):
 
 def test_generate_video_returns_animated_webp(client, settings):
     """A video model generates an animated WebP that equals the library's frames."""
-    body = {"class": 1, "seed": 3, "steps": 2, "model": "moves"}
+    body = {"class": 1, "seed": 3, "steps": 2, "model": "video-generator"}
     first, last = [json.loads(line) for line in client.post("/v1/generate", json=body).text.splitlines()]
     kind, data = last["image"].split(";base64,")
     assert (first["step"], last["step"], kind) == (1, 2, "data:image/webp")
@@ -164,14 +164,14 @@ def test_generate_video_returns_animated_webp(client, settings):
     for frame in range(animation.n_frames):
         animation.seek(frame)
         frames.append(np.asarray(animation.convert("RGB")))
-    [expected] = to_uint8(Generator.from_pretrained(settings.models["moves"]).generate([1], 3, steps=2))
+    [expected] = to_uint8(Generator.from_pretrained(settings.models["video-generator"]).generate([1], 3, steps=2))
     assert np.array_equal(np.stack(frames), expected.permute(1, 2, 3, 0).numpy())
     webp_response = client.post("/v1/generate", json=body, headers={"Accept": "image/webp"})
     assert (webp_response.headers["content-type"], webp_response.content) == ("image/webp", base64.b64decode(data))
 
 
 def avi_with_claimed_size(width, height, frames):
-    """A video of one small raw frame whose header claims more and larger ones."""
+    """Return a video of one small raw frame whose header declares more and larger frames."""
     file = bytearray(
         make_street_video(1, size=(16, 16), container_format="avi", codec="rawvideo", pixel_format="bgr24")
     )
@@ -183,8 +183,8 @@ def avi_with_claimed_size(width, height, frames):
 
 
 @pytest.mark.parametrize(
-    ("claimed", "said"),
-    [((8192, 8192, 1), "8192 x 8192 pixels; at most 10000"), ((16, 16, 1_000_000), "more than the 200000 pixels")],
+    ("claimed", "message"),
+    [((8192, 8192, 1), "8192 x 8192 pixels"), ((16, 16, 1_000_000), "more than 200000 pixels")],
 )
 def test_video_header_over_limit_returns_413(client, claimed, message):
     """A video whose header claims too many pixels is rejected whatever follows."""
@@ -195,34 +195,34 @@ def test_video_header_over_limit_returns_413(client, claimed, message):
 
 
 def test_video_frame_over_declared_size_returns_413(client):
-    """Frames of 192 x 144 pixels, H.264, in an MP4 that says 16 x 16."""
+    """Frames of 192 x 144 pixels in an MP4 that declares 16 x 16 are rejected."""
     file = bytearray(make_street_video(2, size=(192, 144)))
     offset = file.index(struct.pack(">HH", 192, 144), file.index(b"stsd"))
     file[offset : offset + 4] = struct.pack(">HH", 16, 16)
     for path in ("encode", "reconstruct", "compress"):
         response = client.post(f"/v1/{path}", content=bytes(file))
         assert response.status_code == 413, response.text
-        assert "192 x 144 pixels; at most 10000 are taken" in response.json()["error"]
+        assert "192 x 144 pixels" in response.json()["error"]
 
 
 def test_video_without_length_decodes_up_to_limit(client, monkeypatch):
-    """250 frames of 64 x 48 pixels, in a container that does not count them."""
+    """A video without a frame count in its header is decoded up to the limit only."""
     frame_counts = []
     check = video_io.check_total_pixels
     monkeypatch.setattr(
-        video_io, "check_length", lambda frames, *more: frame_counts.append(frames) or check(frames, *more)
+        video_io, "check_total_pixels", lambda frames, *more: frame_counts.append(frames) or check(frames, *more)
     )
     body = make_street_video(250, container_format="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
         frame_counts.clear()
         response = client.post(f"/v1/{path}", content=body)
         assert response.status_code == 413
-        assert "shorten or shrink it" in response.json()["error"]
+        assert "shorten or downscale it" in response.json()["error"]
         assert frame_counts == list(range(200_000 // (64 * 48) + 2))
 
 
 def mp4_with_claimed_samples(samples):
-    """A video of three frames whose index claims more, all in one chunk: a few bytes that FFmpeg makes a list of."""
+    """Return a video of three frames whose index declares more in one chunk; FFmpeg allocates a list for them."""
     file = bytearray(make_street_video(3))
     sizes, chunks = file.index(b"stsz") + 8, file.index(b"stsc") + 8
     file[sizes : sizes + 8] = struct.pack(">II", 1, samples)
@@ -242,20 +242,20 @@ def test_video_huge_index_uses_no_service_memory(client):
 
 def test_videos_are_decoded_in_a_subprocess(client, clip, monkeypatch):
     """Videos are opened in a subprocess, not in the service."""
-    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened here"))
+    monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened in this process"))
     assert client.post("/v1/encode", content=clip).json()["grid"] == [10, 4, 4]
 
 
-@pytest.mark.parametrize("seconds", [0.001, 1.0])
+@pytest.mark.parametrize("timeout_s", [0.001, 1.0])
 def test_video_over_timeout_raises_and_ends_subprocess(timeout_s):
-    """While it is opened, and while frames wait to be taken."""
+    """The timeout applies while the video is opened and while its frames are iterated."""
 
     def read_slowly():
         for frame in read_video_sandboxed(make_street_video(60), "mov", 10_000, timeout_s).frames:
             assert frame.shape == (48, 64, 3)
             time.sleep(0.1)
 
-    with pytest.raises(ValueError, match="takes more memory or time than a request has"):
+    with pytest.raises(ValueError, match="exceeds the memory or time limit of a request"):
         read_slowly()
     assert not [child for child in psutil.Process().children() if _SUBPROCESS_CODE in child.cmdline()]
 
@@ -273,7 +273,7 @@ def with_claimed_frames(file, frames):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "said"),
+    ("path", "body", "status", "message"),
     [
         ("encode", lambda clip, _: clip[:-1000], 422, "cannot be read"),
         ("compress", lambda clip, _: clip[:2000], 422, "cannot be read"),
@@ -281,17 +281,17 @@ def with_claimed_frames(file, frames):
         ("reconstruct", b"RIFF\x00\x00\x00\x00AVI " + bytes(3000), 422, "cannot be read"),
         ("encode", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/x\n", 415, "not an image or video"),
         ("encode", b"ffconcat version 1.0\nfile /etc/passwd\n", 415, "not an image or video"),
-        ("measure", lambda clip, _: clip, 415, "only images are measured"),
-        ("compress?model=moves", lambda clip, _: clip, 422, "moves does not compress"),
-        ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than the 200000 pixels"),
+        ("measure", lambda clip, _: clip, 415, "only images can be measured"),
+        ("compress?model=video-generator", lambda clip, _: clip, 422, "video-generator cannot compress"),
+        ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than 200000 pixels"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
         ("decompress", lambda _, file: file[: len(file) // 2], 422, "cut off"),
-        ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "for each frame 16 tokens of 2 bytes"),
-        ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "takes the grid"),
-        ("decode", {"grid": [-1, 4, 4], "bits": 10, "packed": ""}, 422, "takes the grid"),
+        ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "per frame 16 tokens of 2 bytes"),
+        ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
+        ("decode", {"grid": [-1, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
         ("decode", {"grid": [1, 4, 4], "bits": 10, "packed": "", "rate": "1/0"}, 422, "rate"),
         ("decode", {"grid": [1, 4, 4], "bits": 10, "packed": "", "rate": "fast"}, 422, "rate"),
-        ("decode", {"grid": [200, 4, 4], "bits": 10, "packed": "AAAA" * 2133 + "AA=="}, 413, "more than the 200000"),
+        ("decode", {"grid": [200, 4, 4], "bits": 10, "packed": "AAAA" * 2133 + "AA=="}, 413, "more than 200000"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -309,22 +309,22 @@ def test_invalid_video_request_returns_error_message(client, clip, path, body, s
 
 def test_noncausal_model_rejects_image(client, photo):
     """A non-causal video model rejects images."""
-    response = client.post("/v1/compress", params={"model": "whole"}, content=photo)
+    response = client.post("/v1/compress", params={"model": "noncausal"}, content=photo)
     assert response.status_code == 422
     assert "takes clips only" in response.json()["error"]
 
 
-@pytest.mark.parametrize("end", ["abandoned", "late"])
+@pytest.mark.parametrize("end", ["cancelled", "late"])
 def test_video_work_stops_when_cancelled_or_late(replicas, clip, end):
-    """After the first frame its client is gone, or its time is up."""
-    engine, calls = replicas["clips"]["tokenizer"]._engine.clips, []
+    """The work stops after the first chunk when the client disconnects or the deadline passes."""
+    engine, calls = replicas["clips"]["tokenizer"]._engine.video, []
 
     def run_in_model_thread(function, *arguments):
         calls.append(1)
-        if end == "abandoned":
-            deadline.abandoned.set()
+        if end == "cancelled":
+            deadline.cancelled.set()
         else:
-            object.__setattr__(deadline, "until", 0.0)
+            object.__setattr__(deadline, "expires_at", 0.0)
         return function(*arguments)
 
     with deadline_after(60) as deadline, pytest.raises(ApiError, match="took longer than 60 s"):
@@ -333,7 +333,7 @@ def test_video_work_stops_when_cancelled_or_late(replicas, clip, end):
 
 
 def test_images_are_served_during_video_work(replicas, photo):
-    """A clip takes its turn frame by frame."""
+    """Images are computed between the chunks of a long video."""
     replica, finished = replicas["clips"]["tokenizer"], []
 
     async def send_and_record(body, name):

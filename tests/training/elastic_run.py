@@ -1,6 +1,6 @@
-"""A run of one or two workers on machines that come and go; a program of its own, because it has its own cluster.
+"""An elastic run of one or two workers on a cluster whose nodes change; a separate program with its own cluster.
 
-head + second ─two workers─▶ the second is drained ─one─▶ a third comes ─two─▶ the third is killed ─one─▶ stop
+head + second: 2 workers ─▶ second is drained: 1 ─▶ third is added: 2 ─▶ third is killed: 1 ─▶ stop
 """
 
 import json
@@ -26,17 +26,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from small_runs import PRESET, SMALL
 
 from bsq_ray.config import load_config
-from bsq_ray.training import capacity
+from bsq_ray.training.capacity import CapacityTimeouts
 from bsq_ray.training.launch import Interrupted, train
+from bsq_ray.training.worker_resources import ResourceBudget
 
-# As short as a test can wait.
-capacity._MAX_SIZE_TIMEOUT_S, capacity._SCALE_UP_DELAY_S = 5.0, 3.0
+BUDGET = ResourceBudget(timeouts=CapacityTimeouts(max_size_s=5.0, scale_up_delay_s=3.0))
 NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}
 STEPS_BETWEEN = 6
 
 
 class TrainingThread:
-    """The training, in a thread, because only the main one may add machines."""
+    """The training, in a thread, because only the main thread may add nodes."""
 
     def __init__(self, shards, out, overrides):
         self.records, self.stop = [], threading.Event()
@@ -46,14 +46,20 @@ class TrainingThread:
 
     def _train(self):
         try:
-            train(*self.arguments, min_workers=1, on_record=self.records.append, stop_event=self.stop)
+            train(
+                *self.arguments,
+                min_workers=1,
+                on_record=self.records.append,
+                stop_event=self.stop,
+                budget=BUDGET,
+            )
         except Interrupted:
             return
         except Exception as error:
             self.records.append({"kind": "failed", "error": f"{type(error).__name__}: {error}"})
 
     def wait_for_group(self, group_number):
-        """Until the `starts`-th group of workers has taken some steps."""
+        """Wait until the worker group of this number (from 1) has trained some steps."""
         deadline = time.monotonic() + 180
         while self.thread.is_alive() and time.monotonic() < deadline:
             start_indices = [n for n, record in enumerate(self.records) if record["kind"] == "start"]
@@ -62,12 +68,12 @@ class TrainingThread:
                 if len(steps) >= STEPS_BETWEEN:
                     return
             time.sleep(0.1)
-        raise SystemExit(f"no {group_number}. group of workers: {self.records[-3:]}")
+        raise SystemExit(f"worker group {group_number} did not start: {self.records[-3:]}")
 
 
 @ray.remote(num_cpus=1)
 class CpuHolder:
-    """Takes up a CPU."""
+    """Holds one CPU."""
 
     def ready(self):
         return True
@@ -84,7 +90,7 @@ def main(shards, out, *overrides):
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     head = ray.get_runtime_context().get_node_id()
     second = cluster.add_node(**NODE)
-    # So that both workers find their place on the other machine.
+    # So that both workers are placed on the other node.
     holder = hold_one_cpu(head)
     run = TrainingThread(shards, out, overrides)
     try:
@@ -109,7 +115,7 @@ def main(shards, out, *overrides):
 
 
 def drain(address, node):
-    """What a hook of the machine does when its end is announced."""
+    """Drain a node, as a preemption hook does."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "reclaimed"]
     subprocess.run([*command, "--deadline-remaining-seconds", "120"], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Trainings so small that dozens of them fit in a test run, and what listens to them."""
+"""Runs so small that a test run can train dozens of them, and a reporter that records them."""
 
 import torch
 
@@ -40,7 +40,7 @@ SMALL = [
 
 
 class RecordingReporter:
-    """Keeps a run's records; asks it to stop after a step."""
+    """Stores a run's records and requests a stop after a step."""
 
     def __init__(self, stop_after=None):
         self.records = []
@@ -74,9 +74,11 @@ def local_worker(reporter):
 
 
 def train_runs(rank, world_size, shards, out, runs, stop_after=None):
-    """Trains each of `runs`, name → overrides, one after the other; returns the records of each one's steps.
+    """Train each run in turn and return its training records by name.
 
-    Those in `last` are asked to stop after that step.
+    Args:
+        runs: overrides of the configuration, by name.
+        stop_after: step after which a run is stopped, by name.
     """
     losses = {}
     for name, overrides in runs.items():

@@ -33,9 +33,9 @@ def reference_run(photo_shards, tmp_path_factory):
     return out, listener
 
 
-def assert_same_steps(listener, undisturbed, first=1):
-    assert [comparable_values(r) for r in listener.training] == [
-        comparable_values(r) for r in undisturbed[1].training[first - 1 :]
+def assert_same_steps(listener, reference_run, first=1):
+    assert [comparable_values(r) for r in listener.training_records] == [
+        comparable_values(r) for r in reference_run[1].training_records[first - 1 :]
     ]
 
 
@@ -50,7 +50,7 @@ def test_copy_to_host_is_deep_and_on_cpu():
     assert not copied["a"][1][0].requires_grad
 
 
-def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, undisturbed, monkeypatch):
+def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, reference_run, monkeypatch):
     """Training continues while a checkpoint is written, and the checkpoint contains the state of its own step."""
     next_step = threading.Event()
     copy_in = storage.upload
@@ -69,17 +69,17 @@ def test_checkpoint_is_async_and_holds_its_own_step(photo_shards, tmp_path, undi
     monkeypatch.setattr(storage, "upload", slow)
     listener = Waker()
     run_training(small_spec(photo_shards, tmp_path / "run", AT_HALF), local_worker(listener))
-    assert_same_steps(listener, undisturbed)
+    assert_same_steps(listener, reference_run)
     [half, last] = [record for record in listener.records if record["kind"] == "checkpoint"]
     assert (half["checkpoint"], last["checkpoint"]) == (HALF, STEPS)
     assert half["step"] > HALF
-    assert half["stall"] < half["seconds"]
+    assert half["blocking_seconds"] < half["seconds"]
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:07d}")
     resumed = RecordingReporter()
     run_training(small_spec(photo_shards, tmp_path / "run"), local_worker(resumed))
-    assert_same_steps(resumed, undisturbed, HALF + 1)
-    assert_identical(load_weights(tmp_path, "run"), load_weights(undisturbed[0], "run"))
+    assert_same_steps(resumed, reference_run, HALF + 1)
+    assert_identical(load_weights(tmp_path, "run"), load_weights(reference_run[0], "run"))
 
 
 def train_and_kill_in_checkpoint(shards, out, step):
@@ -98,7 +98,7 @@ def train_and_kill_in_checkpoint(shards, out, step):
     run_training(small_spec(shards, out, EVERY_STEP), local_worker(RecordingReporter()))
 
 
-def test_resume_after_kill_during_write_uses_previous(photo_shards, tmp_path, undisturbed):
+def test_resume_after_kill_during_write_uses_previous(photo_shards, tmp_path, reference_run):
     """A run killed while writing a checkpoint resumes from the previous one."""
     process = mp.get_context("spawn").Process(
         target=train_and_kill_in_checkpoint, args=(photo_shards, str(tmp_path / "run"), HALF)
@@ -111,8 +111,8 @@ def test_resume_after_kill_during_write_uses_previous(photo_shards, tmp_path, un
     assert list_checkpoints(str(tmp_path / "run")) == [f"step-{HALF - 1:07d}"]
     listener = RecordingReporter()
     run_training(small_spec(photo_shards, tmp_path / "run"), local_worker(listener))
-    assert_same_steps(listener, undisturbed, HALF)
-    assert_identical(load_weights(tmp_path, "run"), load_weights(undisturbed[0], "run"))
+    assert_same_steps(listener, reference_run, HALF)
+    assert_identical(load_weights(tmp_path, "run"), load_weights(reference_run[0], "run"))
 
 
 class FlakyFileSystem(MemoryFileSystem):
@@ -149,36 +149,36 @@ def flaky_storage(tmp_path):
 
 
 @pytest.mark.parametrize("refused", ["optim_states.pt", "step-0000002/checkpoint.json", "model.safetensors"])
-def test_checkpoint_transient_storage_error_is_retried(photo_shards, outage, undisturbed, refused):
+def test_checkpoint_transient_storage_error_is_retried(photo_shards, flaky_storage, reference_run, refused):
     """Transient storage errors are retried with a warning, and the run completes."""
     FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = refused, 2
     listener = RecordingReporter()
-    result = run_training(small_spec(photo_shards, outage, AT_HALF), local_worker(listener))
+    result = run_training(small_spec(photo_shards, flaky_storage, AT_HALF), local_worker(listener))
     assert result.finished
     assert FlakyFileSystem.num_failures == 0
     warnings = [record["text"] for record in listener.records if record["kind"] == "warning"]
     assert len(warnings) == 2
     assert all(refused in text and "503 Slow Down; trying again" in text for text in warnings)
-    assert_same_steps(listener, undisturbed)
-    assert list_checkpoints(outage) == [f"step-{HALF:07d}", f"step-{STEPS:07d}"]
+    assert_same_steps(listener, reference_run)
+    assert list_checkpoints(flaky_storage) == [f"step-{HALF:07d}", f"step-{STEPS:07d}"]
 
 
-def test_checkpoint_storage_timeout_raises(photo_shards, outage):
+def test_checkpoint_storage_timeout_raises(photo_shards, flaky_storage):
     """Storage that fails beyond the timeout ends the run with an error."""
     FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = "optim_states.pt", 10**6
     with pytest.raises(
         RuntimeError, match=r"worker 0 cannot write the checkpoint of step 2: cannot write outage:.*503"
     ):
         run_training(
-            small_spec(photo_shards, outage, [*AT_HALF, "training.storage_timeout_s=0.1"]),
+            small_spec(photo_shards, flaky_storage, [*AT_HALF, "training.storage_timeout_s=0.1"]),
             local_worker(RecordingReporter()),
         )
-    assert list_checkpoints(outage) == []
+    assert list_checkpoints(flaky_storage) == []
 
 
-def test_resume_unavailable_checkpoint_is_not_damaged(photo_shards, outage):
+def test_resume_unavailable_checkpoint_is_not_damaged(photo_shards, flaky_storage):
     """A checkpoint that is temporarily unavailable is retried, not skipped as damaged."""
-    job = small_spec(photo_shards, outage, EVERY_STEP)
+    job = small_spec(photo_shards, flaky_storage, EVERY_STEP)
     run_training(job, local_worker(RecordingReporter(HALF)))
     FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = f"step-{HALF:07d}/checkpoint.json", 2
     listener = RecordingReporter()
@@ -189,10 +189,10 @@ def test_resume_unavailable_checkpoint_is_not_damaged(photo_shards, outage):
     assert listener.training_records[0]["step"] == HALF + 1
 
 
-def test_unavailable_samples_are_retried_not_skipped(photo_shards, outage, tmp_path, undisturbed):
+def test_unavailable_samples_are_retried_not_skipped(photo_shards, flaky_storage, tmp_path, reference_run):
     """Samples on unavailable storage are requested again and not counted as damaged."""
     for name in os.listdir(photo_shards):
-        storage.upload(f"{photo_shards}/{name}", f"{outage}/shards/{name}")
+        storage.upload(f"{photo_shards}/{name}", f"{flaky_storage}/shards/{name}")
 
     class OutageAtStart(RecordingReporter):
         def record(self, record):
@@ -202,10 +202,10 @@ def test_unavailable_samples_are_retried_not_skipped(photo_shards, outage, tmp_p
                 FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = "shard-", 2000
 
     listener = OutageAtStart()
-    result = run_training(small_spec(f"{outage}/shards", tmp_path / "run"), local_worker(listener))
+    result = run_training(small_spec(f"{flaky_storage}/shards", tmp_path / "run"), local_worker(listener))
     assert FlakyFileSystem.num_failures == 0
     assert not result.skipped_samples
-    assert_same_steps(listener, undisturbed)
+    assert_same_steps(listener, reference_run)
     warnings = [record["text"] for record in listener.records if record["kind"] == "warning"]
     assert warnings
     assert all("503 Slow Down; trying again" in text for text in warnings)

@@ -8,7 +8,7 @@ from small_runs import PRESET, SMALL, RecordingReporter, small_spec
 
 from bsq_ray.config import load_config
 from bsq_ray.data import stream
-from bsq_ray.data.pack import pack_images
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.training.launch import train
 from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import WorkerContext, local_device
@@ -21,7 +21,7 @@ OVERRIDES = ["training.steps=12", "data.interleave=1", "loss.adversarial.weight=
 def damaged_shards(photo_folders, tmp_path):
     """(URL, names) of shards in which every seventh photograph is broken."""
     shards, names = tmp_path / "shards", []
-    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, num_workers=0).manifest
+    manifest = pack_images(str(photo_folders[0]), str(shards), PackOptions(max_side=64, num_workers=0)).manifest
     for number in range(0, manifest.num_samples, 7):
         shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
@@ -43,21 +43,21 @@ def train_worker(rank, world_size, shards, out, overrides):
     return listener.records, result.skipped_samples
 
 
-def test_skipped_samples_of_all_workers_are_reported(damaged, tmp_path):
+def test_skipped_samples_of_all_workers_are_reported(damaged_shards, tmp_path):
     """Samples skipped by either worker are named in the log and in the result."""
-    shards, names = damaged
+    shards, names = damaged_shards
     [(records, first), (_, second)] = spawn_group(2, train_worker, shards, tmp_path / "run", [])
     assert sorted(first) == sorted(second)
     assert {tuple(line.split(": ")[:2]) for line in first} == set(names)
-    logged = [sample for record in records if record["kind"] == "damaged" for sample in record["samples"]]
+    logged = [sample for record in records if record["kind"] == "skipped_samples" for sample in record["samples"]]
     assert sorted(logged) == sorted(first)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["samples"] for line in lines if line["kind"] == "damaged"]
+    assert [line["samples"] for line in lines if line["kind"] == "skipped_samples"]
 
 
-def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
+def test_max_skipped_samples_applies_to_all_workers(damaged_shards, tmp_path):
     """The limit applies to the skipped samples of all workers together."""
-    shards, names = damaged
+    shards, names = damaged_shards
     limit = len(names) - 1
     # In so few steps neither of them meets all.
     few = ["training.steps=3", f"data.max_skipped_samples={limit}"]
@@ -68,9 +68,9 @@ def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
         )
 
 
-def test_summary_lists_skipped_samples(damaged, tmp_path):
+def test_summary_lists_skipped_samples(damaged_shards, tmp_path):
     """The summary names all skipped samples."""
-    shards, names = damaged
+    shards, names = damaged_shards
     result = train(
         load_config(PRESET, [*SMALL, *OVERRIDES]),
         shards,
@@ -79,14 +79,14 @@ def test_summary_lists_skipped_samples(damaged, tmp_path):
         on_record=lambda record: None,
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert {tuple(line.split(": ")[:2]) for line in summary["damaged"]} == set(names)
-    assert result.skipped_samples == summary["damaged"]
+    assert {tuple(line.split(": ")[:2]) for line in summary["skipped_samples"]} == set(names)
+    assert result.skipped_samples == summary["skipped_samples"]
 
 
 def test_eval_missing_shards_raises_with_cause(photo_shards, photo_folders, tmp_path):
     """If no held-out image is readable, the error names the source and the first cause."""
     held_out = tmp_path / "held-out"
-    pack_images(str(photo_folders[1]), str(held_out), max_side=64, num_workers=0)
+    pack_images(str(photo_folders[1]), str(held_out), PackOptions(max_side=64, num_workers=0))
     for tar in held_out.glob("*.tar"):
         tar.unlink()
     with pytest.raises(ValueError, match=r"held-out has no readable image to evaluate on: shard-\d+\.tar"):

@@ -1,4 +1,4 @@
-"""Starting a run: what is refused, what a run leaves behind, and that Ray, faults and Ctrl-C change nothing else."""
+"""Starting a run: invalid arguments, the files it writes, and equal results on Ray, after faults and after Ctrl-C."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from bsq_ray.training.trainer import run_training
 
 
 def launch(shards, out, workers, overrides=(), **settings):
-    listener = RecordingReporter()
-    settings = {"on_record": listener.record, **settings}
-    return train(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
+    reporter = RecordingReporter()
+    settings = {"on_record": reporter.record, **settings}
+    return train(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), workers, **settings), reporter
 
 
 @pytest.fixture(scope="module")
 def local_run(photo_shards, held_out_shards, tmp_path_factory):
-    """(folder, result, listener) of a run in this process."""
+    """(folder, result, reporter) of a run in this process."""
     out = tmp_path_factory.mktemp("local") / "run"
     overrides = ["training.eval_every=2", "training.sample_every=3"]
     return out, *launch(photo_shards, out, 0, overrides, held_out_url=held_out_shards)
@@ -80,8 +80,8 @@ def test_model_card_metrics_match_published_weights(local_run, held_out_shards):
 
 def test_start_record_has_scaled_learning_rate(local_run):
     """The start record contains the learning rate scaled with the batch size."""
-    _, _, listener = local_run
-    [start] = [record for record in listener.records if record["kind"] == "start"]
+    _, _, reporter = local_run
+    [start] = [record for record in reporter.records if record["kind"] == "start"]
     per_256 = load_config(PRESET, SMALL).training.optimizer.base_learning_rate
     assert start["learning_rate"] == pytest.approx(per_256 * 16 / 256)
     assert (start["batch_size"], start["workers"]) == (16, 1)
@@ -89,7 +89,7 @@ def test_start_record_has_scaled_learning_rate(local_run):
 
 def test_train_existing_run_without_resume_raises(local_run, photo_shards):
     """A folder that contains a run is not overwritten."""
-    with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
+    with pytest.raises(ValueError, match=r"already contains a run .*--resume"):
         launch(photo_shards, local_run[0], 0)
 
 
@@ -105,10 +105,15 @@ def test_resume_other_config_raises_before_start(local_run, photo_shards):
     ("workers", "settings", "overrides", "message"),
     [
         (3, {}, [], "batch_size 16 cannot be shared evenly by 3 workers; choose a multiple of 3"),
-        (2, {}, ["training.micro_batch_size=16", "training.batch_size=48"], "24 of 48 images, which is not a multiple"),
+        (
+            2,
+            {},
+            ["training.micro_batch_size=16", "training.batch_size=48"],
+            r"24 of 48 images, 2 workers\) is not a multiple of training.micro_batch_size 16; choose a divisor of 24",
+        ),
         (-1, {}, [], "workers -1 must be 0"),
-        (2, {"min_workers": 0}, [], "workers 0-2 is no range"),
-        (2, {"min_workers": 3}, [], "workers 3-2 is no range"),
+        (2, {"min_workers": 0}, [], "workers 0-2 is not a valid range"),
+        (2, {"min_workers": 3}, [], "workers 3-2 is not a valid range"),
         (0, {"minutes": 0.0}, [], "minutes 0.0 must be positive"),
     ],
 )
@@ -122,10 +127,10 @@ def test_train_invalid_arguments_raise_before_start(photo_shards, tmp_path, work
 def test_time_limit_ends_run_and_schedule(photo_shards, tmp_path):
     """A time limit ends the run, with the schedule at its end."""
     overrides = ["training.steps=1000000", "training.engine.kind=ddp"]
-    result, listener = launch(photo_shards, tmp_path / "run", 0, overrides, minutes=0.05)
+    result, reporter = launch(photo_shards, tmp_path / "run", 0, overrides, minutes=0.05)
     assert result.finished
     assert result.seconds >= 3
-    records = listener.training_records
+    records = reporter.training_records
     assert records[-1]["progress"] == 1
     for before, record in pairwise(records):
         factor = 0.5 * (1 + cos(pi * before["progress"]))
@@ -144,16 +149,16 @@ def test_ctrl_c_saves_and_run_resumes(photo_shards, tmp_path):
         launch(photo_shards, tmp_path, 0, ["training.steps=6"], on_record=interrupt)
     assert signal.getsignal(signal.SIGINT) is before
     Tokenizer.from_pretrained(str(tmp_path / "model"))
-    result, listener = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
+    result, reporter = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
     assert result.finished
-    assert [record["step"] for record in listener.training_records] == [4, 5, 6]
+    assert [record["step"] for record in reporter.training_records] == [4, 5, 6]
 
 
 def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
     """A nonfinite loss ends the run before the optimizer step and names the samples."""
     from bsq_ray.training.nonfinite import NonFiniteLossError
 
-    # A learning rate this absurd overflows within a few steps.
+    # Overflows within a few steps.
     overrides = ["training.optimizer.base_learning_rate=1e30", "training.steps=40"]
     with pytest.raises(
         NonFiniteLossError, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
@@ -166,9 +171,9 @@ def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
 
 def test_ray_worker_matches_local_process(local_run, photo_shards, held_out_shards, tmp_path, ray_local):
     """A Ray worker takes the same steps as training in this process."""
-    result, listener = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
+    result, reporter = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
     assert result.finished
-    for record, expected in zip(listener.training_records, local_run[2].training_records, strict=True):
+    for record, expected in zip(reporter.training_records, local_run[2].training_records, strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert not (tmp_path / "ray").exists()
@@ -246,7 +251,7 @@ def test_killed_command_resumes_identically(photo_shards, tmp_path):
     out = tmp_path / "disturbed"
     process = subprocess.Popen(train_command(photo_shards, out), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(out, process)
-    # Ray's own agents stay a minute longer: they try to tell the dead head node that it is dead.
+    # Ray's agents exit a minute later: they retry their connection to the dead head node.
     child_processes = [
         p for p in psutil.Process(process.pid).children(recursive=True) if not p.name().endswith("Agent")
     ]
@@ -276,7 +281,7 @@ def test_command_ctrl_c_prints_resume_command(photo_shards, tmp_path):
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))
     reader.start()
     wait_for_checkpoint(out, process)
-    # As a terminal does it: to everything that belongs to the command.
+    # To the whole process group, as a terminal does.
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     reader.join()

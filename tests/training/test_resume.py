@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on is the run that was never interrupted."""
+"""Resuming: an interrupted run that resumes equals one that was never interrupted."""
 
 import json
 import shutil
@@ -106,12 +106,12 @@ def test_damaged_checkpoint_is_skipped_with_warning(two_checkpoints, photo_shard
     newest = two_checkpoints / "checkpoints" / "step-0000002"
     [file] = newest.glob("generator/**/*optim_states.pt")
     damage(file)
-    listener = RecordingReporter()
-    run_training(small_spec(photo_shards, two_checkpoints, EVERY_STEP), local_worker(listener))
-    [warning] = [record["text"] for record in listener.records if record["kind"] == "warning"]
+    reporter = RecordingReporter()
+    run_training(small_spec(photo_shards, two_checkpoints, EVERY_STEP), local_worker(reporter))
+    [warning] = [record["text"] for record in reporter.records if record["kind"] == "warning"]
     assert "step-0000002 is damaged and is passed over" in warning
     assert file.name in warning
-    assert [record["step"] for record in listener.training_records] == [2, 3, 4]
+    assert [record["step"] for record in reporter.training_records] == [2, 3, 4]
 
 
 def test_checkpoint_without_index_is_invisible(two_checkpoints, photo_shards):
@@ -136,8 +136,8 @@ def test_damaged_newer_checkpoint_keeps_later_ones(two_checkpoints, photo_shards
     (two_checkpoints / "checkpoints" / "step-0000002").rename(two_checkpoints / "checkpoints" / "step-0000009")
     [file] = (two_checkpoints / "checkpoints" / "step-0000009").glob("generator/**/*optim_states.pt")
     file.unlink()
-    job = small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=1"])
-    run_training(job, local_worker(RecordingReporter(HALF)))
+    spec = small_spec(photo_shards, two_checkpoints, [*EVERY_STEP, "training.keep_checkpoints=1"])
+    run_training(spec, local_worker(RecordingReporter(HALF)))
     assert list_checkpoints(str(two_checkpoints)) == ["step-0000002"]
 
 
@@ -147,24 +147,24 @@ def test_resume_initialized_run_never_uses_random_weights(two_checkpoints, photo
     """
     for file in two_checkpoints.glob("checkpoints/*/generator/**/*optim_states.pt"):
         file.unlink()
-    with pytest.raises(ValueError, match="is whole, and the run began with other weights; remove its checkpoints"):
+    with pytest.raises(ValueError, match="is intact, and the run started with other weights; remove its checkpoints"):
         run_training(small_spec(photo_shards, two_checkpoints, init_url="a-model"), local_worker(RecordingReporter()))
 
 
 def test_resume_other_model_raises(two_checkpoints, photo_shards):
     """A run cannot resume with another model configuration."""
-    job = small_spec(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
+    spec = small_spec(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
     with pytest.raises(
         ValueError, match="model.encoder.layers was 1 and is 2; training.batch_size was 16 and is 8; give the same"
     ):
-        run_training(job, local_worker(RecordingReporter()))
+        run_training(spec, local_worker(RecordingReporter()))
 
 
 def test_resume_with_more_steps_extends_run(two_checkpoints, photo_shards):
     """A finished or stopped run can be extended with more steps."""
-    listener = RecordingReporter()
-    run_training(small_spec(photo_shards, two_checkpoints, ["training.steps=5"]), local_worker(listener))
-    assert [record["step"] for record in listener.training_records] == [3, 4, 5]
+    reporter = RecordingReporter()
+    run_training(small_spec(photo_shards, two_checkpoints, ["training.steps=5"]), local_worker(reporter))
+    assert [record["step"] for record in reporter.training_records] == [3, 4, 5]
 
 
 def test_resume_other_dataset_raises(two_checkpoints, held_out_shards):
@@ -175,14 +175,14 @@ def test_resume_other_dataset_raises(two_checkpoints, held_out_shards):
 
 def test_resume_finished_run_only_rewrites_model(two_checkpoints, photo_shards):
     """Resuming a finished run takes no step and writes the same model again."""
-    job = small_spec(photo_shards, two_checkpoints, EVERY_STEP)
-    run_training(job, local_worker(RecordingReporter()))
+    spec = small_spec(photo_shards, two_checkpoints, EVERY_STEP)
+    run_training(spec, local_worker(RecordingReporter()))
     before = load_weights(two_checkpoints.parent, two_checkpoints.name)
-    listener = RecordingReporter()
-    result = run_training(job, local_worker(listener))
+    reporter = RecordingReporter()
+    result = run_training(spec, local_worker(reporter))
     assert result.finished
     assert result.metrics
-    assert not listener.training_records
+    assert not reporter.training_records
     assert_identical(load_weights(two_checkpoints.parent, two_checkpoints.name), before)
 
 
@@ -190,10 +190,10 @@ def test_checkpoints_on_s3_resume(photo_shards, bucket):
     """A run on S3 saves checkpoints, logs and model there and resumes."""
     overrides = [*ENGINES["ddp"], *EVERY_STEP]
     run_training(small_spec(photo_shards, bucket, overrides), local_worker(RecordingReporter(HALF)))
-    listener = RecordingReporter()
-    result = run_training(small_spec(photo_shards, bucket, overrides), local_worker(listener))
+    reporter = RecordingReporter()
+    result = run_training(small_spec(photo_shards, bucket, overrides), local_worker(reporter))
     assert result.finished
-    assert [record["step"] for record in listener.training_records] == [3, 4]
+    assert [record["step"] for record in reporter.training_records] == [3, 4]
     lines = storage.read_bytes(f"{bucket}/metrics.jsonl").decode().splitlines()
     assert [record["step"] for record in map(json.loads, lines) if record["kind"] == "training"] == [1, 2, 3, 4]
     assert storage.exists(f"{bucket}/model/model.safetensors")

@@ -31,7 +31,7 @@ def test_schedule_default_is_warmup_then_cosine(step, expected):
 
 def test_schedule_final_factor_half_ends_at_half():
     """With the published code's final factor of 0.5 the schedule ends at half the peak rate."""
-    released = config.ScheduleConfig(final=0.5)
+    released = config.ScheduleConfig(final_factor=0.5)
     assert factor(released, 1_000_000, 1_000_000) == pytest.approx(0.5)
     assert factor(released, 502_500, 1_000_000) == pytest.approx(0.75)
 

@@ -78,7 +78,7 @@ def test_video_model_initializes_from_image_model(image_model, video_shards, tmp
     [batch] = eval_batches(job)
     image = Tokenizer.from_pretrained(image_model)
     assert first[0]["psnr"] == pytest.approx(psnr(image, batch), abs=1e-2)
-    assert f"| initialised from | {image_model} |" in (tmp_path / "model" / "README.md").read_text()
+    assert f"| initialized from | {image_model} |" in (tmp_path / "model" / "README.md").read_text()
 
 
 def eval_batches(job):

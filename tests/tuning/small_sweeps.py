@@ -1,4 +1,4 @@
-"""Sweeps so small that a trial takes no time beside the start of its workers."""
+"""Sweeps so small that starting the workers dominates the time of a trial."""
 
 import yaml
 
@@ -20,7 +20,7 @@ SMALL_OVERRIDES = {
 
 
 def small_sweep(folder, *, overrides=None, **changes):
-    """A sweep of two tokenizers of 6 and 10 bits, with `changes` of its keys."""
+    """Return a sweep of two tokenizers of 6 and 10 bits, with some of its keys changed."""
     raw_sweep = {
         "name": "small",
         "preset": "demo",

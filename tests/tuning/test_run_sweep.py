@@ -1,4 +1,4 @@
-"""Whole sweeps on Ray: what they leave, that nothing is held afterwards, and that they survive stops and failures."""
+"""Sweeps on Ray: results, released resources, stops and failures."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from bsq_ray.tuning.study import read_records
 from bsq_ray.tuning.sweep_config import load_sweep
 
 DEMO = Path(__file__).parents[2] / "jobs" / "sweeps" / "demo.yaml"
-# A learning rate that learns, and two that do not and are worse at every step.
+# A useful learning rate, and two that are worse at every step.
 LEARNING_RATES = {"training.optimizer.base_learning_rate": {"values": [0.2, 1e-9, 1e-8]}}
 ASHA = {"kind": "asha", "grace_period": 20, "reduction_factor": 2}
 
 
 def free_resources():
-    """What is free on the cluster, without the memory of the object store, which fills and empties by itself."""
+    """Return the free resources of the cluster, without object store memory, which varies by itself."""
     import ray
 
     return {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}
@@ -43,7 +43,7 @@ def wait_until(condition, timeout_s=60):
 
 @pytest.fixture(scope="module")
 def demo(photo_shards, held_out_shards, tmp_path_factory, ray_local):
-    """(folder, what came of it, free resources before and after) of the shipped demo sweep, shrunk."""
+    """(folder, result, events, free resources before) of the shipped demo sweep, shortened."""
     folder = tmp_path_factory.mktemp("demo")
     raw_sweep = yaml.safe_load(DEMO.read_text())
     raw_sweep["overrides"] |= SMALL_OVERRIDES
@@ -122,11 +122,11 @@ def test_run_sweep_releases_all_resources(demo):
 def test_run_sweep_existing_folder_raises(demo, photo_shards, held_out_shards, tmp_path):
     """A folder that already contains a sweep or other files is not overwritten."""
     out, result, _, _ = demo
-    with pytest.raises(ValueError, match=r"already holds this sweep; go on with it by --resume"):
+    with pytest.raises(ValueError, match=r"already contains this sweep; resume it with --resume"):
         run_sweep(result.study.sweep, photo_shards, held_out_shards, str(out))
-    with pytest.raises(ValueError, match=r"holds another sweep \(.*space.* differ\)"):
+    with pytest.raises(ValueError, match=r"contains another sweep \(.*space.* differ\)"):
         run_sweep(small_sweep(tmp_path), photo_shards, held_out_shards, str(out), resume=True)
-    with pytest.raises(ValueError, match=r"is not empty and holds no sweep"):
+    with pytest.raises(ValueError, match=r"is not empty and contains no sweep"):
         run_sweep(small_sweep(tmp_path), photo_shards, held_out_shards, str(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_run_sweep_finished_sweep_trains_nothing(demo, photo_shards, held_out_sh
 @pytest.mark.slow
 def test_run_sweep_early_stop_releases_resources(photo_shards, held_out_shards, tmp_path, ray_local):
     """Trials that ASHA stops early save a model and release their resources."""
-    # Long beside the moment it takes until a trial hears that it is to stop.
+    # Long compared with the delay of a stop request.
     overrides = {"training.eval_every": 20, "training.log_every": 20}
     budget = {"steps": 600, "max_concurrent_trials": 2, "held_out_images": 2}
     sweep = small_sweep(tmp_path, space=LEARNING_RATES, scheduler=ASHA, budget=budget, overrides=overrides)
@@ -173,7 +173,7 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
     free = free_resources()
     killed_pids = []
 
-    def kill(event, record, study):
+    def kill_once(event, record, study):
         checkpoints = tmp_path / "out/trials/000/checkpoints"
         if event == "report" and not killed_pids and checkpoints.exists() and record.reports[-1][0] >= 40:
             live_actors = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
@@ -182,17 +182,21 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
             os.kill(pid, signal.SIGKILL)
             killed_pids.append(pid)
 
-    result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), on_event=kill)
+    result = run_sweep(sweep, photo_shards, held_out_shards, str(tmp_path / "out"), on_event=kill_once)
     [record] = result.study.records
     assert killed_pids
-    assert (record.state, record.num_attempts, record.retry_reasons) == ("finished", 2, ["the trial's process was lost"])
+    assert (record.state, record.num_attempts, record.retry_reasons) == (
+        "finished",
+        2,
+        ["the trial's process was lost"],
+    )
     steps = [
         line["step"]
         for line in map(json.loads, (tmp_path / "out/trials/000/metrics.jsonl").read_text().splitlines())
         if line["kind"] == "training"
     ]
     assert steps == list(range(5, 201, 5))
-    assert "was begun again: the trial's process was lost" in (tmp_path / "out/README.md").read_text()
+    assert "- trial 0 retried: the trial's process was lost" in (tmp_path / "out/README.md").read_text()
     assert wait_until(lambda: free_resources() == free, 20), (free, free_resources())
 
 
@@ -217,7 +221,10 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
     tar = sorted(damaged_shards.glob("*.tar"))[-1]
     tar.write_bytes(tar.read_bytes()[: tar.stat().st_size * 4 // 5])
     sweep = small_sweep(
-        tmp_path, space=space, budget={"max_concurrent_trials": 2, "workers": 2, "held_out_images": 2}, overrides={"training.steps": 10}
+        tmp_path,
+        space=space,
+        budget={"max_concurrent_trials": 2, "workers": 2, "held_out_images": 2},
+        overrides={"training.steps": 10},
     )
     result = run_sweep(sweep, str(damaged_shards), held_out_shards, str(tmp_path / "out"))
     records = {record.parameters["case"]: record for record in result.study.records}
@@ -247,7 +254,7 @@ def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_
     interrupted_at = []
 
     def interrupt(event, record, study):
-        # Once, because the second Ctrl-C is not waited for.
+        # Once, because a second Ctrl-C would not wait.
         if event == "report" and record.number == 1 and record.reports[-1][0] >= 20 and not interrupted_at:
             interrupted_at.append(record.reports[-1][0])
             os.kill(os.getpid(), signal.SIGINT)
@@ -291,7 +298,7 @@ def test_sweep_command_ctrl_c_saves_and_prints_resume(photo_shards, held_out_sha
     wait_until(
         lambda: any((out / "trials/000/checkpoints").glob("*/checkpoint.json")) or process.poll() is not None, 180
     )
-    # As a terminal does it: to everything that belongs to the command.
+    # To the whole process group, as a terminal does.
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(120) == 130
     reader.join()
@@ -323,7 +330,7 @@ def test_sweep_command_writes_to_object_storage(photo_shards, held_out_shards, t
         "--out",
         f"{bucket}/sweep",
     ]
-    # In a Ray of its own, whose processes know where the bucket is.
+    # In a separate Ray, whose processes have the bucket's credentials.
     completed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert completed.returncode == 0, completed.stderr[-2000:]
     files = storage.list_folder(f"{bucket}/sweep")

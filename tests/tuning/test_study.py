@@ -1,4 +1,4 @@
-"""The study: what is tried next, what is remembered, and what becomes of it; without Ray."""
+"""The study: suggestions, records, resuming and results, without Ray."""
 
 import math
 
@@ -21,7 +21,9 @@ RANGES = {
 
 
 def random_sweep(folder, searcher, num_samples=12, space=RANGES, **changes):
-    return small_sweep(folder, space=space, searcher=searcher, budget={"num_samples": num_samples, "steps": 10}, **changes)
+    return small_sweep(
+        folder, space=space, searcher=searcher, budget={"num_samples": num_samples, "steps": 10}, **changes
+    )
 
 
 def finish_trial(study, record, value):
@@ -29,7 +31,7 @@ def finish_trial(study, record, value):
 
 
 def run_all(study, value=lambda record: 10.0):
-    """Runs what is left, with psnr from `value`; the drawn parameters."""
+    """Run the remaining trials, with psnr from `value`; return the sampled parameters."""
     sampled_params = []
     while (record := study.next_trial()) is not None:
         sampled_params.append(record.parameters)
@@ -99,19 +101,19 @@ def test_study_reloaded_continues_identically(tmp_path, searcher):
 
 
 def test_study_resumed_counts_earlier_reports(tmp_path):
-    """TPE ranks trials that were stopped early by their last report; so few trials are drawn at random that it acts."""
+    """TPE ranks trials that were stopped early by their last report."""
     sweep = random_sweep(tmp_path, "tpe", 16)
 
     def sample_params(folder, interrupted):
-        study, all_drawn = Study(sweep, str(tmp_path / folder)), []
+        study, sampled = Study(sweep, str(tmp_path / folder)), []
         while (record := study.next_trial()) is not None:
-            all_drawn.append(record.parameters)
+            sampled.append(record.parameters)
             study.report(record, 5, {"psnr": -abs(record.parameters["training.optimizer.weight_decay"] - 0.3)})
             if interrupted:
                 study = Study(sweep, str(tmp_path / folder))
                 record = study.next_trial()
             study.end(record, "stopped")
-        return all_drawn
+        return sampled
 
     assert sample_params("parts", True) == sample_params("whole", False)
 
@@ -129,7 +131,11 @@ def test_study_resumed_retries_running_and_failed_only(tmp_path):
     resumed_study = Study(sweep, str(tmp_path / "out"))
     assert resumed_study.num_remaining == 3
     assert [record.number for record in resumed_study.ended_trials] == [0, 1, 3]
-    assert [(record.number, record.num_attempts) for record in iter(resumed_study.next_trial, None)] == [(2, 2), (4, 2), (5, 1)]
+    assert [(record.number, record.num_attempts) for record in iter(resumed_study.next_trial, None)] == [
+        (2, 2),
+        (4, 2),
+        (5, 1),
+    ]
 
 
 def test_study_invalid_combination_is_recorded_and_skipped(tmp_path):
@@ -147,7 +153,7 @@ def test_study_finished_without_metric_is_failed(tmp_path):
     first, second = study.next_trial(), study.next_trial()
     study.end(first, "finished", metrics={"lpips": 0.3})
     study.end(second, "finished", metrics={"psnr": math.nan})
-    assert [(record.state, record.reason) for record in study.records] == [("failed", "it gave no psnr")] * 2
+    assert [(record.state, record.reason) for record in study.records] == [("failed", "it has no finite psnr")] * 2
     assert study.best_trial() is None
 
 
@@ -174,7 +180,7 @@ def test_study_best_follows_mode_of_first_metric(tmp_path):
 
 
 def test_best_preset_keeps_unchanged_base_sections(tmp_path):
-    """A quantiser of another kind starts its section afresh; one of the same kind keeps what the preset says."""
+    """A quantizer of another kind has defaults; one of the same kind keeps the values of the preset."""
     choices = {
         "bsq": {"model.quantizer": {"kind": "bsq", "bits": 9}},
         "vq": {"model.quantizer": {"kind": "vq", "codebook_size": 512}, "loss.quantizer_weight": 1.0},
@@ -218,7 +224,7 @@ def test_markdown_table_marks_best_and_missing_values(tmp_path):
     assert lines[0] == "| trial | state | model.quantizer.bits | psnr |"
     assert lines[2:] == ["| **0** | **finished** | **6** | **21.5** |", "| 1 | failed | 10 | – |"]
     write_results(study)
-    assert "- trial 1 is failed: the disk was full" in (tmp_path / "out/README.md").read_text()
+    assert "- trial 1 failed: the disk was full" in (tmp_path / "out/README.md").read_text()
 
 
 numbers = st.integers(0, 8).map(float)

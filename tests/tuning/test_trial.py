@@ -1,4 +1,4 @@
-"""How a trial says that it failed, which decides whether it is tried again."""
+"""Outcome of a failed trial, which decides whether it is retried."""
 
 import queue
 
@@ -6,12 +6,12 @@ import pytest
 
 from bsq_ray import storage
 from bsq_ray.training.nonfinite import NonFiniteLossError
-from bsq_ray.training.ray_trainer import ResourceBudget
+from bsq_ray.training.worker_resources import ResourceBudget
 from bsq_ray.tuning.trial import SweepTrainable, TrialContext, TrialOutcome
 
 
 def event_after_error(error):
-    """What a trial hands to Tune when its training raises `error`."""
+    """Return the event of a trial whose training raises `error`."""
 
     class FailingTrainable(SweepTrainable):
         def _train(self):

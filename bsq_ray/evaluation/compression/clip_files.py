@@ -1,8 +1,8 @@
-"""Whole clips to compress: video files, raw YUV whose name tells its size, folders of frames.
+"""Read whole clips to compress: video files, raw YUV, or folders of frames.
 
-Raw YUV is 8-bit 4:2:0 (planes Y, U, V of each frame), as MCL-JCV and UVG are handed out; its colours are those of
-BT.709 from 720 lines on and of BT.601 below. Codecs store colour for two by two pixels, so an odd last row or column
-is cut.
+The name of a raw YUV file gives its size and rate. It is 8-bit 4:2:0 (planes Y, U, V of each frame), the form of
+MCL-JCV and UVG; its colors are those of BT.709 from 720 lines on and of BT.601 below. Video codecs store one color for
+two by two pixels, so an odd last row or column is cut.
 
 Shape suffixes: T frames, H and W pixels.
 """
@@ -10,7 +10,8 @@ Shape suffixes: T frames, H and W pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -21,100 +22,111 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_image
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode_frames, even_size, open_video, to_upright_rgb
+from bsq_ray.media.color import frame_to_rgb
+from bsq_ray.media.images import DECODE_ERRORS, decode_image
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, read_video
+from bsq_ray.media.video_writer import even_size
 
 RAW_SUFFIX = ".yuv"
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".y4m", RAW_SUFFIX)
 # Width, height and rate in a name such as videoSRC01_1920x1080_30.yuv.
 _RAW_NAME_PATTERN = re.compile(r"_(\d{1,5})x(\d{1,5})_(\d{1,3})(?:fps)?[._]")
 _HD_MIN_HEIGHT = 720
-# Of folders of frames, which do not say theirs.
+# Rate of a folder of frames, which has none of its own.
 _DEFAULT_FRAME_RATE = Fraction(30)
+
+# Frames per second, and the frames in order, uint8 RGB (H, W, 3).
+_Frames = tuple[Fraction, Iterator[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class VideoClip:
-    """Frames, uint8 (T, H, W, 3), and how many are shown in a second."""
+    """Frames, uint8 (T, H, W, 3), and their number per second."""
 
     frames_THW3: np.ndarray
     frame_rate: Fraction
 
 
 def read_video_clip(url: str, max_frames: int | None = None, max_side: int | None = None) -> VideoClip:
-    """Reads a clip.
+    """Read a clip into memory.
 
     Args:
         url: a video file, a .yuv file, or a folder of frames.
-        frames: only the first so many.
+        max_frames: number of leading frames to read; None reads all.
         max_side: larger frames are shrunk to this longer side (Lanczos).
 
     Raises:
-        ValueError: it cannot be read; the message names it.
+        ValueError: the clip cannot be read; the message names it.
     """
     suffix = url.lower()[url.rfind(".") :]
-    open_frames = (
-        _open_raw if suffix == RAW_SUFFIX else _open_video_file if suffix in CLIP_SUFFIXES else _open_frame_folder
-    )
+    if suffix == RAW_SUFFIX:
+        open_frames = _open_raw
+    elif suffix in CLIP_SUFFIXES:
+        open_frames = _open_video_file
+    else:
+        open_frames = _open_frame_folder
     try:
-        frame_rate, images = open_frames(url)
-        frames_HW3 = [_even_crop(image, max_side) for image in islice(images, max_frames)]
+        with open_frames(url) as (frame_rate, frames):
+            frames_HW3 = [_even_crop(pixels_HW3, max_side) for pixels_HW3 in islice(frames, max_frames)]
     except ValueError as error:
-        raise ValueError(str(error) if url in str(error) else f"{url} {error}") from error
-    if len({picture.shape for picture in frames_HW3}) != 1:
-        raise ValueError(f"{url} holds no frames" if not frames_HW3 else f"{url} has frames of different sizes")
+        raise ValueError(str(error) if url in str(error) else f"{url}: {error}") from error
+    if len({frame.shape for frame in frames_HW3}) != 1:
+        raise ValueError(f"{url} has frames of different sizes" if frames_HW3 else f"{url} contains no frames")
     return VideoClip(np.stack(frames_HW3), frame_rate)
 
 
-def _open_video_file(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
-    with storage.open_url(url) as file, open_video(file) as (_, stream):
-        frame_rate = Fraction(stream.average_rate or stream.base_rate or _DEFAULT_FRAME_RATE)
+@contextmanager
+def _open_video_file(url: str) -> Generator[_Frames, None, None]:
+    with storage.open_url(url) as file:
+        video = read_video(file)
+        try:
+            yield video.frame_rate, video.frames
+        finally:
+            video.frames.close()
 
-    def iter_frames() -> Iterator[Image.Image]:
-        with storage.open_url(url) as file, open_video(file) as (container, stream):
-            yield from map(to_upright_rgb, decode_frames(container, stream))
 
-    return frame_rate, iter_frames()
-
-
-def _open_raw(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
-    match = _RAW_NAME_PATTERN.search(url.rsplit("/", 1)[-1])
+@contextmanager
+def _open_raw(url: str) -> Generator[_Frames, None, None]:
+    name = url.rsplit("/", 1)[-1]
+    match = _RAW_NAME_PATTERN.search(name)
     if not match:
-        raise ValueError("does not tell its size; name it as videoSRC01_1920x1080_30.yuv: width, height, frames/s")
-    if "10bit" in url.rsplit("/", 1)[-1]:
-        raise ValueError("has 10 bits a sample by its name; raw files of 8 bits are read")
+        raise ValueError("the name has no frame size; rename it like videoSRC01_1920x1080_30.yuv: width, height, rate")
+    if "10bit" in name:
+        raise ValueError("the name says 10 bits per sample; convert it to 8 bits")
     width, height, frame_rate = map(int, match.groups())
-    size = width * height * 3 // 2
-    if width % 2 or height % 2 or not size or not frame_rate:
-        raise ValueError(f"is {width} x {height} at {frame_rate} frames/s by its name; 4:2:0 has even sides")
-    length = int(storage.filesystem(url)[0].size(storage.filesystem(url)[1]))
-    if length % size or not length:
-        raise ValueError(f"has {length} bytes, which is not a number of {width} x {height} frames of {size} bytes")
-    color_space = Colorspace.ITU709 if height >= _HD_MIN_HEIGHT else Colorspace.ITU601
-
-    def iter_frames() -> Iterator[Image.Image]:
-        with storage.open_url(url) as file:
-            while data := file.read(size):
-                planes = np.frombuffer(data, np.uint8).reshape(height * 3 // 2, width)
-                frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-                yield Image.fromarray(frame.reformat(format="rgb24", src_colorspace=color_space).to_ndarray())
-
-    return Fraction(frame_rate), iter_frames()
-
-
-def _open_frame_folder(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
-    def iter_frames() -> Iterator[Image.Image]:
-        for name in storage.list_folder(url):
-            try:
-                yield decode_image(storage.read_bytes(storage.join(url, name)))
-            except DECODE_ERRORS as error:
-                raise ValueError(f"has {name}, which cannot be read as an image") from error
-
-    return _DEFAULT_FRAME_RATE, iter_frames()
+    frame_bytes = width * height * 3 // 2
+    if width % 2 or height % 2 or not frame_bytes or not frame_rate:
+        raise ValueError(f"the name says {width} x {height} at {frame_rate} frames/s; 4:2:0 requires even sides")
+    fs, path = storage.filesystem(url)
+    num_bytes = int(fs.size(path))
+    if num_bytes % frame_bytes or not num_bytes:
+        raise ValueError(f"{num_bytes} bytes are not a multiple of {frame_bytes}, a frame of {width} x {height} pixels")
+    colorspace = Colorspace.ITU709 if height >= _HD_MIN_HEIGHT else Colorspace.ITU601
+    with storage.open_url(url) as file:
+        blocks = iter(lambda: file.read(frame_bytes), b"")
+        planes = (np.frombuffer(block, np.uint8).reshape(height * 3 // 2, width) for block in blocks)
+        yield (
+            Fraction(frame_rate),
+            (frame_to_rgb(av.VideoFrame.from_ndarray(each, "yuv420p"), colorspace) for each in planes),
+        )
 
 
-def _even_crop(image: Image.Image, max_side: int | None) -> np.ndarray:
-    if max_side is not None and max(image.size) > max_side:
-        image = image.resize(even_size(*image.size, max_side), Image.Resampling.LANCZOS)
-    pixels_HW3 = np.asarray(image)
-    return pixels_HW3[: pixels_HW3.shape[0] // 2 * 2, : pixels_HW3.shape[1] // 2 * 2]
+@contextmanager
+def _open_frame_folder(url: str) -> Generator[_Frames, None, None]:
+    yield _DEFAULT_FRAME_RATE, _read_frame_files(url)
+
+
+def _read_frame_files(url: str) -> Iterator[np.ndarray]:
+    for name in storage.list_folder(url):
+        try:
+            yield np.asarray(decode_image(storage.read_bytes(storage.join(url, name))))
+        except DECODE_ERRORS as error:
+            raise ValueError(f"{name} cannot be read as an image") from error
+
+
+def _even_crop(pixels_HW3: np.ndarray, max_side: int | None) -> np.ndarray:
+    height, width = pixels_HW3.shape[:2]
+    if max_side is not None and max(height, width) > max_side:
+        size = even_size(width, height, max_side)
+        return np.asarray(Image.fromarray(pixels_HW3).resize(size, Image.Resampling.LANCZOS))
+    return pixels_HW3[: height // 2 * 2, : width // 2 * 2]

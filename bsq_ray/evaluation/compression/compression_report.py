@@ -1,4 +1,4 @@
-"""What a comparison of codecs looks like: a Markdown table, curves and a sheet of pictures."""
+"""Report of a comparison of codecs: a Markdown table, rate-distortion curves and example images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.evaluation.compression.rate_distortion import METRICS, Curves
+from bsq_ray.evaluation.plots.save import encode_png
 
 _DIGITS = {"bits_per_pixel": 4, "psnr": 2, "ms_ssim": 4, "lpips": 4, "encode_seconds": 2, "decode_seconds": 2}
 _TITLES = {"psnr": "PSNR, dB (higher is better)", "ms_ssim": "MS-SSIM (higher)", "lpips": "LPIPS, alex (lower)"}
@@ -17,7 +18,7 @@ _TILE, _GAP, _CAPTION = 256, 6, 20
 
 
 def compression_markdown(results: dict[str, Any]) -> str:
-    """Every codec at our rate, and BD-rates."""
+    """Return a table of every codec at our rate, with its BD-rate."""
     anchor, rates = results["anchor"], results["bd_rate"]
     lines = [
         "| at our rate | bits/pixel | PSNR | MS-SSIM | LPIPS | encode s | decode s "
@@ -34,8 +35,8 @@ def compression_markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {codec} | {' | '.join(cells)} | {last} |")
     lines += [
         "",
-        f"Means over {results['num_items']} {results['kind']} of {results['dataset']}{_frame_limit_text(results)}; sizes are "
-        f"those of whole files, headers included. Times with {results['workers'] or 1} process(es) at work.",
+        f"Means over {results['num_items']} {results['kind']} of {results['dataset']}{_frame_limit_text(results)}. "
+        f"Sizes are those of whole files, headers included. Concurrent processes: {results['workers'] or 1}.",
         f"BD-rates are means over {results['kind']}.",
     ]
     if results["prior_savings"] is not None:
@@ -50,7 +51,7 @@ def _frame_limit_text(results: dict[str, Any]) -> str:
 
 
 def plot_curves(curves: Curves, highlighted: Sequence[str]) -> bytes:
-    """PNG: one plot for each metric over the rate; `ours` are the codecs to stand out."""
+    """Return a PNG file with one plot per metric over the rate; the codecs in `highlighted` have star markers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,16 +83,16 @@ def _ticks(curves: Curves) -> list[float]:
 
 
 def render_examples(examples: Sequence[dict[str, np.ndarray]]) -> bytes:
-    """PNG: a column for each image or clip, a named row for the original and each codec that is pictured.
+    """Return a PNG file with a column for each image or clip, and a captioned row for the original and each codec.
 
     Args:
-        pictures: uint8 (H, W, 3) by what is said of it.
+        examples: for each column, uint8 pixels (H, W, 3) by caption.
     """
     columns = []
     for example in examples:
         tiles = {name: Image.fromarray(pixels) for name, pixels in example.items()}
         columns.append({name: _fit_to_tile(tile) for name, tile in tiles.items()})
-    rows = [max(list(column.values())[place].height for column in columns) for place in range(len(columns[0]))]
+    rows = [max(list(column.values())[row].height for column in columns) for row in range(len(columns[0]))]
     width = len(columns) * (_TILE + _GAP) + _GAP
     sheet = Image.new("RGB", (width, sum(rows) + len(rows) * (_CAPTION + _GAP) + _GAP), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
@@ -102,9 +103,7 @@ def render_examples(examples: Sequence[dict[str, np.ndarray]]) -> bytes:
             canvas.text((left, top + 2), name, fill="black", font=font)
             sheet.paste(tile, (left, top + _CAPTION))
             top += height + _CAPTION + _GAP
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return encode_png(sheet)
 
 
 def _fit_to_tile(tile: Image.Image) -> Image.Image:

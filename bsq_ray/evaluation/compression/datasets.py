@@ -1,11 +1,11 @@
-"""Folders of images or clips to compress, and the published sets among them: Kodak, MCL-JCV, UVG.
+"""Find images or clips in a folder, and recognize the published sets Kodak, MCL-JCV and UVG by their file names.
 
     kodim01.png … kodim24.png                               Kodak
     videoSRC01_1920x1080_30.mp4|.yuv … videoSRC30…          MCL-JCV
     Beauty_1920x1080_120fps_420_8bit_YUV.yuv|.y4m|.mp4 …    UVG, the seven sequences that papers use
     videoSRC01…/im00001.png …, Beauty…/…                    the same as folders of frames
 
-Files may lie in folders of their own. Anything else is a set without a name, of all images or all clips that it holds.
+Files may lie in subfolders. Any other folder is an unnamed set of all its images or all its clips.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import IMAGE_SUFFIXES
 from bsq_ray.evaluation.compression.clip_files import CLIP_SUFFIXES
+from bsq_ray.media.images import IMAGE_SUFFIXES
 
 _UVG = "Beauty|Bosphorus|HoneyBee|Jockey|ReadyS(?:teady|et)Go|ShakeNDry|YachtRide"
-# Name, what it holds, how many, and how its files or folders of frames are called.
+# Name, kind, number of items, and pattern of the names of its files or folders of frames.
 _KNOWN_DATASETS: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = (
     ("Kodak", "images", 24, r"kodim\d\d"),
     ("MCL-JCV", "clips", 30, r"videoSRC\d\d"),
@@ -30,12 +30,12 @@ _KNOWN_DATASETS: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = 
 
 @dataclass(frozen=True)
 class BenchmarkDataset:
-    """What is compressed.
+    """Images or clips to compress.
 
     Attributes:
-        name: "Kodak", "MCL-JCV", "UVG", with what is missing of it, or the folder's.
+        name: "Kodak", "MCL-JCV" or "UVG", with the number of items if some are missing; else the URL of the folder.
         kind: "images" or "clips".
-        items: URL of each by its name; of a clip as frames, its folder.
+        items: URL of each item by its name; for a clip stored as frames, the URL of its folder.
     """
 
     name: str
@@ -44,10 +44,10 @@ class BenchmarkDataset:
 
 
 def find_dataset(url: str) -> BenchmarkDataset:
-    """Looks through a folder and those in it.
+    """Search a folder and its subfolders.
 
     Raises:
-        ValueError: it is missing, holds neither images nor clips, or both.
+        ValueError: the folder does not exist, or contains neither images nor clips, or both.
     """
     fs, root = storage.filesystem(url)
     with storage.translate_errors(url, "read"):
@@ -62,9 +62,9 @@ def find_dataset(url: str) -> BenchmarkDataset:
     )
     images = [path for path in paths if _has_suffix(path, IMAGE_SUFFIXES) and path not in frames]
     if images and clips:
-        raise ValueError(f"{url} holds images ({images[0]}, …) and clips ({clips[0]}, …); give a folder of one kind")
+        raise ValueError(f"{url} contains images ({images[0]}, …) and clips ({clips[0]}, …); pass a folder of one kind")
     if not images and not clips:
-        raise ValueError(f"{url} holds no images and no clips")
+        raise ValueError(f"{url} contains no images and no clips")
     kind: Literal["images", "clips"] = "clips" if clips else "images"
     item_paths = clips or images
     return BenchmarkDataset(
@@ -83,7 +83,8 @@ def _dataset_name(url: str, paths: list[str], kind: Literal["images", "clips"]) 
 def _match_dataset(path: str, kind: Literal["images", "clips"]) -> str | None:
     basename = posixpath.basename(path)
     return next(
-        (name for name, its, _, pattern in _KNOWN_DATASETS if its == kind and re.match(pattern, basename)), None
+        (name for name, each_kind, _, pattern in _KNOWN_DATASETS if each_kind == kind and re.match(pattern, basename)),
+        None,
     )
 
 

@@ -1,17 +1,18 @@
-"""Rate and distortion of our codec beside the standard ones, on a folder of images or clips.
+"""Compare our codec with standard codecs on a folder of images or clips.
 
     image or clip ─every codec, every quality─▶ file ─▶ bits per pixel, PSNR, MS-SSIM, LPIPS, seconds ─▶ table, plots
 
-Standard codecs are shown at our rate, between their two nearest qualities, and as BD-rate against JPEG or H.264.
+A standard codec is compared at our rate, interpolated between its two nearest qualities, and by BD-rate against JPEG
+or H.264.
 
-Shape suffixes: T frames (1 of an image), H and W pixels.
+Shape suffixes: T frames (1 for an image), H and W pixels.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,11 +23,12 @@ from PIL import Image
 
 from bsq_ray import model_folder, storage
 from bsq_ray.codec.codec import Codec
-from bsq_ray.data.transforms import read_image, to_float
+from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.clip_files import VideoClip, read_video_clip
+from bsq_ray.evaluation.compression.codec_runners import PRIOR, RAW, CodecRunner, ImageRunner, VideoRunner, bsq_runners
 from bsq_ray.evaluation.compression.compression_report import compression_markdown, plot_curves, render_examples
 from bsq_ray.evaluation.compression.datasets import find_dataset
-from bsq_ray.evaluation.compression.image_codecs import standard_codecs
+from bsq_ray.evaluation.compression.image_codecs import standard_codecs, without_metadata
 from bsq_ray.evaluation.compression.rate_distortion import (
     METRICS,
     Point,
@@ -35,16 +37,17 @@ from bsq_ray.evaluation.compression.rate_distortion import (
     mean_curves,
 )
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
+from bsq_ray.media.images import read_image
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
-RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
 _ANCHOR = {"images": "JPEG", "clips": "H.264"}
 _NUM_EXAMPLES = 6
-# Frames of a clip that LPIPS looks at, evenly spaced: it takes as long as all the rest.
+# LPIPS uses this many evenly spaced frames of a clip: it takes as long as all other metrics together.
 _LPIPS_FRAMES = 8
 
 Content = Image.Image | VideoClip
@@ -54,27 +57,32 @@ def evaluate_compression(
     model_url: str,
     data_url: str,
     out_url: str,
+    *,
     workers: int = 2,
     address: str | None = None,
     max_frames: int | None = None,
     max_side: int | None = None,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Compresses everything in a folder with everything; writes results.json, results.md, curves.png, comparison.png.
+    """Compress every file in a folder with every codec; write results.json, results.md, curves.png, comparison.png.
 
     Args:
         model_url: model folder of a prior, or of a tokenizer (raw bits only).
-        data_url: folder of images, or of clips; see `benchmark_sets`.
-        workers: Ray actors; 0 works in this process, without Ray.
-        frames: of each clip only the first so many.
-        max_side: larger images and frames are shrunk to this longer side before anything is compressed.
+        data_url: folder of images or of clips; see `find_dataset`.
+        out_url: folder for the results.
+        workers: Ray actors; 0 runs in this process, without Ray.
+        address: Ray cluster; None starts one on this machine.
+        max_frames: number of frames of each clip that are used; None uses all.
+        max_side: larger images and frames are shrunk to this longer side before compression, pixels.
+        weights: "ema" or "raw" weights of the model folder.
+        on_progress: called with the finished and the total number of files.
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValueError: the folder holds nothing that can be measured, or the model is missing.
+        ValueError: the folder contains nothing that can be measured, or the model does not exist.
     """
     folder = model_folder.load_model_folder(model_url, weights)
     dataset = find_dataset(data_url)
@@ -117,6 +125,8 @@ def evaluate_compression(
 
 @dataclass(frozen=True)
 class _ContentReader:
+    """Read images or clips, shrunk and without metadata."""
+
     kind: Literal["images", "clips"]
     max_frames: int | None
     max_side: int | None
@@ -127,40 +137,38 @@ class _ContentReader:
         image = read_image(url)
         if self.max_side is not None and max(image.size) > self.max_side:
             image.thumbnail((self.max_side, self.max_side), Image.Resampling.LANCZOS)
-        return image
-
-
-@dataclass(frozen=True)
-class _CodecRunner:
-    """How a codec makes a file of an image or clip and gets frames (T, H, W, 3) back, at each of its qualities."""
-
-    qualities: tuple[float, ...]
-    encode: Callable[[Any, float], bytes]
-    decode: Callable[[bytes], np.ndarray]
+        # Without a color profile every codec codes the pixels that its result is compared with.
+        return without_metadata(image)
 
 
 class _FileComparer:
-    """Every codec at every quality on one image or clip."""
+    """Run every codec at every quality on one image or clip."""
 
     def __init__(self, model_url: str, weights: WeightsKind, read: _ContentReader) -> None:
         self.read = read
+        self.bsq_runners = bsq_runners(Codec.from_pretrained(model_url, weights), read.kind)
         self.standard_runners = _standard_runners(read.kind)
-        self.bsq_runners = _bsq_runners(model_url, weights, read.kind)
         self.anchor = _ANCHOR[read.kind]
 
     def __call__(self, url: str) -> tuple[list[Point], dict[str, np.ndarray]]:
-        """Its points, and what is pictured: original, ours, the anchor at the nearest size."""
+        """Return all points of a file, and its example pixels (H, W, 3) by caption.
+
+        The examples are the original, our codec, and the anchor at the rate nearest to ours.
+
+        Raises:
+            ValueError: the file cannot be read or is too small for MS-SSIM.
+        """
         content = self.read(url)
         original_THW3 = _to_frames(content)
         height, width = original_THW3.shape[1:3]
         if min(height, width) <= MS_SSIM_SIDE:
             raise ValueError(f"{url} is {width} x {height}; MS-SSIM needs sides above {MS_SSIM_SIDE} pixels")
         points: list[Point] = []
-        example = {"original": original_THW3[len(original_THW3) // 2]}
+        example = {"original": _middle_frame(original_THW3)}
         for name, runner in self.bsq_runners.items():
             point, decoded_THW3 = _measure(name, 0.0, runner, content, original_THW3)
             points.append(point)
-        example[_format_point(point)] = decoded_THW3[len(decoded_THW3) // 2]
+        example[_format_point(point)] = _middle_frame(decoded_THW3)
         rate, nearest = point.bits_per_pixel, (float("inf"), point, decoded_THW3)
         for name, runner in self.standard_runners.items():
             for quality in runner.qualities:
@@ -169,45 +177,20 @@ class _FileComparer:
                 log_ratio = abs(float(np.log(point.bits_per_pixel / rate)))
                 if name == self.anchor and log_ratio < nearest[0]:
                     nearest = (log_ratio, point, decoded_THW3)
-        example[_format_point(nearest[1])] = nearest[2][len(nearest[2]) // 2]
+        _, point, decoded_THW3 = nearest
+        example[_format_point(point)] = _middle_frame(decoded_THW3)
         return points, example
 
 
-def _bsq_runners(model_url: str, weights: WeightsKind, kind: Literal["images", "clips"]) -> dict[str, _CodecRunner]:
-    codec = Codec.from_pretrained(model_url, weights)
-    codecs = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
-    build_runner = _bsq_image_runner if kind == "images" else _bsq_clip_runner
-    return {name: build_runner(each) for name, each in codecs.items()}
-
-
-def _bsq_image_runner(codec: Codec) -> _CodecRunner:
-    return _image_runner((0.0,), lambda image, quality: codec.compress(image).data, codec.decompress)
-
-
-def _bsq_clip_runner(codec: Codec) -> _CodecRunner:
-    return _CodecRunner(
-        (0.0,),
-        lambda clip, quality: codec.compress_clip(clip.frames_THW3, clip.rate).data,
-        lambda data: np.stack(list(codec.decompress_clip(data))),
-    )
-
-
-def _standard_runners(kind: Literal["images", "clips"]) -> dict[str, _CodecRunner]:
+def _standard_runners(kind: Literal["images", "clips"]) -> Mapping[str, CodecRunner]:
     if kind == "images":
-        return {
-            name: _image_runner(each.qualities, each.encode, each.decode) for name, each in standard_codecs().items()
-        }
-    return {
-        name: _CodecRunner(each.qualities, each.encode, each.decode) for name, each in standard_video_codecs().items()
-    }
+        return {name: ImageRunner.from_standard(codec) for name, codec in standard_codecs().items()}
+    return {name: VideoRunner.from_standard(codec) for name, codec in standard_video_codecs().items()}
 
 
-def _image_runner(
-    qualities: tuple[float, ...],
-    encode: Callable[[Image.Image, float], bytes],
-    decode: Callable[[bytes], Image.Image],
-) -> _CodecRunner:
-    return _CodecRunner(qualities, encode, lambda data: _to_frames(decode(data)))
+def _middle_frame(frames_THW3: np.ndarray) -> np.ndarray:
+    frame_HW3: np.ndarray = frames_THW3[len(frames_THW3) // 2]
+    return frame_HW3
 
 
 def _to_frames(content: Content) -> np.ndarray:
@@ -215,22 +198,22 @@ def _to_frames(content: Content) -> np.ndarray:
 
 
 def _measure(
-    codec: str, quality: float, runner: _CodecRunner, content: Content, original_THW3: np.ndarray
+    codec: str, quality: float, runner: CodecRunner, content: Any, original_THW3: np.ndarray
 ) -> tuple[Point, np.ndarray]:
-    began = time.perf_counter()
+    """Encode and decode an image or clip; return the measured point and the decoded frames."""
+    start = time.perf_counter()
     data = runner.encode(content, quality)
-    middle = time.perf_counter()
+    encoded = time.perf_counter()
     decoded_THW3 = runner.decode(data)
-    ended = time.perf_counter()
-    assert decoded_THW3.shape == original_THW3.shape, f"{codec} gave {decoded_THW3.shape}"
+    decoded = time.perf_counter()
+    assert decoded_THW3.shape == original_THW3.shape, f"{codec} returned {decoded_THW3.shape}"
     rate = 8 * len(data) / float(np.prod(original_THW3.shape[:3]))
-    return Point(
-        codec, quality, rate, _distortion(original_THW3, decoded_THW3), middle - began, ended - middle
-    ), decoded_THW3
+    distortion = _distortion(original_THW3, decoded_THW3)
+    return Point(codec, quality, rate, distortion, encoded - start, decoded - encoded), decoded_THW3
 
 
 def _distortion(original_THW3: np.ndarray, decoded_THW3: np.ndarray) -> dict[str, float]:
-    """Means over frames; LPIPS over some of them."""
+    """Return each metric's mean over frames; for LPIPS over some of them."""
     num_frames = len(original_THW3)
     lpips_frames = set(np.linspace(0, num_frames - 1, min(num_frames, _LPIPS_FRAMES)).round().astype(int).tolist())
     values: Mapping[str, list[float]] = {name: [] for name in METRICS}

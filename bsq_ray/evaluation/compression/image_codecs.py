@@ -1,4 +1,4 @@
-"""The codecs that ours is compared with, each at a range of qualities; sizes are those of real files."""
+"""Standard image codecs, each at a range of qualities; sizes are those of real files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class ImageCodec:
-    """A codec: `encode(image, quality)` gives the file, `decode` the image; qualities from the smallest file up."""
+    """A standard codec.
+
+    Attributes:
+        qualities: from the smallest file to the largest; their meaning depends on the codec.
+        encode: image and quality to the content of a file.
+        decode: content of a file to an RGB image.
+    """
 
     qualities: tuple[float, ...]
     encode: Callable[[Image.Image, float], bytes]
@@ -21,7 +27,7 @@ class ImageCodec:
 
 
 def standard_codecs() -> dict[str, ImageCodec]:
-    """JPEG, JPEG 2000, WebP and AVIF by Pillow, JPEG XL by imagecodecs; those that this machine's builds have."""
+    """Return JPEG, JPEG 2000, WebP and AVIF by Pillow and JPEG XL by imagecodecs, as far as they are installed."""
     from PIL import features
 
     codecs = {"JPEG": ImageCodec((5, 10, 20, 35, 50, 70), _pillow_encoder("JPEG", optimize=True), _decode_pillow)}
@@ -43,19 +49,24 @@ def standard_codecs() -> dict[str, ImageCodec]:
     return codecs
 
 
+def without_metadata(image: Image.Image) -> Image.Image:
+    """Return the pixels alone: Pillow's AVIF writer stores a color profile and Exif data, the other writers do not."""
+    return Image.fromarray(np.asarray(image))
+
+
 def _pillow_encoder(kind: str, **options: Any) -> Callable[[Image.Image, float], bytes]:
     def encode(image: Image.Image, quality: float) -> bytes:
         file = io.BytesIO()
-        image.save(file, kind, quality=int(quality), **options)
+        without_metadata(image).save(file, kind, quality=int(quality), **options)
         return file.getvalue()
 
     return encode
 
 
 def _encode_jpeg2000(image: Image.Image, psnr: float) -> bytes:
-    # At a wanted PSNR: at a wanted size it would spend on easy images what others save.
+    # The target is a PSNR: a target size would spend bits on easy images that other codecs save.
     file = io.BytesIO()
-    image.save(file, "JPEG2000", quality_mode="dB", quality_layers=[psnr], irreversible=True, mct=1)
+    without_metadata(image).save(file, "JPEG2000", quality_mode="dB", quality_layers=[psnr], irreversible=True, mct=1)
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Points of rate and distortion, and what is made of them: mean curves, figures at one rate, BD-rates."""
+"""Rate-distortion points and their summaries: mean curves, metrics at one rate, BD-rates."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import numpy as np
 
 METRICS = ("psnr", "ms_ssim", "lpips")
 Row = dict[str, float]
-# A codec's mean points, rates ascending, by its name.
+# Mean points of each codec by its name, with ascending rates.
 Curves = dict[str, list[Row]]
-# Points that a curve needs for a BD-rate.
+# Minimum number of points of a curve for a BD-rate.
 _MIN_POINTS = 4
 
 
 @dataclass(frozen=True)
 class Point:
-    """One image or clip in one codec at one quality.
+    """One image or clip, coded by one codec at one quality.
 
     Attributes:
-        bits_per_pixel: of the whole file, headers included; of a clip, over the pixels of all its frames.
-        figures: PSNR in dB, MS-SSIM, LPIPS (alex).
-        encode_seconds, decode_seconds: of the whole image or clip.
+        codec: name of the codec.
+        quality: quality setting of the codec.
+        bits_per_pixel: of the whole file, headers included; for a clip, over the pixels of all its frames.
+        metrics: PSNR in dB, MS-SSIM, LPIPS (alex).
+        encode_seconds, decode_seconds: for the whole image or clip.
     """
 
     codec: str
@@ -37,7 +39,7 @@ class Point:
 
 
 def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
-    """Mean over items of each codec at each quality."""
+    """Return the mean over items of each codec at each quality."""
     grouped: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for points in points_by_item.values():
         for point in points:
@@ -59,10 +61,10 @@ def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
 
 
 def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
-    """Figures of a codec at a rate, by the logarithm of the rate between its neighbours.
+    """Interpolate the metrics of a codec at a rate, linearly in the logarithm of the rate.
 
     Returns:
-        None where the rate is outside what was measured; the point itself of a codec that has only one.
+        The metrics; the point itself if the codec has only one; None if the rate is outside the measured range.
     """
     if len(curve) == 1:
         return curve[0]
@@ -75,10 +77,10 @@ def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
 
 
 def mean_bd_rates(points_by_item: Mapping[str, Sequence[Point]], anchor: str) -> dict[str, float | None]:
-    """Mean over items of the BD-rates of each, see `bd_rates`, where they have one.
+    """Return the mean BD-rate over items, see `bd_rates`; items without a BD-rate are excluded.
 
-    Of mean curves it would depend on how a codec shares bits out among items: at one PSNR for all, at one rate for all,
-    or, as most do, at one quantiser.
+    The BD-rate of mean curves would depend on how a codec distributes bits among items: at equal PSNR, at equal rate,
+    or, as most do, with equal quantizers.
     """
     rates_by_codec: dict[str, list[float | None]] = defaultdict(list)
     for name, points in points_by_item.items():
@@ -89,15 +91,15 @@ def mean_bd_rates(points_by_item: Mapping[str, Sequence[Point]], anchor: str) ->
 
 
 def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
-    """Bits saved (negative) or wasted at equal PSNR, in percent of the anchor's, for codecs with a curve.
+    """Return the difference in bits at equal PSNR, percent of the anchor's bits, for codecs with a curve.
 
-    Bjøntegaard's difference (VCEG-M33) by Akima interpolation, over the PSNRs that both curves reach (package
-    `bjontegaard`); None where they reach none.
+    Negative values are savings. Bjøntegaard's difference (VCEG-M33) with Akima interpolation over the common PSNR range
+    (package `bjontegaard`); None where the curves have no common range.
     """
     import bjontegaard
 
     def pareto_front(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-        # Where a higher rate was worse, the curve goes back; only its front counts.
+        # Where a higher rate has a lower PSNR, the curve is not monotonic; only its Pareto front counts.
         front: list[Row] = []
         for row in rows:
             if not front or (row["psnr"] > front[-1]["psnr"] and row["bits_per_pixel"] > front[-1]["bits_per_pixel"]):
@@ -115,7 +117,7 @@ def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
             rates[codec] = None
             continue
         with warnings.catch_warnings():
-            # It warns of a small common range, which the plot shows.
+            # The package warns about a small common range, which is visible in the plot.
             warnings.simplefilter("ignore")
             bd_rate = bjontegaard.bd_rate(
                 *anchor_curve, *codec_curve, method="akima", require_matching_points=False, min_overlap=0

@@ -1,7 +1,8 @@
-"""H.264, HEVC and AV1 by PyAV at the paper's settings; a file is the bare stream, without a container's overhead.
+"""Standard video codecs by PyAV with the paper's settings: H.264, HEVC, AV1.
 
-The paper compares with FFmpeg's `-preset medium -bf 0 -pix_fmt yuv420p -threads 4` at CRF 17 to 47. It has no AV1: that
-is SVT-AV1's preset 8 with its own prediction structure.
+A file is the elementary stream, without the overhead of a container. The paper compares with FFmpeg's
+`-preset medium -bf 0 -pix_fmt yuv420p -threads 4` at CRF 17 to 47. It has no AV1; here it is preset 8 of SVT-AV1 with
+its default prediction structure.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ import av
 import numpy as np
 
 from bsq_ray.evaluation.compression.clip_files import VideoClip
+from bsq_ray.media.color import frame_to_rgb, rgb_to_frame
 
 _THREADS = "4"
-# Its encoder announces itself on stderr otherwise.
+# Otherwise SVT-AV1 prints its version to stderr.
 os.environ.setdefault("SVT_LOG", "1")
 
 
 @dataclass(frozen=True)
 class VideoCodec:
-    """An encoder of FFmpeg: `encode(clip, crf)` gives the file, `decode` the frames; CRFs from the smallest file up."""
+    """An encoder of FFmpeg.
+
+    Attributes:
+        encoder: FFmpeg's name of the encoder.
+        format: FFmpeg's name of the format of the elementary stream.
+        qualities: CRFs from the smallest file to the largest.
+        options: further options of the encoder.
+    """
 
     encoder: str
     format: str
@@ -31,28 +40,28 @@ class VideoCodec:
     options: Mapping[str, str]
 
     def encode(self, clip: VideoClip, quality: float) -> bytes:
-        """The whole file."""
+        """Return the content of the compressed file; `quality` is the CRF."""
         file = io.BytesIO()
         options = {"crf": f"{quality:g}", "threads": _THREADS, **self.options}
         with av.open(file, "w", format=self.format) as output:
             stream = output.add_stream(self.encoder, rate=clip.frame_rate, options=options)
             stream.height, stream.width = clip.frames_THW3.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            # As FFmpeg's command line does; PyAV's default cuts frames into slices, which costs bits.
+            # FFmpeg's command line uses frame threads; PyAV's default divides frames into slices, which costs bits.
             stream.thread_type = "FRAME"
             for pixels_HW3 in clip.frames_THW3:
-                output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HW3), format="rgb24")))
+                output.mux(stream.encode(rgb_to_frame(pixels_HW3, stream.pix_fmt)))
             output.mux(stream.encode(None))
         return file.getvalue()
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Frames, uint8 (T, H, W, 3)."""
+        """Return the frames, uint8 (T, H, W, 3)."""
         with av.open(io.BytesIO(data), format=self.format) as file:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+            return np.stack([frame_to_rgb(frame) for frame in file.decode(video=0)])
 
 
 def standard_video_codecs() -> dict[str, VideoCodec]:
-    """Those that this machine's build of FFmpeg has."""
+    """Return H.264, HEVC and AV1, as far as the installed FFmpeg has their encoders."""
     medium = {"preset": "medium", "bf": "0"}
     crfs = (47, 42, 37, 32, 27, 22, 17)
     codecs = {

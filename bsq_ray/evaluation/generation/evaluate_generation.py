@@ -1,17 +1,20 @@
-"""How good drawn images are: FID, KID, inception score, precision, recall and whether their classes can be told.
+"""Evaluate generated images: FID, KID, inception score, precision, recall and class accuracy.
 
     real images ─Inception, classifier─▶ features ┐
-    classes ─Generator─▶ drawn images ─Inception, classifier─▶ features ┴▶ results.json, results.md, samples.png
+    classes ─Generator─▶ generated images ─Inception, classifier─▶ features ┴▶ results.json, results.md, samples.png
 
-Drawing and measuring run in a pool of Ray actors; the driver gets features and a few pictures. The Inception weights
-that packages carry have no class logits, so the inception score is that of the classifier (EfficientNet-Lite0), which
-tells classes too: an image is said to be of the class that most of its nearest known images have.
+A pool of Ray actors generates and measures; the driver receives features and a few images. The available Inception
+weights have no class logits, so the inception score is computed with a classifier (EfficientNet-Lite0). Its features
+also decide the class of an image: the majority class of the nearest reference images.
+
+Shape suffixes: B images of a batch, N tokens, L bits of a token, P rows of a token table, D and C features.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.config.loader import validate_mapping
-from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.evaluation.generation.features import NETWORKS, FeatureExtractors, Features, default_device, real_features
@@ -36,17 +39,20 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 _BATCH = 32
-# Neighbours that vote on the class of an image.
+# Number of nearest reference images that vote on the class of an image.
 _KNN_K = 5
 _EXAMPLES_PER_CLASS = 8
+_MIN_IMAGES = 4
 
 
 def evaluate_generation(
     model_url: str,
     data_url: str,
     out_url: str,
+    *,
     workers: int = 2,
     address: str | None = None,
     count: int | None = None,
@@ -55,39 +61,39 @@ def evaluate_generation(
     reference_url: str | None = None,
     baseline_url: str | None = None,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Draws images with the classes of a data set and compares them with it.
+    """Generate images of the classes of a data set and compare them with it.
 
     Args:
         model_url: model folder of a masked language model.
-        data_url: packed real images, which the model should not have seen.
+        data_url: packed real images, which the model should not have been trained on.
         out_url: folder for the results.
-        workers: Ray actors; 0 works in this process, without Ray.
-        count: images to draw; by default as many as there are real ones. Their classes are shared out evenly.
-        sampling: keys of `config.Sampling` to change.
-        known_url: packed images that say how classes look; by default `data_url`.
-        baseline_url: token table; a second row draws each token from its class's frequencies at that place.
+        workers: Ray actors; 0 runs in this process, without Ray.
+        address: Ray cluster; None starts one on this machine.
+        count: number of generated images, divided evenly among the classes; None for the number of real images.
+        sampling: keys of `config.SamplingConfig` to change.
+        seed: of the sampler; the same seed generates the same images.
+        reference_url: packed images with known classes, for the class accuracy; None for `data_url`.
+        baseline_url: token table; adds a row that samples each token from its class's frequencies at that position.
+        weights: "ema" or "raw" weights of the model folder.
+        on_progress: called with the finished and the total number of images.
 
     Returns:
         The content of results.json.
 
     Raises:
-        ValueError: model or data are missing or do not fit.
+        ValueError: model or data do not exist or do not match.
+        RuntimeError: a real image cannot be read.
     """
     folder = model_folder.load_model_folder(model_url, weights)
     run = config.require_stage(folder.config, config.MaskedLMConfig, model_url)
     sampling_config = validate_mapping(
         run.sampling.model_dump() | (sampling or {}), [], config.SamplingConfig, "sampling"
     )
-    if run.model.grid[0] > 1:
-        raise ValueError(f"{model_url} draws clips; what is measured here are images")
     manifest = read_manifest(data_url)
-    if len(manifest.classes) != run.model.num_classes:
-        raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.num_classes}")
-    total = count or manifest.num_samples
-    if total < 4:
-        raise ValueError(f"{total} images are too few to be compared; draw at least 4")
+    total = manifest.num_samples if count is None else count
+    _check_inputs(run, manifest, total, model_url)
     tokenizer = config.require_stage(
         model_folder.load_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
     )
@@ -95,30 +101,24 @@ def evaluate_generation(
     reference = (
         real if reference_url is None else real_features(read_manifest(reference_url), tokenizer, workers, address)
     )
-    labels = [n % run.model.num_classes for n in range(total)]
     samplers: dict[str, Callable[[], Any]] = {
         "model": partial(_ModelSampler, model_url, weights, sampling_config, seed)
     }
     if baseline_url:
         source = TokenSource(read_table(baseline_url), run.model)
         samplers["per-position frequencies"] = partial(_FrequencySampler, source, seed)
-    chunks = [(first, labels[first : first + _BATCH]) for first in range(0, total, _BATCH)]
+    labels = [n % run.model.num_classes for n in range(total)]
     rows, classifier = {}, EfficientNetLite0()
     sheets = {name: ClassSheet(manifest.classes, _EXAMPLES_PER_CLASS) for name in samplers}
-    for sampler_index, (name, build_sampler) in enumerate(samplers.items()):
-        inception_parts, classifier_parts = [], []
-        outputs = actor_map_ordered(chunks, partial(_GeneratedFeatureExtractor, build_sampler), workers, address)
-        for (_, chunk_labels), ((inception_BD, classifier_BC), images) in zip(chunks, outputs, strict=True):
-            inception_parts.append(inception_BD)
-            classifier_parts.append(classifier_BC)
-            for label, pixels in zip(chunk_labels, images, strict=True):
-                sheets[name].add(label, pixels)
-            on_progress(sampler_index * total + min(len(inception_parts) * _BATCH, total), total * len(samplers))
-        keys = [f"{name}-{n}" for n in range(total)]
-        generated = Features(np.concatenate(inception_parts), np.concatenate(classifier_parts), np.array(labels), keys)
+    pool = _ActorPool(workers, address)
+    for index, (name, build_sampler) in enumerate(samplers.items()):
+
+        def report(done: int, offset: int = index * total) -> None:
+            on_progress(offset + done, total * len(samplers))
+
+        generated = _generated_features(name, build_sampler, labels, pool=pool, sheet=sheets[name], report=report)
         rows[name] = _compare(generated, real, reference, classifier)
     size, resize_filter = tokenizer.model.image_size, tokenizer.data.eval_interpolation
-    provenance = collect_provenance(manifest, manifest.num_samples, size, resize_filter, NETWORKS, num_generated=total)
     results = {
         "model": model_url,
         "model_id": folder.model_id,
@@ -129,7 +129,14 @@ def evaluate_generation(
         "rows": rows,
         "real_images": {"inception_score": _inception_score(real, classifier)}
         | ({"class_accuracy": _class_accuracy(real, reference)} if reference_url else {}),
-        "provenance": provenance,
+        "provenance": collect_provenance(
+            manifest,
+            manifest.num_samples,
+            size=size,
+            resize_filter=resize_filter,
+            networks=NETWORKS,
+            num_generated=total,
+        ),
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     storage.write_bytes(storage.join(out_url, "results.md"), (generation_markdown(results) + "\n").encode())
@@ -137,8 +144,48 @@ def evaluate_generation(
     return results
 
 
+def _check_inputs(run: config.MaskedLMConfig, manifest: Manifest, total: int, model_url: str) -> None:
+    """Raise ValueError unless the model generates images of the classes of the data."""
+    if run.model.grid[0] > 1:
+        raise ValueError(f"{model_url} generates clips; this evaluation takes a model of images")
+    if len(manifest.classes) != run.model.num_classes:
+        raise ValueError(f"{manifest.url} has {len(manifest.classes)} classes, the model {run.model.num_classes}")
+    if total < _MIN_IMAGES:
+        raise ValueError(f"{total} images are too few for a comparison; generate at least {_MIN_IMAGES}")
+
+
+@dataclass(frozen=True)
+class _ActorPool:
+    workers: int
+    address: str | None
+
+
+def _generated_features(
+    name: str,
+    build_sampler: Callable[[], Any],
+    labels: Sequence[int],
+    *,
+    pool: _ActorPool,
+    sheet: ClassSheet,
+    report: Callable[[int], None],
+) -> Features:
+    """Generate an image for each label on the pool; add the images to the sheet and return their features."""
+    total = len(labels)
+    chunks = [(first, list(labels[first : first + _BATCH])) for first in range(0, total, _BATCH)]
+    inception_parts, classifier_parts = [], []
+    outputs = actor_map_ordered(chunks, partial(_GeneratedFeatureExtractor, build_sampler), pool.workers, pool.address)
+    for (first, chunk_labels), ((inception_BD, classifier_BC), images) in zip(chunks, outputs, strict=True):
+        inception_parts.append(inception_BD)
+        classifier_parts.append(classifier_BC)
+        for label, pixels in zip(chunk_labels, images, strict=True):
+            sheet.add(label, pixels)
+        report(first + len(chunk_labels))
+    keys = [f"{name}-{n}" for n in range(total)]
+    return Features(np.concatenate(inception_parts), np.concatenate(classifier_parts), np.array(labels), keys)
+
+
 class _GeneratedFeatureExtractor:
-    """Draws images and measures them; returns features and the images."""
+    """Generate a chunk of images; return its features and its pixels, uint8 (B, 3, H, W)."""
 
     def __init__(self, build_sampler: Callable[[], Any]) -> None:
         self.sampler, self.extractors = build_sampler(), FeatureExtractors()
@@ -150,6 +197,8 @@ class _GeneratedFeatureExtractor:
 
 
 class _ModelSampler:
+    """Sample images from the model."""
+
     def __init__(self, url: str, weights: WeightsKind, sampling_config: config.SamplingConfig, seed: int) -> None:
         self.generator = Generator.from_pretrained(url, weights, default_device())
         self.sampling_config, self.seed = sampling_config, seed
@@ -159,10 +208,10 @@ class _ModelSampler:
 
 
 class _FrequencySampler:
-    """Each token is that of a random training image of the class, place by place: exact class frequencies.
+    """Sample each token from a random row of its class, position by position: exact class frequencies.
 
-    A batch draws from rows all over the table, so it is read once and its bits stay in memory packed, in every process
-    that draws: 0.74 GB for ImageNet's 1.28 million images of 256 tokens of 18 bits. Only drawn tokens are unpacked.
+    A batch needs rows from everywhere in the table, so every process reads the table once and keeps its packed bits
+    in memory: 0.74 GB for ImageNet's 1.28 million rows of 256 tokens of 18 bits. Only sampled tokens are unpacked.
     """
 
     def __init__(self, source: TokenSource, seed: int) -> None:
@@ -191,6 +240,7 @@ class _FrequencySampler:
 def _compare(
     generated: Features, real: Features, reference: Features, classifier: EfficientNetLite0
 ) -> dict[str, float]:
+    """Return all metrics of the generated images."""
     generated_statistics, real_statistics = generated.statistics(), real.statistics()
     predicted_N = knn_labels(generated.classifier_NC, reference.classifier_NC, reference.labels_N, _KNN_K)
     return {
@@ -224,19 +274,20 @@ _COLUMNS: dict[str, Column] = {
 
 
 def generation_markdown(results: dict[str, Any]) -> str:
-    """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
+    """Return a Markdown table, the better value of each column in bold, followed by the provenance."""
     lines = metric_table(results["rows"], _COLUMNS)
     provenance, sampling = results["provenance"], results["sampling"]
     generated_text = (
-        f"{results['num_generated']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
+        f"{results['num_generated']} generated images ({sampling['steps']} steps, "
+        f"temperature {sampling['temperature']:g}, "
         f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
-    reference_text = f"{provenance['num_samples']} images of {provenance['data']} ({provenance['data_hash'][:12]}), {provenance['resize']}"
-    lines += ["", f"{generated_text} against {reference_text}."]
+    real_data = f"{provenance['num_samples']} images of {provenance['data']} ({provenance['data_hash'][:12]})"
+    lines += ["", f"{generated_text} against {real_data}, {provenance['resize']}."]
     real = results["real_images"]
     lines.append(f"The real images' inception score is {real['inception_score']:.2f}.")
     if "class_accuracy" in real:
-        lines.append(f"Of the real images' classes, {real['class_accuracy']:.3f} are told the same way.")
+        lines.append(f"The real images' class accuracy is {real['class_accuracy']:.3f}.")
     if "warning" in provenance:
         lines.append(f"Note: {provenance['warning']}.")
     return "\n".join(lines)

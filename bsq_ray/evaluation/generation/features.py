@@ -1,4 +1,4 @@
-"""What two public networks see in images, real or drawn: Inception for FID and KID, a classifier for their classes.
+"""Features of real and generated images: Inception for FID and KID, a classifier for their classes.
 
 Shape suffixes: N images, B images of a batch, D Inception features, C features of the classifier.
 """
@@ -21,20 +21,27 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
-from bsq_ray.metrics.pretrained_weights import cache_folder, resolve_once
+from bsq_ray.models.pretrained_weights import cache_folder, resolve_once
 from bsq_ray.runtime.actor_pool import actor_map_ordered
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 _BATCH = 32
-# Images that take part in comparisons of pairs.
+# Number of images in metrics that compare all pairs.
 _MAX_PAIRWISE = 10_000
-# The networks, by the names of their weights.
+# Names of the weights of the two networks.
 NETWORKS = ("fid-inception", "imagenet-classifier")
 
 
 @dataclass(frozen=True)
 class Features:
-    """Inception's (N, 2048) and the classifier's (N, 1280) features of images, their classes (N,) and names."""
+    """Features of N images.
+
+    Attributes:
+        inception_ND: Inception's features (N, 2048).
+        classifier_NC: the classifier's features (N, 1280).
+        labels_N: class of each image.
+        keys: name of each image.
+    """
 
     inception_ND: np.ndarray
     classifier_NC: np.ndarray
@@ -42,23 +49,25 @@ class Features:
     keys: list[str]
 
     def statistics(self) -> FeatureStatistics:
-        """Their sums, and a fair sample of at most 2,000."""
+        """Return the sums of the Inception features and a random subset of at most 2,000."""
         statistics = FeatureStatistics(self.inception_ND.shape[1])
         statistics.update(self.inception_ND, self.keys)
         return statistics
 
     def pairwise_subset(self) -> np.ndarray:
-        """A fair sample for what compares all pairs."""
+        """Return the Inception features of a random subset of at most 10,000 images."""
         return self.inception_ND[np.argsort(sampling_ranks(self.keys), kind="stable")[:_MAX_PAIRWISE]]
 
 
 def real_features(
     manifest: Manifest, run: config.TokenizerConfig, workers: int, address: str | None = None
 ) -> Features:
-    """Features of all images of a data set, kept in the cache under the names of data, transform and weights.
+    """Return the features of all images of a data set, from the cache if it contains them.
+
+    The name of the cache file contains the hashes of the data and the weights and the resize.
 
     Raises:
-        ValueError: the data are no images.
+        ValueError: the data set does not contain images.
         RuntimeError: an image cannot be read.
     """
     size, resize_filter = run.model.image_size, run.data.eval_interpolation
@@ -87,30 +96,32 @@ def real_features(
 
 
 class _RealFeatureExtractor:
+    """Read a range of real images and return their features."""
+
     def __init__(self, source: DataSource) -> None:
         self.source, self.extractors = source, FeatureExtractors()
 
     def __call__(self, samples: range) -> Features:
         block = self.source.read_eval(samples)
         if block.skipped:
-            # What is kept in the cache is said to be the whole data set.
+            # The cache contains complete data sets only.
             raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.skipped[0]}")
         return Features(*self.extractors(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
 
 
 class FeatureExtractors:
-    """Both networks, on the GPU if there is one."""
+    """Run both networks, on the GPU if there is one."""
 
     def __init__(self) -> None:
-        strict_fp32()
+        enable_strict_fp32()
         self.inception, self.classifier = Inception().to(default_device()), EfficientNetLite0().to(default_device())
 
     def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Features (B, 2048) and (B, 1280) of images in [-1, 1]."""
+        """Return features (B, 2048) and (B, 1280) of images in [-1, 1], (B, 3, H, W)."""
         images_BCHW = images_BCHW.to(default_device())
         return self.inception(images_BCHW).cpu().numpy(), self.classifier(images_BCHW).cpu().numpy()
 
 
 def default_device() -> str:
-    """Where a measuring process computes."""
+    """Return the device on which an evaluation process computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"

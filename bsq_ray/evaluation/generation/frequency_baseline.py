@@ -1,4 +1,4 @@
-"""What tokens cost without a model: frequencies at each place, counted on one table and paid on another.
+"""Bits per token without a model: frequencies at each position, counted on one table and evaluated on another.
 
 Shape suffixes: P images, N tokens, S sub-tokens of a token, K classes, V values of a sub-token.
 """
@@ -11,14 +11,20 @@ import torch
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 
-# Pseudo-counts spread over all values; the cheapest is taken, which flatters the baseline.
+# Pseudo-counts spread over all values. The baseline is the best of them on the evaluated table, which favors it.
 _SMOOTHINGS = (0.1, 1.0, 10.0, 100.0)
 
 
 def histogram_cross_entropy(fit_source: TokenSource, eval_source: TokenSource, sub_bits: int) -> float:
-    """Bits per token of `paid` under `counted`'s frequencies at each place, by class or for all, whichever is less.
+    """Return the cross entropy of a table under another table's frequencies, bits per token.
 
-    A frequency is mixed with the one over all places, and that with a uniform one, so that nothing has probability 0.
+    Frequencies are counted at each position, per class or over all classes; the smaller cross entropy counts. They
+    are smoothed by the frequencies over all positions, and those by a uniform distribution.
+
+    Args:
+        fit_source: table whose frequencies are counted.
+        eval_source: table whose tokens are coded.
+        sub_bits: bits of a sub-token.
     """
     tokens_PNS, labels_P = _read_sub_tokens(fit_source, sub_bits)
     eval_PNS, eval_labels_P = _read_sub_tokens(eval_source, sub_bits)
@@ -45,7 +51,7 @@ def histogram_cross_entropy(fit_source: TokenSource, eval_source: TokenSource, s
 
 
 def _read_sub_tokens(source: TokenSource, sub_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sub-tokens (P, N, S) in as few bytes as hold them, and labels."""
+    """Return sub-tokens (P, N, S) in the smallest integer type, and labels (P,)."""
     table_info = source.table.info
     small = np.min_scalar_type(2**sub_bits - 1)
     tokens, labels = [], []

@@ -1,43 +1,45 @@
-"""Images or clips drawn from a model folder, as files and as a sheet.
+"""Generate images or clips with a model folder; write them as files and as one sheet.
 
 Shape suffixes: B images, H and W pixels; a clip has T frames before H and W.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
 from bsq_ray import storage
-from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
+from bsq_ray.config.validation_error import format_first_error
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import default_device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
+from bsq_ray.evaluation.plots.save import encode_animation, encode_png, image_from_pixels
+from bsq_ray.media.images import read_image
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 
 _BATCH, _COLUMNS = 16, 12
-# Between frames of a drawn clip, ms: tokens do not tell the rate of the videos they were learnt from.
+# Duration of a frame of a generated clip: tokens do not contain the frame rate of the training videos.
 _FRAME_MS = 40
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to draw.
+    """Options of a generation.
 
     Attributes:
-        classes: their numbers; none are all classes of the model.
-        count: images of each class; of the way between two classes, steps.
-        sampling: keys of `config.Sampling` to change.
-        between: go from the first of two classes to the second.
-        image, mask: an image to fill in where the mask is white.
+        classes: class indices; an empty list stands for all classes of the model.
+        count: images of each class, or steps of an interpolation.
+        seed: of the sampler; the same seed generates the same images.
+        sampling: keys of `config.SamplingConfig` to change.
+        interpolate: interpolate from the first of two classes to the second.
+        image, mask: URLs of an image to inpaint where the mask is white.
     """
 
     classes: list[int]
@@ -50,36 +52,35 @@ class GenerateRequest:
 
 
 def generate_files(model_url: str, out_url: str, request: GenerateRequest, weights: WeightsKind = "ema") -> int:
-    """Writes files named by class and number, and sheet.png; returns how many there are.
+    """Write one file per image, named by class and number, and sheet.png; return the number of images.
 
-    Images become PNG, clips animated WebP; of a clip the sheet shows the middle frame.
+    Images become PNG files, clips animated WebP files. The sheet shows the middle frame of a clip.
 
     Raises:
-        ValueError: the model, an image or the request is wrong.
+        ValueError: the model, an image or the request is invalid.
     """
     if request.count < 1:
         raise ValueError(f"count {request.count} must be 1 or more")
     if (request.image is None) != (request.mask is None):
-        raise ValueError("filling in needs both --image and --mask")
+        raise ValueError("inpainting needs both --image and --mask")
     generator = Generator.from_pretrained(model_url, weights, default_device())
     sheet = ClassSheet([f"class {n}" for n in range(generator.model.null_class)], _COLUMNS)
     num_images = 0
     try:
         for label, images_BCHW in _generate_batches(generator, request):
             for pixels in to_uint8(images_BCHW).cpu().numpy():
-                suffix, content = ("png", _encode_png(pixels)) if pixels.ndim == 3 else ("webp", _encode_webp(pixels))
+                suffix, content = _encode_file(pixels)
                 storage.write_bytes(storage.join(out_url, f"class-{label:03}-{num_images:04}.{suffix}"), content)
                 sheet.add(label, pixels if pixels.ndim == 3 else pixels[:, pixels.shape[1] // 2])
                 num_images += 1
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r}") from None
+        raise ValueError(f"{format_first_error(error)}, got {error.errors()[0]['input']!r}") from None
     storage.write_bytes(storage.join(out_url, "sheet.png"), sheet.png())
     return num_images
 
 
 def _generate_batches(generator: Generator, request: GenerateRequest) -> Iterator[tuple[int, Tensor]]:
-    """Labels with the images drawn for them."""
+    """Yield labels with the images (B, 3, H, W) or clips (B, 3, T, H, W) of each."""
     if request.interpolate:
         images = generator.interpolate(request.classes, request.count, request.seed, **request.sampling)
         yield request.classes[0], images
@@ -87,7 +88,7 @@ def _generate_batches(generator: Generator, request: GenerateRequest) -> Iterato
     classes = request.classes or list(range(generator.model.null_class))
     if request.image is not None and request.mask is not None:
         if generator.model.config.grid[0] > 1:
-            raise ValueError("the model draws clips; --image and --mask fill in images only")
+            raise ValueError("the model generates clips; --image and --mask inpaint images only")
         source_image, mask = read_image(request.image), read_image(request.mask)
         if source_image.size != mask.size:
             sizes = (
@@ -110,14 +111,9 @@ def _generate_batches(generator: Generator, request: GenerateRequest) -> Iterato
             first += len(labels)
 
 
-def _encode_png(pixels_CHW: np.ndarray) -> bytes:
-    png = io.BytesIO()
-    Image.fromarray(pixels_CHW.transpose(1, 2, 0)).save(png, "PNG")
-    return png.getvalue()
-
-
-def _encode_webp(pixels_CTHW: np.ndarray) -> bytes:
-    first, *others = (Image.fromarray(pixels_CTHW[:, t].transpose(1, 2, 0)) for t in range(pixels_CTHW.shape[1]))
-    webp = io.BytesIO()
-    first.save(webp, "WEBP", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, lossless=True)
-    return webp.getvalue()
+def _encode_file(pixels: np.ndarray) -> tuple[str, bytes]:
+    """Return suffix and content of the file of an image (3, H, W) or a clip (3, T, H, W), uint8."""
+    if pixels.ndim == 3:
+        return "png", encode_png(image_from_pixels(pixels))
+    frames = [image_from_pixels(pixels[:, t]) for t in range(pixels.shape[1])]
+    return "webp", encode_animation(frames, _FRAME_MS)

@@ -1,22 +1,23 @@
-"""Sheets of drawn images: one row for each class."""
+"""Plot generated images as a grid with one row per class."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from bsq_ray.evaluation.plots.save import encode_png, image_from_pixels
+
 _TILE, _GAP, _LABEL = 96, 4, 150
 
 
 class ClassSheet:
-    """A row for each class: its name and its first images. Keeps small copies of those that it shows, and no others.
+    """Grid with the name and the first images of each class; keeps thumbnails of these images only.
 
     Args:
-        names: of the classes.
-        columns: images of a class at most.
+        names: names of the classes.
+        columns: maximum number of images of a class.
     """
 
     def __init__(self, names: Sequence[str], columns: int) -> None:
@@ -24,15 +25,15 @@ class ClassSheet:
         self._rows: dict[int, list[Image.Image]] = {}
 
     def add(self, label: int, pixels_CHW: np.ndarray) -> None:
-        """An image of a class, uint8."""
+        """Add an image of a class, uint8 (3, H, W); it is ignored if the row is full."""
         row = self._rows.setdefault(label, [])
         if len(row) < self._columns:
-            tile = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
+            tile = image_from_pixels(pixels_CHW)
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS
             row.append(tile.resize((_TILE, _TILE), method))
 
     def png(self) -> bytes:
-        """The classes that occur, in their order."""
+        """Return the grid as a PNG file; classes without images have no row."""
         width = _LABEL + max(len(row) for row in self._rows.values()) * (_TILE + _GAP) + _GAP
         sheet = Image.new("RGB", (width, len(self._rows) * (_TILE + _GAP) + _GAP), "white")
         canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -42,6 +43,4 @@ class ClassSheet:
             canvas.text((_GAP, top + _TILE // 2 - 8), name[:18], fill="black", font=font)
             for column, tile in enumerate(row):
                 sheet.paste(tile, (_LABEL + column * (_TILE + _GAP), top))
-        png = io.BytesIO()
-        sheet.save(png, "PNG")
-        return png.getvalue()
+        return encode_png(sheet)

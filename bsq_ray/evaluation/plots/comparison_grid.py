@@ -1,13 +1,13 @@
-"""Pictures of reconstructions beside their originals: from the best over the median to the worst."""
+"""Plot reconstructions and their originals, from the best over the median to the worst."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from bsq_ray.evaluation.plots.save import encode_png, image_from_pixels
 from bsq_ray.metrics.fid import sampling_ranks
 
 _MAX_EXAMPLES, _MAX_EXAMPLE_BYTES = 64, 256 * 2**20
@@ -16,12 +16,12 @@ _TILE, _GAP, _CAPTION = 192, 6, 30
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image or clip three ways.
+    """Original and two reconstructions of one image or clip.
 
     Attributes:
         key: name of the sample.
-        pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W): original, model, mean colours.
-        lpips, psnr: of the model and of the mean colours.
+        pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W): original, model, mean colors.
+        lpips, psnr: values of the model and of the mean colors.
     """
 
     key: str
@@ -31,7 +31,7 @@ class Comparison:
 
 
 def subsample(comparisons: list[Comparison]) -> list[Comparison]:
-    """The best, the worst, and a sample of the others: at most 66, the same ones for any number of workers."""
+    """Return the best, the worst, and a random subset: at most 66, the same ones for any number of workers."""
     if not comparisons:
         return comparisons
     num_kept = max(4, min(_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES // comparisons[0].pixels.nbytes))
@@ -40,15 +40,16 @@ def subsample(comparisons: list[Comparison]) -> list[Comparison]:
     ranked = sorted(comparisons, key=_sort_key)
     ranks_N = sampling_ranks([comparison.key for comparison in ranked])
     indices = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:num_kept].tolist()}
-    return [ranked[place] for place in sorted(indices)]
+    return [ranked[index] for index in sorted(indices)]
 
 
 def select_by_quantile(comparisons: list[Comparison], lpips_scores: list[float], columns: int) -> list[Comparison]:
-    """Those nearest to evenly spaced quantiles of LPIPS, best first.
+    """Return the comparisons nearest to evenly spaced quantiles of LPIPS, best first, each once.
 
     Args:
-        comparisons: the kept ones.
-        scores: the model's LPIPS of all images, kept or not.
+        comparisons: candidates.
+        lpips_scores: the model's LPIPS of all samples of the data set.
+        columns: number of quantiles.
     """
     quantiles = np.quantile(lpips_scores, np.linspace(0, 1, columns), method="nearest")
     ranked = sorted(comparisons, key=_sort_key)
@@ -61,9 +62,9 @@ def _sort_key(comparison: Comparison) -> tuple[float, str]:
 
 
 def render_grid(comparisons: list[Comparison], lpips_scores: list[float], columns: int = 7) -> bytes:
-    """PNG: columns from the best to the worst; rows are original, model, and mean colours at the same bits.
+    """Return a PNG file: columns from the best to the worst; rows are original, model, and mean colors.
 
-    An odd number of columns has the median in the middle.
+    With an odd number of columns the median is in the middle.
     """
     selected = select_by_quantile(comparisons, lpips_scores, columns)
     [median] = select_by_quantile(selected, [float(np.quantile(lpips_scores, 0.5, method="nearest"))], 1)
@@ -79,10 +80,8 @@ def render_grid(comparisons: list[Comparison], lpips_scores: list[float], column
         )
         canvas.text((left, 8), caption, fill="black", font=font)
         for row, pixels_CHW in enumerate(comparison.pixels):
-            tile = Image.fromarray(pixels_CHW.transpose(1, 2, 0))
-            # Enlarged without smoothing, so that what is seen is what the codec made.
+            tile = image_from_pixels(pixels_CHW)
+            # Enlarged without smoothing, which would hide the artifacts of the codec.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS
             sheet.paste(tile.resize((_TILE, _TILE), method), (left, _CAPTION + _GAP + row * (_TILE + _GAP)))
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return encode_png(sheet)

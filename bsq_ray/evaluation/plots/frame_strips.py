@@ -1,24 +1,25 @@
-"""Reconstructed clips to look at: strips of frames, and an animation of several clips side by side.
+"""Plot reconstructed clips: strips of frames, and an animation of several clips side by side.
 
-Rows are the original, the model, and mean colours at the same bits.
+Rows are the original, the model, and mean colors at the same bit rate.
 """
 
 from __future__ import annotations
-
-import io
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, select_by_quantile
+from bsq_ray.evaluation.plots.save import encode_animation, encode_png, image_from_pixels
 
 _ROWS = ("original", "tokenizer", "mean colors")
 _TILE, _GAP, _LABEL, _CAPTION = 128, 4, 110, 24
 _NUM_FRAMES, _NUM_CLIPS = 8, 5
+# Browsers slow down animations with shorter frames.
+_MIN_FRAME_MS = 20
 
 
 def render_strips(comparisons: list[Comparison], lpips_scores: list[float]) -> bytes:
-    """PNG: frames of the best, the median and the worst clip, time from left to right."""
+    """Return a PNG file: frames of the best, the median and the worst clip, time from left to right."""
     selected = select_by_quantile(comparisons, lpips_scores, 3)
     frames = _frame_indices(selected[0].pixels.shape[2])
     block = _CAPTION + 3 * (_TILE + _GAP) + _GAP
@@ -29,13 +30,11 @@ def render_strips(comparisons: list[Comparison], lpips_scores: list[float]) -> b
         # The first caption is as wide as two tiles.
         captions = [f"{name} clip: {_caption(comparison)}".strip(), "", *(f"frame {n + 1}" for n in frames[2:])]
         _paste_block(sheet, number * block, tiles, captions)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    return png.getvalue()
+    return encode_png(sheet)
 
 
 def render_animation(comparisons: list[Comparison], lpips_scores: list[float], fps: float) -> bytes:
-    """Animated WebP: clips side by side, from the best to the worst, `fps` frames of them per second, endlessly."""
+    """Return an animated WebP file: clips side by side, from the best to the worst, at `fps` frames per second."""
     selected = select_by_quantile(comparisons, lpips_scores, _NUM_CLIPS)
     size = (_LABEL + len(selected) * (_TILE + _GAP), _CAPTION + 3 * (_TILE + _GAP))
     images = []
@@ -44,14 +43,11 @@ def render_animation(comparisons: list[Comparison], lpips_scores: list[float], f
         tiles = [[comparison.pixels[row][:, frame] for comparison in selected] for row in range(len(_ROWS))]
         _paste_block(image, 0, tiles, [f"LPIPS {comparison.lpips[0]:.3f}" for comparison in selected])
         images.append(image)
-    webp = io.BytesIO()
-    duration = max(20, round(1000 / fps))
-    images[0].save(webp, "WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=88)
-    return webp.getvalue()
+    return encode_animation(images, max(_MIN_FRAME_MS, round(1000 / fps)), quality=88)
 
 
 def _frame_indices(frames: int) -> list[int]:
-    """At most eight frames, evenly spread, the first and the last among them."""
+    """Return the indices of at most eight evenly spaced frames, including the first and the last."""
     return np.unique(np.linspace(0, frames - 1, _NUM_FRAMES).round().astype(int)).tolist()
 
 
@@ -60,7 +56,7 @@ def _caption(comparison: Comparison) -> str:
 
 
 def _paste_block(sheet: Image.Image, top: int, tiles: list[list[np.ndarray]], captions: list[str]) -> None:
-    """A block of rows of tiles (3, H, W), with a label beside each row and a caption above each column."""
+    """Paste rows of tiles (3, H, W) with a label left of each row and a caption above each column."""
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, caption in enumerate(captions):
         canvas.text((_LABEL + column * (_TILE + _GAP), top + 5), caption, fill="black", font=font)
@@ -68,7 +64,7 @@ def _paste_block(sheet: Image.Image, top: int, tiles: list[list[np.ndarray]], ca
         y = top + _CAPTION + row * (_TILE + _GAP)
         canvas.text((6, y + _TILE // 2 - 8), label, fill="black", font=font)
         for column, pixels_3HW in enumerate(row_tiles):
-            tile = Image.fromarray(pixels_3HW.transpose(1, 2, 0))
-            # Enlarged without smoothing, so that what is seen is what the codec made.
+            tile = image_from_pixels(pixels_3HW)
+            # Enlarged without smoothing, which would hide the artifacts of the codec.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS
             sheet.paste(tile.resize((_TILE, _TILE), method), (_LABEL + column * (_TILE + _GAP), y))

@@ -1,4 +1,4 @@
-"""The honest trivial codec at the same bits: each patch is its mean colour."""
+"""Baseline codec: mean color per patch at the tokenizer's bit rate."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class MeanColorCodec:
-    """Replaces each patch by its mean colour, with the bits of a token shared among red, green and blue.
+    """Replace each patch by its mean color, quantized with the bits of a token.
 
-    Each channel is quantised uniformly; bits that do not divide by three go to green first, then red.
+    Each channel is quantized uniformly. Bits that do not divide by three go to green first, then to red.
 
     Args:
-        patch: side of a patch, pixels.
-        bits: bits of a patch; 3 to 48, more are not used.
+        patch_size: side of a patch, pixels.
+        bits: bits of a patch; at most 48 are used.
     """
 
     def __init__(self, patch_size: int, bits: int) -> None:
@@ -24,7 +24,7 @@ class MeanColorCodec:
         self.levels = torch.tensor([2.0**red - 1, 2.0**green - 1, 2.0**blue - 1]).clamp_min(0)
 
     def reconstruct(self, images_BCHW: Tensor) -> Tensor:
-        """Images in [-1, 1] as the codec would give them back."""
+        """Return the decoded images; input and output are in [-1, 1], (B, 3, H, W)."""
         mean_BCHW = F.avg_pool2d((images_BCHW + 1) / 2, self.patch_size)
         levels_C11 = self.levels.to(images_BCHW)[:, None, None]
         quantized_BCHW = torch.where(

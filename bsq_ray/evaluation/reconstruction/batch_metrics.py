@@ -1,10 +1,10 @@
-"""Measuring reconstructions batch by batch: what a worker does, and how results of many workers become one.
+"""Measure reconstructions batch by batch, and accumulate the results of many workers.
 
-    images or clips ─tokenizer─▶ reconstructions ─▶ `Measured`: figures and features of each sample ─▶ `Totals`
-                    ─mean colours─▶ the trivial codec at the same bits, as a second row
+    images or clips ─tokenizer─▶ reconstructions ─▶ `BatchMetrics`: metrics, features ─▶ `MetricAccumulator`
+                    ─mean colors─▶ the baseline at the same bit rate, as a second row
 
-A worker keeps nothing between batches, so a lost one is replaced without a trace. What images and clips differ in is in
-`measure_images.py` and `measure_clips.py`.
+A worker has no state between batches, so a lost worker is replaced without losing results. Metrics of images are in
+`image_metrics.py`, those of clips in `clip_metrics.py`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.runtime.precision import strict_fp32
+from bsq_ray.runtime.precision import enable_strict_fp32
 
 ROWS = ("model", "mean color")
-# Pictures that travel from the workers, of samples chosen by their keys.
+# Examples that workers return, of samples selected by their keys.
 _MAX_EXAMPLES = 256
 
 
 @dataclass
 class BatchMetrics:
-    """What is known of a batch of N images or clips.
+    """Measurements of a batch of N images or clips.
 
     Attributes:
-        figures: values (N,), or of the frames of clips (N, T), by row and name of the metric.
-        features: features (N, D) of the originals (row "original") and of each row, if there are any.
-        packed: the tokens' bits, packed (N, tokens, bytes).
-        comparisons: pictures of a few.
-        seconds: for encoding and decoding.
-        damaged: samples that could not be read.
+        keys: names of the samples.
+        skipped: samples that could not be read.
+        metrics: values (N,), or (N, T) for each frame of clips, by row and name of the metric.
+        features: features (N, D) of the originals (row "original") and of each row, if the samples have any.
+        packed_bits: bits of the tokens, packed, (N, tokens, bytes).
+        comparisons: examples for the plots.
+        seconds: duration of encoding and decoding.
     """
 
     keys: list[str]
@@ -57,19 +58,21 @@ class BatchMetrics:
 
 
 class ReconstructionMetrics(ABC):
-    """Reconstructs samples with a model folder's tokenizer and measures them.
+    """Reconstruct samples with the tokenizer of a model folder and measure them.
 
     Args:
-        total: samples of the whole data set, which decides how many pictures are taken.
+        model_url: model folder of a tokenizer.
+        weights: "ema" or "raw" weights of the folder.
+        total: number of samples of the data set; determines the fraction returned as examples.
 
     Attributes:
-        networks: names of the metric networks it looks through.
+        networks: names of the metric networks.
     """
 
     networks: ClassVar[tuple[str, ...]]
 
     def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
-        strict_fp32()
+        enable_strict_fp32()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
@@ -78,23 +81,23 @@ class ReconstructionMetrics(ABC):
 
     @abstractmethod
     def baseline(self, original: Tensor) -> Tensor:
-        """What the trivial codec makes of them."""
+        """Return the reconstructions of the baseline codec, of the same shape."""
 
     @abstractmethod
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Metrics of each sample, (B,), or of each of its frames, (B, T)."""
+        """Return metrics of each sample, (B,), or of each of its frames, (B, T), by name."""
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor | None:
-        """Features (B, D) whose distribution is compared; None if the samples have none."""
+        """Return the features (B, D) whose distributions are compared, or None if the samples have none."""
 
     @staticmethod
     @abstractmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """Distances between two distributions of features, by name."""
+        """Return distances between two distributions of features, by name."""
 
     def __call__(self, samples: SampleBlock) -> BatchMetrics:
-        """Measures one batch; pixels are rounded to 8 bits first."""
+        """Measure one batch; pixels are rounded to 8 bits first."""
         result = BatchMetrics(samples.keys, samples.skipped)
         if not samples.keys:
             return result
@@ -118,36 +121,37 @@ class ReconstructionMetrics(ABC):
         return result
 
     def _reconstruct(self, original: Tensor) -> tuple[Tensor, Tensor, float]:
-        began = time.perf_counter()
+        """Return the reconstructions, the bits of the tokens (B, N, L) and the duration in seconds."""
+        start = time.perf_counter()
         tokens = self.tokenizer.encode(original)
         decoded = self.tokenizer.decode(tokens)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return decoded, tokens.bits_BNL, time.perf_counter() - began
+        return decoded, tokens.bits_BNL, time.perf_counter() - start
 
     def _example_scores(self, result: BatchMetrics, index: int) -> tuple[list[float], list[float]]:
         values = ([float(result.metrics[row][name][index].mean()) for row in ROWS] for name in ("lpips", "psnr"))
         return next(values), next(values)
 
     def _select_examples(self, result: BatchMetrics) -> list[int]:
-        """The batch's best and worst, and a share of the others that depends on their keys only."""
+        """Return the indices of the best and the worst sample and of a fraction that depends on the keys only."""
         score_B = lpips_per_sample(result)
         sampled = np.flatnonzero(sampling_ranks(result.keys) <= self.example_fraction * (2.0**64 - 1))
         return sorted({int(score_B.argmin()), int(score_B.argmax()), *sampled.tolist()})
 
 
 def lpips_per_sample(part: BatchMetrics) -> np.ndarray:
-    """The model's LPIPS of each sample, (N,)."""
+    """Return the model's LPIPS of each sample, (N,)."""
     lpips = part.metrics["model"]["lpips"]
     return lpips.reshape(len(lpips), -1).mean(1)
 
 
 class MetricAccumulator:
-    """Sums over everything measured; memory does not grow with the number of samples, but for one score of each.
+    """Sums over batches; memory grows with the number of samples only by one score for each.
 
     Args:
         bits: bits of a token (L).
-        kind: who measured.
+        metrics_type: class that measured the batches.
     """
 
     def __init__(self, bits: int, metrics_type: type[ReconstructionMetrics]) -> None:
@@ -160,7 +164,7 @@ class MetricAccumulator:
         self._features: dict[str, FeatureStatistics] = {}
 
     def update(self, part: BatchMetrics) -> None:
-        """Adds a batch."""
+        """Add the measurements of a batch."""
         self.skipped += part.skipped
         if part.packed_bits is None:
             return
@@ -176,7 +180,7 @@ class MetricAccumulator:
         self._seconds += part.seconds
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Figures by row and name; `samples_per_second` is that of one worker."""
+        """Return metrics by row and name; `samples_per_second` is the rate of one worker."""
         metrics = {row: {name: float(value.mean()) for name, value in self._means(row).items()} for row in ROWS}
         if self._features:
             for row in ROWS:
@@ -185,7 +189,7 @@ class MetricAccumulator:
         return metrics
 
     def per_frame(self) -> dict[str, dict[str, list[float]]]:
-        """Of clips, the figures of the first, second, … frame, by row and name."""
+        """Return the mean metrics of the first, second, … frame of clips, by row and name."""
         return {row: {name: v.tolist() for name, v in self._means(row).items() if v.ndim} for row in ROWS}
 
     def _means(self, row: str) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What is measured on clips: PSNR, SSIM, LPIPS of each frame, flicker of each clip, rFVD of all."""
+"""Metrics of reconstructed clips: PSNR, SSIM, LPIPS per frame, flicker per clip, rFVD of the set."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetric
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
 from bsq_ray.metrics.i3d import I3D, MIN_FRAMES
 from bsq_ray.metrics.lpips import lpips
-from bsq_ray.metrics.per_frame import clip_psnr, clips_from_batch_major, flicker, frames_batch_major, metric_per_frame
+from bsq_ray.metrics.per_frame import clip_psnr, flicker, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 from bsq_ray.model_folder import WeightsKind
+from bsq_ray.models.frame_layout import clips_from_batch_major, frames_batch_major
 
 
 class ClipReconstructionMetrics(ReconstructionMetrics):
-    """Measures clips (B, 3, T, H, W)."""
+    """Measure clips (B, 3, T, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
@@ -26,11 +27,11 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
         self.i3d = I3D().to(self.device)
 
     def baseline(self, original: Tensor) -> Tensor:
-        """See `Measurer.trivial`; each frame by itself."""
+        """See `ReconstructionMetrics.baseline`; frames are coded independently."""
         return clips_from_batch_major(self.baseline_codec.reconstruct(frames_batch_major(original)), len(original))
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """See `Measurer.figures`."""
+        """See `ReconstructionMetrics.sample_metrics`."""
         ssim = structural_similarity(frames_batch_major(original), frames_batch_major(reconstruction))
         return {
             **{name: value.unflatten(0, (len(original), -1)) for name, value in ssim.items()},
@@ -42,7 +43,7 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
         }
 
     def features(self, samples: Tensor) -> Tensor | None:
-        """I3D's, (B, 400); clips that are too short for it have none."""
+        """Return I3D's logits (B, 400), or None for clips that are too short for the network."""
         if samples.shape[2] < MIN_FRAMES:
             return None
         features_BD: Tensor = self.i3d(samples)
@@ -50,5 +51,5 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
 
     @staticmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """See `Measurer.distances`."""
+        """See `ReconstructionMetrics.distribution_metrics`."""
         return {"rfvd": frechet_distance(original, reconstruction)}

@@ -1,15 +1,16 @@
-"""How well a tokenizer gives images or clips back: every metric in one pass, over any number of workers.
+"""Evaluate the reconstructions of a tokenizer: all metrics in one pass, with any number of workers.
 
-    shards ─chunks─▶ Ray Data: read, resize ─▶ pool of `Measurer` actors ─▶ `Totals` ─▶ results.json, .md, .png
+    shards ─chunks─▶ Ray Data: read, resize ─▶ pool of `ReconstructionMetrics` actors ─▶ `MetricAccumulator`
+                                                                       results.json, results.md, plots ◀─┘
 
-The driver adds up one batch after the other; no process ever holds the features of all samples. Of clips it also writes
-an animation, `reconstructions.webp`.
+The driver accumulates batch by batch; no process keeps the features of all samples. For clips it also writes an
+animation, `reconstructions.webp`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,13 @@ from bsq_ray.evaluation.reconstruction.batch_metrics import BatchMetrics, Metric
 from bsq_ray.evaluation.reconstruction.clip_metrics import ClipReconstructionMetrics
 from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.evaluation.tables import Column, metric_table
+from bsq_ray.metrics.fid import KID_SUBSET_SIZE
 from bsq_ray.metrics.i3d import MIN_FRAMES
 from bsq_ray.model_folder import WeightsKind
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
-# An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
+# Frame rate of the animation: most clips are too short to be recognized at their own rate.
 _ANIMATION_FPS = 6.0
 
 
@@ -40,6 +43,7 @@ def evaluate_reconstruction(
     model_url: str,
     data_url: str,
     out_url: str,
+    *,
     workers: int = 2,
     address: str | None = None,
     weights: WeightsKind = "ema",
@@ -47,9 +51,9 @@ def evaluate_reconstruction(
     limit: int | None = None,
     show_published: bool = False,
     max_skipped_samples: int = 0,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
-    """Measures a tokenizer on packed images or videos and writes results.json, results.md and reconstructions.png.
+    """Measure a tokenizer on packed images or videos; write results.json, results.md and reconstructions.png.
 
     Args:
         model_url: model folder.
@@ -58,18 +62,18 @@ def evaluate_reconstruction(
         workers: Ray actors that measure; 0 measures in this process, without Ray.
         weights: "ema" or "raw" weights of the folder.
         batch_size: images or clips at once; by default 32 images or 2 clips.
-        limit: only the first so many images or clips.
-        published_rows: show published figures below the table.
-        max_damaged: images or clips that may be unreadable.
-        progress: called with images or clips done and all of them.
+        limit: number of images or clips, from the first on; None for all.
+        show_published: append published results to results.md.
+        max_skipped_samples: number of unreadable images or clips that may be skipped.
+        on_progress: called with the finished and the total number of images or clips.
 
     Returns:
-        The content of results.json: {"rows": {"model": {...}, "mean color": {...}}, "provenance": {...}, …}; of clips
+        The content of results.json: {"rows": {"model": {...}, "mean color": {...}}, "provenance": {...}, …}; for clips
         also {"per_frame": {"model": {"psnr": [first frame, second frame, …], …}, …}}.
 
     Raises:
-        ValueError: model or data are missing or do not fit.
-        RuntimeError: more images than allowed cannot be read.
+        ValueError: model or data do not exist or do not match.
+        RuntimeError: more samples than allowed cannot be read.
     """
     folder = model_folder.load_model_folder(model_url, weights)
     run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
@@ -80,10 +84,8 @@ def evaluate_reconstruction(
     if total < 2:
         raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; measuring needs at least 2")
     task = _EvaluationTask(run, folder.model_id, model_url, weights, manifest, source, batch_size, total)
-    accumulator, skipped_samples = (
-        MetricAccumulator(run.model.quantizer.bits, task.metrics_type),
-        SkippedSamples(max_skipped_samples),
-    )
+    accumulator = MetricAccumulator(run.model.quantizer.bits, task.metrics_type)
+    skipped_samples = SkippedSamples(max_skipped_samples)
     batches = _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address)
     for batch in batches:
         skipped_samples.add(batch.skipped)
@@ -94,6 +96,8 @@ def evaluate_reconstruction(
 
 @dataclass(frozen=True)
 class _EvaluationTask:
+    """Model, data and options of one evaluation."""
+
     run: config.TokenizerConfig
     model_id: str
     model_url: str
@@ -115,7 +119,7 @@ class _EvaluationTask:
         return self.metrics_type(self.model_url, self.weights, self.total)
 
     def dataset_args(self) -> tuple[DataSource, int, int]:
-        """What is read: arguments of `evaluation_blocks` and `evaluation_dataset`."""
+        """Return the arguments of `evaluation_blocks` and `evaluation_dataset`."""
         return self.source, self.batch_size, self.total
 
 
@@ -150,7 +154,7 @@ def _write_results(
 ) -> dict[str, Any]:
     if accumulator.num_samples < 2:
         what = f"{task.total} {_UNITS[task.manifest.kind]}"
-        raise RuntimeError(f"only {accumulator.num_samples} of {what} of {task.manifest.url} can be read")
+        raise RuntimeError(f"only {accumulator.num_samples} of {what} of {task.manifest.url} could be read")
     model, data = task.model_config, task.run.data
     metrics = accumulator.compute()
     for row_metrics in metrics.values():
@@ -159,7 +163,11 @@ def _write_results(
     unit = "frames_per_second" if task.manifest.kind == "videos" else "images_per_second"
     metrics["model"][unit] = metrics["model"].pop("samples_per_second") * num_frames
     provenance = collect_provenance(
-        task.manifest, accumulator.num_samples, model.image_size, data.eval_interpolation, task.metrics_type.networks
+        task.manifest,
+        accumulator.num_samples,
+        size=model.image_size,
+        resize_filter=data.eval_interpolation,
+        networks=task.metrics_type.networks,
     )
     results: dict[str, Any] = {
         "model": task.model_url,
@@ -170,6 +178,11 @@ def _write_results(
         "skipped_samples": accumulator.skipped,
         "provenance": provenance,
     }
+    if "kid" in metrics["model"]:
+        provenance["kid"] = (
+            f"U-statistic over {min(accumulator.num_samples, KID_SUBSET_SIZE)} images, without the pairs of an image "
+            "and its reconstruction; ± is the jackknife standard error"
+        )
     if "ms_ssim" not in metrics["model"]:
         provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
     if task.manifest.kind == "videos":
@@ -220,6 +233,7 @@ COLUMNS: dict[str, Column] = {
     "lpips_vgg": ("LPIPS (vgg)", 4, min),
     "rfid": ("rFID", 2, min),
     "kid": ("KID", 4, min),
+    "kid_standard_error": ("KID ±", 4, None),
     "rfvd": ("rFVD", 1, min),
     "flicker": ("flicker", 2, min),
     "code_usage": ("codes used", 4, None),
@@ -230,14 +244,13 @@ COLUMNS: dict[str, Column] = {
 
 
 def reconstruction_markdown(results: dict[str, Any]) -> str:
-    """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
+    """Return a Markdown table, the better value of each column in bold, followed by the provenance."""
     lines = metric_table(results["rows"], COLUMNS)
     provenance = results["provenance"]
     data = f"{provenance['data']} ({provenance['data_hash'][:12]})"
-    lines += [
-        "",
-        f"{provenance['num_samples']} {_UNITS[provenance['kind']]} of {data}, {provenance['resize']}; {provenance['pixels']}.",
-    ]
+    count = f"{provenance['num_samples']} {_UNITS[provenance['kind']]}"
+    lines += ["", f"{count} of {data}, {provenance['resize']}; {provenance['pixels']}."]
+    lines += [f"KID: {provenance['kid']}."] if "kid" in provenance else []
     lines += [f"Clips: {provenance['clips']}."] if "clips" in provenance else []
     lines += [f"Skipped: {note}." for note in provenance.get("skipped", ())]
     if "warning" in provenance:

@@ -1,11 +1,11 @@
-"""What is measured on images: PSNR, SSIM, LPIPS of each, rFID and KID of all."""
+"""Metrics of reconstructed images: PSNR, SSIM, LPIPS per image, rFID and KID of the set."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
-from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
+from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, paired_kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
@@ -14,7 +14,7 @@ from bsq_ray.model_folder import WeightsKind
 
 
 class ImageReconstructionMetrics(ReconstructionMetrics):
-    """Measures images (B, 3, H, W)."""
+    """Measure images (B, 3, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
@@ -23,11 +23,11 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
         self.inception = Inception().to(self.device)
 
     def baseline(self, original: Tensor) -> Tensor:
-        """See `Measurer.trivial`."""
+        """See `ReconstructionMetrics.baseline`."""
         return self.baseline_codec.reconstruct(original)
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """See `Measurer.figures`."""
+        """See `ReconstructionMetrics.sample_metrics`."""
         return structural_similarity(original, reconstruction) | {
             "psnr": psnr(original, reconstruction),
             "lpips": lpips(original, reconstruction, "alex"),
@@ -35,14 +35,13 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
         }
 
     def features(self, samples: Tensor) -> Tensor:
-        """Inception's, (B, 2048)."""
+        """Return Inception's features (B, 2048)."""
         features_BD: Tensor = self.inception(samples)
         return features_BD
 
     @staticmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """See `Measurer.distances`."""
-        return {
-            "rfid": frechet_distance(original, reconstruction),
-            "kid": kernel_distance(original.kid_subset(), reconstruction.kid_subset()),
-        }
+        """See `ReconstructionMetrics.distribution_metrics`."""
+        kid = paired_kernel_distance(original.kid_subset(), reconstruction.kid_subset())
+        metrics = {"rfid": frechet_distance(original, reconstruction), "kid": kid.value}
+        return metrics if kid.standard_error is None else metrics | {"kid_standard_error": kid.standard_error}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,24 +14,28 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
-from bsq_ray.media.video_files import read_video, write_video
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.evaluation.plots.save import encode_png
+from bsq_ray.media.images import read_image
+from bsq_ray.media.video_reader import read_video
+from bsq_ray.media.video_writer import write_video
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.model_folder import WeightsKind
-from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
+from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
 def reconstruct_file(model_url: str, image_url: str, out: Path, weights: WeightsKind = "ema") -> str:
-    """Writes original and reconstruction side by side as PNG; returns a sentence with bits and PSNR.
+    """Write original and reconstruction side by side as PNG; return a sentence with bits and PSNR.
 
-    The image is resized to the model's size as in the evaluation (short side, centre crop).
+    The image is resized to the model's size as in the evaluation (short side, center crop).
 
     Raises:
-        ValueError: the model or the image cannot be read.
+        ValueError: the model or the image cannot be read, or `out` is not a .png file.
     """
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out} must end in .png (of an image) or .mp4 (of a video)")
+        raise ValueError(f"the output file {out} must end in .png (for an image) or .mp4 (for a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
     run = config.require_stage(
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
@@ -43,14 +46,12 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Weights
     tokens = tokenizer.encode(to_float(original[None]))
     [reconstruction] = to_uint8(tokenizer.decode(tokens))
     side_by_side = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
-    png = io.BytesIO()
-    Image.fromarray(side_by_side).save(png, "PNG")
-    storage.write_bytes(str(out), png.getvalue())
+    storage.write_bytes(str(out), encode_png(Image.fromarray(side_by_side)))
     [quality] = psnr(to_float(original[None]), to_float(reconstruction[None])).tolist()
     num_bits = tokens.bits_BNL[0].numel()
     return (
-        f"{image_url}: {size} x {size} px in {num_bits} bits ({num_bits / size**2:g} bits per pixel), PSNR {quality:.2f} dB; "
-        f"original and reconstruction are side by side in {out}"
+        f"{image_url}: {size} x {size} px in {num_bits} bits ({num_bits / size**2:g} bits per pixel), "
+        f"PSNR {quality:.2f} dB; original and reconstruction are side by side in {out}"
     )
 
 
@@ -59,18 +60,22 @@ def reconstruct_clip(
     clip_url: str,
     out: Path,
     weights: WeightsKind = "ema",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: ProgressCallback = no_progress,
 ) -> str:
-    """Writes a clip of any length and its reconstruction side by side as MP4; returns a sentence with bits and PSNR.
+    """Write a clip of any length and its reconstruction side by side as MP4; return a sentence with bits and PSNR.
 
-    Frames are resized as in the evaluation (short side, centre crop), and pass through one after the other, so memory
-    does not grow with the clip. A causal model streams them; one with full attention takes as many at once as it can.
+    Frames are resized as in the evaluation (short side, center crop). They are processed in a stream, so memory does
+    not grow with the clip: one by one for a causal model, in chunks of the model's length for full attention.
 
     Args:
-        progress: called with frames done and frames in all.
+        model_url: model folder of a tokenizer.
+        clip_url: video file.
+        out: the MP4 file.
+        weights: "ema" or "raw" weights of the folder.
+        on_progress: called with the finished and the total number of frames.
 
     Raises:
-        ValueError: the model or the clip cannot be read, or the video not be written.
+        ValueError: the model or the clip cannot be read, or the video cannot be written.
     """
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
     run = config.require_stage(
@@ -92,16 +97,15 @@ def reconstruct_clip(
                 yield to_float(torch.from_numpy(frame))[None]
 
         def side_by_side() -> Iterator[np.ndarray]:
-            for rebuilt in _reconstruct_stream(tokenizer, originals()):
-                for frame in to_uint8(rebuilt[0].transpose(0, 1)):
+            for reconstruction_BCTHW in _reconstruct_stream(tokenizer, originals()):
+                for frame in to_uint8(reconstruction_BCTHW[0].transpose(0, 1)):
                     original = pending.popleft()
                     pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
                     psnrs.append(float(psnr(*pair)))
-                    if on_progress is not None:
-                        on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
+                    on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
                     yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
 
-        path = str(Path(scratch) / "beside.mp4")
+        path = str(Path(scratch) / "side_by_side.mp4")
         write_video(path, "mp4", side_by_side(), video.frame_rate, video.color)
         storage.upload(path, str(out))
     return (
@@ -111,7 +115,7 @@ def reconstruct_clip(
 
 
 def _reconstruct_stream(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
+    """Yield reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
     encode, decode, following = clip_encoder(tokenizer), clip_decoder(tokenizer), iter(frames)
     while chunk := list(islice(following, frames_per_chunk(tokenizer.config))):
         yield decode(encode(torch.stack(chunk, 2)))

@@ -8,36 +8,19 @@ statistics stay inside each. Shape suffixes: B images, C channels, H and W pixel
 
 from __future__ import annotations
 
-from itertools import pairwise
-from math import gcd, log2, sqrt
+from math import log2, sqrt
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray import config
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.models.ops.conv_double_backward import convolution
 
-_LEAKY_RELU_SLOPE = 0.2
-_LEAKY_RELU_GAIN = sqrt(2)
+LEAKY_RELU_SLOPE = 0.2
+LEAKY_RELU_GAIN = sqrt(2)
 _STDDEV_GROUP_SIZE = 4
-
-
-def build_discriminator(adversarial_config: config.AdversarialConfig, image_size: int, frames: int = 1) -> nn.Module:
-    """The discriminator of a configuration: of images, or with stylegan2-3d of clips of `frames` frames.
-
-    Raises:
-        ValueError: StyleGAN2's needs an image size that is a power of two.
-    """
-    if adversarial_config.discriminator == "patchgan":
-        return PatchDiscriminator(adversarial_config.channel_max)
-    if adversarial_config.discriminator == "stylegan2-3d":
-        from bsq_ray.models.discriminators.stylegan2_3d import ClipDiscriminator
-
-        return ClipDiscriminator(image_size, frames, adversarial_config.channel_base, adversarial_config.channel_max)
-    return StyleDiscriminator(image_size, adversarial_config.channel_base, adversarial_config.channel_max)
 
 
 class EqualizedConv(nn.Module):
@@ -68,7 +51,7 @@ class EqualizedConv(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Convolves; the size stays, or is halved."""
         # leaky_relu(g x) = g leaky_relu(x), so the gain rides on weight and bias, which are small, not on the images.
-        gain = self.gain if self.bias is None else self.gain * _LEAKY_RELU_GAIN
+        gain = self.gain if self.bias is None else self.gain * LEAKY_RELU_GAIN
         weight = self.weight * (self.scale * gain)
         bias = None if self.bias is None else self.bias * gain
         if not self.downsample:
@@ -77,7 +60,7 @@ class EqualizedConv(nn.Module):
             x_BCHW = convolution(blur(x_BCHW, stride=2, pad=1), weight, bias)
         else:
             x_BCHW = convolution(blur(x_BCHW, stride=1, pad=2), weight, bias, stride=2)
-        return x_BCHW if bias is None else F.leaky_relu(x_BCHW, _LEAKY_RELU_SLOPE, inplace=True)
+        return x_BCHW if bias is None else F.leaky_relu(x_BCHW, LEAKY_RELU_SLOPE, inplace=True)
 
 
 class EqualizedLinear(nn.Module):
@@ -93,7 +76,7 @@ class EqualizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, inputs) to (…, outputs)."""
         x = F.linear(x, self.weight * self.scale, self.bias)
-        return F.leaky_relu(x, _LEAKY_RELU_SLOPE) * _LEAKY_RELU_GAIN if self.activate else x
+        return F.leaky_relu(x, LEAKY_RELU_SLOPE) * LEAKY_RELU_GAIN if self.activate else x
 
 
 class StyleBlock(nn.Module):
@@ -169,42 +152,6 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
         )
     sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
     return {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
-
-
-class PatchConv(nn.Conv2d):
-    """PyTorch's layer by `bsq_ray.models.ops.conv_double_backward`."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, …)."""
-        return convolution(x_BCHW, self.weight, self.bias, self.stride[0], int(self.padding[0]))
-
-
-class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al., CVPR 2017): a logit for each patch. Group norm, so images do not see each other.
-
-    Args:
-        channel_max: channels double from 64 to 512, but stay at or below this.
-    """
-
-    def __init__(self, channel_max: int) -> None:
-        super().__init__()
-        widths = [min(width, channel_max) for width in (64, 128, 256, 512)]
-        layers: list[nn.Module] = [PatchConv(3, widths[0], 4, 2, 1), nn.LeakyReLU(_LEAKY_RELU_SLOPE)]
-        for index, (in_channels, out_channels) in enumerate(pairwise(widths)):
-            stride = 2 if index < 2 else 1
-            layers += [
-                PatchConv(in_channels, out_channels, 4, stride, 1, bias=False),
-                nn.GroupNorm(gcd(out_channels, 32), out_channels),
-                nn.LeakyReLU(_LEAKY_RELU_SLOPE),
-            ]
-        layers.append(PatchConv(widths[-1], 1, 4, 1, 1))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, 1, h, w), fp32, of each batch of images in [-1, 1]."""
-        batch_sizes = [len(batch) for batch in batches_BCHW]
-        x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
-        return tuple(self.layers(x_BCHW).float().split(batch_sizes))
 
 
 def append_minibatch_stddev(x: Tensor) -> Tensor:

@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.models.discriminators.stylegan2 import EqualizedLinear, append_minibatch_stddev, style_channels
+from bsq_ray.models.discriminators.stylegan2 import (
+    LEAKY_RELU_GAIN,
+    LEAKY_RELU_SLOPE,
+    EqualizedLinear,
+    append_minibatch_stddev,
+    style_channels,
+)
 from bsq_ray.models.ops.conv_double_backward import convolution
-
-_LEAKY_RELU_SLOPE = 0.2
-_LEAKY_RELU_GAIN = sqrt(2)
 
 
 class EqualizedConv3d(nn.Module):
@@ -43,11 +46,11 @@ class EqualizedConv3d(nn.Module):
             return convolution(x_BCTHW, self.weight * self.scale, padding=self.kernel_size // 2)
         x_BCTHW = convolution(
             x_BCTHW,
-            self.weight * (self.scale * _LEAKY_RELU_GAIN),
-            self.bias * _LEAKY_RELU_GAIN,
+            self.weight * (self.scale * LEAKY_RELU_GAIN),
+            self.bias * LEAKY_RELU_GAIN,
             padding=self.kernel_size // 2,
         )
-        return F.leaky_relu(x_BCTHW, _LEAKY_RELU_SLOPE, inplace=True)
+        return F.leaky_relu(x_BCTHW, LEAKY_RELU_SLOPE, inplace=True)
 
 
 class ClipBlock(nn.Module):

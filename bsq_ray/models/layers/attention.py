@@ -32,6 +32,17 @@ def causal_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
     return _softmax_weighted_sum(scores_BHNN.masked_fill(future_mask_NN, -torch.inf), v_BHNE)
 
 
+def split_heads(qkv_BNF: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a joint projection, F = 3·H·E in the order query, key, value, into three tensors (B, H, N, E)."""
+    q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return q_BHNE, k_BHNE, v_BHNE
+
+
+def merge_heads(y_BHNE: Tensor) -> Tensor:
+    """Concatenate the heads: (B, H, N, E) to (B, N, H·E)."""
+    return y_BHNE.transpose(1, 2).flatten(2)
+
+
 def _should_use_eager(q_BHNE: Tensor, k_BHME: Tensor) -> bool:
     trains_on_cpu = q_BHNE.requires_grad and q_BHNE.device.type == "cpu"
     return trains_on_cpu and q_BHNE.dtype == torch.bfloat16 and k_BHME.shape[2] <= _EAGER_MAX_TOKENS

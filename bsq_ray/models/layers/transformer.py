@@ -19,36 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsq_ray import config
-from bsq_ray.models.layers.attention import attention
-
-
-class KeyValueCache:
-    """Keys and values that one attention has computed, so that a clip can go on from where it stands.
-
-    Args:
-        tokens: how many there is room for.
-
-    Attributes:
-        length: how many there are.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._key_values: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, k_BHNE: Tensor, v_BHNE: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values, and returns all of them so far, (B, H, M, E) each."""
-        if self._key_values is None:
-            batch, heads, _, width = k_BHNE.shape
-            self._key_values = cast(
-                tuple[Tensor, Tensor], k_BHNE.new_empty(2, batch, heads, self.capacity, width).unbind()
-            )
-        start, self.length = self.length, self.length + k_BHNE.shape[2]
-        assert self.length <= self.capacity
-        for buffer, new in zip(self._key_values, (k_BHNE, v_BHNE), strict=True):
-            buffer[:, :, start : self.length] = new
-        return self._key_values[0][:, :, : self.length], self._key_values[1][:, :, : self.length]
+from bsq_ray.models.layers.attention import attention, split_heads
+from bsq_ray.models.layers.kv_cache import KeyValueCache
+from bsq_ray.models.layers.mlp import build_mlp, init_weights
 
 
 class SelfAttention(nn.Module):
@@ -62,7 +35,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
         """Each span of tokens attends to itself, to the spans before it, and to what is in the cache."""
-        q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(x_BND), self.heads)
         if cache is not None:
             k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
         return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span).flatten(2)))
@@ -100,11 +73,10 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        hidden_dim = int(width * mlp_ratio)
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
+        self.mlp = build_mlp(width, mlp_ratio)
 
     def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
         """Same shape out as in; span and cache as in `SelfAttention`."""
@@ -178,7 +150,4 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.spatial_position, std=0.02)
         if self.temporal_position is not None:
             nn.init.zeros_(self.temporal_position)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_weights(self.blocks)

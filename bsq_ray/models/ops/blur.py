@@ -4,7 +4,7 @@
     x ◀─spread─ y        (the filter is linear: each is the other's gradient)
 
 PyTorch's second derivative of a convolution in groups also makes the gradient of the filter, channel by channel, which
-nobody asks for; it would be most of a step with the R1 penalty. On a GPU a kernel of our own filters (blur_gpu.py).
+nobody asks for; it would be most of a step with the R1 penalty. On a GPU a kernel of our own filters (blur_triton.py).
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class _BlurTranspose(torch.autograd.Function):
 
 def _apply_filter(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(x_BCHW):
-        return kernels.filtered(x_BCHW, stride, pad)
+        return kernels.blur(x_BCHW, stride, pad)
     with torch.autocast(x_BCHW.device.type, enabled=False):
         return F.conv2d(x_BCHW, _taps(x_BCHW, x_BCHW.dtype), stride=stride, padding=pad, groups=x_BCHW.shape[1])
 
 
 def _blur_transpose(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(y_BCHW):
-        return kernels.spread(y_BCHW, stride, pad)
+        return kernels.blur_transpose(y_BCHW, stride, pad)
     # On CPUs at least in fp32: they take several times as long for the same in bf16.
     dtype = y_BCHW.dtype if y_BCHW.is_cuda else torch.promote_types(y_BCHW.dtype, torch.float32)
     with torch.autocast(y_BCHW.device.type, enabled=False):

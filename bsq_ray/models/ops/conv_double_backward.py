@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bsq_ray.runtime._torch_internals import needs_input_grad_now
+
 _Grad = Tensor | None
 
 
@@ -41,7 +43,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, _Grad, None, None]:
         (g,), (x, w) = gradients, ctx.saved_tensors
         # Where there is no bias, nothing is said of it.
-        needs_x, needs_w, needs_bias = (*_needs_grad(ctx), False)[:3]
+        needs_x, needs_w, needs_bias = (*needs_input_grad_now(ctx), False)[:3]
         return (
             _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
             _ConvWeightGrad.apply(x, g, w.shape, ctx.stride, ctx.padding) if needs_w else None,
@@ -65,7 +67,7 @@ class _ConvInputGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, None, None, None]:
         (x,), (g, w) = gradients, ctx.saved_tensors
-        needs_g, needs_w = _needs_grad(ctx)
+        needs_g, needs_w = needs_input_grad_now(ctx)
         return (
             _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if needs_g else None,
             _ConvWeightGrad.apply(x, g, w.shape, ctx.stride, ctx.padding) if needs_w else None,
@@ -91,7 +93,7 @@ class _ConvWeightGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, None, None, None]:
         (w,), (x, g) = gradients, ctx.saved_tensors
-        needs_x, needs_g = _needs_grad(ctx)
+        needs_x, needs_g = needs_input_grad_now(ctx)
         return (
             _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
             _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if needs_g else None,
@@ -99,18 +101,6 @@ class _ConvWeightGrad(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _needs_grad(ctx: Any) -> list[bool]:
-    """Which inputs the way back that is being gone leads to: the images' gradient alone does not need the weights'."""
-    needed = []
-    for node, _ in ctx.next_functions:
-        try:
-            needed.append(node is not None and torch._C._will_engine_execute_node(node))
-        except RuntimeError:
-            # PyTorch does not say so of a leaf that `torch.autograd.grad` was asked for.
-            needed.append(True)
-    return needed
 
 
 def _conv(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.losses.entropy import bit_statistics, bitwise_codebook_entropy, grouped_codebook_entropy
+from bsq_ray.models.quantizers.entropy import bit_statistics, bitwise_codebook_entropy, grouped_codebook_entropy
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 
 

@@ -1,7 +1,7 @@
-"""What a request must pass before anything is computed for it: token and host, room for its body, its turn.
+"""Authentication and admission control: checks that a request passes before anything is computed for it.
 
-request ─token, host?─▶ body, as it arrives ─size, time, memory?─▶ turn ─free?─▶ work
-401, 403 ◀──┘                 413, 408, 429 ◀──┘            429 ◀──┘
+request ─token, host?─▶ body, as it arrives ─size, time, memory?─▶ slot ─free?─▶ work
+401, 403 ◀──┘                 413, 408, 429 ◀──┘             429 ◀──┘
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _MB = 1_000_000
 
 
 def hash_token(token: str) -> str:
-    """What is kept of a token."""
+    """Return the SHA-256 hash of a token, in hexadecimal; the token itself is not stored."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Return whether only this node can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -36,12 +36,12 @@ def is_loopback(host: str) -> bool:
 
 
 class AdmissionControl:
-    """Admits requests to one replica of the front.
+    """Admits requests to one replica of the ingress.
 
     Args:
-        limits: what they may cost.
-        token_digest: `digest` of the bearer token they must carry; None admits everyone.
-        loopback: whether only this machine can reach the service, so that without a token they must be meant for it.
+        limits: limits of requests.
+        token_hash: `hash_token` of the bearer token that requests must carry; None accepts every request.
+        loopback_only: only this node can reach the service. Without a token, requests must then name a loopback host.
     """
 
     def __init__(self, limits: Limits, token_hash: str | None, loopback_only: bool) -> None:
@@ -50,27 +50,27 @@ class AdmissionControl:
         self._num_active = 0
 
     def authenticate(self, request: Request) -> None:
-        """Refuses a request without the token, or one that a foreign page makes this machine's browser send.
+        """Reject a request without the token, or one that a foreign page sends through this node's browser.
 
         Raises:
-            Refused: 401; 403 the host that is asked for is another one.
+            ApiError: 401 missing or wrong token; 403 the Host header names another host.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if self._token_hash is None:
             if self._loopback_only and not is_loopback(_requested_host(request)):
                 raise ApiError(
-                    403, "this service has no token and takes requests to localhost, 127.0.0.1 or [::1] only"
+                    403, "the service has no token, so it accepts requests to localhost, 127.0.0.1 or [::1] only"
                 )
             return
         if scheme.lower() != "bearer" or not hmac.compare_digest(hash_token(token.strip()), self._token_hash):
-            raise ApiError(401, "the request needs the header 'Authorization: Bearer TOKEN' with this service's token")
+            raise ApiError(401, "missing or wrong token; send the header 'Authorization: Bearer TOKEN'")
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """The time in which a request is worked on.
+        """Occupy a request slot while the block runs.
 
         Raises:
-            Refused: 429 too many are under way.
+            ApiError: 429 all slots are occupied.
         """
         if self._num_active >= self._limits.max_ongoing_requests:
             raise too_many_requests()
@@ -82,13 +82,14 @@ class AdmissionControl:
 
     @asynccontextmanager
     async def read_body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, cut off as soon as it is too large or too slow; its memory counts until the block is left.
+        """Yield the body; its memory counts towards the limit until the block ends.
 
         Raises:
-            Refused: 413, 408; 429 the bodies of other requests take all the memory; 400 its sender went away.
+            ApiError: 413 too large, 408 too slow, 429 no memory for further bodies, 400 the client disconnected. The
+                body is not read any further.
         """
         limits, body = self._limits, bytearray()
-        too_large = ApiError(413, f"the body is larger than the {limits.max_body_mb:g} MB that are taken")
+        too_large = ApiError(413, f"the body exceeds {limits.max_body_mb:g} MB; send a smaller file")
         declared_length = request.headers.get("content-length", "")
         if declared_length.isdecimal() and int(declared_length) > limits.max_body_mb * _MB:
             raise too_large
@@ -105,13 +106,13 @@ class AdmissionControl:
         except TimeoutError:
             raise ApiError(408, f"the body did not arrive within {limits.upload_timeout_s:g} s") from None
         except ClientDisconnect:
-            raise ApiError(400, "the body did not arrive") from None
+            raise ApiError(400, "the client disconnected before the body arrived") from None
         finally:
             self._buffered_bytes -= len(body)
 
 
 def _requested_host(request: Request) -> str:
-    """The host that the sender has asked for, without its port; a page's name can be made to lead to any address."""
+    """Return the Host header without its port: DNS rebinding can make a page's name resolve to this node."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:

@@ -1,15 +1,15 @@
-"""Answers on their way to clients, and what those that read slowly may hold of them.
+"""Response backpressure: bounded memory for responses that slow clients are still reading.
 
-    replica ─answer, whole─▶ room for it? ─piece by piece, each after the one before was taken─▶ client
-                        429 ◀──┘                                             dropped ◀──┘ not in time
+    replica ─whole response─▶ memory left? ─chunk by chunk, each after the client has read the one before─▶ client
+                        429 ◀──┘                                             dropped on timeout ◀──┘
 
-It runs in Ray Serve's proxy, to which the clients are connected: the replica is done long before they have read.
+It runs in Ray Serve's proxy, which holds the connections. The replica is free long before a slow client has read.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+from asyncio import timeout
 from collections.abc import Iterator
 
 from starlette.middleware import Middleware
@@ -18,20 +18,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bsq_ray.serving.errors import response_memory_exhausted
 from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, prefetched_bytes
-from bsq_ray.serving.service_config import MAX_RESPONSE_MB_VARIABLE
+from bsq_ray.serving.service_config import MAX_RESPONSE_MB_VARIABLE, PREFETCH_BODIES_VARIABLE
 
 _MB = 1_000_000
-# Bytes that are given to the connection at once; it waits when it holds as much.
+# Bytes passed to the connection at a time; the connection buffers as much before it blocks.
 _CHUNK_BYTES = 2**16
 
 
 class ResponseBackpressureMiddleware:
-    """An ASGI application whose answers take bounded memory while they are read.
+    """Bounds the memory of all responses that clients are reading.
 
     Args:
-        answers_mb: of all answers that are being read, with the small bodies of their requests; a single one may be
-            larger.
-        seconds: for a client to take 64 KB; then the rest of its answer is dropped.
+        max_response_mb: MB of all responses in progress and the prefetched bodies of their requests. A single response
+            may be larger.
+        timeout_s: time for a client to read 64 KB; after it the rest of the response is dropped.
     """
 
     def __init__(self, app: ASGIApp, max_response_mb: float, timeout_s: float = 30.0) -> None:
@@ -39,7 +39,7 @@ class ResponseBackpressureMiddleware:
         self._buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Carries out one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -47,7 +47,7 @@ class ResponseBackpressureMiddleware:
         is_closed, body_bytes = False, prefetched_bytes(scope)
 
         async def send_with_timeout(message: Message) -> None:
-            async with asyncio.timeout(self._timeout_s):
+            async with timeout(self._timeout_s):
                 await send(message)
 
         async def send_in_chunks(message: Message) -> None:
@@ -55,7 +55,7 @@ class ResponseBackpressureMiddleware:
             if is_closed:
                 return
             if message["type"] == "http.response.start":
-                # The status is not sent before it is known that there is room for the answer.
+                # Deferred until the size of the first part is known, because the status may become 429.
                 start = message
                 return
             num_bytes = len(message.get("body", b"")) + body_bytes
@@ -92,10 +92,10 @@ def _chunks(message: Message) -> Iterator[Message]:
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray Serve's proxies put around the service, which they find by the name of this function.
+    """Return the middlewares of Ray Serve's proxies, which find this function by its name in an environment variable.
 
     Raises:
-        ValueError: the environment's limit is no number of MB above 0.
+        ValueError: the limit in the environment is not a number of MB above 0.
     """
     text = os.environ.get(MAX_RESPONSE_MB_VARIABLE, "512")
     try:
@@ -104,4 +104,7 @@ def middlewares() -> list[Middleware]:
         megabytes = 0
     if not megabytes > 0:
         raise ValueError(f"{MAX_RESPONSE_MB_VARIABLE}={text}: give a number of MB above 0")
-    return [Middleware(ResponseBackpressureMiddleware, max_response_mb=megabytes), Middleware(PrefetchBodyMiddleware)]
+    backpressure = [Middleware(ResponseBackpressureMiddleware, max_response_mb=megabytes)]
+    if os.environ.get(PREFETCH_BODIES_VARIABLE, "1") == "0":
+        return backpressure
+    return [*backpressure, Middleware(PrefetchBodyMiddleware)]

@@ -1,6 +1,6 @@
-"""Image files that strangers send: recognised, bounded and decoded; and pixels back to files.
+"""Untrusted image files: detection, size limits and decoding; and encoding of results.
 
-The file itself says what it is; only formats that Pillow decodes without outside programs are tried.
+The format is detected from the file itself. Only formats that Pillow decodes without external programs are tried.
 """
 
 from __future__ import annotations
@@ -10,54 +10,51 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, to_rgb
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, load_rgb
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 
-# Between frames of a drawn clip: tokens do not tell the rate of the videos they were learnt from.
+# Duration of a frame of a generated video; tokens do not contain the frame rate of the training videos.
 _FRAME_DURATION_MS = 40
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 
 def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
-    """Decodes an image file to RGB.
+    """Decode an image file to RGB.
 
     Args:
-        max_pixels: images with more are refused from their header, before anything is decoded.
-        short_side: a JPEG may be decoded at a fraction of its size, as `bsq_ray.data.transforms.decode_image` does.
+        max_pixels: an image with more pixels in its header is rejected before it is decoded.
+        short_side: size that the image is resized to later; a JPEG may be decoded at a fraction of its size.
 
     Raises:
-        Refused: 415 not an image, 413 too many pixels, 422 damaged.
+        ApiError: 415 not an image, 413 too many pixels, 422 damaged.
     """
     try:
-        # Pillow warns of large images and raises on larger ones; the limit here comes first.
+        # Pillow has a limit of its own, far above the usual `max_pixels`.
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError):
-            raise ApiError(413, f"the image has more than the {max_pixels} pixels that are taken") from None
+            raise ApiError(413, f"the image has more than {max_pixels} pixels; downscale it first") from None
         raise ApiError(
-            415, f"the body is not an image or video: {', '.join(IMAGE_FORMATS)}, {VIDEO_FORMAT_NAMES} are read"
+            415, f"the body is not an image or video; supported: {', '.join(IMAGE_FORMATS)}, {VIDEO_FORMAT_NAMES}"
         ) from None
     if image.width * image.height > max_pixels:
         raise ApiError(
-            413, f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are taken, shrink it first"
+            413, f"the image has {image.width} x {image.height} pixels, more than {max_pixels}; downscale it first"
         )
     try:
-        if short_side is not None and image.format == "JPEG":
-            factor = 2 * short_side / min(image.size)
-            image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
-        return to_rgb(image)
+        return load_rgb(image, short_side)
     except DECODE_ERRORS as error:
         raise ApiError(422, f"the image is damaged: {decode_error_text(error)}") from None
 
 
 def png_from_pixels(pixels_CHW: np.ndarray) -> bytes:
-    """A PNG of uint8 pixels (3, H, W)."""
+    """Encode uint8 pixels (3, H, W) as PNG."""
     return png_from_image(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))))
 
 
 def webp_from_frames(pixels_CTHW: np.ndarray) -> bytes:
-    """An animated WebP of the uint8 frames of a clip (3, T, H, W), nothing lost."""
+    """Encode uint8 frames (3, T, H, W) as an animated, lossless WebP."""
     first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels_CTHW.transpose(1, 2, 3, 0))
     file = io.BytesIO()
     first.save(
@@ -67,7 +64,7 @@ def webp_from_frames(pixels_CTHW: np.ndarray) -> bytes:
 
 
 def png_from_image(image: Image.Image) -> bytes:
-    """A PNG, packed quickly rather than tightly."""
+    """Encode an image as PNG, with fast compression."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()

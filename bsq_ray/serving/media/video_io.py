@@ -1,7 +1,7 @@
-"""Video files that strangers send: recognised, bounded and decoded frame by frame; and frames back to files.
+"""Untrusted video files: detection, size limits and decoding frame by frame; and encoding of results.
 
-Only containers that say in their first bytes what they are, and what streams they hold, are opened, each by its own
-reader: FFmpeg never looks for one, and none of these follows addresses that a file names. It works in a process apart.
+Only containers with a signature in their first bytes are opened, each with its own demuxer. FFmpeg never guesses a
+format, and none of these demuxers follows URLs in a file. Decoding runs in a subprocess.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ from fractions import Fraction
 import numpy as np
 
 from bsq_ray.media.color import Color
-from bsq_ray.media.video_files import TooLargeError, VideoStream, write_video
+from bsq_ray.media.video_reader import TooLargeError, VideoStream
+from bsq_ray.media.video_writer import write_video
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_sandbox import read_video_sandboxed
 from bsq_ray.serving.service_config import Limits
 
-# What answers can be: media types, and FFmpeg's names of them.
+# Media types of responses, and their names in FFmpeg.
 MP4, MKV = "video/mp4", "video/x-matroska"
 _FFMPEG_FORMATS = {MP4: "mp4", MKV: "matroska"}
-# What is read, in words.
+# Supported formats, for messages.
 VIDEO_FORMAT_NAMES = "MP4, MOV, 3GP, MKV, WebM, AVI, Ogg and WMV"
-# What begins with these bytes is a video: place of the bytes, the bytes, FFmpeg's name.
+# Signatures of video containers: offset, bytes, name in FFmpeg.
 _CONTAINER_SIGNATURES = (
     (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"OggS", "ogg"), (0, b"\x30\x26\xb2\x75", "asf"),
     (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"ftyp", "mov"),
 )  # fmt: skip
-# Images in the container of MP4.
+# Brands of images that use the MP4 container.
 _IMAGE_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix")
 
 
 def is_video(data: bytes) -> bool:
-    """Whether a body is a video file."""
+    """Return whether a body is a video file."""
     return _detect_container(data) is not None
 
 
 def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int = 1) -> VideoStream:
-    """Opens a video; its frames are decoded as they are taken, and end with a refusal at the limit.
+    """Open a video, whose frames are decoded while they are iterated.
 
     Args:
-        least: pixels that each frame counts as at least.
+        data: a file for which `is_video` is true.
+        min_pixels_per_frame: pixels that a frame counts as at least.
 
     Raises:
-        Refused: 413 too many pixels, 422 damaged; while frames are taken, too.
+        ApiError: 413 too many pixels, 422 damaged; also while frames are iterated.
     """
     container = _detect_container(data)
     assert container is not None
@@ -59,27 +61,26 @@ def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int =
 
 
 def check_total_pixels(num_frames: int, pixels_per_frame: int, limits: Limits) -> None:
-    """Refuses a clip that is too long.
-
-    Args:
-        pixels: of a frame.
+    """Reject a video that is too long.
 
     Raises:
-        Refused: 413.
+        ApiError: 413 too many pixels in all frames.
     """
     if num_frames * pixels_per_frame > limits.max_video_pixels:
         raise ApiError(
             413,
-            f"the video has more than the {limits.max_video_pixels} pixels in all its frames that are taken; shorten or "
-            "shrink it first",
+            f"the video has more than {limits.max_video_pixels} pixels in all frames; shorten or downscale it first",
         )
 
 
 def encode_video_file(frames: Iterable[np.ndarray], media_type: str, rate: Fraction, color: Color) -> tuple[bytes, int]:
-    """A video file of frames, uint8 (H, W, 3), and how many there were.
+    """Encode frames, uint8 (H, W, 3), as a video file; return it and the number of frames.
+
+    Args:
+        rate: frames per second.
 
     Raises:
-        Refused: 422 there is no such video; or what taking the frames raises.
+        ApiError: 422 the frames cannot be encoded. Errors of `frames` propagate.
     """
     file = io.BytesIO()
     try:
@@ -90,7 +91,7 @@ def encode_video_file(frames: Iterable[np.ndarray], media_type: str, rate: Fract
 
 
 def negotiate_media_type(accept: str, default: str) -> str:
-    """The media type that an Accept header names, or the default."""
+    """Return the first supported media type of an Accept header, or the default."""
     accepted = [kind for kind in _FFMPEG_FORMATS if kind in accept]
     return min(accepted, key=accept.index) if accepted else default
 

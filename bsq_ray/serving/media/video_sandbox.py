@@ -1,8 +1,10 @@
-"""Videos that strangers send, decoded in a process of their own: what a hostile file does to FFmpeg ends with that.
+"""Decoding of untrusted videos in a subprocess with limited memory and time.
 
-    body ─file─▶ read_video ─stdout─▶ what the file says, frames one by one, how it ended
+    service ─body in a temporary file─▶ subprocess: read_video ─stdout─▶ service
 
-The index of an MP4 of a thousand bytes can ask for gigabytes or for hours, and FFmpeg itself has no limit for either.
+    stdout: header (JSON line), frames (height, width, pixels), 0 x 0 frame, final status (JSON line)
+
+The index of an MP4 of a thousand bytes can request gigabytes or hours, and FFmpeg limits neither.
 """
 
 from __future__ import annotations
@@ -23,23 +25,25 @@ from typing import IO, Any
 import numpy as np
 
 from bsq_ray.media.color import Color
-from bsq_ray.media.video_files import TooLargeError, VideoStream, read_video
+from bsq_ray.media.video_reader import TooLargeError, VideoStream, read_video
 
-# Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
+# Memory limit of the subprocess: a constant, and a part per pixel of the largest frame; decoders keep many frames.
 _BASE_MEMORY_BYTES, _MEMORY_BYTES_PER_PIXEL = 2**30, 64
 _FRAME_HEADER = struct.Struct("<II")
 _SUBPROCESS_CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
 
 
 def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s: float) -> VideoStream:
-    """As `read_video`; its process ends with the frames, when they are closed, or when the time is up.
+    """Open a video as `read_video` does, in a subprocess that ends with the frames or when they are closed.
 
     Args:
-        seconds: until the last frame is taken.
+        container: name of the container in FFmpeg.
+        max_pixels: maximum number of pixels of a frame.
+        timeout_s: time until the last frame must be decoded; the subprocess is killed after it.
 
     Raises:
-        TooLarge: its frames are too large; while frames are taken, too.
-        ValueError: it cannot be read with this memory in this time; while frames are taken, too.
+        TooLargeError: a frame is too large; also while frames are iterated.
+        ValueError: the video cannot be decoded within these limits; also while frames are iterated.
     """
     messages = _decode_in_subprocess(data, container, max_pixels, timeout_s)
     header: dict[str, Any] = next(messages)
@@ -48,15 +52,15 @@ def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s
         Fraction(header["rate"]),
         header["count"],
         tuple(header["size"]),
-        Color(*header["colour"]),
-        header["sound"],
+        Color(*header["color"]),
+        header["has_sound"],
     )
 
 
 def _decode_in_subprocess(data: bytes, container: str, max_pixels: int, timeout_s: float) -> Generator[Any, None, None]:
-    """What the file says of itself, and then its frames."""
+    """Yield the header of the video, and then its frames."""
     arguments = [sys.executable, "-P", "-c", _SUBPROCESS_CODE, container, str(max_pixels), str(timeout_s)]
-    # Threads reserve memory that they never touch, and the limit would count it.
+    # Threads reserve memory that they never use, and the limit counts it.
     low_memory_env = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     environment = {**os.environ, **low_memory_env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryFile() as body:
@@ -75,18 +79,18 @@ def _decode_in_subprocess(data: bytes, container: str, max_pixels: int, timeout_
 
 
 def _read_status(file: IO[bytes]) -> dict[str, Any]:
-    """A line of JSON; raises what it says."""
+    """Read a status line of the subprocess; raise the error that it contains."""
     line = file.readline()
     if not line.endswith(b"\n"):
-        raise ValueError("decoding it takes more memory or time than a request has")
+        raise ValueError("decoding exceeds the memory or time limit of a request")
     status: dict[str, Any] = json.loads(line)
     if error := status.get("error"):
-        raise TooLargeError(error) if status["large"] else ValueError(error)
+        raise TooLargeError(error) if status["is_too_large"] else ValueError(error)
     return status
 
 
 def _read_frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
-    """The next frame (H, W, 3); None after the last one, or where the process has ended."""
+    """Read the next frame (H, W, 3); None after the last one, or if the subprocess has ended."""
     shape = file.read(_FRAME_HEADER.size)
     height, width = _FRAME_HEADER.unpack(shape) if len(shape) == _FRAME_HEADER.size else (0, 0)
     if not 0 < height * width <= max_pixels:
@@ -96,9 +100,9 @@ def _read_frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
 
 
 def main() -> None:
-    """What the process runs."""
+    """Decode the video on stdin to stdout: the entry point of the subprocess."""
     container, max_pixels, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    # The system ends it then, whatever FFmpeg is at, and even if whoever waits is gone.
+    # The kernel kills the process then, also within a call of FFmpeg, and also if the service is gone.
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     memory_limit_bytes = _BASE_MEMORY_BYTES + _MEMORY_BYTES_PER_PIXEL * max_pixels
     # Not every system has this limit.
@@ -108,16 +112,16 @@ def main() -> None:
     final_status: dict[str, Any] = {}
     try:
         video = read_video(sys.stdin.buffer, container, max_pixels)
-        header = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "colour": video.color}
-        out.write(json.dumps({**header, "sound": video.has_audio}).encode() + b"\n")
+        header = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "color": video.color}
+        out.write(json.dumps({**header, "has_sound": video.has_audio}).encode() + b"\n")
         header_written = True
         for frame in video.frames:
             out.write(_FRAME_HEADER.pack(*frame.shape[:2]))
             out.write(frame.data)
     except ValueError as error:
-        final_status = {"error": str(error), "large": isinstance(error, TooLargeError)}
+        final_status = {"error": str(error), "is_too_large": isinstance(error, TooLargeError)}
     except MemoryError:
-        # Nothing is said: whoever waits knows what that means.
+        # The service recognizes the missing status line.
         os._exit(1)
     out.write((_FRAME_HEADER.pack(0, 0) if header_written else b"") + json.dumps(final_status).encode() + b"\n")
     out.flush()

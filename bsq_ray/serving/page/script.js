@@ -1,309 +1,313 @@
-// The page: asks the service's own HTTP interface and shows what it answers.
+// The page: sends requests to the HTTP API of its own service and displays the responses.
 
-const at = (id) => document.getElementById(id);
-// Larger photographs are shrunk here, so that measuring them takes seconds.
-const LONGEST_SIDE = 640;
+const byId = (id) => document.getElementById(id);
+// Larger photos are downscaled before upload, so that measuring them takes seconds.
+const MAX_SIDE = 640;
 
-class Refusal extends Error {
+class ApiError extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
-async function ask(path, options = {}) {
+async function request(path, options = {}) {
   const token = sessionStorage.getItem("token");
   const headers = { ...options.headers, ...(token ? { Authorization: `Bearer ${token}` } : {}) };
-  const answer = await fetch(path, { ...options, headers }).catch((error) => {
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
     if (error.name === "AbortError") throw error;
-    throw new Refusal(0, "the service does not answer");
+    throw new ApiError(0, "the service does not respond");
   });
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({}));
-  throw new Refusal(answer.status, told.error ?? `the service answers ${answer.status}`);
+  if (response.ok) return response;
+  const body = await response.json().catch(() => ({}));
+  throw new ApiError(response.status, body.error ?? `the service returned status ${response.status}`);
 }
 
-function say(id, text, fault = false) {
-  at(id).textContent = text;
-  at(id).classList.toggle("fault", fault);
+function setStatus(id, text, isError = false) {
+  byId(id).textContent = text;
+  byId(id).classList.toggle("fault", isError);
 }
 
 // Models -------------------------------------------------------------------------------------------------------------
 
 let models = [];
 
-async function begin() {
+async function loadModels() {
   try {
-    ({ models } = await (await ask("/v1/models")).json());
-  } catch (refusal) {
-    at("access").hidden = refusal.status !== 401;
-    if (refusal.status === 401) at("token").focus();
-    else setTimeout(begin, 2000);
+    ({ models } = await (await request("/v1/models")).json());
+  } catch (error) {
+    byId("access").hidden = error.status !== 401;
+    if (error.status === 401) byId("token").focus();
+    else setTimeout(loadModels, 2000);
     return;
   }
-  at("access").hidden = true;
-  offer("compress", "codec", new Option("the first that suits the file", ""));
-  offer("generate", "drawer");
-  at("codec-row").hidden = at("codec").options.length < 3;
-  // What has been typed stays while other models are still being loaded.
-  if (at("drawer").value !== shownDrawer) showClasses();
-  if (models.some((model) => !model.ready)) setTimeout(begin, 2000);
+  byId("access").hidden = true;
+  updateModelSelect("compress", "codec", new Option("automatic, by file type", ""));
+  updateModelSelect("generate", "generator");
+  byId("codec-row").hidden = byId("codec").options.length < 3;
+  // Input stays while other models are still loading.
+  if (byId("generator").value !== selectedGenerator) showClasses();
+  if (models.some((model) => !model.ready)) setTimeout(loadModels, 2000);
 }
 
-function offer(request, select, ...others) {
-  const able = models.filter((model) => model.ready && model.offers.includes(request));
-  const chosen = at(select).value;
-  at(select).replaceChildren(...others, ...able.map((model) => new Option(model.name, model.name)));
-  if (able.some((model) => model.name === chosen)) at(select).value = chosen;
-  at(request).hidden = able.length === 0;
+// Sections have the names of capabilities as their ids.
+function updateModelSelect(capability, select, ...otherOptions) {
+  const capable = models.filter((model) => model.ready && model.capabilities.includes(capability));
+  const selected = byId(select).value;
+  byId(select).replaceChildren(...otherOptions, ...capable.map((model) => new Option(model.name, model.name)));
+  if (capable.some((model) => model.name === selected)) byId(select).value = selected;
+  byId(capability).hidden = capable.length === 0;
 }
 
-at("access").addEventListener("submit", (event) => {
+byId("access").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem("token", at("token").value.trim());
-  begin();
+  sessionStorage.setItem("token", byId("token").value.trim());
+  loadModels();
 });
 
-// Compressing --------------------------------------------------------------------------------------------------------
+// Compression --------------------------------------------------------------------------------------------------------
 
-const bytes = (count) => (count < 10000 ? `${count}` : `${Math.round(count / 100) / 10} k`);
-const urls = new Map();
-let turn = 0;
+const formatBytes = (count) => (count < 10000 ? `${count}` : `${Math.round(count / 100) / 10} k`);
+const objectUrls = new Map();
+// Responses to any but the latest request are discarded.
+let latestRequest = 0;
 
-function show(id, attribute, blob) {
-  if (urls.has(id)) URL.revokeObjectURL(urls.get(id));
-  urls.set(id, URL.createObjectURL(blob));
-  at(id)[attribute] = urls.get(id);
+function setObjectUrl(id, attribute, blob) {
+  if (objectUrls.has(id)) URL.revokeObjectURL(objectUrls.get(id));
+  objectUrls.set(id, URL.createObjectURL(blob));
+  byId(id)[attribute] = objectUrls.get(id);
 }
 
-function facts(entries) {
-  at("facts").replaceChildren(...entries.map(([name, value]) => {
+function showMetrics(entries) {
+  byId("metrics").replaceChildren(...entries.map(([name, value]) => {
     const entry = document.createElement("div");
-    for (const [kind, text] of [["dt", name], ["dd", value]]) {
-      entry.append(Object.assign(document.createElement(kind), { textContent: text }));
+    for (const [tag, text] of [["dt", name], ["dd", value]]) {
+      entry.append(Object.assign(document.createElement(tag), { textContent: text }));
     }
     return entry;
   }));
 }
 
-async function prepared(file) {
-  const picture = await createImageBitmap(file).catch(() => null);
-  // The service looks at the file itself; a type that the browser guessed from the name would only mislead.
-  if (!picture) return { blob: new Blob([file]), scaled: false, visible: false };
-  const factor = LONGEST_SIDE / Math.max(picture.width, picture.height);
+async function prepareUpload(file) {
+  const bitmap = await createImageBitmap(file).catch(() => null);
+  // The service detects the format itself; the browser guesses a type from the name, which can be wrong.
+  if (!bitmap) return { blob: new Blob([file]), isScaled: false, isVisible: false };
+  const factor = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
   const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(picture.width * Math.min(1, factor)));
-  canvas.height = Math.max(1, Math.round(picture.height * Math.min(1, factor)));
+  canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, factor)));
+  canvas.height = Math.max(1, Math.round(bitmap.height * Math.min(1, factor)));
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
-  // What is transparent becomes white, as in the service.
+  // Transparent pixels become white, as in the service.
   context.fillStyle = "white";
   context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
-  return { blob, scaled: factor < 1, visible: true, size: `${canvas.width} × ${canvas.height}` };
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return { blob, isScaled: factor < 1, isVisible: true, size: `${canvas.width} × ${canvas.height}` };
 }
 
-async function open(file) {
-  const mine = ++turn;
-  at("result").hidden = true;
-  at("sizes").hidden = true;
-  for (const id of ["source", "clip"]) at(id).pause();
+async function openUpload(file) {
+  const requestId = ++latestRequest;
+  byId("result").hidden = true;
+  byId("sizes").hidden = true;
+  for (const id of ["original-video", "decoded-video"]) byId(id).pause();
   try {
-    if (new TextDecoder().decode(await file.slice(0, 4).arrayBuffer()) === "BSQ1") await openFile(file, mine);
-    else await openOriginal(file, mine);
-  } catch (refusal) {
-    if (mine === turn) say("compress-status", `That did not work: ${refusal.message}.`, true);
+    const signature = new TextDecoder().decode(await file.slice(0, 4).arrayBuffer());
+    if (signature === "BSQ1") await openBsqFile(file, requestId);
+    else await openOriginal(file, requestId);
+  } catch (error) {
+    if (requestId === latestRequest) setStatus("compress-status", `Error: ${error.message}.`, true);
   }
 }
 
-// A clip as the browser plays it; an image is a PNG.
-const decompressed = (file) => ask("/v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
+// Browsers cannot play the default video format. An image is a PNG.
+const decompress = (file) => request("/v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
 
-async function openFile(file, mine) {
-  say("compress-status", "Decompressing …");
-  const answer = await decompressed(file);
-  const shown = await answer.blob();
-  if (mine !== turn) return;
-  await present(shown, null, file, answer.headers);
-  say("compress-status", `${file.name ?? "The file"}, written with the model ${answer.headers.get("X-Model")}.`);
+async function openBsqFile(file, requestId) {
+  setStatus("compress-status", "Decompressing …");
+  const response = await decompress(file);
+  const decoded = await response.blob();
+  if (requestId !== latestRequest) return;
+  await showResult(decoded, null, file, response.headers);
+  setStatus("compress-status", `${file.name ?? "The file"}, written with the model ${response.headers.get("X-Model")}.`);
 }
 
-async function openOriginal(file, mine) {
-  say("compress-status", file.type.startsWith("video/") ? "Compressing … a video takes its time." : "Compressing …");
-  const { blob, scaled, visible, size } = await prepared(file);
-  const chosen = at("codec").value;
-  const answer = await ask(`/v1/compress${chosen && `?model=${encodeURIComponent(chosen)}`}`, { method: "POST", body: blob });
-  const compressed = await answer.blob();
-  const isClip = answer.headers.has("X-Frames");
-  if (isClip && mine === turn) say("compress-status", "Decompressing …");
-  const shown = await (await decompressed(compressed)).blob();
-  if (mine !== turn) return;
-  await present(shown, isClip ? file : visible ? blob : null, compressed, answer.headers);
-  if (isClip) {
-    const share = compressed.size / file.size;
-    say("compress-status", `Done with the model ${answer.headers.get("X-Model")}: ${share < 0.995 ? `${(100 * share).toFixed(1)} %` : `${share.toFixed(2)} times the size`} of the original file.`);
+async function openOriginal(file, requestId) {
+  setStatus("compress-status", file.type.startsWith("video/") ? "Compressing … videos take longer than images." : "Compressing …");
+  const { blob, isScaled, isVisible, size } = await prepareUpload(file);
+  const selected = byId("codec").value;
+  const response = await request(`/v1/compress${selected && `?model=${encodeURIComponent(selected)}`}`, { method: "POST", body: blob });
+  const compressed = await response.blob();
+  const isVideo = response.headers.has("X-Frames");
+  if (isVideo && requestId === latestRequest) setStatus("compress-status", "Decompressing …");
+  const decoded = await (await decompress(compressed)).blob();
+  if (requestId !== latestRequest) return;
+  await showResult(decoded, isVideo ? file : isVisible ? blob : null, compressed, response.headers);
+  const model = response.headers.get("X-Model");
+  if (isVideo) {
+    const ratio = compressed.size / file.size;
+    const relativeSize = ratio < 0.995 ? `${(100 * ratio).toFixed(1)} %` : `${ratio.toFixed(2)} times the size`;
+    setStatus("compress-status", `Done with the model ${model}: ${relativeSize} of the original file.`);
     return;
   }
-  say("compress-status", `${scaled ? `Shrunk to ${size} pixels first. ` : ""}Measuring …`);
-  const measuring = `/v1/measure?model=${encodeURIComponent(answer.headers.get("X-Model"))}`;
-  const figures = await (await ask(measuring, { method: "POST", body: blob })).json();
-  if (mine !== turn) return;
-  facts([...rates(compressed, answer.headers), ["PSNR", `${figures.psnr.toFixed(2)} dB`], ["LPIPS", figures.lpips.toFixed(3)]]);
-  compareSizes(figures);
-  say("compress-status", scaled ? `Shrunk to ${size} pixels first.` : "Done.");
+  setStatus("compress-status", `${isScaled ? `Downscaled to ${size} pixels. ` : ""}Measuring …`);
+  const report = await (await request(`/v1/measure?model=${encodeURIComponent(model)}`, { method: "POST", body: blob })).json();
+  if (requestId !== latestRequest) return;
+  showMetrics([...rateEntries(compressed, response.headers), ["PSNR", `${report.psnr.toFixed(2)} dB`], ["LPIPS", report.lpips.toFixed(3)]]);
+  compareSizes(report);
+  setStatus("compress-status", isScaled ? `Downscaled to ${size} pixels.` : "Done.");
 }
 
-const rates = (file, headers) => [
+const rateEntries = (file, headers) => [
   ["bits", (8 * file.size).toLocaleString("en")],
   ["bits per pixel", Number(headers.get("X-Bits-Per-Pixel")).toFixed(3)],
-  ["bytes", bytes(file.size)],
+  ["bytes", formatBytes(file.size)],
   ...(headers.has("X-Frames") ? [["frames", headers.get("X-Frames")]] : []),
 ];
 
-async function present(shown, original, file, headers) {
-  const isClip = headers.has("X-Frames");
-  at("clips").hidden = !isClip;
-  at("picture").hidden = isClip;
-  if (isClip) presentClip(shown, original);
-  else await presentPicture(shown, original);
-  show("download", "href", new Blob([file], { type: "application/x-bsq" }));
-  at("download").download = isClip ? "clip.bsq" : "image.bsq";
-  facts(rates(file, headers));
-  at("result").hidden = false;
+async function showResult(decoded, original, file, headers) {
+  const isVideo = headers.has("X-Frames");
+  byId("videos").hidden = !isVideo;
+  byId("image-comparison").hidden = isVideo;
+  if (isVideo) showVideos(decoded, original);
+  else await showImages(decoded, original);
+  setObjectUrl("download", "href", new Blob([file], { type: "application/x-bsq" }));
+  byId("download").download = isVideo ? "clip.bsq" : "image.bsq";
+  showMetrics(rateEntries(file, headers));
+  byId("result").hidden = false;
 }
 
-async function presentPicture(shown, original) {
-  show("shown", "src", shown);
-  at("compare").classList.toggle("alone", original === null);
-  at("slider-help").hidden = original === null;
-  if (original) show("original", "src", original);
-  await at("shown").decode();
-  // Small pictures are shown at twice their size, never wider than the page.
-  const width = at("shown").naturalWidth;
-  at("compare").style.width = `${width < 420 ? 2 * width : width}px`;
-  slide(50);
+async function showImages(decoded, original) {
+  setObjectUrl("decoded", "src", decoded);
+  byId("compare").classList.toggle("alone", original === null);
+  byId("slider-help").hidden = original === null;
+  if (original) setObjectUrl("original", "src", original);
+  await byId("decoded").decode();
+  // Small images are displayed at twice their size, never wider than the page.
+  const width = byId("decoded").naturalWidth;
+  byId("compare").style.width = `${width < 420 ? 2 * width : width}px`;
+  moveSlider(50);
 }
 
-function presentClip(shown, original) {
-  // Whatever the browser cannot play is not shown.
-  at("source-part").hidden = original === null;
-  if (original) show("source", "src", original);
-  show("clip", "src", shown);
+function showVideos(decoded, original) {
+  byId("original-video-figure").hidden = original === null;
+  if (original) setObjectUrl("original-video", "src", original);
+  setObjectUrl("decoded-video", "src", decoded);
 }
 
-at("source").addEventListener("error", () => { at("source-part").hidden = true; });
-for (const [one, other] of [["source", "clip"], ["clip", "source"]]) {
-  // What is done to one video happens to the other one, so that they show the same moment.
-  at(one).addEventListener("play", () => at(other).play().catch(() => {}));
-  at(one).addEventListener("pause", () => at(other).pause());
-  at(one).addEventListener("seeked", () => {
-    if (Math.abs(at(one).currentTime - at(other).currentTime) > 0.1) at(other).currentTime = at(one).currentTime;
+// A video that the browser cannot play is hidden.
+byId("original-video").addEventListener("error", () => { byId("original-video-figure").hidden = true; });
+for (const [one, other] of [["original-video", "decoded-video"], ["decoded-video", "original-video"]]) {
+  // Both videos play, pause and seek together, so that they display the same moment.
+  byId(one).addEventListener("play", () => byId(other).play().catch(() => {}));
+  byId(one).addEventListener("pause", () => byId(other).pause());
+  byId(one).addEventListener("seeked", () => {
+    if (Math.abs(byId(one).currentTime - byId(other).currentTime) > 0.1) byId(other).currentTime = byId(one).currentTime;
   });
 }
 
-function compareSizes({ equal, bytes: ours }) {
-  const row = (cells) => {
-    const line = document.createElement("tr");
-    line.append(...cells.map((text, place) => {
-      const cell = document.createElement(place ? "td" : "th");
-      if (!place) cell.scope = "row";
+function compareSizes({ equal, bytes: bsqBytes }) {
+  const makeRow = (cells) => {
+    const row = document.createElement("tr");
+    row.append(...cells.map((text, index) => {
+      const cell = document.createElement(index ? "td" : "th");
+      if (!index) cell.scope = "row";
       cell.textContent = text;
       return cell;
     }));
-    return line;
+    return row;
   };
-  const lines = [row(["this .bsq file", bytes(ours), ""])];
+  const rows = [makeRow(["this .bsq file", formatBytes(bsqBytes), ""])];
   for (const [metric, name] of [["lpips", "LPIPS"], ["psnr", "PSNR"]]) {
-    for (const [codec, found] of Object.entries(equal[metric])) {
+    for (const [codec, match] of Object.entries(equal[metric])) {
       const label = `${codec} of equal ${name}`;
-      if (found === null) lines.push(row([label, "–", "no quality is as good"]));
+      if (match === null) rows.push(makeRow([label, "–", "worse at its highest quality"]));
       else {
-        const ratio = `${(found.bytes / ours).toFixed(2)} ×`;
-        lines.push(row([label, bytes(found.bytes), found.better ? `${ratio}, its lowest quality is still better` : ratio]));
+        const ratio = `${(match.bytes / bsqBytes).toFixed(2)} ×`;
+        rows.push(makeRow([label, formatBytes(match.bytes), match.better ? `${ratio}, better at its lowest quality` : ratio]));
       }
     }
   }
-  at("rows").replaceChildren(...lines);
-  at("sizes").hidden = false;
+  byId("size-rows").replaceChildren(...rows);
+  byId("sizes").hidden = false;
 }
 
-function slide(value) {
-  at("slider").value = value;
-  at("slider").setAttribute("aria-valuetext", `${value} percent original`);
-  at("compare").style.setProperty("--at", `${value}%`);
+function moveSlider(percent) {
+  byId("slider").value = percent;
+  byId("slider").setAttribute("aria-valuetext", `${percent} percent original`);
+  byId("compare").style.setProperty("--at", `${percent}%`);
 }
 
-at("slider").addEventListener("input", (event) => slide(event.target.value));
-at("file").addEventListener("change", (event) => event.target.files[0] && open(event.target.files[0]));
+byId("slider").addEventListener("input", (event) => moveSlider(event.target.value));
+byId("file").addEventListener("change", (event) => event.target.files[0] && openUpload(event.target.files[0]));
 for (const name of ["dragover", "dragleave", "drop"]) {
-  // Anywhere on the page: a file dropped beside the field must not replace the page.
+  // Anywhere on the page: otherwise a file dropped outside the field would replace the page.
   window.addEventListener(name, (event) => {
     event.preventDefault();
-    at("drop").classList.toggle("over", name === "dragover");
-    if (name === "drop" && event.dataTransfer.files[0] && !at("compress").hidden) open(event.dataTransfer.files[0]);
+    byId("drop").classList.toggle("over", name === "dragover");
+    if (name === "drop" && event.dataTransfer.files[0] && !byId("compress").hidden) openUpload(event.dataTransfer.files[0]);
   });
 }
 
-// Drawing ------------------------------------------------------------------------------------------------------------
+// Generation ---------------------------------------------------------------------------------------------------------
 
-let drawing = null;
-let shownDrawer = "";
+let generationAbort = null;
+let selectedGenerator = "";
 
 function showClasses() {
-  shownDrawer = at("drawer").value;
-  const model = models.find(({ name }) => name === at("drawer").value);
-  const options = Array.from({ length: model.classes }, (_, number) => new Option(`class ${number}`, number));
-  at("class").replaceChildren(...options, new Option("any class", model.classes));
-  at("steps").value = model.steps;
-  at("guidance").value = model.guidance;
+  selectedGenerator = byId("generator").value;
+  const model = models.find(({ name }) => name === selectedGenerator);
+  const options = Array.from({ length: model.num_classes }, (_, label) => new Option(`class ${label}`, label));
+  byId("class").replaceChildren(...options, new Option("any class", model.num_classes));
+  byId("steps").value = model.steps;
+  byId("guidance").value = model.guidance_scale;
 }
 
-async function draw() {
-  drawing = new AbortController();
-  at("start").textContent = "Stop";
-  at("progress").hidden = false;
-  at("progress").removeAttribute("value");
-  say("draw-status", "Drawing …");
-  const number = (id) => (at(id).value === "" ? undefined : Number(at(id).value));
-  const wanted = { model: at("drawer").value, class: number("class"), steps: number("steps"), guidance: number("guidance"), seed: number("seed") };
+async function generate() {
+  generationAbort = new AbortController();
+  byId("start").textContent = "Stop";
+  byId("progress").hidden = false;
+  byId("progress").removeAttribute("value");
+  setStatus("generate-status", "Generating …");
+  const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
+  const body = { model: byId("generator").value, class: number("class"), steps: number("steps"), guidance_scale: number("guidance"), seed: number("seed") };
   try {
-    const answer = await ask("/v1/generate", { method: "POST", body: JSON.stringify(wanted), signal: drawing.signal });
+    const response = await request("/v1/generate", { method: "POST", body: JSON.stringify(body), signal: generationAbort.signal });
     let last = null;
-    for await (const line of lines(answer.body)) {
-      if (line.error) throw new Refusal(0, line.error);
-      at("drawn").src = line.image;
-      at("drawn").alt = `A picture of ${at("class").selectedOptions[0].text}, ${line.step} of ${line.steps} steps`;
-      at("drawn").hidden = false;
-      at("progress").max = line.steps;
-      at("progress").value = line.step;
+    for await (const line of ndjsonLines(response.body)) {
+      if (line.error) throw new ApiError(0, line.error);
+      byId("generated").src = line.image;
+      byId("generated").alt = `Image of ${byId("class").selectedOptions[0].text}, step ${line.step} of ${line.steps}`;
+      byId("generated").hidden = false;
+      byId("progress").max = line.steps;
+      byId("progress").value = line.step;
       last = line;
     }
-    if (!last || last.step < last.steps) throw new Refusal(0, "the answer ended early");
-    say("draw-status", `Drawn in ${last.steps} steps with the seed ${last.seed}.`);
-  } catch (refusal) {
-    if (refusal.name === "AbortError") say("draw-status", "Stopped.");
-    else say("draw-status", `That did not work: ${refusal.message}.`, true);
-    at("progress").hidden = true;
+    if (!last || last.step < last.steps) throw new ApiError(0, "the response ended early");
+    setStatus("generate-status", `Generated in ${last.steps} steps with seed ${last.seed}.`);
+  } catch (error) {
+    if (error.name === "AbortError") setStatus("generate-status", "Stopped.");
+    else setStatus("generate-status", `Error: ${error.message}.`, true);
+    byId("progress").hidden = true;
   }
-  drawing = null;
-  at("start").textContent = "Draw";
+  generationAbort = null;
+  byId("start").textContent = "Generate";
 }
 
-async function* lines(stream) {
+async function* ndjsonLines(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let buffered = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    const parts = (rest + value).split("\n");
-    rest = parts.pop();
+    const parts = (buffered + value).split("\n");
+    buffered = parts.pop();
     for (const part of parts) yield JSON.parse(part);
   }
 }
 
-at("drawer").addEventListener("change", showClasses);
-at("draw").addEventListener("submit", (event) => {
+byId("generator").addEventListener("change", showClasses);
+byId("generate-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (drawing) drawing.abort();
-  else draw();
+  if (generationAbort) generationAbort.abort();
+  else generate();
 });
 
-begin();
+loadModels();

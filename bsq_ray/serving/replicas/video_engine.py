@@ -1,11 +1,12 @@
-"""Clips of any length through the tokenizer, a few frames at a time, between the batches of other requests.
+"""Videos of any length through the tokenizer, a few frames at a time, between the batches of other requests.
 
     video file ─▶ frames ─▶ chunks ─encode─▶ tokens ─decode─▶ frames ─▶ video file
-    a process of the request        the thread that computes   a thread of the request
+    decoding subprocess             model thread               thread of the request
 
-Nothing but the answer grows with the clip. The tokens and pixels are those of `bsq-ray reconstruct`.
+Memory does not grow with the length of the video, except for the response. Tokens and pixels equal those of
+`bsq-ray reconstruct`.
 
-Shape suffixes: T frames of a chunk, N tokens, H and W pixels.
+Shape suffixes: T frames of a chunk, N tokens, b bytes of a packed token, H and W pixels.
 """
 
 from __future__ import annotations
@@ -24,26 +25,26 @@ from torch import Tensor
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.media.color import Color
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
+from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import Deadline
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
 from bsq_ray.serving.service_config import Limits
 
-# Calls a function where the model computes.
+# Calls a function in the model thread and returns its result.
 RunInModelThread = Callable[..., Any]
-# BT.709 as in most videos: tokens say nothing of their source's colours.
+# BT.709, as in most videos: tokens do not contain the color space of their source.
 _DEFAULT_COLOR = Color(1, 1, 1, 0)
 
 
 class VideoEngine:
-    """Clips to tokens and back.
+    """Converts videos to tokens and back.
 
     Args:
-        resize_filter: of the evaluation.
-        limits: of bodies that strangers send.
+        resize_filter: interpolation of the evaluation.
+        limits: limits of requests.
     """
 
     def __init__(self, tokenizer: Tokenizer, resize_filter: Any, limits: Limits, device: str) -> None:
@@ -53,10 +54,10 @@ class VideoEngine:
         self._chunk_frames = frames_per_chunk(model_config)
 
     def encode(self, data: bytes, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
-        """The tokens of a video file.
+        """Return the tokens of a video file.
 
         Raises:
-            Refused: see `read_clip`; 503 when its time is up.
+            ApiError: see `read_uploaded_video`; 503 the deadline passed.
         """
         video, encoder = read_uploaded_video(data, self._limits, self._image_size**2), clip_encoder(self._tokenizer)
         packed = [
@@ -78,10 +79,13 @@ class VideoEngine:
         run_in_model_thread: RunInModelThread,
         deadline: Deadline,
     ) -> MediaFile:
-        """The video of packed tokens (N, bytes).
+        """Return the video of packed tokens (T * N, b).
+
+        Args:
+            rate: frames per second.
 
         Raises:
-            Refused: 413 it would be too long, 503 when its time is up.
+            ApiError: 413 the video would be too long, 503 the deadline passed.
         """
         frames_TNb = packed.reshape(-1, self._grid_size**2, packed.shape[1])
         check_total_pixels(len(frames_TNb), self._image_size**2, self._limits)
@@ -97,10 +101,10 @@ class VideoEngine:
     def reconstruct(
         self, data: bytes, media_type: str, run_in_model_thread: RunInModelThread, deadline: Deadline
     ) -> MediaFile:
-        """What is left of a video file.
+        """Encode and decode a video file; return the video and its PSNR.
 
         Raises:
-            Refused: as `encode`.
+            ApiError: as `encode`.
         """
         video = read_uploaded_video(data, self._limits, self._image_size**2)
         encoder, decoder = clip_encoder(self._tokenizer), clip_decoder(self._tokenizer)
@@ -115,14 +119,14 @@ class VideoEngine:
                 originals.extend(chunk)
                 for frame in run_in_model_thread(encode_and_decode, chunk):
                     decoded_CHW = frame.transpose(2, 0, 1)
-                    pair = (to_float(torch.from_numpy(pixels))[None] for pixels in (originals.popleft(), decoded_CHW))
-                    psnr_values.append(float(psnr(*pair)))
+                    psnr_values.append(float(psnr(_to_tensor(originals.popleft()), _to_tensor(decoded_CHW))))
                     yield frame
 
         file, num_frames = encode_video_file(frames(), media_type, video.frame_rate, video.color)
         return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames, float(np.mean(psnr_values)))
 
     def _prepare(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        """Resize and crop a frame to the model's square, (3, H, W)."""
         return eval_transform(Image.fromarray(pixels_HWC), self._image_size, self._resize_filter)
 
     def _iter_chunks(self, frames: Iterable[np.ndarray], deadline: Deadline) -> Iterator[list[np.ndarray]]:
@@ -132,14 +136,18 @@ class VideoEngine:
             yield chunk
 
     def _encode(self, encoder: Callable[[Tensor], Tokens], chunk: list[np.ndarray]) -> np.ndarray:
-        """Frames (3, H, W) to packed tokens (N, bytes)."""
+        """Convert frames, each (3, H, W), to packed tokens (T * N, b)."""
         clip_13THW = to_float(torch.from_numpy(np.stack(chunk, 1))[None]).to(self._device)
         packed: np.ndarray = pack_bits(encoder(clip_13THW).bits_BNL)[0].cpu().numpy()
         return packed
 
     def _decode(self, decoder: Callable[[Tokens], Tensor], packed: np.ndarray) -> list[np.ndarray]:
-        """Packed tokens to frames (H, W, 3)."""
+        """Convert packed tokens (T * N, b) to frames, each (H, W, 3)."""
         bits_1NL = unpack_bits(torch.from_numpy(packed)[None], self._tokenizer.quantizer.bits).to(self._device)
         grid = (len(packed) // self._grid_size**2, self._grid_size, self._grid_size)
         pixels_3THW = to_uint8(decoder(Tokens(bits_1NL, grid))[0])
         return list(pixels_3THW.permute(1, 2, 3, 0).contiguous().cpu().numpy())
+
+
+def _to_tensor(pixels_CHW: np.ndarray) -> Tensor:
+    return to_float(torch.from_numpy(pixels_CHW))[None]

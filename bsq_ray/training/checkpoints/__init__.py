@@ -1,1 +1,1 @@
-"""Training state, its copy in host memory, and its files on any storage."""
+"""Checkpoints: training state, its copy in host memory, and its files on any storage."""

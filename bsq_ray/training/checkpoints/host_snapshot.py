@@ -1,6 +1,6 @@
-"""Copies of a run's state in host memory, so that training goes on while they are written.
+"""Copies of training state in host memory, so that training continues while they are written.
 
-GPU or host tensors ──copied──▶ host memory ──by a thread──▶ files
+GPU or host tensors ──copy──▶ host memory ──writer thread──▶ files
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-# What writes a file to a path, by the file's name; holds everything that it writes.
+# By file name, a function that writes the file to a path. It owns the data that it writes.
 FileWriters = dict[str, Callable[[Path], None]]
 
 
 def copy_to_host(value: Any) -> Any:
-    """A copy that shares nothing with the original; tensors are on the CPU."""
+    """Return a deep copy whose tensors are on the CPU; dictionaries, lists and tuples are copied recursively."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -31,15 +31,15 @@ def copy_to_host(value: Any) -> Any:
 
 
 def torch_save_writer(value: Any) -> Callable[[Path], None]:
-    """Writes a copy of `value` as `torch.save` does."""
+    """Copy `value` to host memory and return a function that writes the copy with `torch.save`."""
     return partial(torch.save, copy_to_host(value))
 
 
 def safetensors_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
-    """Writes copies of tensors in the safetensors format."""
+    """Copy tensors to host memory and return a function that writes the copies in the safetensors format."""
     return partial(safetensors.torch.save_file, copy_to_host(tensors))
 
 
 def with_prefix(prefix: str, files: FileWriters) -> FileWriters:
-    """The same files in a folder."""
+    """Return the same writers with file names in the folder `prefix`."""
     return {f"{prefix}/{name}": write for name, write in files.items()}

@@ -1,8 +1,8 @@
-"""What a run changes as it goes on: engines, averaged weights, random generators. It can be copied and put back.
+"""State that training changes: engines, averaged weights and random generators.
 
-generator/… discriminator/…   what each engine keeps, every worker its own part
-ema.safetensors               averaged weights, from the first worker
-rng-0.pt …                    random generators, one for each worker
+generator/… discriminator/…   state of each engine, one part per worker
+ema.safetensors               averaged weights, written by rank 0
+rng-0.pt …                    random generators, one file per worker
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from bsq_ray.training.worker_context import WorkerContext
 
 @dataclass
 class TrainState:
-    """This worker's part of the run's state."""
+    """This worker's part of the training state."""
 
     engines: dict[str, Engine]
     ema: EMA | None
     worker: WorkerContext
 
     def snapshot(self) -> FileWriters:
-        """Copies of everything, as files of a checkpoint; every worker calls it."""
+        """Copy the state to host memory, as writers of checkpoint files; collective."""
         files: FileWriters = {}
         for name, engine in self.engines.items():
             files |= with_prefix(name, engine.snapshot())
@@ -41,15 +41,17 @@ class TrainState:
         return files
 
     def to_universal(self, folder: Path) -> None:
-        """Makes the files of a checkpoint loadable for another number of workers; one worker of a machine calls it."""
+        """Convert a checkpoint for another number of workers, in place; one worker of a node calls it."""
         for name, engine in self.engines.items():
             engine.to_universal(folder / name)
 
     def restore(self, folder: Path, same_world_size: bool) -> None:
-        """Puts back what lies in a folder; every worker calls it.
+        """Load a checkpoint from a local folder; collective.
+
+        Random generators are restored only for the same number of workers.
 
         Args:
-            same_world: as many workers wrote it; otherwise it was converted.
+            same_world_size: the checkpoint was written by as many workers; otherwise `to_universal` has run.
         """
         for name, engine in self.engines.items():
             engine.load(folder / name, same_world_size)

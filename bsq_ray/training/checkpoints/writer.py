@@ -1,9 +1,9 @@
-"""Checkpoints of a run: every worker writes its part beside the training, then one file makes the whole visible.
+"""Asynchronous checkpoints: every worker writes its part while training continues, then an index publishes them.
 
     out/checkpoints/step-000100/generator/… discriminator/… ema.safetensors rng-0.pt … checkpoint.json
 
-`checkpoint.json` is written last and lists every file with size and SHA-256, so a half-written checkpoint is never
-taken for one, on a disk or in an object store, and a damaged one is recognised.
+`checkpoint.json` is written last and lists every file with size and SHA-256. A partial checkpoint therefore has no
+index, on disks and object stores alike, and a damaged one is detected.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from bsq_ray.training.checkpoints.host_snapshot import FileWriters
 from bsq_ray.training.worker_context import WorkerContext
 
 _INDEX_FILE = "checkpoint.json"
-# The disk is full, or this user's share of it.
+# Disk full, or the user's quota exceeded.
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run has come, and what it is a run of.
+    """Progress of a run and what identifies the run.
 
     Attributes:
         step: steps taken.
         position: samples consumed by all workers together.
-        elapsed: seconds of training, over all its parts, with the evaluations along the way.
-        world: workers that wrote the checkpoint.
+        elapsed: seconds of training over all parts of the run, evaluations included.
+        world: number of workers that wrote the checkpoint.
         dataset: hash of the data set.
-        config: the configuration, as YAML.
+        config: configuration as YAML.
     """
 
     step: int
@@ -56,17 +56,16 @@ class RunProgress:
 
 
 class CheckpointWriter:
-    """Writes checkpoints beside the training, one at a time. Every worker has one and calls the same methods.
+    """Writes one checkpoint at a time; `save`, `advance` and `wait` are collective.
 
-        training:  save: copy ─────────┬─▶ steps ─▶ settle: gather lists ─┬─▶ steps ─▶ settle
-        a thread:                      └─ write, checksum, upload         └─ first worker: index, remove old ones
+        training thread:  save ────────┬─▶ steps ─▶ advance: gather file lists ─┬─▶ steps ─▶ advance: published
+        writer thread:                 └─ write, checksum, upload               └─ rank 0: index, remove old ones
 
     Args:
         out_url: folder of the run.
-        worker: this process.
-        keep: newest checkpoints to keep.
-        patience: seconds for which storage may fail; it is tried again and again.
-        tell: hears of each checkpoint that has become visible: its step, and the seconds that it took.
+        num_to_keep: number of newest checkpoints to keep.
+        timeout_s: how long failing storage operations are retried.
+        on_published: called with the step of each published checkpoint and the seconds since `save`.
     """
 
     def __init__(
@@ -87,28 +86,33 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this worker's thread is at work; when no worker's is, `settle` is due."""
+        """Return True while this worker's thread is running; when no worker is busy, call `advance`."""
         return self._future is not None and not self._future.done()
 
     def drain_warnings(self) -> list[str]:
-        """What went wrong since the last call and was tried again."""
+        """Return the warnings about retried storage operations since the last call."""
         return [self._warnings.get() for _ in range(self._warnings.qsize())]
 
     def save(self, progress: RunProgress, files: FileWriters) -> None:
-        """Begins to write a checkpoint, after the one before is finished.
+        """Start writing a checkpoint, after waiting for the previous one.
+
+        Args:
+            files: from `TrainState.snapshot`.
 
         Raises:
-            RuntimeError: the one before could not be written; all workers raise it together.
+            RuntimeError: the previous checkpoint could not be written; raised on all workers together.
         """
         self.wait()
         self._progress, self._is_publishing, self._start_time = progress, False, time.monotonic()
         self._future = _run_in_thread(partial(self._write, _checkpoint_url(self._out_url, progress.step), files))
 
     def advance(self) -> None:
-        """Goes on with the checkpoint whose parts are written; every worker calls it when none is busy.
+        """Publish the checkpoint whose parts are written, or report that it is published.
+
+        Call it on every worker when none is busy. It does nothing if no checkpoint is in progress.
 
         Raises:
-            RuntimeError: it could not be written; all workers raise it together.
+            RuntimeError: the checkpoint could not be written; raised on all workers together.
         """
         if self._progress is None:
             return
@@ -132,15 +136,15 @@ class CheckpointWriter:
         self._future = _run_in_thread(publish if self._worker.is_main else _noop)
 
     def wait(self) -> None:
-        """Waits until what was begun is visible; raises what `settle` raises."""
+        """Wait until the checkpoint in progress is published; raises like `advance`."""
         while self._future is not None:
             wait([self._future])
             self.advance()
 
     def _write(self, url: str, files: FileWriters) -> list[dict[str, Any]]:
-        """Writes this worker's part; a description of each file."""
+        """Write and upload this worker's files; return name, bytes and sha256 of each."""
         if self._worker.is_main:
-            # Of a damaged checkpoint of this step that was passed over.
+            # A damaged checkpoint of this step may have been skipped when the run resumed.
             self._retry(partial(storage.remove, storage.join(url, _INDEX_FILE)))
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -161,13 +165,13 @@ class CheckpointWriter:
 
 
 def load_checkpoint(out_url: str, folder: Path) -> tuple[RunProgress | None, list[str]]:
-    """Copies the newest whole checkpoint into a local folder and checks every file.
+    """Download the newest intact checkpoint into a local folder and verify every file.
 
     Returns:
-        How far it is, None if there is none; and one sentence for each damaged checkpoint that was passed over.
+        Its progress, None if there is none; and a warning for each damaged checkpoint that was skipped.
 
     Raises:
-        storage.Unavailable: the storage does not answer, which says nothing about the checkpoint.
+        StorageUnavailableError: storage is unavailable, so the checkpoints cannot be verified.
     """
     warnings: list[str] = []
     for name in reversed(list_checkpoints(out_url)):
@@ -181,14 +185,14 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[RunProgress | None, lis
         except storage.StorageUnavailableError:
             raise
         except ValueError as error:
-            warnings.append(f"the checkpoint {url} is damaged and is passed over: {error}")
+            warnings.append(f"the checkpoint {url} is damaged and is skipped: {error}")
             continue
         return progress, warnings
     return None, warnings
 
 
 def newest_progress(out_url: str) -> RunProgress | None:
-    """How far the newest checkpoint with a readable index is, without reading its files."""
+    """Return the progress of the newest checkpoint with a readable index, without reading its files."""
     for name in reversed(list_checkpoints(out_url)):
         try:
             return _read_index(storage.join(out_url, "checkpoints", name))[0]
@@ -200,7 +204,7 @@ def newest_progress(out_url: str) -> RunProgress | None:
 
 
 def list_checkpoints(out_url: str) -> list[str]:
-    """Names of the visible checkpoints of a run, oldest first."""
+    """Return the names of the published checkpoints of a run, oldest first."""
     root = storage.join(out_url, "checkpoints")
     names = [name for name in storage.list_folder(root) if name.startswith("step-")]
     return [name for name in sorted(names) if storage.exists(storage.join(root, name, _INDEX_FILE))]
@@ -215,10 +219,10 @@ def _checkpoint_name(step: int) -> str:
 
 
 def _read_index(url: str) -> tuple[RunProgress, list[dict[str, Any]]]:
-    """What a checkpoint's index says.
+    """Read a checkpoint's index: progress, and name, bytes and sha256 of each file.
 
     Raises:
-        ValueError: it is not an index.
+        ValueError: the file is not an index.
     """
     try:
         index = json.loads(storage.read_bytes(storage.join(url, _INDEX_FILE)))
@@ -228,11 +232,11 @@ def _read_index(url: str) -> tuple[RunProgress, list[dict[str, Any]]]:
 
 
 def _write_to_temp(write: Callable[[Path], None], folder: Path, name: str) -> None:
-    """Writes a file into the scratch folder.
+    """Write a file into the scratch folder.
 
     Raises:
-        RuntimeError: there is no room for it.
-        Exception: whatever else it is that fails.
+        RuntimeError: the disk is full.
+        Exception: any other error of the writer.
     """
     try:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -243,20 +247,20 @@ def _write_to_temp(write: Callable[[Path], None], folder: Path, name: str) -> No
         free_mb = shutil.disk_usage(folder).free / 1e6
         raise RuntimeError(
             f"{name} cannot be written to the scratch folder {folder}, where {free_mb:.0f} MB are free "
-            f"({' '.join(str(error).split())}); make room there, or set TMPDIR to a folder with more"
+            f"({' '.join(str(error).split())}); free space there, or set TMPDIR to a larger folder"
         ) from error
 
 
 def _is_disk_full(error: Exception, path: Path) -> bool:
-    """Whether a file could not be written because the disk is full; each library has its own error for it."""
+    """Return True if a write failed because the disk is full; each library has its own error for it."""
     if isinstance(error, OSError):
         return error.errno in _DISK_FULL_ERRNOS
-    # safetensors tells what the system said.
+    # safetensors includes the system's error number in its message.
     if os_error := re.search(r"\(os error (\d+)\)", str(error)):
         return int(os_error[1]) in _DISK_FULL_ERRNOS
     if not isinstance(error, RuntimeError):
         return False
-    # torch.save tells that writing failed, and not why; writing on behind what it has left does.
+    # torch.save reports that writing failed but not why, so append to the file to find out.
     try:
         with path.open("ab") as file:
             file.write(bytes(_PROBE_BYTES))
@@ -274,7 +278,7 @@ def _download(url: str, folder: Path, file: dict[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     storage.download(storage.join(url, file["name"]), str(target))
     if _sha256(target) != file["sha256"]:
-        raise ValueError(f"{file['name']} is not the file that was written")
+        raise ValueError(f"{file['name']} does not have the checksum of the index")
 
 
 def _sha256(path: Path) -> str:
@@ -283,17 +287,17 @@ def _sha256(path: Path) -> str:
 
 
 def _remove_old(out_url: str, num_to_keep: int, step: int) -> None:
-    """Leaves the newest checkpoints up to that of `step`; later ones are damaged, or the run would be further."""
+    """Remove all but the newest checkpoints up to `step`; later ones are damaged, as the run did not resume there."""
     root = storage.join(out_url, "checkpoints")
     names_to_keep = set([name for name in list_checkpoints(out_url) if name <= _checkpoint_name(step)][-num_to_keep:])
     for name in storage.list_folder(root):
-        # A folder without an index is what an interrupted save left behind.
+        # A folder without an index is left by an interrupted save.
         if name.startswith("step-") and name not in names_to_keep:
             storage.remove_folder(storage.join(root, name))
 
 
 def _run_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Calls it in a thread that does not keep the process from ending."""
+    """Call a function in a daemon thread, which does not block the exit of the process."""
     future: Future[Any] = Future()
 
     def call() -> None:
@@ -307,4 +311,4 @@ def _run_in_thread(function: Callable[[], Any]) -> Future[Any]:
 
 
 def _noop() -> None:
-    """What the other workers do while the first one publishes."""
+    """Do nothing, on the workers that do not publish."""

@@ -1,4 +1,4 @@
-"""A run's newest figures for Prometheus, at the endpoint that Ray keeps open on every machine."""
+"""Newest metrics of a run for Prometheus, through the endpoint of Ray on every node."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Gauges:
-    """Gauges called `ray_bsq_{kind}_{name}`, such as `ray_bsq_training_loss`, with the run's folder as their label.
+    """Gauges named `ray_bsq_{kind}_{name}`, such as `ray_bsq_training_loss`, with the run's folder as label `run`.
 
     Args:
-        run: folder of the run.
+        out_url: folder of the run.
     """
 
     def __init__(self, out_url: str) -> None:
@@ -18,7 +18,7 @@ class Gauges:
         self._gauges: dict[str, Any] = {}
 
     def update(self, record: dict[str, Any]) -> None:
-        """Sets the gauges of a record's numbers."""
+        """Set the gauges of a record's numbers."""
         from ray.util.metrics import Gauge
 
         for name, value in record.items():

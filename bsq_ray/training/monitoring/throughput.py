@@ -1,4 +1,4 @@
-"""Where the time of a run goes: waiting for data, evaluations, and the steps."""
+"""Time of a run by use: steps, waiting for data, and evaluations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Runs from the first step of this part of a run.
+    """Measures time from the first step of this part of a run.
 
     Args:
-        before: seconds of the parts before.
-        now: gives the time in seconds.
+        elapsed_before: seconds of earlier parts of the run.
+        now: clock in seconds.
     """
 
     def __init__(self, elapsed_before: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -22,34 +22,34 @@ class StepTimer:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of all parts, evaluations included."""
+        """Return the seconds of all parts, evaluations included."""
         return self._elapsed_before + self._now() - self._start_time
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of this part without evaluations; above 0."""
+        """Return the seconds of this part without evaluations; above 0."""
         return max(self._now() - self._start_time - self._excluded_s, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Share of `stepping` that was spent waiting for data, 0 to 1."""
+        """Return the fraction of `step_seconds` spent waiting for data, 0 to 1."""
         return self._data_wait_s / self.step_seconds
 
     def lap(self) -> float:
-        """Seconds since the last lap, without evaluations; above 0."""
+        """Return the seconds since the last call, without evaluations; above 0."""
         previous, self._last_lap_s = self._last_lap_s, self.step_seconds
         return max(self._last_lap_s - previous, 1e-9)
 
     @contextmanager
     def data_wait_timer(self) -> Iterator[None]:
-        """Around waiting for data."""
+        """Count the time within the context as waiting for data."""
         start = self._now()
         yield
         self._data_wait_s += self._now() - start
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Around what is no step: evaluations and pictures."""
+        """Exclude the time within the context from the steps, such as evaluations and sample images."""
         start = self._now()
         yield
         self._excluded_s += self._now() - start

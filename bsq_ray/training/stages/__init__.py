@@ -1,4 +1,4 @@
-"""Stages: what differs between the models that the one loop trains."""
+"""Stages: the parts of training that differ between the models."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Stage", "build_stage"]
 def build_stage(
     run_config: config.AnyConfig, source: DataSource, device: torch.device, init_url: str | None = None
 ) -> Stage:
-    """The stage that a configuration names, with its modules on the device.
+    """Build the stage that a configuration names, with its modules on the device.
 
     Args:
-        init_url: folder of a tokenizer whose weights the stage's own tokenizer begins with.
+        init_url: model folder that initializes the tokenizer of a tokenizer stage.
     """
     if isinstance(run_config, config.TokenizerConfig):
         return TokenizerStage(run_config, device, init_url)

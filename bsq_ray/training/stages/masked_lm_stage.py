@@ -1,6 +1,6 @@
-"""The masked language model's stage: hide a random share of the tokens, predict them from the rest.
+"""Training stage of the masked language model: mask a random fraction of the tokens and predict them.
 
-    bits ─▶ sub-tokens ─masked by the cosine schedule─▶ model ─▶ cross entropy at the masked places
+    bits ─▶ sub-tokens ─masked by the cosine schedule─▶ model ─▶ cross entropy at masked positions
 
 Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-token, L bits of a token.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from math import log, pi
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
 
@@ -41,29 +41,28 @@ class MaskedLMStage(Stage):
         self._tokenizer: Tokenizer | None = None
 
     def phases(self, step: int) -> list[str]:
-        """The model, always."""
+        """Return the model, the only phase."""
         return ["masked_lm"]
 
-    def loss(
-        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy, smoothed, at masked places."""
+    def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
+        """Compute the label-smoothed cross entropy at masked positions; see `Stage.loss`."""
         loss_config, model = self.run_config.loss, self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, dropped_B = self._sample_masks(batch.keys, step, loss_config.class_dropout)
-        # Still on the host, where checking them waits for nothing.
+        # Built on the host, where validating the labels does not synchronize with the GPU.
         classes_BC = model.class_weights(batch.labels_B.masked_fill(dropped_B, model.null_class)).to(self.device)
         logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
         loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing)
         correct_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
         accuracy = correct_BNS.sum() / masked_BNS.sum()
-        return loss, {"loss": loss.detach(), "accuracy": accuracy.detach()}
+        return PhaseOutput(loss, {"loss": loss.detach(), "accuracy": accuracy.detach()})
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """Bits that a masked token costs, at masks of all sizes; pictured: decoded images over drawn ones.
+        """Compute the bits per masked token, over masks of all sizes.
 
-        The masks depend on the samples alone, so that evaluations can be compared.
+        The sample image shows decoded images above generated ones. Masks depend on the samples alone, so that
+        evaluations are comparable.
         """
         model = self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
@@ -84,11 +83,11 @@ class MaskedLMStage(Stage):
         return {"bits_per_token": nats / log(2) * self.run_config.model.num_sub_tokens}, image.cpu()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Nothing is gathered."""
+        """Return no metrics."""
         return {}
 
     def bundled_models(self) -> dict[str, str]:
-        """The tokenizer goes into the model's folder, so that the folder alone can make pixels."""
+        """Return the tokenizer, which decodes the generated tokens."""
         return {"tokenizer": self.tokenizer_url}
 
     def _model(self, engines: Engines) -> MaskedLM:
@@ -100,9 +99,9 @@ class MaskedLMStage(Stage):
         return model.split_bits(bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits)))
 
     def _sample_masks(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
-        """What is masked (B, N, S), and on the host whose class is hidden (B,).
+        """Sample masks (B, N, S) on the device, and class dropout (B,) on the host; both bool.
 
-        Drawn from (seed, step, key) of each sample, so that it does not depend on the number of workers.
+        They are drawn from (seed, step, key) of each sample, so they do not depend on the number of workers.
         """
         model_config = self.run_config.model
         num_units = model_config.num_tokens * (1 if model_config.mask_unit == "token" else model_config.num_sub_tokens)

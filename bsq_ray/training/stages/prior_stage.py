@@ -1,4 +1,6 @@
-"""The prior's stage: the cost of every bit, given the tokens before it.
+"""Training stage of the prior: code length of every bit given the previous tokens.
+
+    bits ─▶ sub-tokens ─causal model─▶ logits ─▶ code length in nats
 
 Shape suffixes: B images, N tokens, S sub-tokens of a token, L bits of a token.
 """
@@ -6,7 +8,6 @@ Shape suffixes: B images, N tokens, S sub-tokens of a token, L bits of a token.
 from __future__ import annotations
 
 from math import log
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, code_length
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
 
@@ -36,21 +37,19 @@ class PriorStage(Stage):
         self._tokenizer: Tokenizer | None = None
 
     def phases(self, step: int) -> list[str]:
-        """The model, always."""
+        """Return the model, the only phase."""
         return ["prior"]
 
-    def loss(
-        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cost of a bit in nats; logged too as bits per token."""
-        cost = self._cost(batch, engines)
-        loss = cost / self.run_config.model.bits
-        return loss, {"loss": loss.detach(), "bits_per_token": cost.detach() / log(2)}
+    def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
+        """Compute the mean code length of a bit in nats; also recorded in bits per token."""
+        token_nats = self._token_nats(batch, engines)
+        loss = token_nats / self.run_config.model.bits
+        return PhaseOutput(loss, {"loss": loss.detach(), "bits_per_token": token_nats.detach() / log(2)})
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """Bits per token, exact; the picture shows what the tokens decode to."""
-        metrics = {"bits_per_token": float(self._cost(batch, engines)) / log(2)}
+        """Compute the exact bits per token; the sample image shows the decoded tokens."""
+        metrics = {"bits_per_token": float(self._token_nats(batch, engines)) / log(2)}
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_pretrained(self.tokenizer_url).to(self.device)
         images = self._tokenizer.decode(Tokens(self._bits(batch)[:_NUM_SAMPLE_IMAGES], self.run_config.model.grid))
@@ -58,11 +57,11 @@ class PriorStage(Stage):
         return metrics, torch.cat(list(to_uint8(images)), dim=2).cpu()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Nothing is gathered."""
+        """Return no metrics."""
         return {}
 
     def bundled_models(self) -> dict[str, str]:
-        """The tokenizer goes into the model's folder, so that the folder alone can compress."""
+        """Return the tokenizer, which the codec needs."""
         return {"tokenizer": self.tokenizer_url}
 
     def _bits(self, batch: Batch) -> Tensor:
@@ -70,7 +69,7 @@ class PriorStage(Stage):
         bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
         return bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits))
 
-    def _cost(self, batch: Batch, engines: Engines) -> Tensor:
+    def _token_nats(self, batch: Batch, engines: Engines) -> Tensor:
         sub_tokens_BNS = bits_to_integers(self._bits(batch), self.run_config.model.sub_bits)
         logits_BNSK = engines["prior"](sub_tokens_BNS)
         return code_length(logits_BNSK, sub_tokens_BNS, self.run_config.model.sub_bits).sum(2).mean()

@@ -1,10 +1,13 @@
-"""What the loop asks of a stage."""
+"""Interface between the training loop and the models that it trains.
+
+batch ─▶ for each phase: stage.loss(phase, …, context) ─▶ PhaseOutput ─▶ context of the next phase
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -14,11 +17,71 @@ from bsq_ray.training.engines.engine import Engine
 Engines = Mapping[str, Engine]
 
 
+@dataclass(frozen=True)
+class StepContext:
+    """Values that a phase passes to the next phase of the same micro batch; a stage with several phases extends it."""
+
+
+@dataclass(frozen=True)
+class PhaseOutput:
+    """Result of a phase on a micro batch.
+
+    Attributes:
+        loss: scalar, with its graph.
+        scalars: detached scalars to record, by name.
+        context: input of the next phase; None if it needs none.
+    """
+
+    loss: Tensor
+    scalars: dict[str, Tensor]
+    context: StepContext | None = None
+
+
+class Stage(ABC):
+    """Modules of a model and their losses; everything else is done by the training loop.
+
+    Attributes:
+        modules: modules to optimize, by name; each gets an engine. The first one is averaged and published.
+    """
+
+    modules: dict[str, nn.Module]
+
+    @abstractmethod
+    def phases(self, step: int) -> list[str]:
+        """Return the names of the modules to optimize in this step, in order."""
+
+    @abstractmethod
+    def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
+        """Compute the loss of a phase on a micro batch.
+
+        Args:
+            phase: the module being optimized; the others are frozen.
+            context: from the previous phase of this micro batch; None in the first.
+            step: steps taken, from 0.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
+        """Evaluate a held-out batch; collective, called in evaluation mode.
+
+        Returns:
+            Mean metrics of the batch by name, and a sample image as uint8 (3, H, W) on the CPU.
+        """
+
+    @abstractmethod
+    def pop_metrics(self) -> dict[str, float]:
+        """Return metrics accumulated since the last call, such as code usage, and reset them."""
+
+    def bundled_models(self) -> dict[str, str]:
+        """Return model folders that the trained model needs, URL by name; they are copied into its folder."""
+        return {}
+
+
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles transformer blocks in place; a kernel is shared by all of the same shape.
+    """Compile transformer blocks in place; blocks of the same shape share a kernel.
 
     Raises:
-        ValueError: a parameter's size would leave the next one, in ZeRO's flat buffer, where no kernel can read it.
+        ValueError: a parameter's size would misalign the next one in ZeRO's flat buffer, which kernels cannot read.
     """
     for block in blocks:
         for name, parameter in block.named_parameters():
@@ -28,44 +91,3 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
                     f"{parameter.numel()} values; choose other widths, or leave compile off"
                 )
         block.compile()
-
-
-class Stage(ABC):
-    """Builds the modules of a model and turns batches into losses; everything else is the loop's.
-
-    Attributes:
-        modules: what is optimised, by name; each gets an engine. The first is the model that is kept, averaged and
-            published.
-    """
-
-    modules: dict[str, nn.Module]
-
-    @abstractmethod
-    def phases(self, step: int) -> list[str]:
-        """Names of the modules to optimise in this step, in order."""
-
-    @abstractmethod
-    def loss(
-        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a phase on a micro batch.
-
-        Args:
-            phase: the module being optimised; the others are frozen.
-            carry: passes values between the phases of a micro batch; starts empty.
-
-        Returns:
-            The scalar loss, and detached scalars for the log.
-        """
-
-    @abstractmethod
-    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """Figures of a held-out batch, and a picture of it as uint8 (3, H, W); every worker calls it."""
-
-    @abstractmethod
-    def pop_metrics(self) -> dict[str, float]:
-        """Figures gathered since the last call, such as code usage."""
-
-    def bundled_models(self) -> dict[str, str]:
-        """Model folders to be copied into the trained one, URL by name: what it cannot be used without."""
-        return {}

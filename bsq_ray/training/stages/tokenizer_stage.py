@@ -1,16 +1,18 @@
-"""The tokenizer's stage: generator (encoder, quantiser, decoder) against discriminator.
+"""Training stage of the tokenizer: generator (encoder, quantizer, decoder) against discriminator.
 
-    x ─generator─▶ x̂   generator: |x - x̂| + LPIPS + softplus(-D(x̂)) + quantiser's penalty     (paper equation 2)
+    x ─generator─▶ x̂   generator: |x - x̂| + LPIPS + softplus(-D(x̂)) + quantizer penalty       (paper equation 2)
     x, sg(x̂) ─D─▶       discriminator: softplus(-D(x)) + softplus(D(x̂)), every 16th step + R1
 
-Clips are judged frame by frame, by LPIPS and by the discriminators of images; losses are means over frames.
+LPIPS and the image discriminators score clips frame by frame; losses are means over frames.
 
-Shape suffixes: B images or clips, C channels, T frames, H and W pixels.
+Shape suffixes: B images or clips, C channels, T frames, H and W pixels, N tokens, L bits. "images" without a suffix are
+(B, C, H, W) or clips (B, C, T, H, W).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +23,34 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
-from bsq_ray.models.discriminators.stylegan2 import build_discriminator
+from bsq_ray.metrics.psnr import psnr
+from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.training.schedule import ramp
-from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
+from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
 
 
+@dataclass(frozen=True)
+class TokenizerStepContext(StepContext):
+    """Values that the generator's phase passes to the discriminator's.
+
+    Attributes:
+        real_images: discriminator input, originals.
+        fake_logits: the discriminator's logits of the reconstructions, with their graph; None before the adversarial
+            loss starts.
+    """
+
+    real_images: Tensor
+    fake_logits: Tensor | None
+
+
 class TokenizerStage(Stage):
-    """Trains a `Tokenizer`, with a discriminator if its weight is not zero."""
+    """Trains a `Tokenizer`, with a discriminator unless its weight is zero."""
 
     def __init__(self, run_config: config.TokenizerConfig, device: torch.device, init_url: str | None = None) -> None:
         self.loss_config = run_config.loss
@@ -55,24 +73,21 @@ class TokenizerStage(Stage):
         self._recent_bits: list[Tensor] = []
 
     def phases(self, step: int) -> list[str]:
-        """The generator, and the discriminator from its first step on."""
+        """Return the generator and, from its start step on, the discriminator."""
         return ["generator", "discriminator"] if self._is_adversarial_step(step) else ["generator"]
 
-    def loss(
-        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Stage.loss`."""
+    def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
+        """Compute the loss of a phase; see `Stage.loss`."""
         if phase == "generator":
-            return self._generator_loss(batch, engines, context, step)
+            return self._generator_loss(batch, engines, step)
+        assert isinstance(context, TokenizerStepContext)
         return self._discriminator_loss(engines, context, step)
 
-    def _generator_loss(
-        self, batch: Batch, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_loss(self, batch: Batch, engines: Engines, step: int) -> PhaseOutput:
         loss_config, adversarial_config = self.loss_config, self.loss_config.adversarial
         real = to_float(batch.values_B.to(self.device, non_blocking=True))
         use_adaptive_weight = adversarial_config.adaptive_weight and self._is_adversarial_step(step)
-        # A graph that autograd.grad walks must not run through an engine.
+        # The graph of an autograd.grad call must not run through an engine.
         generator = engines["generator"].module if use_adaptive_weight else engines["generator"]
         output: TokenizerOutput = generator(real)
         fake = output.images.clamp(-1, 1)
@@ -83,80 +98,86 @@ class TokenizerStage(Stage):
         if self.perceptual is not None:
             scalars["perceptual"] = self.perceptual(frames_time_major(fake), frames_time_major(real)).mean()
             total = total + loss_config.perceptual_weight * scalars["perceptual"]
+        fake_logits: Tensor | None = None
         if self._is_adversarial_step(step):
-            scalars["generator"] = self._adversarial_term(self._discriminator_input(fake), engines, context)
+            scalars["loss/generator"], fake_logits = self._adversarial_term(self._discriminator_input(fake), engines)
             weight: float | Tensor = adversarial_config.weight
             if use_adaptive_weight:
                 tokenizer = cast(Tokenizer, engines["generator"].module)
-                scalars["adaptive_weight"] = adaptive_weight(total, scalars["generator"], tokenizer.last_layer)
+                scalars["adaptive_weight"] = adaptive_weight(total, scalars["loss/generator"], tokenizer.last_layer)
                 weight = weight * scalars["adaptive_weight"]
-            total = total + weight * scalars["generator"]
+            total = total + weight * scalars["loss/generator"]
         quantizer_weight = loss_config.quantizer_weight * ramp(
             step, loss_config.quantizer_weight_ramp_steps, loss_config.quantizer_weight_start_factor
         )
         total = total + quantizer_weight * output.quantized.loss
-        context["real"] = self._discriminator_input(real)
         self._recent_bits.append(output.quantized.bits_BNL.detach())
         scalars = {"loss": total, **scalars, **output.quantized.stats}
-        return total, {name: value.detach() for name, value in scalars.items()}
+        context = TokenizerStepContext(self._discriminator_input(real), fake_logits)
+        return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, context)
 
     def _discriminator_input(self, images: Tensor) -> Tensor:
-        """What the discriminator takes: clips as they are, or their frames."""
+        """Return clips for a clip discriminator, otherwise images or frames."""
         return images if self.loss_config.adversarial.discriminator == "stylegan2-3d" else frames_time_major(images)
 
-    def _adversarial_term(self, fake_BCHW: Tensor, engines: Engines, context: dict[str, Any]) -> Tensor:
-        """The discriminator's loss for the generator, with gradients for the images alone.
+    def _adversarial_term(self, fake_images: Tensor, engines: Engines) -> tuple[Tensor, Tensor]:
+        """Compute the generator's adversarial loss with a gradient for the images only.
 
-        The discriminator's phase learns from the same images before either module has changed, so it takes the logits,
-        and the graph under them, from here: one forward pass of a step's eight is spared.
+        The discriminator's phase uses the same images and weights, so it reuses these logits and their graph. That
+        saves one of eight forward passes per step. test_phase_gradients_equal_two_pass_version compares the gradients
+        with separate forward passes.
+
+        Args:
+            fake_images: discriminator input, reconstructions.
+
+        Returns:
+            The scalar loss, and the logits with the discriminator's graph.
         """
         discriminator = engines["discriminator"].module
         discriminator.requires_grad_(True)
-        images_BCHW = fake_BCHW.detach().requires_grad_()
-        [context["fake"]] = discriminator(images_BCHW)
-        loss = generator_loss(context["fake"], self.loss_config.adversarial.objective)
-        [gradient_BCHW] = torch.autograd.grad(loss, images_BCHW, retain_graph=True)
-        # Zero, with the loss's gradient.
-        surrogate = (gradient_BCHW * (fake_BCHW - images_BCHW.detach())).sum()
-        return loss.detach() + surrogate
+        images = fake_images.detach().requires_grad_()
+        [fake_logits] = discriminator(images)
+        loss = generator_loss(fake_logits, self.loss_config.adversarial.objective)
+        [gradient] = torch.autograd.grad(loss, images, retain_graph=True)
+        # surrogate = Σ gradient · (fake - sg(fake)): the value is 0, and d(surrogate)/d(fake) = gradient.
+        surrogate = (gradient * (fake_images - images.detach())).sum()
+        return loss.detach() + surrogate, fake_logits
 
-    def _discriminator_loss(
-        self, engines: Engines, context: dict[str, Any], step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _discriminator_loss(self, engines: Engines, context: TokenizerStepContext, step: int) -> PhaseOutput:
         adversarial_config = self.loss_config.adversarial
         apply_r1 = adversarial_config.r1_gamma > 0 and (step + 1) % adversarial_config.r1_every == 0
-        real_BCHW, fake = context["real"], context["fake"]
+        real_images, fake = context.real_images, context.fake_logits
+        assert fake is not None
         if apply_r1:
-            real_BCHW = real_BCHW.detach().requires_grad_()
-        [real] = engines["discriminator"].module(real_BCHW)
+            real_images = real_images.detach().requires_grad_()
+        [real] = engines["discriminator"].module(real_images)
         total = discriminator_loss(real, fake, adversarial_config.objective)
-        scalars = {"discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        scalars = {"loss/discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
         if apply_r1:
-            scalars["r1"] = r1_penalty(real, real_BCHW)
-            # Weighted by the number of steps it stands for.
+            scalars["r1"] = r1_penalty(real, real_images)
+            # Multiplied by the number of steps between two penalties.
             total = total + adversarial_config.r1_gamma / 2 * adversarial_config.r1_every * scalars["r1"]
-        return total, {name: value.detach() for name, value in scalars.items()}
+        return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()})
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """PSNR and, if it is part of the loss, LPIPS, of clips by frame.
+        """Compute PSNR in dB and, if it is part of the loss, LPIPS, both per image or frame.
 
-        The picture has originals over reconstructions; of clips, frames of the first one.
+        The sample image shows originals above reconstructions; for clips, frames of the first one.
         """
         real = to_float(batch.values_B.to(self.device))
         output: TokenizerOutput = engines["generator"](real)
         fake = output.images.clamp(-1, 1)
         real_BCHW, fake_BCHW = frames_time_major(real), frames_time_major(fake)
         original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
-        error_B = (original.float() - reconstruction.float()).square().mean((1, 2, 3))
-        metrics = {"psnr": float((10 * torch.log10(255**2 / error_B.clamp_min(1e-6))).mean())}
+        metrics = {"psnr": float(psnr(to_float(original), to_float(reconstruction)).mean())}
         if self.perceptual is not None:
             metrics["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
         rows = [torch.cat(list(to_uint8(_sample_images(images))), dim=2) for images in (real, fake)]
         return metrics, torch.cat(rows, dim=1).cpu()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Code usage of the images since the last call."""
+        """Return code usage and bit entropy since the last call."""
         if not self._recent_bits:
             return {}
         usage = CodeUsage(self.num_bits)
@@ -165,7 +186,7 @@ class TokenizerStage(Stage):
         self._recent_bits.clear()
         usage_metrics = usage.compute()
         num_reachable_codes = min(2**usage.sub_bits, usage_metrics["tokens"])
-        # Of the codes that so few tokens could show, how many they do show.
+        # Relative to the number of codes that so few tokens can reach.
         return {
             "code_usage": usage_metrics["code_usage"] * 2**usage.sub_bits / num_reachable_codes,
             "bit_entropy": usage_metrics["bit_entropy"],
@@ -175,16 +196,8 @@ class TokenizerStage(Stage):
         return "discriminator" in self.modules and step >= self.loss_config.adversarial.start_step
 
 
-def frames_time_major(images: Tensor) -> Tensor:
-    """Clips (B, C, T, H, W) as images (T·B, C, H, W), the first frame of every clip first; images as they are.
-
-    In this order the discriminator's groups hold frames of the same clips, however many workers share a batch.
-    """
-    return images if images.ndim == 4 else images.permute(2, 0, 1, 3, 4).flatten(0, 1)
-
-
 def _sample_images(images: Tensor) -> Tensor:
-    """The first images of a batch, or frames of the first clip, evenly spaced."""
+    """Return the first images of a batch, or evenly spaced frames of the first clip, (n, C, H, W)."""
     if images.ndim == 4:
         return images[:_NUM_SAMPLE_IMAGES]
     num_frames = images.shape[2]

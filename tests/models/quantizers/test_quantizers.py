@@ -33,7 +33,7 @@ def test_dequantize_returns_the_forward_codes(quantizer):
     result = quantizer(random_vectors(quantizer.channels))
     assert result.bits_BNL.dtype == torch.bool
     assert result.bits_BNL.shape == (2, 64, quantizer.bits)
-    assert torch.equal(quantizer.codes(result.bits_BNL), result.codes_BNC)
+    assert torch.equal(quantizer.dequantize(result.bits_BNL), result.codes_BNC)
 
 
 def test_quantizer_gradient_flows_and_bf16_input_uses_fp32(quantizer):
@@ -158,7 +158,7 @@ def test_fsq_dequantize_clamps_to_last_level():
 
 @pytest.mark.parametrize("l2_normalize", [True, False])
 def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
-    monkeypatch.setattr("bsq_ray.models.quantizers.vq._TILE", 64 * 10)
+    monkeypatch.setattr("bsq_ray.models.quantizers.vq._MAX_DISTANCES", 64 * 10)
     quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=64, code_dim=6, l2_normalize=l2_normalize))
     torch.nn.init.normal_(quantizer.codebook)
     v = random_vectors(6)

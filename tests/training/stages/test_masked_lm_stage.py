@@ -13,6 +13,7 @@ from bsq_ray.config import load_config
 from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
+from bsq_ray.training.eval_loop import evaluation_mode
 from bsq_ray.training.launch import train
 from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
 
@@ -101,6 +102,27 @@ def test_masked_lm_resumed_run_is_bit_identical(trained_run, tokens, tmp_path):
     assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
 
 
+def test_eval_every_does_not_change_training_with_dropout(tokens, tmp_path):
+    """With dropout, a run that evaluates after every step takes the same steps as one that does not."""
+    overrides = ["model.dropout=0.5", "training.steps=3", "training.schedule.final_factor=1"]
+    often = run(tokens, tmp_path / "often", 0, *overrides, "training.eval_every=1", "training.sample_every=1")
+    rarely = run(tokens, tmp_path / "rarely", 0, *overrides, "training.eval_every=100")
+    assert [r["loss"] for r in often] == [r["loss"] for r in rarely]
+    often_weights, rarely_weights = weights(tmp_path / "often"), weights(tmp_path / "rarely")
+    assert all((often_weights[name] == rarely_weights[name]).all() for name in often_weights)
+
+
+def test_evaluation_has_no_dropout_and_restores_mode():
+    """Inside evaluation mode dropout is off; afterwards the mode and the random state are restored."""
+    module, x = torch.nn.Dropout(0.5), torch.ones(64)
+    before = torch.get_rng_state()
+    with evaluation_mode([module]):
+        assert torch.equal(module(x), x)
+        torch.rand(3)
+    assert module.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_sample_masks_depend_on_key_and_step_only(tokens):
     """Masks depend on the sample's key and the step, not on the rest of the batch."""
     config = load_config("masked-lm-demo", [*SMALL, "model.mask_unit=sub_token", "loss.class_dropout=0.5"])
@@ -140,7 +162,7 @@ def test_token_table_of_other_shape_raises(tokens, tmp_path):
     """A token table of another shape, or an incomplete one, is rejected before training starts."""
     with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
-    with pytest.raises(ValueError, match="is not a whole token table"):
+    with pytest.raises(ValueError, match="is not a complete token table"):
         train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
 
 

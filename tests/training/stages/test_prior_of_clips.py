@@ -7,7 +7,7 @@ import torch
 from bsq_ray import Codec, Tokenizer, config
 from bsq_ray.data.token_table import TokenTable, TokenTableInfo, completed_part, write_part, write_table
 from bsq_ray.data.transforms import to_float
-from bsq_ray.media.video_files import read_video
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.training.launch import train
 

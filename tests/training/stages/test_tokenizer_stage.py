@@ -12,8 +12,10 @@ from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.transforms import to_float, to_uint8
+from bsq_ray.losses.adversarial import discriminator_loss, generator_loss
+from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.stages.tokenizer_stage import TokenizerStage, frames_time_major
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -51,11 +53,12 @@ def losses(batch, *overrides, step=0):
 
 
 def run_phases(stage, engines, batch, step):
-    context, results = {}, {}
+    context, results = None, {}
     for phase in stage.phases(step):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
-        results[phase] = stage.loss(phase, batch, engines, context, step)
+        output = stage.loss(phase, batch, engines, context, step)
+        context, results[phase] = output.context, (output.loss, output.scalars)
     return results
 
 
@@ -63,7 +66,9 @@ def test_generator_loss_is_weighted_sum_of_terms(batch):
     _, results = losses(batch, "loss.perceptual_weight=0.3", "loss.perceptual_network=alex")
     total, terms = results["generator"]
     # At step 0 the quantiser's weight of 0.1 is three times as large.
-    expected = terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    expected = (
+        terms["reconstruction"] + 0.3 * terms["perceptual"] + 0.1 * terms["loss/generator"] + 0.3 * terms["quantizer"]
+    )
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -75,7 +80,7 @@ def test_reconstruction_loss_follows_config(batch, kind, loss):
         reconstructed = stage.modules["generator"](real).images
     total, terms = results["generator"]
     assert float(terms["reconstruction"]) == pytest.approx(float(loss(reconstructed, real)), rel=1e-6)
-    rest = 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
+    rest = 0.1 * terms["loss/generator"] + 0.3 * terms["quantizer"]
     assert float(total.detach()) == pytest.approx(float(2 * terms["reconstruction"] + rest), rel=1e-6)
 
 
@@ -84,15 +89,44 @@ def test_reconstruction_loss_follows_config(batch, kind, loss):
 def test_phase_gradients_reach_only_own_module(batch, discriminator, objective):
     """Each phase produces gradients for its own module only."""
     stage, engines = build(f"loss.adversarial.discriminator={discriminator}", f"loss.adversarial.objective={objective}")
-    context = {}
+    context = None
     for phase in ("generator", "discriminator"):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
             module.zero_grad()
-        stage.loss(phase, batch, engines, context, 0)[0].backward()
+        output = stage.loss(phase, batch, engines, context, 0)
+        output.loss.backward()
+        context = output.context
         for name, module in stage.modules.items():
             has_grad = [parameter.grad is not None for parameter in module.parameters()]
             assert all(has_grad) if name == phase else not any(has_grad), (phase, name)
+
+
+def test_phase_gradients_equal_two_pass_version(batch):
+    """The surrogate term gives both modules the gradients of separate forward passes for each phase."""
+    stage, engines = build("loss.reconstruction_weight=0", "loss.quantizer_weight=0", "loss.adversarial.r1_gamma=0")
+    generator, discriminator = stage.modules["generator"], stage.modules["discriminator"]
+    run_weight = stage.loss_config.adversarial.weight
+    outputs, context = {}, None
+    for phase in ("generator", "discriminator"):
+        for name, module in stage.modules.items():
+            module.requires_grad_(name == phase)
+        outputs[phase] = stage.loss(phase, batch, engines, context, 0)
+        outputs[phase].loss.backward()
+        context = outputs[phase].context
+    one_pass = {name: [p.grad.clone() for p in module.parameters()] for name, module in stage.modules.items()}
+    for module in stage.modules.values():
+        module.zero_grad()
+        module.requires_grad_(True)
+    real = to_float(batch.values_B)
+    fake = generator(real).images.clamp(-1, 1)
+    generator_params = list(generator.parameters())
+    plain = run_weight * generator_loss(discriminator(fake)[0], "non_saturating")
+    expected = torch.autograd.grad(plain, generator_params)
+    torch.testing.assert_close(one_pass["generator"], list(expected), rtol=1e-4, atol=1e-7)
+    plain = discriminator_loss(discriminator(real)[0], discriminator(fake.detach())[0], "non_saturating")
+    expected = torch.autograd.grad(plain, list(discriminator.parameters()))
+    torch.testing.assert_close(one_pass["discriminator"], list(expected), rtol=1e-4, atol=1e-7)
 
 
 def test_r1_penalty_applies_every_16_steps(batch):
@@ -100,7 +134,9 @@ def test_r1_penalty_applies_every_16_steps(batch):
     without = losses(batch, step=14)[1]["discriminator"]
     total, terms = losses(batch, step=15)[1]["discriminator"]
     assert "r1" not in without[1]
-    assert float(total.detach()) == pytest.approx(float(terms["discriminator"] + 10 / 2 * 16 * terms["r1"]), rel=1e-6)
+    assert float(total.detach()) == pytest.approx(
+        float(terms["loss/discriminator"] + 10 / 2 * 16 * terms["r1"]), rel=1e-6
+    )
     assert "r1" not in losses(batch, "loss.adversarial.r1_gamma=0", step=15)[1]["discriminator"][1]
 
 
@@ -109,7 +145,7 @@ def test_adversarial_loss_starts_at_start_step(batch):
     stage, results = losses(batch, "loss.adversarial.start_step=5", step=4)
     assert stage.phases(4) == ["generator"]
     assert stage.phases(5) == ["generator", "discriminator"]
-    assert "generator" not in results["generator"][1]
+    assert "loss/generator" not in results["generator"][1]
 
 
 def test_zero_adversarial_weight_has_no_discriminator(batch):
@@ -122,15 +158,15 @@ def test_adaptive_weight_balances_last_layer_gradients(batch):
     """The adaptive weight balances the gradients of both losses at the last layer."""
     stage, engines = build("loss.adversarial.adaptive_weight=true", "loss.quantizer_weight=0")
     stage.modules["discriminator"].requires_grad_(False)
-    total, terms = stage.loss("generator", batch, engines, {}, 0)
-    [whole] = torch.autograd.grad(total, stage.modules["generator"].last_layer)
+    output = stage.loss("generator", batch, engines, None, 0)
+    [whole] = torch.autograd.grad(output.loss, stage.modules["generator"].last_layer)
     stage, engines = build("loss.adversarial.weight=0", "loss.quantizer_weight=0")
     [pixels] = torch.autograd.grad(
-        stage.loss("generator", batch, engines, {}, 0)[0], stage.modules["generator"].last_layer
+        stage.loss("generator", batch, engines, None, 0).loss, stage.modules["generator"].last_layer
     )
     # With weight 0.1, the adversary's share has a tenth of the reconstruction's norm.
     assert float((whole - pixels).norm() / pixels.norm()) == pytest.approx(0.1, rel=0.02)
-    assert float(terms["adaptive_weight"]) > 0
+    assert float(output.scalars["adaptive_weight"]) > 0
 
 
 def test_pop_metrics_resets_code_usage(batch):
@@ -163,18 +199,19 @@ def clips():
 def test_clip_phase_gradients_reach_only_own_module(clips, discriminator):
     """Clips enter the discriminator by frame or whole, and each phase has gradients for its own module only."""
     stage, engines = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
-    context = {}
+    context = None
     for phase in ("generator", "discriminator"):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
             module.zero_grad()
-        loss, terms = stage.loss(phase, clips, engines, context, 15)
-        loss.backward()
+        output = stage.loss(phase, clips, engines, context, 15)
+        output.loss.backward()
+        context = output.context or context
         for name, module in stage.modules.items():
             has_grad = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters()]
             assert all(has_grad) if name == phase else not any(has_grad), (phase, name)
-    assert "r1" in terms
-    assert context["real"].ndim == (5 if discriminator == "stylegan2-3d" else 4)
+    assert "r1" in output.scalars
+    assert context.real_images.ndim == (5 if discriminator == "stylegan2-3d" else 4)
 
 
 def test_clip_loss_terms_are_frame_means(clips):

@@ -1,0 +1,157 @@
+"""Every use of a private part of Ray, one function each.
+
+Each docstring states why the function exists, the Ray version it was seen in and the public successor, if there is one.
+tests/runtime/test_ray_internals.py holds one contract test per function (`pytest -m internals`).
+The linter rejects private parts of Ray everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+    from ray.util.placement_group import PlacementGroup
+
+
+def draining_nodes() -> set[str]:
+    """Return the IDs of nodes with a preemption notice: reclaimed spot nodes, or `ray drain-node`.
+
+    Why: the driver resizes the run while its workers are still alive. Seen in Ray 2.60.
+    Public: `ray.train.get_preemption_info()` (alpha) works only inside workers and is a collective call.
+    """
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def autoscaler_limits() -> dict[str, float] | None:
+    """Return the most of each resource that the autoscaler can provide, or None if it publishes no limits.
+
+    Why: a request beyond the limits would wait forever. Seen in Ray 2.60. Public: none.
+    """
+    from ray._private.state import state
+
+    limits = state.get_max_resources_from_cluster_config()
+    return None if limits is None else {name: float(amount) for name, amount in limits.items()}
+
+
+def is_startup_timeout(error: BaseException) -> bool:
+    """Return whether Ray Train ended because its workers could not be placed in time.
+
+    Why: missing capacity is waited for, any other startup error counts as a failure. Seen in Ray 2.60.
+    Public: only the wrapper `ray.train.ControllerError`; the message decides if the private class is gone.
+    """
+    from ray.train import ControllerError
+
+    if not isinstance(error, ControllerError):
+        return False
+    try:
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    except ImportError:
+        return "worker group startup timed out" in str(error)
+    return isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+
+def placement_groups_of_dead_actors() -> list[PlacementGroup]:
+    """Return this job's placement groups whose creators were actors that are dead.
+
+    Why: Ray keeps such a group until the job ends, so a killed trial would hold its resources. Seen in Ray 2.60.
+    Public: `ray.util.state.list_placement_groups` needs a dashboard and omits the creator; removal by ID has no API.
+    """
+    import ray
+    from ray._private.state import state
+    from ray._raylet import PlacementGroupID
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup
+
+    job_id = ray.get_runtime_context().get_job_id()
+    groups = []
+    for serialized_group in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized_group)
+        # A group that the driver itself created has no creator among the actors.
+        is_created_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        is_orphaned = is_created_by_actor and group.creator_actor_dead and group.creator_job_id.hex() == job_id
+        if is_orphaned and group.state != PlacementGroupTableData.REMOVED:
+            groups.append(PlacementGroup(PlacementGroupID(group.placement_group_id)))
+    return groups
+
+
+def stub_trial(trial_id: str, config: dict[str, Any] | None = None) -> Trial:
+    """Return a Tune trial that never runs, for replaying earlier reports to a scheduler.
+
+    Why: a resumed sweep compares new trials with those that ended before. Seen in Ray 2.60.
+    Public: none; `Trial` is a developer API and its argument `stub` is undocumented.
+    """
+    from ray.tune.experiment import Trial
+
+    return Trial("earlier", trial_id=trial_id, config=config, stub=True)
+
+
+def trial_error_text(trial: Trial) -> str:
+    """Return the text of all failures of a Tune trial so far, newest last; empty if it never failed.
+
+    Why: a retried trial has its reason recorded while the sweep runs. Seen in Ray 2.60.
+    Public: `Result.error` of the final results, which has no error of a trial that was retried successfully.
+    """
+    from pathlib import Path
+
+    return Path(trial.error_file).read_text() if trial.error_file else ""
+
+
+def block_to_numpy(block: Any) -> dict[str, Any]:
+    """Return the columns of a Ray Data block as NumPy arrays.
+
+    Why: blocks that are already materialized are read one at a time, without starting an execution. Seen in Ray 2.60.
+    Public: `Dataset.iter_batches(batch_format="numpy")`, which starts a thread and an execution per data set.
+    """
+    from ray.data.block import BlockAccessor
+
+    columns = BlockAccessor.for_block(block).to_numpy()
+    assert isinstance(columns, dict)
+    return columns
+
+
+def serve_http_callback_env() -> str:
+    """Return the environment variable that names a function returning ASGI middlewares of Ray Serve's HTTP proxy.
+
+    Why: limits on memory held by slow clients apply in the proxy. Seen in Ray 2.60, undocumented.
+    Public: none; `serve.start(http_options=...)` accepts middlewares only as pickled objects, not on `serve deploy`.
+    """
+    return "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+
+
+def disconnect_header() -> bytes:
+    """Return the header by which a client asks that its request continues after it disconnects.
+
+    Why: the proxy strips it, so that a disconnect always cancels the work. Seen in Ray 2.60. Public: none.
+    """
+    return b"x-request-disconnect-disabled"
+
+
+def attach_receive_messages(receive: Any, messages: Callable[[Any], Awaitable[Any]]) -> bool:
+    """Replace the source from which a replica fetches the rest of a request body.
+
+    Why: a body that came with the request needs no second call to the proxy. Seen in Ray 2.60. Public: none.
+
+    Args:
+        receive: ASGI receive callable of a replica.
+        messages: called with Ray's request metadata; returns pickled ASGI messages, or never returns.
+
+    Returns:
+        False if `receive` is not Ray's object; it is then left as it is.
+    """
+    if not hasattr(receive, "_receive_asgi_messages"):
+        return False
+    receive._receive_asgi_messages = messages
+    return True
+
+
+def head_node_resource() -> str:
+    """Return the resource that only the head node of a cluster has.
+
+    Why: the HTTP proxy's address is that of the head node. Seen in Ray 2.60.
+    Public: the `is_head_node` field of `ray.util.state.list_nodes`, which needs a dashboard.
+    """
+    return "node:__internal_head__"

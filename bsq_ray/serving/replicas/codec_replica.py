@@ -1,0 +1,129 @@
+"""Codec replica: images and videos of any size to .bsq files and back.
+
+    image or video file ─compress─▶ .bsq file ─decompress─▶ PNG or video file
+
+Requests are computed one at a time in the model thread, each until its deadline.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bsq_ray.codec.codec import Codec
+from bsq_ray.codec.container import read_header
+from bsq_ray.serving.deadline import Deadline, deadline_after
+from bsq_ray.serving.errors import ApiError
+from bsq_ray.serving.image_quality import QualityReport, measure_quality
+from bsq_ray.serving.media.image_io import png_from_image, read_uploaded_image
+from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, is_video, read_uploaded_video
+from bsq_ray.serving.payloads import BSQ_MEDIA_TYPE, MediaFile
+from bsq_ray.serving.replicas.model_thread import ModelThread
+from bsq_ray.serving.service_config import Limits, Settings
+
+
+class CodecEngine:
+    """Compresses and decompresses images and videos of any size."""
+
+    def __init__(self, url: str, device: str, limits: Limits) -> None:
+        self.codec = Codec.from_pretrained(url, device=device)
+        self._codec_without_prior = Codec(self.codec.tokenizer)
+        self._limits, self._tile_size = limits, self.codec.tokenizer.config.image_size
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the fields of this model in `GET /v1/models`."""
+        prior = self.codec.prior
+        return {"tokenizer_id": self.codec.tokenizer.model_id, "prior_id": prior.model_id if prior else None}
+
+    def compress(self, data: bytes, deadline: Deadline) -> MediaFile:
+        """Compress an image or video file to a .bsq file.
+
+        Raises:
+            ApiError: see `read_uploaded_image` and `read_uploaded_video`; 422 this model does not accept the file; 503
+                the deadline passed.
+        """
+        deadline.check()
+        try:
+            if is_video(data):
+                video = read_uploaded_video(data, self._limits, self._tile_size**2)
+                encoded = self.codec.compress_clip(
+                    video.frames, video.frame_rate, video.color, on_progress=deadline.check
+                )
+            else:
+                image = read_uploaded_image(data, self._limits.max_pixels)
+                encoded = self.codec.compress(image, on_progress=deadline.check)
+        except ValueError as error:
+            raise ApiError(422, str(error)) from None
+        num_pixels = round(8 * len(encoded.data) / encoded.bits_per_pixel)
+        return MediaFile(encoded.data, BSQ_MEDIA_TYPE, num_pixels, encoded.num_frames if is_video(data) else None)
+
+    def decompress(self, data: bytes, media_type: str, deadline: Deadline) -> MediaFile:
+        """Decompress a .bsq file to a PNG, or to a video of this media type.
+
+        Raises:
+            ApiError: 413 the video is too long, 422 damaged or of other models, 503 the deadline passed.
+        """
+        deadline.check()
+        max_pixels = self._limits.max_pixels
+        try:
+            header = read_header(data, max_pixels)
+            if header.clip is None:
+                image = self.codec.decompress(data, max_pixels=max_pixels, on_progress=deadline.check)
+                return MediaFile(png_from_image(image), "image/png", image.width * image.height)
+            pixels_per_frame = header.width * header.height
+            check_total_pixels(header.num_frames, max(pixels_per_frame, self._tile_size**2), self._limits)
+            frames = self.codec.decompress_clip(data, max_pixels=max_pixels, on_progress=deadline.check)
+            file, num_frames = encode_video_file(frames, media_type, header.clip.frame_rate, header.clip.color)
+        except ValueError as error:
+            raise ApiError(422, str(error)) from None
+        return MediaFile(file, media_type, num_frames * pixels_per_frame, num_frames)
+
+    def measure(self, data: bytes, deadline: Deadline) -> QualityReport:
+        """Measure rate and quality of an image file, and the sizes of JPEG and WebP files of equal quality.
+
+        Raises:
+            ApiError: as `compress`; 415 a video.
+        """
+        deadline.check()
+        if is_video(data):
+            raise ApiError(415, "the body is a video; only images can be measured")
+        image = read_uploaded_image(data, self._limits.max_pixels)
+        num_bytes = len(self.codec.compress(image, on_progress=deadline.check).data)
+        # The prior is lossless, so the pixels are the same without its slow decoding.
+        coded_without_prior = self._codec_without_prior.compress(image, on_progress=deadline.check).data
+        decoded = self._codec_without_prior.decompress(
+            coded_without_prior, max_pixels=self._limits.max_pixels, on_progress=deadline.check
+        )
+        return measure_quality(image, decoded, num_bytes, deadline.check)
+
+
+class CodecReplica:
+    """Ray Serve deployment that compresses and decompresses images and videos of any size."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        replica_config = settings.codec
+        self._model_thread, self._timeout_s = ModelThread(replica_config.threads), settings.limits.request_timeout_s
+        self._engine: CodecEngine = self._model_thread.run_blocking(
+            CodecEngine, url, replica_config.device, settings.limits
+        )
+
+    async def metadata(self) -> dict[str, Any]:
+        """See the engine."""
+        return self._engine.metadata()
+
+    async def compress(self, data: bytes) -> MediaFile:
+        """Compress an image or video file to a .bsq file."""
+        with deadline_after(self._timeout_s) as deadline:
+            file: MediaFile = await self._model_thread(self._engine.compress, data, deadline)
+            return file
+
+    async def decompress(self, data: bytes, media_type: str) -> MediaFile:
+        """Decompress a .bsq file to a PNG, or that of a video to a video of this media type."""
+        with deadline_after(self._timeout_s) as deadline:
+            file: MediaFile = await self._model_thread(self._engine.decompress, data, media_type, deadline)
+            return file
+
+    async def measure(self, data: bytes) -> QualityReport:
+        """Measure rate and quality of an image file."""
+        with deadline_after(self._timeout_s) as deadline:
+            report: QualityReport = await self._model_thread(self._engine.measure, data, deadline)
+            return report

@@ -1,0 +1,173 @@
+"""Tokenizer replica: images and videos to tokens and back.
+
+    image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      batches of images
+    video file ─▶ VideoEngine: a few frames at a time, between these batches
+
+Image files are decoded in the event loop's thread pool. PyTorch computes in the replica's model thread only.
+
+Shape suffixes: B batch, N tokens, P values of a patch, C channels, L bits of a token, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bsq_ray import config, model_folder
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
+from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
+from bsq_ray.serving.batch_invariance import BatchInvariantRunner
+from bsq_ray.serving.deadline import deadline_after
+from bsq_ray.serving.errors import ApiError
+from bsq_ray.serving.media.image_io import png_from_pixels, read_uploaded_image
+from bsq_ray.serving.media.video_io import is_video
+from bsq_ray.serving.payloads import MediaFile, PackedTokens
+from bsq_ray.serving.replicas.model_thread import ModelThread, example_values, num_cores, set_num_threads
+from bsq_ray.serving.replicas.video_engine import VideoEngine
+from bsq_ray.serving.service_config import Limits, Settings
+
+# Videos that one replica processes at a time, a few frames of each in turn.
+_MAX_CONCURRENT_VIDEOS = 4
+
+
+class TokenizerEngine:
+    """Converts images to tokens and back; the result of an image does not depend on its batch.
+
+    Attributes:
+        video: the same for videos, one at a time.
+        grid_size: rows and columns of tokens.
+    """
+
+    def __init__(self, url: str, device: str, max_batch_size: int, limits: Limits) -> None:
+        self.tokenizer = Tokenizer.from_pretrained(url).to(device)
+        run_config = config.require_stage(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
+        self._resize_filter = run_config.data.eval_interpolation
+        self._max_pixels, self._device = limits.max_pixels, device
+        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits, device)
+        model_config = self.tokenizer.config
+        self.grid_size = model_config.image_size // model_config.patch_size
+        images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
+        self._batched_encode = BatchInvariantRunner(self._features_and_bits, images_BCHW, num_cores=num_cores(device))
+        bits_BNL = example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0
+        self._batched_decode = BatchInvariantRunner(self._decode_bits, bits_BNL, num_cores=num_cores(device))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the fields of this model in `GET /v1/models`."""
+        model_config, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
+        return {
+            "tokenizer_id": self.tokenizer.model_id,
+            "image_size": model_config.image_size,
+            "grid": [1, self.grid_size, self.grid_size],
+            "bits": bits,
+            "bits_per_pixel": bits / model_config.patch_size**2,
+        }
+
+    def prepare(self, data: bytes) -> np.ndarray:
+        """Decode, resize and crop an image file as in the evaluation; return uint8 pixels (3, H, W), a square.
+
+        Raises:
+            ApiError: see `read_uploaded_image`.
+        """
+        size = self.tokenizer.config.image_size
+        return eval_transform(read_uploaded_image(data, self._max_pixels, size), size, self._resize_filter)
+
+    def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Convert pixels (3, H, W) to packed bits (N, ceil(L / 8)), uint8."""
+        images_BCHW = to_float(torch.from_numpy(np.stack(images)))
+        bits_BNL = self._batched_encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
+        return list(pack_bits(bits_BNL).cpu().numpy())
+
+    def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
+        """Convert packed bits to pixels, the inverse of `encode`."""
+        bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
+        images_BCHW = to_uint8(self._batched_decode(bits_BNL))
+        return list(images_BCHW.cpu().numpy())
+
+    def parse_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
+        """Return the tokens of a request, of an image or of all frames of a video, as `decode` expects them.
+
+        Raises:
+            ApiError: 422 the tokens do not fit this model.
+        """
+        num_tokens, bytes_per_token = self.grid_size**2, -(-self.tokenizer.quantizer.bits // 8)
+        has_grid = grid[0] >= 1 and grid[1:] == [self.grid_size, self.grid_size]
+        if not has_grid or len(packed) != grid[0] * num_tokens * bytes_per_token:
+            raise ApiError(
+                422,
+                f"the tokens do not fit this model; it expects grid [frames, {self.grid_size}, {self.grid_size}] and "
+                f"per frame {num_tokens} tokens of {bytes_per_token} bytes",
+            )
+        return np.frombuffer(packed, np.uint8).reshape(-1, bytes_per_token)
+
+    @torch.no_grad()
+    def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
+        """Return (B, N, C + L): features, in which every difference shows, and their bits."""
+        patches_BNP = patchify(images_BCHW.to(self._device).unsqueeze(2), self.tokenizer.config.patch_size)
+        v_BNC = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
+        return torch.cat([v_BNC, self.tokenizer.quantizer(v_BNC).bits_BNL.to(v_BNC.dtype)], -1)
+
+    def _decode_bits(self, bits_BNL: Tensor) -> Tensor:
+        return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.grid_size, self.grid_size)))
+
+
+class TokenizerReplica:
+    """Ray Serve deployment that encodes and decodes images and videos of the tokenizer's size."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        replica_config = settings.tokenizer
+        self._model_thread, self._timeout_s = ModelThread(replica_config.threads), settings.limits.request_timeout_s
+        arguments = url, replica_config.device, replica_config.max_batch_size, settings.limits
+        self._engine: TokenizerEngine = self._model_thread.run_blocking(TokenizerEngine, *arguments)
+        self._video_threads = ThreadPoolExecutor(_MAX_CONCURRENT_VIDEOS, "video", lambda: set_num_threads(1))
+        self._encode = self._model_thread.make_batcher(self._engine.encode, replica_config)
+        self._decode = self._model_thread.make_batcher(self._engine.decode, replica_config)
+
+    async def metadata(self) -> dict[str, Any]:
+        """See the engine."""
+        return self._engine.metadata()
+
+    async def encode(self, data: bytes) -> PackedTokens:
+        """Convert an image or video file to tokens."""
+        if is_video(data):
+            tokens: PackedTokens = await self._run_on_video(self._engine.video.encode, data)
+            return tokens
+        packed: np.ndarray = await self._encode(await asyncio.to_thread(self._engine.prepare, data))
+        return PackedTokens([1, self._engine.grid_size, self._engine.grid_size], packed.tobytes())
+
+    async def decode(self, tokens: PackedTokens, media_type: str) -> MediaFile:
+        """Convert tokens to a PNG, or those of a video to a video of this media type."""
+        packed = self._engine.parse_tokens(tokens.grid, tokens.packed)
+        if tokens.rate is None:
+            return self._png_file(await self._decode(packed))
+        rate = Fraction(tokens.rate)
+        video: MediaFile = await self._run_on_video(self._engine.video.decode, packed, rate, media_type)
+        return video
+
+    async def reconstruct(self, data: bytes, media_type: str) -> MediaFile:
+        """Encode and decode a file: an image to a PNG, a video to a video of this media type."""
+        if is_video(data):
+            video: MediaFile = await self._run_on_video(self._engine.video.reconstruct, data, media_type)
+            return video
+        original = await asyncio.to_thread(self._engine.prepare, data)
+        reconstructed = await self._decode(await self._encode(original))
+        mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
+        return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
+
+    def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None) -> MediaFile:
+        return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
+
+    async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the video engine in a thread of its own, which enters the model thread for a few frames at a time."""
+        loop = asyncio.get_running_loop()
+        with deadline_after(self._timeout_s) as deadline:
+            call = partial(function, *arguments, self._model_thread.run_blocking, deadline)
+            return await loop.run_in_executor(self._video_threads, call)

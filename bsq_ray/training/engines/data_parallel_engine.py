@@ -1,0 +1,66 @@
+"""Data parallelism without partitioning: one all-reduce of all gradients per step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
+from bsq_ray.training.engines.engine import Engine, average_gradients, gradient_norm
+
+
+class DataParallelEngine(Engine):
+    """Every worker holds the whole module and optimizer state."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation_steps: int
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        self._num_micro_batches = 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for value in module.state_dict().values():
+                dist.broadcast(value, 0)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation_steps).backward()
+
+    def step(self, learning_rate: float) -> float | None:
+        self._num_micro_batches += 1
+        if self._num_micro_batches % self.accumulation_steps:
+            return None
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        average_gradients(parameters)
+        grad_norm = gradient_norm(parameters)
+        if math.isfinite(grad_norm):
+            if 0 < self.max_grad_norm < grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, torch.tensor(grad_norm))
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def snapshot(self) -> FileWriters:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return {}
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"state.pt": torch_save_writer(state)}
+
+    def to_universal(self, folder: Path) -> None:
+        """Do nothing: the state does not depend on the number of workers."""
+
+    def load(self, folder: Path, same_world_size: bool) -> None:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,187 @@
+"""DeepSpeed ZeRO stages 0 to 3, with fp32 weights and bf16 by autocast."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bsq_ray import config
+from bsq_ray.runtime import _deepspeed_internals as internals
+from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
+from bsq_ray.training.engines.engine import Engine, gradient_norm
+
+
+class DeepSpeedEngine(Engine):
+    """A DeepSpeed engine around a module.
+
+    Raises:
+        ValueError: DeepSpeed already uses another device type in this process.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        training_config: config.TrainingConfig,
+        micro_batch: int,
+        accumulation_steps: int,
+        device: torch.device,
+    ) -> None:
+        # Otherwise DeepSpeed prints to stdout that there is no GPU and no tensor parallelism.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
+        _select_accelerator(device)
+        import deepspeed
+
+        ensure_process_group(device)
+        zero_config: dict[str, Any] = {"stage": training_config.engine.zero_stage}
+        if training_config.engine.offload_optimizer:
+            zero_config["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        ds_config = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation_steps,
+            # Always set, because DeepSpeed's default clips at 1.
+            "gradient_clipping": training_config.optimizer.max_grad_norm,
+            "zero_optimization": zero_config,
+            # PyTorch's AdamW also runs on the host; DeepSpeed's own would have to be compiled on every node.
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": sys.maxsize,
+        }
+        self._zero_stage = training_config.engine.zero_stage
+        self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        self.module = module
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self._ds_engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._ds_engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float | None:
+        for group in self._ds_engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        is_last_micro_batch = bool(self._ds_engine.is_gradient_accumulation_boundary())
+        grad_norm: float | None = None
+        if is_last_micro_batch and self._zero_stage == 0:
+            # Stage 0 neither returns its norm nor skips a step whose norm is not finite.
+            grad_norm = gradient_norm([p for p in self.module.parameters() if p.grad is not None])
+            if not math.isfinite(grad_norm):
+                return grad_norm
+        self._ds_engine.step()
+        if is_last_micro_batch and grad_norm is None:
+            grad_norm = float(self._ds_engine.get_global_grad_norm())
+        return grad_norm
+
+    def snapshot(self) -> FileWriters:
+        files: FileWriters = {}
+        # DeepSpeed itself writes only small helper scripts there, which are not needed.
+        with tempfile.TemporaryDirectory() as scratch:
+
+            def capture(state: Any, path: str) -> None:
+                files[Path(path).relative_to(scratch).as_posix()] = torch_save_writer(state)
+
+            internals.capture_checkpoint(self._ds_engine, scratch, "state", capture)
+        return files
+
+    def to_universal(self, folder: Path) -> None:
+        if self._zero_stage > 0:
+            _convert_to_universal(folder / "state", folder / "universal")
+
+    def load(self, folder: Path, same_world_size: bool) -> None:
+        use_universal = not same_world_size and self._zero_stage > 0
+        internals.set_load_universal(self._ds_engine, use_universal)
+        path, _ = self._ds_engine.load_checkpoint(str(folder), tag="universal" if use_universal else "state")
+        if path is None:
+            raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
+
+    @contextmanager
+    def gathered_parameters(self, modify: bool = False) -> Iterator[None]:
+        if self._zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if modify else None):
+            yield
+
+
+def run_forward_in_autocast(module: nn.Module, device: torch.device) -> None:
+    """Run the module's forward pass in bf16 autocast, by hooks that enter and leave the context.
+
+    DeepSpeed disables an outer autocast around the forward passes of its engines, so it must be entered inside. Hooks
+    keep the parameter names and `module.forward`, unlike a wrapper module.
+    """
+    contexts: list[torch.autocast] = []
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        contexts.append(torch.autocast(device.type, torch.bfloat16))
+        contexts[-1].__enter__()
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    # Also after a forward pass that raises.
+    module.register_forward_hook(leave, always_call=True)
+
+
+def ensure_process_group(device: torch.device) -> None:
+    """Make DeepSpeed use the existing process group, or a new one with this process alone."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        # NCCL warns if a process exits without destroying its group.
+        atexit.register(dist.destroy_process_group)
+    internals.disable_shared_memory_op()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _select_accelerator(device: torch.device) -> None:
+    """Make DeepSpeed use the module's device type; by default it takes a GPU if there is one.
+
+    Raises:
+        ValueError: DeepSpeed already uses another device type in this process.
+    """
+    is_preset = "DS_ACCELERATOR" in os.environ
+    # Read at DeepSpeed's import. Removed afterwards, so that child processes choose for themselves.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator().device_name()
+    if not is_preset:
+        del os.environ["DS_ACCELERATOR"]
+    if accelerator != device.type:
+        raise ValueError(
+            f"DeepSpeed already uses {accelerator} in this process and cannot train on {device.type}; start another "
+            "process, or set training.engine.kind=ddp"
+        )
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """Convert a ZeRO checkpoint to DeepSpeed's universal format, in a subprocess.
+
+    Raises:
+        RuntimeError: the conversion failed; the message ends with its stderr.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target), "--num_extract_workers", "1"]
+    command += ["--num_merge_workers", "1"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"the checkpoint cannot be converted for another number of workers: {process.stderr[-500:]}")

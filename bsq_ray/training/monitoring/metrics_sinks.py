@@ -1,0 +1,258 @@
+"""Destinations of a run's records besides its `metrics.jsonl`.
+
+record ─▶ MetricsLog ─▶ JsonLinesSink (always)
+                     └▶ TensorBoardSink, MLflowSink, WandbSink (training.trackers)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from bsq_ray import config, storage
+
+# Python package of each tracker that is not installed with bsq_ray.
+_OPTIONAL_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
+
+
+class MetricsSink(Protocol):
+    """A destination of records; only rank 0 has sinks."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Accept a record with `kind`, `step` and JSON values."""
+
+    def flush(self) -> None:
+        """Make everything accepted so far visible.
+
+        Raises:
+            StorageUnavailableError: storage is unavailable; the data is kept for the next call.
+        """
+
+    def close(self) -> None:
+        """Flush and release all resources."""
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Check that the packages of all trackers are installed.
+
+    Raises:
+        ValueError: naming the missing package and the extra that installs it.
+    """
+    for tracker in trackers:
+        package = _OPTIONAL_PACKAGES.get(tracker)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"training.trackers names {tracker}, but the package {package} is not installed; install "
+                f'"bsq-ray[trackers]", or remove {tracker} from training.trackers'
+            )
+
+
+def build_trackers(
+    trackers: Sequence[str], out_url: str, last_step: int, run_config: config.AnyConfig | None
+) -> dict[str, MetricsSink]:
+    """Build the sinks of `training.trackers`, by name.
+
+    Args:
+        last_step: step that the run resumes after; 0 for a new run.
+        run_config: recorded as the run's parameters; None records none.
+    """
+    parameters = _flatten(run_config.model_dump(mode="json")) if run_config is not None else {}
+    sinks: dict[str, MetricsSink] = {}
+    for tracker in trackers:
+        if tracker == "tensorboard":
+            sinks[tracker] = TensorBoardSink(out_url, last_step)
+        elif tracker == "mlflow":
+            sinks[tracker] = MLflowSink(out_url, parameters)
+        else:
+            sinks[tracker] = WandbSink(out_url, parameters)
+    return sinks
+
+
+class JsonLinesSink:
+    """Appends records to `metrics.jsonl`; records after `last_step` from an interrupted attempt are dropped.
+
+    Local files are appended at every record. Object stores cannot append, so there `flush` rewrites the whole file.
+    """
+
+    def __init__(self, out_url: str, last_step: int) -> None:
+        self._is_local = storage.is_local(out_url)
+        self._url = storage.join(out_url, "metrics.jsonl")
+        self._previous_lines = [f"{line}\n" for line in _lines_up_to(self._url, last_step)]
+        self._pending_lines: list[str] = []
+        storage.write_bytes(self._url, "".join(self._previous_lines).encode())
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Accept a record.
+
+        Raises:
+            StorageUnavailableError: storage is unavailable; the record is kept for the next call.
+        """
+        self._pending_lines.append(f"{json.dumps(record)}\n")
+        if self._is_local:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all records; see `MetricsSink.flush`."""
+        if not self._is_local:
+            storage.write_bytes(self._url, "".join(self._previous_lines + self._pending_lines).encode())
+            return
+        data = "".join(self._pending_lines).encode()
+        with storage.translate_errors(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
+            end = file.tell()
+            if file.write(data) < len(data):
+                # All or nothing, so that no line is truncated.
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._pending_lines.clear()
+
+    def close(self) -> None:
+        """Write all records."""
+        self.flush()
+
+
+class TensorBoardSink:
+    """Writes scalars to `tensorboard/` under "kind/name"."""
+
+    def __init__(self, out_url: str, last_step: int) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._out_url = out_url
+        self._temp_dir = tempfile.TemporaryDirectory()
+        # Written to a local folder and copied: on a full disk the writer's thread dies and later calls block forever.
+        # The step is part of the name, so that a run resumed within a second does not overwrite its own file.
+        self._writer = SummaryWriter(
+            self._temp_dir.name,
+            purge_step=last_step + 1 if last_step else None,
+            filename_suffix=f".step-{last_step:07d}",
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in scalars_of(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._upload()
+
+    def close(self) -> None:
+        # Closing waits for the writer's queue.
+        self._writer.close()
+        self._upload()
+        self._temp_dir.cleanup()
+
+    def _upload(self) -> None:
+        for path in Path(self._temp_dir.name).iterdir():
+            storage.upload(str(path), storage.join(self._out_url, "tensorboard", path.name))
+
+
+class MLflowSink:
+    """Logs scalars to an MLflow run; a resumed run continues the same MLflow run.
+
+    MLflow reads `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` (default "bsq_ray") from the environment.
+    """
+
+    _TAG = "bsq_ray.out"
+
+    def __init__(self, out_url: str, parameters: dict[str, str]) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._client, self._metric_type = MlflowClient(), Metric
+        experiment_name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "bsq_ray")
+        experiment = self._client.get_experiment_by_name(experiment_name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(experiment_name)
+        quoted_url = out_url.replace("'", "")
+        runs = self._client.search_runs([experiment_id], f"tags.`{self._TAG}` = '{quoted_url}'", max_results=1)
+        if runs:
+            self._run_id = runs[0].info.run_id
+            return
+        run_name = out_url.rstrip("/").rpartition("/")[2]
+        self._run_id = self._client.create_run(
+            experiment_id, tags={self._TAG: quoted_url}, run_name=run_name
+        ).info.run_id
+        params = [Param(name, value[:500]) for name, value in parameters.items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(self._run_id, params=params[start : start + 100])
+
+    def write(self, record: dict[str, Any]) -> None:
+        timestamp_ms = int(time.time() * 1000)
+        metrics = [
+            self._metric_type(name, float(value), timestamp_ms, record["step"])
+            for name, value in scalars_of(record).items()
+        ]
+        if metrics:
+            self._client.log_batch(self._run_id, metrics=metrics)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
+
+
+class WandbSink:
+    """Logs scalars to a Weights & Biases run; a resumed run continues the same one.
+
+    W&B reads `WANDB_PROJECT` (default "bsq_ray"), `WANDB_MODE` and the API key from the environment.
+    """
+
+    def __init__(self, out_url: str, parameters: dict[str, str]) -> None:
+        import wandb
+
+        self._scratch = tempfile.TemporaryDirectory()
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "bsq_ray"),
+            id=hashlib.sha256(out_url.encode()).hexdigest()[:16],
+            name=out_url.rstrip("/").rpartition("/")[2],
+            resume="allow",
+            config=parameters,
+            # Offline runs stay where the user can upload them from.
+            dir=os.environ.get("WANDB_DIR") or (out_url if storage.is_local(out_url) else self._scratch.name),
+        )
+        # Records of several kinds share a step, and W&B rejects steps that go back after a resume.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: dict[str, Any]) -> None:
+        scalars = scalars_of(record)
+        if scalars:
+            self._run.log({**scalars, "step": record["step"]})
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._run.finish()
+        self._scratch.cleanup()
+
+
+def scalars_of(record: dict[str, Any]) -> dict[str, int | float]:
+    """Return the numbers of a record except its step, by "kind/name"."""
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if isinstance(value, int | float) and name != "step"
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
+    return flat
+
+
+def _lines_up_to(url: str, step: int) -> list[str]:
+    """Return the complete lines of a log up to a step; a last line truncated by a crash is dropped."""
+    lines = storage.read_text(url).splitlines(keepends=True) if storage.exists(url) else []
+    complete_lines = [line.rstrip("\n") for line in lines if line.endswith("\n")]
+    return [line for line in complete_lines if json.loads(line)["step"] <= step]

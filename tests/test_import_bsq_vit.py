@@ -1,0 +1,365 @@
+"""Importing checkpoints of the published reference code.
+
+`ReferenceTokenizer` states that code's forward pass and its names of weights independently, with PyTorch's own
+attention module, from their description; no file of it is at hand here.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from bsq_ray import Tokenizer, config, model_folder
+from bsq_ray.import_bsq_vit import import_bsq_vit, read_checkpoint
+from bsq_ray.models.discriminators import build_discriminator
+
+WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
+CONFIG = f"""
+base: imagenet128-bsq18
+name: small
+model:
+  image_size: {SIDE}
+  encoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}}}
+  decoder: {{width: {WIDTH}, layers: {LAYERS}, heads: {HEADS}, head_hidden_dim: 3072}}
+  quantizer: {{bits: {BITS}}}
+loss: {{adversarial: {{channel_base: 512, channel_max: 32}}}}
+"""
+
+
+class ReferenceBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS)
+        self.ln_2 = nn.LayerNorm(WIDTH)
+        parts = {"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "gelu": nn.GELU(), "c_proj": nn.Linear(4 * WIDTH, WIDTH)}
+        self.mlp = nn.Sequential(collections.OrderedDict(parts))
+
+    def forward(self, x):
+        sequence_first = self.ln_1(x).transpose(0, 1)
+        x = x + self.attn(sequence_first, sequence_first, sequence_first, need_weights=False)[0].transpose(0, 1)
+        return x + self.mlp(self.ln_2(x))
+
+
+class ReferenceTransformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.empty((SIDE // PATCH) ** 2, WIDTH))
+        self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(ReferenceBlock() for _ in range(LAYERS))
+
+    def body(self, x):
+        x = self.ln_pre(x + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_post(x)
+
+
+class ReferenceTokenizer(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.encoder, self.decoder = ReferenceTransformer(), ReferenceTransformer()
+        self.encoder.conv1 = nn.Linear(3 * PATCH**2, WIDTH, bias=False)
+        self.decoder.ffn = nn.Sequential(nn.Linear(WIDTH, 3072), nn.Tanh())
+        self.decoder.conv_out = nn.Linear(3072, 3 * PATCH**2)
+        self.quant_embed, self.post_quant_embed = nn.Linear(WIDTH, BITS), nn.Linear(BITS, WIDTH)
+        self.quantize = nn.Module()
+        self.quantize.register_buffer("basis", 2 ** torch.arange(BITS - 1, -1, -1))
+        self.quantize.register_buffer("group_basis", 2 ** torch.arange(8, -1, -1))
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.2, generator=generator)
+
+    def forward(self, images):
+        grid = SIDE // PATCH
+        patches = nn.functional.unfold(images, PATCH, stride=PATCH).transpose(1, 2)
+        v = self.quant_embed(self.encoder.body(self.encoder.conv1(patches)))
+        u = v / v.norm(dim=-1, keepdim=True)
+        code = torch.where(u > 0, 1.0, -1.0) / BITS**0.5
+        x = self.decoder.body(self.post_quant_embed(code))
+        patches = self.decoder.conv_out(self.decoder.ffn(x))
+        assert patches.shape[1] == grid * grid
+        return nn.functional.fold(patches.transpose(1, 2), SIDE, PATCH, stride=PATCH).clamp(-1, 1)
+
+
+def discriminator_tensors(seed=2):
+    """Weights of the reference's residual discriminator under its names: 32 px, channel base 512, at most 32."""
+    channels = {32: 16, 16: 32, 8: 32, 4: 32}
+    shapes = {"b32.fromrgb.weight": (16, 3, 1, 1), "b32.fromrgb.bias": (16,)}
+    for size in (32, 16, 8):
+        inputs, outputs = channels[size], channels[size // 2]
+        shapes |= {f"b{size}.conv0.weight": (inputs, inputs, 3, 3), f"b{size}.conv0.bias": (inputs,)}
+        shapes |= {f"b{size}.conv1.weight": (outputs, inputs, 3, 3), f"b{size}.conv1.bias": (outputs,)}
+        shapes |= {f"b{size}.skip.weight": (outputs, inputs, 1, 1)}
+    shapes |= {"b4.conv.weight": (32, 33, 3, 3), "b4.conv.bias": (32,), "b4.fc.weight": (32, 512), "b4.fc.bias": (32,)}
+    shapes |= {"b4.out.weight": (1, 32), "b4.out.bias": (1,)}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    convolutions = [name.removesuffix("weight") for name, shape in shapes.items() if len(shape) == 4]
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return tensors | {f"{name}resample_filter": torch.outer(taps, taps) for name in convolutions}
+
+
+def discriminator_logits(tensors, images):
+    """What the reference's discriminator makes of a batch of at most four images."""
+
+    def convolution(name, x, gain=2**0.5, **how):
+        weight = tensors[f"{name}.weight"]
+        x = nn.functional.conv2d(x, weight / weight[0].numel() ** 0.5, **how)
+        return nn.functional.leaky_relu(x + tensors[f"{name}.bias"][:, None, None], 0.2) * gain
+
+    def low_pass(name, x, pad):
+        x = nn.functional.pad(x, [pad] * 4).flatten(0, 1).unsqueeze(1)
+        return nn.functional.conv2d(x, tensors[f"{name}.resample_filter"][None, None]).unflatten(0, (len(images), -1))
+
+    x = convolution("b32.fromrgb", images)
+    for block in ("b32", "b16", "b8"):
+        weight = tensors[f"{block}.skip.weight"]
+        skip = low_pass(f"{block}.skip", x, 1).squeeze(2)[..., ::2, ::2]
+        skip = nn.functional.conv2d(skip, weight / weight[0].numel() ** 0.5) * 0.5**0.5
+        x = convolution(f"{block}.conv0", x, padding=1)
+        x = convolution(f"{block}.conv1", low_pass(f"{block}.conv1", x, 2).squeeze(2), gain=1.0, stride=2) + skip
+    deviation = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
+    x = convolution("b4.conv", torch.cat([x, deviation.expand(len(x), 1, 4, 4)], 1), padding=1).flatten(1)
+    x = nn.functional.leaky_relu(x @ tensors["b4.fc.weight"].T / 512**0.5 + tensors["b4.fc.bias"], 0.2) * 2**0.5
+    return x @ tensors["b4.out.weight"].T / 32**0.5 + tensors["b4.out.bias"]
+
+
+def prefixed(prefix, tensors):
+    return collections.OrderedDict((prefix + name, tensor) for name, tensor in tensors.items())
+
+
+def checkpoint_contents(prefix="module.", **changes):
+    """A checkpoint's dictionary: plain weights of seed 0, averaged ones of seed 1, objects of the training script."""
+    arguments = argparse.Namespace(resume="", output_dir=pathlib.PurePosixPath("/out"), lr=np.float64(4e-7))
+    parts = {
+        "iter": 7000,
+        "state_dict": prefixed(prefix, ReferenceTokenizer(0).state_dict()),
+        "ema_state_dict": prefixed(prefix * 2, ReferenceTokenizer(1).state_dict()),
+        "optimizer_generator": {"state": {0: {"step": torch.tensor(7000.0)}}, "param_groups": [{"lr": 1e-4}]},
+        "optimizer_discriminator": {"state": {}, "param_groups": []},
+        "state_dict_discriminator": None,
+        "scaler": {},
+        "config": fake_omegaconf_object(),
+        "args": arguments,
+        "best_fid": np.float64(1.5),
+    }
+    return parts | changes
+
+
+def fake_omegaconf_object():
+    """An object of a package that is absent where the checkpoint is read, with the structure OmegaConf's have."""
+    package, container = types.ModuleType("omegaconf"), types.ModuleType("omegaconf.dictconfig")
+    container.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
+    sys.modules |= {"omegaconf": package, "omegaconf.dictconfig": container}
+    instance = container.DictConfig()
+    instance.__dict__ |= {
+        "_content": {"width": 32},
+        "_parent": None,
+        "flags": collections.defaultdict(dict, a={"b": 1}),
+    }
+    return instance
+
+
+@pytest.fixture
+def save(tmp_path, monkeypatch):
+    def save_checkpoint(parts):
+        torch.save(parts, tmp_path / "checkpoint.pt")
+        for name in ("omegaconf", "omegaconf.dictconfig"):
+            sys.modules.pop(name, None)
+        return str(tmp_path / "checkpoint.pt")
+
+    return save_checkpoint
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    return str(tmp_path / "small.yaml")
+
+
+IMAGES = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_import_reconstructions_match_reference(save, small_config, tmp_path, prefix):
+    """Reconstructions match the reference code for EMA and raw weights."""
+    out = str(tmp_path / "model")
+    imported = import_bsq_vit(save(checkpoint_contents(prefix)), small_config, out)
+    for weights, seed in (("ema", 1), ("raw", 0)):
+        ours = Tokenizer.from_pretrained(out, weights).reconstruct(IMAGES)
+        reference = ReferenceTokenizer(seed)(IMAGES)
+        assert reference.std() > 0.3
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
+    assert imported.iteration == 7000
+    assert not imported.has_discriminator
+    assert imported.id == model_folder.load_model_folder(out).id
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| imported from | checkpoint.pt |" in card
+    assert "| training steps | 7000 |" in card
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_import_discriminator_logits_match_reference(save, small_config, tmp_path, prefix):
+    """The discriminator is imported and gives the reference's logits."""
+    tensors = discriminator_tensors()
+    checkpoint = save(checkpoint_contents(state_dict_discriminator=prefixed(prefix, tensors)))
+    imported = import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
+    assert imported.has_discriminator
+    ours = build_discriminator(config.load_config(small_config).loss.adversarial, SIDE)
+    ours.load_state_dict(load_file(tmp_path / "model" / "discriminator.safetensors"))
+    expected = discriminator_logits(tensors, IMAGES)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(ours(IMAGES)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("b8.conv1.bias"), r"checkpoint\.pt \(state_dict_discriminator\) .*missing: b8\.conv1\.bias"),
+        (lambda t: t.update({"b8.conv2.bias": torch.ones(1)}), r"unexpected: b8\.conv2\.bias"),
+        (
+            lambda t: t.update({"b4.out.weight": torch.ones(2, 32)}),
+            r"b4\.out\.weight is \(2, 32\) instead of",
+        ),
+        (lambda t: t["b16.skip.resample_filter"].mul_(2), r"b16\.skip\.resample_filter is another low-pass filter"),
+    ],
+)
+def test_import_mismatched_discriminator_raises(save, small_config, tmp_path, change, message):
+    tensors = discriminator_tensors()
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        import_bsq_vit(
+            save(checkpoint_contents(state_dict_discriminator=tensors)), small_config, str(tmp_path / "model")
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_import_raw_weights_only_on_request(save, small_config, tmp_path):
+    """A checkpoint without EMA weights is rejected unless raw weights are requested."""
+    out = str(tmp_path / "model")
+    checkpoint = save(checkpoint_contents(ema_state_dict=None))
+    with pytest.raises(ValueError, match="holds no averaged weights; import its raw weights instead"):
+        import_bsq_vit(checkpoint, small_config, out)
+    assert not os.path.exists(out)
+    import_bsq_vit(checkpoint, small_config, out, weights="raw")
+    torch.testing.assert_close(
+        Tokenizer.from_pretrained(out).reconstruct(IMAGES), ReferenceTokenizer(0)(IMAGES), rtol=0, atol=1e-4
+    )
+
+
+def test_import_from_url_matches_local_import(save, small_config, tmp_path):
+    import fsspec
+
+    with fsspec.open("memory://reference/checkpoint.pt", "wb") as file:
+        file.write(pathlib.Path(save(checkpoint_contents())).read_bytes())
+    remote = import_bsq_vit("memory://reference/checkpoint.pt", small_config, "memory://reference/model")
+    local = import_bsq_vit(str(tmp_path / "checkpoint.pt"), small_config, str(tmp_path / "model"))
+    assert remote == local
+
+
+def test_import_preserves_bit_order(save, small_config, tmp_path):
+    """Imported models keep the order of bits, so tokens can be compared bit by bit."""
+    import_bsq_vit(save(checkpoint_contents()), small_config, str(tmp_path / "model"))
+    reference = ReferenceTokenizer(1)
+    patches = nn.functional.unfold(IMAGES, PATCH, stride=PATCH).transpose(1, 2)
+    v = reference.quant_embed(reference.encoder.body(reference.encoder.conv1(patches)))
+    bits = Tokenizer.from_pretrained(str(tmp_path / "model")).encode(IMAGES).bits_BNL
+    assert torch.equal(bits, v > 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("module.quant_embed.bias"), r"missing: to_code\.bias"),
+        (lambda t: t.update({"module.quant_embed.scale": torch.ones(1)}), r"unexpected: to_code\.scale"),
+        (lambda t: t.update({"module.loss.logvar": torch.ones(1)}), r"unexpected: loss\.logvar"),
+        (lambda t: t.update({"stray": torch.ones(1)}), r"missing: .*unexpected: module\.decoder"),
+        (lambda t: t.clear(), r"missing: "),
+    ],
+)
+def test_import_missing_or_extra_weights_writes_nothing(save, small_config, tmp_path, change, message):
+    """Missing or extra weights raise an error, and no folder is written."""
+    parts = checkpoint_contents()
+    change(parts["state_dict"])
+    with pytest.raises(ValueError, match=message):
+        import_bsq_vit(save(parts), small_config, str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_import_wrong_size_names_both_shapes(save, small_config, tmp_path):
+    """A checkpoint of another size is rejected, and the error names both shapes."""
+    checkpoint = save(checkpoint_contents())
+    (tmp_path / "other.yaml").write_text(CONFIG.replace(f"bits: {BITS}", "bits: 18"))
+    with pytest.raises(ValueError, match=r"to_code\.bias is \(12,\) instead of \(18,\)"):
+        import_bsq_vit(checkpoint, str(tmp_path / "other.yaml"), str(tmp_path / "model"))
+
+
+class MaliciousObject:
+    """An object whose unpickling would run a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.system, "posix.system"), (os.makedirs, "os.makedirs"), (eval, "builtins.eval"), (getattr, "builtins.getattr")],
+)
+def test_import_malicious_pickle_is_rejected_without_running(save, small_config, tmp_path, function, name):
+    """A checkpoint that would run code is rejected, and none of it runs."""
+    evidence = tmp_path / "evidence"
+    argument = {os.system: f"touch {evidence}", os.makedirs: str(evidence)}.get(
+        function, f"open({str(evidence)!r}, 'w')"
+    )
+    checkpoint = save(checkpoint_contents(args=MaliciousObject(function, argument)))
+    with pytest.raises(ValueError, match=f"is refused: reading it would run or import {name}"):
+        import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
+    assert not evidence.exists()
+
+
+def test_read_checkpoint_does_not_import_script_objects(save):
+    checkpoint = save(checkpoint_contents())
+    parts = read_checkpoint(checkpoint, "checkpoint.pt")
+    assert "omegaconf" not in sys.modules
+    assert not isinstance(parts["args"], argparse.Namespace)
+    assert vars(parts["config"]) == {}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80\x02}."])
+def test_import_damaged_or_foreign_file_raises(save, small_config, tmp_path, damage):
+    path = pathlib.Path(save(checkpoint_contents()))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint as torch\.save writes it"):
+        import_bsq_vit(str(path), small_config, str(tmp_path / "model"))
+
+
+def test_import_checkpoint_without_expected_keys_raises(save, small_config, tmp_path):
+    with pytest.raises(ValueError, match="holds a list, not the dictionary of a checkpoint"):
+        import_bsq_vit(save([1, 2]), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no weights called state_dict; its keys are model, epoch"):
+        import_bsq_vit(save({"model": {}, "epoch": 1}), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="holds no weights called state_dict"):
+        import_bsq_vit(save({"state_dict": {"a": 1}}), small_config, str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"cannot read /nowhere/checkpoint\.pt: it does not exist"):
+        import_bsq_vit("/nowhere/checkpoint.pt", small_config, str(tmp_path / "model"))
+
+
+def test_small_config_parameter_count_matches_reference(small_config):
+    """The small configuration has as many parameters as the reference tokenizer of this test."""
+    model = config.load_config(small_config).model
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in Tokenizer(model).parameters())
+    assert ours == sum(p.numel() for p in ReferenceTokenizer(0).parameters())
