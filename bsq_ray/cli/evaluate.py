@@ -99,7 +99,9 @@ def evaluate_compression(
     data: Annotated[str, typer.Option(help="Folder of images or clips: Kodak, MCL-JCV, UVG or your own.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
     workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
-    frames: Annotated[int | None, typer.Option(min=1, help="Use only the first frames of each clip, this many.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first frames of each clip, this many.")
+    ] = None,
     max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images or clips to this longer side.")] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,
