@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Starts Ray on servers of your own, or stops it: what `ray up cluster/on-premises.yaml` does, over plain ssh.
+# Starts or stops Ray on your own nodes over ssh; the result is that of `ray up cluster/on-premises.yaml`.
 #
-#   cluster/start.sh HEAD WORKER...           start; the first host is the head
-#   cluster/start.sh --join HEAD WORKER...    start Ray on these workers only, and join the head, which runs
+#   cluster/start.sh HEAD WORKER...           start; the first host is the head node
+#   cluster/start.sh --join HEAD WORKER...    start Ray on these workers only, and join the running head node
 #   cluster/start.sh --stop HEAD WORKER...    stop Ray on these hosts
 #   cluster/start.sh --dry-run HEAD WORKER... print the commands and run none
 #
-# A host is the address the servers know it by, with a user if it needs one: ubuntu@10.0.0.2. `--stop` ends every Ray of that
-# user there. Settings are environment variables:
+# A host is the address that the nodes use among each other, optionally with a user: ubuntu@10.0.0.2. `--stop` stops all Ray
+# processes of that user. Environment variables (default):
 #   RAY_BIN              the ray command on every node          (/opt/bsq_ray/.venv/bin/ray)
 #   RAY_AUTH_TOKEN_FILE  file with the cluster's token          (~/.ray/auth_token; `ray get-auth-token --generate`)
 #   NETWORK_INTERFACE    network interface between the nodes    (eth0)
 #   OBJECT_STORE_BYTES   bytes of the object store of each node (64000000000)
 #   SSH_COMMAND          the ssh command                        (ssh -o BatchMode=yes -o ConnectTimeout=10)
-# Exit status: 0 all done, 1 a server failed (each is named), 2 the call was wrong.
+# Exit status: 0 done, 1 a node failed (the message names each), 2 the call is wrong.
 set -euo pipefail
 
 ray=${RAY_BIN:-/opt/bsq_ray/.venv/bin/ray}
@@ -34,13 +34,13 @@ while [[ ${1:-} == --* ]]; do
     --stop) action=stop ;;
     --join) action=join ;;
     --dry-run) dry=yes ;;
-    *) wrong "option $1 is not known; use --join, --stop or --dry-run" ;;
+    *) wrong "unknown option $1; use --join, --stop or --dry-run" ;;
   esac
   shift
 done
-(($#)) || wrong "name the servers, the head first"
+(($#)) || wrong "no hosts; name the head node first, then the workers"
 
-# Runs a command on a host. The token goes through standard input, so that no process list shows it.
+# Runs a command on a host. The token goes through stdin, so that no process list shows it.
 on() {
   local host=$1 command=$2
   if [[ $dry ]]; then
@@ -52,7 +52,7 @@ on() {
   fi
 }
 
-# A job is run by what the head finds on its path.
+# Prints the command that starts Ray. A job uses the programs on the PATH of the head node.
 starting() {
   echo "umask 077; mkdir -p ~/.ray && cat > ~/.ray/auth_token &&" \
     "{ ulimit -n 65536 2>/dev/null || ulimit -n \$(ulimit -Hn); } && export PATH=${ray%/*}:\$PATH RAY_AUTH_MODE=token" \
@@ -76,11 +76,11 @@ if [[ $action == stop ]]; then
   done
   collect "$@"
 else
-  [[ $dry || -s $token ]] || wrong "there is no token in $token; make one: $ray get-auth-token --generate"
+  [[ $dry || -s $token ]] || wrong "no token in $token; create one: $ray get-auth-token --generate"
   head=$1
   shift
   [[ $action == join ]] || on "$head" "$(starting --head "--node-ip-address=${head#*@}" --port=$port --dashboard-host=127.0.0.1)" || {
-    echo "start.sh: the head $head did not start; nothing else was started" >&2
+    echo "start.sh: the head node $head did not start; no worker was started" >&2
     exit 1
   }
   for host in "$@"; do
@@ -90,6 +90,6 @@ else
   collect "$@"
 fi
 if ((${#failed[@]})); then
-  echo "start.sh: failed on ${failed[*]}; the others are done, and the same call with --stop undoes it" >&2
+  echo "start.sh: failed on ${failed[*]}; the other nodes are done, and the same call with --stop stops them" >&2
   exit 1
 fi

@@ -1,4 +1,4 @@
-"""The quickstart: from photographs or clips to a report."""
+"""The quickstart: from images or clips to a report."""
 
 import json
 import re
@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.demos.quickstart import CLIPS, run_quickstart, split_by_content
+from bsq_ray.demos.prepare_data import CLIPS, split_by_content
+from bsq_ray.demos.quickstart import run_quickstart
 from bsq_ray.training import launch
 
 _SMALL_OVERRIDES = (
@@ -62,7 +63,7 @@ def test_quickstart_clips_write_report_with_animation(tmp_path, ray_local):
     manifests = [read_manifest(str(tmp_path / "out" / "data" / side)) for side in ("train", "held_out")]
     names = [{key.split("_", 1)[1] for shard in manifest.shards for key in shard.keys} for manifest in manifests]
     assert names == [{"demo", "bikes", "bigbuckbunny"}, {"carphone_pristine", "cityCC0"}]
-    with pytest.raises(ValueError, match="was made from sample clips; choose another --out for sample photographs"):
+    with pytest.raises(ValueError, match="was made from sample clips; choose another --out for sample photos"):
         run_quickstart(None, tmp_path / "out", minutes=5)
 
 
@@ -91,7 +92,7 @@ def test_quickstart_minutes_limit_replaces_preset_steps(photos, tmp_path, ray_lo
     with pytest.raises(launch.Interrupted, match="Run the same quickstart again"):
         run_quickstart(tmp_path / "mine", tmp_path / "out", minutes=600)
     [(steps, minutes)] = calls
-    # More than two cores could take in ten hours.
+    # More than two cores compute in ten hours.
     assert minutes == 600
     assert steps > 300_000
 
@@ -100,7 +101,7 @@ def test_quickstart_one_clip_raises(video_folders, tmp_path):
     """A folder with a single clip raises an error."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "clip.mp4").write_bytes((video_folders[0] / "bikes.mp4").read_bytes())
-    with pytest.raises(ValueError, match="holds 1 videos; the quickstart needs at least 2"):
+    with pytest.raises(ValueError, match="contains 1 videos; the quickstart needs at least 2"):
         run_quickstart(tmp_path / "one", tmp_path / "out", minutes=1, sample_set=CLIPS)
 
 
@@ -108,7 +109,7 @@ def test_quickstart_one_clip_raises(video_folders, tmp_path):
     ("prepare", "message"),
     [
         (lambda f: f / "missing", "does not exist"),
-        (lambda f: (f / "empty").mkdir() or f / "empty", "holds 0 images; the quickstart needs at least 10"),
+        (lambda f: (f / "empty").mkdir() or f / "empty", "contains 0 images; the quickstart needs at least 10"),
         (lambda f: (f / "file").write_text("x") and f / "file", "is not a folder"),
     ],
 )
@@ -129,5 +130,7 @@ def test_quickstart_unwritable_folder_raises(tmp_path):
 def test_quickstart_damaged_source_file_raises(tmp_path, text):
     """A damaged quickstart.json raises an error that names it."""
     (tmp_path / "quickstart.json").write_text(text)
-    with pytest.raises(ValueError, match=r"quickstart.json is damaged and does not say what .*; choose another --out"):
+    with pytest.raises(
+        ValueError, match=r"quickstart.json is damaged: the source of .* is unknown; choose another --out"
+    ):
         run_quickstart(None, tmp_path, 1.0)

@@ -22,7 +22,8 @@ def quickstart(
     """Train a small tokenizer on images or clips, evaluate it, and write an HTML report."""
     require_extra("quickstart", "all")
 
-    from bsq_ray.demos.quickstart import CLIPS, PHOTOS, run_quickstart
+    from bsq_ray.demos.prepare_data import CLIPS, PHOTOS
+    from bsq_ray.demos.quickstart import run_quickstart
 
     if (videos and not video) or (images and video):
         raise ValueError(

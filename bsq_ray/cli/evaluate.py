@@ -19,7 +19,7 @@ def evaluate_reconstruction(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Samples of a batch. Default: 32 images or 2 clips.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of samples, taken from the start.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first samples, this many.")] = None,
     max_skipped_samples: Annotated[int, typer.Option(min=0, help="Unreadable samples that may be skipped.")] = 0,
     published: Annotated[bool, typer.Option("--published", help="Add rows of published results.")] = False,
     address: AddressOption = None,
@@ -99,7 +99,9 @@ def evaluate_compression(
     data: Annotated[str, typer.Option(help="Folder of images or clips: Kodak, MCL-JCV, UVG or your own.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
     workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of each clip, taken from the start.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first frames of each clip, this many.")
+    ] = None,
     max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images or clips to this longer side.")] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,

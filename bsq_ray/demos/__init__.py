@@ -1,1 +1,1 @@
-"""Whole paths in one command each, on real photographs and two cores."""
+"""Demos: from data to results in one command, on two CPU cores."""

@@ -1,4 +1,7 @@
-"""The demo of generation: labelled photographs ─▶ tokenizer ─▶ token tables ─▶ masked LM ─▶ drawn images, measured."""
+"""The generation demo.
+
+labeled photos ─▶ tokenizer ─▶ token tables ─▶ masked language model ─▶ generated images ─▶ evaluation
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.demos.demo_tokens import WORKERS, TokenDemo
-from bsq_ray.demos.quickstart import UNLIMITED_STEPS, log
+from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log
+from bsq_ray.demos.token_pipeline import WORKERS, TokenPipeline
 
 _GUIDANCE_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0)
-# Precision and recall look at the third neighbour.
+# Precision and recall use the third nearest neighbor.
 _MIN_HELD_OUT = 4
 
 
 @dataclass(frozen=True)
 class GenerateDemoResult:
-    """Where everything is, and what to tell.
+    """Result of the generation demo.
 
     Attributes:
-        model, sheet: paths of the model folder and of the sheet of drawn images.
-        results: figures by guidance, and what a token costs.
-        summary: lines for a person.
+        model, sheet: paths of the model folder and of the sheet of generated images.
+        results: metrics by guidance scale, and bits per token.
+        summary: text that the command prints.
     """
 
     model: Path
@@ -41,25 +44,25 @@ def run_demo(
     lm_overrides: tuple[str, ...] = (),
     num_images: int | None = None,
 ) -> GenerateDemoResult:
-    """Trains a tokenizer and a masked language model on labelled photographs, draws images and measures them.
+    """Train a tokenizer and a masked language model on labeled photos, generate images and evaluate them.
 
     Args:
-        images: a folder with a subfolder of photographs for each class; None collects some from packages.
-        out: folder for everything.
-        minutes: of training, both models together.
+        images: folder with a subfolder of photos for each class; None collects photos from packages.
+        out: output folder.
+        minutes: training time of both models together.
         tokenizer_overrides, lm_overrides: changes of the presets `demo` and `masked-lm-demo`.
-        drawn: images to draw for each measurement; by default as many as are held out.
+        num_images: images generated for each evaluation; None: the number of held-out photos.
 
     Raises:
-        ValueError: too few photographs or classes.
+        ValueError: too few photos or classes.
     """
     from bsq_ray.runtime.ray_session import ray_session
 
-    demo = TokenDemo(images, out, minutes)
+    demo = TokenPipeline(images, out, minutes)
     if demo.num_held_out < _MIN_HELD_OUT:
         raise ValueError(
-            f"{images} has too few photographs: one in ten of each class is held out, which are {demo.num_held_out}, and "
-            f"drawn images are compared with at least {_MIN_HELD_OUT}"
+            f"{images} has too few photos: one in ten of each class is held out, {demo.num_held_out} in all; add "
+            f"photos until at least {_MIN_HELD_OUT} are held out"
         )
     with ray_session():
         demo.prepare(tokenizer_overrides)
@@ -89,7 +92,7 @@ def _evaluate(
         "guidance": {},
     }
     for guidance_scale in _GUIDANCE_SCALES:
-        log(f"drawing and measuring at guidance {guidance_scale:g}")
+        log(f"generating and evaluating with guidance scale {guidance_scale:g}")
         evaluation = evaluate_generation(
             model,
             shards["held_out"],
@@ -111,8 +114,8 @@ def _evaluate(
 
 def _format_summary(results: dict[str, Any], model: str, out: Path) -> str:
     lines = [
-        "A masked token costs {bits_per_token:.2f} bits with the model, {bits_per_token_of_frequencies:.2f} by its "
-        "place's frequencies (held-out photographs).".format(**results),
+        "A masked token costs {bits_per_token:.2f} bits with the model, {bits_per_token_of_frequencies:.2f} with "
+        "per-position frequencies (held-out photos).".format(**results),
         "",
         "guidance      KID    class accuracy   precision   recall",
     ]

@@ -1,58 +1,37 @@
-"""The quickstart: from photographs or clips to a trained, measured tokenizer and a report, in one command.
+"""The quickstart: train and evaluate a small tokenizer on images or clips, and write a report.
 
-photographs or clips ─▶ shards ─▶ training on Ray, two workers ─▶ measuring held-out ones ─▶ report.html
+images or clips ─▶ shards ─▶ training on Ray, two workers ─▶ evaluation on held-out samples ─▶ report.html
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bsq_ray.config import load_config
+from bsq_ray.demos.prepare_data import (
+    PHOTOS,
+    UNLIMITED_STEPS,
+    SampleSet,
+    log,
+    pack_if_needed,
+    split_by_content,
+)
 
-# The minutes end a run, not the steps of its preset.
-UNLIMITED_STEPS = "training.steps=1000000"
 _WORKERS = 2
 _HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
-class SampleSet:
-    """What a quickstart is made from.
-
-    Attributes:
-        name: what a person calls it.
-        files: the word of the data commands.
-        preset: what is trained.
-        max_side: longest side that is packed, pixels.
-        fewest: fewer files teach nothing and measure nothing.
-    """
-
-    name: str
-    kind: str
-    preset: str
-    max_side: int
-    min_files: int
-
-
-PHOTOS = SampleSet("photographs", "images", "demo", 256, 10)
-CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
-
-
-@dataclass(frozen=True)
 class QuickstartResult:
-    """Where everything is, and what to tell.
+    """Result of a quickstart.
 
     Attributes:
         model, report: paths of the model folder and of the report.
         results: content of the evaluation's results.json.
-        summary: a few lines for a person.
+        summary: text that the command prints.
     """
 
     model: Path
@@ -64,19 +43,19 @@ class QuickstartResult:
 def run_quickstart(
     source: Path | None, out: Path, minutes: float, overrides: tuple[str, ...] = (), sample_set: SampleSet = PHOTOS
 ) -> QuickstartResult:
-    """Packs photographs or clips, trains a demo preset on Ray, measures it on held-out ones and writes a report.
+    """Pack images or clips, train a demo preset on Ray, evaluate it on held-out samples and write a report.
 
-    An interrupted quickstart goes on where it was when it is run again with the same folder.
+    An interrupted quickstart resumes if it is run again with the same folder.
 
     Args:
-        source: a folder of photographs or clips; None takes those of the installed sample packages.
-        out: folder for data, run, measurements and report.
-        minutes: of training.
-        overrides: `key=value` changes of the preset.
-        material: what lies in the folder.
+        source: folder of images or clips; None takes photos or clips of the installed sample packages.
+        out: folder of data, run, evaluation and report.
+        minutes: training time.
+        overrides: `key.path=value` changes of the preset.
+        sample_set: kind of the samples.
 
     Raises:
-        ValueError: too few photographs or clips, or `out` was made from others.
+        ValueError: too few images or clips, or `out` was made from other samples.
     """
     if minutes <= 0:
         raise ValueError(f"--minutes {minutes} must be positive")
@@ -92,8 +71,10 @@ def run_quickstart(
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train
 
-        data = {name: pack_if_needed(folder, out / "data" / name, sample_set) for name, folder in
-                {"train": train_folder, "held_out": held_out_folder}.items()}  # fmt: skip
+        data = {
+            "train": pack_if_needed(train_folder, out / "data" / "train", sample_set),
+            "held_out": pack_if_needed(held_out_folder, out / "data" / "held_out", sample_set),
+        }
         run_url = str(out / "run")
         try:
             train(
@@ -106,8 +87,8 @@ def run_quickstart(
                 minutes=minutes,
             )
         except Interrupted as stop:
-            raise Interrupted(f"{stop}. Run the same quickstart again to go on") from None
-        log(f"measuring on {sample_set.name} that training did not see")
+            raise Interrupted(f"{stop}. Run the same quickstart again to resume") from None
+        log(f"evaluating on held-out {sample_set.name}")
         results = evaluate_reconstruction(
             f"{run_url}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS
         )
@@ -118,7 +99,7 @@ def run_quickstart(
 
 
 def _claim_folder(out: Path, folder: Path | None, sample_set: SampleSet) -> None:
-    """Notes what `out` is made from, so that nothing else is mixed in."""
+    """Record the source of `out`, and check that a second call has the same source."""
     source_file = out / "quickstart.json"
     source = str(folder.resolve()) if folder else f"sample {sample_set.name}"
     try:
@@ -134,76 +115,45 @@ def _claim_folder(out: Path, folder: Path | None, sample_set: SampleSet) -> None
 
 
 def _previous_source(source_file: Path) -> str:
-    """What a folder was made from."""
+    """Read the source of an output folder."""
     try:
         return str(json.loads(source_file.read_text())["images"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{source_file} is damaged and does not say what {source_file.parent} is; choose another --out"
+            f"{source_file} is damaged: the source of {source_file.parent} is unknown; choose another --out"
         ) from None
 
 
 def _collect_files(source: Path | None, out: Path, sample_set: SampleSet) -> tuple[Path, Path]:
-    """Folders of training and of held-out files: no file is on both sides."""
+    """Return the folders of training and of held-out files; no file is in both."""
     from bsq_ray.media.images import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
     from bsq_ray.samples.photos import collect_photos, collect_videos
 
     if source is None:
-        return (collect_photos if sample_set is PHOTOS else collect_videos)(out / sample_set.name)
+        return collect_photos(out / sample_set.name) if sample_set is PHOTOS else collect_videos(out / sample_set.name)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder" if source.exists() else f"{source} does not exist")
     suffixes = IMAGE_SUFFIXES if sample_set is PHOTOS else VIDEO_SUFFIXES
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
     if len(files) < sample_set.min_files:
         raise ValueError(
-            f"{source} holds {len(files)} {sample_set.kind}; the quickstart needs at least {sample_set.min_files}"
+            f"{source} contains {len(files)} {sample_set.kind}; the quickstart needs at least {sample_set.min_files}"
         )
     folders = out / sample_set.name / "train", out / sample_set.name / "held_out"
     split_by_content(files, *folders, _HELD_OUT_EVERY)
     return folders
 
 
-def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
-    """Copies files into two folders, in the order of their SHA-256 one in `share` to the held-out ones.
-
-    By content, so that two copies of a file count once and are never on both sides.
-    """
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
-    for folder in (train, held_out):
-        folder.mkdir(parents=True, exist_ok=True)
-    for index, (digest, path) in enumerate(sorted(by_digest.items())):
-        folder = train if index % held_out_every else held_out
-        shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
-
-
-def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
-    """Packs a folder, unless that is done already; the packed folder."""
-    from bsq_ray.data.manifest import MANIFEST_FILE
-    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
-
-    if not (dest / MANIFEST_FILE).exists():
-        pack = pack_images if sample_set is PHOTOS else pack_videos
-        report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
-        log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
-        for line in report.damaged + report.too_short:
-            log(f"left out {line}")
-    return str(dest)
-
-
 def _format_summary(results: dict[str, Any], sample_set: SampleSet, model: Path, report: Path) -> str:
     model_row, baseline_row = results["rows"]["model"], results["rows"]["mean color"]
+    num_samples, bits_per_pixel = results["provenance"]["num_samples"], model_row["bits_per_pixel"]
     lines = [
-        f"On {results['provenance']['num_samples']} held-out {sample_set.name} at {model_row['bits_per_pixel']:g} bits per pixel:",
+        f"On {num_samples} held-out {sample_set.name} at {bits_per_pixel:g} bits per pixel:",
         "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in model_row else ""),
     ]
     for name, row in (("this tokenizer", model_row), ("mean colors  ", baseline_row)):
         rfvd_text = f"  {row['rfvd']:7.1f}" if "rfvd" in row else ""
         lines.append(f"  {name}     {row['psnr']:6.2f} dB  {row['lpips']:.3f}{rfvd_text}")
-    lines[-1] += "   (the trivial codec, same bits)"
+    lines[-1] += "   (baseline, same bits)"
     return "\n".join([*lines, f"model:  {model}", f"report: {report}"])
-
-
-def log(line: str) -> None:
-    """A line for the person who waits; results go to stdout, this does not."""
-    print(line, file=sys.stderr, flush=True)

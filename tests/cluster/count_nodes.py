@@ -1,4 +1,4 @@
-"""Writes the number of nodes of the cluster it is run on to a file, a line for each change.
+"""Write the number of nodes of the cluster to a file, a line for each change.
 
 python count_nodes.py FILE
 """
@@ -11,7 +11,7 @@ import ray
 
 
 def count_alive_nodes():
-    """Nodes that are alive."""
+    """Return the number of alive nodes."""
     return sum(node["Alive"] for node in ray.nodes())
 
 

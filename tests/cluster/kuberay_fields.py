@@ -1,4 +1,4 @@
-"""The fields of KubeRay's `ray.io/v1` objects, and those of the pods inside them that are used here, with their types.
+"""Fields and types of KubeRay's `ray.io/v1` objects, and of the parts of pods that the manifests use.
 
 From the CRD reference of KubeRay 1.7. A mapping lists every key that may stand there; a list has the form of its
 members; `dict` is a mapping of strings to strings whose keys are free.
@@ -87,7 +87,7 @@ METADATA = {"name": str, "namespace": str, "labels": dict, "annotations": dict}
 
 
 def schema_errors(value, schema, path="spec"):
-    """What in `value` is not as `form` says, a line for each."""
+    """Return a line for each part of `value` that does not match `form`."""
     if schema is dict:
         if not isinstance(value, dict):
             return [f"{path} is no mapping"]

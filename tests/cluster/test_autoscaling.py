@@ -1,6 +1,6 @@
-"""A cluster that starts and ends machines as runs ask for them: a submitted run finds none, gets some, and they go.
+"""Autoscaling: a run on an empty cluster starts nodes, which end after the run.
 
-Ray's own autoscaler decides; its provider for tests starts processes where a cloud would start machines.
+Ray's autoscaler decides; its provider for tests starts processes instead of cloud instances.
 """
 
 import json
@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import yaml
-from servers import virtual_nodes, wait_until
 from small_job import TINY_OVERRIDES
+from virtual_nodes import virtual_nodes, wait_until
 
 pytestmark = pytest.mark.slow
 HEAD_ID = "f" * 51 + "00000"
@@ -64,12 +64,12 @@ def test_autoscaling_submitted_run_scales_up_and_down(photo_shards):
         ]
         start = ["ray", "start", "--head", "--block", "--port=6379", "--object-store-memory=200000000", *start_options]
         head.start(*start, log=shared / "head.log", **AUTOSCALER)
-        counts_file = head.count_nodes()
+        counts_file = head.start_counting_nodes()
         wait_until(lambda: counts_file.read_text() == "1\n", shared / "head.log")
 
         job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo", "--data", "/tmp/shared/shards"]
         job += ["--out", "/tmp/shared/run", "--workers", "2", *TINY_OVERRIDES, "training.steps=20"]
-        # Without a working directory: all machines keep theirs in one place, and the first that goes takes it along.
+        # Without a working directory, because all nodes share one folder and the first node that ends removes it.
         submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--"]
         completed = head.run(*submit, *job)
         assert completed.returncode == 0, completed.stdout + completed.stderr

@@ -1,4 +1,4 @@
-"""The files in cluster/, held against Ray's own schema, KubeRay's fields, and what a run on these machines needs."""
+"""The files in cluster/ against Ray's schema, KubeRay's fields and the needs of a run."""
 
 import copy
 import os
@@ -222,9 +222,9 @@ def test_start_script_matches_launcher_commands():
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        ([], {}, "name the servers, the head first"),
-        (["--strat", "a"], {}, "option --strat is not known"),
-        (["10.0.0.1"], {"RAY_AUTH_TOKEN_FILE": "/nowhere"}, "there is no token in /nowhere"),
+        ([], {}, "no hosts; name the head node first"),
+        (["--strat", "a"], {}, "unknown option --strat"),
+        (["10.0.0.1"], {"RAY_AUTH_TOKEN_FILE": "/nowhere"}, "no token in /nowhere"),
     ],
 )
 def test_start_script_wrong_arguments_fail(arguments, environment, message):
@@ -236,7 +236,7 @@ def test_start_script_wrong_arguments_fail(arguments, environment, message):
 
 @pytest.fixture
 def fake_ssh(tmp_path):
-    """A command that stands where ssh does: notes host, command and what it is told; the host 10.0.0.9 is down."""
+    """A fake ssh that records host, command and stdin; the host 10.0.0.9 is unreachable."""
     script = tmp_path / "ssh"
     script.write_text(
         f"""#!/bin/bash
@@ -283,5 +283,5 @@ def test_start_script_head_failure_starts_no_worker(fake_ssh):
     folder, environment = fake_ssh
     completed = run_start_script("10.0.0.9", "10.0.0.2", **environment)
     assert completed.returncode == 1
-    assert "the head 10.0.0.9 did not start" in completed.stderr
+    assert "the head node 10.0.0.9 did not start" in completed.stderr
     assert not (folder / "10.0.0.2").exists()

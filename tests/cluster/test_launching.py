@@ -1,4 +1,4 @@
-"""Servers of one's own, launched for real over ssh from a desk: by `start.sh`, and by the on-premises file.
+"""Launching over real ssh: by `start.sh`, and by the on-premises file.
 
 desk 10.0.0.3 ─ssh─▶ head 10.0.0.1, server 10.0.0.2
 """
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from servers import REPOSITORY, TOKEN, virtual_nodes, wait_until
+from virtual_nodes import REPOSITORY, TOKEN, virtual_nodes, wait_until
 
 pytestmark = pytest.mark.slow
 STORE = "200000000"
@@ -20,7 +20,7 @@ StrictModes no
 UsePAM no
 PidFile none
 """
-# The key of the desk is known everywhere, and the desk knows everyone's.
+# Every node accepts the key of the desk, and the desk knows every host key.
 KEYS = """
 mkdir -p ~/.ssh ~/.ray && chmod 700 ~/.ssh
 ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/host_key
@@ -37,7 +37,7 @@ printf %s $RAY_AUTH_TOKEN > ~/.ray/auth_token
 
 @pytest.fixture(scope="module")
 def network():
-    """(desk, head, server, shared folder); ssh goes from the desk to the two."""
+    """(desk, head, worker node, shared folder); ssh goes from the desk to both nodes."""
     if not shutil.which("sshd", path="/usr/sbin:/usr/bin") or not shutil.which("ssh-keyscan"):
         pytest.skip("launching needs sshd, and there is none (openssh-server)")
     with virtual_nodes(3) as ([head, server, desk], shared):
@@ -55,7 +55,7 @@ def ray_process_names(server):
 
 
 def start_counting_nodes(head):
-    counts_file = head.count_nodes()
+    counts_file = head.start_counting_nodes()
     wait_until(lambda: counts_file.read_text(), counts_file)
     return counts_file
 
@@ -103,5 +103,5 @@ def test_ray_up_and_down_on_premises_file(network):
     down_result = desk.run("ray", "down", "-y", "/tmp/shared/on-premises.yaml")
     assert down_result.returncode == 0, down_result.stdout + down_result.stderr
     assert ray_process_names(head) == []
-    # The others see that the head is gone, and end too.
+    # Worker nodes end when the head node is lost.
     wait_until(lambda: ray_process_names(server) == [], counts_file)

@@ -1,4 +1,4 @@
-"""The demos from photographs to results, shrunk to seconds: every step runs, and what is printed was measured."""
+"""The demos from photos to results with tiny models: every step runs, and the summary contains the results."""
 
 import json
 
@@ -22,9 +22,9 @@ SMALL_TOKENS = ("model.width=32", "model.layers=1", "training.eval_every=1000000
 
 @pytest.fixture(scope="module")
 def labeled_folder(photo_folders, tmp_path_factory):
-    """Photographs of two classes by their brightness."""
+    """A folder of photos in two classes by brightness."""
     photos = [Image.open(path).convert("RGB").resize((96, 80)) for path in sorted(photo_folders[0].iterdir())]
-    return split_by_brightness(photos, tmp_path_factory.mktemp("labelled"))
+    return split_by_brightness(photos, tmp_path_factory.mktemp("labeled"))
 
 
 def split_by_brightness(photos, folder):
@@ -53,7 +53,7 @@ def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_pat
 def test_generate_demo_too_few_photos_raises(photos, tmp_path):
     """Too few photos raise an error before any training starts."""
     folder = split_by_brightness([photo.resize((96, 80)) for photo in photos], tmp_path)
-    with pytest.raises(ValueError, match="has too few photographs: .*, which are 2, and"):
+    with pytest.raises(ValueError, match="has too few photos: .*, 2 in all"):
         generate_demo.run_demo(folder, tmp_path / "demo", 0.1)
     assert not (tmp_path / "demo" / "tokenizer").exists()
 

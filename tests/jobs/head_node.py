@@ -1,4 +1,4 @@
-"""A Ray head node in processes of its own, with token authentication, as `ray start` makes it on a server."""
+"""A Ray head node in separate processes with token authentication, started by `ray start`."""
 
 import json
 import os
@@ -18,13 +18,13 @@ TOKEN = "a-token-that-nobody-else-knows-" + "0" * 32
 
 
 class HeadNode:
-    """The head's address for jobs, and what a person has in the environment who may use it."""
+    """Address of the head node for jobs, and the environment of an authorized user."""
 
     def __init__(self, address, environment):
         self.address, self.environment = address, environment
 
     def ray(self, *arguments, timeout=200, **environment):
-        """Runs `ray …` with the person's environment."""
+        """Run `ray …` with the environment of an authorized user."""
         return subprocess.run(
             [*RAY, *arguments],
             env=self.environment | environment,
@@ -35,19 +35,19 @@ class HeadNode:
         )
 
     def submit(self, *entrypoint, name, wait=True):
-        """`ray job submit`, as the documentation writes it."""
+        """Run `ray job submit` as in the documentation."""
         options = ["--address", self.address, "--submission-id", name, *([] if wait else ["--no-wait"])]
         runtime_options = ["--runtime-env", "jobs/runtime_env.yaml", "--working-dir", "."]
         return self.ray("job", "submit", *options, *runtime_options, "--", *entrypoint)
 
     def get(self, path):
-        """What the head's HTTP interface answers to who shows the token."""
+        """Request a path of the HTTP API of the head node with the token."""
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {TOKEN}"})
         with urllib.request.urlopen(request, timeout=20) as response:
             return json.load(response)
 
     def status(self, name):
-        """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
+        """Return PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
         return self.get(f"/api/jobs/{name}")["status"]
 
 
@@ -55,12 +55,12 @@ class HeadNode:
 def head_node(
     folder: Path, cpus: int, port: int = 0, options: Sequence[str] = (), settings: dict[str, str] | None = None
 ):
-    """Starts a head node that keeps its files in `folder`, whose path must be short; ends it by its process.
+    """Start a head node with its files in `folder`, whose path must be short; end it with the block.
 
     Args:
-        port: of the cluster; 0 takes a free one.
-        options: of `ray start`, more than there are here.
-        settings: environment variables of the head.
+        port: port of the cluster; 0 takes a free one.
+        options: additional options of `ray start`.
+        settings: environment variables of the head node.
     """
     token = folder / "token"
     token.write_text(TOKEN)
@@ -107,8 +107,8 @@ def _wait_until_ready(address, process, log):
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
             return
-        except urllib.error.HTTPError as refused:
-            if refused.code in (401, 403):
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
                 return
         except OSError:
             pass

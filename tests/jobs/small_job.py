@@ -1,4 +1,4 @@
-"""The demo preset, made so small that a step takes no time."""
+"""Overrides that make the demo preset tiny."""
 
 TINY_OVERRIDES = [
     *("model.image_size=16", "model.patch_size=4", "loss.perceptual_weight=0", "loss.adversarial.channel_max=8"),

@@ -1,4 +1,4 @@
-"""What `ray job submit` runs, on a head node with token authentication."""
+"""The job scripts under `ray job submit`, on a head node with token authentication."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_job_help_shows_options_of_its_command(job):
 
 
 def leaf_commands(command, path=()):
-    """(path, command) of each command that has none below it."""
+    """Yield (path, command) of each command without subcommands."""
     subcommands = getattr(command, "commands", {})
     if not subcommands:
         yield path, command
@@ -46,7 +46,7 @@ def test_cluster_commands_have_a_job():
         path for path, command in leaf_commands(get_command(app)) if any(p.name == "address" for p in command.params)
     }
     assert ("train",) in commands
-    # It never ends; cluster/ says how a cluster serves.
+    # `serve` does not end; a cluster serves with `serve deploy`.
     for path in commands - {("serve",)}:
         stages = ("tokenizer", "masked-lm", "prior") if path == ("train",) else ("",)
         for stage in stages:
@@ -65,7 +65,7 @@ def test_runtime_env_is_accepted_by_ray():
 
 @pytest.fixture(scope="module")
 def head():
-    # Below /tmp, because the path of a socket may have no more than 107 characters.
+    # In /tmp, because the path of a socket has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))
     try:
         with head_node(folder, cpus=6) as head_process:
@@ -138,7 +138,7 @@ def test_job_stopped_job_resumes_from_checkpoint(head, photo_shards, tmp_path):
     assert newest_progress(str(out)).step == step
     Tokenizer.from_pretrained(str(out / "model"))
 
-    # Another number of steps is not another run.
+    # The number of steps may change on resume.
     resumed_job = head.submit(*job, f"training.steps={step + 5}", name="goes-on")
     assert resumed_job.returncode == 0, resumed_job.stdout + resumed_job.stderr
     assert f"trained {step + 5} steps" in resumed_job.stdout

@@ -1,6 +1,8 @@
-"""What the demos share: labelled photographs ─▶ shards ─▶ tokenizer ─▶ token tables, and training on them.
+"""The common part of the token demos.
 
-Everything runs as the single commands would run it; an interrupted demo goes on where it was.
+    labeled photos ─▶ shards ─▶ tokenizer ─▶ token tables ─▶ training on them
+
+The steps are those of the single commands. An interrupted demo resumes if it is run again.
 """
 
 from __future__ import annotations
@@ -8,34 +10,34 @@ from __future__ import annotations
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.demos.quickstart import UNLIMITED_STEPS, log, pack_if_needed, split_by_content
+from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log, pack_if_needed, split_by_content
 
 WORKERS = 2
 _HELD_OUT_EVERY, _MIN_PHOTOS_PER_CLASS = 10, 5
 _NUM_CROPS, _MAX_CROP_SCALE = 12, 1.25
-# Of the training minutes, the tokenizer's part.
+# Part of the training time that the tokenizer gets.
 _TOKENIZER_TIME_FRACTION = 0.5
 
 
-class TokenDemo:
-    """A folder in which a demo happens.
+class TokenPipeline:
+    """Data and models of a token demo in one output folder.
 
     Attributes:
-        shards, tables: packed photographs and token tables, by "train" and "held_out".
-        held_out: number of photographs held out.
-        classes: their names.
+        shards, tables: packed photos and token tables, by "train" and "held_out".
+        num_held_out: number of held-out photos.
+        classes: names of the classes.
     """
 
     def __init__(self, images: Path | None, out: Path, minutes: float) -> None:
-        """Collects the photographs.
+        """Collect the photos.
 
         Args:
-            images: a folder with a subfolder of photographs for each class; None collects some from packages.
-            out: folder for everything.
-            minutes: of training, both models together.
+            images: folder with a subfolder of photos for each class; None collects photos from packages.
+            out: output folder.
+            minutes: training time of both models together.
 
         Raises:
-            ValueError: too few photographs or classes.
+            ValueError: too few photos or classes.
         """
         if minutes <= 0:
             raise ValueError(f"--minutes {minutes} must be positive")
@@ -47,14 +49,14 @@ class TokenDemo:
         self.classes: tuple[str, ...] = ()
 
     def prepare(self, overrides: tuple[str, ...]) -> None:
-        """Packs the photographs, trains a tokenizer (preset `demo`) on them and makes their token tables."""
+        """Pack the photos, train a tokenizer (preset `demo`) on them and write their token tables."""
         from bsq_ray.data.manifest import read_manifest
         from bsq_ray.data.tokenize import tokenize
 
         self.shards = {name: pack_if_needed(folder, self.out / "data" / name) for name, folder in self._folders.items()}
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
-            raise ValueError(f"training and held-out photographs in {self.out} have different classes")
+            raise ValueError(f"training and held-out photos in {self.out} have different classes; choose another --out")
         tokenizer = self.train(config.load_config("demo", (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
         for name, num_crops in (("train", _NUM_CROPS), ("held_out", 1)):
             self.tables[name] = str(self.out / "tokens" / name)
@@ -70,7 +72,7 @@ class TokenDemo:
             log(f"{result.table.num_rows} rows of tokens in {self.tables[name]}")
 
     def train(self, run_config: config.AnyConfig, name: str, data: dict[str, str]) -> str:
-        """Trains for its share of the minutes, or goes on; the model folder."""
+        """Train a model for its part of the time, or resume; return the model folder."""
         from bsq_ray.runtime.ray_session import max_cluster_gpus
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import train
@@ -92,17 +94,17 @@ class TokenDemo:
 
 
 def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
-    """Folders of training and held-out photographs, each with a subfolder for each class."""
+    """Return the folders of training and held-out photos, each with a subfolder per class."""
     if images is None:
         from bsq_ray.samples.labeled_photos import collect_labeled_photos
 
-        train, held_out = collect_labeled_photos(out / "photographs", out / "packages")
+        train, held_out = collect_labeled_photos(out / "photos", out / "packages")
         return {"train": train, "held_out": held_out}
     from bsq_ray.media.images import IMAGE_SUFFIXES
 
     if not images.is_dir():
         raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
-    folders = {name: out / "photographs" / name for name in ("train", "held_out")}
+    folders = {name: out / "photos" / name for name in ("train", "held_out")}
     files_by_class = {
         folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         for folder in sorted(images.iterdir())
@@ -118,7 +120,7 @@ def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
             else f"; it has {len(files_by_class)} of them"
         )
         raise ValueError(
-            f"{images} must have two or more class folders with {_MIN_PHOTOS_PER_CLASS} photographs or more each{detail}"
+            f"{images} must have two or more class folders with {_MIN_PHOTOS_PER_CLASS} photos or more each{detail}"
         )
     for name, paths in files_by_class.items():
         split_by_content(paths, folders["train"] / name, folders["held_out"] / name, _HELD_OUT_EVERY)

@@ -1,10 +1,10 @@
-"""Servers on one machine: namespaces, each with an address, processes, home, /tmp, /opt and /dev/shm of its own.
+"""Virtual nodes on one machine: namespaces with their own address, processes, home, /tmp, /opt and /dev/shm.
 
-    server 10.0.0.1 ─eth0─┐
-    server 10.0.0.2 ─eth0─┴─ Switch: passes frames on, late, or now and then not at all
+    node 10.0.0.1 ─eth0─┐
+    node 10.0.0.2 ─eth0─┴─ Switch: forwards frames, with a delay and packet loss
 
-Nothing of the machine's own network and processes is reached from inside, and a server ends with all it runs when its
-first process is killed. `/opt/bsq_ray` is this repository, `/tmp/shared` one folder for all, as a mounted one would be.
+A node cannot reach the network and processes of the machine. It ends with all its processes when its first process is
+killed. `/opt/bsq_ray` is this repository, and `/tmp/shared` is one folder for all nodes.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ import psutil
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# With a token, as everywhere.
+# Every cluster needs a token.
 TOKEN = "a-token-for-servers-of-tests-" + "0" * 32
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 _UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork"]
 _SET_TAP, _TAP, _NO_HEADER, _NET_NAMESPACE = 0x400454CA, 0x0002, 0x1000, 0x40000000
-# What is mounted over becomes the server's own; Python and this repository stay where they are.
+# Mounted folders belong to the node; Python and this repository are shared.
 _BOOT = """
 set -e
 mount --make-rprivate /
@@ -50,13 +50,13 @@ for folder in {folders}; do mkdir -p $folder; mount --rbind {own}/$folder $folde
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 ip link set lo up
 echo ready
-# Stays, and buries what its children leave behind, as an init does.
+# Waits for all child processes, as an init process does.
 sleep infinity & wait
 """
 
 
 class Switch(threading.Thread):
-    """Connects servers as a hub does.
+    """Connect nodes as a hub does.
 
     Attributes:
         delay: seconds a frame takes.
@@ -70,11 +70,11 @@ class Switch(threading.Thread):
         self._random = random.Random(0)
 
     def plug(self, pid):
-        """Gives the server whose first process is `pid` an interface eth0 on this switch."""
+        """Give the node whose first process is `pid` an interface eth0 on this switch."""
 
         def enter():
             namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
-            # Moves this thread alone.
+            # Moves only this thread.
             assert ctypes.CDLL(None).setns(namespace, _NET_NAMESPACE) == 0
             os.close(namespace)
             port = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -108,7 +108,7 @@ class Switch(threading.Thread):
         except BlockingIOError:
             return
         except OSError:
-            # The server has gone, and its interface with it.
+            # The node and its interface have ended.
             self._ports.remove(port)
             os.close(port)
             return
@@ -118,13 +118,13 @@ class Switch(threading.Thread):
     def _deliver(self, source, frame):
         for port in self._ports:
             if port != source:
-                # A full or absent interface loses it.
+                # A full or missing interface loses the packet.
                 with suppress(OSError):
                     os.write(port, frame)
 
 
 class VirtualNode:
-    """One of them; `boot` starts it, `cut_power` ends it and everything on it at once."""
+    """A virtual node; `boot` starts it, `cut_power` ends it and its processes at once."""
 
     def __init__(self, folder, shared, switch, number):
         self.address = f"10.0.0.{number}"
@@ -135,7 +135,7 @@ class VirtualNode:
         kept_paths = " ".join(dict.fromkeys(map(str, (Path(sys.base_prefix).resolve(), sys.prefix, REPOSITORY))))
         boot_paths = {"folders": f"{self.home} /opt /tmp", "kept": kept_paths, "repository": REPOSITORY}
         script = _BOOT.format(own=self.own, shared=self.shared, **boot_paths)
-        # A test run that is killed takes its servers with it.
+        # A killed test run ends its nodes, too.
         command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "--kill-child", "--mount-proc", "bash", "-c", script]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self._process.stdout.readline() == "ready\n", self._process.stderr.read()
@@ -144,7 +144,7 @@ class VirtualNode:
         self.switch.plug(self._first)
         self.run("ip", "address", "add", f"{self.address}/24", "dev", "eth0", check=True)
         self.run("ip", "link", "set", "eth0", "up", check=True)
-        # Nobody answers there; it is by the way to the world that programs learn their own address.
+        # No host responds there; programs find their own address by the default route.
         self.run("ip", "route", "add", "default", "via", "10.0.0.254", check=True)
 
     def cut_power(self):
@@ -152,7 +152,7 @@ class VirtualNode:
         self._process.wait()
 
     def processes(self):
-        """What runs on the server, as this machine sees it."""
+        """Return the processes of the node, with the ids of the machine."""
         own_namespace = os.readlink(f"/proc/{self._first}/ns/pid")
         own_processes = []
         for process in psutil.process_iter():
@@ -162,7 +162,7 @@ class VirtualNode:
         return own_processes
 
     def run(self, *command, timeout=400, check=False, **environment):
-        """Runs a command on the server, in the repository's folder, and waits for it."""
+        """Run a command on the node in the folder of the repository, and wait for it."""
         completed = subprocess.run(
             self._command_inside(command),
             env=self._environment(environment),
@@ -174,7 +174,7 @@ class VirtualNode:
         return completed
 
     def start(self, *command, log, **environment):
-        """Starts a command on the server; it ends with the server at the latest."""
+        """Start a command on the node; it ends with the node at the latest."""
         with log.open("w") as log_file:
             return subprocess.Popen(
                 self._command_inside(command),
@@ -184,7 +184,7 @@ class VirtualNode:
             )
 
     def start_counting_nodes(self):
-        """Starts to count the nodes of the cluster this server belongs to; the file gets a line for each change."""
+        """Start counting the nodes of this cluster; the file gets a line for each change."""
         counts_file = self.shared / f"nodes-{time.time()}"
         counts_file.touch()
         command = ["python", "tests/cluster/count_nodes.py", f"/tmp/shared/{counts_file.name}"]
@@ -202,7 +202,7 @@ class VirtualNode:
 
 
 def wait_until(condition, log):
-    """Waits until the call is true; fails after four minutes, showing the log."""
+    """Wait until the call is true; fail after four minutes with the log."""
     deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline, log.read_text()
@@ -211,7 +211,7 @@ def wait_until(condition, log):
 
 @contextmanager
 def virtual_nodes(count, delay=0.0, loss=0.0):
-    """(servers, folder that they see as /tmp/shared); skips the test where this machine cannot make them."""
+    """Yield (nodes, folder that is their /tmp/shared); skip the test if the machine has no namespaces."""
     has_tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip"))) and Path("/dev/net/tun").exists()
     if not has_tools or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
         pytest.skip("servers are made of namespaces, which needs root, unshare, ip (iproute2) and /dev/net/tun")

@@ -1,17 +1,17 @@
-"""A run over two servers with addresses of their own: over a slow line that loses packets, and with a server lost."""
+"""A run on two nodes with their own addresses: over a slow network that loses packets, and with a lost node."""
 
 import json
 import shutil
 
 import pytest
 from process_group import spawn_group
-from servers import virtual_nodes, wait_until
 from small_runs import train_runs
-from test_resume import assert_identical, weights
+from test_resume import assert_identical, load_weights
+from virtual_nodes import virtual_nodes, wait_until
 
 pytestmark = pytest.mark.slow
 RUN_OVERRIDES = ["training.steps=30", "training.log_every=1", "training.checkpoint_every=5"]
-# A server is given up after seconds, so that the test does not wait for a minute.
+# A node is declared dead after seconds, so that the test does not wait for a minute.
 FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "2000",
@@ -31,19 +31,19 @@ def start_ray(server, *options):
 
 
 def current_node_count(counts_file):
-    """Nodes of the cluster at present."""
+    """Return the number of nodes of the cluster."""
     lines = counts_file.read_text().split()
     return int(lines[-1]) if lines else 0
 
 
 @pytest.fixture(scope="module")
 def cluster(photo_shards):
-    """(head, other server, shared folder, count of nodes): five milliseconds each way, one packet in a hundred lost."""
+    """(head, worker node, shared folder, count of nodes); latency 5 ms, 1 % packet loss."""
     with virtual_nodes(2, delay=0.005, loss=0.01) as (nodes, shared):
         head, worker_node = nodes
         shutil.copytree(photo_shards, shared / "shards")
         start_ray(head, "--head", "--port=6379")
-        counts_file = head.count_nodes()
+        counts_file = head.start_counting_nodes()
         wait_until(lambda: current_node_count(counts_file) == 1, counts_file)
         start_ray(worker_node, "--address=10.0.0.1:6379")
         wait_until(lambda: current_node_count(counts_file) == 2, counts_file)
@@ -52,7 +52,7 @@ def cluster(photo_shards):
 
 @pytest.fixture(scope="module")
 def reference_run(photo_shards, tmp_path_factory):
-    """Folder of the same run by two processes that talk to each other directly."""
+    """Folder of the same run by two processes on one machine."""
     out = tmp_path_factory.mktemp("undisturbed")
     spawn_group(2, train_runs, photo_shards, out, {"run": RUN_OVERRIDES})
     return out
@@ -61,7 +61,7 @@ def reference_run(photo_shards, tmp_path_factory):
 def train(head, shared, name):
     command = [
         "python",
-        "tests/cluster/one_worker_per_server.py",
+        "tests/cluster/one_worker_per_node.py",
         "/tmp/shared/shards",
         f"/tmp/shared/{name}",
         *RUN_OVERRIDES,
@@ -70,7 +70,7 @@ def train(head, shared, name):
 
 
 def last_logged_step(shared, name):
-    """The last step that was logged."""
+    """Return the last logged step."""
     log = shared / name / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
@@ -88,7 +88,7 @@ def test_cluster_slow_lossy_network_same_weights(cluster, reference_run):
     assert [len(train_workers(server)) for server in (head, worker_node)] == [1, 1], (shared / "run.log").read_text()
     assert run.wait(400) == 0, (shared / "run.log").read_text()
     assert json.loads((shared / "run" / "summary.json").read_text())["restarts"] == 0
-    assert_identical(weights(shared, "run"), weights(reference_run, "run"))
+    assert_identical(load_weights(shared, "run"), load_weights(reference_run, "run"))
 
 
 def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
@@ -108,4 +108,4 @@ def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
     assert summary["restarts"] >= 1
     records = [json.loads(line) for line in (shared / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "training"] == list(range(1, 31))
-    assert_identical(weights(shared, "cut"), weights(reference_run, "run"))
+    assert_identical(load_weights(shared, "cut"), load_weights(reference_run, "run"))

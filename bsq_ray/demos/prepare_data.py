@@ -1,0 +1,68 @@
+"""Data preparation of the demos: kinds of samples, split into training and held-out files, packing."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+# The training time ends a demo's run, not the steps of its preset.
+UNLIMITED_STEPS = "training.steps=1000000"
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A kind of samples and its settings in a demo.
+
+    Attributes:
+        name: name in messages, and of the folder.
+        kind: "images" or "videos", as in the data commands.
+        preset: preset of the tokenizer.
+        max_side: longest side in the shards, pixels.
+        min_files: smallest number of files for a training and an evaluation.
+    """
+
+    name: str
+    kind: str
+    preset: str
+    max_side: int
+    min_files: int
+
+
+PHOTOS = SampleSet("photos", "images", "demo", 256, 10)
+CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
+
+
+def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
+    """Copy files into two folders: every `held_out_every`-th in the order of SHA-256 is held out.
+
+    Copies of a file count once, so that no content is in both folders.
+    """
+    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
+    for folder in (train, held_out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for index, (digest, path) in enumerate(sorted(by_digest.items())):
+        folder = train if index % held_out_every else held_out
+        shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
+
+
+def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
+    """Pack a folder unless `dest` is packed already; return the packed folder."""
+    from bsq_ray.data.manifest import MANIFEST_FILE
+    from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
+
+    if not (dest / MANIFEST_FILE).exists():
+        pack = pack_images if sample_set is PHOTOS else pack_videos
+        report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
+        log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
+        for line in report.damaged + report.too_short:
+            log(f"skipped {line}")
+    return str(dest)
+
+
+def log(line: str) -> None:
+    """Print a progress line on stderr."""
+    print(line, file=sys.stderr, flush=True)
