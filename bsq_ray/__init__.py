@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from bsq_ray.models.prior import Prior
     from bsq_ray.models.tokenizer import Tokenizer
 
-__all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer"]
+    __version__: str
+
+__all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer", "__version__"]
 
 _HOME = {
     "Codec": "codec.codec",
@@ -24,6 +26,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bsq-ray")
     # Imported on first use: the command line must answer --help without loading torch.
     if name in _HOME:
         return getattr(import_module(f"bsq_ray.{_HOME[name]}"), name)
