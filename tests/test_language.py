@@ -1,11 +1,6 @@
 """The vocabulary of the repository, and the checker itself."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from vocabulary import check_python, check_repository, check_text
 
 

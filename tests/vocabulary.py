@@ -1,7 +1,7 @@
 """Check the words of the repository: standard terms, American spelling, docstrings that start with a verb or a noun.
 
-    python tests/vocabulary.py           print FILE:LINE: WORD: what to write instead; exit status 1 if there is any
-    python tests/vocabulary.py --count   print the number of hits per rule
+python tests/vocabulary.py           print FILE:LINE: WORD: what to write instead; exit status 1 if there is any
+python tests/vocabulary.py --count   print the number of hits per rule
 """
 
 import ast
@@ -14,7 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".html", ".js", ".css", ".sh", ".svg", ".json", ".ipynb", ".cff", ""}
+SUFFIXES = {
+    ".py",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".html",
+    ".js",
+    ".css",
+    ".sh",
+    ".svg",
+    ".json",
+    ".ipynb",
+    ".cff",
+    "",
+}
 # The checker and its tests contain the words; the license and the code of others are as their authors wrote them.
 SKIPPED = ("tests/vocabulary.py", "tests/test_language.py", "LICENSE", "bsq_ray/serving/page/swagger", "tests/golden/")
 BINARY = {"LICENSE", ".gitignore"}
@@ -32,7 +47,11 @@ class Rule:
 
 # Words stand alone or are parts of snake_case and CamelCase names.
 WORDS = [
-    Rule("told tell tells say says said hear hears heard", "report, log, return, print, receive", r"\.tell\(|[Tt]ells? apart"),
+    Rule(
+        "told tell tells say says said hear hears heard",
+        "report, log, return, print, receive",
+        r"\.tell\(|[Tt]ells? apart",
+    ),
     Rule("asks asked", "requests, is requested", r"\.ask\("),
     Rule("figures", "metrics, values, measurements; plots", r"plt\.|matplotlib"),
     Rule("wish wishes wished", "stop request, resize request, control signal"),
@@ -56,13 +75,18 @@ WORDS = [
     Rule("photograph photographs photographed", "image; photo for the sample set"),
     Rule("answer answers answered answering", "response, respond, result"),
     Rule("question questions", "request", r"(?i)\[question\]|questions? (?:go|belong|label)|any questions"),
-    Rule("card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_?(?:md|text|template)|--card|class=|\.card\b|README"),
+    Rule(
+        "card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_?(?:md|text|template)|--card|class=|\.card\b|README"
+    ),
     Rule("nobody whoever spelt learnt amongst whilst", "no one; written, learned, among, while"),
 ]
 PHRASES = [
     Rule(r"\b[Aa]sk(?:ing)? for\b", "request"),
     Rule(r"\b[Gg]o(?:es|ing)? on\b|\bwent on\b", "resume, continue"),
-    Rule(r"\b(?:is|are|was|were|been) taken away\b|\bend is announced\b|\bannounced end\b", "preempted, preemption notice"),
+    Rule(
+        r"\b(?:is|are|was|were|been) taken away\b|\bend is announced\b|\bannounced end\b",
+        "preempted, preemption notice",
+    ),
     Rule(r"\b[Pp]ass(?:es|ed|ing)? over\b", "skipped", r"over the (?:data|images|samples|shards|network)"),
     Rule(r"\bin vain\b|\b[Bb]y itself\b", "not retryable, without improvement; automatically"),
     Rule(r"\bthe way back\b", "backward pass, gradient"),
@@ -119,7 +143,9 @@ def check_python(source: str, path: str) -> Iterator[Hit]:
             docstring = ast.get_docstring(node) or ""
             first = re.match(r"[A-Za-z]*", docstring).group()
             if first.lower() in OPENERS:
-                yield Hit(path, node.body[0].lineno, f'"""{first}', "start the docstring with a verb or an article and a noun")
+                yield Hit(
+                    path, node.body[0].lineno, f'"""{first}', "start the docstring with a verb or an article and a noun"
+                )
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in PARTICIPLES:
             yield Hit(path, node.lineno, node.id, "name the variable after what it contains")
         elif isinstance(node, ast.arg) and node.arg in PARTICIPLES:
