@@ -27,8 +27,8 @@ assert tokenizer.decode(tokens).shape == (2, 3, 32, 32)
 image = Image.new("RGB", (50, 40), (200, 30, 30))
 codec = Codec.from_pretrained(folder)
 assert codec.decompress(codec.compress(image).data).size == image.size
-heavy = {"ray", "deepspeed", "lpips", "webdataset", "boto3", "pyarrow", "torchvision", "scipy", "matplotlib"} & set(sys.modules)
-assert not heavy, heavy
+optional = {"ray", "deepspeed", "lpips", "webdataset", "boto3", "pyarrow", "torchvision", "scipy", "matplotlib"}
+assert not optional & set(sys.modules)
 print(bsq_ray.__version__)
 """
 

@@ -14,22 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {
-    ".py",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".html",
-    ".js",
-    ".css",
-    ".sh",
-    ".svg",
-    ".json",
-    ".ipynb",
-    ".cff",
-    "",
-}
+SUFFIXES = {"", *".py .md .yaml .yml .toml .html .js .css .sh .svg .json .ipynb .cff".split()}
 # The checker and its tests contain the words; the license and the code of others are as their authors wrote them.
 SKIPPED = ("tests/vocabulary.py", "tests/test_language.py", "LICENSE", "bsq_ray/serving/page/swagger", "tests/golden/")
 BINARY = {"LICENSE", ".gitignore"}
@@ -98,6 +83,7 @@ BRITISH = re.compile(
     r"is(?:e|es|ed|er|ers|ing|ations?)$"
 )
 _RULE_OF = {each: rule for rule in WORDS for each in rule.words.split()}
+DOCSTRING = "start the docstring with a verb or an article and a noun"
 OPENERS = {"what", "whether", "how", "its", "of", "where", "who", "whose", "which", "whom", "why"}
 PARTICIPLES = {"told", "said", "wanted", "shown", "taken", "heard", "asked", "meant"}
 
