@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 # Before anything imports Ray.
 os.environ.update(
@@ -147,8 +148,20 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+# Files whose tests train, decode real videos, run the metric networks or try many cases: more than a second each.
+INTEGRATION = {
+    "codec/test_files.py",
+    "codec/test_image_codec.py",
+    "codec/test_trained.py",
+}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
+        if "ray_local" in item.fixturenames:
+            item.add_marker(pytest.mark.ray)
+        if item.path.relative_to(Path(__file__).parent).as_posix() in INTEGRATION:
+            item.add_marker(pytest.mark.integration)
         # Not by its keywords: they hold the names of folders too.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU in sight, as in `make test-gpu`"))

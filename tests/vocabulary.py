@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {"", *".py .md .yaml .yml .toml .html .js .css .sh .svg .json .ipynb .cff".split()}
+PROSE = {"", ".md", ".html", ".svg", ".ipynb", ".cff"}
+CODE = {".py", ".yaml", ".yml", ".toml", ".js", ".css", ".sh", ".json"}
 # The checker and its tests contain the words; the license and the code of others are as their authors wrote them.
 SKIPPED = ("tests/vocabulary.py", "tests/test_language.py", "LICENSE", "bsq_ray/serving/page/swagger", "tests/golden/")
 BINARY = {"LICENSE", ".gitignore"}
@@ -56,10 +57,14 @@ WORDS = [
         "reject, raise, error",
         r"(?i)connection ?refused|ECONNREFUSED|refused? connections?|refuses connections?",
     ),
-    Rule("picture pictures", "image (data), figure or plot (a result)", r"<picture|PictureType|pict_type"),
-    Rule("photograph photographs photographed", "image; photo for the sample set"),
+    Rule(
+        "picture pictures",
+        "image (data), figure or plot (a result)",
+        r"<picture|PictureType|pict_type|groups? of pictures",
+    ),
+    Rule("photograph photographs photographed", "image; photo for the sample set", r"photographs/|\"photographs\""),
     Rule("answer answers answered answering", "response, respond, result"),
-    Rule("question questions", "request", r"(?i)\[question\]|questions? (?:go|belong|label)|any questions"),
+    Rule("question questions", "request", r"Question"),
     Rule(
         "card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_?(?:md|text|template)|--card|class=|\.card\b|README"
     ),
@@ -72,7 +77,7 @@ PHRASES = [
         r"\b(?:is|are|was|were|been) taken away\b|\bend is announced\b|\bannounced end\b",
         "preempted, preemption notice",
     ),
-    Rule(r"\b[Pp]ass(?:es|ed|ing)? over\b", "skipped", r"over the (?:data|images|samples|shards|network)"),
+    Rule(r"\bpassed over\b", "skipped"),
     Rule(r"\bin vain\b|\b[Bb]y itself\b", "not retryable, without improvement; automatically"),
     Rule(r"\bthe way back\b", "backward pass, gradient"),
 ]
@@ -101,7 +106,7 @@ def files() -> Iterator[Path]:
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     for name in sorted(listed.stdout.splitlines()):
         path = ROOT / name
-        if path.suffix in SUFFIXES and path.name not in BINARY and not name.startswith(SKIPPED) and path.is_file():
+        if path.suffix in PROSE | CODE and path.name not in BINARY and not name.startswith(SKIPPED) and path.is_file():
             yield path
 
 
