@@ -86,7 +86,7 @@ def test_custom_quantizer_trains_next_to_bsq(photo_folders, tmp_path):
 
 
 def test_custom_stage_trains(photo_shards, tmp_path):
-    printed = run("04_custom_stage.py", photo_shards, "--steps", 2, cwd=tmp_path)
+    printed = run("04_custom_stage.py", photo_shards, 2, cwd=tmp_path)
     assert "step 2" in printed
 
 
