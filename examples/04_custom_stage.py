@@ -7,7 +7,6 @@ The trainer adds schedule, EMA, checkpoints and resuming to the loop below. CONT
 """
 
 import sys
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -51,14 +50,11 @@ if __name__ == "__main__":
     url, steps = sys.argv[1], int(sys.argv[2])
     run_config = config.load_config("demo", CHANGES)
     stage = DenoisingStage(run_config)
-    engines = {
-        name: build_engine(m, run_config.training, 8, 1, torch.device("cpu")) for name, m in stage.modules.items()
-    }
+    engine = build_engine(stage.modules["tokenizer"], run_config.training, 8, 1, torch.device("cpu"))
     batches = training_batches(build_source(run_config, url), run_config.data, 8, 0, 1, seed=0)
-    for step, batch in enumerate(islice(batches, steps)):
-        for phase in stage.phases(step):
-            loss, scalars = stage.loss(phase, batch, engines, {}, step)
-            engines[phase].backward(loss)
-            engines[phase].step(1e-3)
+    for step, batch in zip(range(steps), batches, strict=False):
+        loss, scalars = stage.loss("tokenizer", batch, {"tokenizer": engine}, {}, step)
+        engine.backward(loss)
+        engine.step(1e-3)
         print(f"step {step + 1}: loss {float(scalars['loss']):.4f}")
-    print(stage.evaluate(batch, engines)[0])
+    print(stage.evaluate(batch, {"tokenizer": engine})[0])
