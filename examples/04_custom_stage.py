@@ -19,8 +19,6 @@ from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.stages.stage import Engines, Stage
 
-CHANGES = ["model.encoder.layers=2", "model.decoder.layers=2", "training.engine.kind=ddp", "training.batch_size=8"]
-
 
 class DenoisingStage(Stage):
     """Train a `Tokenizer` to reconstruct clean images from noisy ones."""
@@ -48,7 +46,7 @@ class DenoisingStage(Stage):
 
 if __name__ == "__main__":
     url, steps = sys.argv[1], int(sys.argv[2])
-    run_config = config.load_config("demo", CHANGES)
+    run_config = config.load_config("demo", ["model.encoder.layers=2", "training.engine.kind=ddp"])
     stage = DenoisingStage(run_config)
     engine = build_engine(stage.modules["tokenizer"], run_config.training, 8, 1, torch.device("cpu"))
     batches = training_batches(build_source(run_config, url), run_config.data, 8, 0, 1, seed=0)
@@ -57,4 +55,4 @@ if __name__ == "__main__":
         engine.backward(loss)
         engine.step(1e-3)
         print(f"step {step + 1}: loss {float(scalars['loss']):.4f}")
-    print(stage.evaluate(batch, {"tokenizer": engine})[0])
+    print(stage.evaluate(batch, {})[0])
