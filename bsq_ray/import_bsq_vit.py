@@ -36,13 +36,13 @@ class ImportedModel:
         has_discriminator: whether the checkpoint held a discriminator, now `discriminator.safetensors` in the folder.
     """
 
-    id: str
+    model_id: str
     iteration: int | None
     has_discriminator: bool
 
 
-def import_reference(
-    checkpoint_url: str, config_name: str, out_url: str, weights: model_folder.Weights = "ema"
+def import_bsq_vit(
+    checkpoint_url: str, config_name: str, out_url: str, weights: model_folder.WeightsKind = "ema"
 ) -> ImportedModel:
     """Converts a checkpoint of the published reference code into a model folder.
 
@@ -56,26 +56,26 @@ def import_reference(
     Raises:
         ValueError: the file is damaged, asks for code to be run, or holds other tensors than this model has.
     """
-    run = config.expect(config.load_config(config_name), config.TokenizerConfig, config_name)
+    run_config = config.require_stage(config.load_config(config_name), config.TokenizerConfig, config_name)
     with _local_copy(checkpoint_url) as path:
         checkpoint = read_checkpoint(path, checkpoint_url)
-        plain = _tokenizer_weights(run.model, checkpoint, "state_dict", checkpoint_url)
-        averaged = None
+        raw_weights = _tokenizer_weights(run_config.model, checkpoint, "state_dict", checkpoint_url)
+        ema_weights = None
         if weights == "ema":
             if not checkpoint.get("ema_state_dict"):
                 raise ValueError(f"{checkpoint_url} holds no averaged weights; import its plain ones instead")
-            averaged = _tokenizer_weights(run.model, checkpoint, "ema_state_dict", checkpoint_url)
-        discriminator = _discriminator_weights(run, checkpoint, checkpoint_url)
+            ema_weights = _tokenizer_weights(run_config.model, checkpoint, "ema_state_dict", checkpoint_url)
+        discriminator = _discriminator_weights(run_config, checkpoint, checkpoint_url)
         iteration = checkpoint.get("iter")
-        facts = {"imported from": checkpoint_url.rsplit("/", 1)[-1]}
+        card_fields = {"imported from": checkpoint_url.rsplit("/", 1)[-1]}
         if isinstance(iteration, int):
-            facts["training steps"] = str(iteration)
+            card_fields["training steps"] = str(iteration)
         model_id = model_folder.write_model_folder(
             out_url,
-            config.dump_config(run),
-            plain if averaged is None else averaged,
-            None if averaged is None else plain,
-            facts=facts,
+            config.dump_config(run_config),
+            raw_weights if ema_weights is None else ema_weights,
+            None if ema_weights is None else raw_weights,
+            card_fields=card_fields,
         )
         if discriminator is not None:
             data = safetensors.torch.save(discriminator, {"format": "pt"})
@@ -88,17 +88,17 @@ _EXPECTED_PACKAGES = {"argparse", "collections", "numpy", "omegaconf", "pathlib"
 _EXPECTED_BUILTINS = {"bool", "bytes", "dict", "float", "int", "list", "object", "set", "str", "tuple"}
 
 
-class _Inert:
+class _InertObject:
     """Stands in for an object whose class is not to be imported: takes any arguments and state and keeps none."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+    def __new__(cls, *args: Any, **kwargs: Any) -> _InertObject:
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _Dictionary:
+class _PlainDict:
     """Stands in for a subclass of dict, which the unpickler would not fill: making one gives a plain dict."""
 
     def __new__(cls, *args: Any) -> dict[Any, Any]:  # type: ignore[misc]
@@ -118,11 +118,11 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{source} is not a checkpoint as torch.save writes it, or it is damaged")
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        refused = sorted(name for name in names if not _is_expected(name))
-        if refused:
-            raise ValueError(f"{source} is refused: reading it would run or import {', '.join(refused)}")
-        with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+        class_names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        rejected = sorted(name for name in class_names if not _is_expected(name))
+        if rejected:
+            raise ValueError(f"{source} is refused: reading it would run or import {', '.join(rejected)}")
+        with torch.serialization.safe_globals([_placeholder_class(name) for name in class_names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"cannot read the checkpoint {source}: {' '.join(str(error).split())}") from error
@@ -136,9 +136,9 @@ def _is_expected(name: str) -> bool:
     return package in _EXPECTED_PACKAGES or (package == "builtins" and rest in _EXPECTED_BUILTINS)
 
 
-def _stand_in(name: str) -> type:
+def _placeholder_class(name: str) -> type:
     module, _, class_name = name.rpartition(".")
-    base = _Dictionary if name == "collections.defaultdict" else _Inert
+    base = _PlainDict if name == "collections.defaultdict" else _InertObject
     return type(class_name, (base,), {"__module__": module})
 
 
@@ -158,7 +158,7 @@ def _local_copy(url: str) -> Iterator[str]:
 
 
 # Reference names, as patterns, and ours. Patterns apply one after another.
-_TOKENIZER_NAMES = [
+_TOKENIZER_KEY_PATTERNS = [
     (r"^(encoder|decoder)\.(positional_embedding|temporal_positional_embedding|ln_pre|ln_post)", r"\1.transformer.\2"),
     (r"\.positional_embedding$", ".spatial_position"),
     (r"\.temporal_positional_embedding$", ".temporal_position"),
@@ -182,46 +182,48 @@ _INDEX_TABLES = {"quantize.basis", "quantize.group_basis"}
 
 
 def _tokenizer_weights(
-    model: config.TokenizerModel, checkpoint: Mapping[str, Any], part: str, source: str
+    model_config: config.TokenizerModelConfig, checkpoint: Mapping[str, Any], state_dict_key: str, source: str
 ) -> dict[str, Tensor]:
-    reference = _tensors(checkpoint, part, source)
-    weights = {_renamed(name, _TOKENIZER_NAMES): reference[name] for name in reference.keys() - _INDEX_TABLES}
-    tokenizer = Tokenizer(model)
-    model_folder.load_weights(tokenizer, weights, f"{source} ({part})")
+    reference = _tensors(checkpoint, state_dict_key, source)
+    weights = {_rename_key(name, _TOKENIZER_KEY_PATTERNS): reference[name] for name in reference.keys() - _INDEX_TABLES}
+    tokenizer = Tokenizer(model_config)
+    model_folder.load_weights(tokenizer, weights, f"{source} ({state_dict_key})")
     return tokenizer.state_dict()
 
 
 def _discriminator_weights(
-    run: config.TokenizerConfig, checkpoint: Mapping[str, Any], source: str
+    run_config: config.TokenizerConfig, checkpoint: Mapping[str, Any], source: str
 ) -> dict[str, Tensor] | None:
     """The discriminator's weights, whose names are the reference's, or None if the checkpoint has none."""
-    part = "state_dict_discriminator"
-    if not checkpoint.get(part):
+    state_dict_key = "state_dict_discriminator"
+    if not checkpoint.get(state_dict_key):
         return None
-    reference = _tensors(checkpoint, part, source)
+    reference = _tensors(checkpoint, state_dict_key, source)
     filters = {name for name in reference if name.endswith(".resample_filter")}
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     for name in sorted(filters):
         if not torch.equal(reference[name].float(), torch.outer(taps, taps)):
-            raise ValueError(f"{source} ({part}): {name} is another low-pass filter than [1, 3, 3, 1] / 8")
-    discriminator = build_discriminator(run.loss.adversarial, run.model.image_size)
+            raise ValueError(f"{source} ({state_dict_key}): {name} is another low-pass filter than [1, 3, 3, 1] / 8")
+    discriminator = build_discriminator(run_config.loss.adversarial, run_config.model.image_size)
     weights = {name: reference[name] for name in reference.keys() - filters}
-    model_folder.load_weights(discriminator, weights, f"{source} ({part})")
+    model_folder.load_weights(discriminator, weights, f"{source} ({state_dict_key})")
     return discriminator.state_dict()
 
 
-def _tensors(checkpoint: Mapping[str, Any], part: str, source: str) -> dict[str, Tensor]:
+def _tensors(checkpoint: Mapping[str, Any], state_dict_key: str, source: str) -> dict[str, Tensor]:
     """The tensors of a part by name, without the prefixes of the wrappers (`module.`) they were saved through."""
-    tensors = checkpoint.get(part)
+    tensors = checkpoint.get(state_dict_key)
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{source} holds no weights called {part}; its keys are {', '.join(map(str, checkpoint))}")
+        raise ValueError(
+            f"{source} holds no weights called {state_dict_key}; its keys are {', '.join(map(str, checkpoint))}"
+        )
     tensors = dict(tensors)
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+def _rename_key(key: str, patterns: list[tuple[str, str]]) -> str:
     for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
+        key = re.sub(pattern, replacement, key)
+    return key

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from bsq_ray import config, storage
 
-Weights = Literal["ema", "plain"]
+WeightsKind = Literal["ema", "plain"]
 
-_MAIN, _PLAIN = "model.safetensors", "model.plain.safetensors"
+_WEIGHTS_FILE, _RAW_WEIGHTS_FILE = "model.safetensors", "model.plain.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class ModelFolder:
 
     config: config.AnyConfig
     weights: dict[str, Tensor]
-    id: str
+    model_id: str
 
 
 def write_model_folder(
     url: str,
     config_text: str,
     weights: Mapping[str, Tensor],
-    plain_weights: Mapping[str, Tensor] | None = None,
+    raw_weights: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, float] | None = None,
-    facts: Mapping[str, str] | None = None,
+    card_fields: Mapping[str, str] | None = None,
 ) -> str:
     """Writes a model folder, replacing what an earlier call left there.
 
@@ -67,19 +67,23 @@ def write_model_folder(
     Raises:
         ValueError: the configuration is not valid or the folder cannot be written.
     """
-    run = config.parse_config(config_text, "the configuration of the model")
-    text = config.dump_config(run)
-    model_id = _write_weights(storage.join(url, _MAIN), text, weights, "plain" if plain_weights is None else "ema")
-    if plain_weights is None:
-        storage.remove(storage.join(url, _PLAIN))
+    run_config = config.parse_config(config_text, "the configuration of the model")
+    text = config.dump_config(run_config)
+    model_id = _write_weights(
+        storage.join(url, _WEIGHTS_FILE), text, weights, "plain" if raw_weights is None else "ema"
+    )
+    if raw_weights is None:
+        storage.remove(storage.join(url, _RAW_WEIGHTS_FILE))
     else:
-        _write_weights(storage.join(url, _PLAIN), text, plain_weights, "plain")
-    storage.write_bytes(storage.join(url, "README.md"), _card(run, model_id, metrics or {}, facts or {}).encode())
+        _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, "plain")
+    storage.write_bytes(
+        storage.join(url, "README.md"), _model_card(run_config, model_id, metrics or {}, card_fields or {}).encode()
+    )
     storage.write_bytes(storage.join(url, "config.yaml"), text.encode())
     return model_id
 
 
-def read_model_folder(url: str, weights: Weights = "ema") -> ModelFolder:
+def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     """Reads a model folder from a path, any fsspec URL, or a model hub id such as `someone/bsq-18`.
 
     Args:
@@ -89,30 +93,32 @@ def read_model_folder(url: str, weights: Weights = "ema") -> ModelFolder:
         ValueError: there is no such folder, a part is missing or damaged, or weights and configuration do not belong
             together.
     """
-    folder = _locate(url)
+    folder = _resolve_folder(url)
     text = storage.read_text(storage.join(folder, "config.yaml"))
-    run = config.parse_config(text, storage.join(folder, "config.yaml"))
-    has_plain = weights == "plain" and storage.exists(storage.join(folder, _PLAIN))
-    path = storage.join(folder, _PLAIN if has_plain else _MAIN)
+    run_config = config.parse_config(text, storage.join(folder, "config.yaml"))
+    has_raw_file = weights == "plain" and storage.exists(storage.join(folder, _RAW_WEIGHTS_FILE))
+    path = storage.join(folder, _RAW_WEIGHTS_FILE if has_raw_file else _WEIGHTS_FILE)
     tensors, header = _read_weights(path)
     if weights == "plain" and header["weights"] != "plain":
-        raise ValueError(f"{url} holds no plain weights: {_PLAIN} is missing and {_MAIN} holds averaged ones")
-    model_id = _identity(text, tensors)
+        raise ValueError(
+            f"{url} holds no plain weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} holds averaged ones"
+        )
+    model_id = _model_id(text, tensors)
     if model_id != header["id"]:
         raise ValueError(
             f"{path} and {storage.join(folder, 'config.yaml')} do not belong together: one of them was changed or "
             f"replaced after the model was written (its id is {header['id'][:12]}, what lies there has {model_id[:12]})"
         )
-    return ModelFolder(run, tensors, model_id)
+    return ModelFolder(run_config, tensors, model_id)
 
 
-def read_config(url: str) -> config.AnyConfig:
+def load_model_folder_config(url: str) -> config.AnyConfig:
     """The configuration of a model folder, without its weights.
 
     Raises:
         ValueError: there is no such folder, or its configuration is not valid.
     """
-    path = storage.join(_locate(url), "config.yaml")
+    path = storage.join(_resolve_folder(url), "config.yaml")
     return config.parse_config(storage.read_text(path), path)
 
 
@@ -128,26 +134,26 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
         for key in expected.keys() & weights.keys()
         if weights[key].shape != expected[key].shape
     ]
-    faults = {
+    mismatches = {
         "missing": expected.keys() - weights.keys(),
         "unexpected": weights.keys() - expected.keys(),
         "of another shape": shapes,
     }
-    if any(faults.values()):
-        told = "; ".join(f"{fault}: {_shortened(sorted(keys))}" for fault, keys in faults.items() if keys)
-        raise ValueError(f"the weights of {source} are not those of this model ({told})")
+    if any(mismatches.values()):
+        details = "; ".join(f"{kind}: {_truncate(sorted(keys))}" for kind, keys in mismatches.items() if keys)
+        raise ValueError(f"the weights of {source} are not those of this model ({details})")
     module.load_state_dict(dict(weights))
 
 
-def _locate(url: str) -> str:
+def _resolve_folder(url: str) -> str:
     """The folder to read: `url` itself, or where the model hub's client put its copy."""
-    inner = storage.join(url, "model")
-    if storage.exists(storage.join(inner, _MAIN)) and not storage.exists(storage.join(url, _MAIN)):
-        raise ValueError(f"{url} is the folder of a run; its model folder is {inner}")
+    model_url = storage.join(url, "model")
+    if storage.exists(storage.join(model_url, _WEIGHTS_FILE)) and not storage.exists(storage.join(url, _WEIGHTS_FILE)):
+        raise ValueError(f"{url} is the folder of a run; its model folder is {model_url}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
-    inside = "/" in url and storage.exists(url.rpartition("/")[0])
-    if inside or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
+    parent_exists = "/" in url and storage.exists(url.rpartition("/")[0])
+    if parent_exists or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
         raise ValueError(f"{url} is not a model folder: it has no config.yaml")
     try:
         from huggingface_hub import snapshot_download
@@ -156,7 +162,7 @@ def _locate(url: str) -> str:
             f"there is no model folder {url}; to read it as a model hub id, install huggingface_hub"
         ) from None
     try:
-        return str(snapshot_download(url, allow_patterns=["config.yaml", _MAIN, _PLAIN]))
+        return str(snapshot_download(url, allow_patterns=["config.yaml", _WEIGHTS_FILE, _RAW_WEIGHTS_FILE]))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"there is no model folder {url}, and the model hub gives none either: {' '.join(str(error).split())}"
@@ -165,7 +171,7 @@ def _locate(url: str) -> str:
 
 def _write_weights(url: str, config_text: str, weights: Mapping[str, Tensor], kind: str) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    model_id = _identity(config_text, tensors)
+    model_id = _model_id(config_text, tensors)
     storage.write_bytes(url, safetensors.torch.save(tensors, {"format": "pt", "id": model_id, "weights": kind}))
     return model_id
 
@@ -182,7 +188,7 @@ def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, header
 
 
-def _identity(config_text: str, tensors: Mapping[str, Tensor]) -> str:
+def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over what decides the tokens: the model section as it is written, and every tensor."""
     model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
     model.pop("gradient_checkpointing", None)
@@ -193,28 +199,38 @@ def _identity(config_text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _shortened(keys: list[str], shown: int = 5) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more
+def _truncate(keys: list[str], max_keys: int = 5) -> str:
+    more = f" and {len(keys) - max_keys} more" if len(keys) > max_keys else ""
+    return ", ".join(keys[:max_keys]) + more
 
 
-def _card(run: config.AnyConfig, model_id: str, metrics: Mapping[str, float], facts: Mapping[str, str]) -> str:
+def _model_card(
+    run_config: config.AnyConfig, model_id: str, metrics: Mapping[str, float], card_fields: Mapping[str, str]
+) -> str:
     """The model card: front matter for model hubs, how to use it, what it is, what was measured."""
-    if isinstance(run, config.TokenizerConfig):
-        tags, example, described = _of_tokenizer(run)
+    if isinstance(run_config, config.TokenizerConfig):
+        tags, example, model_rows = _tokenizer_card(run_config)
     else:
-        tags, example, described = _of_masked_lm(run) if isinstance(run, config.MaskedLMConfig) else _of_prior(run)
-    rows = {"model id": f"`{model_id}`", **described, **facts}
+        tags, example, model_rows = (
+            _masked_lm_card(run_config) if isinstance(run_config, config.MaskedLMConfig) else _prior_card(run_config)
+        )
+    rows = {"model id": f"`{model_id}`", **model_rows, **card_fields}
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     if metrics:
         table += ["", "| measured | |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in metrics.items())]
-    heading = ["---", "library_name: bsq_ray", f"tags: [{tags}, binary-spherical-quantization]", "---", f"# {run.name}"]
-    description = [run.description, ""] if run.description else []
+    heading = [
+        "---",
+        "library_name: bsq_ray",
+        f"tags: [{tags}, binary-spherical-quantization]",
+        "---",
+        f"# {run_config.name}",
+    ]
+    description = [run_config.description, ""] if run_config.description else []
     return "\n".join([*heading, "", *description, "```python", *example, "```", "", *table, ""])
 
 
-def _of_tokenizer(run: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:
-    model = run.model
+def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:
+    model = run_config.model
     shape = f"(B, 3, {f'1 to {model.frames}, ' if model.frames > 1 else ''}{model.image_size}, {model.image_size})"
     example = [
         "from bsq_ray import Tokenizer",
@@ -228,19 +244,19 @@ def _of_tokenizer(run: config.TokenizerConfig) -> tuple[str, list[str], dict[str
             "stream = tokenizer.encode_stream(chunks)  # clips of any length, chunk by chunk",
             "frames = tokenizer.decode_stream(stream)",
         ]
-    picture = "image" if model.frames == 1 else "frame"
+    unit = "image" if model.frames == 1 else "frame"
     rows = {
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{(model.image_size // model.patch_size) ** 2} per {picture}, one for {model.patch_size} x "
+        "tokens": f"{(model.image_size // model.patch_size) ** 2} per {unit}, one for {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }
     return "image-tokenizer" if model.frames == 1 else "video-tokenizer", example, rows
 
 
-def _of_masked_lm(run: config.MaskedLMConfig) -> tuple[str, list[str], dict[str, str]]:
-    model = run.model
+def _masked_lm_card(run_config: config.MaskedLMConfig) -> tuple[str, list[str], dict[str, str]]:
+    model = run_config.model
     example = [
         "from bsq_ray import Generator",
         "",
@@ -248,15 +264,15 @@ def _of_masked_lm(run: config.MaskedLMConfig) -> tuple[str, list[str], dict[str,
         "images = generator.generate([0, 1, 2], seed=0)  # classes; floats in [-1, 1]",
     ]
     rows = {
-        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.sub_tokens} symbols of "
+        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.num_sub_tokens} symbols of "
         f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
-        "classes": str(model.classes),
+        "classes": str(model.num_classes),
     }
     return "image-generation", example, rows
 
 
-def _of_prior(run: config.PriorConfig) -> tuple[str, list[str], dict[str, str]]:
-    model = run.model
+def _prior_card(run_config: config.PriorConfig) -> tuple[str, list[str], dict[str, str]]:
+    model = run_config.model
     example = [
         "from bsq_ray import Codec",
         "",
@@ -265,7 +281,7 @@ def _of_prior(run: config.PriorConfig) -> tuple[str, list[str], dict[str, str]]:
         "image = codec.decompress(data)",
     ]
     rows = {
-        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.sub_tokens} symbols of "
+        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.num_sub_tokens} symbols of "
         f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
     }
     return "image-compression", example, rows

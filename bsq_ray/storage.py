@@ -17,23 +17,23 @@ from fsspec.core import url_to_fs
 Value = TypeVar("Value")
 
 # How often a folder is tried to be removed while others remove parts of it.
-_REMOVALS = 20
+_MAX_REMOVE_ATTEMPTS = 20
 _STORAGE_MODULES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs", "adlfs"}
 # What another try will not change: the names, the rights and the credentials are wrong.
-_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-_LASTING_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL"}
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
+_PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+_PERMANENT_ERROR_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL"}
+_INITIAL_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
 
 
-class Unavailable(ValueError):
+class StorageUnavailableError(ValueError):
     """Storage failed in a way that may pass: no answer, an error of the server, a full disk."""
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether what a file system raised could be different at the next try."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, StorageUnavailableError):
         return True
-    if isinstance(error, _LASTING) or type(error).__name__ in _LASTING_NAMES:
+    if isinstance(error, _PERMANENT_ERRORS) or type(error).__name__ in _PERMANENT_ERROR_NAMES:
         return False
     # An object store that answers "your request is wrong" (a range behind the end of a file) will say so again.
     response = getattr(error.__cause__ or error, "response", None)
@@ -44,7 +44,7 @@ def may_pass(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(url: str, action: str) -> Iterator[None]:
+def translate_errors(url: str, action: str) -> Iterator[None]:
     """Turns what a file system raises about `url` into one ValueError sentence; `action` completes "cannot …".
 
     Raises:
@@ -56,20 +56,20 @@ def explained(url: str, action: str) -> Iterator[None]:
         raise ValueError(f"cannot {action} {url}: it does not exist") from error
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORAGE_MODULES:
-            kind = Unavailable if may_pass(error) else ValueError
-            raise kind(f"cannot {action} {url}: {_reason(error, url)}") from error
+            error_type = StorageUnavailableError if is_transient(error) else ValueError
+            raise error_type(f"cannot {action} {url}: {_error_reason(error, url)}") from error
         raise
 
 
-def _reason(error: Exception, url: str) -> str:
+def _error_reason(error: Exception, url: str) -> str:
     """What a file system says is wrong, and with which other file or folder if it is not the one of the URL."""
     if isinstance(error, OSError) and error.strerror:
-        other = isinstance(error.filename, str) and not error.filename.endswith(url.rpartition("/")[2])
-        return f"{error.strerror}: {error.filename}" if other else error.strerror
+        names_other_file = isinstance(error.filename, str) and not error.filename.endswith(url.rpartition("/")[2])
+        return f"{error.strerror}: {error.filename}" if names_other_file else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def persistently(operation: Callable[[], Value], patience: float, say: Callable[[str], None]) -> Value:
+def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on_retry: Callable[[str], None]) -> Value:
     """Calls an operation until storage is there: again after about 0.5, 1, 2, 4 … and at most 60 seconds.
 
     Args:
@@ -77,18 +77,18 @@ def persistently(operation: Callable[[], Value], patience: float, say: Callable[
         patience: seconds after which the newest `Unavailable` is raised.
         say: hears of each failure that is followed by another try.
     """
-    pause, end = _FIRST_PAUSE, time.monotonic() + patience
+    pause, end = _INITIAL_BACKOFF_S, time.monotonic() + timeout_s
     while True:
         try:
             return operation()
-        except Unavailable as error:
-            left = end - time.monotonic()
-            if left <= 0:
+        except StorageUnavailableError as error:
+            remaining_s = end - time.monotonic()
+            if remaining_s <= 0:
                 raise
-            say(f"{error}; trying again")
+            on_retry(f"{error}; trying again")
         # Not all workers at the same moment.
-        time.sleep(min(left, pause * random.uniform(0.5, 1)))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        time.sleep(min(remaining_s, pause * random.uniform(0.5, 1)))
+        pause = min(2 * pause, _MAX_BACKOFF_S)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -122,7 +122,7 @@ def absolute(url: str) -> str:
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = filesystem(url)
-    with explained(url, "look at"):
+    with translate_errors(url, "look at"):
         return bool(fs.exists(path))
 
 
@@ -130,7 +130,7 @@ def exists(url: str) -> bool:
 def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
     """Opens a file for reading ("r", "rb") or writing ("w", "wb", folders are made as needed)."""
     action = "write" if "w" in mode else "read"
-    with explained(url, action):
+    with translate_errors(url, action):
         fs, path = filesystem(url)
         if action == "write":
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
@@ -138,13 +138,13 @@ def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
     try:
         yield handle
     finally:
-        with explained(url, action):
+        with translate_errors(url, action):
             handle.close()
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file."""
-    with explained(url, "read"):
+    with translate_errors(url, "read"):
         fs, path = filesystem(url)
         return bytes(fs.cat_file(path))
 
@@ -159,7 +159,7 @@ def read_text(url: str) -> str:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes a whole file aside and then makes it visible in one step, so a reader never sees half of it."""
-    with explained(url, "write"):
+    with translate_errors(url, "write"):
         fs, path = filesystem(url)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if is_local(url):
@@ -175,7 +175,7 @@ def write_bytes(url: str, data: bytes) -> None:
 def list_folder(url: str) -> list[str]:
     """Names of what lies directly in a folder, sorted; an absent folder is empty."""
     fs, path = filesystem(url)
-    with explained(url, "list"):
+    with translate_errors(url, "list"):
         if not fs.exists(path):
             return []
         fs.invalidate_cache(path)
@@ -184,31 +184,31 @@ def list_folder(url: str) -> list[str]:
 
 def remove(url: str) -> None:
     """Deletes a file, if it is there."""
-    with explained(url, "delete"):
+    with translate_errors(url, "delete"):
         fs, path = filesystem(url)
         if fs.exists(path):
             fs.rm_file(path)
 
 
-def copy_in(local: str, url: str) -> None:
+def upload(local_path: str, url: str) -> None:
     """Copies a local file to a URL."""
-    with explained(url, "write"):
+    with translate_errors(url, "write"):
         fs, path = filesystem(url)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        fs.put_file(local, path)
+        fs.put_file(local_path, path)
 
 
-def copy_out(url: str, local: str) -> None:
+def download(url: str, local_path: str) -> None:
     """Copies a file to a local path."""
-    with explained(url, "read"):
+    with translate_errors(url, "read"):
         fs, path = filesystem(url)
         try:
-            fs.get_file(path, local)
+            fs.get_file(path, local_path)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            folder = os.path.dirname(local)
-            raise Unavailable(
+            folder = os.path.dirname(local_path)
+            raise StorageUnavailableError(
                 f"cannot copy {url} to the scratch folder {folder}: its disk is full; make room there, or set TMPDIR "
                 "to a folder with more"
             ) from error
@@ -217,8 +217,8 @@ def copy_out(url: str, local: str) -> None:
 def remove_folder(url: str) -> None:
     """Removes a folder and what lies in it; an absent one is fine."""
     fs, path = filesystem(url)
-    with explained(url, "remove"):
-        for attempt in range(_REMOVALS):
+    with translate_errors(url, "remove"):
+        for attempt in range(_MAX_REMOVE_ATTEMPTS):
             # Another process may be removing parts of it; who waits a little longer each time leaves it to the others.
             time.sleep(0.01 * attempt)
             with suppress(FileNotFoundError):
@@ -229,7 +229,7 @@ def remove_folder(url: str) -> None:
             fs.rm(path, recursive=True)
 
 
-def copy_folder(source: str, dest: str) -> None:
+def copy_folder(source: str, destination: str) -> None:
     """Copies the files that lie directly in a folder to another one."""
     for name in list_folder(source):
-        write_bytes(join(dest, name), read_bytes(join(source, name)))
+        write_bytes(join(destination, name), read_bytes(join(source, name)))

@@ -42,9 +42,9 @@ def ray_local():
 @pytest.fixture(scope="session")
 def photo_folders(tmp_path_factory):
     """(train, held_out): folders of real photographs."""
-    from bsq_ray.samples.photos import collect_samples
+    from bsq_ray.samples.photos import collect_photos
 
-    return collect_samples(tmp_path_factory.mktemp("photographs"))
+    return collect_photos(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def photo_shards(photo_folders, tmp_path_factory):
     from bsq_ray.data.pack import pack_images
 
     url = str(tmp_path_factory.mktemp("shards"))
-    pack_images(str(photo_folders[0]), url, shard_mb=0.3, max_side=192, workers=0)
+    pack_images(str(photo_folders[0]), url, shard_mb=0.3, max_side=192, num_workers=0)
     return url
 
 
@@ -71,7 +71,7 @@ def held_out_shards(photo_folders, tmp_path_factory):
     from bsq_ray.data.pack import pack_images
 
     url = str(tmp_path_factory.mktemp("held_out"))
-    pack_images(str(photo_folders[1]), url, shard_mb=0.3, max_side=192, workers=0)
+    pack_images(str(photo_folders[1]), url, shard_mb=0.3, max_side=192, num_workers=0)
     return url
 
 
@@ -89,7 +89,7 @@ def video_shards(video_folders, tmp_path_factory):
     from bsq_ray.data.pack import pack_videos
 
     url = str(tmp_path_factory.mktemp("video_shards"))
-    pack_videos(str(video_folders[0]), url, shard_mb=0.1, max_side=64, workers=0)
+    pack_videos(str(video_folders[0]), url, shard_mb=0.1, max_side=64, num_workers=0)
     return url
 
 
@@ -99,7 +99,7 @@ def held_out_video_shards(video_folders, tmp_path_factory):
     from bsq_ray.data.pack import pack_videos
 
     url = str(tmp_path_factory.mktemp("held_out_videos"))
-    pack_videos(str(video_folders[1]), url, max_side=64, workers=0)
+    pack_videos(str(video_folders[1]), url, max_side=64, num_workers=0)
     return url
 
 

@@ -17,7 +17,7 @@ RECONSTRUCTION = ["evaluate", "reconstruction", "--model", "a", "--data", "b", "
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def run_cli(monkeypatch, capsys):
     """Runs a command in this process: (exit status, stdout, stderr)."""
 
     def run(*arguments):
@@ -30,15 +30,15 @@ def call(monkeypatch, capsys):
     return run
 
 
-def test_the_commands_are_exactly_these(call):
+def test_help_lists_expected_commands(run_cli):
     """A command is part of the contract: it is added or removed on purpose."""
-    listed = call("--help")[1].split("Commands:")[1].splitlines()
-    assert {line.split()[0] for line in listed if line.startswith("  ") and line[2] != " "} == {
+    help_lines = run_cli("--help")[1].split("Commands:")[1].splitlines()
+    assert {line.split()[0] for line in help_lines if line.startswith("  ") and line[2] != " "} == {
         "quickstart", "demo-generate", "demo-compress", "data", "train", "sweep", "tokenize", "evaluate", "reconstruct",
         "generate", "compress", "decompress", "plan", "import-reference", "info", "serve",
     }  # fmt: skip
-    assert all(name in call("data", "--help")[1] for name in ("pack", "index", "inspect"))
-    assert all(name in call("evaluate", "--help")[1] for name in ("reconstruction", "generation"))
+    assert all(name in run_cli("data", "--help")[1] for name in ("pack", "index", "inspect"))
+    assert all(name in run_cli("evaluate", "--help")[1] for name in ("reconstruction", "generation"))
 
 
 @pytest.mark.parametrize(
@@ -108,22 +108,25 @@ def test_the_commands_are_exactly_these(call):
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
-def test_a_wrong_call_ends_with_two_and_one_line(call, arguments, said, tmp_path, monkeypatch):
+def test_cli_wrong_input_exits_with_status_2(run_cli, arguments, expected, tmp_path, monkeypatch):
+    """Wrong input ends with exit status 2 and a one-line message on stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python.yaml").symlink_to(sys.executable)
-    status, out, error = call(*arguments)
+    status, out, error = run_cli(*arguments)
     assert status == 2
-    assert said in error
+    assert expected in error
     assert "Traceback" not in error
     assert out == ""
 
 
-def test_work_that_fails_ends_with_one_and_debug_shows_where(call, monkeypatch):
-    def fail(what):
+def test_cli_failed_work_exits_with_status_1(run_cli, monkeypatch):
+    """Failed work ends with exit status 1, and --debug raises the original exception."""
+
+    def fail(source):
         raise OSError("the disk is full")
 
     monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", fail)
-    status, _, error = call("info", "demo")
+    status, _, error = run_cli("info", "demo")
     assert status == 1
     assert "the disk is full (OSError; --debug shows where)" in error
     monkeypatch.setattr(sys, "argv", ["bsq-ray", "info", "demo", "--debug"])
@@ -131,46 +134,51 @@ def test_work_that_fails_ends_with_one_and_debug_shows_where(call, monkeypatch):
         main.main()
 
 
-def test_an_interrupt_has_its_own_status(call, monkeypatch):
-    def interrupt(what):
+def test_cli_interrupt_exits_with_status_130(run_cli, monkeypatch):
+    """An interrupt ends with exit status 130."""
+
+    def interrupt(source):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bsq_ray.evaluation.reconstruction.reconstruct_file.describe", interrupt)
-    assert call("info", "demo")[0] == 130
+    assert run_cli("info", "demo")[0] == 130
 
 
-def test_packing_and_inspecting_videos_of_a_list(call, video_folders, tmp_path):
+def test_cli_data_pack_and_inspect_listed_videos(run_cli, video_folders, tmp_path):
+    """Videos of a list file are packed, filtered by length and inspected."""
     (tmp_path / "list.txt").write_text("bikes.mp4\nbigbuckbunny.mp4\n")
-    wanted = ["--kind", "videos", "--list", tmp_path / "list.txt", "--min-frames", "140", "--max-side", "64"]
-    status, out, error = call("data", "pack", video_folders[0], tmp_path / "set", "--workers", "0", *wanted)
+    options = ["--kind", "videos", "--list", tmp_path / "list.txt", "--min-frames", "140", "--max-side", "64"]
+    status, out, error = run_cli("data", "pack", video_folders[0], tmp_path / "set", "--workers", "0", *options)
     assert status == 0, error
     assert out.startswith("videos 1, shards 1, classes 1, in ")
     assert "too short: 1, listed in " in out
-    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
     assert "frames 250 to 250, median 250; 0.2 minutes in all, 25 frames/s (1)" in out
-    assert "1 videos, 1 shards" in call("info", tmp_path / "set")[1]
+    assert "1 videos, 1 shards" in run_cli("info", tmp_path / "set")[1]
 
 
-def test_packing_inspecting_and_describing_a_folder(call, photo_folders, tmp_path):
-    status, out, _ = call("data", "pack", photo_folders[1], tmp_path / "set", "--workers", "0", "--max-side", "96")
+def test_cli_data_pack_inspect_and_info(run_cli, photo_folders, tmp_path):
+    """An image folder is packed, inspected and described, and a damaged shard is reported."""
+    status, out, _ = run_cli("data", "pack", photo_folders[1], tmp_path / "set", "--workers", "0", "--max-side", "96")
     assert status == 0
     assert out.startswith("images 12, shards 1, classes 1, in ")
-    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
     assert "12 images measured" in out
     assert (tmp_path / "sheet.png").exists()
-    assert "packed data set" in call("info", tmp_path / "set")[1]
+    assert "packed data set" in run_cli("info", tmp_path / "set")[1]
     (tmp_path / "set" / "shard-000000.tar").write_bytes(b"")
-    status, out, _ = call("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
+    status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 1
     assert "fault: shard-000000.tar is not the file that was packed" in out
 
 
-def test_help_does_not_wait_for_torch_or_ray():
-    began = time.monotonic()
+def test_cli_help_imports_no_heavy_packages():
+    """The help output imports none of torch, Ray, DeepSpeed and NumPy."""
+    started_at = time.monotonic()
     script = "import sys; from bsq_ray import cli; sys.argv = ['bsq-ray', '--help']\ntry: cli.main()\nfinally: "
     script += "print([name for name in ('torch', 'ray', 'deepspeed', 'numpy') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("[]")
-    print(f"help took {time.monotonic() - began:.2f} s")
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip().endswith("[]")
+    print(f"help took {time.monotonic() - started_at:.2f} s")

@@ -15,7 +15,7 @@ PRESETS = resources.files("bsq_ray") / "presets"
 
 
 @pytest.fixture
-def write(tmp_path):
+def write_config(tmp_path):
     def write_file(name, text):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -24,7 +24,7 @@ def write(tmp_path):
     return write_file
 
 
-def message_of(*arguments):
+def load_error(*arguments):
     with pytest.raises(ValueError) as error:
         load_config(*arguments)
     return str(error.value)
@@ -34,44 +34,49 @@ def message_of(*arguments):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_preset_is_called_by_its_name_and_described(name):
+def test_preset_has_its_file_name_and_a_description(name):
+    """A preset has the name of its file and a description."""
     loaded = load_config(name)
     assert loaded.name == name
     assert loaded.description
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_every_key_of_a_preset_is_commented_and_the_heading_names_its_table_row(name):
+def test_preset_keys_have_comments_and_heading_names_row(name):
+    """Every key of a preset has a comment, and the heading names its row of the paper."""
     lines = [line for line in (PRESETS / f"{name}.yaml").read_text().splitlines() if line.strip()]
     assert [line for line in lines if not re.search(r"(^|\s)#\s*\S", line)] == []
     heading = " ".join(line for line in lines if line.startswith("#"))
     assert re.search(r"row .* \(|No row of the paper", heading)
 
 
-def test_the_base_preset_writes_out_every_key_of_the_schema():
-    def keys(section):
+def test_base_preset_lists_every_schema_key():
+    """The base preset lists every key of the schema."""
+
+    def schema_paths(model_type):
         return {
-            (name, *below)
-            for name, field in section.model_fields.items()
-            for below in (keys(field.annotation) if is_section(field.annotation) else [()])
+            (name, *nested_path)
+            for name, field in model_type.model_fields.items()
+            for nested_path in (schema_paths(field.annotation) if is_model_type(field.annotation) else [()])
         }
 
-    def is_section(annotation):
+    def is_model_type(annotation):
         return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
-    def written(values):
+    def yaml_paths(values):
         return {
             (name, *below)
             for name, value in values.items()
-            for below in (written(value) if isinstance(value, dict) else [()])
+            for below in (yaml_paths(value) if isinstance(value, dict) else [()])
         }
 
-    expected = keys(config.TokenizerConfig) - {("model", "quantizer")}
-    expected |= {("model", "quantizer", *path) for path in keys(config.BSQ)}
-    assert written(yaml.safe_load((PRESETS / "imagenet128-bsq18.yaml").read_text())) == expected
+    expected = schema_paths(config.TokenizerConfig) - {("model", "quantizer")}
+    expected |= {("model", "quantizer", *path) for path in schema_paths(config.BSQConfig)}
+    assert yaml_paths(yaml.safe_load((PRESETS / "imagenet128-bsq18.yaml").read_text())) == expected
 
 
-def test_the_schema_defaults_are_those_of_the_base_preset():
+def test_schema_defaults_match_base_preset():
+    """The defaults of the schema are the values of the base preset."""
     base = load_config("imagenet128-bsq18")
     assert config.TokenizerConfig(name=base.name, description=base.description) == base
 
@@ -80,10 +85,10 @@ def test_the_schema_defaults_are_those_of_the_base_preset():
     ("preset", "key", "value"),
     [
         ("imagenet128-bsq18", "model.image_size", 128),
-        ("imagenet128-bsq18", "training.optimizer.learning_rate_per_256", 1.024e-4),
+        ("imagenet128-bsq18", "training.optimizer.base_learning_rate", 1.024e-4),
         ("imagenet128-bsq18", "training.optimizer.betas", (0.9, 0.99)),
-        ("imagenet128-bsq18", "training.schedule.final", 0.0),
-        ("imagenet128-bsq18", "model.quantizer.commit_weight", 0.0),
+        ("imagenet128-bsq18", "training.schedule.final_factor", 0.0),
+        ("imagenet128-bsq18", "model.quantizer.commitment_weight", 0.0),
         ("imagenet256-bsq18", "model.image_size", 256),
         ("imagenet256-bsq18", "model.quantizer.bits", 18),
         ("imagenet256-bsq36", "model.quantizer.bits", 36),
@@ -93,18 +98,18 @@ def test_the_schema_defaults_are_those_of_the_base_preset():
         ("imagenet128-lfq18", "model.quantizer.kind", "lfq"),
         ("imagenet128-lfq18", "model.quantizer.bits", 18),
         ("imagenet128-vq10", "model.quantizer.codebook_size", 1024),
-        ("imagenet128-vq10", "model.quantizer.code_width", 32),
+        ("imagenet128-vq10", "model.quantizer.code_dim", 32),
         ("imagenet128-vq14", "model.quantizer.bits", 14),
-        ("imagenet128-vq14", "model.quantizer.code_width", 8),
+        ("imagenet128-vq14", "model.quantizer.code_dim", 8),
         ("imagenet128-vq16", "model.quantizer.bits", 16),
         ("imagenet128-bsq18-group18", "model.quantizer.entropy.group_size", 18),
         ("imagenet128-bsq18-group9", "model.quantizer.entropy.group_size", 9),
         ("imagenet128-bsq18-group6", "model.quantizer.entropy.group_size", 6),
         ("imagenet128-bsq18-group3", "model.quantizer.entropy.group_size", 3),
         ("imagenet128-bsq18-group1", "model.quantizer.entropy.estimate", "group"),
-        ("imagenet128-bsq18-commit", "model.quantizer.commit_weight", 0.25),
+        ("imagenet128-bsq18-commit", "model.quantizer.commitment_weight", 0.25),
         ("imagenet128-bsq18-no-sample-entropy", "model.quantizer.entropy.per_sample_weight", 0.0),
-        ("imagenet128-bsq18-no-dataset-entropy", "model.quantizer.entropy.dataset_weight", 0.0),
+        ("imagenet128-bsq18-no-dataset-entropy", "model.quantizer.entropy.codebook_weight", 0.0),
         ("imagenet128-bsq18-no-lpips", "loss.perceptual_weight", 0.0),
         ("imagenet128-bsq18-no-gan", "loss.adversarial.weight", 0.0),
         ("ucf101-bsq18", "model.frames", 16),
@@ -117,14 +122,17 @@ def test_the_schema_defaults_are_those_of_the_base_preset():
         ("demo", "model.encoder.width", 256),
     ],
 )
-def test_presets_hold_the_values_of_the_paper(preset, key, value):
-    found = load_config(preset)
+def test_presets_match_paper_values(preset, key, value):
+    """The presets have the values of the paper."""
+    actual = load_config(preset)
     for part in key.split("."):
-        found = getattr(found, part)
-    assert found == value
+        actual = getattr(actual, part)
+    assert actual == value
 
 
-def test_each_leave_one_out_preset_differs_from_its_base_in_one_value():
+def test_leave_one_out_presets_differ_in_one_value():
+    """Each leave-one-out preset differs from its base in one value."""
+
     def flat(values, path=()):
         if not isinstance(values, dict):
             return {path: values}
@@ -139,7 +147,8 @@ def test_each_leave_one_out_preset_differs_from_its_base_in_one_value():
 # Files, bases and overrides
 
 
-def test_overrides_set_values_of_any_depth(write):
+def test_load_config_overrides_set_nested_values(write_config):
+    """Overrides set values at any depth."""
     loaded = load_config("imagenet128-bsq18", ["training.steps=12", "model.quantizer.entropy.estimate=group"])
     assert loaded.training.steps == 12
     assert loaded.model.quantizer.entropy.estimate == "group"
@@ -147,43 +156,51 @@ def test_overrides_set_values_of_any_depth(write):
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3", "1.e-4"])
-def test_numbers_in_scientific_notation_are_numbers(write, text):
-    file = write("a.yaml", f"base: demo\nname: a\ntraining: {{optimizer: {{weight_decay: {text}}}}}")
+def test_load_config_parses_scientific_notation(write_config, text):
+    """Numbers in scientific notation are parsed as numbers."""
+    file = write_config("a.yaml", f"base: demo\nname: a\ntraining: {{optimizer: {{weight_decay: {text}}}}}")
     assert load_config(file).training.optimizer.weight_decay == 1e-4
     assert load_config("demo", [f"training.optimizer.weight_decay={text}"]).training.optimizer.weight_decay == 1e-4
 
 
-def test_a_base_file_is_found_beside_the_file_that_names_it(write, tmp_path, monkeypatch):
+def test_load_config_resolves_base_relative_to_file(write_config, tmp_path, monkeypatch):
+    """A relative base path is relative to the file that names it."""
     monkeypatch.chdir(tmp_path)
-    write("bases/base.yaml", "base: demo\nname: base\ntraining: {steps: 3, seed: 5}")
-    write("runs/child.yaml", "base: ../bases/base.yaml\nname: child\ntraining: {steps: 4}")
+    write_config("bases/base.yaml", "base: demo\nname: base\ntraining: {steps: 3, seed: 5}")
+    write_config("runs/child.yaml", "base: ../bases/base.yaml\nname: child\ntraining: {steps: 4}")
     for source in ("runs/child.yaml", str(tmp_path / "runs/child.yaml"), f"file://{tmp_path}/runs/child.yaml"):
         loaded = load_config(source)
         assert (loaded.name, loaded.training.steps, loaded.training.seed) == ("child", 4, 5)
         assert loaded.model == load_config("demo").model
 
 
-def test_a_base_chain_that_comes_back_to_itself_is_refused(write):
-    write("b.yaml", "base: sub/../a.yaml")
-    assert "base chain comes back to itself" in message_of(write("a.yaml", "base: b.yaml"))
+def test_load_config_circular_base_raises(write_config):
+    """A circular chain of base files raises an error."""
+    write_config("b.yaml", "base: sub/../a.yaml")
+    assert "base chain comes back to itself" in load_error(write_config("a.yaml", "base: b.yaml"))
 
 
-def test_another_kind_of_quantizer_starts_its_section_afresh_unless_its_keys_are_the_same(write):
-    other = load_config("imagenet256-bsq36", ["model.quantizer.codebook_size=64", "model.quantizer.kind=vq"])
-    assert other.model.quantizer == config.VQ(kind="vq", codebook_size=64)
-    alike = load_config("imagenet256-bsq36", ["model.quantizer.kind=lfq"])
-    assert alike.model.quantizer == config.LFQ(kind="lfq", bits=36)
-    file = write("a.yaml", "base: imagenet256-bsq36\nname: a\nmodel: {quantizer: {kind: fsq, levels: [8, 5, 5]}}")
+def test_load_config_new_quantizer_kind_resets_section(write_config):
+    """Another kind of quantizer resets its section, unless both kinds have the same keys."""
+    vq_config = load_config("imagenet256-bsq36", ["model.quantizer.codebook_size=64", "model.quantizer.kind=vq"])
+    assert vq_config.model.quantizer == config.VQConfig(kind="vq", codebook_size=64)
+    lfq_config = load_config("imagenet256-bsq36", ["model.quantizer.kind=lfq"])
+    assert lfq_config.model.quantizer == config.LFQConfig(kind="lfq", bits=36)
+    file = write_config(
+        "a.yaml", "base: imagenet256-bsq36\nname: a\nmodel: {quantizer: {kind: fsq, levels: [8, 5, 5]}}"
+    )
     assert load_config(file).model.quantizer.bits == 3 + 3 + 3
 
 
-def test_another_kind_of_engine_keeps_the_precision():
+def test_load_config_new_engine_kind_keeps_precision():
+    """Another kind of engine keeps the precision."""
     loaded = load_config("demo", ["training.engine.precision=fp32", "training.engine.kind=ddp"])
     assert (loaded.training.engine.kind, loaded.training.engine.precision) == ("ddp", "fp32")
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_configuration_written_out_reads_back_the_same(name):
+def test_dump_config_parse_config_roundtrip(name):
+    """A configuration is equal after it is dumped and parsed."""
     loaded = load_config(name)
     assert parse_config(dump_config(loaded), "text") == loaded
 
@@ -214,29 +231,32 @@ def test_a_configuration_written_out_reads_back_the_same(name):
         ("training.optimizer.weight_decay=.inf", "training.optimizer.weight_decay: Input should be a finite number"),
         ("training=5", "training: Input should be a valid dictionary or instance of Training"),
         ("training.steps.more=5", "training.steps is a value, not a section"),
-        ("data.crop_scale=[2, 1]", "crop_scale [2.0, 1.0] is not a range"),
-        ("data.crop_scale=[0.5, 1]", "crop_scale [0.5, 1.0] is not a range"),
+        ("data.resize_range=[2, 1]", "crop_scale [2.0, 1.0] is not a range"),
+        ("data.resize_range=[0.5, 1]", "crop_scale [0.5, 1.0] is not a range"),
         ("model.encoder.heads=7", "width 256 is not a multiple of heads 7"),
         ("model.patch_size=7", "image_size 64 is not a multiple of patch_size 7"),
         ("training.micro_batch_size=5", "batch_size 16 is not a multiple of micro_batch_size 5"),
         ("model.quantizer.bits=129", "model.quantizer.bits: Input should be less than or equal to 128"),
     ],
 )
-def test_a_wrong_override_is_answered_with_its_key_itself_and_what_is_valid(override, answer):
-    message = message_of("demo", ["training.seed=1", override])
-    assert answer in message
+def test_load_config_wrong_override_names_valid_values(override, expected):
+    """The error for a wrong override names the override, its key and the valid values."""
+    message = load_error("demo", ["training.seed=1", override])
+    assert expected in message
     assert message.startswith(f"override '{override}'")
 
 
 @pytest.mark.parametrize("override", ["steps", "=5", "  =5"])
-def test_an_override_of_another_form_is_refused(override):
-    assert "is not of the form key.path=value" in message_of("demo", [override])
+def test_load_config_malformed_override_raises(override):
+    """An override that is not of the form key.path=value raises an error."""
+    assert "is not of the form key.path=value" in load_error("demo", [override])
 
 
-def test_a_wrong_key_in_a_file_is_answered_with_that_file_and_every_mistake_is_listed(write):
-    base = write("base.yaml", "base: demo\nmodel: {encodr: {width: 8}}\ntraining: {steps: 0}")
-    child = write("child.yaml", "base: base.yaml\nname: child\nloss: {advesarial: {}}")
-    lines = message_of(child, ["training.seed=-1"]).splitlines()
+def test_load_config_lists_every_mistake_with_its_file(write_config):
+    """Every mistake is listed with the file or override that it comes from."""
+    base = write_config("base.yaml", "base: demo\nmodel: {encodr: {width: 8}}\ntraining: {steps: 0}")
+    child = write_config("child.yaml", "base: base.yaml\nname: child\nloss: {advesarial: {}}")
+    lines = load_error(child, ["training.seed=-1"]).splitlines()
     assert f"{base}: unknown key model.encodr; did you mean model.encoder?" in lines
     assert f"{child}: unknown key loss.advesarial; did you mean loss.adversarial?" in lines
     assert any(line.startswith(f"{base}: training.steps") for line in lines)
@@ -260,11 +280,13 @@ def test_a_wrong_key_in_a_file_is_answered_with_that_file_and_every_mistake_is_l
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(overrides, answer):
-    assert answer in message_of("demo", overrides)
+def test_load_config_incompatible_values_raise(overrides, expected):
+    """Values that are incompatible with each other raise an error."""
+    assert expected in load_error("demo", overrides)
 
 
-def test_zero_3_goes_together_with_accumulation_without_a_discriminator_and_with_one_without_accumulation():
+def test_load_config_zero3_with_gan_or_accumulation_loads():
+    """ZeRO 3 is allowed with accumulation or with a discriminator, but not with both."""
     load_config("demo", ["training.engine.zero_stage=3"])
     load_config("demo", ["training.engine.zero_stage=3", "training.micro_batch_size=4", "loss.adversarial.weight=0"])
     load_config("demo", ["training.engine.zero_stage=2", "training.micro_batch_size=4"])
@@ -272,9 +294,10 @@ def test_zero_3_goes_together_with_accumulation_without_a_discriminator_and_with
     load_config("demo", ddp)
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest_one():
-    assert message_of("imagenet128-bsq8") == ("no preset is called 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
-    assert "presets are demo, demo-video, imagenet128-bsq10" in message_of("xyz")
+def test_load_config_unknown_preset_is_suggested():
+    """The error for an unknown preset suggests the most similar one."""
+    assert load_error("imagenet128-bsq8") == ("no preset is called 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
+    assert "presets are demo, demo-video, imagenet128-bsq10" in load_error("xyz")
 
 
 @pytest.mark.parametrize(
@@ -291,26 +314,30 @@ def test_an_unknown_preset_is_answered_with_the_nearest_one():
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(write, text, answer):
-    assert answer in message_of(write("a.yaml", text))
+def test_load_config_invalid_file_raises(write_config, text, expected):
+    """A file that is not a configuration raises an error."""
+    assert expected in load_error(write_config("a.yaml", text))
 
 
-def test_a_missing_file_is_named():
-    assert message_of("/nowhere/a.yaml") == "cannot read /nowhere/a.yaml: it does not exist"
+def test_load_config_missing_file_is_named():
+    """The error for a missing file names the file."""
+    assert load_error("/nowhere/a.yaml") == "cannot read /nowhere/a.yaml: it does not exist"
 
 
-def test_a_checked_configuration_cannot_be_changed():
+def test_loaded_config_is_frozen():
+    """A loaded configuration cannot be changed."""
     loaded = load_config("demo")
     with pytest.raises(ValueError, match="frozen"):
         loaded.training.steps = 5
 
 
-def test_bits_of_a_token_follow_from_the_quantizer():
-    assert config.VQ(kind="vq", codebook_size=1024).bits == 10
-    assert config.FSQ(kind="fsq", levels=(8, 6, 5, 2)).bits == 3 + 3 + 3 + 1
-    assert {kind for union in get_args(config.Quantizer)[:1] for kind in get_args(union)} == {
-        config.BSQ,
-        config.LFQ,
-        config.FSQ,
-        config.VQ,
+def test_quantizer_config_computes_bits():
+    """VQ and FSQ compute the bits of a token from their sizes."""
+    assert config.VQConfig(kind="vq", codebook_size=1024).bits == 10
+    assert config.FSQConfig(kind="fsq", levels=(8, 6, 5, 2)).bits == 3 + 3 + 3 + 1
+    assert {kind for union in get_args(config.QuantizerConfig)[:1] for kind in get_args(union)} == {
+        config.BSQConfig,
+        config.LFQConfig,
+        config.FSQConfig,
+        config.VQConfig,
     }

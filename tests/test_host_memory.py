@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from bsq_ray.runtime.malloc import keep_memory
+from bsq_ray.runtime.malloc import malloc_env
 
-_COUNT = """
+_COUNT_FAULTS_SCRIPT = """
 import resource, torch
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -21,16 +21,20 @@ print(faults() - before)
 
 
 def page_faults(environment):
-    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    done = subprocess.run([sys.executable, "-c", _COUNT], env=plain | environment, capture_output=True, text=True)
-    return int(done.stdout)
+    base_environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    process = subprocess.run(
+        [sys.executable, "-c", _COUNT_FAULTS_SCRIPT], env=base_environment | environment, capture_output=True, text=True
+    )
+    return int(process.stdout)
 
 
 @pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="another C library")
-def test_the_next_large_tensor_takes_the_pages_of_the_one_before():
-    assert page_faults(keep_memory()) < page_faults({}) / 20
+def test_malloc_env_reuses_pages_of_freed_tensors():
+    """A large tensor reuses the memory pages of the one freed before it."""
+    assert page_faults(malloc_env()) < page_faults({}) / 20
 
 
-def test_what_the_user_has_set_stays(monkeypatch):
+def test_malloc_env_keeps_user_tunables(monkeypatch):
+    """Tunables set by the user are not overwritten."""
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
-    assert keep_memory() == {}
+    assert malloc_env() == {}

@@ -23,7 +23,7 @@ def small_tokenizer(seed=0, bits=6):
         "decoder": SIZES | {"head_width": 16},
         "quantizer": {"bits": bits},
     }
-    return Tokenizer(config.TokenizerModel.model_validate(keys))
+    return Tokenizer(config.TokenizerModelConfig.model_validate(keys))
 
 
 IMAGES = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
@@ -32,48 +32,53 @@ IMAGES = torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)
 @pytest.fixture
 def folder(tmp_path):
     url = str(tmp_path / "small")
-    plain = small_tokenizer(seed=1).state_dict()
+    raw_weights = small_tokenizer(seed=1).state_dict()
     small_tokenizer().save_pretrained(
-        url, plain_weights=plain, metrics={"psnr": 21.5}, facts={"data": "12 photographs"}
+        url, plain_weights=raw_weights, metrics={"psnr": 21.5}, facts={"data": "12 photographs"}
     )
     return url
 
 
 @pytest.mark.parametrize("scheme", ["path", "file", "s3"])
-def test_a_saved_tokenizer_reconstructs_alike_after_reading_from_any_url(request, tmp_path, scheme):
+def test_model_folder_roundtrip_from_any_url(request, tmp_path, scheme):
+    """A saved tokenizer gives the same reconstructions after loading from a path, a file URL, or S3."""
     parent = request.getfixturevalue("bucket") if scheme == "s3" else str(tmp_path)
     url = f"file://{parent}/m" if scheme == "file" else f"{parent}/m"
     saved = small_tokenizer()
     model_id = saved.save_pretrained(url)
-    read = Tokenizer.from_pretrained(url)
-    assert not read.training
-    assert read.config == saved.config
-    assert read.model_id == model_id
+    loaded = Tokenizer.from_pretrained(url)
+    assert not loaded.training
+    assert loaded.config == saved.config
+    assert loaded.model_id == model_id
     assert len(model_id) == 64
-    assert torch.equal(read.reconstruct(IMAGES), saved.reconstruct(IMAGES))
+    assert torch.equal(loaded.reconstruct(IMAGES), saved.reconstruct(IMAGES))
 
 
-def test_plain_weights_lie_beside_the_averaged_ones_and_are_another_model(folder):
-    averaged, plain = Tokenizer.from_pretrained(folder), Tokenizer.from_pretrained(folder, weights="plain")
-    assert torch.equal(averaged.to_code.weight, small_tokenizer(seed=0).to_code.weight)
-    assert torch.equal(plain.to_code.weight, small_tokenizer(seed=1).to_code.weight)
-    assert averaged.model_id != plain.model_id
+def test_model_folder_keeps_raw_and_ema_weights(folder):
+    """Raw weights are stored next to the EMA weights and have another model id."""
+    ema_tokenizer, raw_tokenizer = Tokenizer.from_pretrained(folder), Tokenizer.from_pretrained(folder, weights="plain")
+    assert torch.equal(ema_tokenizer.to_code.weight, small_tokenizer(seed=0).to_code.weight)
+    assert torch.equal(raw_tokenizer.to_code.weight, small_tokenizer(seed=1).to_code.weight)
+    assert ema_tokenizer.model_id != raw_tokenizer.model_id
 
 
-def test_without_averaging_the_main_weights_are_the_plain_ones_and_older_plain_weights_vanish(folder):
+def test_model_folder_without_ema_removes_old_raw_weights(folder):
+    """Without EMA the main weights are the raw ones, and an older raw-weights file is removed."""
     small_tokenizer(seed=2).save_pretrained(folder)
     for weights in ("ema", "plain"):
-        read = Tokenizer.from_pretrained(folder, weights=weights)
-        assert torch.equal(read.to_code.weight, small_tokenizer(seed=2).to_code.weight)
+        loaded = Tokenizer.from_pretrained(folder, weights=weights)
+        assert torch.equal(loaded.to_code.weight, small_tokenizer(seed=2).to_code.weight)
 
 
-def test_asking_for_plain_weights_that_were_not_kept_is_an_error(folder, tmp_path):
+def test_load_model_folder_missing_raw_weights_raises(folder, tmp_path):
     (tmp_path / "small" / "model.plain.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no plain weights"):
-        model_folder.read_model_folder(folder, "plain")
+        model_folder.load_model_folder(folder, "plain")
 
 
-def test_the_id_depends_on_weights_and_model_but_not_on_training_or_memory_saving():
+def test_model_id_depends_on_weights_and_model_only():
+    """The model id depends on weights and model configuration, not on training or gradient checkpointing."""
+
     def written_id(weights, **keys):
         run = config.TokenizerConfig.model_validate({"name": "m"} | keys)
         return model_folder.write_model_folder("memory://ids/m", config.dump_config(run), weights)
@@ -87,7 +92,7 @@ def test_the_id_depends_on_weights_and_model_but_not_on_training_or_memory_savin
     assert written_id(weights | {"a": torch.arange(4.0) + 1e-6}) != same
 
 
-def test_the_card_tells_size_rate_id_facts_and_metrics(folder, tmp_path):
+def test_model_card_lists_size_rate_id_fields_and_metrics(folder, tmp_path):
     card = (tmp_path / "small" / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "bsq_ray"
@@ -100,13 +105,13 @@ def test_the_card_tells_size_rate_id_facts_and_metrics(folder, tmp_path):
     assert "| psnr | 21.5 |" in text
 
 
-def test_the_stored_configuration_writes_out_every_key(folder, tmp_path):
+def test_model_folder_config_contains_every_key(folder, tmp_path):
     stored = yaml.safe_load((tmp_path / "small" / "config.yaml").read_text())
     assert stored["model"]["quantizer"]["entropy"]["estimate"] == "analytical"
     assert stored["training"]["optimizer"]["betas"] == [0.9, 0.99]
 
 
-def test_a_changed_weight_is_noticed(folder, tmp_path):
+def test_load_model_folder_changed_weight_raises(folder, tmp_path):
     file = tmp_path / "small" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -115,29 +120,31 @@ def test_a_changed_weight_is_noticed(folder, tmp_path):
         Tokenizer.from_pretrained(folder)
 
 
-def test_a_changed_model_section_is_noticed_and_a_changed_training_section_is_not(folder, tmp_path):
+def test_load_model_folder_checks_model_config_only(folder, tmp_path):
+    """A changed model configuration is detected; a changed training configuration is accepted."""
     file = tmp_path / "small" / "config.yaml"
     text = file.read_text()
     file.write_text(text.replace("steps: 1000000", "steps: 5"))
-    assert model_folder.read_model_folder(folder).config.training.steps == 5
+    assert model_folder.load_model_folder(folder).config.training.steps == 5
     file.write_text(text.replace("causal: true", "causal: false"))
     with pytest.raises(ValueError, match="do not belong together"):
         Tokenizer.from_pretrained(folder)
 
 
-def test_a_truncated_file_and_one_of_another_format_are_refused(folder, tmp_path):
+def test_load_model_folder_damaged_weights_file_raises(folder, tmp_path):
     file = tmp_path / "small" / "model.safetensors"
     data = file.read_bytes()
     for damaged in (data[:-10], b"", b"not a model at all"):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-            model_folder.read_model_folder(folder)
+            model_folder.load_model_folder(folder)
     file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
     with pytest.raises(ValueError, match="does not name a model id"):
-        model_folder.read_model_folder(folder)
+        model_folder.load_model_folder(folder)
 
 
-def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
+def test_load_weights_mismatch_lists_keys(folder):
+    """Weights of another model are rejected, and the error lists missing, unexpected, and misshapen keys."""
     target = small_tokenizer(bits=8)
     weights = dict(target.state_dict())
     before = target.to_code.bias.clone()
@@ -153,13 +160,13 @@ def test_weights_of_another_model_are_refused_and_the_keys_listed(folder):
     assert torch.equal(target.to_code.bias, before)
 
 
-def test_a_long_list_of_keys_is_shortened():
+def test_load_weights_long_key_list_is_truncated():
     target = small_tokenizer()
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
         model_folder.load_weights(target, {}, "nothing")
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path, monkeypatch):
+def test_load_model_folder_not_a_model_raises(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is not a model folder: it has no config.yaml"):
         Tokenizer.from_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="is not a model folder"):
@@ -170,20 +177,21 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, monkeypatch):
         Tokenizer.from_pretrained(f"{tmp_path.name}/tokenizer")
 
 
-def test_writing_again_to_s3_replaces_weights_and_drops_older_plain_ones(bucket):
+def test_save_pretrained_to_s3_twice_removes_raw_weights(bucket):
+    """Saving again to S3 replaces the weights and removes the older raw-weights file."""
     small_tokenizer().save_pretrained(f"{bucket}/m", plain_weights=small_tokenizer(seed=1).state_dict())
     small_tokenizer(seed=2).save_pretrained(f"{bucket}/m")
-    read = Tokenizer.from_pretrained(f"{bucket}/m", weights="plain")
-    assert torch.equal(read.to_code.weight, small_tokenizer(seed=2).to_code.weight)
+    loaded = Tokenizer.from_pretrained(f"{bucket}/m", weights="plain")
+    assert torch.equal(loaded.to_code.weight, small_tokenizer(seed=2).to_code.weight)
 
 
-def test_a_hub_id_without_the_hub_client_says_what_to_install(monkeypatch):
+def test_load_hub_id_without_client_names_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"no model folder someone/bsq-18; .* install huggingface_hub"):
         Tokenizer.from_pretrained("someone/bsq-18")
 
 
-def test_a_hub_id_is_read_through_the_hub_client(folder, tmp_path, monkeypatch):
+def test_load_hub_id_uses_huggingface_hub(folder, tmp_path, monkeypatch):
     def snapshot_download(repo_id, allow_patterns):
         if repo_id != "someone/bsq-18":
             raise OSError("404 no such repository")
@@ -199,17 +207,21 @@ def test_a_hub_id_is_read_through_the_hub_client(folder, tmp_path, monkeypatch):
         Tokenizer.from_pretrained("someone/else")
 
 
-def test_the_folder_of_a_run_is_told_from_the_model_folder_in_it(tmp_path):
+def test_load_model_folder_run_folder_names_model_folder(tmp_path):
     small_tokenizer().save_pretrained(str(tmp_path / "run" / "model"))
     (tmp_path / "run" / "config.yaml").write_text("stage: tokenizer\n")
     with pytest.raises(ValueError, match="run is the folder of a run; its model folder is .*run/model"):
         Tokenizer.from_pretrained(str(tmp_path / "run"))
 
 
-def test_the_card_of_a_video_model_tells_its_frames_and_how_to_stream(tmp_path):
+def test_model_card_video_model_shows_frames_and_streaming(tmp_path):
+    """The card of a video model shows its number of frames and how to stream."""
     sizes = {"width": 32, "layers": 1, "heads": 2}
-    model = config.TokenizerModel(
-        image_size=32, frames=4, encoder=config.Transformer(**sizes), decoder=config.Decoder(**sizes, head_width=32)
+    model = config.TokenizerModelConfig(
+        image_size=32,
+        frames=4,
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
     )
     Tokenizer(model).save_pretrained(str(tmp_path))
     card = (tmp_path / "README.md").read_text()

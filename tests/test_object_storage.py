@@ -18,26 +18,27 @@ from bsq_ray.training.checkpoints.writer import list_checkpoints
 from bsq_ray.training.launch import train
 
 SMALL_TRAINING = [
-    *("model.image_size=32", "model.patch_size=8", "model.quantizer.bits=10", "model.decoder.head_width=32"),
+    *("model.image_size=32", "model.patch_size=8", "model.quantizer.bits=10", "model.decoder.head_hidden_dim=32"),
     *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=32", "layers=1", "heads=2")),
     *("loss.perceptual_weight=0", "loss.adversarial.weight=0", "training.steps=2", "training.batch_size=4"),
-    *("training.evaluate_batches=1", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
+    *("training.eval_batches=1", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
 ]
 SMALL_TOKENS = [
-    *("model.grid=[1,4,4]", "model.bits=10", "model.sub_bits=5", "model.classes=1"),
+    *("model.grid=[1,4,4]", "model.bits=10", "model.sub_bits=5", "model.num_classes=1"),
     *("model.width=32", "model.layers=1", "model.heads=2", "sampling.steps=2"),
     *("training.steps=2", "training.batch_size=4", "training.schedule.warmup_steps=0"),
 ]
 
 
-def quiet(record):
+def ignore_record(record):
     pass
 
 
-def test_from_photographs_to_reports_no_local_folder_is_needed(photo_folders, bucket):
+def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
+    """Packing, training, evaluation, tokenization and the report work without a local folder."""
     shards, run, table, lm = (f"{bucket}/{name}" for name in ("shards", "run", "tokens", "lm"))
-    pack_images(str(photo_folders[1]), shards, max_side=64, workers=0)
-    train(load_config("demo", SMALL_TRAINING), shards, run, 0, show=quiet)
+    pack_images(str(photo_folders[1]), shards, max_side=64, num_workers=0)
+    train(load_config("demo", SMALL_TRAINING), shards, run, 0, on_record=ignore_record)
     assert list_checkpoints(run) == ["step-0000002"]
     assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
     assert storage.list_folder(f"{run}/tensorboard")
@@ -45,16 +46,17 @@ def test_from_photographs_to_reports_no_local_folder_is_needed(photo_folders, bu
     assert "| mean colour" in storage.read_bytes(f"{bucket}/evaluation/results.md").decode()
     write_report(run, f"{bucket}/evaluation", f"{bucket}/report.html")
     assert b"<html" in storage.read_bytes(f"{bucket}/report.html")
-    tokenize(f"{run}/model", shards, table, workers=0)
-    assert read_table(table).rows == sum(1 for path in photo_folders[1].iterdir())
-    train(load_config("masked-lm-demo", SMALL_TOKENS), table, lm, 0, held_out_url=table, show=quiet)
+    tokenize(f"{run}/model", shards, table, num_workers=0)
+    assert read_table(table).num_rows == sum(1 for path in photo_folders[1].iterdir())
+    train(load_config("masked-lm-demo", SMALL_TOKENS), table, lm, 0, held_out_url=table, on_record=ignore_record)
     assert storage.exists(f"{lm}/model/model.safetensors")
     Tokenizer.from_pretrained(f"{lm}/model/tokenizer")
 
 
 @pytest.mark.slow
-def test_ray_workers_train_from_and_to_an_object_store_and_go_on_there(photo_folders, bucket):
-    pack_images(str(photo_folders[1]), f"{bucket}/shards", max_side=64, workers=0)
+def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
+    """Ray workers train from and to an object store, and a run resumes there."""
+    pack_images(str(photo_folders[1]), f"{bucket}/shards", max_side=64, num_workers=0)
     command = [
         sys.executable,
         "-c",

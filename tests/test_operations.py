@@ -12,19 +12,21 @@ PAGES = [ROOT / "OPERATIONS.md", ROOT / "cluster" / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
-def test_every_key_that_is_named_is_one_of_the_configuration(page):
-    run = load_config("imagenet256-bsq18", []).model_dump()
-    named = set(re.findall(r"`((?:training|data|loss|model)\.[a-z_0-9.]+)", page.read_text()))
-    assert named
-    for key in named:
-        section = run
+def test_documented_keys_exist_in_config(page):
+    """Every configuration key that the page names exists."""
+    config_dict = load_config("imagenet256-bsq18", []).model_dump()
+    documented_keys = set(re.findall(r"`((?:training|data|loss|model)\.[a-z_0-9.]+)", page.read_text()))
+    assert documented_keys
+    for key in documented_keys:
+        node = config_dict
         for part in key.split("."):
-            assert part in section, key
-            section = section[part]
+            assert part in node, key
+            node = node[part]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.name)
-def test_every_file_that_is_linked_or_called_is_there(page):
+def test_documented_files_exist(page):
+    """Every file that the page links or calls exists."""
     text = page.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (page.parent / link).exists(), link
@@ -40,6 +42,7 @@ def test_every_file_that_is_linked_or_called_is_there(page):
         ("nonfinite.json", "bsq_ray/training/nonfinite.py"),
     ],
 )
-def test_a_message_that_is_quoted_is_one_that_is_given(words, source):
+def test_quoted_messages_exist_in_source(words, source):
+    """Every message that OPERATIONS.md quotes exists in the source."""
     assert words in (ROOT / "OPERATIONS.md").read_text()
     assert words in (ROOT / source).read_text()

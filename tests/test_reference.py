@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bsq_ray import Tokenizer, config, model_folder
-from bsq_ray.import_bsq_vit import import_reference, read_checkpoint
+from bsq_ray.import_bsq_vit import import_bsq_vit, read_checkpoint
 from bsq_ray.models.discriminators.stylegan2 import build_discriminator
 
 WIDTH, LAYERS, HEADS, SIDE, PATCH, BITS = 32, 2, 4, 32, 8, 12
@@ -49,7 +49,7 @@ class ReferenceBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class ReferenceHalf(nn.Module):
+class ReferenceTransformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.empty((SIDE // PATCH) ** 2, WIDTH))
@@ -67,7 +67,7 @@ class ReferenceHalf(nn.Module):
 class ReferenceTokenizer(nn.Module):
     def __init__(self, seed):
         super().__init__()
-        self.encoder, self.decoder = ReferenceHalf(), ReferenceHalf()
+        self.encoder, self.decoder = ReferenceTransformer(), ReferenceTransformer()
         self.encoder.conv1 = nn.Linear(3 * PATCH**2, WIDTH, bias=False)
         self.decoder.ffn = nn.Sequential(nn.Linear(WIDTH, 3072), nn.Tanh())
         self.decoder.conv_out = nn.Linear(3072, 3 * PATCH**2)
@@ -124,10 +124,10 @@ def discriminator_logits(tensors, images):
     x = convolution("b32.fromrgb", images)
     for block in ("b32", "b16", "b8"):
         weight = tensors[f"{block}.skip.weight"]
-        skipped = low_pass(f"{block}.skip", x, 1).squeeze(2)[..., ::2, ::2]
-        skipped = nn.functional.conv2d(skipped, weight / weight[0].numel() ** 0.5) * 0.5**0.5
+        skip = low_pass(f"{block}.skip", x, 1).squeeze(2)[..., ::2, ::2]
+        skip = nn.functional.conv2d(skip, weight / weight[0].numel() ** 0.5) * 0.5**0.5
         x = convolution(f"{block}.conv0", x, padding=1)
-        x = convolution(f"{block}.conv1", low_pass(f"{block}.conv1", x, 2).squeeze(2), gain=1.0, stride=2) + skipped
+        x = convolution(f"{block}.conv1", low_pass(f"{block}.conv1", x, 2).squeeze(2), gain=1.0, stride=2) + skip
     deviation = (x.var(0, unbiased=False) + 1e-8).sqrt().mean()
     x = convolution("b4.conv", torch.cat([x, deviation.expand(len(x), 1, 4, 4)], 1), padding=1).flatten(1)
     x = nn.functional.leaky_relu(x @ tensors["b4.fc.weight"].T / 512**0.5 + tensors["b4.fc.bias"], 0.2) * 2**0.5
@@ -138,7 +138,7 @@ def prefixed(prefix, tensors):
     return collections.OrderedDict((prefix + name, tensor) for name, tensor in tensors.items())
 
 
-def contents(prefix="module.", **changes):
+def checkpoint_contents(prefix="module.", **changes):
     """A checkpoint's dictionary: plain weights of seed 0, averaged ones of seed 1, objects of the training script."""
     arguments = argparse.Namespace(resume="", output_dir=pathlib.PurePosixPath("/out"), lr=np.float64(4e-7))
     parts = {
@@ -149,14 +149,14 @@ def contents(prefix="module.", **changes):
         "optimizer_discriminator": {"state": {}, "param_groups": []},
         "state_dict_discriminator": None,
         "scaler": {},
-        "config": configuration_object(),
+        "config": fake_omegaconf_object(),
         "args": arguments,
         "best_fid": np.float64(1.5),
     }
     return parts | changes
 
 
-def configuration_object():
+def fake_omegaconf_object():
     """An object of a package that is absent where the checkpoint is read, with the structure OmegaConf's have."""
     package, container = types.ModuleType("omegaconf"), types.ModuleType("omegaconf.dictconfig")
     container.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
@@ -191,9 +191,10 @@ IMAGES = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
-def test_reconstructions_agree_with_the_reference_for_averaged_and_plain_weights(save, small_config, tmp_path, prefix):
+def test_import_reconstructions_match_reference(save, small_config, tmp_path, prefix):
+    """Reconstructions match the reference code for EMA and raw weights."""
     out = str(tmp_path / "model")
-    imported = import_reference(save(contents(prefix)), small_config, out)
+    imported = import_bsq_vit(save(checkpoint_contents(prefix)), small_config, out)
     for weights, seed in (("ema", 1), ("plain", 0)):
         ours = Tokenizer.from_pretrained(out, weights).reconstruct(IMAGES)
         reference = ReferenceTokenizer(seed)(IMAGES)
@@ -201,17 +202,18 @@ def test_reconstructions_agree_with_the_reference_for_averaged_and_plain_weights
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
     assert imported.iteration == 7000
     assert not imported.has_discriminator
-    assert imported.id == model_folder.read_model_folder(out).id
+    assert imported.id == model_folder.load_model_folder(out).id
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| imported from | checkpoint.pt |" in card
     assert "| training steps | 7000 |" in card
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_discriminator_is_imported_too_and_gives_the_same_logits(save, small_config, tmp_path, prefix):
+def test_import_discriminator_logits_match_reference(save, small_config, tmp_path, prefix):
+    """The discriminator is imported and gives the reference's logits."""
     tensors = discriminator_tensors()
-    checkpoint = save(contents(state_dict_discriminator=prefixed(prefix, tensors)))
-    imported = import_reference(checkpoint, small_config, str(tmp_path / "model"))
+    checkpoint = save(checkpoint_contents(state_dict_discriminator=prefixed(prefix, tensors)))
+    imported = import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
     assert imported.has_discriminator
     ours = build_discriminator(config.load_config(small_config).loss.adversarial, SIDE)
     ours.load_state_dict(load_file(tmp_path / "model" / "discriminator.safetensors"))
@@ -232,38 +234,42 @@ def test_the_discriminator_is_imported_too_and_gives_the_same_logits(save, small
         (lambda t: t["b16.skip.resample_filter"].mul_(2), r"b16\.skip\.resample_filter is another low-pass filter"),
     ],
 )
-def test_another_discriminator_is_refused(save, small_config, tmp_path, change, message):
+def test_import_mismatched_discriminator_raises(save, small_config, tmp_path, change, message):
     tensors = discriminator_tensors()
     change(tensors)
     with pytest.raises(ValueError, match=message):
-        import_reference(save(contents(state_dict_discriminator=tensors)), small_config, str(tmp_path / "model"))
+        import_bsq_vit(
+            save(checkpoint_contents(state_dict_discriminator=tensors)), small_config, str(tmp_path / "model")
+        )
     assert not (tmp_path / "model").exists()
 
 
-def test_plain_weights_alone_are_imported_on_request_and_when_there_are_no_others(save, small_config, tmp_path):
+def test_import_raw_weights_only_on_request(save, small_config, tmp_path):
+    """A checkpoint without EMA weights is rejected unless raw weights are requested."""
     out = str(tmp_path / "model")
-    checkpoint = save(contents(ema_state_dict=None))
+    checkpoint = save(checkpoint_contents(ema_state_dict=None))
     with pytest.raises(ValueError, match="holds no averaged weights; import its plain ones instead"):
-        import_reference(checkpoint, small_config, out)
+        import_bsq_vit(checkpoint, small_config, out)
     assert not os.path.exists(out)
-    import_reference(checkpoint, small_config, out, weights="plain")
+    import_bsq_vit(checkpoint, small_config, out, weights="plain")
     torch.testing.assert_close(
         Tokenizer.from_pretrained(out).reconstruct(IMAGES), ReferenceTokenizer(0)(IMAGES), rtol=0, atol=1e-4
     )
 
 
-def test_a_checkpoint_behind_a_url_is_imported_alike(save, small_config, tmp_path):
+def test_import_from_url_matches_local_import(save, small_config, tmp_path):
     import fsspec
 
     with fsspec.open("memory://reference/checkpoint.pt", "wb") as file:
-        file.write(pathlib.Path(save(contents())).read_bytes())
-    remote = import_reference("memory://reference/checkpoint.pt", small_config, "memory://reference/model")
-    local = import_reference(str(tmp_path / "checkpoint.pt"), small_config, str(tmp_path / "model"))
+        file.write(pathlib.Path(save(checkpoint_contents())).read_bytes())
+    remote = import_bsq_vit("memory://reference/checkpoint.pt", small_config, "memory://reference/model")
+    local = import_bsq_vit(str(tmp_path / "checkpoint.pt"), small_config, str(tmp_path / "model"))
     assert remote == local
 
 
-def test_bits_keep_their_place_so_that_tokens_can_be_compared_dimension_by_dimension(save, small_config, tmp_path):
-    import_reference(save(contents()), small_config, str(tmp_path / "model"))
+def test_import_preserves_bit_order(save, small_config, tmp_path):
+    """Imported models keep the order of bits, so tokens can be compared bit by bit."""
+    import_bsq_vit(save(checkpoint_contents()), small_config, str(tmp_path / "model"))
     reference = ReferenceTokenizer(1)
     patches = nn.functional.unfold(IMAGES, PATCH, stride=PATCH).transpose(1, 2)
     v = reference.quant_embed(reference.encoder.body(reference.encoder.conv1(patches)))
@@ -281,22 +287,24 @@ def test_bits_keep_their_place_so_that_tokens_can_be_compared_dimension_by_dimen
         (lambda t: t.clear(), r"missing: "),
     ],
 )
-def test_missing_and_surplus_weights_are_errors_and_nothing_is_written(save, small_config, tmp_path, change, message):
-    parts = contents()
+def test_import_missing_or_extra_weights_writes_nothing(save, small_config, tmp_path, change, message):
+    """Missing or extra weights raise an error, and no folder is written."""
+    parts = checkpoint_contents()
     change(parts["state_dict"])
     with pytest.raises(ValueError, match=message):
-        import_reference(save(parts), small_config, str(tmp_path / "model"))
+        import_bsq_vit(save(parts), small_config, str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 
 
-def test_a_checkpoint_of_another_size_is_refused_with_both_shapes(save, small_config, tmp_path):
-    checkpoint = save(contents())
+def test_import_wrong_size_names_both_shapes(save, small_config, tmp_path):
+    """A checkpoint of another size is rejected, and the error names both shapes."""
+    checkpoint = save(checkpoint_contents())
     (tmp_path / "other.yaml").write_text(CONFIG.replace(f"bits: {BITS}", "bits: 18"))
     with pytest.raises(ValueError, match=r"to_code\.bias is \(12,\) instead of \(18,\)"):
-        import_reference(checkpoint, str(tmp_path / "other.yaml"), str(tmp_path / "model"))
+        import_bsq_vit(checkpoint, str(tmp_path / "other.yaml"), str(tmp_path / "model"))
 
 
-class Attack:
+class MaliciousObject:
     """An object whose unpickling would run a function."""
 
     def __init__(self, function, *arguments):
@@ -310,19 +318,20 @@ class Attack:
     ("function", "name"),
     [(os.system, "posix.system"), (os.makedirs, "os.makedirs"), (eval, "builtins.eval"), (getattr, "builtins.getattr")],
 )
-def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(save, small_config, tmp_path, function, name):
+def test_import_malicious_pickle_is_rejected_without_running(save, small_config, tmp_path, function, name):
+    """A checkpoint that would run code is rejected, and none of it runs."""
     evidence = tmp_path / "evidence"
     argument = {os.system: f"touch {evidence}", os.makedirs: str(evidence)}.get(
         function, f"open({str(evidence)!r}, 'w')"
     )
-    checkpoint = save(contents(args=Attack(function, argument)))
+    checkpoint = save(checkpoint_contents(args=MaliciousObject(function, argument)))
     with pytest.raises(ValueError, match=f"is refused: reading it would run or import {name}"):
-        import_reference(checkpoint, small_config, str(tmp_path / "model"))
+        import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
     assert not evidence.exists()
 
 
-def test_objects_of_the_training_script_are_never_imported(save):
-    checkpoint = save(contents())
+def test_read_checkpoint_does_not_import_script_objects(save):
+    checkpoint = save(checkpoint_contents())
     parts = read_checkpoint(checkpoint, "checkpoint.pt")
     assert "omegaconf" not in sys.modules
     assert not isinstance(parts["args"], argparse.Namespace)
@@ -330,25 +339,26 @@ def test_objects_of_the_training_script_are_never_imported(save):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80\x02}."])
-def test_a_damaged_or_foreign_file_is_refused(save, small_config, tmp_path, damage):
-    path = pathlib.Path(save(contents()))
+def test_import_damaged_or_foreign_file_raises(save, small_config, tmp_path, damage):
+    path = pathlib.Path(save(checkpoint_contents()))
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not a checkpoint as torch\.save writes it"):
-        import_reference(str(path), small_config, str(tmp_path / "model"))
+        import_bsq_vit(str(path), small_config, str(tmp_path / "model"))
 
 
-def test_files_without_the_expected_parts_are_refused(save, small_config, tmp_path):
+def test_import_checkpoint_without_expected_keys_raises(save, small_config, tmp_path):
     with pytest.raises(ValueError, match="holds a list, not the dictionary of a checkpoint"):
-        import_reference(save([1, 2]), small_config, str(tmp_path / "model"))
+        import_bsq_vit(save([1, 2]), small_config, str(tmp_path / "model"))
     with pytest.raises(ValueError, match="holds no weights called state_dict; its keys are model, epoch"):
-        import_reference(save({"model": {}, "epoch": 1}), small_config, str(tmp_path / "model"))
+        import_bsq_vit(save({"model": {}, "epoch": 1}), small_config, str(tmp_path / "model"))
     with pytest.raises(ValueError, match="holds no weights called state_dict"):
-        import_reference(save({"state_dict": {"a": 1}}), small_config, str(tmp_path / "model"))
+        import_bsq_vit(save({"state_dict": {"a": 1}}), small_config, str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"cannot read /nowhere/checkpoint\.pt: it does not exist"):
-        import_reference("/nowhere/checkpoint.pt", small_config, str(tmp_path / "model"))
+        import_bsq_vit("/nowhere/checkpoint.pt", small_config, str(tmp_path / "model"))
 
 
-def test_the_small_configuration_is_that_of_the_reference_statement(small_config):
+def test_small_config_parameter_count_matches_reference(small_config):
+    """The small configuration has as many parameters as the reference tokenizer of this test."""
     model = config.load_config(small_config).model
     with torch.device("meta"):
         ours = sum(p.numel() for p in Tokenizer(model).parameters())

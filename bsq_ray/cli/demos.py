@@ -18,15 +18,15 @@ def quickstart(
     minutes: Annotated[float, typer.Option(help="Minutes of training.")] = 6.0,
 ) -> None:
     """Train a small tokenizer on real photographs or clips and show what it can do."""
-    from bsq_ray.demos.quickstart import CLIPS, PHOTOGRAPHS, run_quickstart
+    from bsq_ray.demos.quickstart import CLIPS, PHOTOS, run_quickstart
 
     if (videos and not video) or (images and video):
         raise ValueError("--images is a folder of photographs, --video --videos one of clips; give one of them")
     if video:
-        done = run_quickstart(videos, out or Path("quickstart-video"), minutes, material=CLIPS)
+        result = run_quickstart(videos, out or Path("quickstart-video"), minutes, sample_set=CLIPS)
     else:
-        done = run_quickstart(images, out or Path("quickstart"), minutes, material=PHOTOGRAPHS)
-    print(done.summary)
+        result = run_quickstart(images, out or Path("quickstart"), minutes, sample_set=PHOTOS)
+    print(result.summary)
 
 
 def demo_generate(
@@ -48,7 +48,7 @@ def demo_compress(
 ) -> None:
     """Train a tokenizer and a prior, and compress unseen photographs beside the standard codecs."""
     from bsq_ray.demos.compress_demo import run_demo
-    from bsq_ray.evaluation.compression.compression_report import markdown
+    from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
-    print(markdown(run_demo(images, out, minutes, train_images)))
+    print(compression_markdown(run_demo(images, out, minutes, train_images)))
     print(f"plot: {out}/evaluation/curves.png\npictures: {out}/evaluation/pictures.png")

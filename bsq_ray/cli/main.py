@@ -67,24 +67,24 @@ def _run(arguments: list[str], debug: bool) -> tuple[int, str]:
         return 130, "interrupted"
     except Exception as error:
         # By name: typer's own click and the click package have the same classes twice.
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if "NoArgsIsHelpError" in kinds:
+        class_names = {kind.__name__ for kind in type(error).__mro__}
+        if "NoArgsIsHelpError" in class_names:
             print(error)
             return 2, ""
-        if "ClickException" in kinds:
+        if "ClickException" in class_names:
             return 2, error.format_message()  # type: ignore[attr-defined]
-        if "Abort" in kinds:
+        if "Abort" in class_names:
             return 130, "interrupted"
         if debug:
             raise
-        return _explain(error, kinds)
+        return _format_error(error, class_names)
     return (code if isinstance(code, int) else 0), ""
 
 
-def _explain(error: Exception, kinds: set[str]) -> tuple[int, str]:
+def _format_error(error: Exception, class_names: set[str]) -> tuple[int, str]:
     """Exit status and one line for what a command raised."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if "Interrupted" in kinds:
+    if "Interrupted" in class_names:
         return 130, text
     if isinstance(error, ValueError):
         return 2, text

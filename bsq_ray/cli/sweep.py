@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.cli.options import Address, going_on, which_device
+from bsq_ray.cli.options import AddressOption, parse_device, resume_command
 
 
 def sweep(
@@ -20,29 +20,41 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
     stop_after: Annotated[float | None, typer.Option(help="Minutes after which it saves and stops.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
-    address: Address = None,
+    address: AddressOption = None,
 ) -> None:
     """Train a model with many values of its configuration, and compare them."""
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.monitoring.console import ProgressLine
-    from bsq_ray.tuning.results import markdown
+    from bsq_ray.tuning.results import markdown_table
     from bsq_ray.tuning.run_sweep import run_sweep
     from bsq_ray.tuning.sweep_config import load_sweep
-    from bsq_ray.tuning.sweep_progress import SweepLine
+    from bsq_ray.tuning.sweep_progress import SweepProgress
 
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be 1 or more; a trial trains on Ray")
     if stop_after is not None and stop_after <= 0:
         raise ValueError(f"--stop-after {stop_after:g} must be positive")
-    wanted, kind = load_sweep(config), which_device(device)
+    sweep_config, device_kind = load_sweep(config), parse_device(device)
     if workers is not None:
-        wanted = wanted.model_copy(update={"budget": wanted.budget.model_copy(update={"workers": workers})})
+        sweep_config = sweep_config.model_copy(
+            update={"budget": sweep_config.budget.model_copy(update={"workers": workers})}
+        )
     try:
-        with ProgressLine() as line:
-            done = run_sweep(wanted, data, held_out, out, resume, address, kind, stop_after, SweepLine(line).show)
+        with ProgressLine() as progress_line:
+            result = run_sweep(
+                sweep_config,
+                data,
+                held_out,
+                out,
+                resume,
+                address,
+                device_kind,
+                stop_after,
+                SweepProgress(progress_line).on_event,
+            )
     except Interrupted as stop:
-        raise Interrupted(f"{stop}. Go on with: {going_on()}") from None
-    print(markdown(done.study))
+        raise Interrupted(f"{stop}. Go on with: {resume_command()}") from None
+    print(markdown_table(result.study))
     folder = out.rstrip("/")
-    print(f"\nbest: trial {done.best.number}, as a preset in {folder}/best.yaml")
+    print(f"\nbest: trial {result.best.number}, as a preset in {folder}/best.yaml")
     print(f"results: {folder}/README.md, results.parquet")

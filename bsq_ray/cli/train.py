@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bsq_ray.cli.options import Address, Overrides, going_on, number_or_range, which_device
+from bsq_ray.cli.options import AddressOption, OverridesArgument, parse_device, parse_int_range, resume_command
 
 
 def train(
@@ -20,26 +20,36 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Time limit; the schedule then follows the clock.")] = None,
     init: Annotated[str | None, typer.Option(help="Tokenizer to begin with, such as the image model of clips.")] = None,
     device: Annotated[str, typer.Option(help="cpu, gpu, or auto: GPUs if the cluster has or can start any.")] = "auto",
-    address: Address = None,
-    overrides: Overrides = None,
+    address: AddressOption = None,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Train a model."""
     from bsq_ray.config import load_config
     from bsq_ray.training.launch import Interrupted
     from bsq_ray.training.launch import train as launch
-    from bsq_ray.training.monitoring.summary import summary_lines
+    from bsq_ray.training.monitoring.summary import format_summary
 
-    fewest, most = number_or_range(workers, "--workers")
-    run = load_config(config, overrides or [])
-    if stage != run.stage:
-        raise ValueError(f"stage '{stage}' is not that of {config}, which is {run.stage}")
+    min_workers, max_workers = parse_int_range(workers, "--workers")
+    run_config = load_config(config, overrides or [])
+    if stage != run_config.stage:
+        raise ValueError(f"stage '{stage}' is not that of {config}, which is {run_config.stage}")
     try:
         result = launch(
-            run, data, out, most, resume, address, held_out, minutes, which_device(device), fewest, init_url=init
+            run_config,
+            data,
+            out,
+            max_workers,
+            resume,
+            address,
+            held_out,
+            minutes,
+            parse_device(device),
+            min_workers,
+            init_url=init,
         )
     except Interrupted as stop:
-        raise Interrupted(f"{stop}. Go on with: {going_on()}") from None
-    print("\n".join(summary_lines(result, out)))
+        raise Interrupted(f"{stop}. Go on with: {resume_command()}") from None
+    print("\n".join(format_summary(result, out)))
 
 
 def plan_run(
@@ -49,11 +59,11 @@ def plan_run(
     gpus_per_server: Annotated[int, typer.Option(help="Cards of one server.")] = 8,
     network_gbit: Annotated[float, typer.Option(help="Between servers, Gbit/s.")] = 25.0,
     efficiency: Annotated[float, typer.Option(help="Share of the card's peak that is reached.")] = 0.19,
-    overrides: Overrides = None,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Say what a training run needs before it is started: memory, time, data rate, network."""
     from bsq_ray.config import load_config
-    from bsq_ray.planning import plan, render
+    from bsq_ray.planning import format_plan, make_plan
 
-    made = plan(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
-    print(render(made), end="")
+    run_plan = make_plan(load_config(config, overrides or []), gpu, gpus, network_gbit, gpus_per_server, efficiency)
+    print(format_plan(run_plan), end="")

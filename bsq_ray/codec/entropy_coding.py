@@ -23,55 +23,55 @@ import torch
 from torch import Tensor
 
 from bsq_ray.codec import probabilities
-from bsq_ray.codec.side_info import read_side, write_side
-from bsq_ray.models.prior import Prior, path_nodes
+from bsq_ray.codec.side_info import read_side_info, write_side_info
+from bsq_ray.models.prior import Prior, binary_tree_nodes
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 _BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
 # Tokens in one pass where the caller does not say how many tiles.
-_PASS = 8192
+_TOKENS_PER_PASS = 8192
 
 
 @dataclass(frozen=True)
-class Coded:
+class EncodedTokens:
     """Bytes of a group, and what they consist of in bits."""
 
     data: bytes
-    cross_entropy: float
-    side: int
+    cross_entropy_bits: float
+    side_info_bits: int
 
 
-class Undecodable(ValueError):
+class BitstreamError(ValueError):
     """The bytes are not what an encoder with these probabilities writes."""
 
 
 @contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+def add_elapsed(timings_s: dict[str, float], stage: str) -> Iterator[None]:
     """Adds the time spent inside to a part."""
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     yield
-    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - began
+    timings_s[stage] = timings_s.get(stage, 0.0) + time.perf_counter() - start_time
 
 
 @contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def deterministic_fp32(device: torch.device) -> Iterator[None]:
     """fp32 as it is written: no autocast and no reduced precision of products, whatever the caller has set."""
-    before = torch.get_float32_matmul_precision()
+    previous_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(previous_precision)
 
 
 def encode_tokens(
     prior: Prior,
     bits_BNL: Tensor,
     tolerance: float,
-    batch: int | None = None,
-    seconds: dict[str, float] | None = None,
-) -> Coded:
+    batch_size: int | None = None,
+    timings_s: dict[str, float] | None = None,
+) -> EncodedTokens:
     """Codes the tokens of a group of tiles.
 
     Args:
@@ -80,44 +80,46 @@ def encode_tokens(
         batch: tiles that go through the prior at once.
         seconds: "prior" and "coder" are added to it.
     """
-    seconds = {} if seconds is None else seconds
-    with timed(seconds, "prior"):
-        logits_NSkB, taken_NSkB = _path_logits(prior, bits_BNL, batch)
-    with timed(seconds, "coder"):
-        steps, doubtful = probabilities.round_logits(logits_NSkB, tolerance)
-        places = np.flatnonzero(doubtful)
-        side = write_side(places, probabilities.is_upper(logits_NSkB.ravel()[places], steps.ravel()[places]))
+    timings_s = {} if timings_s is None else timings_s
+    with add_elapsed(timings_s, "prior"):
+        logits_NSkB, chosen_NSkB = _path_logits(prior, bits_BNL, batch_size)
+    with add_elapsed(timings_s, "coder"):
+        levels, is_ambiguous = probabilities.round_logits(logits_NSkB, tolerance)
+        positions = np.flatnonzero(is_ambiguous)
+        side_info = write_side_info(
+            positions, probabilities.rounded_up(logits_NSkB.ravel()[positions], levels.ravel()[positions])
+        )
         coder = constriction.stream.queue.RangeEncoder()
-        coder.encode(taken_NSkB.ravel(), _BERNOULLI, probabilities.probabilities(steps).ravel())
+        coder.encode(chosen_NSkB.ravel(), _BERNOULLI, probabilities.probabilities_of_levels(levels).ravel())
         words = coder.get_compressed().astype("<u4").tobytes()
-    signed = np.where(taken_NSkB, -logits_NSkB, logits_NSkB)
-    return Coded(side + words, float(np.logaddexp(0, signed).sum() / np.log(2)), 8 * len(side))
+    signed = np.where(chosen_NSkB, -logits_NSkB, logits_NSkB)
+    return EncodedTokens(side_info + words, float(np.logaddexp(0, signed).sum() / np.log(2)), 8 * len(side_info))
 
 
-def _path_logits(prior: Prior, bits_BNL: Tensor, batch: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _path_logits(prior: Prior, bits_BNL: Tensor, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Logits (float64) of the nodes that the tokens pass, and the bits taken there (int32), in the order of coding."""
     sub_bits, device = prior.config.sub_bits, prior.start.device
-    batch = batch or max(1, _PASS // bits_BNL.shape[1])
-    logits, taken = [], []
-    with plain_arithmetic(device):
-        for part_BNL in bits_BNL.split(batch):
+    batch_size = batch_size or max(1, _TOKENS_PER_PASS // bits_BNL.shape[1])
+    logits, chosen = [], []
+    with deterministic_fp32(device):
+        for part_BNL in bits_BNL.split(batch_size):
             sub_tokens_BNS = bits_to_integers(part_BNL.to(device), sub_bits)
-            nodes_BNSk, taken_BNSk = path_nodes(sub_tokens_BNS, sub_bits)
+            nodes_BNSk, chosen_BNSk = binary_tree_nodes(sub_tokens_BNS, sub_bits)
             logits.append(prior(sub_tokens_BNS).gather(-1, nodes_BNSk).double().cpu().numpy())
-            taken.append(taken_BNSk.to(torch.int32).cpu().numpy())
-    logits_NSkB, taken_NSkB = (np.concatenate(parts).transpose(1, 2, 3, 0) for parts in (logits, taken))
-    return logits_NSkB, taken_NSkB
+            chosen.append(chosen_BNSk.to(torch.int32).cpu().numpy())
+    logits_NSkB, chosen_NSkB = (np.concatenate(parts).transpose(1, 2, 3, 0) for parts in (logits, chosen))
+    return logits_NSkB, chosen_NSkB
 
 
 def decode_tokens(
     prior: Prior,
     payloads: Sequence[bytes],
-    tiles: Sequence[int],
-    coded: int,
-    wanted: int,
-    batch: int | None = None,
-    seconds: dict[str, float] | None = None,
-    check: Callable[[], None] = lambda: None,
+    tile_counts: Sequence[int],
+    num_coded_tokens: int,
+    num_tokens: int,
+    batch_size: int | None = None,
+    timings_s: dict[str, float] | None = None,
+    check_deadline: Callable[[], None] = lambda: None,
 ) -> list[Tensor]:
     """The bits (B, N, L) of several groups, step by step together.
 
@@ -135,65 +137,79 @@ def decode_tokens(
     Raises:
         ValueError: the bytes cannot be those of such groups.
     """
-    seconds = {} if seconds is None else seconds
-    section, device = prior.config, prior.start.device
-    streams = [_Stream(data, count, count * coded * section.bits) for data, count in zip(payloads, tiles, strict=True)]
-    total = sum(tiles)
-    sizes = [min(batch or total, total - start) for start in range(0, total, batch or total)]
-    edges = np.cumsum([0, *tiles])
-    tokens_BNS = torch.zeros(total, wanted, section.sub_tokens, dtype=torch.long)
-    with plain_arithmetic(device):
-        passes = [prior.start_decoding(size, wanted) for size in sizes]
-        for n in range(wanted):
-            check()
-            with timed(seconds, "prior"):
-                features = [decoding.features() for decoding in passes]
-            for s in range(section.sub_tokens):
-                with timed(seconds, "prior"):
-                    earlier = tokens_BNS[:, n : n + 1, :s].to(device).split(sizes)
-                    parts = [prior.node_logits(h, before) for h, before in zip(features, earlier, strict=True)]
+    timings_s = {} if timings_s is None else timings_s
+    model_config, device = prior.config, prior.start.device
+    bitstreams = [
+        _GroupBitstream(data, count, count * num_coded_tokens * model_config.bits)
+        for data, count in zip(payloads, tile_counts, strict=True)
+    ]
+    num_tiles = sum(tile_counts)
+    batch_sizes = [
+        min(batch_size or num_tiles, num_tiles - start) for start in range(0, num_tiles, batch_size or num_tiles)
+    ]
+    boundaries = np.cumsum([0, *tile_counts])
+    tokens_BNS = torch.zeros(num_tiles, num_tokens, model_config.num_sub_tokens, dtype=torch.long)
+    with deterministic_fp32(device):
+        decoders = [prior.start_decoding(size, num_tokens) for size in batch_sizes]
+        for n in range(num_tokens):
+            check_deadline()
+            with add_elapsed(timings_s, "prior"):
+                features = [decoder.next_features() for decoder in decoders]
+            for s in range(model_config.num_sub_tokens):
+                with add_elapsed(timings_s, "prior"):
+                    earlier = tokens_BNS[:, n : n + 1, :s].to(device).split(batch_sizes)
+                    parts = [prior.node_logits(h, previous) for h, previous in zip(features, earlier, strict=True)]
                     logits_BK = torch.cat(parts)[:, 0].double().cpu().numpy()
-                with timed(seconds, "coder"):
-                    value_B = np.zeros(total, np.int64)
-                    node_B = np.zeros(total, np.int64)
-                    for depth in range(section.sub_bits):
-                        here_B = logits_BK[np.arange(total), node_B]
+                with add_elapsed(timings_s, "coder"):
+                    value_B = np.zeros(num_tiles, np.int64)
+                    node_B = np.zeros(num_tiles, np.int64)
+                    for depth in range(model_config.sub_bits):
+                        node_logits_B = logits_BK[np.arange(num_tiles), node_B]
                         bit_B = np.concatenate(
-                            [stream.next_bits(here_B[edges[g] : edges[g + 1]]) for g, stream in enumerate(streams)]
+                            [
+                                stream.next_bits(node_logits_B[boundaries[g] : boundaries[g + 1]])
+                                for g, stream in enumerate(bitstreams)
+                            ]
                         )
                         value_B |= bit_B << depth
                         node_B = 2 * node_B + 1 + bit_B
                 tokens_BNS[:, n, s] = torch.from_numpy(value_B)
-            for decoding, part_BS in zip(passes, tokens_BNS[:, n].to(device).split(sizes), strict=True):
-                decoding.push(part_BS)
-    return list(integers_to_bits(tokens_BNS, section.sub_bits).split(list(tiles)))
+            for decoder, part_BS in zip(decoders, tokens_BNS[:, n].to(device).split(batch_sizes), strict=True):
+                decoder.push(part_BS)
+    return list(integers_to_bits(tokens_BNS, model_config.sub_bits).split(list(tile_counts)))
 
 
-class _Stream:
+class _GroupBitstream:
     """The bytes of one group, read bit by bit of all its tiles."""
 
-    def __init__(self, data: bytes, tiles: int, nodes: int) -> None:
-        self._places, self._upper, length = read_side(data, nodes)
-        if (len(data) - length) % 4:
-            raise Undecodable("the coded tokens are cut off")
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data[length:], "<u4").astype(np.uint32))
-        self._tiles = tiles
-        self._visited = self._seen = 0
+    def __init__(self, data: bytes, num_tiles: int, num_nodes: int) -> None:
+        self._positions, self._round_up, side_info_bytes = read_side_info(data, num_nodes)
+        if (len(data) - side_info_bytes) % 4:
+            raise BitstreamError("the coded tokens are cut off")
+        self._coder = constriction.stream.queue.RangeDecoder(
+            np.frombuffer(data[side_info_bytes:], "<u4").astype(np.uint32)
+        )
+        self._num_tiles = num_tiles
+        self._num_visited = self._next_position = 0
 
     def next_bits(self, logits_B: np.ndarray) -> np.ndarray:
         """The bits taken at a node of each tile."""
-        steps_B, _ = probabilities.round_logits(logits_B, 0.0)
-        seen = self._seen
-        while seen < len(self._places) and self._places[seen] < self._visited + self._tiles:
-            seen += 1
-        if seen > self._seen:
-            tile = self._places[self._seen : seen] - self._visited
-            steps_B[tile] = probabilities.settle(logits_B[tile], self._upper[self._seen : seen])
-            self._seen = seen
-        self._visited += self._tiles
+        levels_B, _ = probabilities.round_logits(logits_B, 0.0)
+        end = self._next_position
+        while end < len(self._positions) and self._positions[end] < self._num_visited + self._num_tiles:
+            end += 1
+        if end > self._next_position:
+            tile = self._positions[self._next_position : end] - self._num_visited
+            levels_B[tile] = probabilities.round_with_side_info(
+                logits_B[tile], self._round_up[self._next_position : end]
+            )
+            self._next_position = end
+        self._num_visited += self._num_tiles
         try:
-            bits_B: np.ndarray = self._coder.decode(_BERNOULLI, probabilities.probabilities(steps_B)).astype(np.int64)
+            bits_B: np.ndarray = self._coder.decode(_BERNOULLI, probabilities.probabilities_of_levels(levels_B)).astype(
+                np.int64
+            )
         except AssertionError as error:
             # How constriction reports bytes that its encoder cannot have written.
-            raise Undecodable(str(error)) from error
+            raise BitstreamError(str(error)) from error
         return bits_B

@@ -23,19 +23,19 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
-from bsq_ray.codec.codec import Box, Codec, Compressed, Progress
-from bsq_ray.codec.container import MAX_PIXELS, Clip, read_header
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault
+from bsq_ray.codec.codec import Box, Codec, CompressedFile, ProgressCallback
+from bsq_ray.codec.container import MAX_PIXELS, VideoHeader, read_header
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text
 from bsq_ray.media.color import to_srgb
-from bsq_ray.media.video_files import Video, read_video, write_video
+from bsq_ray.media.video_files import VideoStream, read_video, write_video
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 
-_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
-_VIDEOS = {"mp4": "mp4", "mkv": "matroska"}
+_IMAGE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
+_VIDEO_CONTAINERS = {"mp4": "mp4", "mkv": "matroska"}
 
 
 @dataclass(frozen=True)
-class Part:
+class DecodeSelection:
     """What of a .bsq file is wanted; everything by default.
 
     Attributes:
@@ -48,31 +48,31 @@ class Part:
 
     region: Box | None = None
     frame: int | None = None
-    second: float | None = None
+    time_s: float | None = None
     preview: bool = False
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        chosen = sum((self.frame is not None, self.second is not None, self.preview))
-        if chosen > 1 or (self.preview and self.region):
+        num_choices = sum((self.frame is not None, self.time_s is not None, self.preview))
+        if num_choices > 1 or (self.preview and self.region):
             raise ValueError("choose one of --frame, --seek and --preview, and --region only without --preview")
 
-    def chosen_frame(self, clip: Clip) -> int | None:
+    def resolve_frame(self, clip: VideoHeader) -> int | None:
         """Number of the one frame that is wanted, None for all.
 
         Raises:
             ValueError: the clip has no such frame.
         """
-        if self.frame is None and self.second is None:
+        if self.frame is None and self.time_s is None:
             return None
         # By its decimal digits: the float nearest to 0.12 lies below it, which is a frame earlier at 25 a second.
-        number = self.frame if self.frame is not None else floor(Fraction(str(self.second)) * clip.rate)
-        if not 0 <= number < clip.frames:
-            length = float(clip.frames / clip.rate)
+        index = self.frame if self.frame is not None else floor(Fraction(str(self.time_s)) * clip.frame_rate)
+        if not 0 <= index < clip.num_frames:
+            duration_s = float(clip.num_frames / clip.frame_rate)
             raise ValueError(
-                f"there is no frame {number}: the clip has {clip.frames} frames, numbered from 0, in {length:.2f} s"
+                f"there is no frame {index}: the clip has {clip.num_frames} frames, numbered from 0, in {duration_s:.2f} s"
             )
-        return number
+        return index
 
 
 def compress_file(
@@ -80,7 +80,7 @@ def compress_file(
     source: str,
     destination: str,
     weights: Literal["ema", "plain"] = "ema",
-    progress: Progress = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
     """Compresses an image or video file; a sentence with sizes and times.
 
@@ -88,22 +88,22 @@ def compress_file(
         ValueError: the model or the file cannot be read, or the result cannot be written.
     """
     codec = Codec.from_pretrained(model_url, weights)
-    began = time.perf_counter()
-    with _opened(source) as file:
-        image = None if source.lower().endswith(VIDEO_SUFFIXES) else _image(file, source)
+    start_time = time.perf_counter()
+    with _open_input(source) as file:
+        image = None if source.lower().endswith(VIDEO_SUFFIXES) else _open_image(file, source)
         try:
             if image is not None:
-                coded, what = codec.compress(image, progress), f"{image.width} x {image.height} px"
+                compressed, description = codec.compress(image, on_progress), f"{image.width} x {image.height} px"
             else:
                 file.seek(0)
-                coded, what = _compress_video(codec, read_video(file), progress)
+                compressed, description = _compress_video(codec, read_video(file), on_progress)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
-    _write(destination, coded.data)
-    return f"{source}: {what} {_told(coded)}, {time.perf_counter() - began:.2f} s in all"
+    _write_output(destination, compressed.data)
+    return f"{source}: {description} {_summary(compressed)}, {time.perf_counter() - start_time:.2f} s in all"
 
 
-def _compress_video(codec: Codec, video: Video, progress: Progress) -> tuple[Compressed, str]:
+def _compress_video(codec: Codec, video: VideoStream, on_progress: ProgressCallback) -> tuple[CompressedFile, str]:
     size = (0, 0)
 
     def frames() -> Iterator[np.ndarray]:
@@ -112,30 +112,35 @@ def _compress_video(codec: Codec, video: Video, progress: Progress) -> tuple[Com
             size = frame.shape[1], frame.shape[0]
             yield frame
 
-    coded = codec.compress_clip(frames(), video.rate, video.colour, lambda done, _: progress(done, video.count))
-    silent = ", sound left out" if video.has_sound else ""
-    return coded, f"{coded.frames} frames of {size[0]} x {size[1]} px at {float(video.rate):g} a second{silent},"
+    compressed = codec.compress_clip(
+        frames(), video.frame_rate, video.color, lambda done, _: on_progress(done, video.num_frames)
+    )
+    sound_note = ", sound left out" if video.has_audio else ""
+    return (
+        compressed,
+        f"{compressed.num_frames} frames of {size[0]} x {size[1]} px at {float(video.frame_rate):g} a second{sound_note},",
+    )
 
 
-def _told(coded: Compressed) -> str:
-    saved = ""
-    if coded.cross_entropy_bits:
-        share = coded.cross_entropy_bits / coded.raw_bits
-        saved = (
-            f"; the prior needs {coded.cross_entropy_bits / 8:.0f} bytes, {share:.1%} of the tokens' "
-            f"{coded.raw_bits / 8:.0f}, and {coded.side_bits / 8:.0f} of side information"
+def _summary(compressed: CompressedFile) -> str:
+    prior_note = ""
+    if compressed.cross_entropy_bits:
+        fraction = compressed.cross_entropy_bits / compressed.raw_bits
+        prior_note = (
+            f"; the prior needs {compressed.cross_entropy_bits / 8:.0f} bytes, {fraction:.1%} of the tokens' "
+            f"{compressed.raw_bits / 8:.0f}, and {compressed.side_info_bits / 8:.0f} of side information"
         )
-    took = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in coded.seconds.items())
-    return f"in {len(coded.data)} bytes, {coded.bits_per_pixel:.4f} bits per pixel{saved}; {took}"
+    timing_note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in compressed.timings_s.items())
+    return f"in {len(compressed.data)} bytes, {compressed.bits_per_pixel:.4f} bits per pixel{prior_note}; {timing_note}"
 
 
 def decompress_file(
     model_url: str,
     source: str,
     destination: str,
-    part: Part = Part(),
+    selection: DecodeSelection = DecodeSelection(),
     weights: Literal["ema", "plain"] = "ema",
-    progress: Progress = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
 ) -> str:
     """Decompresses a .bsq file; a sentence about it.
 
@@ -146,78 +151,91 @@ def decompress_file(
         ValueError: the model or the file cannot be read, the file is damaged, or the ending does not suit it.
     """
     kind = "" if destination == "-" else destination.rsplit(".", 1)[-1].lower()
-    if kind and kind not in _IMAGES | _VIDEOS:
+    if kind and kind not in _IMAGE_FORMATS | _VIDEO_CONTAINERS:
         raise ValueError(f"{destination} must end in .png or .webp (an image or a frame), or .mp4 or .mkv (a clip)")
     codec = Codec.from_pretrained(model_url, weights)
-    with _opened(source) as file:
+    with _open_input(source) as file:
         data = file.read()
-    began = time.perf_counter()
-    seconds: dict[str, float] = {}
+    start_time = time.perf_counter()
+    timings_s: dict[str, float] = {}
     try:
-        clip = read_header(data, part.max_pixels).clip
-        frame = None if clip is None else part.chosen_frame(clip)
-        if clip is None and (part.frame is not None or part.second is not None):
+        clip = read_header(data, selection.max_pixels).clip
+        frame = None if clip is None else selection.resolve_frame(clip)
+        if clip is None and (selection.frame is not None or selection.time_s is not None):
             raise ValueError("it holds an image; --frame and --seek are for clips")
-        is_picture = clip is None or frame is not None
-        if kind and is_picture != (kind in _IMAGES):
-            wanted = "an image or one frame, so OUT must end in .png or .webp" if is_picture else (
+        is_image = clip is None or frame is not None
+        if kind and is_image != (kind in _IMAGE_FORMATS):
+            expected = "an image or one frame, so OUT must end in .png or .webp" if is_image else (
                 "a clip, so OUT must end in .mp4 or .mkv; --frame N gives one frame as .png or .webp"
             )  # fmt: skip
-            raise ValueError(f"this is {wanted}")
+            raise ValueError(f"this is {expected}")
         if clip is None:
-            what = _decompress_image(codec, data, part, destination, kind or "png", progress, seconds)
+            description = _decompress_image(codec, data, selection, destination, kind or "png", on_progress, timings_s)
         elif frame is not None:
             [pixels_HWC] = codec.decompress_clip(
-                data, range(frame, frame + 1), part.region, part.max_pixels, progress, seconds
+                data, range(frame, frame + 1), selection.region, selection.max_pixels, on_progress, timings_s
             )
-            what = f"frame {frame}, {_save(Image.fromarray(pixels_HWC), destination, kind or 'png')}"
+            description = f"frame {frame}, {_save_image(Image.fromarray(pixels_HWC), destination, kind or 'png')}"
         else:
-            what = _decompress_video(codec, data, part, clip, destination, kind or "mkv", progress, seconds)
+            description = _decompress_video(
+                codec, data, selection, clip, destination, kind or "mkv", on_progress, timings_s
+            )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    took = ", ".join(f"{name} {spent:.2f} s" for name, spent in seconds.items())
-    return f"{source}: {what}; {took}, {time.perf_counter() - began:.2f} s in all"
+    timing_note = ", ".join(f"{name} {elapsed_s:.2f} s" for name, elapsed_s in timings_s.items())
+    return f"{source}: {description}; {timing_note}, {time.perf_counter() - start_time:.2f} s in all"
 
 
 def _decompress_image(
-    codec: Codec, data: bytes, part: Part, destination: str, kind: str, progress: Progress, seconds: dict[str, float]
+    codec: Codec,
+    data: bytes,
+    selection: DecodeSelection,
+    destination: str,
+    kind: str,
+    on_progress: ProgressCallback,
+    timings_s: dict[str, float],
 ) -> str:
-    if part.preview:
-        image, share = codec.preview(data, part.max_pixels)
-        return f"{_save(image, destination, kind)}, {share:.0%} of it there"
-    return _save(codec.decompress(data, part.region, part.max_pixels, progress, seconds), destination, kind)
+    if selection.preview:
+        image, fraction = codec.preview(data, selection.max_pixels)
+        return f"{_save_image(image, destination, kind)}, {fraction:.0%} of it there"
+    return _save_image(
+        codec.decompress(data, selection.region, selection.max_pixels, on_progress, timings_s), destination, kind
+    )
 
 
 def _decompress_video(
     codec: Codec,
     data: bytes,
-    part: Part,
-    clip: Clip,
+    selection: DecodeSelection,
+    clip: VideoHeader,
     destination: str,
     kind: str,
-    progress: Progress,
-    seconds: dict[str, float],
+    on_progress: ProgressCallback,
+    timings_s: dict[str, float],
 ) -> str:
-    if part.preview:
-        frames, there = codec.preview_clip(data, part.max_pixels)
-        if not there:
+    if selection.preview:
+        frames, num_available = codec.preview_clip(data, selection.max_pixels)
+        if not num_available:
             raise ValueError("the file is cut off before its first frame is whole")
-        known = f", {there} of {clip.frames} frames there"
+        availability_note = f", {num_available} of {clip.num_frames} frames there"
     else:
-        frames, known = codec.decompress_clip(data, None, part.region, part.max_pixels, progress, seconds), ""
+        frames, availability_note = (
+            codec.decompress_clip(data, None, selection.region, selection.max_pixels, on_progress, timings_s),
+            "",
+        )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"clip.{kind}"
-        count = write_video(str(path), _VIDEOS[kind], frames, clip.rate, clip.colour)
+        num_frames = write_video(str(path), _VIDEO_CONTAINERS[kind], frames, clip.frame_rate, clip.color)
         if destination == "-":
             with path.open("rb") as file:
                 shutil.copyfileobj(file, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         else:
-            storage.copy_in(str(path), destination)
-    return f"{count} frames{known}"
+            storage.upload(str(path), destination)
+    return f"{num_frames} frames{availability_note}"
 
 
-def _image(file: IO[bytes], source: str) -> Image.Image | None:
+def _open_image(file: IO[bytes], source: str) -> Image.Image | None:
     """The image in a file; None if it may be a video."""
     try:
         image = Image.open(file)
@@ -229,19 +247,19 @@ def _image(file: IO[bytes], source: str) -> Image.Image | None:
             return None
         raise ValueError(f"{source} cannot be read as an image or video: unknown format") from None
     except DECODE_ERRORS as error:
-        raise ValueError(f"{source} cannot be read as an image: {decode_fault(error)}") from error
+        raise ValueError(f"{source} cannot be read as an image: {decode_error_text(error)}") from error
 
 
-def _save(image: Image.Image, destination: str, kind: str) -> str:
-    name, options = _IMAGES[kind]
+def _save_image(image: Image.Image, destination: str, kind: str) -> str:
+    name, options = _IMAGE_FORMATS[kind]
     buffer = io.BytesIO()
     image.save(buffer, name, **options)
-    _write(destination, buffer.getvalue())
+    _write_output(destination, buffer.getvalue())
     return f"{image.width} x {image.height} px"
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[IO[bytes]]:
+def _open_input(source: str) -> Iterator[IO[bytes]]:
     if source == "-":
         yield io.BytesIO(sys.stdin.buffer.read())
     else:
@@ -249,7 +267,7 @@ def _opened(source: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _write(destination: str, data: bytes) -> None:
+def _write_output(destination: str, data: bytes) -> None:
     if destination == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()

@@ -11,23 +11,23 @@ from math import log2
 
 import numpy as np
 
-_LARGEST_PARAMETER = 30
+_MAX_RICE_PARAMETER = 30
 
 
-def write_side(places: np.ndarray, upper: np.ndarray) -> bytes:
+def write_side_info(positions: np.ndarray, round_up: np.ndarray) -> bytes:
     """Places (ascending, int64) and choices (bool) as bytes."""
-    gaps = np.diff(places, prepend=-1) - 1
+    gaps = np.diff(positions, prepend=-1) - 1
     mean = float(gaps.mean()) if len(gaps) else 0.0
-    parameter = min(_LARGEST_PARAMETER, max(0, round(log2(mean * 0.7 + 1e-9)))) if mean else 0
+    rice_parameter = min(_MAX_RICE_PARAMETER, max(0, round(log2(mean * 0.7 + 1e-9)))) if mean else 0
     bits: list[int] = []
-    for gap, choice in zip(gaps.tolist(), upper.tolist(), strict=True):
-        bits += [1] * (gap >> parameter) + [0]
-        bits += [gap >> n & 1 for n in range(parameter - 1, -1, -1)]
+    for gap, choice in zip(gaps.tolist(), round_up.tolist(), strict=True):
+        bits += [1] * (gap >> rice_parameter) + [0]
+        bits += [gap >> n & 1 for n in range(rice_parameter - 1, -1, -1)]
         bits.append(int(choice))
-    return write_varint(len(places)) + bytes([parameter]) + np.packbits(np.array(bits, np.uint8)).tobytes()
+    return write_varint(len(positions)) + bytes([rice_parameter]) + np.packbits(np.array(bits, np.uint8)).tobytes()
 
 
-def read_side(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
+def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Places, choices, and how many bytes they took.
 
     Args:
@@ -36,32 +36,36 @@ def read_side(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
     Raises:
         ValueError: the bytes end too early or name places that do not exist.
     """
-    count, start = read_varint(data, 0)
+    num_positions, start = read_varint(data, 0)
     if start >= len(data):
         raise ValueError("the side information is cut off")
-    parameter = data[start]
+    rice_parameter = data[start]
     # Each place takes at least two bits, so a count that lies is noticed before anything is made of it.
     available = (len(data) - start - 1) * 8
-    if parameter > _LARGEST_PARAMETER or count * (2 + parameter) > available or count > limit:
+    if (
+        rice_parameter > _MAX_RICE_PARAMETER
+        or num_positions * (2 + rice_parameter) > available
+        or num_positions > limit
+    ):
         raise ValueError("the side information is damaged")
     bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start + 1)).tolist()
-    places, upper = np.empty(count, np.int64), np.empty(count, bool)
-    at, place = 0, -1
-    for n in range(count):
+    positions, round_up = np.empty(num_positions, np.int64), np.empty(num_positions, bool)
+    bit_offset, position = 0, -1
+    for n in range(num_positions):
         try:
-            end = bits.index(0, at)
+            end = bits.index(0, bit_offset)
         except ValueError:
             raise ValueError("the side information is cut off") from None
-        low = bits[end + 1 : end + 1 + parameter]
-        if end + 1 + parameter >= len(bits):
+        remainder_bits = bits[end + 1 : end + 1 + rice_parameter]
+        if end + 1 + rice_parameter >= len(bits):
             raise ValueError("the side information is cut off")
-        gap = end - at << parameter | int("".join(map(str, low)) or "0", 2)
-        place += gap + 1
-        if place >= limit:
+        gap = end - bit_offset << rice_parameter | int("".join(map(str, remainder_bits)) or "0", 2)
+        position += gap + 1
+        if position >= limit:
             raise ValueError("the side information names a place that does not exist")
-        places[n], upper[n] = place, bool(bits[end + 1 + parameter])
-        at = end + 2 + parameter
-    return places, upper, start + 1 + -(-at // 8)
+        positions[n], round_up[n] = position, bool(bits[end + 1 + rice_parameter])
+        bit_offset = end + 2 + rice_parameter
+    return positions, round_up, start + 1 + -(-bit_offset // 8)
 
 
 def write_varint(value: int) -> bytes:
@@ -74,7 +78,7 @@ def write_varint(value: int) -> bytes:
     return bytes(out)
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
+def read_varint(data: bytes, offset: int) -> tuple[int, int]:
     """The value and the place behind it.
 
     Raises:
@@ -82,9 +86,9 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
     """
     value = 0
     for n in range(9):
-        if at + n >= len(data):
+        if offset + n >= len(data):
             raise ValueError("the side information is cut off in a number")
-        value |= (data[at + n] & 127) << 7 * n
-        if data[at + n] < 128:
-            return value, at + n + 1
+        value |= (data[offset + n] & 127) << 7 * n
+        if data[offset + n] < 128:
+            return value, offset + n + 1
     raise ValueError("the side information is damaged: a number is too long")

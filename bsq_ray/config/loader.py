@@ -21,23 +21,23 @@ from pydantic import BaseModel, ValidationError
 
 from bsq_ray import storage
 from bsq_ray.config.token_models import MaskedLMConfig, PriorConfig
-from bsq_ray.config.tokenizer_config import BSQ, FSQ, LFQ, VQ, TokenizerConfig
+from bsq_ray.config.tokenizer_config import BSQConfig, FSQConfig, LFQConfig, TokenizerConfig, VQConfig
 
 AnyConfig = TokenizerConfig | MaskedLMConfig | PriorConfig
-Config = TypeVar("Config", bound=BaseModel)
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-Keys = dict[str, Any]
-Path = tuple[str, ...]
-Origins = dict[Path, str]
+RawConfig = dict[str, Any]
+KeyPath = tuple[str, ...]
+Origins = dict[KeyPath, str]
 
-STAGES: dict[str, type[AnyConfig]] = {
+STAGE_CONFIGS: dict[str, type[AnyConfig]] = {
     "tokenizer": TokenizerConfig,
     "masked-lm": MaskedLMConfig,
     "prior": PriorConfig,
 }
-_QUANTIZERS: dict[str, type[BaseModel]] = {"bsq": BSQ, "lfq": LFQ, "fsq": FSQ, "vq": VQ}
+_QUANTIZER_CONFIGS: dict[str, type[BaseModel]] = {"bsq": BSQConfig, "lfq": LFQConfig, "fsq": FSQConfig, "vq": VQConfig}
 # Values of `kind` (None: not given) between which a section keeps its other keys.
-_KINDS_OF_EQUAL_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})
+_KINDS_SHARING_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})
 
 
 def preset_names() -> list[str]:
@@ -55,12 +55,12 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> AnyConfig:
     Raises:
         ValueError: an unknown preset, file, key or value; the message names the key, where it stands and what is valid.
     """
-    keys, origins = _read(source, chain=())
+    raw_config, origins = _read_with_base(source, base_chain=())
     # A change of kind may drop keys, so it comes before the overrides that set keys of the new kind.
     for path, value, label in sorted(map(_parse_override, overrides), key=lambda override: override[0][-1] != "kind"):
-        _assign(keys, path, value, label)
+        _assign(raw_config, path, value, label)
         origins[path] = label
-    return _check(keys, origins, source)
+    return _validate_stage(raw_config, origins, source)
 
 
 def parse_config(text: str, source: str) -> AnyConfig:
@@ -69,32 +69,32 @@ def parse_config(text: str, source: str) -> AnyConfig:
     Raises:
         ValueError: as `load_config`; `source` says where the text is from.
     """
-    return _check(_parse_section(text, source), {}, source)
+    return _validate_stage(_parse_mapping(text, source), {}, source)
 
 
-def check_section(keys: Keys, overrides: Sequence[str], schema: type[Config], source: str) -> Config:
+def validate_mapping(raw_config: RawConfig, overrides: Sequence[str], schema: type[ConfigT], source: str) -> ConfigT:
     """Checks keys that belong to no stage, such as the settings of the service, with overrides as `load_config`.
 
     Raises:
         ValueError: as `load_config`; `source` says where the keys are from.
     """
-    keys, origins = copy.deepcopy(keys), {}
+    raw_config, origins = copy.deepcopy(raw_config), {}
     for path, value, label in map(_parse_override, overrides):
-        _assign(keys, path, value, label)
+        _assign(raw_config, path, value, label)
         origins[path] = label
-    return _validate(keys, origins, source, schema)
+    return _validate(raw_config, origins, source, schema)
 
 
-def read_section(source: str, schema: type[Config]) -> Config:
+def load_yaml_as(source: str, schema: type[ConfigT]) -> ConfigT:
     """Reads a YAML file that is no configuration of a training, such as a sweep, as strictly as one.
 
     Raises:
         ValueError: as `load_config`.
     """
-    return _validate(_parse_section(storage.read_text(source), source), {}, source, schema)
+    return _validate(_parse_mapping(storage.read_text(source), source), {}, source, schema)
 
 
-def known_keys(schema: type[BaseModel]) -> list[str]:
+def list_config_keys(schema: type[BaseModel]) -> list[str]:
     """Dotted names of all keys of a schema and of its sections, those of every kind of quantiser too."""
     return sorted({".".join(path) for path in _schema_paths(schema)})
 
@@ -104,28 +104,28 @@ def dump_config(config: AnyConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(source: str, chain: Path) -> tuple[Keys, Origins]:
+def _read_with_base(source: str, base_chain: KeyPath) -> tuple[RawConfig, Origins]:
     """Keys of a file merged over those of its `base`, and which file each key came from."""
-    if source in chain:
-        raise ValueError(f"{source}: its base chain comes back to itself ({' → '.join((*chain, source))})")
-    text, label = _open(source)
-    keys = _parse_section(text, label)
-    base = keys.pop("base", None)
-    origins: Origins = dict.fromkeys(_leaves(keys), label)
+    if source in base_chain:
+        raise ValueError(f"{source}: its base chain comes back to itself ({' → '.join((*base_chain, source))})")
+    text, label = _read_source(source)
+    raw_config = _parse_mapping(text, label)
+    base = raw_config.pop("base", None)
+    origins: Origins = dict.fromkeys(_leaf_paths(raw_config), label)
     if base is None:
-        return keys, origins
+        return raw_config, origins
     if not isinstance(base, str):
         raise ValueError(f"{label}: base must be the name of a preset or a file, got {base!r}")
-    base_keys, base_origins = _read(beside(base, source), (*chain, source))
-    return _merge(base_keys, keys), base_origins | origins
+    base_config, base_origins = _read_with_base(resolve_relative_base(base, source), (*base_chain, source))
+    return _merge(base_config, raw_config), base_origins | origins
 
 
-def _open(source: str) -> tuple[str, str]:
+def _read_source(source: str) -> tuple[str, str]:
     """The text of a preset or file, and what to call it in messages."""
     if source in preset_names():
         return (resources.files("bsq_ray") / "presets" / f"{source}.yaml").read_text("utf-8"), f"preset {source}"
     if not _is_file(source):
-        raise ValueError(f"no preset is called '{source}'; {nearest(source, preset_names(), 'presets')}")
+        raise ValueError(f"no preset is called '{source}'; {suggest(source, preset_names(), 'presets')}")
     return storage.read_text(source), source
 
 
@@ -133,7 +133,7 @@ def _is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) or "/" in source
 
 
-def beside(base: str, source: str) -> str:
+def resolve_relative_base(base: str, source: str) -> str:
     """A base given as a relative path is relative to the file that names it."""
     if not _is_file(base) or "://" in base or posixpath.isabs(base):
         return base
@@ -141,20 +141,20 @@ def beside(base: str, source: str) -> str:
     return scheme + separator + posixpath.normpath(posixpath.join(posixpath.dirname(path), base))
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """Safe YAML where `1e-4` is a number, as in YAML 1.2, and a key may not be given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        previous_keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if key in previous_keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
+            previous_keys.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+_YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -163,20 +163,20 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, label: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_YamlLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{label}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def _parse_section(text: str, label: str) -> Keys:
-    keys = _parse_yaml(text, label)
-    if not isinstance(keys, dict):
-        found = "nothing" if keys is None else type(keys).__name__
-        raise ValueError(f"{label}: expected keys and values, found {found}")
-    return keys
+def _parse_mapping(text: str, label: str) -> RawConfig:
+    raw_config = _parse_yaml(text, label)
+    if not isinstance(raw_config, dict):
+        actual = "nothing" if raw_config is None else type(raw_config).__name__
+        raise ValueError(f"{label}: expected keys and values, found {actual}")
+    return raw_config
 
 
-def _parse_override(override: str) -> tuple[Path, Any, str]:
+def _parse_override(override: str) -> tuple[KeyPath, Any, str]:
     label = f"override '{override}'"
     path, separator, text = override.partition("=")
     if not separator or not path.strip():
@@ -184,131 +184,141 @@ def _parse_override(override: str) -> tuple[Path, Any, str]:
     return tuple(path.strip().split(".")), _parse_yaml(text, label), label
 
 
-def _leaves(keys: Mapping[str, Any], path: Path = ()) -> Iterator[Path]:
+def _leaf_paths(mapping: Mapping[str, Any], path: KeyPath = ()) -> Iterator[KeyPath]:
     """Paths of the values in nested sections."""
-    for key, value in keys.items():
+    for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*path, str(key)))
+            yield from _leaf_paths(value, (*path, str(key)))
         else:
             yield (*path, str(key))
 
 
-def _merge(base: Keys, changes: Keys) -> Keys:
+def _merge(base: RawConfig, changes: RawConfig) -> RawConfig:
     """`changes` over `base`, section by section."""
     merged = dict(base)
     for key, value in changes.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and _keep_keys(old, value.get("kind", old.get("kind"))):
-            merged[key] = _merge(old, value)
+        base_value = merged.get(key)
+        if (
+            isinstance(base_value, dict)
+            and isinstance(value, dict)
+            and _can_keep_keys(base_value, value.get("kind", base_value.get("kind")))
+        ):
+            merged[key] = _merge(base_value, value)
         else:
             merged[key] = value
     return merged
 
 
-def _assign(keys: Keys, path: Path, value: Any, label: str) -> None:
-    *sections, last = path
-    for depth, section in enumerate(sections, 1):
-        keys = keys.setdefault(section, {})
-        if not isinstance(keys, dict):
+def _assign(node: RawConfig, path: KeyPath, value: Any, label: str) -> None:
+    *parents, leaf = path
+    for depth, parent in enumerate(parents, 1):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
             raise ValueError(f"{label}: {'.'.join(path[:depth])} is a value, not a section")
-    if last == "kind" and not _keep_keys(keys, value):
-        keys.clear()
-    keys[last] = value
+    if leaf == "kind" and not _can_keep_keys(node, value):
+        node.clear()
+    node[leaf] = value
 
 
-def _keep_keys(section: Keys, kind: Any) -> bool:
+def _can_keep_keys(node: RawConfig, kind: Any) -> bool:
     """Whether a section's other keys stay valid when its kind becomes `kind`."""
-    old = section.get("kind")
-    return old == kind or any(old in kinds and kind in kinds for kinds in _KINDS_OF_EQUAL_KEYS)
+    previous_kind = node.get("kind")
+    return previous_kind == kind or any(previous_kind in kinds and kind in kinds for kinds in _KINDS_SHARING_KEYS)
 
 
-def expect(run: BaseModel, kind: type[Config], source: str) -> Config:
+def require_stage(config: BaseModel, config_type: type[ConfigT], source: str) -> ConfigT:
     """A configuration of the wanted stage.
 
     Raises:
         ValueError: it is of another stage; the message names `source`.
     """
-    if not isinstance(run, kind):
-        stage = kind.model_fields["stage"].default
-        raise ValueError(f"{source} is of the stage {getattr(run, 'stage', '?')}; what is wanted here is a {stage}")
-    return run
+    if not isinstance(config, config_type):
+        stage = config_type.model_fields["stage"].default
+        raise ValueError(f"{source} is of the stage {getattr(config, 'stage', '?')}; what is wanted here is a {stage}")
+    return config
 
 
-def _check(keys: Keys, origins: Origins, source: str) -> AnyConfig:
-    stage = keys.get("stage", "tokenizer")
-    if stage not in STAGES:
-        where = origins.get(("stage",), source)
-        raise ValueError(f"{where}: stage: {stage!r} is not valid; {nearest(str(stage), STAGES, 'valid values')}")
-    return _validate(keys, origins, source, STAGES[stage])
+def _validate_stage(raw_config: RawConfig, origins: Origins, source: str) -> AnyConfig:
+    stage = raw_config.get("stage", "tokenizer")
+    if stage not in STAGE_CONFIGS:
+        origin = origins.get(("stage",), source)
+        raise ValueError(
+            f"{origin}: stage: {stage!r} is not valid; {suggest(str(stage), STAGE_CONFIGS, 'valid values')}"
+        )
+    return _validate(raw_config, origins, source, STAGE_CONFIGS[stage])
 
 
-def _validate(keys: Keys, origins: Origins, source: str, schema: type[Config]) -> Config:
+def _validate(raw_config: RawConfig, origins: Origins, source: str, schema: type[ConfigT]) -> ConfigT:
     try:
-        return schema.model_validate(keys)
+        return schema.model_validate(raw_config)
     except ValidationError as failure:
-        told = (_explain(error, origins, source, schema) for error in failure.errors())
-        raise ValueError("\n".join(told)) from None
+        messages = (_format_validation_error(error, origins, source, schema) for error in failure.errors())
+        raise ValueError("\n".join(messages)) from None
 
 
-def _explain(error: Any, origins: Origins, source: str, schema: type[BaseModel]) -> str:
+def _format_validation_error(error: Any, origins: Origins, source: str, schema: type[BaseModel]) -> str:
     """One sentence: where the key stands, its name, what is wrong, and what would be right."""
-    path = tuple(str(part) for part in error["loc"] if part not in _QUANTIZERS)
+    path = tuple(str(part) for part in error["loc"] if part not in _QUANTIZER_CONFIGS)
     key = ".".join(path)
     message = error["msg"].removeprefix("Value error, ")
-    where = _origin(path, message, origins, source)
+    origin = _find_origin(path, message, origins, source)
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key}; {_nearest_key(path, error['loc'], schema)}"
+        return f"{origin}: unknown key {key}; {_suggest_key(path, error['loc'], schema)}"
     if error["type"] == "union_tag_invalid":
-        return f"{where}: {key}.kind: {nearest(str(error['input']['kind']), _QUANTIZERS, 'valid values')}"
+        return f"{origin}: {key}.kind: {suggest(str(error['input']['kind']), _QUANTIZER_CONFIGS, 'valid values')}"
     if error["type"] == "literal_error":
         values = re.findall(r"'([^']*)'", error["ctx"]["expected"]) or [error["ctx"]["expected"]]
         return (
-            f"{where}: {key}: {error['input']!r} is not valid; {nearest(str(error['input']), values, 'valid values')}"
+            f"{origin}: {key}: {error['input']!r} is not valid; {suggest(str(error['input']), values, 'valid values')}"
         )
-    given = "" if isinstance(error["input"], dict | BaseModel) else f", got {error['input']!r}"
-    return f"{where}: {key + ': ' if key else ''}{message}{given}"
+    input_text = "" if isinstance(error["input"], dict | BaseModel) else f", got {error['input']!r}"
+    return f"{origin}: {key + ': ' if key else ''}{message}{input_text}"
 
 
-def _origin(path: Path, message: str, origins: Origins, source: str) -> str:
+def _find_origin(path: KeyPath, message: str, origins: Origins, source: str) -> str:
     """What set the key at `path`; of a whole section, what set the last key that the message names."""
-    exact = [origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins]
-    section = {key: origin for key, origin in origins.items() if key[: len(path)] == path}
-    named = [origin for key, origin in section.items() if re.search(rf"\b{re.escape(key[-1])}\b", message)]
-    unnamed = list(section.values()) if path else []
-    return (exact or named[::-1] or unnamed[::-1] or [source])[0]
+    exact_origins = [origins[path[:n]] for n in range(len(path), 0, -1) if path[:n] in origins]
+    origins_below = {key: origin for key, origin in origins.items() if key[: len(path)] == path}
+    mentioned_origins = [
+        origin for key, origin in origins_below.items() if re.search(rf"\b{re.escape(key[-1])}\b", message)
+    ]
+    other_origins = list(origins_below.values()) if path else []
+    return (exact_origins or mentioned_origins[::-1] or other_origins[::-1] or [source])[0]
 
 
-def nearest(name: str, valid: Iterable[str], what: str) -> str:
+def suggest(name: str, valid: Iterable[str], noun: str) -> str:
     """What to tell somebody who wrote `name`: the most alike valid name, or all of them."""
-    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"{what} are {', '.join(valid)}"
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"did you mean {matches[0]}?" if matches else f"{noun} are {', '.join(valid)}"
 
 
-def _nearest_key(path: Path, loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
+def _suggest_key(path: KeyPath, loc: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """The most alike key of the same section, else a key of this name elsewhere, else all keys of the section."""
-    section = schema
+    model_type = schema
     for part in loc[:-1]:
-        section = _QUANTIZERS.get(str(part)) or _subsection(section, str(part)) or section
-    near = difflib.get_close_matches(path[-1], section.model_fields, n=1, cutoff=0.6)
-    elsewhere = [".".join(known) for known in _schema_paths(schema) if known[-1] == path[-1] and known != path]
-    if near:
-        return f"did you mean {'.'.join((*path[:-1], near[0]))}?"
-    return f"did you mean {elsewhere[0]}?" if elsewhere else f"valid keys are {', '.join(section.model_fields)}"
+        model_type = _QUANTIZER_CONFIGS.get(str(part)) or _nested_model(model_type, str(part)) or model_type
+    matches = difflib.get_close_matches(path[-1], model_type.model_fields, n=1, cutoff=0.6)
+    elsewhere = [
+        ".".join(candidate) for candidate in _schema_paths(schema) if candidate[-1] == path[-1] and candidate != path
+    ]
+    if matches:
+        return f"did you mean {'.'.join((*path[:-1], matches[0]))}?"
+    return f"did you mean {elsewhere[0]}?" if elsewhere else f"valid keys are {', '.join(model_type.model_fields)}"
 
 
-def _subsection(section: type[BaseModel], name: str) -> type[BaseModel] | None:
-    field = section.model_fields.get(name)
+def _nested_model(model_type: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = model_type.model_fields.get(name)
     annotation: Any = field.annotation if field else None
     if typing.get_origin(annotation) is dict:
         annotation = typing.get_args(annotation)[1]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def _schema_paths(section: type[BaseModel], path: Path = ()) -> Iterator[Path]:
+def _schema_paths(model_type: type[BaseModel], path: KeyPath = ()) -> Iterator[KeyPath]:
     """Paths of all keys below a section."""
-    for name in section.model_fields:
+    for name in model_type.model_fields:
         yield (*path, name)
-        below = list(_QUANTIZERS.values()) if name == "quantizer" else [_subsection(section, name)]
-        for part in below:
+        nested_types = list(_QUANTIZER_CONFIGS.values()) if name == "quantizer" else [_nested_model(model_type, name)]
+        for part in nested_types:
             if part is not None:
                 yield from _schema_paths(part, (*path, name))

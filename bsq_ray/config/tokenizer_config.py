@@ -10,21 +10,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """A section of the configuration: unknown keys are refused and values cannot be changed after checking."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _true_is_no_number(cls, values: Any) -> Any:
+    def _reject_bool_for_number(cls, values: Any) -> Any:
         for key, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, bool) and key in cls.model_fields and cls.model_fields[key].annotation is not bool:
                 raise ValueError(f"{key} cannot be true or false")
         return values
 
 
-class Transformer(Strict):
+class TransformerConfig(StrictModel):
     """One ViT: the encoder or the decoder of a tokenizer (paper section 3.1)."""
 
     width: int = Field(768, ge=8)
@@ -33,19 +33,19 @@ class Transformer(Strict):
     mlp_ratio: float = Field(4.0, gt=0)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Transformer:
+    def _check_heads_divide_width(self) -> TransformerConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
 
 
-class Decoder(Transformer):
+class DecoderConfig(TransformerConfig):
     """The decoder adds a head of two linear layers with a Tanh between them."""
 
-    head_width: int = Field(3072, ge=1)
+    head_hidden_dim: int = Field(3072, ge=1)
 
 
-class Entropy(Strict):
+class EntropyConfig(StrictModel):
     """The entropy penalty of BSQ and LFQ (paper equation 4).
 
     penalty = weight · (per_sample_weight · E[H] - dataset_weight · H(E)) / inverse_temperature
@@ -55,36 +55,36 @@ class Entropy(Strict):
     group_size: int = Field(1, ge=1, le=18)
     inverse_temperature: float = Field(1.0, gt=0)
     per_sample_weight: float = Field(1.0, ge=0)
-    dataset_weight: float = Field(1.0, ge=0)
+    codebook_weight: float = Field(1.0, ge=0)
     weight: float = Field(1.0, ge=0)
     across_workers: bool = False
 
 
-class _BinaryQuantizer(Strict):
+class _BinaryQuantizerConfig(StrictModel):
     bits: int = Field(18, ge=1, le=128)
-    entropy: Entropy = Entropy()
-    commit_weight: float = Field(0.0, ge=0)
+    entropy: EntropyConfig = EntropyConfig()
+    commitment_weight: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
-    def _groups_divide_bits(self) -> _BinaryQuantizer:
+    def _check_group_size_divides_bits(self) -> _BinaryQuantizerConfig:
         if self.entropy.estimate == "group" and self.bits % self.entropy.group_size:
             raise ValueError(f"bits {self.bits} is not a multiple of entropy.group_size {self.entropy.group_size}")
         return self
 
 
-class BSQ(_BinaryQuantizer):
+class BSQConfig(_BinaryQuantizerConfig):
     """The vector is projected on the unit sphere, then each coordinate keeps its sign."""
 
     kind: Literal["bsq"] = "bsq"
 
 
-class LFQ(_BinaryQuantizer):
+class LFQConfig(_BinaryQuantizerConfig):
     """Look-up free quantisation: BSQ without the projection on the sphere."""
 
     kind: Literal["lfq"] = "lfq"
 
 
-class FSQ(Strict):
+class FSQConfig(StrictModel):
     """Finite scalar quantisation: each channel is rounded to its number of levels."""
 
     kind: Literal["fsq"]
@@ -96,17 +96,17 @@ class FSQ(Strict):
         return sum((n - 1).bit_length() for n in self.levels)
 
 
-class VQ(Strict):
+class VQConfig(StrictModel):
     """Vector quantisation with a learned codebook."""
 
     kind: Literal["vq"]
     codebook_size: int = Field(16384, ge=2)
-    code_width: int = Field(8, ge=1)
-    normalised: bool = True
-    commit_weight: float = Field(0.25, ge=0)
+    code_dim: int = Field(8, ge=1)
+    l2_normalize: bool = True
+    commitment_weight: float = Field(0.25, ge=0)
 
     @model_validator(mode="after")
-    def _power_of_two(self) -> VQ:
+    def _check_power_of_two(self) -> VQConfig:
         if self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"codebook_size {self.codebook_size} is not a power of two, so it has no whole bits")
         return self
@@ -117,34 +117,34 @@ class VQ(Strict):
         return self.codebook_size.bit_length() - 1
 
 
-Quantizer = Annotated[BSQ | LFQ | FSQ | VQ, Field(discriminator="kind")]
+QuantizerConfig = Annotated[BSQConfig | LFQConfig | FSQConfig | VQConfig, Field(discriminator="kind")]
 
 
-class TokenizerModel(Strict):
+class TokenizerModelConfig(StrictModel):
     """The BSQ-ViT tokenizer: patches → encoder → quantiser → decoder → patches."""
 
     image_size: int = Field(128, ge=8)
     patch_size: int = Field(8, ge=1)
     frames: int = Field(1, ge=1)
     causal: bool = True
-    encoder: Transformer = Transformer()
-    decoder: Decoder = Decoder()
-    quantizer: Quantizer = BSQ()
+    encoder: TransformerConfig = TransformerConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    quantizer: QuantizerConfig = BSQConfig()
     gradient_checkpointing: bool = False
 
     @field_validator("quantizer", mode="before")
     @classmethod
-    def _bsq_unless_said(cls, value: Any) -> Any:
+    def _default_kind_bsq(cls, value: Any) -> Any:
         return {"kind": "bsq", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _patches_fill_image(self) -> TokenizerModel:
+    def _check_patch_size_divides_image_size(self) -> TokenizerModelConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         return self
 
 
-class Adversarial(Strict):
+class AdversarialConfig(StrictModel):
     """The discriminator and its losses (paper section 3; StyleGAN2's R1 penalty every `r1_every` steps)."""
 
     weight: float = Field(0.1, ge=0)
@@ -158,64 +158,64 @@ class Adversarial(Strict):
     r1_every: int = Field(16, ge=1)
 
 
-class TokenizerLoss(Strict):
+class TokenizerLossConfig(StrictModel):
     """Reconstruction + perceptual + adversarial + quantiser losses of the tokenizer (paper equation 2)."""
 
     reconstruction: Literal["l1", "l2"] = "l1"
     reconstruction_weight: float = Field(1.0, ge=0)
     perceptual_weight: float = Field(0.1, ge=0)
     perceptual_network: Literal["vgg", "alex"] = "vgg"
-    adversarial: Adversarial = Adversarial()
+    adversarial: AdversarialConfig = AdversarialConfig()
     quantizer_weight: float = Field(0.1, ge=0)
-    quantizer_ramp_from: float = Field(3.0, ge=0)
-    quantizer_ramp_steps: int = Field(2000, ge=0)
+    quantizer_weight_start_factor: float = Field(3.0, ge=0)
+    quantizer_weight_ramp_steps: int = Field(2000, ge=0)
 
 
-class Reading(Strict):
+class DataOrderConfig(StrictModel):
     """The order in which samples are read, and how many may be damaged."""
 
-    lanes: int = Field(16, ge=1)
-    shuffle_window: int = Field(512, ge=1)
+    interleave: int = Field(16, ge=1)
+    shuffle_block_size: int = Field(512, ge=1)
     prefetch_batches: int = Field(4, ge=1)
-    max_damaged: int = Field(100, ge=0)
+    max_skipped_samples: int = Field(100, ge=0)
 
 
-class Data(Reading):
+class DataConfig(DataOrderConfig):
     """What is read from the shards, in which order, and how it becomes training images and clips."""
 
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    flip: bool = False
-    evaluation_filter: Literal["lanczos", "bilinear"] = "lanczos"
+    resize_range: tuple[float, float] = (1.0, 1.0)
+    random_flip: bool = False
+    eval_interpolation: Literal["lanczos", "bilinear"] = "lanczos"
     frame_stride: int = Field(1, ge=1)
     clips_per_video: int = Field(1, ge=1)
 
     @model_validator(mode="after")
-    def _scales_are_a_range(self) -> Data:
-        low, high = self.crop_scale
+    def _check_resize_range(self) -> DataConfig:
+        low, high = self.resize_range
         if not 1.0 <= low <= high:
-            raise ValueError(f"crop_scale {list(self.crop_scale)} is not a range [low, high] with 1 <= low <= high")
+            raise ValueError(f"crop_scale {list(self.resize_range)} is not a range [low, high] with 1 <= low <= high")
         return self
 
 
-class Optimizer(Strict):
+class OptimizerConfig(StrictModel):
     """AdamW of every optimised module; the learning rate is per 256 images and scales with the global batch."""
 
-    learning_rate_per_256: float = Field(1.024e-4, gt=0)
+    base_learning_rate: float = Field(1.024e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(1e-4, ge=0)
-    epsilon: float = Field(1e-8, gt=0)
-    gradient_clip: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(0.0, ge=0)
 
 
-class Schedule(Strict):
+class ScheduleConfig(StrictModel):
     """Linear warm-up from `warmup_from` to 1, then a half cosine down to `final`, as factors of the learning rate."""
 
     warmup_steps: int = Field(5000, ge=0)
-    warmup_from: float = Field(0.1, ge=0, le=1)
-    final: float = Field(0.0, ge=0, le=1)
+    warmup_start_factor: float = Field(0.1, ge=0, le=1)
+    final_factor: float = Field(0.0, ge=0, le=1)
 
 
-class Engine(Strict):
+class EngineConfig(StrictModel):
     """Who holds parameters and optimizer state: DeepSpeed ZeRO, or plain data parallelism (ddp)."""
 
     kind: Literal["deepspeed", "ddp"] = "deepspeed"
@@ -225,7 +225,7 @@ class Engine(Strict):
     compile: bool = False
 
     @model_validator(mode="after")
-    def _only_a_partitioned_optimizer_is_offloaded(self) -> Engine:
+    def _check_offload_needs_zero(self) -> EngineConfig:
         if self.offload_optimizer and self.kind == "ddp":
             raise ValueError("offload_optimizer is done by DeepSpeed; use kind deepspeed with zero_stage 1, 2 or 3")
         if self.offload_optimizer and self.zero_stage == 0:
@@ -236,27 +236,27 @@ class Engine(Strict):
         return self
 
 
-class Training(Strict):
+class TrainingConfig(StrictModel):
     """The run: how long, how large a batch, what is saved and shown along the way."""
 
     steps: int = Field(1_000_000, ge=1)
     batch_size: int = Field(256, ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    engine: Engine = Engine()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
     ema_decay: float = Field(0.999, ge=0, lt=1)
     log_every: int = Field(50, ge=1)
     sample_every: int = Field(5000, ge=1)
-    evaluate_every: int = Field(20_000, ge=1)
-    evaluate_batches: int = Field(2, ge=1)
+    eval_every: int = Field(20_000, ge=1)
+    eval_batches: int = Field(2, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
-    storage_patience: float = Field(600.0, ge=0)
+    storage_timeout_s: float = Field(600.0, ge=0)
 
     @model_validator(mode="after")
-    def _micro_batches_fill_batch(self) -> Training:
+    def _check_micro_batch_divides_batch(self) -> TrainingConfig:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -264,19 +264,19 @@ class Training(Strict):
         return self
 
 
-class TokenizerConfig(Strict):
+class TokenizerConfig(StrictModel):
     """Everything that decides a tokenizer's training run."""
 
     stage: Literal["tokenizer"] = "tokenizer"
     name: str = Field(min_length=1)
     description: str = ""
-    model: TokenizerModel = TokenizerModel()
-    loss: TokenizerLoss = TokenizerLoss()
-    data: Data = Data()
-    training: Training = Training()
+    model: TokenizerModelConfig = TokenizerModelConfig()
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
-    def _clips_for_a_discriminator_of_clips(self) -> TokenizerConfig:
+    def _check_3d_discriminator_has_frames(self) -> TokenizerConfig:
         if self.loss.adversarial.discriminator == "stylegan2-3d" and self.model.frames == 1:
             raise ValueError(
                 "loss.adversarial.discriminator stylegan2-3d judges clips; it needs model.frames above 1, or choose "
@@ -285,10 +285,10 @@ class TokenizerConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _no_accumulation_over_zero3_with_gan(self) -> TokenizerConfig:
+    def _check_zero3_gan_accumulation(self) -> TokenizerConfig:
         training = self.training
-        zero3 = training.engine.kind == "deepspeed" and training.engine.zero_stage == 3
-        if zero3 and training.micro_batch_size is not None and self.loss.adversarial.weight:
+        uses_zero3 = training.engine.kind == "deepspeed" and training.engine.zero_stage == 3
+        if uses_zero3 and training.micro_batch_size is not None and self.loss.adversarial.weight:
             raise ValueError(
                 "training.engine.zero_stage 3 with training.micro_batch_size accumulates wrong gradients when there is "
                 "a discriminator, because its graph runs outside the engine; use zero_stage 2 or leave "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass
-class Samples:
+class SampleBlock:
     """Samples as they are read.
 
     Attributes:
@@ -27,8 +27,8 @@ class Samples:
     values_P: np.ndarray
     labels_P: np.ndarray
     keys: list[str]
-    damaged: list[str] = field(default_factory=list)
-    delays: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    retries: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Batch:
     labels_B: Tensor
     keys: list[str]
 
-    def part(self, places: slice) -> Batch:
+    def subset(self, rows: slice) -> Batch:
         """Some of its samples."""
-        return Batch(self.values_B[places], self.labels_B[places], self.keys[places])
+        return Batch(self.values_B[rows], self.labels_B[rows], self.keys[rows])
 
 
-class Source(ABC):
+class DataSource(ABC):
     """A data set that can be read in any order.
 
     Attributes:
@@ -62,12 +62,12 @@ class Source(ABC):
     notes: tuple[str, ...] = ()
 
     @property
-    def samples(self) -> int:
+    def num_samples(self) -> int:
         """Samples of all shards together."""
         return sum(self.shard_sizes)
 
     @abstractmethod
-    def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> Samples:
+    def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
         """Samples, by their numbers through all shards, as training sees them.
 
         What is random about a sample depends on its number, its epoch and the seed only.
@@ -77,5 +77,5 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read_held_out(self, samples: range) -> Samples:
+    def read_eval(self, samples: range) -> SampleBlock:
         """Samples as evaluation sees them; those that cannot be read are left out."""

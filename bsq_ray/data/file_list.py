@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from bsq_ray import storage
 
-_CLASS_NUMBERS = "classInd.txt"
+_CLASS_INDEX_FILE = "classInd.txt"
 
 
 @dataclass(frozen=True)
-class Listing:
+class FileList:
     """The files to pack.
 
     Attributes:
@@ -26,12 +26,12 @@ class Listing:
 
     urls: list[str]
     labels: list[int]
-    bytes: list[int]
+    sizes: list[int]
     classes: tuple[str, ...]
-    ignored: int
+    num_ignored: int
 
 
-def list_folder(source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None = None) -> Listing:
+def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None = None) -> FileList:
     """Lists a folder; its first level of folders names the classes, without one all files are of the class "all".
 
     Args:
@@ -46,7 +46,7 @@ def list_folder(source: str, kind: str, suffixes: tuple[str, ...], split_list: s
             what is not there.
     """
     fs, root = storage.filesystem(source)
-    with storage.explained(source, "read"):
+    with storage.translate_errors(source, "read"):
         if not fs.isdir(root):
             raise ValueError(f"{source} is not a folder" if fs.exists(root) else f"{source} does not exist")
         sizes = {path: info["size"] or 0 for path, info in sorted(fs.find(root, detail=True).items())}
@@ -54,22 +54,22 @@ def list_folder(source: str, kind: str, suffixes: tuple[str, ...], split_list: s
     if not paths:
         raise ValueError(f"{source} holds no {kind} (looked for {', '.join(suffixes)})")
     folders = {name: name.split("/")[0] if "/" in name else "" for name in paths}
-    found = set(folders.values()) - {""}
-    if "" in folders.values() and found:
+    class_names = set(folders.values()) - {""}
+    if "" in folders.values() and class_names:
         stray = next(name for name, folder in folders.items() if not folder)
         raise ValueError(
-            f"{source} holds {kind} both in class folders ({min(found)}, …) and outside of them ({stray}, …); "
+            f"{source} holds {kind} both in class folders ({min(class_names)}, …) and outside of them ({stray}, …); "
             "move them into class folders"
         )
-    classes = tuple(sorted(found)) or ("all",)
+    classes = tuple(sorted(class_names)) or ("all",)
     names = list(paths)
     if split_list is not None:
-        if found:
+        if class_names:
             # UCF-101 numbers its classes without regard to case.
-            classes = _numbered(split_list, found) or tuple(sorted(found, key=str.casefold))
+            classes = _read_class_order(split_list, class_names) or tuple(sorted(class_names, key=str.casefold))
         names = _read_split(split_list, source, paths, classes)
     local = storage.is_local(source)
-    return Listing(
+    return FileList(
         [paths[name] if local else fs.unstrip_protocol(paths[name]) for name in names],
         [classes.index(folders[name] or "all") for name in names],
         [sizes[paths[name]] for name in names],
@@ -86,11 +86,11 @@ def _read_split(url: str, source: str, paths: dict[str, str], classes: tuple[str
         name, _, label = line.strip().partition(" ")
         if name not in paths:
             raise ValueError(f"{url} line {number}: there is no {name} in {source}")
-        right = classes.index(name.split("/")[0]) + 1 if "/" in name else 1
-        if label and label.strip() != str(right):
+        expected_number = classes.index(name.split("/")[0]) + 1 if "/" in name else 1
+        if label and label.strip() != str(expected_number):
             raise ValueError(
-                f"{url} line {number}: {name} has the class number {label.strip()}, but its class is number {right} of "
-                f"{len(classes)}; put the {_CLASS_NUMBERS} that belongs to the list beside it"
+                f"{url} line {number}: {name} has the class number {label.strip()}, but its class is number {expected_number} of "
+                f"{len(classes)}; put the {_CLASS_INDEX_FILE} that belongs to the list beside it"
             )
         names[name] = None
     if not names:
@@ -98,15 +98,15 @@ def _read_split(url: str, source: str, paths: dict[str, str], classes: tuple[str
     return list(names)
 
 
-def _numbered(split_list: str, found: set[str]) -> tuple[str, ...]:
+def _read_class_order(split_list: str, class_names: set[str]) -> tuple[str, ...]:
     """Class names in the order of the numbers beside the list; empty if there are none."""
-    url = storage.join(posixpath.dirname(split_list) or ".", _CLASS_NUMBERS)
+    url = storage.join(posixpath.dirname(split_list) or ".", _CLASS_INDEX_FILE)
     if not storage.exists(url):
         return ()
     rows = [line.split() for line in storage.read_bytes(url).decode("utf-8", "replace").splitlines() if line.strip()]
     if [row[0] for row in rows] != [str(n) for n in range(1, len(rows) + 1)] or any(len(row) != 2 for row in rows):
         raise ValueError(f"{url} must number the classes from 1, one `1 Class` a line")
     classes = tuple(row[1] for row in rows)
-    if missing := found - set(classes):
+    if missing := class_names - set(classes):
         raise ValueError(f"{url} does not number the class {min(missing)}")
     return classes

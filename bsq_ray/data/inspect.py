@@ -13,15 +13,15 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.shard_reader import Files, decode, fetch
-from bsq_ray.data.transforms import evaluation_image
+from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_encoded
+from bsq_ray.data.transforms import eval_transform
 from bsq_ray.media.video_reader import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
 # Image sizes are measured on at most this many samples, spread over the data set.
-_MEASURED = 1000
+_MAX_MEASURED = 1000
 # So many files are in memory at once.
-_AT_ONCE = 32
+_BATCH_SIZE = 32
 
 
 @dataclass
@@ -40,17 +40,17 @@ class Inspection:
     """
 
     manifest: Manifest
-    per_class: dict[str, int]
+    class_counts: dict[str, int]
     widths: tuple[int, int, int] = (0, 0, 0)
     heights: tuple[int, int, int] = (0, 0, 0)
-    measured: int = 0
-    frames: tuple[int, int, int] = (0, 0, 0)
-    seconds: float = 0.0
-    rates: str = ""
-    faults: list[str] = field(default_factory=list)
+    num_measured: int = 0
+    frame_counts: tuple[int, int, int] = (0, 0, 0)
+    total_duration_s: float = 0.0
+    frame_rates: str = ""
+    errors: list[str] = field(default_factory=list)
 
 
-def inspect_shards(url: str, sheet: str | None = None) -> Inspection:
+def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
     """Reads the manifest, compares every shard with it, measures images, and draws a contact sheet.
 
     Args:
@@ -67,58 +67,60 @@ def inspect_shards(url: str, sheet: str | None = None) -> Inspection:
         try:
             content = storage.read_bytes(storage.join(url, shard.name))
         except ValueError as error:
-            result.faults.append(str(error))
+            result.errors.append(str(error))
             continue
         if hashlib.sha256(content).hexdigest() != shard.sha256:
-            result.faults.append(
+            result.errors.append(
                 f"{shard.name} is not the file that was packed: it has {len(content)} bytes, the manifest says "
                 f"{shard.bytes}" + ("" if len(content) != shard.bytes else " but another checksum")
             )
-    samples = np.unique(np.linspace(0, manifest.samples - 1, _MEASURED).astype(int)).tolist()
+    samples = np.unique(np.linspace(0, manifest.num_samples - 1, _MAX_MEASURED).astype(int)).tolist()
     sizes, tiles = [], []
-    on_sheet = set(np.unique(np.linspace(0, len(samples) - 1, _SHEET_COLUMNS * _SHEET_ROWS).astype(int)).tolist())
-    for place, image in enumerate(_images(manifest, samples)):
+    sheet_positions = set(
+        np.unique(np.linspace(0, len(samples) - 1, _SHEET_COLUMNS * _SHEET_ROWS).astype(int)).tolist()
+    )
+    for position, image in enumerate(_iter_images(manifest, samples)):
         if isinstance(image, str):
-            result.faults.append(image)
+            result.errors.append(image)
             continue
         sizes.append(image.size)
-        if place in on_sheet:
-            tiles.append(evaluation_image(image, _SHEET_TILE, "lanczos"))
+        if position in sheet_positions:
+            tiles.append(eval_transform(image, _SHEET_TILE, "lanczos"))
     if sizes:
         widths, heights = np.array(sizes).T
-        result.widths, result.heights = _spread(widths), _spread(heights)
-        result.measured = len(sizes)
+        result.widths, result.heights = _min_median_max(widths), _min_median_max(heights)
+        result.num_measured = len(sizes)
     videos = [video for shard in manifest.shards for video in shard.videos]
     if videos:
-        result.frames = _spread(np.array([video.frames for video in videos]))
-        result.seconds = sum(video.frames / video.fps for video in videos)
+        result.frame_counts = _min_median_max(np.array([video.frames for video in videos]))
+        result.total_duration_s = sum(video.frames / video.fps for video in videos)
         rates = Counter(f"{video.fps:.4g}" for video in videos)
-        result.rates = ", ".join(f"{rate} frames/s ({count})" for rate, count in rates.most_common(4))
-    if sheet is not None and tiles:
-        storage.write_bytes(sheet, _contact_sheet(tiles))
+        result.frame_rates = ", ".join(f"{rate} frames/s ({count})" for rate, count in rates.most_common(4))
+    if sheet_url is not None and tiles:
+        storage.write_bytes(sheet_url, _contact_sheet(tiles))
     return result
 
 
-def _images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
+def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
     """Images, or the middle frames of videos; what is wrong stands in the place of one that cannot be read."""
-    read = _pictures if manifest.kind == "images" else _middle_frames
-    for first in range(0, len(samples), _AT_ONCE):
-        yield from read(manifest, samples[first : first + _AT_ONCE])
+    read = _read_images if manifest.kind == "images" else _middle_frames
+    for first in range(0, len(samples), _BATCH_SIZE):
+        yield from read(manifest, samples[first : first + _BATCH_SIZE])
 
 
-def _pictures(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
-    for sample, blob in zip(samples, fetch(manifest, samples), strict=True):
+def _read_images(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
+    for sample, blob in zip(samples, fetch_encoded(manifest, samples), strict=True):
         shard, index = manifest.locate(sample)
         try:
-            yield decode(blob, shard.sizes[index], None)
+            yield decode_blob(blob, shard.sizes[index], None)
         except ValueError as error:
             yield f"{shard.name}: {shard.keys[index]}: {error}"
 
 
 def _middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
-    places = [manifest.locate(sample) for sample in samples]
-    files = Files(manifest, places)
-    for shard, index in places:
+    locations = [manifest.locate(sample) for sample in samples]
+    files = ShardFiles(manifest, locations)
+    for shard, index in locations:
         video = shard.videos[index]
         try:
             with files.open(shard, index) as file:
@@ -127,7 +129,7 @@ def _middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image
             yield f"{shard.name}: {shard.keys[index]}: {error}"
 
 
-def _spread(values: np.ndarray) -> tuple[int, int, int]:
+def _min_median_max(values: np.ndarray) -> tuple[int, int, int]:
     return int(values.min()), int(np.median(values)), int(values.max())
 
 
@@ -138,8 +140,8 @@ def _contact_sheet(tiles: list[np.ndarray]) -> bytes:
     pitch = _SHEET_TILE + _SHEET_GAP
     sheet = Image.new("RGB", (columns * pitch + _SHEET_GAP, rows * pitch + _SHEET_GAP), "white")
     for number, tile in enumerate(tiles):
-        place = (number % columns * pitch + _SHEET_GAP, number // columns * pitch + _SHEET_GAP)
-        sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), place)
+        corner = (number % columns * pitch + _SHEET_GAP, number // columns * pitch + _SHEET_GAP)
+        sheet.paste(Image.fromarray(tile.transpose(1, 2, 0)), corner)
     png = io.BytesIO()
     sheet.save(png, "PNG")
     return png.getvalue()

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from bsq_ray import storage
 
-MANIFEST = "manifest.parquet"
+MANIFEST_FILE = "manifest.parquet"
 _VERSION = 1
-_VIDEOS = pa.list_(
+_VIDEOS_TYPE = pa.list_(
     pa.struct(
         {
             "frames": pa.int64(),
@@ -36,7 +36,7 @@ _VIDEOS = pa.list_(
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoInfo:
     """What reading clips out of a video needs to know of it.
 
     Attributes:
@@ -75,7 +75,7 @@ class Shard:
     labels: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    videos: tuple[Video, ...] = ()
+    videos: tuple[VideoInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ class Manifest:
     kind: str = "images"
 
     @cached_property
-    def starts(self) -> np.ndarray:
+    def shard_starts(self) -> np.ndarray:
         """Number of samples before each shard, and the total last: int64 (shards + 1,)."""
         return np.concatenate([[0], np.cumsum([len(shard.keys) for shard in self.shards])]).astype(np.int64)
 
     @property
-    def samples(self) -> int:
+    def num_samples(self) -> int:
         """Samples of all shards together."""
-        return int(self.starts[-1])
+        return int(self.shard_starts[-1])
 
     @cached_property
     def hash(self) -> str:
@@ -112,8 +112,8 @@ class Manifest:
 
     def locate(self, sample: int) -> tuple[Shard, int]:
         """The shard that holds a sample (numbered through all shards), and its place there."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return self.shards[shard], int(sample - self.starts[shard])
+        shard = int(np.searchsorted(self.shard_starts, sample, side="right")) - 1
+        return self.shards[shard], int(sample - self.shard_starts[shard])
 
 
 def read_manifest(url: str) -> Manifest:
@@ -122,33 +122,33 @@ def read_manifest(url: str) -> Manifest:
     Raises:
         ValueError: the folder holds no manifest, or it is damaged or of a newer version.
     """
-    path = storage.join(url, MANIFEST)
+    path = storage.join(url, MANIFEST_FILE)
     if not storage.exists(path):
         raise ValueError(
-            f"{url} is not a packed data set: it has no {MANIFEST}. "
+            f"{url} is not a packed data set: it has no {MANIFEST_FILE}. "
             f"Pack a folder of images or videos with `bsq-ray data pack FOLDER {url}`, or index shards that are there "
             f"already with `bsq-ray data index {url}`"
         )
-    content, newer = storage.read_bytes(path), False
+    content, is_newer = storage.read_bytes(path), False
     try:
         # pq.read_table starts threads; those that are still there when the process ends abort it.
         table = pq.ParquetFile(io.BytesIO(content), pre_buffer=False).read(use_threads=False)
-        facts = json.loads((table.schema.metadata or {})[b"bsq_ray"])
-        newer = facts["version"] > _VERSION
-        shards = tuple(_shard(row) for row in table.to_pylist())
-        classes, kind = tuple(facts["classes"]), facts["kind"]
+        metadata = json.loads((table.schema.metadata or {})[b"bsq_ray"])
+        is_newer = metadata["version"] > _VERSION
+        shards = tuple(_parse_shard(row) for row in table.to_pylist())
+        classes, kind = tuple(metadata["classes"]), metadata["kind"]
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         # What a newer version writes need not be readable here.
-        if not newer:
+        if not is_newer:
             raise ValueError(f"{path} is damaged or not a manifest of this program: {error}") from error
-    if newer:
+    if is_newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this data set")
     return Manifest(url, shards, classes, kind)
 
 
-def _shard(row: dict[str, Any]) -> Shard:
+def _parse_shard(row: dict[str, Any]) -> Shard:
     videos = tuple(
-        Video(**{**video, "key_frames": tuple(video["key_frames"]), "key_times": tuple(video["key_times"])})
+        VideoInfo(**{**video, "key_frames": tuple(video["key_frames"]), "key_times": tuple(video["key_times"])})
         for video in row.get("videos", ())
     )
     keys, labels, offsets, sizes = (tuple(row[name]) for name in ("keys", "labels", "offsets", "sizes"))
@@ -167,9 +167,11 @@ def write_manifest(manifest: Manifest) -> None:
         "sizes": pa.array([shard.sizes for shard in manifest.shards], pa.list_(pa.int64())),
     }
     if manifest.kind == "videos":
-        columns["videos"] = pa.array([[asdict(video) for video in shard.videos] for shard in manifest.shards], _VIDEOS)
-    facts = {"version": _VERSION, "classes": manifest.classes, "kind": manifest.kind}
-    table = pa.table(columns).replace_schema_metadata({"bsq_ray": json.dumps(facts)})
+        columns["videos"] = pa.array(
+            [[asdict(video) for video in shard.videos] for shard in manifest.shards], _VIDEOS_TYPE
+        )
+    metadata = {"version": _VERSION, "classes": manifest.classes, "kind": manifest.kind}
+    table = pa.table(columns).replace_schema_metadata({"bsq_ray": json.dumps(metadata)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    storage.write_bytes(storage.join(manifest.url, MANIFEST), buffer.getvalue())
+    storage.write_bytes(storage.join(manifest.url, MANIFEST_FILE), buffer.getvalue())

@@ -29,42 +29,42 @@ class Order:
 
     shard_sizes: tuple[int, ...]
     seed: int
-    lanes: int
-    window: int
+    interleave: int
+    shuffle_block_size: int
 
     @property
-    def samples(self) -> int:
+    def num_samples(self) -> int:
         """Samples of an epoch (T)."""
         return sum(self.shard_sizes)
 
     def at(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epoch and sample (numbered through the shards in manifest order) at each position, both int64 (P,)."""
-        epochs_P, offsets_P = np.divmod(positions_P.astype(np.int64), self.samples)
+        epochs_P, offsets_P = np.divmod(positions_P.astype(np.int64), self.num_samples)
         samples_P = np.empty_like(offsets_P)
         for epoch in np.unique(epochs_P):
-            here_P = epochs_P == epoch
-            samples_P[here_P] = self._epoch(int(epoch), offsets_P[here_P])
+            mask_P = epochs_P == epoch
+            samples_P[mask_P] = self._epoch_samples(int(epoch), offsets_P[mask_P])
         return epochs_P, samples_P
 
-    def _epoch(self, epoch: int, offsets_P: np.ndarray) -> np.ndarray:
-        bounds = np.arange(self.lanes + 1) * self.samples // self.lanes
-        shortest = self.samples // self.lanes
-        longer = np.flatnonzero(np.diff(bounds) > shortest)
-        lane_P, element_P = offsets_P % self.lanes, offsets_P // self.lanes
-        left_over_P = offsets_P >= shortest * self.lanes
-        lane_P[left_over_P] = longer[offsets_P[left_over_P] - shortest * self.lanes]
-        element_P[left_over_P] = shortest
+    def _epoch_samples(self, epoch: int, offsets_P: np.ndarray) -> np.ndarray:
+        bounds = np.arange(self.interleave + 1) * self.num_samples // self.interleave
+        shortest = self.num_samples // self.interleave
+        longer_streams = np.flatnonzero(np.diff(bounds) > shortest)
+        stream_P, element_P = offsets_P % self.interleave, offsets_P // self.interleave
+        remainder_P = offsets_P >= shortest * self.interleave
+        stream_P[remainder_P] = longer_streams[offsets_P[remainder_P] - shortest * self.interleave]
+        element_P[remainder_P] = shortest
         sequence_P = np.empty_like(offsets_P)
-        window_P = element_P // self.window
-        for lane, window in np.unique(np.stack([lane_P, window_P], 1), axis=0):
-            here_P = (lane_P == lane) & (window_P == window)
-            first = int(window) * self.window
-            length = min(self.window, int(bounds[lane + 1] - bounds[lane]) - first)
-            shuffled = _permutation(length, (self.seed, epoch, int(lane), int(window)))
-            sequence_P[here_P] = bounds[lane] + first + shuffled[element_P[here_P] - first]
-        return self._samples_of(epoch, sequence_P)
+        block_P = element_P // self.shuffle_block_size
+        for stream, block in np.unique(np.stack([stream_P, block_P], 1), axis=0):
+            mask_P = (stream_P == stream) & (block_P == block)
+            first = int(block) * self.shuffle_block_size
+            length = min(self.shuffle_block_size, int(bounds[stream + 1] - bounds[stream]) - first)
+            shuffled = _permutation(length, (self.seed, epoch, int(stream), int(block)))
+            sequence_P[mask_P] = bounds[stream] + first + shuffled[element_P[mask_P] - first]
+        return self._to_manifest_order(epoch, sequence_P)
 
-    def _samples_of(self, epoch: int, sequence_P: np.ndarray) -> np.ndarray:
+    def _to_manifest_order(self, epoch: int, sequence_P: np.ndarray) -> np.ndarray:
         """From places in the epoch's sequence of permuted shards to samples in manifest order."""
         sizes = np.array(self.shard_sizes, np.int64)
         shard_order = _permutation(len(sizes), (self.seed, epoch))
@@ -75,16 +75,16 @@ class Order:
         return (np.cumsum(sizes) - sizes)[shard_P] + within_P
 
 
-def worker_positions(first: int, stop: int, batch_size: int, rank: int, world: int) -> np.ndarray:
+def worker_positions(first: int, stop: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
     """Positions in [first, stop) that worker `rank` of `world` takes; `first` is a multiple of `batch_size`.
 
     Raises:
         ValueError: the workers cannot share a batch evenly.
     """
-    if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} cannot be shared evenly by {world} workers; choose a multiple")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size {batch_size} cannot be shared evenly by {world_size} workers; choose a multiple")
     assert first % batch_size == 0, "a run stops between batches"
-    return np.arange(first + rank, stop, world, dtype=np.int64)
+    return np.arange(first + rank, stop, world_size, dtype=np.int64)
 
 
 @lru_cache(maxsize=256)

@@ -20,18 +20,18 @@ from typing import NamedTuple
 import numpy as np
 
 from bsq_ray import storage
-from bsq_ray.data.file_list import list_folder
-from bsq_ray.data.manifest import MANIFEST, Manifest, Shard, Video, write_manifest
-from bsq_ray.data.transcode import TooShort, stored_video
-from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_fault, stored_image
+from bsq_ray.data.file_list import list_files
+from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, VideoInfo, write_manifest
+from bsq_ray.data.transcode import TooShortError, transcode_if_needed
+from bsq_ray.data.transforms import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text, reencode_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.ray_session import ray_session
 
-_ARCHIVE_BLOCK = 512
+_TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
-class Source:
+class FileSource:
     """One file to pack: its URL, the key it gets, and its class."""
 
     url: str
@@ -55,27 +55,27 @@ class PackReport:
     damaged: list[str] = field(default_factory=list)
     too_short: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    ignored: int = 0
+    num_ignored: int = 0
 
 
-class _Stored(NamedTuple):
+class _EncodedFile(NamedTuple):
     """A file as it goes into a shard."""
 
     data: bytes
     suffix: str
-    video: Video | None
+    video: VideoInfo | None
     change: str
 
 
 # From a file and its suffix; raises ValueError if it cannot be decoded.
-_Store = Callable[[bytes, str], _Stored]
+_EncodeFn = Callable[[bytes, str], _EncodedFile]
 
 
 @dataclass
-class _Packed:
+class _ShardResult:
     """A shard, None if nothing went into it, and what became of its files."""
 
-    files: int
+    num_files: int
     shard: Shard | None = None
     damaged: list[str] = field(default_factory=list)
     too_short: list[str] = field(default_factory=list)
@@ -88,9 +88,9 @@ def pack_images(
     shard_mb: float = 100.0,
     max_side: int | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    num_workers: int | None = None,
     address: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     split_list: str | None = None,
 ) -> PackReport:
     """Packs a folder of images, with class subfolders or without.
@@ -112,9 +112,9 @@ def pack_images(
         ValueError: the folder is missing, holds no images or none that can be decoded, the destination is in use, or
             storage fails.
     """
-    _check(destination, shard_mb, max_side)
-    plan = _plan(source, "images", IMAGE_SUFFIXES, split_list, shard_mb, seed)
-    return _pack(plan, destination, partial(_store_image, max_side=max_side), workers, address, progress)
+    _check_options(destination, shard_mb, max_side)
+    plan = _make_plan(source, "images", IMAGE_SUFFIXES, split_list, shard_mb, seed)
+    return _pack_plan(plan, destination, partial(_encode_image, max_side=max_side), num_workers, address, on_progress)
 
 
 def pack_videos(
@@ -123,9 +123,9 @@ def pack_videos(
     shard_mb: float = 100.0,
     max_side: int | None = None,
     seed: int = 0,
-    workers: int | None = None,
+    num_workers: int | None = None,
     address: str | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     split_list: str | None = None,
     min_frames: int = 16,
 ) -> PackReport:
@@ -142,28 +142,28 @@ def pack_videos(
     Raises:
         ValueError: the folder is missing, holds no videos or none that can be packed, or the destination is in use.
     """
-    _check(destination, shard_mb, max_side)
+    _check_options(destination, shard_mb, max_side)
     if min_frames < 1:
         raise ValueError(f"fewest frames {min_frames} must be 1 or more")
-    plan = _plan(source, "videos", VIDEO_SUFFIXES, split_list, shard_mb, seed)
-    store = partial(_store_video, max_side=max_side, min_frames=min_frames)
-    return _pack(plan, destination, store, workers, address, progress)
+    plan = _make_plan(source, "videos", VIDEO_SUFFIXES, split_list, shard_mb, seed)
+    encode = partial(_encode_video, max_side=max_side, min_frames=min_frames)
+    return _pack_plan(plan, destination, encode, num_workers, address, on_progress)
 
 
-def _store_image(data: bytes, suffix: str, max_side: int | None) -> _Stored:
+def _encode_image(data: bytes, suffix: str, max_side: int | None) -> _EncodedFile:
     try:
-        stored, suffix = stored_image(data, max_side)
+        encoded, suffix = reencode_image(data, max_side)
     except DECODE_ERRORS as error:
-        raise ValueError(decode_fault(error)) from error
-    return _Stored(stored, suffix, None, "")
+        raise ValueError(decode_error_text(error)) from error
+    return _EncodedFile(encoded, suffix, None, "")
 
 
-def _store_video(data: bytes, suffix: str, max_side: int | None, min_frames: int) -> _Stored:
-    return _Stored(*stored_video(data, suffix, max_side, min_frames))
+def _encode_video(data: bytes, suffix: str, max_side: int | None, min_frames: int) -> _EncodedFile:
+    return _EncodedFile(*transcode_if_needed(data, suffix, max_side, min_frames))
 
 
-def _check(destination: str, shard_mb: float, max_side: int | None) -> None:
-    if storage.exists(storage.join(destination, MANIFEST)):
+def _check_options(destination: str, shard_mb: float, max_side: int | None) -> None:
+    if storage.exists(storage.join(destination, MANIFEST_FILE)):
         raise ValueError(f"{destination} already holds a packed data set; choose another folder or remove it first")
     if shard_mb <= 0:
         raise ValueError(f"shard size {shard_mb} MB must be positive")
@@ -175,107 +175,109 @@ def _check(destination: str, shard_mb: float, max_side: int | None) -> None:
 class _Plan:
     source: str
     kind: str
-    shards: list[list[Source]]
+    shards: list[list[FileSource]]
     classes: tuple[str, ...]
-    ignored: int
+    num_ignored: int
 
 
-def _plan(
+def _make_plan(
     source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None, shard_mb: float, seed: int
 ) -> _Plan:
     """Deals the files of a folder out to shards."""
-    listing = list_folder(source, kind, suffixes, split_list)
-    shards: list[list[Source]] = [[]]
-    filled = 0
-    for number in np.random.default_rng(seed).permutation(len(listing.urls)):
-        url, size = listing.urls[number], listing.bytes[number]
-        if shards[-1] and filled + size > shard_mb * 1e6:
+    file_list = list_files(source, kind, suffixes, split_list)
+    shards: list[list[FileSource]] = [[]]
+    filled_bytes = 0
+    for number in np.random.default_rng(seed).permutation(len(file_list.urls)):
+        url, size = file_list.urls[number], file_list.sizes[number]
+        if shards[-1] and filled_bytes + size > shard_mb * 1e6:
             shards.append([])
-            filled = 0
+            filled_bytes = 0
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
-        shards[-1].append(Source(url, f"{number:08d}_{slug}", listing.labels[number]))
-        filled += size
-    return _Plan(source, kind, shards, listing.classes, listing.ignored)
+        shards[-1].append(FileSource(url, f"{number:08d}_{slug}", file_list.labels[number]))
+        filled_bytes += size
+    return _Plan(source, kind, shards, file_list.classes, file_list.num_ignored)
 
 
-def _pack(
+def _pack_plan(
     plan: _Plan,
     destination: str,
-    store: _Store,
-    workers: int | None,
+    encode: _EncodeFn,
+    num_workers: int | None,
     address: str | None,
-    progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> PackReport:
     total, done = sum(map(len, plan.shards)), 0
-    parts: list[_Packed] = []
-    for part in _run(plan.shards, destination, store, workers, address):
-        parts.append(part)
-        done += part.files
-        progress(done, total)
-    shards = sorted((part.shard for part in parts if part.shard is not None), key=lambda shard: shard.name)
+    results: list[_ShardResult] = []
+    for part in _pack_shards(plan.shards, destination, encode, num_workers, address):
+        results.append(part)
+        done += part.num_files
+        on_progress(done, total)
+    shards = sorted((part.shard for part in results if part.shard is not None), key=lambda shard: shard.name)
     damaged, too_short, changed = (
-        sorted(line for part in parts for line in lines(part))
+        sorted(line for part in results for line in lines(part))
         for lines in (lambda p: p.damaged, lambda p: p.too_short, lambda p: p.changed)
     )
     if not shards:
-        told = "can be decoded" if damaged else "is long enough"
+        problem = "can be decoded" if damaged else "is long enough"
         raise ValueError(
-            f"none of the {total} {plan.kind} in {plan.source} {told}; the first: {(damaged + too_short)[0]}"
+            f"none of the {total} {plan.kind} in {plan.source} {problem}; the first: {(damaged + too_short)[0]}"
         )
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
             storage.write_bytes(storage.join(destination, f"{name}.txt"), "\n".join(lines).encode() + b"\n")
     manifest = Manifest(destination, tuple(shards), plan.classes, plan.kind)
     write_manifest(manifest)
-    return PackReport(manifest, damaged, too_short, changed, plan.ignored)
+    return PackReport(manifest, damaged, too_short, changed, plan.num_ignored)
 
 
-def _run(
-    plan: list[list[Source]], destination: str, store: _Store, workers: int | None, address: str | None
-) -> Iterator[_Packed]:
+def _pack_shards(
+    shards: list[list[FileSource]], destination: str, encode: _EncodeFn, num_workers: int | None, address: str | None
+) -> Iterator[_ShardResult]:
     """Packs every shard of the plan, in this process or by Ray tasks, and yields each result as it is finished."""
-    jobs = [(f"shard-{number:06d}.tar", sources, destination, store) for number, sources in enumerate(plan)]
-    if workers == 0:
-        for job in jobs:
-            yield _pack_shard(*job)
+    shard_arguments = [
+        (f"shard-{number:06d}.tar", sources, destination, encode) for number, sources in enumerate(shards)
+    ]
+    if num_workers == 0:
+        for arguments in shard_arguments:
+            yield _pack_shard(*arguments)
         return
     with ray_session(address):
         import ray
 
-        at_once = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        max_in_flight = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         task = ray.remote(num_cpus=1)(_pack_shard)
-        waiting = list(reversed(jobs))
-        running = [task.remote(*waiting.pop()) for _ in range(min(at_once, len(jobs)))]
+        pending = list(reversed(shard_arguments))
+        running = [task.remote(*pending.pop()) for _ in range(min(max_in_flight, len(shard_arguments)))]
         while running:
             [ready], running = ray.wait(running, num_returns=1)
-            if waiting:
-                running.append(task.remote(*waiting.pop()))
+            if pending:
+                running.append(task.remote(*pending.pop()))
             yield ray.get(ready)
 
 
-def _pack_shard(name: str, sources: list[Source], destination: str, store: _Store) -> _Packed:
+def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: _EncodeFn) -> _ShardResult:
     """Writes one shard."""
-    result = _Packed(len(sources))
+    result = _ShardResult(len(sources))
     archive = io.BytesIO()
-    samples: list[tuple[Source, int, _Stored]] = []
+    samples: list[tuple[FileSource, int, _EncodedFile]] = []
     with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for source in sources:
             try:
-                stored = store(storage.read_bytes(source.url), posixpath.splitext(source.url)[1][1:].lower())
-            except TooShort as error:
+                encoded = encode(storage.read_bytes(source.url), posixpath.splitext(source.url)[1][1:].lower())
+            except TooShortError as error:
                 result.too_short.append(f"{source.url}: {error}")
                 continue
-            except storage.Unavailable:
+            except storage.StorageUnavailableError:
                 # Nothing is wrong with the file, so a data set without it would not be whole.
                 raise
             except ValueError as error:
                 result.damaged.append(f"{source.url}: {error}")
                 continue
-            if stored.change:
-                result.changed.append(f"{source.url}: {stored.change}")
-            samples.append((source, archive.tell() + _ARCHIVE_BLOCK, stored))
-            _add(tar, f"{source.key}.{stored.suffix}", stored.data)
-            _add(tar, f"{source.key}.cls", str(source.label).encode())
+            if encoded.change:
+                result.changed.append(f"{source.url}: {encoded.change}")
+            samples.append((source, archive.tell() + _TAR_BLOCK_BYTES, encoded))
+            _add_member(tar, f"{source.key}.{encoded.suffix}", encoded.data)
+            _add_member(tar, f"{source.key}.cls", str(source.label).encode())
     if samples:
         content = archive.getvalue()
         storage.write_bytes(storage.join(destination, name), content)
@@ -292,7 +294,7 @@ def _pack_shard(name: str, sources: list[Source], destination: str, store: _Stor
     return result
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -23,17 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import config, storage
-from bsq_ray.data.data_source import Samples, Source
+from bsq_ray.data.data_source import DataSource, SampleBlock
 
-TABLE, TOKENIZER = "tokens.json", "tokenizer"
+TABLE_FILE, TOKENIZER_FOLDER = "tokens.json", "tokenizer"
 _VERSION = 1
 # Rows read at once when any of them is wanted; an image of 256 tokens of 18 bits is 576 bytes.
-_GROUP = 1024
-_GROUPS_KEPT = 64
+_ROW_GROUP_SIZE = 1024
+_ROW_GROUP_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
-class TokenFacts:
+class TokenTableInfo:
     """What all parts of a table share.
 
     Attributes:
@@ -53,14 +53,14 @@ class TokenFacts:
     dataset: str
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens of an image (N)."""
         return int(np.prod(self.grid))
 
     @property
     def row_bytes(self) -> int:
         """Bytes of an image's packed bits."""
-        return -(-self.tokens * self.bits // 8)
+        return -(-self.num_tokens * self.bits // 8)
 
 
 @dataclass(frozen=True)
@@ -68,57 +68,57 @@ class TokenTable:
     """A whole table: `parts` are (name, rows, SHA-256)."""
 
     url: str
-    facts: TokenFacts
+    info: TokenTableInfo
     parts: tuple[tuple[str, int, str], ...]
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         """Rows of all parts."""
         return sum(rows for _, rows, _ in self.parts)
 
     @property
     def hash(self) -> str:
         """SHA-256 over tokenizer and parts: what a run names as its data set."""
-        text = json.dumps([self.facts.tokenizer_id, [[name, digest] for name, _, digest in self.parts]])
+        text = json.dumps([self.info.tokenizer_id, [[name, digest] for name, _, digest in self.parts]])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_part(
-    url: str, facts: TokenFacts, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
+    url: str, info: TokenTableInfo, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
 ) -> None:
     """Writes one part in one step."""
-    shape = pa.array([list(facts.grid)] * len(keys), pa.list_(pa.int32(), 3))
+    shape = pa.array([list(info.grid)] * len(keys), pa.list_(pa.int32(), 3))
     columns = {
         "key": pa.array(keys, pa.string()),
         "label": pa.array(labels_P, pa.int64()),
         "view": pa.array(views_P, pa.int16()),
         "shape": shape,
-        "bits": pa.array([row.tobytes() for row in packed_PB], pa.binary(facts.row_bytes)),
+        "bits": pa.array([row.tobytes() for row in packed_PB], pa.binary(info.row_bytes)),
     }
-    metadata = {"bsq_ray": _to_json(facts), "tokenizer_id": facts.tokenizer_id}
+    metadata = {"bsq_ray": _to_json(info), "tokenizer_id": info.tokenizer_id}
     buffer = io.BytesIO()
     table = pa.table(columns).replace_schema_metadata(metadata)
-    pq.write_table(table, buffer, row_group_size=_GROUP, compression="zstd")
+    pq.write_table(table, buffer, row_group_size=_ROW_GROUP_SIZE, compression="zstd")
     storage.write_bytes(url, buffer.getvalue())
 
 
-def finished_part(url: str, facts: TokenFacts) -> tuple[int, str] | None:
+def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
     """Rows and SHA-256 of a part that is there and was made with the same facts; None if it has to be made."""
     if not storage.exists(url):
         return None
     content = storage.read_bytes(url)
     try:
         file = pq.ParquetFile(io.BytesIO(content))
-        written = (file.schema_arrow.metadata or {}).get(b"bsq_ray", b"").decode()
+        part_metadata = (file.schema_arrow.metadata or {}).get(b"bsq_ray", b"").decode()
     except pa.ArrowException:
         return None
-    return (file.metadata.num_rows, hashlib.sha256(content).hexdigest()) if written == _to_json(facts) else None
+    return (file.metadata.num_rows, hashlib.sha256(content).hexdigest()) if part_metadata == _to_json(info) else None
 
 
 def write_table(table: TokenTable) -> None:
     """Writes `tokens.json`, after all parts are there."""
-    record = {"version": _VERSION, **json.loads(_to_json(table.facts)), "parts": table.parts}
-    storage.write_bytes(storage.join(table.url, TABLE), json.dumps(record, indent=1).encode())
+    record = {"version": _VERSION, **json.loads(_to_json(table.info)), "parts": table.parts}
+    storage.write_bytes(storage.join(table.url, TABLE_FILE), json.dumps(record, indent=1).encode())
 
 
 def read_table(url: str) -> TokenTable:
@@ -127,31 +127,31 @@ def read_table(url: str) -> TokenTable:
     Raises:
         ValueError: there is no whole table, or it was written by a newer version.
     """
-    path = storage.join(url, TABLE)
+    path = storage.join(url, TABLE_FILE)
     if not storage.exists(path):
         raise ValueError(
-            f"{url} is not a whole token table: it has no {TABLE}. Make it with `bsq-ray tokenize --model TOKENIZER "
+            f"{url} is not a whole token table: it has no {TABLE_FILE}. Make it with `bsq-ray tokenize --model TOKENIZER "
             f"--data SHARDS --out {url}`; what was begun is gone on with"
         )
-    content, newer = storage.read_bytes(path), False
+    content, is_newer = storage.read_bytes(path), False
     try:
         record = json.loads(content)
-        newer = record.pop("version") > _VERSION
+        is_newer = record.pop("version") > _VERSION
         parts = tuple((str(name), int(rows), str(digest)) for name, rows, digest in record.pop("parts"))
-        facts = TokenFacts(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
+        info = TokenTableInfo(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # What a newer version writes need not be readable here.
-        if not newer:
+        if not is_newer:
             raise ValueError(f"{path} is damaged: {error}") from error
-    if newer:
+    if is_newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this table")
-    return TokenTable(url, facts, parts)
+    return TokenTable(url, info, parts)
 
 
-class TokenSource(Source):
+class TokenSource(DataSource):
     """The rows of a token table; `values_P` are packed bits (P, bytes)."""
 
-    def __init__(self, table: TokenTable, model: config.TokenModel, patience: float = 0.0) -> None:
+    def __init__(self, table: TokenTable, model: config.TokenModelConfig, timeout_s: float = 0.0) -> None:
         """Refuses a table that does not fit the model.
 
         Args:
@@ -161,71 +161,73 @@ class TokenSource(Source):
             ValueError: its tokens are another tokenizer's, or bits, grid or classes differ; the message then gives the
                 overrides that fit.
         """
-        facts = table.facts
-        if model.tokenizer not in (None, facts.tokenizer_id):
+        info = table.info
+        if model.tokenizer not in (None, info.tokenizer_id):
             raise ValueError(
-                f"the tokens in {table.url} are those of the tokenizer {facts.tokenizer_id[:12]}, "
+                f"the tokens in {table.url} are those of the tokenizer {info.tokenizer_id[:12]}, "
                 f"the model reads those of {str(model.tokenizer)[:12]}: the same bits mean something else"
             )
-        wrong = [
-            f"model.{name}={json.dumps(there)}"
-            for name, there, here in (
-                ("bits", facts.bits, model.bits),
-                ("grid", list(facts.grid), list(model.grid)),
-                ("classes", len(facts.classes), getattr(model, "classes", None)),
+        mismatches = [
+            f"model.{name}={json.dumps(table_value)}"
+            for name, table_value, model_value in (
+                ("bits", info.bits, model.bits),
+                ("grid", list(info.grid), list(model.grid)),
+                ("classes", len(info.classes), getattr(model, "classes", None)),
             )
-            if here is not None and there != here
+            if model_value is not None and table_value != model_value
         ]
-        if wrong:
-            raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(wrong)}")
-        self.table, self.patience = table, patience
+        if mismatches:
+            raise ValueError(f"the tokens in {table.url} do not fit the model; give {' '.join(mismatches)}")
+        self.table, self.timeout_s = table, timeout_s
         self.url, self.hash = table.url, table.hash
         self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
-        self.sample_bytes = facts.row_bytes
-        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.sample_bytes = info.row_bytes
+        self.part_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
 
     @property
     def tokenizer_url(self) -> str:
         """The model folder that turns tokens into pixels."""
-        return storage.join(self.url, TOKENIZER)
+        return storage.join(self.url, TOKENIZER_FOLDER)
 
-    def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> Samples:
+    def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
         """Rows as they are: nothing about them is random."""
         values_P = np.empty((len(samples_P), self.sample_bytes), np.uint8)
         labels_P = np.empty(len(samples_P), np.int64)
-        keys, delays = [""] * len(samples_P), list[str]()
-        part_P = np.searchsorted(self.starts, samples_P, side="right") - 1
-        row_P = samples_P - self.starts[part_P]
-        for part, group in np.unique(np.stack([part_P, row_P // _GROUP], 1), axis=0):
+        keys, retries = [""] * len(samples_P), list[str]()
+        part_P = np.searchsorted(self.part_starts, samples_P, side="right") - 1
+        row_P = samples_P - self.part_starts[part_P]
+        for part, group in np.unique(np.stack([part_P, row_P // _ROW_GROUP_SIZE], 1), axis=0):
             url = storage.join(self.url, self.table.parts[part][0])
-            read = partial(_read_group, url, int(group), self.table.parts[part][2])
-            group_keys, group_labels, group_values = storage.persistently(read, self.patience, delays.append)
-            for p in np.flatnonzero((part_P == part) & (row_P // _GROUP == group)):
-                row = int(row_P[p]) % _GROUP
+            read = partial(_read_row_group, url, int(group), self.table.parts[part][2])
+            group_keys, group_labels, group_values = storage.retry_while_unavailable(
+                read, self.timeout_s, retries.append
+            )
+            for p in np.flatnonzero((part_P == part) & (row_P // _ROW_GROUP_SIZE == group)):
+                row = int(row_P[p]) % _ROW_GROUP_SIZE
                 keys[p], labels_P[p], values_P[p] = group_keys[row], group_labels[row], group_values[row]
-        return Samples(values_P, labels_P, keys, delays=delays)
+        return SampleBlock(values_P, labels_P, keys, retries=retries)
 
-    def read_held_out(self, samples: range) -> Samples:
+    def read_eval(self, samples: range) -> SampleBlock:
         """The same rows."""
         return self.read(np.asarray(samples), np.zeros(len(samples), np.int64), 0)
 
-    def blocks(self) -> Iterator[Samples]:
+    def iter_blocks(self) -> Iterator[SampleBlock]:
         """All rows in their order, a row group at a time."""
-        for start, end in pairwise(self.starts.tolist()):
-            for first in range(start, end, _GROUP):
-                yield self.read_held_out(range(first, min(first + _GROUP, end)))
+        for start, end in pairwise(self.part_starts.tolist()):
+            for first in range(start, end, _ROW_GROUP_SIZE):
+                yield self.read_eval(range(first, min(first + _ROW_GROUP_SIZE, end)))
 
 
-@lru_cache(_GROUPS_KEPT)
-def _read_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+@lru_cache(_ROW_GROUP_CACHE_SIZE)
+def _read_row_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Keys, labels and packed bits of a group of rows; the digest keeps a table that was made anew apart."""
     # What pyarrow raises about damaged content looks like a fault of the storage, which a disk seldom has.
-    guard = nullcontext() if storage.is_local(url) else storage.explained(url, "read")
+    error_context = nullcontext() if storage.is_local(url) else storage.translate_errors(url, "read")
     try:
-        with storage.open_url(url) as file, guard:
+        with storage.open_url(url) as file, error_context:
             columns = ["key", "label", "bits"]
             table = pq.ParquetFile(file).read_row_group(group, columns, use_threads=False)
-    except storage.Unavailable:
+    except storage.StorageUnavailableError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = " ".join(str(error).split()).removeprefix(f"cannot read {url}: ")
@@ -235,5 +237,5 @@ def _read_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarra
     return table["key"].to_pylist(), table["label"].to_numpy(), values
 
 
-def _to_json(facts: TokenFacts) -> str:
-    return json.dumps(facts.__dict__, sort_keys=True)
+def _to_json(info: TokenTableInfo) -> str:
+    return json.dumps(info.__dict__, sort_keys=True)

@@ -16,38 +16,45 @@ import torch
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.data.clip_source import ClipSource
-from bsq_ray.data.data_source import Samples, Source
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.data_source import DataSource, SampleBlock
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.token_table import TOKENIZER, TokenFacts, TokenTable, finished_part, write_part, write_table
+from bsq_ray.data.token_table import (
+    TOKENIZER_FOLDER,
+    TokenTable,
+    TokenTableInfo,
+    completed_part,
+    write_part,
+    write_table,
+)
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 
 @dataclass(frozen=True)
-class Tokenized:
+class TokenizeResult:
     """A finished table, parts made by this call, and images or videos that could not be read."""
 
     table: TokenTable
-    made: int
-    damaged: list[str]
+    num_written: int
+    skipped: list[str]
 
 
 def tokenize(
     model_url: str,
     data_url: str,
     out_url: str,
-    workers: int = 2,
+    num_workers: int = 2,
     address: str | None = None,
-    views: int = 1,
+    num_crops: int = 1,
     scale: float = 1.25,
     flip: bool = False,
     batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tokenized:
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TokenizeResult:
     """Makes a token table of packed images, or of the clips of packed videos.
 
     Args:
@@ -65,82 +72,84 @@ def tokenize(
     Raises:
         ValueError: model or data are missing, or the folder holds a table of another tokenizer.
     """
-    folder = model_folder.read_model_folder(model_url)
-    run = config.expect(folder.config, config.TokenizerConfig, model_url)
+    folder = model_folder.load_model_folder(model_url)
+    run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
-    if views < 1:
-        raise ValueError(f"views {views} must be 1 or more")
+    if num_crops < 1:
+        raise ValueError(f"views {num_crops} must be 1 or more")
     run = run.model_copy(update={"data": run.data.model_copy(update={"crop_scale": (1.0, scale), "flip": flip})})
-    source = open_pixels(run, manifest)
+    source = build_pixel_source(run, manifest)
     frames = run.model.frames if manifest.kind == "videos" else 1
     side = run.model.image_size // run.model.patch_size
-    dataset = f"{manifest.hash} scale {scale:g} flip {flip} seed {seed}" if views > 1 else manifest.hash
+    dataset = f"{manifest.hash} scale {scale:g} flip {flip} seed {seed}" if num_crops > 1 else manifest.hash
     if manifest.kind == "videos":
         dataset += f" stride {run.data.frame_stride} clips {run.data.clips_per_video}"
-    facts = TokenFacts(folder.id, run.model.quantizer.bits, (frames, side, side), manifest.classes, views, dataset)
-    _keep_tokenizer(folder.id, model_url, out_url)
+    info = TokenTableInfo(
+        folder.model_id, run.model.quantizer.bits, (frames, side, side), manifest.classes, num_crops, dataset
+    )
+    _bundle_tokenizer(folder.model_id, model_url, out_url)
     names = [f"part-{number:06}.parquet" for number in range(len(manifest.shards))]
-    missing = [n for n, name in enumerate(names) if finished_part(storage.join(out_url, name), facts) is None]
-    work = _Work(model_url, out_url, manifest, source, facts, batch_size, seed)
-    damaged: list[str] = []
-    made = map_in_pool(missing, partial(_PartMaker, work), workers, address)
-    for done, found in enumerate(made, len(names) - len(missing) + 1):
-        damaged += found
-        progress(done, len(names))
+    missing = [n for n, name in enumerate(names) if completed_part(storage.join(out_url, name), info) is None]
+    task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
+    skipped: list[str] = []
+    results = actor_map_ordered(missing, partial(_PartWriter, task), num_workers, address)
+    for done, part_skipped in enumerate(results, len(names) - len(missing) + 1):
+        skipped += part_skipped
+        on_progress(done, len(names))
     parts = []
     for name in names:
-        part = finished_part(storage.join(out_url, name), facts)
+        part = completed_part(storage.join(out_url, name), info)
         if part is None:
             raise RuntimeError(f"{storage.join(out_url, name)} was written but cannot be read again")
         parts.append((name, *part))
-    table = TokenTable(out_url, facts, tuple(parts))
+    table = TokenTable(out_url, info, tuple(parts))
     write_table(table)
-    return Tokenized(table, len(missing), damaged)
+    return TokenizeResult(table, len(missing), skipped)
 
 
-def _keep_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
-    kept = storage.join(out_url, TOKENIZER)
-    if storage.exists(storage.join(kept, "config.yaml")):
-        there = model_folder.read_model_folder(kept).id
-        if there != model_id:
+def _bundle_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
+    bundled_url = storage.join(out_url, TOKENIZER_FOLDER)
+    if storage.exists(storage.join(bundled_url, "config.yaml")):
+        bundled_id = model_folder.load_model_folder(bundled_url).model_id
+        if bundled_id != model_id:
             raise ValueError(
-                f"{out_url} holds tokens of another tokenizer ({there[:12]}, {model_url} is {model_id[:12]}); "
+                f"{out_url} holds tokens of another tokenizer ({bundled_id[:12]}, {model_url} is {model_id[:12]}); "
                 "choose another --out"
             )
     else:
-        storage.copy_folder(model_url, kept)
+        storage.copy_folder(model_url, bundled_url)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _TokenizeTask:
     model_url: str
     out_url: str
     manifest: Manifest
-    source: Source
-    facts: TokenFacts
+    source: DataSource
+    info: TokenTableInfo
     batch_size: int
     seed: int
 
 
-class _PartMaker:
-    def __init__(self, work: _Work) -> None:
-        self.work = work
+class _PartWriter:
+    def __init__(self, task: _TokenizeTask) -> None:
+        self.task = task
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = Tokenizer.from_pretrained(work.model_url).to(self.device)
-        self.source = work.source
+        self.tokenizer = Tokenizer.from_pretrained(task.model_url).to(self.device)
+        self.source = task.source
 
     def __call__(self, part: int) -> list[str]:
         """Makes a part; the images or videos of its shard that could not be read."""
         first = sum(self.source.shard_sizes[:part])
         last = first + self.source.shard_sizes[part]
         keys: list[str] = []
-        damaged: list[str] = []
-        packed = [np.empty((0, self.work.facts.row_bytes), np.uint8)]
+        skipped: list[str] = []
+        packed = [np.empty((0, self.task.info.row_bytes), np.uint8)]
         labels, views = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for view in range(self.work.facts.views):
-            for start in range(first, last, self.work.batch_size):
-                samples = self._read(range(start, min(start + self.work.batch_size, last)), view)
-                damaged += [line for line in samples.damaged if line not in damaged]
+        for view in range(self.task.info.views):
+            for start in range(first, last, self.task.batch_size):
+                samples = self._read(range(start, min(start + self.task.batch_size, last)), view)
+                skipped += [line for line in samples.skipped if line not in skipped]
                 if not samples.keys:
                     continue
                 tokens = self.tokenizer.encode(to_float(torch.from_numpy(samples.values_P).to(self.device)))
@@ -148,26 +157,26 @@ class _PartMaker:
                 labels.append(samples.labels_P)
                 views.append(np.full(len(samples.keys), view))
                 keys += samples.keys
-        if damaged and not keys:
-            raise RuntimeError(f"nothing in {self.work.manifest.shards[part].name} can be read: {damaged[0]}")
-        url = storage.join(self.work.out_url, f"part-{part:06}.parquet")
+        if skipped and not keys:
+            raise RuntimeError(f"nothing in {self.task.manifest.shards[part].name} can be read: {skipped[0]}")
+        url = storage.join(self.task.out_url, f"part-{part:06}.parquet")
         columns = (np.concatenate(labels), np.concatenate(views), np.concatenate(packed))
-        write_part(url, self.work.facts, keys, *columns)
-        return damaged
+        write_part(url, self.task.info, keys, *columns)
+        return skipped
 
-    def _read(self, samples: range, view: int) -> Samples:
+    def _read(self, samples: range, view: int) -> SampleBlock:
         if view == 0:
-            return self.source.read_held_out(samples)
+            return self.source.read_eval(samples)
         # Each view stands where an epoch of training would; what replaces a damaged sample there is left out here.
-        found = self.source.read(np.asarray(samples), np.full(len(samples), view), self.work.seed)
-        places = [p for p, key in enumerate(found.keys) if self._is_of(key, samples[p])]
-        keys = [found.keys[p] for p in places]
-        return Samples(found.values_P[places], found.labels_P[places], keys, found.damaged)
+        block = self.source.read(np.asarray(samples), np.full(len(samples), view), self.task.seed)
+        rows = [p for p, key in enumerate(block.keys) if self._matches(key, samples[p])]
+        keys = [block.keys[p] for p in rows]
+        return SampleBlock(block.values_P[rows], block.labels_P[rows], keys, block.skipped)
 
-    def _is_of(self, key: str, sample: int) -> bool:
+    def _matches(self, key: str, sample: int) -> bool:
         """Whether it is the key of this image, or of a clip of this video."""
         if isinstance(self.source, ClipSource):
             shard, index, _ = self.source.locate(sample)
             return key.rpartition("@")[0] == shard.keys[index]
-        shard, index = self.work.manifest.locate(sample)
+        shard, index = self.task.manifest.locate(sample)
         return key == shard.keys[index]

@@ -22,14 +22,14 @@ from bsq_ray import storage
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
-Filter = Literal["lanczos", "bilinear"]
-_FILTERS = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
+Interpolation = Literal["lanczos", "bilinear"]
+_RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
 
 # Errors that Pillow raises on damaged, truncated or hostile files.
 DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
 
 
-def decode_fault(error: Exception) -> str:
+def decode_error_text(error: Exception) -> str:
     """Why an image could not be decoded, in a few words."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
@@ -64,19 +64,19 @@ def read_image(url: str) -> Image.Image:
     try:
         return decode_image(data)
     except DECODE_ERRORS as error:
-        raise ValueError(f"{url} cannot be read as an image: {decode_fault(error)}") from error
+        raise ValueError(f"{url} cannot be read as an image: {decode_error_text(error)}") from error
 
 
-def stored_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
+def reencode_image(data: bytes, max_side: int | None) -> tuple[bytes, str]:
     """The bytes to store and their suffix: the file as it is if it is plain RGB or grey, upright and small enough."""
     image = Image.open(io.BytesIO(data))
     image_format, mode, turned = image.format, image.mode, image.getexif().get(0x0112, 1) != 1
     opaque = mode in ("RGB", "L") and "transparency" not in image.info
     rgb = to_rgb(image)
-    too_large = max_side is not None and max(rgb.size) > max_side
-    if image_format in _SUFFIX_OF_FORMAT and opaque and not turned and not too_large:
+    exceeds_max_side = max_side is not None and max(rgb.size) > max_side
+    if image_format in _SUFFIX_OF_FORMAT and opaque and not turned and not exceeds_max_side:
         return data, _SUFFIX_OF_FORMAT[image_format]
-    if max_side is not None and too_large:
+    if max_side is not None and exceeds_max_side:
         scale = max_side / max(rgb.size)
         size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
@@ -116,22 +116,26 @@ class Crop:
     """
 
     size: int
-    resized: tuple[int, int]
+    resized_hw: tuple[int, int]
     top: int
     left: int
-    mirrored: bool
+    is_flipped: bool
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """RGB to uint8 (3, size, size)."""
         image_HWC = torch.from_numpy(np.array(image))
         # The pixels of Pillow's resize, in a third of its time.
-        image_1CHW = F.interpolate(image_HWC.permute(2, 0, 1)[None], self.resized, mode="bilinear", antialias=True)
+        image_1CHW = F.interpolate(image_HWC.permute(2, 0, 1)[None], self.resized_hw, mode="bilinear", antialias=True)
         pixels_CHW = image_1CHW[0, :, self.top : self.top + self.size, self.left : self.left + self.size].numpy()
-        return np.ascontiguousarray(pixels_CHW[:, :, ::-1] if self.mirrored else pixels_CHW)
+        return np.ascontiguousarray(pixels_CHW[:, :, ::-1] if self.is_flipped else pixels_CHW)
 
 
-def draw_crop(
-    picture: tuple[int, int], size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
+def sample_crop(
+    image_size: tuple[int, int],
+    size: int,
+    resize_range: tuple[float, float],
+    random_flip: bool,
+    rng: np.random.Generator,
 ) -> Crop:
     """The paper's training transform: short side resized (bilinear, antialiased), then a random square.
 
@@ -142,24 +146,24 @@ def draw_crop(
         flip: mirror half of the crops.
         rng: the only source of randomness.
     """
-    factor = size * rng.uniform(*scale) / min(picture)
-    width, height = (max(size, round(side * factor)) for side in picture)
+    factor = size * rng.uniform(*resize_range) / min(image_size)
+    width, height = (max(size, round(side * factor)) for side in image_size)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    return Crop(size, (height, width), top, left, flip and bool(rng.random() < 0.5))
+    return Crop(size, (height, width), top, left, random_flip and bool(rng.random() < 0.5))
 
 
-def training_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], flip: bool, rng: np.random.Generator
+def train_transform(
+    image: Image.Image, size: int, resize_range: tuple[float, float], random_flip: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """One image through `draw_crop`; uint8 (3, size, size)."""
-    return draw_crop(image.size, size, scale, flip, rng)(image)
+    return sample_crop(image.size, size, resize_range, random_flip, rng)(image)
 
 
-def evaluation_image(image: Image.Image, size: int, resize_filter: Filter) -> np.ndarray:
+def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) -> np.ndarray:
     """The paper's evaluation transform: short side to `size`, then the centre square; uint8 (3, size, size)."""
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
-    image = image.resize((width, height), _FILTERS[resize_filter])
+    image = image.resize((width, height), _RESAMPLING[interpolation])
     left, top = (width - size) // 2, (height - size) // 2
     return np.ascontiguousarray(np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bsq_ray import config
 from bsq_ray.demos.demo_tokens import WORKERS, TokenDemo
-from bsq_ray.demos.quickstart import BY_THE_CLOCK, say
+from bsq_ray.demos.quickstart import UNLIMITED_STEPS, log
 
 
 def run_demo(
@@ -35,11 +35,11 @@ def run_demo(
 
     demo = TokenDemo(train_images, out, minutes)
     if images is None:
-        from bsq_ray.samples.wallpapers import collect_pictures
+        from bsq_ray.samples.wallpapers import collect_wallpapers
 
-        images = collect_pictures(out / "pictures", out / "packages")
+        images = collect_wallpapers(out / "pictures", out / "packages")
     with ray_session():
         demo.prepare(tokenizer_overrides)
-        prior = demo.train(config.load_config("prior-demo", (BY_THE_CLOCK, *prior_overrides)), "prior", demo.tables)
-        say(f"compressing {images} with everything")
+        prior = demo.train(config.load_config("prior-demo", (UNLIMITED_STEPS, *prior_overrides)), "prior", demo.tables)
+        log(f"compressing {images} with everything")
         return evaluate_compression(prior, str(images), str(out / "evaluation"), WORKERS)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.demos.quickstart import BY_THE_CLOCK, packed, say, split_by_content
+from bsq_ray.demos.quickstart import UNLIMITED_STEPS, log, pack_if_needed, split_by_content
 
 WORKERS = 2
-_HELD_OUT_SHARE, _FEWEST = 10, 5
-_VIEWS, _SCALE = 12, 1.25
+_HELD_OUT_EVERY, _MIN_PHOTOS_PER_CLASS = 10, 5
+_NUM_CROPS, _MAX_CROP_SCALE = 12, 1.25
 # Of the training minutes, the tokenizer's part.
-_TOKENIZER_SHARE = 0.5
+_TOKENIZER_TIME_FRACTION = 0.5
 
 
 class TokenDemo:
@@ -40,8 +40,8 @@ class TokenDemo:
         if minutes <= 0:
             raise ValueError(f"--minutes {minutes} must be positive")
         self.out, self.minutes = out, minutes
-        self._folders = _collect(images, out)
-        self.held_out = sum(path.is_file() for path in self._folders["held_out"].rglob("*"))
+        self._folders = _collect_photos(images, out)
+        self.num_held_out = sum(path.is_file() for path in self._folders["held_out"].rglob("*"))
         self.shards: dict[str, str] = {}
         self.tables: dict[str, str] = {}
         self.classes: tuple[str, ...] = ()
@@ -51,61 +51,75 @@ class TokenDemo:
         from bsq_ray.data.manifest import read_manifest
         from bsq_ray.data.tokenize import tokenize
 
-        self.shards = {name: packed(folder, self.out / "data" / name) for name, folder in self._folders.items()}
+        self.shards = {name: pack_if_needed(folder, self.out / "data" / name) for name, folder in self._folders.items()}
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
             raise ValueError(f"training and held-out photographs in {self.out} have different classes")
-        tokenizer = self.train(config.load_config("demo", (BY_THE_CLOCK, *overrides)), "tokenizer", self.shards)
-        for name, views in (("train", _VIEWS), ("held_out", 1)):
+        tokenizer = self.train(config.load_config("demo", (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
+        for name, num_crops in (("train", _NUM_CROPS), ("held_out", 1)):
             self.tables[name] = str(self.out / "tokens" / name)
-            made = tokenize(
-                tokenizer, self.shards[name], self.tables[name], WORKERS, views=views, scale=_SCALE, flip=True
+            result = tokenize(
+                tokenizer,
+                self.shards[name],
+                self.tables[name],
+                WORKERS,
+                num_crops=num_crops,
+                scale=_MAX_CROP_SCALE,
+                flip=True,
             )
-            say(f"{made.table.rows} rows of tokens in {self.tables[name]}")
+            log(f"{result.table.num_rows} rows of tokens in {self.tables[name]}")
 
-    def train(self, run: config.AnyConfig, name: str, data: dict[str, str]) -> str:
+    def train(self, run_config: config.AnyConfig, name: str, data: dict[str, str]) -> str:
         """Trains for its share of the minutes, or goes on; the model folder."""
-        from bsq_ray.runtime.ray_session import gpus_within_reach
+        from bsq_ray.runtime.ray_session import max_cluster_gpus
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import train
 
-        where = str(self.out / name)
-        share = _TOKENIZER_SHARE if run.stage == "tokenizer" else 1 - _TOKENIZER_SHARE
-        say(f"training the {name}, {self.minutes * share:g} minutes")
+        run_url = str(self.out / name)
+        time_fraction = _TOKENIZER_TIME_FRACTION if run_config.stage == "tokenizer" else 1 - _TOKENIZER_TIME_FRACTION
+        log(f"training the {name}, {self.minutes * time_fraction:g} minutes")
         train(
-            run,
+            run_config,
             data["train"],
-            where,
+            run_url,
             WORKERS,
-            resume=bool(list_checkpoints(where)),
+            resume=bool(list_checkpoints(run_url)),
             held_out_url=data["held_out"],
-            minutes=self.minutes * share,
-            device="gpu" if gpus_within_reach() >= WORKERS else "cpu",
+            minutes=self.minutes * time_fraction,
+            device="gpu" if max_cluster_gpus() >= WORKERS else "cpu",
         )
-        return storage.join(where, "model")
+        return storage.join(run_url, "model")
 
 
-def _collect(images: Path | None, out: Path) -> dict[str, Path]:
+def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
     """Folders of training and held-out photographs, each with a subfolder for each class."""
     if images is None:
-        from bsq_ray.samples.labeled_photos import collect_labelled
+        from bsq_ray.samples.labeled_photos import collect_labeled_photos
 
-        train, held_out = collect_labelled(out / "photographs", out / "packages")
+        train, held_out = collect_labeled_photos(out / "photographs", out / "packages")
         return {"train": train, "held_out": held_out}
     from bsq_ray.data.transforms import IMAGE_SUFFIXES
 
     if not images.is_dir():
         raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
     folders = {name: out / "photographs" / name for name in ("train", "held_out")}
-    found = {
+    files_by_class = {
         folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         for folder in sorted(images.iterdir())
         if folder.is_dir()
     }
-    few = [f"{name} ({len(paths)})" for name, paths in found.items() if len(paths) < _FEWEST]
-    if len(found) < 2 or few:
-        told = f"; too few are in {', '.join(few)}" if few else f"; it has {len(found)} of them"
-        raise ValueError(f"{images} must have two or more class folders with {_FEWEST} photographs or more each{told}")
-    for name, paths in found.items():
-        split_by_content(paths, folders["train"] / name, folders["held_out"] / name, _HELD_OUT_SHARE)
+    small_classes = [
+        f"{name} ({len(paths)})" for name, paths in files_by_class.items() if len(paths) < _MIN_PHOTOS_PER_CLASS
+    ]
+    if len(files_by_class) < 2 or small_classes:
+        detail = (
+            f"; too few are in {', '.join(small_classes)}"
+            if small_classes
+            else f"; it has {len(files_by_class)} of them"
+        )
+        raise ValueError(
+            f"{images} must have two or more class folders with {_MIN_PHOTOS_PER_CLASS} photographs or more each{detail}"
+        )
+    for name, paths in files_by_class.items():
+        split_by_content(paths, folders["train"] / name, folders["held_out"] / name, _HELD_OUT_EVERY)
     return folders

@@ -17,13 +17,13 @@ from typing import Any
 from bsq_ray.config import load_config
 
 # The minutes end a run, not the steps of its preset.
-BY_THE_CLOCK = "training.steps=1000000"
+UNLIMITED_STEPS = "training.steps=1000000"
 _WORKERS = 2
-_HELD_OUT_SHARE = 5
+_HELD_OUT_EVERY = 5
 
 
 @dataclass(frozen=True)
-class Material:
+class SampleSet:
     """What a quickstart is made from.
 
     Attributes:
@@ -35,18 +35,18 @@ class Material:
     """
 
     name: str
-    files: str
+    kind: str
     preset: str
     max_side: int
-    fewest: int
+    min_files: int
 
 
-PHOTOGRAPHS = Material("photographs", "images", "demo", 256, 10)
-CLIPS = Material("clips", "videos", "demo-video", 176, 2)
+PHOTOS = SampleSet("photographs", "images", "demo", 256, 10)
+CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
 
 
 @dataclass(frozen=True)
-class Quickstart:
+class QuickstartResult:
     """Where everything is, and what to tell.
 
     Attributes:
@@ -62,8 +62,8 @@ class Quickstart:
 
 
 def run_quickstart(
-    source: Path | None, out: Path, minutes: float, overrides: tuple[str, ...] = (), material: Material = PHOTOGRAPHS
-) -> Quickstart:
+    source: Path | None, out: Path, minutes: float, overrides: tuple[str, ...] = (), sample_set: SampleSet = PHOTOS
+) -> QuickstartResult:
     """Packs photographs or clips, trains a demo preset on Ray, measures it on held-out ones and writes a report.
 
     An interrupted quickstart goes on where it was when it is run again with the same folder.
@@ -80,9 +80,9 @@ def run_quickstart(
     """
     if minutes <= 0:
         raise ValueError(f"--minutes {minutes} must be positive")
-    config = load_config(material.preset, (BY_THE_CLOCK, *overrides))
-    _claim(out, source, material)
-    train_folder, held_out_folder = _collect(source, out, material)
+    config = load_config(sample_set.preset, (UNLIMITED_STEPS, *overrides))
+    _claim_folder(out, source, sample_set)
+    train_folder, held_out_folder = _collect_files(source, out, sample_set)
 
     from bsq_ray.runtime.ray_session import ray_session
 
@@ -92,114 +92,118 @@ def run_quickstart(
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import Interrupted, train
 
-        data = {name: packed(folder, out / "data" / name, material) for name, folder in
+        data = {name: pack_if_needed(folder, out / "data" / name, sample_set) for name, folder in
                 {"train": train_folder, "held_out": held_out_folder}.items()}  # fmt: skip
-        run = str(out / "run")
+        run_url = str(out / "run")
         try:
             train(
                 config,
                 data["train"],
-                run,
+                run_url,
                 _WORKERS,
-                resume=bool(list_checkpoints(run)),
+                resume=bool(list_checkpoints(run_url)),
                 held_out_url=data["held_out"],
                 minutes=minutes,
             )
         except Interrupted as stop:
             raise Interrupted(f"{stop}. Run the same quickstart again to go on") from None
-        say(f"measuring on {material.name} that training did not see")
-        results = evaluate_reconstruction(f"{run}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS)
+        log(f"measuring on {sample_set.name} that training did not see")
+        results = evaluate_reconstruction(
+            f"{run_url}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS
+        )
     report = out / "report.html"
-    write_report(run, str(out / "evaluation"), str(report))
+    write_report(run_url, str(out / "evaluation"), str(report))
     model = out / "run" / "model"
-    return Quickstart(model, report, results, _summary(results, material, model, report))
+    return QuickstartResult(model, report, results, _format_summary(results, sample_set, model, report))
 
 
-def _claim(out: Path, folder: Path | None, material: Material) -> None:
+def _claim_folder(out: Path, folder: Path | None, sample_set: SampleSet) -> None:
     """Notes what `out` is made from, so that nothing else is mixed in."""
-    note = out / "quickstart.json"
-    source = str(folder.resolve()) if folder else f"sample {material.name}"
+    source_file = out / "quickstart.json"
+    source = str(folder.resolve()) if folder else f"sample {sample_set.name}"
     try:
-        if note.exists():
-            before = _noted(note)
-            if before != source:
-                raise ValueError(f"{out} was made from {before}; choose another --out for {source}")
+        if source_file.exists():
+            previous_source = _previous_source(source_file)
+            if previous_source != source:
+                raise ValueError(f"{out} was made from {previous_source}; choose another --out for {source}")
             return
         out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"images": source}))
+        source_file.write_text(json.dumps({"images": source}))
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}") from error
 
 
-def _noted(note: Path) -> str:
+def _previous_source(source_file: Path) -> str:
     """What a folder was made from."""
     try:
-        return str(json.loads(note.read_text())["images"])
+        return str(json.loads(source_file.read_text())["images"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{note} is damaged and does not say what {note.parent} is; choose another --out") from None
+        raise ValueError(
+            f"{source_file} is damaged and does not say what {source_file.parent} is; choose another --out"
+        ) from None
 
 
-def _collect(source: Path | None, out: Path, material: Material) -> tuple[Path, Path]:
+def _collect_files(source: Path | None, out: Path, sample_set: SampleSet) -> tuple[Path, Path]:
     """Folders of training and of held-out files: no file is on both sides."""
     from bsq_ray.data.transforms import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
-    from bsq_ray.samples.photos import collect_samples, collect_videos
+    from bsq_ray.samples.photos import collect_photos, collect_videos
 
     if source is None:
-        return (collect_samples if material is PHOTOGRAPHS else collect_videos)(out / material.name)
+        return (collect_photos if sample_set is PHOTOS else collect_videos)(out / sample_set.name)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder" if source.exists() else f"{source} does not exist")
-    suffixes = IMAGE_SUFFIXES if material is PHOTOGRAPHS else VIDEO_SUFFIXES
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
-    if len(found) < material.fewest:
+    suffixes = IMAGE_SUFFIXES if sample_set is PHOTOS else VIDEO_SUFFIXES
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
+    if len(files) < sample_set.min_files:
         raise ValueError(
-            f"{source} holds {len(found)} {material.files}; the quickstart needs at least {material.fewest}"
+            f"{source} holds {len(files)} {sample_set.kind}; the quickstart needs at least {sample_set.min_files}"
         )
-    folders = out / material.name / "train", out / material.name / "held_out"
-    split_by_content(found, *folders, _HELD_OUT_SHARE)
+    folders = out / sample_set.name / "train", out / sample_set.name / "held_out"
+    split_by_content(files, *folders, _HELD_OUT_EVERY)
     return folders
 
 
-def split_by_content(found: Iterable[Path], train: Path, held_out: Path, share: int) -> None:
+def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
     """Copies files into two folders, in the order of their SHA-256 one in `share` to the held-out ones.
 
     By content, so that two copies of a file count once and are never on both sides.
     """
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in found}
+    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
     for folder in (train, held_out):
         folder.mkdir(parents=True, exist_ok=True)
-    for place, (digest, path) in enumerate(sorted(by_digest.items())):
-        folder = train if place % share else held_out
+    for index, (digest, path) in enumerate(sorted(by_digest.items())):
+        folder = train if index % held_out_every else held_out
         shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
 
 
-def packed(folder: Path, destination: Path, material: Material = PHOTOGRAPHS) -> str:
+def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
     """Packs a folder, unless that is done already; the packed folder."""
-    from bsq_ray.data.manifest import MANIFEST
+    from bsq_ray.data.manifest import MANIFEST_FILE
     from bsq_ray.data.pack import pack_images, pack_videos
 
-    if not (destination / MANIFEST).exists():
-        pack = pack_images if material is PHOTOGRAPHS else pack_videos
-        report = pack(str(folder), str(destination), max_side=material.max_side)
-        say(f"packed {report.manifest.samples} {material.name} into {destination}")
+    if not (dest / MANIFEST_FILE).exists():
+        pack = pack_images if sample_set is PHOTOS else pack_videos
+        report = pack(str(folder), str(dest), max_side=sample_set.max_side)
+        log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
         for line in report.damaged + report.too_short:
-            say(f"left out {line}")
-    return str(destination)
+            log(f"left out {line}")
+    return str(dest)
 
 
-def _summary(results: dict[str, Any], material: Material, model: Path, report: Path) -> str:
-    ours, trivial = results["rows"]["model"], results["rows"]["mean colour"]
+def _format_summary(results: dict[str, Any], sample_set: SampleSet, model: Path, report: Path) -> str:
+    model_row, baseline_row = results["rows"]["model"], results["rows"]["mean colour"]
     lines = [
-        f"On {results['contract']['images']} held-out {material.name} at {ours['bits_per_pixel']:g} bits per pixel:",
-        "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in ours else ""),
+        f"On {results['contract']['images']} held-out {sample_set.name} at {model_row['bits_per_pixel']:g} bits per pixel:",
+        "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in model_row else ""),
     ]
-    for name, row in (("this tokenizer", ours), ("mean colours  ", trivial)):
-        more = f"  {row['rfvd']:7.1f}" if "rfvd" in row else ""
-        lines.append(f"  {name}     {row['psnr']:6.2f} dB  {row['lpips']:.3f}{more}")
+    for name, row in (("this tokenizer", model_row), ("mean colours  ", baseline_row)):
+        rfvd_text = f"  {row['rfvd']:7.1f}" if "rfvd" in row else ""
+        lines.append(f"  {name}     {row['psnr']:6.2f} dB  {row['lpips']:.3f}{rfvd_text}")
     lines[-1] += "   (the trivial codec, same bits)"
     return "\n".join([*lines, f"model:  {model}", f"report: {report}"])
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """A line for the person who waits; results go to stdout, this does not."""
     print(line, file=sys.stderr, flush=True)

@@ -11,16 +11,16 @@ from bsq_ray.data.manifest import Manifest
 from bsq_ray.metrics.pretrained_weights import resolve_once
 
 # With fewer images FID says more about their number than about the model.
-_FID_IMAGES = 2048
+_MIN_FID_SAMPLES = 2048
 
 
-def contract(
+def collect_provenance(
     manifest: Manifest,
-    images: int,
+    num_samples: int,
     size: int,
     resize_filter: str,
     networks: Sequence[str],
-    drawn: int | None = None,
+    num_generated: int | None = None,
 ) -> dict[str, Any]:
     """Conditions of a measurement, as plain data.
 
@@ -35,7 +35,7 @@ def contract(
         "data": manifest.url,
         "data_hash": manifest.hash,
         "kind": manifest.kind,
-        "images": images,
+        "images": num_samples,
         "size": size,
         "resize": f"short side to {size} px ({resize_filter}), centre crop",
         "pixels": "originals and reconstructions rounded to 8 bits",
@@ -46,14 +46,16 @@ def contract(
             **{name: _version(name) for name in ("torch", "ray", "lpips", "pytorch-msssim", "pillow")},
         },
     }
-    fewest = images if drawn is None else min(images, drawn)
-    if "fid-inception" in networks and fewest < _FID_IMAGES:
-        name = "rFID" if drawn is None else "FID"
+    smaller_count = num_samples if num_generated is None else min(num_samples, num_generated)
+    if "fid-inception" in networks and smaller_count < _MIN_FID_SAMPLES:
+        name = "rFID" if num_generated is None else "FID"
         conditions["warning"] = (
-            f"{name} of {fewest} images is biased upwards; compare it only with {name} of the same images, or use KID"
+            f"{name} of {smaller_count} images is biased upwards; compare it only with {name} of the same images, or use KID"
         )
-    if "fvd-i3d" in networks and images < _FID_IMAGES:
-        conditions["warning"] = f"rFVD of {images} clips is biased upwards; compare it only with rFVD of the same clips"
+    if "fvd-i3d" in networks and num_samples < _MIN_FID_SAMPLES:
+        conditions["warning"] = (
+            f"rFVD of {num_samples} clips is biased upwards; compare it only with rFVD of the same clips"
+        )
     return conditions
 
 

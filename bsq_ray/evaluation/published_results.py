@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """A row of a published table; a missing figure is None."""
 
     method: str
@@ -25,30 +25,30 @@ class Published:
 
 _IMAGENET, _COCO = "ImageNet val 256", "COCO val 2017 256"
 
-ROWS = (
-    Published("SDXL-VAE", _IMAGENET, "lanczos", 64, 25.38, 0.7276, 0.0666, 0.72),
-    Published("SD-VAE 2.x", _IMAGENET, "lanczos", 64, None, None, None, 0.78),
-    Published("DALL-E dVAE", _IMAGENET, "lanczos", 13, None, None, None, 36.84),
-    Published("ViT-VQGAN", _IMAGENET, "not stated", 13, None, None, None, 1.55),
-    Published("MaskGIT (p = 16)", _IMAGENET, "lanczos", 10, None, None, None, 2.23),
-    Published("BSQ-ViT, no approximation", _IMAGENET, "lanczos", 18, 24.79, 0.7319, 0.0836, 1.34),
-    Published("BSQ-ViT, EMA, no approximation", _IMAGENET, "lanczos", 18, 24.80, 0.7314, 0.0820, 1.23),
-    Published("BSQ-ViT", _IMAGENET, "lanczos", 18, 25.36, 0.7578, 0.0761, 1.14),
-    Published("BSQ-ViT, EMA", _IMAGENET, "lanczos", 18, 25.80, 0.7680, 0.0729, 1.30),
-    Published("BSQ-ViT", _IMAGENET, "lanczos", 36, 27.88, 0.8410, 0.0432, 0.41),
-    Published("BSQ-ViT, EMA", _IMAGENET, "lanczos", 36, 28.14, 0.8448, 0.0400, 0.45),
-    Published("SDXL-VAE", _IMAGENET, "bilinear", 64, 27.37, 0.7814, None, 0.67),
-    Published("BSQ-ViT", _IMAGENET, "bilinear", 18, 27.78, 0.8171, None, 0.99),
-    Published("BSQ-ViT", _IMAGENET, "bilinear", 36, 30.12, 0.8803, 0.0355, 0.36),
-    Published("SDXL-VAE", _COCO, "lanczos", 64, None, None, None, 4.23),
-    Published("BSQ-ViT", _COCO, "lanczos", 18, 25.08, 0.7662, 0.0744, 5.81),
-    Published("BSQ-ViT", _COCO, "lanczos", 36, 27.64, 0.8485, 0.0412, 3.42),
-    Published("BSQ-ViT, EMA", _COCO, "lanczos", 36, 27.92, 0.8526, 0.0380, 3.34),
+IMAGE_ROWS = (
+    PublishedResult("SDXL-VAE", _IMAGENET, "lanczos", 64, 25.38, 0.7276, 0.0666, 0.72),
+    PublishedResult("SD-VAE 2.x", _IMAGENET, "lanczos", 64, None, None, None, 0.78),
+    PublishedResult("DALL-E dVAE", _IMAGENET, "lanczos", 13, None, None, None, 36.84),
+    PublishedResult("ViT-VQGAN", _IMAGENET, "not stated", 13, None, None, None, 1.55),
+    PublishedResult("MaskGIT (p = 16)", _IMAGENET, "lanczos", 10, None, None, None, 2.23),
+    PublishedResult("BSQ-ViT, no approximation", _IMAGENET, "lanczos", 18, 24.79, 0.7319, 0.0836, 1.34),
+    PublishedResult("BSQ-ViT, EMA, no approximation", _IMAGENET, "lanczos", 18, 24.80, 0.7314, 0.0820, 1.23),
+    PublishedResult("BSQ-ViT", _IMAGENET, "lanczos", 18, 25.36, 0.7578, 0.0761, 1.14),
+    PublishedResult("BSQ-ViT, EMA", _IMAGENET, "lanczos", 18, 25.80, 0.7680, 0.0729, 1.30),
+    PublishedResult("BSQ-ViT", _IMAGENET, "lanczos", 36, 27.88, 0.8410, 0.0432, 0.41),
+    PublishedResult("BSQ-ViT, EMA", _IMAGENET, "lanczos", 36, 28.14, 0.8448, 0.0400, 0.45),
+    PublishedResult("SDXL-VAE", _IMAGENET, "bilinear", 64, 27.37, 0.7814, None, 0.67),
+    PublishedResult("BSQ-ViT", _IMAGENET, "bilinear", 18, 27.78, 0.8171, None, 0.99),
+    PublishedResult("BSQ-ViT", _IMAGENET, "bilinear", 36, 30.12, 0.8803, 0.0355, 0.36),
+    PublishedResult("SDXL-VAE", _COCO, "lanczos", 64, None, None, None, 4.23),
+    PublishedResult("BSQ-ViT", _COCO, "lanczos", 18, 25.08, 0.7662, 0.0744, 5.81),
+    PublishedResult("BSQ-ViT", _COCO, "lanczos", 36, 27.64, 0.8485, 0.0412, 3.42),
+    PublishedResult("BSQ-ViT, EMA", _COCO, "lanczos", 36, 27.92, 0.8526, 0.0380, 3.34),
 )
 
 
 @dataclass(frozen=True)
-class PublishedVideo:
+class PublishedVideoResult:
     """A row of the published table on UCF-101, clips of 16 frames at 128 px; a missing figure is None."""
 
     method: str
@@ -61,23 +61,23 @@ class PublishedVideo:
 
 
 VIDEO_ROWS = (
-    PublishedVideo("MaskGIT", "train", None, None, None, None, 216),
-    PublishedVideo("TATS", "train", None, None, None, None, 162),
-    PublishedVideo("MAGVIT-L", "train", 10, 22.0, 0.7010, 0.0990, 25),
-    PublishedVideo("MAGVIT-v2", "train", 18, None, None, 0.0694, 16.12),
-    PublishedVideo("MAGVIT-v2, deeper", "train", 18, None, None, 0.0537, 8.62),
-    PublishedVideo("BSQ-ViT, image model frame by frame", "train", 18, 25.86, 0.8273, 0.1089, 326),
-    PublishedVideo("BSQ-ViT, image model frame by frame", "test", 18, None, None, None, 342),
-    PublishedVideo("BSQ-ViT, not causal", "train", 18, None, None, None, 7.34),
-    PublishedVideo("BSQ-ViT, not causal", "test", 18, None, None, None, 10.57),
-    PublishedVideo("BSQ-ViT, block-causal", "train", 18, 32.08, 0.9421, 0.0244, 8.08),
-    PublishedVideo("BSQ-ViT, block-causal", "test", 18, None, None, None, 11.62),
-    PublishedVideo("BSQ-ViT, block-causal", "train", 36, 33.80, 0.9606, 0.0159, 4.10),
-    PublishedVideo("BSQ-ViT, block-causal", "test", 36, 33.55, 0.9588, 0.0167, 6.21),
+    PublishedVideoResult("MaskGIT", "train", None, None, None, None, 216),
+    PublishedVideoResult("TATS", "train", None, None, None, None, 162),
+    PublishedVideoResult("MAGVIT-L", "train", 10, 22.0, 0.7010, 0.0990, 25),
+    PublishedVideoResult("MAGVIT-v2", "train", 18, None, None, 0.0694, 16.12),
+    PublishedVideoResult("MAGVIT-v2, deeper", "train", 18, None, None, 0.0537, 8.62),
+    PublishedVideoResult("BSQ-ViT, image model frame by frame", "train", 18, 25.86, 0.8273, 0.1089, 326),
+    PublishedVideoResult("BSQ-ViT, image model frame by frame", "test", 18, None, None, None, 342),
+    PublishedVideoResult("BSQ-ViT, not causal", "train", 18, None, None, None, 7.34),
+    PublishedVideoResult("BSQ-ViT, not causal", "test", 18, None, None, None, 10.57),
+    PublishedVideoResult("BSQ-ViT, block-causal", "train", 18, 32.08, 0.9421, 0.0244, 8.08),
+    PublishedVideoResult("BSQ-ViT, block-causal", "test", 18, None, None, None, 11.62),
+    PublishedVideoResult("BSQ-ViT, block-causal", "train", 36, 33.80, 0.9606, 0.0159, 4.10),
+    PublishedVideoResult("BSQ-ViT, block-causal", "test", 36, 33.55, 0.9588, 0.0167, 6.21),
 )
 
 
-def markdown(kind: str = "images") -> str:
+def published_markdown(kind: str = "images") -> str:
     """The rows on "images" or "videos" as a Markdown table."""
     if kind == "videos":
         return _table(
@@ -86,7 +86,7 @@ def markdown(kind: str = "images") -> str:
         )
     return _table(
         ("published", "data", "filter", "bits", "PSNR", "SSIM", "LPIPS", "rFID"),
-        [(r.method, r.data, r.resize_filter, r.bits, r.psnr, r.ssim, r.lpips, r.rfid) for r in ROWS],
+        [(r.method, r.data, r.resize_filter, r.bits, r.psnr, r.ssim, r.lpips, r.rfid) for r in IMAGE_ROWS],
     )
 
 

@@ -11,7 +11,7 @@ import jinja2
 
 from bsq_ray import config, storage
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
-from bsq_ray.training.monitoring.console import duration
+from bsq_ray.training.monitoring.console import format_duration
 
 # Curves of the report: title, unit, and the records and names they are drawn from.
 _CURVES = (
@@ -34,59 +34,59 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
     text = storage.read_text(storage.join(run_url, "config.yaml"))
     summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
-    clips = results["contract"]["kind"] == "videos"
+    is_video = results["contract"]["kind"] == "videos"
     environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)
     html = environment.get_template("report.html").render(
         run=config.parse_config(text, storage.join(run_url, "config.yaml")),
         config_text=text,
         contract=results["contract"],
         model_id=results["model_id"],
-        header=[spec[0] for spec in _shown(results).values()],
-        rows=_table(results),
-        clips=clips,
-        picture=_embedded(evaluation_url, "png"),
-        animation=_embedded(evaluation_url, "webp") if clips else None,
+        header=[spec[0] for spec in _visible_columns(results).values()],
+        rows=_table_rows(results),
+        clips=is_video,
+        picture=_data_url(evaluation_url, "png"),
+        animation=_data_url(evaluation_url, "webp") if is_video else None,
         frame_curves=_frame_curves(results),
-        curves=[curve for spec in _CURVES if (curve := _curve(records, *spec))],
+        curves=[curve for spec in _CURVES if (curve := _training_curve(records, *spec))],
         figures=results["rows"]["model"],
         summary=summary,
-        duration=duration(summary["seconds"]),
+        duration=format_duration(summary["seconds"]),
         run_url=run_url,
         contract_text=json.dumps(results["contract"], indent=2),
     )
     storage.write_bytes(out_url, html.encode())
 
 
-def _embedded(evaluation_url: str, suffix: str) -> str:
+def _data_url(evaluation_url: str, suffix: str) -> str:
     """A picture of the evaluation as a URL that needs no other file."""
-    picture = storage.read_bytes(storage.join(evaluation_url, f"reconstructions.{suffix}"))
-    return f"data:image/{suffix};base64,{base64.b64encode(picture).decode()}"
+    content = storage.read_bytes(storage.join(evaluation_url, f"reconstructions.{suffix}"))
+    return f"data:image/{suffix};base64,{base64.b64encode(content).decode()}"
 
 
-def _shown(results: dict[str, Any]) -> dict[str, Any]:
+def _visible_columns(results: dict[str, Any]) -> dict[str, Any]:
     return {key: spec for key, spec in COLUMNS.items() if any(key in row for row in results["rows"].values())}
 
 
-def _table(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
+def _table_rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Rows of (name, [(text, whether it is the better one)])."""
     rows = []
-    for name, figures in results["rows"].items():
+    for name, metrics in results["rows"].items():
         cells = []
-        for key, (_, digits, better) in _shown(results).items():
+        for key, (_, digits, better) in _visible_columns(results).items():
             values = [row[key] for row in results["rows"].values() if key in row]
-            best = better is not None and key in figures and len(values) > 1 and figures[key] == better(values)
-            cells.append((f"{figures[key]:.{digits}f}" if key in figures else "–", best))
+            best = better is not None and key in metrics and len(values) > 1 and metrics[key] == better(values)
+            cells.append((f"{metrics[key]:.{digits}f}" if key in metrics else "–", best))
         rows.append((name, cells))
     return rows
 
 
-def _curve(
+def _training_curve(
     records: list[dict[str, Any]], title: str, unit: str, kind: str, names: tuple[str, ...]
 ) -> dict[str, str] | None:
     """A plot of a run's records; None if it has nothing to draw."""
-    drawn = {name: [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r] for name in names}
-    drawn = {name: points for name, points in drawn.items() if len(points) > 1}
-    return _plot(drawn, title, "step", unit) if drawn else None
+    series = {name: [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r] for name in names}
+    series = {name: points for name, points in series.items() if len(points) > 1}
+    return _plot(series, title, "step", unit) if series else None
 
 
 def _frame_curves(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -95,24 +95,24 @@ def _frame_curves(results: dict[str, Any]) -> list[dict[str, str]]:
     curves = []
     for name, title, unit in (("psnr", "PSNR by place in the clip", "dB"), ("lpips", "LPIPS by place in the clip", "")):
         drawn = {
-            "this tokenizer" if row == "model" else row: list(enumerate(figures[name], 1))
-            for row, figures in rows.items()
+            "this tokenizer" if row == "model" else row: list(enumerate(metrics[name], 1))
+            for row, metrics in rows.items()
         }
         curves += [_plot(drawn, title, "frame", unit)] if drawn else []
     return curves
 
 
-def _plot(drawn: dict[str, list[tuple[int, float]]], title: str, across: str, unit: str) -> dict[str, str]:
+def _plot(series: dict[str, list[tuple[int, float]]], title: str, x_label: str, unit: str) -> dict[str, str]:
     """Lines of (x, y) as inline SVG with its description."""
     from matplotlib.figure import Figure
 
     # Greys that read on white and on black.
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    for (name, points), colour in zip(drawn.items(), ("#2a78c2", "#d0742c"), strict=False):
+    for (name, points), color in zip(series.items(), ("#2a78c2", "#d0742c"), strict=False):
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=name.replace("_", " "), color=colour, linewidth=1.6)
-    axes.set_xlabel(across, color="#808080")
+        axes.plot(steps, values, label=name.replace("_", " "), color=color, linewidth=1.6)
+    axes.set_xlabel(x_label, color="#808080")
     axes.set_ylabel(unit, color="#808080")
     axes.tick_params(colors="#808080")
     axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
@@ -121,6 +121,6 @@ def _plot(drawn: dict[str, list[tuple[int, float]]], title: str, across: str, un
     axes.legend(frameon=False, labelcolor="#808080")
     svg = io.StringIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in drawn.items())
+    last = ", ".join(f"{name.replace('_', ' ')} ends at {points[-1][1]:.3g}" for name, points in series.items())
     text = svg.getvalue()
-    return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over {across}s: {last}."}
+    return {"title": title, "svg": text[text.index("<svg") :], "description": f"{title} over {x_label}s: {last}."}

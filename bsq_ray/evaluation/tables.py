@@ -15,14 +15,14 @@ def metric_table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, 
         rows: figures by name, for each row's name.
         columns: by the names of figures, in their order.
     """
-    shown = {key: column for key, column in columns.items() if any(key in figures for figures in rows.values())}
-    lines = ["| | " + " | ".join(title for title, _, _ in shown.values()) + " |", "|---" * (len(shown) + 1) + "|"]
-    for name, figures in rows.items():
+    visible = {key: column for key, column in columns.items() if any(key in metrics for metrics in rows.values())}
+    lines = ["| | " + " | ".join(title for title, _, _ in visible.values()) + " |", "|---" * (len(visible) + 1) + "|"]
+    for name, metrics in rows.items():
         cells = []
-        for key, (_, digits, better) in shown.items():
+        for key, (_, digits, better) in visible.items():
             values = [other[key] for other in rows.values() if key in other]
-            text = f"{figures[key]:.{digits}f}" if key in figures else "–"
-            best = better is not None and key in figures and len(values) > 1 and figures[key] == better(values)
+            text = f"{metrics[key]:.{digits}f}" if key in metrics else "–"
+            best = better is not None and key in metrics and len(values) > 1 and metrics[key] == better(values)
             cells.append(f"**{text}**" if best else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

@@ -38,6 +38,6 @@ def r1_penalty(real: Tensor, images_B: Tensor) -> Tensor:
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Ratio of the two losses' gradient norms at the last layer, at most 1e4 (Esser et al., 2021). Detached."""
-    [by_reconstruction] = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    [by_adversarial] = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (by_reconstruction.norm() / (by_adversarial.norm() + 1e-4)).clamp(0, 1e4).detach()
+    [reconstruction_gradient] = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    [adversarial_gradient] = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

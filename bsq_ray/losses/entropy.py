@@ -55,7 +55,7 @@ def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Te
     Args:
         mean_L: mean probability of each bit over this worker's batch.
     """
-    mean_L = worker_mean(mean_L, across_workers)
+    mean_L = all_reduce_mean(mean_L, across_workers)
     return _entropy_terms(torch.cat([mean_L, 1 - mean_L])).sum()
 
 
@@ -70,21 +70,21 @@ def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers:
     low_GNK = _joint(probability_GNg[..., :half])
     high_GNK = _joint(probability_GNg[..., half:])
     mean_GKK = torch.bmm(low_GNK.transpose(1, 2), high_GNK) / logits_NL.shape[0]
-    return _entropy_terms(worker_mean(mean_GKK, across_workers)).sum()
+    return _entropy_terms(all_reduce_mean(mean_GKK, across_workers)).sum()
 
 
-def worker_mean(local: Tensor, across_workers: bool) -> Tensor:
+def all_reduce_mean(local: Tensor, across_workers: bool) -> Tensor:
     """The average over all workers, with the gradient of this worker's part alone.
 
     Gradients are averaged over workers afterwards, which makes the whole exactly the gradient of the joined batch.
     Without gradients nothing is exchanged, so that one worker alone may encode while the others do something else.
     """
-    joining = across_workers and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-    if not joining or dist.get_world_size() == 1:
+    should_reduce = across_workers and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
+    if not should_reduce or dist.get_world_size() == 1:
         return local
-    joined = local.detach().clone()
-    dist.all_reduce(joined)
-    return local + (joined / dist.get_world_size() - local.detach())
+    reduced = local.detach().clone()
+    dist.all_reduce(reduced)
+    return local + (reduced / dist.get_world_size() - local.detach())
 
 
 def _entropy_terms(p: Tensor) -> Tensor:

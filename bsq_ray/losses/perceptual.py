@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray.metrics.pretrained_weights import resolve_once
-from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
 
 class PerceptualLoss(nn.Module):
@@ -37,26 +37,28 @@ class PerceptualLoss(nn.Module):
         """Features of images in [-1, 1] at the five layers, each of unit length along the channels."""
         scaled_BCHW = self.lpips.scaling_layer(images_BCHW).contiguous(memory_format=torch.channels_last)
         # Half precision features are normalised in fp32: their squares overflow the mantissa.
-        return [_unit(layer.float()) for layer in self.lpips.net(scaled_BCHW)]
+        return [_normalize(layer.float()) for layer in self.lpips.net(scaled_BCHW)]
 
     def forward(self, reconstruction_BCHW: Tensor, original_BCHW: Tensor) -> Tensor:
         """LPIPS of each pair, fp32 (B,). The original's features are computed without gradients."""
         with torch.no_grad():
-            originals = self.features(original_BCHW)
+            original_features = self.features(original_BCHW)
         distance_B = reconstruction_BCHW.new_zeros(len(reconstruction_BCHW), dtype=torch.float32)
-        for theirs, ours, head in zip(originals, self.features(reconstruction_BCHW), self.lpips.lins, strict=True):
+        for original, reconstructed, head in zip(
+            original_features, self.features(reconstruction_BCHW), self.lpips.lins, strict=True
+        ):
             weight_C = cast(Tensor, head.model[-1].weight).flatten()
             # A product of matrices would be rounded to bf16 under autocast.
-            distance_B = distance_B + ((ours - theirs).square().mean((2, 3)) * weight_C).sum(1)
+            distance_B = distance_B + ((reconstructed - original).square().mean((2, 3)) * weight_C).sum(1)
         return distance_B
 
 
-def _unit(features_BCHW: Tensor) -> Tensor:
+def _normalize(features_BCHW: Tensor) -> Tensor:
     return features_BCHW / (features_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
 def _build(network: str) -> Any:
-    prepare_torchvision()
+    stub_torchvision_ops()
     import warnings
 
     import lpips
@@ -68,7 +70,7 @@ def _build(network: str) -> Any:
     convolutions = [module for module in model.net.modules() if isinstance(module, nn.Conv2d)]
     assert 2 * len(convolutions) == len(weights)
     with torch.no_grad():
-        for number, convolution in enumerate(convolutions):
-            convolution.weight.copy_(weights[f"conv.{number}.weight"])
-            cast(Tensor, convolution.bias).copy_(weights[f"conv.{number}.bias"])
+        for index, convolution in enumerate(convolutions):
+            convolution.weight.copy_(weights[f"conv.{index}.weight"])
+            cast(Tensor, convolution.bias).copy_(weights[f"conv.{index}.bias"])
     return model.to(memory_format=torch.channels_last)

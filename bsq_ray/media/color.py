@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image, ImageCms
 
 
-class Colour(NamedTuple):
+class Color(NamedTuple):
     """Code points of ITU-T H.273, and whether all 256 values of a source are used (1) or 16 to 235 (0)."""
 
     primaries: int
@@ -17,7 +17,7 @@ class Colour(NamedTuple):
     full_range: int
 
 
-SRGB = Colour(1, 13, 0, 1)
+SRGB = Color(1, 13, 0, 1)
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -30,10 +30,10 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if not profile or mode not in ("RGB", "RGBA", "P"):
         return rgb
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source.profile.xcolor_space.strip() != "RGB":
+        source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source_profile.profile.xcolor_space.strip() != "RGB":
             return rgb
-        converted = ImageCms.profileToProfile(rgb, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(rgb, source_profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
         # A profile that nobody can read says nothing about the colours.
         return rgb

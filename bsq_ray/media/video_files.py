@@ -17,12 +17,12 @@ import av
 import numpy as np
 
 from bsq_ray.codec.container import MAX_PIXELS
-from bsq_ray.media.color import Colour
+from bsq_ray.media.color import Color
 
 # What FFmpeg's scaler calculates with; anything else is written as BT.709.
-_MATRICES = {1, 2, 4, 5, 6, 7, 9}
+_SCALER_MATRICES = {1, 2, 4, 5, 6, 7, 9}
 _BT709 = 1
-_WRITTEN: dict[str, tuple[str, dict[str, str]]] = {
+_ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     # Slices of one frame would be coded in threads; a frame at a time is fast enough and always the same file.
     "matroska": ("ffv1", {"level": "3", "slices": "4"}),
     "mp4": ("libx264", {"crf": "10", "preset": "medium"}),
@@ -30,7 +30,7 @@ _WRITTEN: dict[str, tuple[str, dict[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoStream:
     """A video being read.
 
     Attributes:
@@ -43,18 +43,18 @@ class Video:
     """
 
     frames: Generator[np.ndarray, None, None]
-    rate: Fraction
-    count: int
+    frame_rate: Fraction
+    num_frames: int
     size: tuple[int, int]
-    colour: Colour
-    has_sound: bool
+    color: Color
+    has_audio: bool
 
 
-class TooLarge(ValueError):
+class TooLargeError(ValueError):
     """The frames have more pixels than are taken."""
 
 
-def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int = MAX_PIXELS) -> Video:
+def read_video(file: IO[bytes] | str, container_format: str | None = None, max_pixels: int = MAX_PIXELS) -> VideoStream:
     """Opens a video by its path or as an open file.
 
     Args:
@@ -67,9 +67,9 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
     """
     try:
         # FFmpeg would decode frames already to find out what the streams are.
-        container = av.open(file, format=kind, options={"skip_frame": "all"})
+        container = av.open(file, format=container_format, options={"skip_frame": "all"})
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"not a video of a known format ({_fault(error)})") from error
+        raise ValueError(f"not a video of a known format ({_error_text(error)})") from error
     if not container.streams.video:
         container.close()
         raise ValueError("it holds no video")
@@ -80,26 +80,24 @@ def read_video(file: IO[bytes] | str, kind: str | None = None, max_pixels: int =
     size = stream.width, stream.height
     try:
         _check_size(*size, max_pixels)
-    except TooLarge:
+    except TooLargeError:
         container.close()
         raise
-    frames = _frames(container, stream, max_pixels)
+    frames = _decode_frames(container, stream, max_pixels)
     first = next(frames, None)
     if first is None:
         raise ValueError("its video has no frames")
-    colour = Colour(
-        int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2)
-    )
-    rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-    return Video(_pixels(first, frames), rate, stream.frames, size, colour, bool(container.streams.audio))
+    color = Color(int(first.color_primaries), int(first.color_trc), int(first.colorspace), int(first.color_range == 2))
+    frame_rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+    return VideoStream(_iter_rgb(first, frames), frame_rate, stream.frames, size, color, bool(container.streams.audio))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise TooLarge(f"its frames have {width} x {height} pixels; at most {max_pixels} are taken")
+        raise TooLargeError(f"its frames have {width} x {height} pixels; at most {max_pixels} are taken")
 
 
-def _frames(container: Any, stream: Any, max_pixels: int) -> Iterator[Any]:
+def _decode_frames(container: Any, stream: Any, max_pixels: int) -> Iterator[Any]:
     count = 0
     with container:
         try:
@@ -109,21 +107,23 @@ def _frames(container: Any, stream: Any, max_pixels: int) -> Iterator[Any]:
                 yield frame
                 count += 1
         except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"the video is damaged after {count} frames ({_fault(error)})") from error
+            raise ValueError(f"the video is damaged after {count} frames ({_error_text(error)})") from error
 
 
-def _pixels(first: Any, frames: Iterator[Any]) -> Generator[np.ndarray, None, None]:
-    yield _upright(first)
+def _iter_rgb(first: Any, frames: Iterator[Any]) -> Generator[np.ndarray, None, None]:
+    yield _to_upright_rgb(first)
     for frame in frames:
-        yield _upright(frame)
+        yield _to_upright_rgb(frame)
 
 
-def _upright(frame: Any) -> np.ndarray:
+def _to_upright_rgb(frame: Any) -> np.ndarray:
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
 
-def write_video(file: IO[bytes] | str, kind: str, frames: Iterable[np.ndarray], rate: Fraction, colour: Colour) -> int:
+def write_video(
+    file: IO[bytes] | str, container_format: str, frames: Iterable[np.ndarray], frame_rate: Fraction, color: Color
+) -> int:
     """Writes frames to a file; returns how many.
 
     Args:
@@ -134,39 +134,39 @@ def write_video(file: IO[bytes] | str, kind: str, frames: Iterable[np.ndarray], 
     Raises:
         ValueError: FFmpeg cannot write such a video.
     """
-    codec, options = _WRITTEN[kind]
-    count = 0
+    codec, options = _ENCODERS[container_format]
+    num_written = 0
     stream: Any = None
     try:
-        with av.open(file, "w", format=kind) as container:
+        with av.open(file, "w", format=container_format) as container:
             for pixels_HWC in frames:
                 if stream is None:
-                    stream = container.add_stream(codec, rate=rate, options=options)
-                    _mark(stream, kind, pixels_HWC.shape, colour)
-                container.mux(stream.encode(_frame(pixels_HWC, stream)))
-                count += 1
+                    stream = container.add_stream(codec, rate=frame_rate, options=options)
+                    _set_color_tags(stream, container_format, pixels_HWC.shape, color)
+                container.mux(stream.encode(_to_av_frame(pixels_HWC, stream)))
+                num_written += 1
             if stream is not None:
                 container.mux(stream.encode())
     except (av.error.FFmpegError, OverflowError) as error:
-        raise ValueError(f"the video cannot be written ({_fault(error)})") from error
-    return count
+        raise ValueError(f"the video cannot be written ({_error_text(error)})") from error
+    return num_written
 
 
-def _mark(stream: Any, kind: str, shape: tuple[int, ...], colour: Colour) -> None:
+def _set_color_tags(stream: Any, container_format: str, shape: tuple[int, ...], color: Color) -> None:
     stream.height, stream.width = shape[:2]
     context = stream.codec_context
-    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
-    if kind == "matroska":
+    context.color_primaries, context.color_trc = color.primaries, color.transfer
+    if container_format == "matroska":
         stream.pix_fmt = "bgr0"
         return
     even = shape[0] % 2 == 0 and shape[1] % 2 == 0
     # Half the colour in each direction is what every player takes, but it needs even sides.
     stream.pix_fmt = "yuv420p" if even else "yuv444p"
-    context.colorspace = colour.matrix if colour.matrix in _MATRICES else _BT709
-    context.color_range = 2 if colour.full_range else 1
+    context.colorspace = color.matrix if color.matrix in _SCALER_MATRICES else _BT709
+    context.color_range = 2 if color.full_range else 1
 
 
-def _frame(pixels_HWC: np.ndarray, stream: Any) -> Any:
+def _to_av_frame(pixels_HWC: np.ndarray, stream: Any) -> Any:
     frame = av.VideoFrame.from_ndarray(pixels_HWC, "rgb24")
     if stream.pix_fmt == "bgr0":
         return frame.reformat(format="bgr0")
@@ -176,5 +176,5 @@ def _frame(pixels_HWC: np.ndarray, stream: Any) -> Any:
     )
 
 
-def _fault(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:160] or type(error).__name__

@@ -19,7 +19,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.manifest import Video
+from bsq_ray.data.manifest import VideoInfo
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".vob", ".wmv", ".asf",
@@ -27,11 +27,11 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 
 # A time between two frames is regular within this share of the usual one; a few irregular ones are dropped frames.
-_REGULAR, _IRREGULAR_SHARE = 0.5, 0.05
+_INTERVAL_TOLERANCE, _MAX_IRREGULAR_FRACTION = 0.5, 0.05
 # Frames that a decoder may give out of order.
-_REORDERED = 32
+_MAX_REORDERED_FRAMES = 32
 # A file that holds fewer than this share of the frames it declares is cut off.
-_WHOLE_SHARE = 0.9
+_MIN_DECODED_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Probe:
         interval: usual time between frames, seconds.
     """
 
-    video: Video
-    seconds: np.ndarray
-    interval: float
+    video: VideoInfo
+    times_s: np.ndarray
+    interval_s: float
 
     @property
-    def variable(self) -> bool:
+    def is_variable_rate(self) -> bool:
         """Whether the frames do not follow each other at a constant rate."""
-        off = np.abs(np.diff(self.seconds) / self.interval - 1) > _REGULAR
-        return bool(off.mean() > _IRREGULAR_SHARE) if len(off) else False
+        off = np.abs(np.diff(self.times_s) / self.interval_s - 1) > _INTERVAL_TOLERANCE
+        return bool(off.mean() > _MAX_IRREGULAR_FRACTION) if len(off) else False
 
 
 def probe(file: IO[bytes]) -> Probe:
@@ -63,83 +63,83 @@ def probe(file: IO[bytes]) -> Probe:
     """
     with open_video(file) as (container, stream):
         times: list[int] = []
-        keys: list[int] = []
-        size, corrupt, declared = (0, 0), 0, stream.frames
-        for frame in decode(container, stream):
+        key_frames: list[int] = []
+        size, num_corrupt, num_declared = (0, 0), 0, stream.frames
+        for frame in decode_frames(container, stream):
             if frame.key_frame:
-                keys.append(len(times))
-            corrupt += frame.is_corrupt
+                key_frames.append(len(times))
+            num_corrupt += frame.is_corrupt
             size = size if times else _upright_size(frame)
-            times.append(time_of(frame))
+            times.append(frame_timestamp(frame))
         base = float(stream.time_base or Fraction(1, 1))
         rate = float(stream.average_rate or stream.base_rate or 25)
     if not times:
         raise ValueError("holds no frames")
-    if corrupt:
-        raise ValueError(f"{corrupt} of {len(times)} frames are corrupt")
-    if len(times) < _WHOLE_SHARE * declared:
-        raise ValueError(f"ends after {len(times)} of {declared} frames")
-    interval = _usual_step(np.diff(times) * base) or 1 / rate
-    starts = [0, *(key for key in keys if key and _found_by_its_time(times, key))]
-    video = Video(len(times), 1 / interval, *size, tuple(starts), tuple(times[key] for key in starts))
+    if num_corrupt:
+        raise ValueError(f"{num_corrupt} of {len(times)} frames are corrupt")
+    if len(times) < _MIN_DECODED_FRACTION * num_declared:
+        raise ValueError(f"ends after {len(times)} of {num_declared} frames")
+    interval = _median_frame_step(np.diff(times) * base) or 1 / rate
+    seekable = [0, *(key for key in key_frames if key and _is_seekable(times, key))]
+    video = VideoInfo(len(times), 1 / interval, *size, tuple(seekable), tuple(times[key] for key in seekable))
     return Probe(video, np.array(times) * base, interval)
 
 
-def _usual_step(steps: np.ndarray) -> float:
+def _median_frame_step(steps: np.ndarray) -> float:
     """Mean of the steps that are near their median, which rounded time stamps do not shift; 0 if there is none."""
-    near = steps[np.abs(steps - np.median(steps)) <= _REGULAR * np.median(steps)] if len(steps) else steps
+    near = steps[np.abs(steps - np.median(steps)) <= _INTERVAL_TOLERANCE * np.median(steps)] if len(steps) else steps
     return float(near.mean()) if len(near) else 0.0
 
 
-def _found_by_its_time(times: list[int], key: int) -> bool:
+def _is_seekable(times: list[int], key: int) -> bool:
     """Whether no frame near it is shown out of order, so that seeking to its time finds this frame."""
-    near = slice(max(0, key - _REORDERED), key + _REORDERED)
+    near = slice(max(0, key - _MAX_REORDERED_FRAMES), key + _MAX_REORDERED_FRAMES)
     return times[near] == sorted(set(times[near]))
 
 
-def read_frames(file: IO[bytes], video: Video, start: int, count: int, stride: int) -> Iterator[Image.Image]:
+def read_frames(file: IO[bytes], video: VideoInfo, start: int, num_frames: int, stride: int) -> Iterator[Image.Image]:
     """Frames start, start + stride, … as RGB; only what lies between them and the key frame before is decoded.
 
     Raises:
         ValueError: the file is damaged, or not the one that `video` was made of.
     """
-    wanted = range(start, start + count * stride, stride)
-    place = bisect.bisect_right(video.key_frames, start) - 1
-    given = 0
-    for number, frame in _from_key_frame(file, video, place):
-        if number == wanted[given]:
-            yield upright(frame)
-            given += 1
-            if given == count:
+    frame_indices = range(start, start + num_frames * stride, stride)
+    key_index = bisect.bisect_right(video.key_frames, start) - 1
+    num_yielded = 0
+    for number, frame in _decode_from_key_frame(file, video, key_index):
+        if number == frame_indices[num_yielded]:
+            yield to_upright_rgb(frame)
+            num_yielded += 1
+            if num_yielded == num_frames:
                 return
-    raise ValueError(f"ends before frame {wanted[given]} of {video.frames}")
+    raise ValueError(f"ends before frame {frame_indices[num_yielded]} of {video.frames}")
 
 
-def _from_key_frame(file: IO[bytes], video: Video, place: int) -> Iterator[tuple[int, Any]]:
+def _decode_from_key_frame(file: IO[bytes], video: VideoInfo, key_index: int) -> Iterator[tuple[int, Any]]:
     """Numbered frames from a key frame on; from the first one where the container cannot seek to it."""
-    if place:
+    if key_index:
         with open_video(file) as (container, stream):
-            frames = _sought(container, stream, video.key_times[place])
+            frames = _seek(container, stream, video.key_times[key_index])
             first = next(frames, None)
             if first is not None:
-                yield video.key_frames[place], first
-                yield from enumerate(frames, video.key_frames[place] + 1)
+                yield video.key_frames[key_index], first
+                yield from enumerate(frames, video.key_frames[key_index] + 1)
                 return
     file.seek(0)
     with open_video(file) as (container, stream):
-        yield from enumerate(decode(container, stream))
+        yield from enumerate(decode_frames(container, stream))
 
 
-def _sought(container: Any, stream: Any, time: int) -> Iterator[Any]:
+def _seek(container: Any, stream: Any, timestamp: int) -> Iterator[Any]:
     """Frames from the one at `time` on; none if it is not found."""
     try:
-        container.seek(time, stream=stream)
+        container.seek(timestamp, stream=stream)
     except av.FFmpegError:
         return
-    frames = decode(container, stream)
+    frames = decode_frames(container, stream)
     # Frames that are shown before their key frame come without what they refer to.
-    first = next((frame for frame in frames if time_of(frame) >= time), None)
-    if first is not None and time_of(first) == time:
+    first = next((frame for frame in frames if frame_timestamp(frame) >= timestamp), None)
+    if first is not None and frame_timestamp(first) == timestamp:
         yield first
         yield from frames
 
@@ -159,7 +159,7 @@ def open_video(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"cannot be decoded: {error.strerror}") from error
 
 
-def decode(container: Any, stream: Any) -> Iterator[Any]:
+def decode_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames in the order in which they are shown."""
     for packet in container.demux(stream):
         # An empty packet repeats the frame before; only the last one, without a time, empties the decoder.
@@ -167,7 +167,7 @@ def decode(container: Any, stream: Any) -> Iterator[Any]:
             yield from packet.decode()
 
 
-def time_of(frame: Any) -> int:
+def frame_timestamp(frame: Any) -> int:
     """Time stamp of a frame in the units of its stream.
 
     Raises:
@@ -179,7 +179,7 @@ def time_of(frame: Any) -> int:
     return int(time)
 
 
-def upright(frame: Any) -> Image.Image:
+def to_upright_rgb(frame: Any) -> Image.Image:
     """RGB, turned as the file says it is to be shown."""
     image: Image.Image = frame.to_image()
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image

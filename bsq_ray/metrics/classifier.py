@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bsq_ray.metrics.pretrained_weights import resolve_once
 
-FEATURES, CLASSES = 1280, 1000
-_SIDE, _MEAN, _SCALE = 224, 127 / 255, 128 / 255
+NUM_FEATURES, NUM_CLASSES = 1280, 1000
+_INPUT_SIZE, _MEAN, _SCALE = 224, 127 / 255, 128 / 255
 # Blocks, kernel, stride of the first, expansion, channels.
 _STAGES = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
@@ -27,7 +27,7 @@ _STAGES = (
 )  # fmt: skip
 
 
-class Classifier(nn.Module):
+class EfficientNetLite0(nn.Module):
     """Images to the 1280 features of the last pooling layer; `logits` makes the classes of them.
 
     Raises:
@@ -42,8 +42,8 @@ class Classifier(nn.Module):
             for block in range(blocks):
                 layers.append(_Bottleneck(channels, out, kernel, 1 if block else stride, expansion))
                 channels = out
-        self.layers = nn.Sequential(*layers, _Conv(channels, FEATURES, 1))
-        self.top = nn.Linear(FEATURES, CLASSES)
+        self.layers = nn.Sequential(*layers, _Conv(channels, NUM_FEATURES, 1))
+        self.top = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         weights = resolve_once("imagenet-classifier").tensors
         convs = [module for module in self.modules() if isinstance(module, _Conv)]
         assert 5 * len(convs) + 2 == len(weights)
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """RGB in [-1, 1] of any size to fp32 (B, 1280)."""
-        x_BCHW = F.interpolate(images_BCHW.float(), (_SIDE, _SIDE), mode="bicubic", antialias=True)
+        x_BCHW = F.interpolate(images_BCHW.float(), (_INPUT_SIZE, _INPUT_SIZE), mode="bicubic", antialias=True)
         x_BCHW = ((x_BCHW + 1) / 2 - _MEAN) / _SCALE
         return cast(Tensor, self.layers(x_BCHW).mean((2, 3)))
 
@@ -76,33 +76,33 @@ class _Conv(nn.Module):
     """Convolution with "same" padding, batch norm, and ReLU6 where it is wanted."""
 
     def __init__(
-        self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1, limit: float = 6.0
+        self, channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, max_value: float = 6.0
     ) -> None:
         super().__init__()
-        self.kernel, self.stride, self.limit = kernel, stride, limit
-        self.conv = nn.Conv2d(channels, out, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out, eps=1e-3)
+        self.kernel, self.stride, self.max_value = kernel, stride, max_value
+        self.conv = nn.Conv2d(channels, out_channels, kernel, stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         padding = []
         for side in (x_BCHW.shape[3], x_BCHW.shape[2]):
-            missing = max((-(-side // self.stride) - 1) * self.stride + self.kernel - side, 0)
-            padding += [missing // 2, missing - missing // 2]
+            total_padding = max((-(-side // self.stride) - 1) * self.stride + self.kernel - side, 0)
+            padding += [total_padding // 2, total_padding - total_padding // 2]
         x_BCHW = self.norm(self.conv(F.pad(x_BCHW, padding)))
-        return x_BCHW if self.limit == float("inf") else x_BCHW.clamp(0, self.limit)
+        return x_BCHW if self.max_value == float("inf") else x_BCHW.clamp(0, self.max_value)
 
 
 class _Bottleneck(nn.Module):
     """Expand, filter each channel, project; plus the input where shapes allow."""
 
-    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
         inner = channels * expansion
         expand = [_Conv(channels, inner, 1)] if expansion > 1 else []
         depthwise = _Conv(inner, inner, kernel, stride, groups=inner)
-        self.layers = nn.Sequential(*expand, depthwise, _Conv(inner, out, 1, limit=float("inf")))
-        self.adds = stride == 1 and channels == out
+        self.layers = nn.Sequential(*expand, depthwise, _Conv(inner, out_channels, 1, max_value=float("inf")))
+        self.has_residual = stride == 1 and channels == out_channels
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW: Tensor = self.layers(x_BCHW)
-        return x_BCHW + y_BCHW if self.adds else y_BCHW
+        return x_BCHW + y_BCHW if self.has_residual else y_BCHW

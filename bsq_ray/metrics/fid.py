@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # Features kept for KID: 2,000 x 2,048 doubles are 32 MB.
-_KEPT = 2000
+_KID_SUBSET_SIZE = 2000
 
 
 def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
@@ -27,10 +27,10 @@ class FeatureStatistics:
     """Sums of features for FID and a bounded part of the features for KID."""
 
     def __init__(self, width: int = 2048) -> None:
-        self.count = 0
+        self.num_samples = 0
         self._sum_D = np.zeros(width)
         self._products_DD = np.zeros((width, width))
-        self._kept_ND = np.zeros((0, width))
+        self._kid_subset_ND = np.zeros((0, width))
         self._ranks_N = np.zeros(0, np.uint64)
 
     def update(self, features_ND: np.ndarray, keys: Sequence[str]) -> None:
@@ -38,28 +38,28 @@ class FeatureStatistics:
         features_ND = features_ND.astype(np.float64)
         self._sum_D += features_ND.sum(0)
         self._products_DD += features_ND.T @ features_ND
-        self._keep(features_ND, sampling_ranks(keys))
-        self.count += len(features_ND)
+        self._update_kid_subset(features_ND, sampling_ranks(keys))
+        self.num_samples += len(features_ND)
 
-    def _keep(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
+    def _update_kid_subset(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
         ranks_N = np.concatenate([self._ranks_N, ranks_N])
-        first_N = np.argsort(ranks_N, kind="stable")[:_KEPT]
+        first_N = np.argsort(ranks_N, kind="stable")[:_KID_SUBSET_SIZE]
         self._ranks_N = ranks_N[first_N]
-        self._kept_ND = np.concatenate([self._kept_ND, features_ND])[first_N]
+        self._kid_subset_ND = np.concatenate([self._kid_subset_ND, features_ND])[first_N]
 
-    def kept(self) -> np.ndarray:
+    def kid_subset(self) -> np.ndarray:
         """The kept features (N, D), N at most 2,000, in an order that depends on the keys only."""
-        return self._kept_ND
+        return self._kid_subset_ND
 
     def mean(self) -> np.ndarray:
         """Mean (D,)."""
-        return self._sum_D / self.count
+        return self._sum_D / self.num_samples
 
     def covariance(self) -> np.ndarray:
         """Unbiased covariance (D, D)."""
         mean_D = self.mean()
-        centred_DD = self._products_DD - self.count * np.outer(mean_D, mean_D)
-        return centred_DD / (self.count - 1)
+        centered_DD = self._products_DD - self.num_samples * np.outer(mean_D, mean_D)
+        return centered_DD / (self.num_samples - 1)
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
@@ -68,7 +68,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     Raises:
         ValueError: a set has fewer than two images.
     """
-    if min(first.count, second.count) < 2:
+    if min(first.num_samples, second.num_samples) < 2:
         raise ValueError("a Fréchet distance needs at least two images or clips in each set")
     difference_D = first.mean() - second.mean()
     first_DD, second_DD = first.covariance(), second.covariance()

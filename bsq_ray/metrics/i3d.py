@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from bsq_ray.metrics.pretrained_weights import resolve_once
 
-FEATURES = 400
+NUM_FEATURES = 400
 # Shorter clips leave the last pool less than its two places in time.
-FEWEST_FRAMES = 9
-_SIDE = 224
+MIN_FRAMES = 9
+_INPUT_SIZE = 224
 _NORM_EPSILON = 1e-3
 
 _Size = tuple[int, int, int]
@@ -52,9 +52,9 @@ class I3D(nn.Module):
         Frames are resized to 224 x 224, bilinear without aligned corners.
         """
         batch, frames = clips_B3THW.shape[0], clips_B3THW.shape[2]
-        assert frames >= FEWEST_FRAMES, f"{frames} frames"
+        assert frames >= MIN_FRAMES, f"{frames} frames"
         x_B3HW = clips_B3THW.float().transpose(1, 2).flatten(0, 1)
-        x_B3HW = F.interpolate(x_B3HW, (_SIDE, _SIDE), mode="bilinear", align_corners=False)
+        x_B3HW = F.interpolate(x_B3HW, (_INPUT_SIZE, _INPUT_SIZE), mode="bilinear", align_corners=False)
         x_BCTHW = x_B3HW.unflatten(0, (batch, frames)).transpose(1, 2)
         x_BCTHW = _pool(self._unit("Conv3d_1a_7x7", x_BCTHW, stride=2), (1, 3, 3), (1, 2, 2))
         x_BCTHW = self._unit("Conv3d_2c_3x3", self._unit("Conv3d_2b_1x1", x_BCTHW))
@@ -81,7 +81,7 @@ class I3D(nn.Module):
         """Convolution, batch norm, ReLU."""
         weight = self._tensor(f"{name}.weight")
         kernel: _Size = (weight.shape[2], weight.shape[3], weight.shape[4])
-        x_BCTHW = F.conv3d(_padded(x_BCTHW, kernel, (stride,) * 3, 0.0), weight, stride=stride)
+        x_BCTHW = F.conv3d(_pad_same(x_BCTHW, kernel, (stride,) * 3, 0.0), weight, stride=stride)
         mean, var, bias = (self._tensor(f"{name}.{part}") for part in ("mean", "var", "bias"))
         return F.relu(F.batch_norm(x_BCTHW, mean, var, bias=bias, eps=_NORM_EPSILON))
 
@@ -90,10 +90,10 @@ class I3D(nn.Module):
 
 
 def _pool(x_BCTHW: Tensor, kernel: _Size, stride: _Size) -> Tensor:
-    return F.max_pool3d(_padded(x_BCTHW, kernel, stride, float("-inf")), kernel, stride)
+    return F.max_pool3d(_pad_same(x_BCTHW, kernel, stride, float("-inf")), kernel, stride)
 
 
-def _padded(x_BCTHW: Tensor, kernel: _Size, stride: _Size, value: float) -> Tensor:
+def _pad_same(x_BCTHW: Tensor, kernel: _Size, stride: _Size, value: float) -> Tensor:
     padding: list[int] = []
     for size, k, s in reversed(list(zip(x_BCTHW.shape[2:], kernel, stride, strict=True))):
         total = max((-(-size // s) - 1) * s + k - size, 0)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray.metrics.pretrained_weights import resolve_once
-from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
-FEATURES = 2048
+NUM_FEATURES = 2048
 
 
 class Inception(nn.Module):
@@ -27,7 +27,7 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _network()
+        self.network = _build_network()
         self.requires_grad_(False)
         self.eval()
 
@@ -50,8 +50,8 @@ _BLOCKS = (
 )  # fmt: skip
 
 
-def _network() -> nn.Module:
-    prepare_torchvision()
+def _build_network() -> nn.Module:
+    stub_torchvision_ops()
     from torchvision.models import inception
     from torchvision.models.inception import Inception3
 
@@ -70,7 +70,7 @@ def _network() -> nn.Module:
         block = getattr(net, name)
         if hasattr(block, "branch_pool"):
             block.branch_pool = nn.Sequential(_MaxPool() if name == "Mixed_7c" else _AveragePool(), block.branch_pool)
-            block.forward = _without_own_pool(block)
+            block.forward = _forward_with_branch_pool(block)
     return cast(nn.Module, net)
 
 
@@ -84,7 +84,7 @@ class _MaxPool(nn.Module):
         return F.max_pool2d(x_BCHW, 3, stride=1, padding=1)
 
 
-def _without_own_pool(block: Any) -> Any:
+def _forward_with_branch_pool(block: Any) -> Any:
     """The block's forward pass, with the pool that now stands in `branch_pool` instead of the one written in it."""
     kind = type(block).__name__
 

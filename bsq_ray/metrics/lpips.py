@@ -18,11 +18,11 @@ def lpips(original_BCHW: Tensor, reconstruction_BCHW: Tensor, network: Literal["
     Args:
         network: "alex", which papers report, or "vgg", which most train with.
     """
-    distance_B: Tensor = _network(network, str(original_BCHW.device))(reconstruction_BCHW, original_BCHW)
+    distance_B: Tensor = _load_network(network, str(original_BCHW.device))(reconstruction_BCHW, original_BCHW)
     return distance_B
 
 
 @cache
-def _network(name: Literal["alex", "vgg"], device: str) -> PerceptualLoss:
+def _load_network(name: Literal["alex", "vgg"], device: str) -> PerceptualLoss:
     """One copy of each network in a process, whoever measures with it."""
     return PerceptualLoss(name).to(device)

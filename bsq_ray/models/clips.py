@@ -20,41 +20,41 @@ from torch import Tensor
 from bsq_ray import config
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
-_Given = TypeVar("_Given")
-_Made = TypeVar("_Made")
+_InputT = TypeVar("_InputT")
+_OutputT = TypeVar("_OutputT")
 
 
-def chunk_frames(section: config.TokenizerModel) -> int:
+def frames_per_chunk(model_config: config.TokenizerModelConfig) -> int:
     """Frames of a chunk; the last one may be shorter."""
-    return 1 if section.causal else section.frames
+    return 1 if model_config.causal else model_config.frames
 
 
 def clip_encoder(tokenizer: Tokenizer) -> Callable[[Tensor], Tokens]:
     """A function that is given the chunks (B, 3, T, H, W) of one clip in their order."""
-    if chunk_frames(tokenizer.config) > 1:
+    if frames_per_chunk(tokenizer.config) > 1:
         return tokenizer.encode
-    return _one_by_one(tokenizer.encode_stream)
+    return _as_step_function(tokenizer.encode_stream)
 
 
 def clip_decoder(tokenizer: Tokenizer) -> Callable[[Tokens], Tensor]:
     """The inverse of `clip_encoder`."""
-    if chunk_frames(tokenizer.config) > 1:
-        return partial(_decode, tokenizer)
-    return _one_by_one(tokenizer.decode_stream)
+    if frames_per_chunk(tokenizer.config) > 1:
+        return partial(_decode_clip, tokenizer)
+    return _as_step_function(tokenizer.decode_stream)
 
 
-def _decode(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
+def _decode_clip(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
     images = tokenizer.decode(tokens)
     return images if images.ndim == 5 else images.unsqueeze(2)
 
 
-def _one_by_one(stream: Callable[[Iterable[_Given]], Iterator[_Made]]) -> Callable[[_Given], _Made]:
+def _as_step_function(stream: Callable[[Iterable[_InputT]], Iterator[_OutputT]]) -> Callable[[_InputT], _OutputT]:
     """A function of one after the other, of a function of all."""
-    waiting: list[_Given] = []
-    made = stream(waiting.pop() for _ in count())
+    pending: list[_InputT] = []
+    outputs = stream(pending.pop() for _ in count())
 
-    def step(given: _Given) -> _Made:
-        waiting.append(given)
-        return next(made)
+    def step(item: _InputT) -> _OutputT:
+        pending.append(item)
+        return next(outputs)
 
     return step

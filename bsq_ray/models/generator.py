@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
-from bsq_ray.models.sampling import between, sample, sample_steps
+from bsq_ray.models.sampling import interpolate_classes, sample, sample_steps
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 
@@ -25,7 +25,7 @@ class Generator:
         sampling: what is used where a call does not say otherwise.
     """
 
-    def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.Sampling) -> None:
+    def __init__(self, model: MaskedLM, tokenizer: Tokenizer, sampling: config.SamplingConfig) -> None:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
 
     @classmethod
@@ -35,11 +35,13 @@ class Generator:
         Raises:
             ValueError: there is no such folder, or its parts do not belong together.
         """
-        run = config.expect(model_folder.read_model_folder(url, weights).config, config.MaskedLMConfig, url)
+        run_config = config.require_stage(
+            model_folder.load_model_folder(url, weights).config, config.MaskedLMConfig, url
+        )
         model = MaskedLM.from_pretrained(url, weights)
-        return cls(model.to(device), Tokenizer.of_tokens(url, run.model).to(device), run.sampling)
+        return cls(model.to(device), Tokenizer.from_token_model(url, run_config.model).to(device), run_config.sampling)
 
-    def generate(self, labels: Sequence[int], seed: int = 0, first: int = 0, **sampling: Any) -> Tensor:
+    def generate(self, labels: Sequence[int], seed: int = 0, first_index: int = 0, **sampling: Any) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], or clips, of the classes.
 
         Args:
@@ -50,10 +52,10 @@ class Generator:
         Raises:
             ValueError: an unknown class or an invalid value.
         """
-        classes_BC = self._classes(labels)
-        return self.decode(sample(self.model, classes_BC, self._section(sampling), seed, first))
+        classes_BC = self._class_weights(labels)
+        return self.decode(sample(self.model, classes_BC, self._sampling_config(sampling), seed, first_index))
 
-    def steps(
+    def iter_steps(
         self,
         labels: Sequence[int],
         seed: int = 0,
@@ -66,14 +68,14 @@ class Generator:
         Args:
             predict, decode: what to call instead of the model and of `decode`, such as a batch shared with others.
         """
-        section, classes_BC = self._section(sampling), self._classes(labels)
-        for tokens_BNS in sample_steps(self.model, classes_BC, section, seed, predict=predict):
-            images = (decode or self.decode)(self.model.join(tokens_BNS))
-            hidden_BN = (tokens_BNS == self.model.mask).any(-1)
-            yield images * (1 - self._pixels(hidden_BN.float(), images))
+        sampling_config, classes_BC = self._sampling_config(sampling), self._class_weights(labels)
+        for tokens_BNS in sample_steps(self.model, classes_BC, sampling_config, seed, predict=predict):
+            images = (decode or self.decode)(self.model.join_bits(tokens_BNS))
+            masked_BN = (tokens_BNS == self.model.mask_token).any(-1)
+            yield images * (1 - self._upsample_to_pixels(masked_BN.float(), images))
 
     def inpaint(
-        self, images: Tensor, holes_B1HW: Tensor, labels: Sequence[int], seed: int = 0, **sampling: Any
+        self, images: Tensor, mask_B1HW: Tensor, labels: Sequence[int], seed: int = 0, **sampling: Any
     ) -> Tensor:
         """Images (B, 3, H, W) whose holes are drawn anew; every token that a hole touches is replaced.
 
@@ -84,17 +86,17 @@ class Generator:
         """
         tokens = self.tokenizer.encode(images.to(self._device))
         patch = self.tokenizer.config.patch_size
-        open_BN = F.max_pool2d(holes_B1HW.to(self._device).float(), patch).flatten(1) > 0
-        given_BNS = self.model.split(tokens.bits_BNL)
-        section, classes_BC = self._section(sampling), self._classes(labels)
-        return self.decode(sample(self.model, classes_BC, section, seed, 0, given_BNS, open_BN))
+        inpaint_mask_BN = F.max_pool2d(mask_B1HW.to(self._device).float(), patch).flatten(1) > 0
+        known_BNS = self.model.split_bits(tokens.bits_BNL)
+        sampling_config, classes_BC = self._sampling_config(sampling), self._class_weights(labels)
+        return self.decode(sample(self.model, classes_BC, sampling_config, seed, 0, known_BNS, inpaint_mask_BN))
 
-    def interpolate(self, labels: Sequence[int], count: int, seed: int = 0, **sampling: Any) -> Tensor:
+    def interpolate(self, labels: Sequence[int], num_images: int, seed: int = 0, **sampling: Any) -> Tensor:
         """Images from one class to another, all drawn with the same randomness."""
-        rows = between(self.model, labels, count).to(self._device)
-        section = self._section(sampling)
-        drawn = [sample(self.model, rows[n : n + 1], section, seed) for n in range(count)]
-        return self.decode(torch.cat(drawn))
+        class_weights_BC = interpolate_classes(self.model, labels, num_images).to(self._device)
+        sampling_config = self._sampling_config(sampling)
+        samples = [sample(self.model, class_weights_BC[n : n + 1], sampling_config, seed) for n in range(num_images)]
+        return self.decode(torch.cat(samples))
 
     def decode(self, bits_BNL: Tensor) -> Tensor:
         """Images of tokens, (B, 3, H, W) or clips."""
@@ -104,13 +106,13 @@ class Generator:
     def _device(self) -> torch.device:
         return self.model.position.device
 
-    def _classes(self, labels: Sequence[int]) -> Tensor:
-        return self.model.classes_of(torch.tensor(list(labels), dtype=torch.long)).to(self._device)
+    def _class_weights(self, labels: Sequence[int]) -> Tensor:
+        return self.model.class_weights(torch.tensor(list(labels), dtype=torch.long)).to(self._device)
 
-    def _section(self, changes: dict[str, Any]) -> config.Sampling:
-        return config.Sampling.model_validate(self.sampling.model_dump() | changes)
+    def _sampling_config(self, overrides: dict[str, Any]) -> config.SamplingConfig:
+        return config.SamplingConfig.model_validate(self.sampling.model_dump() | overrides)
 
-    def _pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
+    def _upsample_to_pixels(self, values_BN: Tensor, like: Tensor) -> Tensor:
         """A value for each token to one for each of its pixels."""
         frames, rows, columns = self.model.config.grid
         values = values_BN.view(-1, frames, rows, columns)

@@ -19,23 +19,23 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.models.layers.attention import attention
-from bsq_ray.models.pretrained import Pretrained
+from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 
 class PostNormBlock(nn.Module):
     """norm(x + attention(x)), then norm(x + mlp(x))."""
 
-    def __init__(self, section: config.TokenModel) -> None:
+    def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
-        width, hidden = section.width, int(section.width * section.mlp_ratio)
-        self.heads = section.heads
+        width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
+        self.heads = model_config.heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
         self.mlp_norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(section.dropout)
+        self.dropout = nn.Dropout(model_config.dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Same shape out as in."""
@@ -45,7 +45,7 @@ class PostNormBlock(nn.Module):
         return cast(Tensor, self.mlp_norm(x_BND + self.dropout(self.mlp(x_BND))))
 
 
-class MaskedLM(Pretrained[config.MaskedLMModel]):
+class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
     """Predicts every sub-token of an image from those that are not masked, and from its class.
 
     Attributes:
@@ -53,22 +53,22 @@ class MaskedLM(Pretrained[config.MaskedLMModel]):
         any_class: the class that stands for none in particular (C - 1).
     """
 
-    run_type = config.MaskedLMConfig
+    run_config_class = config.MaskedLMConfig
 
-    def __init__(self, section: config.MaskedLMModel) -> None:
-        super().__init__(section)
-        self.mask = 2**section.sub_bits
-        self.any_class = section.classes
-        width = section.width
+    def __init__(self, model_config: config.MaskedLMModelConfig) -> None:
+        super().__init__(model_config)
+        self.mask_token = 2**model_config.sub_bits
+        self.null_class = model_config.num_classes
+        width = model_config.width
         # One table for all sub-tokens: rows s · (V + 1) to s · (V + 1) + V, the last of which is the mask.
-        self.embedding = nn.Embedding(section.sub_tokens * (self.mask + 1), width)
-        self.classes = nn.Linear(section.classes + 1, width, bias=False)
-        self.position = nn.Parameter(torch.empty(section.tokens + 1, width))
+        self.embedding = nn.Embedding(model_config.num_sub_tokens * (self.mask_token + 1), width)
+        self.classes = nn.Linear(model_config.num_classes + 1, width, bias=False)
+        self.position = nn.Parameter(torch.empty(model_config.num_tokens + 1, width))
         self.input_norm = nn.LayerNorm(width)
-        self.input_dropout = nn.Dropout(section.dropout)
-        self.blocks = nn.ModuleList(PostNormBlock(section) for _ in range(section.layers))
+        self.input_dropout = nn.Dropout(model_config.dropout)
+        self.blocks = nn.ModuleList(PostNormBlock(model_config) for _ in range(model_config.layers))
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.bias = nn.Parameter(torch.zeros(section.sub_tokens, self.mask))
+        self.bias = nn.Parameter(torch.zeros(model_config.num_sub_tokens, self.mask_token))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -83,37 +83,37 @@ class MaskedLM(Pretrained[config.MaskedLMModel]):
             sub_tokens_BNS: int64 values 0 to V - 1, or `mask`.
             classes_BC: weights of the classes, see `classes_of`; mixtures interpolate between classes.
         """
-        rows = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * (self.mask + 1)
-        x_BND = self.embedding(sub_tokens_BNS + rows).sum(2)
-        first_B1D = self.classes(classes_BC)[:, None]
-        x_BND = torch.cat([first_B1D.to(x_BND.dtype), x_BND], 1) + self.position
+        row_offsets = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * (self.mask_token + 1)
+        x_BND = self.embedding(sub_tokens_BNS + row_offsets).sum(2)
+        class_B1D = self.classes(classes_BC)[:, None]
+        x_BND = torch.cat([class_B1D.to(x_BND.dtype), x_BND], 1) + self.position
         x_BND = self.input_dropout(self.input_norm(x_BND))
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.head(x_BND[:, 1:])
-        table_SVD = self.embedding.weight.unflatten(0, (self.config.sub_tokens, -1))[:, : self.mask]
+        table_SVD = self.embedding.weight.unflatten(0, (self.config.num_sub_tokens, -1))[:, : self.mask_token]
         logits_BNSV = torch.einsum("bnd,svd->bnsv", h_BND, table_SVD.to(h_BND.dtype))
         return logits_BNSV.float() + self.bias
 
-    def classes_of(self, labels_B: Tensor) -> Tensor:
+    def class_weights(self, labels_B: Tensor) -> Tensor:
         """Class numbers (B,) to weights (B, C) with a single 1; `any_class` is allowed.
 
         Raises:
             ValueError: a class that the model does not have.
         """
-        if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.any_class:
+        if len(labels_B) and not 0 <= int(labels_B.min()) <= int(labels_B.max()) <= self.null_class:
             raise ValueError(
-                f"the model has classes 0 to {self.any_class - 1}, not {int(labels_B.min())} to {int(labels_B.max())}"
+                f"the model has classes 0 to {self.null_class - 1}, not {int(labels_B.min())} to {int(labels_B.max())}"
             )
-        return F.one_hot(labels_B.long(), self.any_class + 1).float()
+        return F.one_hot(labels_B.long(), self.null_class + 1).float()
 
-    def split(self, bits_BNL: Tensor) -> Tensor:
+    def split_bits(self, bits_BNL: Tensor) -> Tensor:
         """Tokens' bits to sub-tokens (B, N, S)."""
         return bits_to_integers(bits_BNL, self.config.sub_bits)
 
-    def join(self, sub_tokens_BNS: Tensor) -> Tensor:
+    def join_bits(self, sub_tokens_BNS: Tensor) -> Tensor:
         """The inverse of `split`; masked sub-tokens become zeros."""
-        return integers_to_bits(sub_tokens_BNS % self.mask, self.config.sub_bits)
+        return integers_to_bits(sub_tokens_BNS % self.mask_token, self.config.sub_bits)
 
 
 def masked_cross_entropy(

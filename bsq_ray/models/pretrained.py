@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from bsq_ray import config, model_folder
 
-Section = TypeVar("Section")
+ConfigT = TypeVar("ConfigT")
 
 
-class Pretrained(nn.Module, Generic[Section]):
+class PretrainedModel(nn.Module, Generic[ConfigT]):
     """A model that is made of the model section of a configuration.
 
     Attributes:
@@ -21,11 +21,11 @@ class Pretrained(nn.Module, Generic[Section]):
         model_id: SHA-256 of weights and configuration when read from a model folder, else None.
     """
 
-    run_type: ClassVar[type[config.AnyConfig]]
+    run_config_class: ClassVar[type[config.AnyConfig]]
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, model_config: ConfigT) -> None:
         super().__init__()
-        self.config = section
+        self.config = model_config
         self.model_id: str | None = None
 
     @classmethod
@@ -39,20 +39,20 @@ class Pretrained(nn.Module, Generic[Section]):
         Raises:
             ValueError: there is no such folder, its parts do not belong together, or it holds another kind of model.
         """
-        folder = model_folder.read_model_folder(url, weights)
-        run: Any = config.expect(folder.config, cls.run_type, url)
-        model = cls(run.model)
+        folder = model_folder.load_model_folder(url, weights)
+        run_config: Any = config.require_stage(folder.config, cls.run_config_class, url)
+        model = cls(run_config.model)
         model_folder.load_weights(model, folder.weights, url)
-        model.model_id = folder.id
+        model.model_id = folder.model_id
         return model.eval()
 
     def save_pretrained(
         self,
         url: str,
-        run: config.AnyConfig | None = None,
-        plain_weights: Mapping[str, Tensor] | None = None,
+        run_config: config.AnyConfig | None = None,
+        raw_weights: Mapping[str, Tensor] | None = None,
         metrics: Mapping[str, float] | None = None,
-        facts: Mapping[str, str] | None = None,
+        card_fields: Mapping[str, str] | None = None,
     ) -> str:
         """Writes a model folder and returns the model's id.
 
@@ -62,8 +62,8 @@ class Pretrained(nn.Module, Generic[Section]):
             plain_weights: the weights as the optimiser left them, if this module holds averaged ones.
             metrics, facts: rows of the model card, see `hub.write_model_folder`.
         """
-        named: dict[str, Any] = {"name": url.rstrip("/").rsplit("/", 1)[-1], "model": self.config}
-        run = run or self.run_type(**named)
+        fields: dict[str, Any] = {"name": url.rstrip("/").rsplit("/", 1)[-1], "model": self.config}
+        run_config = run_config or self.run_config_class(**fields)
         return model_folder.write_model_folder(
-            url, config.dump_config(run), self.state_dict(), plain_weights, metrics, facts
+            url, config.dump_config(run_config), self.state_dict(), raw_weights, metrics, card_fields
         )

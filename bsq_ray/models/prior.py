@@ -21,24 +21,24 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.models.layers.attention import attention, causal_attention
-from bsq_ray.models.pretrained import Pretrained
+from bsq_ray.models.pretrained import PretrainedModel
 
 
 class CausalBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), where a token attends to itself and what is before it."""
 
-    def __init__(self, section: config.TokenModel) -> None:
+    def __init__(self, model_config: config.TokenModelConfig) -> None:
         super().__init__()
-        width, hidden = section.width, int(section.width * section.mlp_ratio)
-        self.heads = section.heads
+        width, hidden_dim = model_config.width, int(model_config.width * model_config.mlp_ratio)
+        self.heads = model_config.heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.dropout = nn.Dropout(section.dropout)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
+        self.dropout = nn.Dropout(model_config.dropout)
 
-    def forward(self, x_BND: Tensor, cache: tuple[Tensor, Tensor] | None = None, place: int = 0) -> Tensor:
+    def forward(self, x_BND: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: int = 0) -> Tensor:
         """Same shape out as in; with a cache of keys and values (B, H, N, E), x is the one token at `place`."""
         q_BHNE, k_BHNE, v_BHNE = (
             self.qkv(self.attention_norm(x_BND)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -47,30 +47,30 @@ class CausalBlock(nn.Module):
             y_BHNE = causal_attention(q_BHNE, k_BHNE, v_BHNE)
         else:
             keys, values = cache
-            keys[:, :, place : place + 1], values[:, :, place : place + 1] = k_BHNE, v_BHNE
-            y_BHNE = attention(q_BHNE, keys[:, :, : place + 1], values[:, :, : place + 1])
+            keys[:, :, position : position + 1], values[:, :, position : position + 1] = k_BHNE, v_BHNE
+            y_BHNE = attention(q_BHNE, keys[:, :, : position + 1], values[:, :, : position + 1])
         x_BND = x_BND + self.dropout(self.out(y_BHNE.transpose(1, 2).flatten(2)))
         return x_BND + cast(Tensor, self.dropout(self.mlp(self.mlp_norm(x_BND))))
 
 
-class Prior(Pretrained[config.PriorModel]):
+class Prior(PretrainedModel[config.PriorModelConfig]):
     """Probabilities of the bits of an image's tokens, given those before them."""
 
-    run_type = config.PriorConfig
+    run_config_class = config.PriorConfig
 
-    def __init__(self, section: config.PriorModel) -> None:
-        super().__init__(section)
-        width, values = section.width, 2**section.sub_bits
+    def __init__(self, model_config: config.PriorModelConfig) -> None:
+        super().__init__(model_config)
+        width, num_values = model_config.width, 2**model_config.sub_bits
         # One table for all sub-tokens: value v of sub-token s is row s · 2^k + v.
-        self.embedding = nn.Embedding(section.sub_tokens * values, width)
+        self.embedding = nn.Embedding(model_config.num_sub_tokens * num_values, width)
         self.start = nn.Parameter(torch.empty(width))
-        self.position = nn.Parameter(torch.empty(section.tokens, width))
-        self.blocks = nn.ModuleList(CausalBlock(section) for _ in range(section.layers))
+        self.position = nn.Parameter(torch.empty(model_config.num_tokens, width))
+        self.blocks = nn.ModuleList(CausalBlock(model_config) for _ in range(model_config.layers))
         self.output_norm = nn.LayerNorm(width)
         # What a token's earlier sub-tokens add to its features.
-        self.earlier = nn.Embedding(max(1, section.sub_tokens - 1) * values, width)
+        self.earlier = nn.Embedding(max(1, model_config.num_sub_tokens - 1) * num_values, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.trees = nn.ModuleList(nn.Linear(width, values - 1) for _ in range(section.sub_tokens))
+        self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.num_sub_tokens))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -89,50 +89,52 @@ class Prior(Pretrained[config.PriorModel]):
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.output_norm(x_BND)
-        return torch.stack([self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.sub_tokens)], 2)
+        return torch.stack(
+            [self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.num_sub_tokens)], 2
+        )
 
     def node_logits(self, h_BND: Tensor, earlier_BNs: Tensor) -> Tensor:
         """Logits (B, N, K) of the next sub-token's nodes, given the s sub-tokens of the same token before it."""
-        sub_token = earlier_BNs.shape[-1]
-        if sub_token:
-            rows_s = torch.arange(sub_token, device=earlier_BNs.device) * 2**self.config.sub_bits
-            h_BND = h_BND + self.earlier(earlier_BNs + rows_s).sum(-2)
-        return cast(Tensor, self.trees[sub_token](self.head(h_BND))).float()
+        sub_token_index = earlier_BNs.shape[-1]
+        if sub_token_index:
+            row_offsets_s = torch.arange(sub_token_index, device=earlier_BNs.device) * 2**self.config.sub_bits
+            h_BND = h_BND + self.earlier(earlier_BNs + row_offsets_s).sum(-2)
+        return cast(Tensor, self.trees[sub_token_index](self.head(h_BND))).float()
 
-    def start_decoding(self, batch: int, tokens: int | None = None) -> Decoding:
+    def start_decoding(self, batch_size: int, num_tokens: int | None = None) -> IncrementalDecoder:
         """Step-by-step decoding of a batch of images, with cached keys and values; of the first `tokens`, or of all."""
-        return Decoding(self, batch, tokens or self.config.tokens)
+        return IncrementalDecoder(self, batch_size, num_tokens or self.config.num_tokens)
 
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
-        rows_S = torch.arange(self.config.sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
-        return cast(Tensor, self.embedding(sub_tokens_BNS + rows_S).sum(2))
+        row_offsets_S = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
+        return cast(Tensor, self.embedding(sub_tokens_BNS + row_offsets_S).sum(2))
 
 
-class Decoding:
+class IncrementalDecoder:
     """One token after the other: `features`, then `node_logits` and a value for each sub-token, then `push`."""
 
-    def __init__(self, prior: Prior, batch: int, tokens: int) -> None:
+    def __init__(self, prior: Prior, batch_size: int, num_tokens: int) -> None:
         self.prior = prior
-        section, like = prior.config, prior.start
-        shape = (batch, section.heads, tokens, section.width // section.heads)
+        model_config, like = prior.config, prior.start
+        shape = (batch_size, model_config.heads, num_tokens, model_config.width // model_config.heads)
         self._caches = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in prior.blocks]
-        self._next_B1D = like.expand(batch, 1, -1)
-        self._place = 0
+        self._next_B1D = like.expand(batch_size, 1, -1)
+        self._position = 0
 
-    def features(self) -> Tensor:
+    def next_features(self) -> Tensor:
         """Features (B, 1, D) of the next token."""
-        x_B1D = self._next_B1D + self.prior.position[self._place]
+        x_B1D = self._next_B1D + self.prior.position[self._position]
         for block, cache in zip(self.prior.blocks, self._caches, strict=True):
-            x_B1D = block(x_B1D, cache, self._place)
+            x_B1D = block(x_B1D, cache, self._position)
         return cast(Tensor, self.prior.output_norm(x_B1D))
 
     def push(self, sub_tokens_BS: Tensor) -> None:
         """The token that was decoded."""
-        self._place += 1
+        self._position += 1
         self._next_B1D = self.prior._embed(sub_tokens_BS[:, None])
 
 
-def path_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
+def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
     """Nodes on the way to each value and the bits taken there, both (…, k); node 0 is the root.
 
     From node i a bit b leads to node 2 i + 1 + b; the least significant bit is taken first.
@@ -144,8 +146,8 @@ def path_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
     return nodes, bits
 
 
-def path_cost(logits_BNSK: Tensor, sub_tokens_BNS: Tensor, sub_bits: int) -> Tensor:
+def code_length(logits_BNSK: Tensor, sub_tokens_BNS: Tensor, sub_bits: int) -> Tensor:
     """What the sub-tokens cost in nats, (B, N, S): the sum over the nodes on their paths."""
-    nodes, bits = path_nodes(sub_tokens_BNS, sub_bits)
-    taken = logits_BNSK.gather(-1, nodes)
-    return F.binary_cross_entropy_with_logits(taken, bits.to(taken.dtype), reduction="none").sum(-1)
+    nodes, bits = binary_tree_nodes(sub_tokens_BNS, sub_bits)
+    chosen_logits = logits_BNSK.gather(-1, nodes)
+    return F.binary_cross_entropy_with_logits(chosen_logits, bits.to(chosen_logits.dtype), reduction="none").sum(-1)

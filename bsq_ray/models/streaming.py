@@ -28,7 +28,7 @@ from torch import Tensor
 from bsq_ray.models.layers.transformer import VisionTransformer
 
 
-class Window:
+class StreamingWindow:
     """A causal transformer over frames that come piece by piece.
 
     Args:
@@ -51,7 +51,7 @@ class Window:
         self.transformer = transformer
         self.overlap = frames // 2 if overlap is None else overlap
         self.caches = transformer.new_caches()
-        self._frames = 0
+        self._num_frames = 0
         self._recent_BND: Tensor | None = None
 
     def push(self, x_BND: Tensor) -> Tensor:
@@ -60,28 +60,28 @@ class Window:
         Raises:
             ValueError: the number of clips is not that of the frames before.
         """
-        frame_tokens = len(self.transformer.spatial_position)
+        tokens_per_frame = len(self.transformer.spatial_position)
         if self._recent_BND is not None and len(self._recent_BND) != len(x_BND):
             raise ValueError(f"this stream began with {len(self._recent_BND)} clips at once and now has {len(x_BND)}")
         parts = []
         while x_BND.shape[1]:
-            if self._frames == self.transformer.frames:
-                self._move_on()
-            room = (self.transformer.frames - self._frames) * frame_tokens
-            part_BND, x_BND = x_BND[:, :room], x_BND[:, room:]
+            if self._num_frames == self.transformer.frames:
+                self._slide()
+            capacity = (self.transformer.frames - self._num_frames) * tokens_per_frame
+            part_BND, x_BND = x_BND[:, :capacity], x_BND[:, capacity:]
             parts.append(self.transformer(part_BND, self.caches))
-            self._frames += part_BND.shape[1] // frame_tokens
-            self._remember(part_BND, self.overlap * frame_tokens)
+            self._num_frames += part_BND.shape[1] // tokens_per_frame
+            self._append(part_BND, self.overlap * tokens_per_frame)
         return torch.cat(parts, 1)
 
-    def _move_on(self) -> None:
+    def _slide(self) -> None:
         for cache in self.caches:
             cache.length = 0
-        self._frames = self.overlap
+        self._num_frames = self.overlap
         if self.overlap:
             self.transformer(self._recent_BND, self.caches)
 
-    def _remember(self, x_BND: Tensor, tokens: int) -> None:
-        joined_BND = x_BND if self._recent_BND is None else torch.cat([self._recent_BND, x_BND], 1)
+    def _append(self, x_BND: Tensor, num_tokens: int) -> None:
+        recent_BND = x_BND if self._recent_BND is None else torch.cat([self._recent_BND, x_BND], 1)
         # A copy, so that what is forgotten is freed.
-        self._recent_BND = joined_BND[:, max(0, joined_BND.shape[1] - tokens) :].clone()
+        self._recent_BND = recent_BND[:, max(0, recent_BND.shape[1] - num_tokens) :].clone()

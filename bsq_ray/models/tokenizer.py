@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config, storage
-from bsq_ray.models.layers.transformer import Block, VisionTransformer
-from bsq_ray.models.pretrained import Pretrained
+from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
+from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers import Quantized, build_quantizer
-from bsq_ray.models.streaming import Window
+from bsq_ray.models.streaming import StreamingWindow
 
 # A transformer over whole clips, or a window of it over what comes next.
-Body = Callable[[Tensor], Tensor]
+TransformerFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,55 +48,65 @@ class TokenizerOutput(NamedTuple):
 class Encoder(nn.Module):
     """Patches to features: one linear layer per patch, then the transformer."""
 
-    def __init__(self, model: config.TokenizerModel) -> None:
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
         # No bias: the norm that follows the position embedding would remove it.
-        self.patch_embedding = nn.Linear(3 * model.patch_size**2, model.encoder.width, bias=False)
-        self.transformer = _transformer(model, model.encoder)
+        self.patch_embedding = nn.Linear(3 * model_config.patch_size**2, model_config.encoder.width, bias=False)
+        self.transformer = _build_transformer(model_config, model_config.encoder)
         nn.init.trunc_normal_(self.patch_embedding.weight, std=0.02)
 
-    def forward(self, patches_BNP: Tensor, body: Body | None = None) -> Tensor:
+    def forward(self, patches_BNP: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
         """(B, N, P) to (B, N, D); `body` stands in for the transformer."""
-        return (body or self.transformer)(self.patch_embedding(patches_BNP))
+        return (transformer_fn or self.transformer)(self.patch_embedding(patches_BNP))
 
 
 class Decoder(nn.Module):
     """Features to patches: the transformer, then Linear-Tanh-Linear on each token."""
 
-    def __init__(self, model: config.TokenizerModel) -> None:
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
         super().__init__()
-        sizes = model.decoder
-        self.transformer = _transformer(model, sizes)
+        decoder_config = model_config.decoder
+        self.transformer = _build_transformer(model_config, decoder_config)
         self.head = nn.Sequential(
-            nn.Linear(sizes.width, sizes.head_width), nn.Tanh(), nn.Linear(sizes.head_width, 3 * model.patch_size**2)
+            nn.Linear(decoder_config.width, decoder_config.head_hidden_dim),
+            nn.Tanh(),
+            nn.Linear(decoder_config.head_hidden_dim, 3 * model_config.patch_size**2),
         )
         for layer in self.head:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x_BND: Tensor, body: Body | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
         """(B, N, D) to (B, N, P); `body` stands in for the transformer."""
-        return cast(Tensor, self.head((body or self.transformer)(x_BND)))
+        return cast(Tensor, self.head((transformer_fn or self.transformer)(x_BND)))
 
 
-def _transformer(model: config.TokenizerModel, sizes: config.Transformer) -> VisionTransformer:
-    frame_tokens = (model.image_size // model.patch_size) ** 2
-    return VisionTransformer(sizes, frame_tokens, model.frames, model.causal, model.gradient_checkpointing)
+def _build_transformer(
+    model_config: config.TokenizerModelConfig, transformer_config: config.TransformerConfig
+) -> VisionTransformer:
+    tokens_per_frame = (model_config.image_size // model_config.patch_size) ** 2
+    return VisionTransformer(
+        transformer_config,
+        tokens_per_frame,
+        model_config.frames,
+        model_config.causal,
+        model_config.gradient_checkpointing,
+    )
 
 
-class Tokenizer(Pretrained[config.TokenizerModel]):
+class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
     """An image tokenizer, or with `frames` > 1 a video tokenizer for which an image is a clip of one frame."""
 
-    run_type = config.TokenizerConfig
+    run_config_class = config.TokenizerConfig
 
-    def __init__(self, model: config.TokenizerModel) -> None:
-        super().__init__(model)
-        self.encoder = Encoder(model)
-        self.quantizer = build_quantizer(model.quantizer)
-        self.to_code = nn.Linear(model.encoder.width, self.quantizer.channels)
-        self.from_code = nn.Linear(self.quantizer.channels, model.decoder.width)
-        self.decoder = Decoder(model)
+    def __init__(self, model_config: config.TokenizerModelConfig) -> None:
+        super().__init__(model_config)
+        self.encoder = Encoder(model_config)
+        self.quantizer = build_quantizer(model_config.quantizer)
+        self.to_code = nn.Linear(model_config.encoder.width, self.quantizer.channels)
+        self.from_code = nn.Linear(self.quantizer.channels, model_config.decoder.width)
+        self.decoder = Decoder(model_config)
 
     @property
     def last_layer(self) -> Tensor:
@@ -104,9 +114,9 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         return cast(nn.Linear, self.decoder.head[-1]).weight
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TransformerBlock]:
         """Every transformer block, encoder first; `block.compile()` on each compiles the model in place."""
-        return [cast(Block, b) for part in (self.encoder, self.decoder) for b in part.transformer.blocks]
+        return [cast(TransformerBlock, b) for part in (self.encoder, self.decoder) for b in part.transformer.blocks]
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         """Reconstructs through the quantiser with gradients.
@@ -135,7 +145,7 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         Raises:
             ValueError: grid or bits are not of this model.
         """
-        clips_B3THW = self._decode(self._checked(tokens, self.config.frames))
+        clips_B3THW = self._decode(self._validate_tokens(tokens, self.config.frames))
         return clips_B3THW.squeeze(2) if tokens.grid[0] == 1 else clips_B3THW
 
     def encode_stream(self, chunks: Iterable[Tensor], overlap: int | None = None) -> Iterator[Tokens]:
@@ -148,7 +158,7 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         Raises:
             ValueError: the model is not causal, the overlap is not below its frames, or a chunk is not of its size.
         """
-        window = Window(self.encoder.transformer, overlap)
+        window = StreamingWindow(self.encoder.transformer, overlap)
         return (self._encode(self._as_clips(chunk), window.push) for chunk in chunks)
 
     def decode_stream(self, chunks: Iterable[Tokens], overlap: int | None = None) -> Iterator[Tensor]:
@@ -161,15 +171,15 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         Raises:
             ValueError: the model is not causal, the overlap is not below its frames, or tokens are not of this model.
         """
-        window = Window(self.decoder.transformer, overlap)
-        return (self._decode(self._checked(chunk), window.push) for chunk in chunks)
+        window = StreamingWindow(self.decoder.transformer, overlap)
+        return (self._decode(self._validate_tokens(chunk), window.push) for chunk in chunks)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """What is left of the images after encoding and decoding: fp32 of the same shape, in [-1, 1]."""
         return self.decode(self.encode(images)).reshape(images.shape)
 
     @classmethod
-    def of_tokens(cls, url: str, section: config.TokenModel) -> Tokenizer:
+    def from_token_model(cls, url: str, model_config: config.TokenModelConfig) -> Tokenizer:
         """The tokenizer kept in the folder of a model of tokens.
 
         Args:
@@ -179,37 +189,39 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         Raises:
             ValueError: there is none, or it is not the one that the model was trained with.
         """
-        kept = storage.join(url, "tokenizer")
-        tokenizer = cls.from_pretrained(kept)
-        if section.tokenizer not in (None, tokenizer.model_id):
+        tokenizer_url = storage.join(url, "tokenizer")
+        tokenizer = cls.from_pretrained(tokenizer_url)
+        if model_config.tokenizer not in (None, tokenizer.model_id):
             raise ValueError(
-                f"{kept} is the tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
-                f"was trained on tokens of {str(section.tokenizer)[:12]}; put that one there"
+                f"{tokenizer_url} is the tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
+                f"was trained on tokens of {str(model_config.tokenizer)[:12]}; put that one there"
             )
         return tokenizer
 
     @torch.no_grad()
-    def _encode(self, clips_B3THW: Tensor, body: Body | None = None) -> Tokens:
-        bits_BNL = self.quantizer(self._features(clips_B3THW, body)).bits_BNL
+    def _encode(self, clips_B3THW: Tensor, transformer_fn: TransformerFn | None = None) -> Tokens:
+        bits_BNL = self.quantizer(self._features(clips_B3THW, transformer_fn)).bits_BNL
         return Tokens(bits_BNL, self._grid(clips_B3THW))
 
     @torch.no_grad()
-    def _decode(self, tokens: Tokens, body: Body | None = None) -> Tensor:
-        return self._images(self.quantizer.codes(tokens.bits_BNL), tokens.grid, body).clamp(-1, 1)
+    def _decode(self, tokens: Tokens, transformer_fn: TransformerFn | None = None) -> Tensor:
+        return self._images(self.quantizer.dequantize(tokens.bits_BNL), tokens.grid, transformer_fn).clamp(-1, 1)
 
-    def _features(self, clips_B3THW: Tensor, body: Body | None = None) -> Tensor:
+    def _features(self, clips_B3THW: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
         patches_BNP = patchify(clips_B3THW, self.config.patch_size)
-        return cast(Tensor, self.to_code(self.encoder(patches_BNP.to(self.to_code.weight.dtype), body)))
+        return cast(Tensor, self.to_code(self.encoder(patches_BNP.to(self.to_code.weight.dtype), transformer_fn)))
 
-    def _images(self, codes_BNC: Tensor, grid: tuple[int, int, int], body: Body | None = None) -> Tensor:
-        patches_BNP = self.decoder(self.from_code(codes_BNC.to(self.from_code.weight.dtype)), body)
+    def _images(
+        self, codes_BNC: Tensor, grid: tuple[int, int, int], transformer_fn: TransformerFn | None = None
+    ) -> Tensor:
+        patches_BNP = self.decoder(self.from_code(codes_BNC.to(self.from_code.weight.dtype)), transformer_fn)
         return unpatchify(patches_BNP, grid, self.config.patch_size).float()
 
     def _grid(self, clips_B3THW: Tensor) -> tuple[int, int, int]:
         side = self.config.image_size // self.config.patch_size
         return clips_B3THW.shape[2], side, side
 
-    def _as_clips(self, images: Tensor, longest: int | None = None) -> Tensor:
+    def _as_clips(self, images: Tensor, max_frames: int | None = None) -> Tensor:
         """(B, 3, H, W) becomes (B, 3, 1, H, W); anything the model cannot take is refused."""
         size = self.config.image_size
         shape = tuple(images.shape)
@@ -218,24 +230,28 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
         if shape[-2:] != (size, size):
-            patch = self.config.patch_size
-            uneven = "" if not (shape[-2] % patch or shape[-1] % patch) else f", which is not a multiple of {patch},"
+            patch_size = self.config.patch_size
+            not_a_multiple = (
+                ""
+                if not (shape[-2] % patch_size or shape[-1] % patch_size)
+                else f", which is not a multiple of {patch_size},"
+            )
             raise ValueError(
-                f"images are {shape[-1]} x {shape[-2]} pixels{uneven} but this model takes {size} x {size}; "
+                f"images are {shape[-1]} x {shape[-2]} pixels{not_a_multiple} but this model takes {size} x {size}; "
                 "resize or crop them first"
             )
         clips_B3THW = images.unsqueeze(2) if images.ndim == 4 else images
         frames = clips_B3THW.shape[2]
-        if frames < 1 or (longest is not None and frames > longest):
-            raise ValueError(f"clips have {frames} frames, but this model takes {_frames_told(longest)}")
+        if frames < 1 or (max_frames is not None and frames > max_frames):
+            raise ValueError(f"clips have {frames} frames, but this model takes {_format_frames(max_frames)}")
         return clips_B3THW
 
-    def _checked(self, tokens: Tokens, longest: int | None = None) -> Tokens:
+    def _validate_tokens(self, tokens: Tokens, max_frames: int | None = None) -> Tokens:
         t, h, w = tokens.grid
         side = self.config.image_size // self.config.patch_size
-        if t < 1 or (longest is not None and t > longest) or not h == w == side:
+        if t < 1 or (max_frames is not None and t > max_frames) or not h == w == side:
             raise ValueError(
-                f"tokens have the grid {tokens.grid}, but this model takes ({_frames_told(longest)}, {side}, {side})"
+                f"tokens have the grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"
             )
         expected = (t * h * w, self.quantizer.bits)
         if tokens.bits_BNL.dtype != torch.bool or tuple(tokens.bits_BNL.shape[1:]) != expected:
@@ -246,17 +262,17 @@ class Tokenizer(Pretrained[config.TokenizerModel]):
         return tokens
 
 
-def _frames_told(longest: int | None) -> str:
-    return "1 or more" if longest is None else f"1 to {longest}"
+def _format_frames(max_frames: int | None) -> str:
+    return "1 or more" if max_frames is None else f"1 to {max_frames}"
 
 
-def patchify(clips_B3THW: Tensor, patch: int) -> Tensor:
+def patchify(clips_B3THW: Tensor, patch_size: int) -> Tensor:
     """(B, 3, T, H, W) to (B, N, 3·patch²); the values of a patch are ordered channel, row, column."""
-    x = clips_B3THW.unfold(3, patch, patch).unfold(4, patch, patch)  # B 3 T h w patch patch
+    x = clips_B3THW.unfold(3, patch_size, patch_size).unfold(4, patch_size, patch_size)  # B 3 T h w patch patch
     return x.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(1, 3)
 
 
-def unpatchify(patches_BNP: Tensor, grid: tuple[int, int, int], patch: int) -> Tensor:
+def unpatchify(patches_BNP: Tensor, grid: tuple[int, int, int], patch_size: int) -> Tensor:
     """The inverse of `patchify`: (B, t·h·w, 3·patch²) to (B, 3, t, h·patch, w·patch)."""
-    x = patches_BNP.unflatten(1, grid).unflatten(-1, (3, patch, patch))  # B t h w 3 patch patch
+    x = patches_BNP.unflatten(1, grid).unflatten(-1, (3, patch_size, patch_size))  # B t h w 3 patch patch
     return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

@@ -16,10 +16,10 @@ from bsq_ray import config, model_folder
 
 _PARTS = ("encoder", "decoder")
 # What may differ: the size of the images, how frames see each other, and what only training uses.
-_FREE = {"image_size", "frames", "causal", "gradient_checkpointing"}
+_IGNORED_KEYS = {"image_size", "frames", "causal", "gradient_checkpointing"}
 
 
-def initial_weights(model: config.TokenizerModel, url: str) -> dict[str, Tensor]:
+def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict[str, Tensor]:
     """Every weight of a new tokenizer, taken from a model folder.
 
     Spatial positions are interpolated (bicubic) when the image size differs; temporal ones are zero when the folder's
@@ -31,40 +31,46 @@ def initial_weights(model: config.TokenizerModel, url: str) -> dict[str, Tensor]
     Raises:
         ValueError: there is no such folder, or its model does not fit; the message names what differs.
     """
-    folder = model_folder.read_model_folder(url)
-    given = config.expect(folder.config, config.TokenizerConfig, url).model
-    different = [
-        f"model.{key} is {was} there and {now} here"
-        for key, was, now in _differences(given.model_dump(exclude=_FREE), model.model_dump(exclude=_FREE))
+    folder = model_folder.load_model_folder(url)
+    source_config = config.require_stage(folder.config, config.TokenizerConfig, url).model
+    mismatches = [
+        f"model.{key} is {source_value} there and {target_value} here"
+        for key, source_value, target_value in _diff_configs(
+            source_config.model_dump(exclude=_IGNORED_KEYS), model_config.model_dump(exclude=_IGNORED_KEYS)
+        )
     ]
-    if given.frames not in (1, model.frames):
-        different.append(f"model.frames is {given.frames} there, where 1 or {model.frames} would do")
-    if different:
-        raise ValueError(f"{url} cannot initialise this model: {'; '.join(different)}")
+    if source_config.frames not in (1, model_config.frames):
+        mismatches.append(f"model.frames is {source_config.frames} there, where 1 or {model_config.frames} would do")
+    if mismatches:
+        raise ValueError(f"{url} cannot initialise this model: {'; '.join(mismatches)}")
     weights = dict(folder.weights)
-    side = model.image_size // model.patch_size
+    side = model_config.image_size // model_config.patch_size
     for part in _PARTS:
         spatial = f"{part}.transformer.spatial_position"
-        weights[spatial] = resized_positions(weights[spatial], side)
+        weights[spatial] = resize_positions(weights[spatial], side)
         temporal = f"{part}.transformer.temporal_position"
-        if model.frames > 1 and temporal not in weights:
-            weights[temporal] = torch.zeros(model.frames, weights[spatial].shape[1])
+        if model_config.frames > 1 and temporal not in weights:
+            weights[temporal] = torch.zeros(model_config.frames, weights[spatial].shape[1])
     return weights
 
 
-def resized_positions(position_SD: Tensor, side: int) -> Tensor:
+def resize_positions(position_SD: Tensor, side: int) -> Tensor:
     """Position embeddings of a square grid of `side` rows and columns, interpolated from those of another one."""
-    old = round(len(position_SD) ** 0.5)
-    if old == side:
+    source_side = round(len(position_SD) ** 0.5)
+    if source_side == side:
         return position_SD
-    position_1Dhw = position_SD.T.unflatten(1, (old, old))[None]
+    position_1Dhw = position_SD.T.unflatten(1, (source_side, source_side))[None]
     resized_1Dhw = F.interpolate(position_1Dhw, (side, side), mode="bicubic", align_corners=False, antialias=True)
     return resized_1Dhw[0].flatten(1).T.contiguous()
 
 
-def _differences(was: object, now: object, path: str = "") -> list[tuple[str, object, object]]:
+def _diff_configs(source_value: object, target_value: object, path: str = "") -> list[tuple[str, object, object]]:
     """Dotted keys of nested sections that have different values, except what only the training loss uses."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = sorted((was.keys() | now.keys()) - {"entropy", "commit_weight"})
-        return [found for key in keys for found in _differences(was.get(key), now.get(key), f"{path}.{key}")]
-    return [] if was == now else [(path[1:], was, now)]
+    if isinstance(source_value, dict) and isinstance(target_value, dict):
+        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commit_weight"})
+        return [
+            difference
+            for key in keys
+            for difference in _diff_configs(source_value.get(key), target_value.get(key), f"{path}.{key}")
+        ]
+    return [] if source_value == target_value else [(path[1:], source_value, target_value)]

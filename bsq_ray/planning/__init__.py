@@ -1,6 +1,6 @@
 """What a run will need, before it is started: memory, time, data rate, network, days."""
 
-from bsq_ray.planning.format import render
-from bsq_ray.planning.planner import Plan, plan
+from bsq_ray.planning.format import format_plan
+from bsq_ray.planning.planner import Plan, make_plan
 
-__all__ = ["Plan", "plan", "render"]
+__all__ = ["Plan", "format_plan", "make_plan"]

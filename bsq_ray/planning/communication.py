@@ -5,7 +5,7 @@ from __future__ import annotations
 from bsq_ray import config
 
 
-def bytes_sent(parameters: int, engine: config.Engine, workers: int, accumulation: int) -> float:
+def communication_bytes(parameters: int, engine: config.EngineConfig, workers: int, accumulation: int) -> float:
     """Bytes each of N workers sends per step, for fp32 gradients and weights (4 bytes a parameter, P of them).
 
     Rings of N workers (Patarasuk and Yuan, 2009) send (N - 1)/N · 4 P for a reduce-scatter and as much for an
@@ -23,7 +23,9 @@ def bytes_sent(parameters: int, engine: config.Engine, workers: int, accumulatio
     return (accumulation + 1) * ring if stage == 2 else 3 * accumulation * ring
 
 
-def seconds_sending(sent: float, workers: int, per_server: int, link: float, network_gbit: float) -> float:
+def communication_seconds(
+    num_bytes: float, workers: int, gpus_per_node: int, link_bandwidth: float, network_gbit: float
+) -> float:
     """Time for a ring: as slow as its slowest hop, which between servers is one network port.
 
     Args:
@@ -33,4 +35,4 @@ def seconds_sending(sent: float, workers: int, per_server: int, link: float, net
     """
     if workers == 1:
         return 0.0
-    return sent / 1e9 / (link if workers <= per_server else min(link, network_gbit / 8))
+    return num_bytes / 1e9 / (link_bandwidth if workers <= gpus_per_node else min(link_bandwidth, network_gbit / 8))

@@ -12,13 +12,13 @@ from bsq_ray import config
 from bsq_ray.planning.layer_costs import (
     Convolution,
     code_channels,
+    discriminator_inputs_per_sample,
     discriminator_layers,
-    judgements,
     perceptual_layers,
 )
 
 
-def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int, causal: bool = False) -> int:
+def blocks_flops(transformer: config.TransformerConfig, frame_tokens: int, frames: int, causal: bool = False) -> int:
     """Forward pass of the blocks for one clip of N = frames · frame_tokens tokens.
 
     Per block 2 N (4 D² + 2 D h) for the projections and 4 D for each pair of a query and a key, scores and weighted
@@ -26,17 +26,17 @@ def blocks_flops(sizes: config.Transformer, frame_tokens: int, frames: int, caus
     them, T (T + 1) / 2 times the pairs of a frame.
     """
     tokens = frames * frame_tokens
-    width, hidden = sizes.width, int(sizes.width * sizes.mlp_ratio)
+    width, hidden = transformer.width, int(transformer.width * transformer.mlp_ratio)
     pairs = frame_tokens**2 * frames * (frames + 1) // 2 if causal else tokens**2
-    return sizes.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * pairs * width)
+    return transformer.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * pairs * width)
 
 
-def _last_products(sizes: config.Transformer, tokens: int) -> int:
+def _last_matmul_flops(transformer: config.TransformerConfig, tokens: int) -> int:
     """The last matrix product of each block, which gradient checkpointing has no need to do again."""
-    return sizes.layers * 2 * tokens * sizes.width * int(sizes.width * sizes.mlp_ratio)
+    return transformer.layers * 2 * tokens * transformer.width * int(transformer.width * transformer.mlp_ratio)
 
 
-def tokenizer_forward(model: config.TokenizerModel) -> int:
+def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
     """Encoder, projections and decoder for one clip of all its frames; a codebook's search is left out."""
     frame_tokens = (model.image_size // model.patch_size) ** 2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
@@ -45,7 +45,7 @@ def tokenizer_forward(model: config.TokenizerModel) -> int:
         patch * encoder.width
         + encoder.width * channels
         + channels * decoder.width
-        + (decoder.width + patch) * decoder.head_width
+        + (decoder.width + patch) * decoder.head_hidden_dim
     )
     return (
         2 * model.frames * frame_tokens * per_token
@@ -54,7 +54,7 @@ def tokenizer_forward(model: config.TokenizerModel) -> int:
     )
 
 
-def tokenizer_flops(run: config.TokenizerConfig) -> dict[str, float]:
+def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
     """Operations per image, or per clip, of a training step with every phase running.
 
     Returns:
@@ -63,26 +63,28 @@ def tokenizer_flops(run: config.TokenizerConfig) -> dict[str, float]:
         discriminator: in the generator's phase and in its own, R1 spread over the steps between.
     """
     model, loss = run.model, run.loss
-    forward = tokenizer_forward(model)
+    forward = tokenizer_forward_flops(model)
     frame_tokens = (model.image_size // model.patch_size) ** 2
     # The images need no gradient.
-    patches = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
-    again = sum(
+    input_gradient_flops = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
+    recomputed_flops = sum(
         blocks_flops(sizes, frame_tokens, model.frames, model.causal)
-        - _last_products(sizes, frame_tokens * model.frames)
+        - _last_matmul_flops(sizes, frame_tokens * model.frames)
         for sizes in (model.encoder, model.decoder)
     )
-    generator = 3 * forward - patches + (again if model.gradient_checkpointing else 0)
+    generator = 3 * forward - input_gradient_flops + (recomputed_flops if model.gradient_checkpointing else 0)
     perceptual = 0
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
         perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
     layers = discriminator_layers(loss.adversarial, model.image_size, model.frames)
-    discriminator = judgements(loss.adversarial, model.frames) * _discriminator(layers, loss.adversarial)
+    discriminator = discriminator_inputs_per_sample(loss.adversarial, model.frames) * _discriminator_flops(
+        layers, loss.adversarial
+    )
     return {"generator": generator, "LPIPS": perceptual, "discriminator": discriminator}
 
 
-def _discriminator(layers: list[Convolution], section: config.Adversarial) -> float:
+def _discriminator_flops(layers: list[Convolution], adversarial: config.AdversarialConfig) -> float:
     """On the reconstruction once forward, back to its pixels for the generator and back to the weights (2 F + 2 F).
 
     On the original forward and back to the weights (3 F less what needs no gradient). A step with R1 (Mescheder et al.,
@@ -92,6 +94,6 @@ def _discriminator(layers: list[Convolution], section: config.Adversarial) -> fl
     if not layers:
         return 0
     forward = sum(layer.flops for layer in layers)
-    fixed = sum(layer.flops for layer in layers if not layer.learned)
-    penalty = 3 * forward + layers[0].flops if section.r1_gamma else 0
-    return 7 * forward - 2 * fixed - layers[0].flops + penalty / section.r1_every
+    fixed_filter_flops = sum(layer.flops for layer in layers if not layer.trainable)
+    penalty = 3 * forward + layers[0].flops if adversarial.r1_gamma else 0
+    return 7 * forward - 2 * fixed_filter_flops - layers[0].flops + penalty / adversarial.r1_every

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class GPU:
+class GPUSpec:
     """One card.
 
     Attributes:
@@ -29,23 +29,23 @@ class GPU:
     bf16_tflops: float
     fp32_tflops: float
     memory_gib: float
-    bandwidth: float
-    link: float
+    memory_bandwidth: float
+    link_bandwidth: float
 
 
 GPUS = {
-    "a5000": GPU("RTX A5000", 111.1, 27.8, 24, 768, 32),
-    "a6000": GPU("RTX A6000", 154.8, 38.7, 48, 768, 32),
-    "a100-40": GPU("A100 40 GB", 312, 19.5, 40, 1555, 300),
-    "a100-80": GPU("A100 80 GB", 312, 19.5, 80, 2039, 300),
-    "h100": GPU("H100 SXM 80 GB", 989, 67, 80, 3350, 450),
-    "l4": GPU("L4", 121, 30.3, 24, 300, 32),
-    "a10g": GPU("A10G", 70, 31.5, 24, 600, 32),
-    "4090": GPU("GeForce RTX 4090", 165.2, 82.6, 24, 1008, 32),
+    "a5000": GPUSpec("RTX A5000", 111.1, 27.8, 24, 768, 32),
+    "a6000": GPUSpec("RTX A6000", 154.8, 38.7, 48, 768, 32),
+    "a100-40": GPUSpec("A100 40 GB", 312, 19.5, 40, 1555, 300),
+    "a100-80": GPUSpec("A100 80 GB", 312, 19.5, 80, 2039, 300),
+    "h100": GPUSpec("H100 SXM 80 GB", 989, 67, 80, 3350, 450),
+    "l4": GPUSpec("L4", 121, 30.3, 24, 300, 32),
+    "a10g": GPUSpec("A10G", 70, 31.5, 24, 600, 32),
+    "4090": GPUSpec("GeForce RTX 4090", 165.2, 82.6, 24, 1008, 32),
 }
 
 
-def find_gpu(name: str) -> GPU:
+def find_gpu(name: str) -> GPUSpec:
     """The card of that name.
 
     Raises:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.requirements import needs
+from bsq_ray.planning.requirements import sample_requirements
 
 # CUDA's context and the libraries' workspaces (1 GiB), and memory the allocator holds but cannot use (5 %): experience.
-CONTEXT = 2**30
-FRAGMENTATION = 0.05
+CONTEXT_BYTES = 2**30
+FRAGMENTATION_FRACTION = 0.05
 # DeepSpeed's default number of elements in the buffer that gradients are reduced in (`reduce_bucket_size`).
-_BUCKET = 500_000_000
+_REDUCE_BUCKET_ELEMENTS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    average: float
+    ema: float
     buckets: float
     activations: float
     overhead: float
@@ -43,32 +43,32 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        parts = (self.weights, self.gradients, self.optimizer, self.average, self.buckets, self.activations)
+        parts = (self.weights, self.gradients, self.optimizer, self.ema, self.buckets, self.activations)
         return sum(parts) + self.overhead
 
 
 def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Memory:
     """Peak memory of one worker that takes `micro_batch` samples at once."""
-    sample, engine = needs(run), run.training.engine
-    state = _state(sum(sample.parameters.values()), engine, workers)
-    weights = state["weights"] + 4 * sample.frozen + sample.copies
+    sample, engine = sample_requirements(run), run.training.engine
+    state = _state_bytes(sum(sample.parameters.values()), engine, workers)
+    weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
     # Only the engine whose backward pass runs has one.
-    buckets = 4.0 * _BUCKET if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
-    average = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0
+    buckets = 4.0 * _REDUCE_BUCKET_ELEMENTS if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
+    ema = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0
     activations = micro_batch * max(sample.activations)
-    used = weights + state["gradients"] + state["optimizer"] + average + buckets + activations
+    used = weights + state["gradients"] + state["optimizer"] + ema + buckets + activations
     return Memory(
         weights,
         state["gradients"],
         state["optimizer"],
-        average,
+        ema,
         buckets,
         activations,
-        CONTEXT + FRAGMENTATION * used,
+        CONTEXT_BYTES + FRAGMENTATION_FRACTION * used,
     )
 
 
-def _state(parameters: int, engine: config.Engine, workers: int) -> dict[str, float]:
+def _state_bytes(parameters: int, engine: config.EngineConfig, workers: int) -> dict[str, float]:
     """Weights, gradients and optimizer state for P parameters on N workers (Rajbhandari et al., 2020, section 5).
 
     Without ZeRO 4 P + 4 P + 8 P. ZeRO adds an fp32 copy of the weights of its own, 4 P / N, also where the weights are

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.activations import tokenizer_bytes
-from bsq_ray.planning.communication import bytes_sent, seconds_sending
-from bsq_ray.planning.flops import tokenizer_forward
-from bsq_ray.planning.gpus import GPU, find_gpu
+from bsq_ray.planning.activations import tokenizer_activation_bytes
+from bsq_ray.planning.communication import communication_bytes, communication_seconds
+from bsq_ray.planning.flops import tokenizer_forward_flops
+from bsq_ray.planning.gpus import GPUSpec, find_gpu
 from bsq_ray.planning.memory import Memory, training_memory
-from bsq_ray.planning.requirements import Needs, needs
+from bsq_ray.planning.requirements import SampleRequirements, sample_requirements
 
 # Share of the peak at which matrix products run. The one published measurement of this network, 45.1 images/s of
 # reconstruction at 256 px on an A5000, means this.
-EFFICIENCY = 0.19
+DEFAULT_EFFICIENCY = 0.19
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Plan:
     """
 
     name: str
-    gpu: GPU
-    gpus: int
-    sample: Needs
+    gpu: GPUSpec
+    num_gpus: int
+    sample: SampleRequirements
     micro_batch: int
     accumulation: int
     memory: Memory
     step_flops: float
     compute_seconds: float
-    network_seconds: float
-    bytes_sent: float
-    data_bytes: float
+    communication_seconds: float
+    communication_bytes: float
+    data_bytes_per_second: float
     samples_per_second: float
     days: float
     advice: tuple[str, ...]
@@ -55,21 +55,21 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Computing, then sending."""
-        return self.compute_seconds + self.network_seconds
+        return self.compute_seconds + self.communication_seconds
 
     @property
-    def fits(self) -> bool:
+    def has_enough_memory(self) -> bool:
         """Whether the card's memory holds it."""
         return self.memory.total <= self.gpu.memory_gib * 2**30
 
 
-def plan(
+def make_plan(
     run: config.AnyConfig,
-    gpu: str | GPU,
-    gpus: int,
+    gpu: str | GPUSpec,
+    num_gpus: int,
     network_gbit: float = 25.0,
-    gpus_per_server: int = 8,
-    efficiency: float = EFFICIENCY,
+    gpus_per_node: int = 8,
+    efficiency: float = DEFAULT_EFFICIENCY,
 ) -> Plan:
     """Plans a run.
 
@@ -85,76 +85,78 @@ def plan(
     """
     from bsq_ray.training.run_spec import split_batch
 
-    card = find_gpu(gpu) if isinstance(gpu, str) else gpu
-    if gpus < 1 or gpus_per_server < 1:
-        raise ValueError(f"gpus {gpus} and gpus per server {gpus_per_server} must be 1 or more")
+    gpu_spec = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    if num_gpus < 1 or gpus_per_node < 1:
+        raise ValueError(f"gpus {num_gpus} and gpus per server {gpus_per_node} must be 1 or more")
     if not 0 < efficiency <= 1 or network_gbit <= 0:
         raise ValueError(f"efficiency {efficiency} must be in (0, 1] and the network's {network_gbit} Gbit/s positive")
-    section = run.training
-    micro_batch, accumulation = split_batch(section, gpus)
-    sample = needs(run)
-    compute = micro_batch * accumulation * _compute_seconds(run, sample, card, efficiency)
-    sent = bytes_sent(sum(sample.parameters.values()), section.engine, gpus, accumulation)
-    sending = seconds_sending(sent, gpus, gpus_per_server, card.link, network_gbit)
-    memory = training_memory(run, gpus, micro_batch)
+    training_config = run.training
+    micro_batch, accumulation = split_batch(training_config, num_gpus)
+    sample = sample_requirements(run)
+    compute = micro_batch * accumulation * _compute_seconds(run, sample, gpu_spec, efficiency)
+    sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)
+    sending = communication_seconds(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_bandwidth, network_gbit)
+    memory = training_memory(run, num_gpus, micro_batch)
     seconds = compute + sending
     return Plan(
         name=run.name,
-        gpu=card,
-        gpus=gpus,
+        gpu=gpu_spec,
+        num_gpus=num_gpus,
         sample=sample,
         micro_batch=micro_batch,
         accumulation=accumulation,
         memory=memory,
-        step_flops=sum(sample.flops.values()) * section.batch_size,
+        step_flops=sum(sample.flops.values()) * training_config.batch_size,
         compute_seconds=compute,
-        network_seconds=sending,
-        bytes_sent=sent,
-        data_bytes=section.batch_size * sample.read / seconds,
-        samples_per_second=section.batch_size / seconds,
-        days=section.steps * seconds / 86400,
-        advice=_advice(run, card, gpus, micro_batch) if memory.total > card.memory_gib * 2**30 else (),
+        communication_seconds=sending,
+        communication_bytes=sent_bytes,
+        data_bytes_per_second=training_config.batch_size * sample.bytes_read / seconds,
+        samples_per_second=training_config.batch_size / seconds,
+        days=training_config.steps * seconds / 86400,
+        advice=_advice(run, gpu_spec, num_gpus, micro_batch) if memory.total > gpu_spec.memory_gib * 2**30 else (),
     )
 
 
-def reconstruction_rate(model: config.TokenizerModel, gpu: str, efficiency: float = EFFICIENCY) -> float:
+def reconstruction_rate(model: config.TokenizerModelConfig, gpu: str, efficiency: float = DEFAULT_EFFICIENCY) -> float:
     """Images one card encodes and decodes per second, in bf16."""
-    card = find_gpu(gpu)
-    products = tokenizer_forward(model) / (card.bf16_tflops * 1e12 * efficiency)
+    gpu_spec = find_gpu(gpu)
+    products = tokenizer_forward_flops(model) / (gpu_spec.bf16_tflops * 1e12 * efficiency)
     # Without a backward pass every activation is written and read once.
-    return 1 / (products + 2 * tokenizer_bytes(model, half=True) / (card.bandwidth * 1e9))
+    return 1 / (products + 2 * tokenizer_activation_bytes(model, half=True) / (gpu_spec.memory_bandwidth * 1e9))
 
 
-def _compute_seconds(run: config.AnyConfig, sample: Needs, card: GPU, efficiency: float) -> float:
+def _compute_seconds(run: config.AnyConfig, sample: SampleRequirements, gpu_spec: GPUSpec, efficiency: float) -> float:
     """Of one sample: products at a share of the peak, then memory traffic.
 
     Each activation is written, read by the next layer, read by the backward pass, and its gradient written. What is not
     a product is bound by memory: Ivanov et al., "Data Movement Is All You Need", 2021.
     """
     half = run.training.engine.precision != "fp32"
-    peak = (card.bf16_tflops if half else card.fp32_tflops) * 1e12
+    peak = (gpu_spec.bf16_tflops if half else gpu_spec.fp32_tflops) * 1e12
     products = sum(sample.flops.values()) / (peak * efficiency)
-    return products + 4 * sum(sample.activations) / (card.bandwidth * 1e9)
+    return products + 4 * sum(sample.activations) / (gpu_spec.memory_bandwidth * 1e9)
 
 
-def _advice(run: config.AnyConfig, card: GPU, gpus: int, micro_batch: int) -> tuple[str, ...]:
+def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> tuple[str, ...]:
     """Changes that make it fit, each by itself unless it says otherwise."""
-    found = []
-    whole = _largest_that_fits(run, card, gpus, micro_batch)
-    if whole:
-        found.append(f"training.micro_batch_size={whole} (accumulates; same global batch)")
+    advice = []
+    fitting_batch = _largest_fitting_micro_batch(run, gpu_spec, num_gpus, micro_batch)
+    if fitting_batch:
+        advice.append(f"training.micro_batch_size={fitting_batch} (accumulates; same global batch)")
     if isinstance(run, config.TokenizerConfig) and not run.model.gradient_checkpointing:
         model = run.model.model_copy(update={"gradient_checkpointing": True})
-        less = _largest_that_fits(run.model_copy(update={"model": model}), card, gpus, micro_batch)
-        smaller = f" training.micro_batch_size={less}" if less < micro_batch else ""
-        if less:
-            found.append(f"model.gradient_checkpointing=true{smaller} (a third more compute)")
-    if not found:
-        found.append("a card with more memory, or a smaller model: not even one sample at a time fits")
-    return tuple(found)
+        checkpointed_batch = _largest_fitting_micro_batch(
+            run.model_copy(update={"model": model}), gpu_spec, num_gpus, micro_batch
+        )
+        smaller = f" training.micro_batch_size={checkpointed_batch}" if checkpointed_batch < micro_batch else ""
+        if checkpointed_batch:
+            advice.append(f"model.gradient_checkpointing=true{smaller} (a third more compute)")
+    if not advice:
+        advice.append("a card with more memory, or a smaller model: not even one sample at a time fits")
+    return tuple(advice)
 
 
-def _largest_that_fits(run: config.AnyConfig, card: GPU, gpus: int, share: int) -> int:
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
-    fitting = (size for size in sizes if training_memory(run, gpus, size).total <= card.memory_gib * 2**30)
+def _largest_fitting_micro_batch(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> int:
+    sizes = [size for size in range(micro_batch, 0, -1) if micro_batch % size == 0]
+    fitting = (size for size in sizes if training_memory(run, num_gpus, size).total <= gpu_spec.memory_gib * 2**30)
     return next(fitting, 0)

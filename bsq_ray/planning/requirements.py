@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.activations import discriminator_phase, generator_phase
-from bsq_ray.planning.flops import tokenizer_flops
-from bsq_ray.planning.layer_costs import discriminator_parameters, perceptual_layers, tokenizer_parameters
-from bsq_ray.planning.token_costs import token_bytes, token_flops, token_parameters
+from bsq_ray.planning.activations import discriminator_phase_bytes, generator_phase_bytes
+from bsq_ray.planning.flops import tokenizer_step_flops
+from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers
+from bsq_ray.planning.token_costs import (
+    num_token_model_parameters,
+    token_model_activation_bytes,
+    token_model_step_flops,
+)
 
 # An ImageNet JPEG as published (138 GB of 1.28 million images).
 _JPEG_BYTES = 110_000
@@ -17,7 +21,7 @@ _VIDEO_BYTES = 490_000
 
 
 @dataclass(frozen=True)
-class Needs:
+class SampleRequirements:
     """Of one image, clip, or row of a token table.
 
     Attributes:
@@ -32,48 +36,48 @@ class Needs:
 
     unit: str
     parameters: dict[str, int]
-    frozen: int
-    copies: float
+    frozen_parameters: int
+    weight_copy_bytes: float
     flops: dict[str, float]
     activations: tuple[float, ...]
-    read: float
+    bytes_read: float
 
 
-def needs(run: config.AnyConfig) -> Needs:
+def sample_requirements(run: config.AnyConfig) -> SampleRequirements:
     """What a sample of this run needs."""
-    return _tokenizer(run) if isinstance(run, config.TokenizerConfig) else _tokens(run)
+    return _tokenizer_requirements(run) if isinstance(run, config.TokenizerConfig) else _token_model_requirements(run)
 
 
-def _tokenizer(run: config.TokenizerConfig) -> Needs:
+def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     model, loss = run.model, run.loss
-    generator = tokenizer_parameters(model)
-    discriminator = discriminator_parameters(loss.adversarial, model.image_size, model.frames)
+    generator = num_tokenizer_parameters(model)
+    discriminator = num_discriminator_parameters(loss.adversarial, model.image_size, model.frames)
     perceptual = 0
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
-        perceptual = sum(layer.parameters for layers in slices for layer in layers)
+        perceptual = sum(layer.num_parameters for layers in slices for layer in layers)
     # bf16 copies of all, or fp32 ones of the discriminator's equalised weights.
     half = run.training.engine.precision != "fp32"
-    return Needs(
+    return SampleRequirements(
         unit="images" if model.frames == 1 else "clips",
         parameters={"generator": generator, "discriminator": discriminator},
-        frozen=perceptual,
-        copies=2 * (generator + discriminator + perceptual) if half else 4 * discriminator,
-        flops=tokenizer_flops(run),
-        activations=(generator_phase(run), discriminator_phase(run)),
-        read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,
+        frozen_parameters=perceptual,
+        weight_copy_bytes=2 * (generator + discriminator + perceptual) if half else 4 * discriminator,
+        flops=tokenizer_step_flops(run),
+        activations=(generator_phase_bytes(run), discriminator_phase_bytes(run)),
+        bytes_read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,
     )
 
 
-def _tokens(run: config.MaskedLMConfig | config.PriorConfig) -> Needs:
+def _token_model_requirements(run: config.MaskedLMConfig | config.PriorConfig) -> SampleRequirements:
     half = run.training.engine.precision != "fp32"
-    parameters = token_parameters(run.model)
-    return Needs(
+    parameters = num_token_model_parameters(run.model)
+    return SampleRequirements(
         unit="rows",
         parameters={"model": parameters},
-        frozen=0,
-        copies=2 * parameters if half else 0,
-        flops={"model": token_flops(run.model)},
-        activations=(token_bytes(run.model, half),),
-        read=run.model.tokens * run.model.bits / 8,
+        frozen_parameters=0,
+        weight_copy_bytes=2 * parameters if half else 0,
+        flops={"model": token_model_step_flops(run.model)},
+        activations=(token_model_activation_bytes(run.model, half),),
+        bytes_read=run.model.num_tokens * run.model.bits / 8,
     )

@@ -9,49 +9,51 @@ from __future__ import annotations
 from math import pi
 
 from bsq_ray import config
-from bsq_ray.planning.activations import block_bytes
+from bsq_ray.planning.activations import block_activation_bytes
 from bsq_ray.planning.flops import blocks_flops
-from bsq_ray.planning.layer_costs import blocks_parameters
+from bsq_ray.planning.layer_costs import num_block_parameters
 
 # Mean of the cosine schedule that decides how many tokens are hidden.
-_MASKED_SHARE = 2 / pi
+_MEAN_MASKED_FRACTION = 2 / pi
 
 
-def token_parameters(model: config.TokenModel) -> int:
+def num_token_model_parameters(model: config.TokenModelConfig) -> int:
     """Of all layers.
 
     Masked language model: table S (V + 1) D, classes C D, positions (N + 1) D, a norm, and a bias for every value.
     Prior: tables S V D and (S - 1) V D, positions N D and a start, a norm, and S trees of V - 1 nodes. Both: blocks,
     and a head of D² + D and a norm.
     """
-    width, values, sub_tokens = model.width, 2**model.sub_bits, model.sub_tokens
-    shared = blocks_parameters(model.transformer) + 2 * width + width**2 + 3 * width + (model.tokens + 1) * width
-    if isinstance(model, config.MaskedLMModel):
-        return shared + sub_tokens * ((values + 1) * width + values) + (model.classes + 1) * width
+    width, values, sub_tokens = model.width, 2**model.sub_bits, model.num_sub_tokens
+    shared = num_block_parameters(model.transformer) + 2 * width + width**2 + 3 * width + (model.num_tokens + 1) * width
+    if isinstance(model, config.MaskedLMModelConfig):
+        return shared + sub_tokens * ((values + 1) * width + values) + (model.num_classes + 1) * width
     tables = (sub_tokens + max(1, sub_tokens - 1)) * values * width
     return shared + tables + sub_tokens * (width + 1) * (values - 1)
 
 
-def token_forward(model: config.TokenModel) -> int:
+def token_model_forward_flops(model: config.TokenModelConfig) -> int:
     """Operations of a forward pass for one sample.
 
     The head costs 2 D² a token and each sub-token's logits 2 D V; the prior runs its head for every sub-token. The
     causal mask saves nothing: masked scores are counted too.
     """
-    width, tokens, sub_tokens = model.width, model.tokens, model.sub_tokens
-    if isinstance(model, config.MaskedLMModel):
+    width, tokens, sub_tokens = model.width, model.num_tokens, model.num_sub_tokens
+    if isinstance(model, config.MaskedLMModelConfig):
         blocks = blocks_flops(model.transformer, tokens + 1, 1) + _class_flops(model)
         return blocks + 2 * tokens * width * (width + sub_tokens * 2**model.sub_bits)
     nodes = 2**model.sub_bits - 1
     return blocks_flops(model.transformer, tokens, 1) + 2 * tokens * sub_tokens * width * (width + nodes)
 
 
-def token_flops(model: config.TokenModel) -> int:
+def token_model_step_flops(model: config.TokenModelConfig) -> int:
     """Operations of a training step for one sample: three times the forward pass, but classes need no gradient."""
-    return 3 * token_forward(model) - (_class_flops(model) if isinstance(model, config.MaskedLMModel) else 0)
+    return 3 * token_model_forward_flops(model) - (
+        _class_flops(model) if isinstance(model, config.MaskedLMModelConfig) else 0
+    )
 
 
-def token_bytes(model: config.TokenModel, half: bool) -> float:
+def token_model_activation_bytes(model: config.TokenModelConfig, half: bool) -> float:
     """Kept for one sample.
 
     Blocks as in the tokenizer; dropout keeps masks of a byte for each of the 2 D values it may drop in a block (a GPU's
@@ -59,19 +61,21 @@ def token_bytes(model: config.TokenModel, half: bool) -> float:
     logits at masked places 4 S V. Prior: the last norm 4 D, and for each sub-token the head 2 e D + 4 D, the tree's
     input e D, its logits 4 (V - 1), and for each of its k bits 16: logit and bit in fp32, node as an integer.
     """
-    operand, width = (2 if half else 4), model.width
-    per_token: float = model.layers * (block_bytes(model.transformer, half) + (2 * width if model.dropout else 0))
+    operand_bytes, width = (2 if half else 4), model.width
+    per_token: float = model.layers * (
+        block_activation_bytes(model.transformer, half) + (2 * width if model.dropout else 0)
+    )
     # The norm outside the blocks with its statistics, and the indices of embeddings.
-    per_token += 4 * width + 8 + 8 * model.sub_tokens
-    head = 3 * operand * width + 4 * width + 8
-    if isinstance(model, config.MaskedLMModel):
-        logits = 4 * _MASKED_SHARE * model.sub_tokens * 2**model.sub_bits
+    per_token += 4 * width + 8 + 8 * model.num_sub_tokens
+    head = 3 * operand_bytes * width + 4 * width + 8
+    if isinstance(model, config.MaskedLMModelConfig):
+        logits = 4 * _MEAN_MASKED_FRACTION * model.num_sub_tokens * 2**model.sub_bits
         per_token += width if model.dropout else 0
-        classes = (operand + 4 * half) * (model.classes + 1)
-        return (model.tokens + 1) * per_token + model.tokens * (head + logits) + classes
+        classes = (operand_bytes + 4 * half) * (model.num_classes + 1)
+        return (model.num_tokens + 1) * per_token + model.num_tokens * (head + logits) + classes
     nodes = 4 * (2**model.sub_bits - 1)
-    return model.tokens * (per_token + model.sub_tokens * (head + nodes + 16 * model.sub_bits))
+    return model.num_tokens * (per_token + model.num_sub_tokens * (head + nodes + 16 * model.sub_bits))
 
 
-def _class_flops(model: config.MaskedLMModel) -> int:
-    return 2 * (model.classes + 1) * model.width
+def _class_flops(model: config.MaskedLMModelConfig) -> int:
+    return 2 * (model.num_classes + 1) * model.width

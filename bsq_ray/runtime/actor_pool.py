@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bsq_ray.runtime.ray_session import gpu_share, ray_session
+from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_in_pool(
-    items: Sequence[Item], build: Callable[[], Callable[[Item], Result]], workers: int, address: str | None = None
+def actor_map_ordered(
+    items: Sequence[Item], build: Callable[[], Callable[[Item], Result]], num_workers: int, address: str | None = None
 ) -> Iterator[Result]:
     """Results of all items, in their order, as they come.
 
@@ -31,7 +31,7 @@ def map_in_pool(
     """
     if not items:
         return
-    if workers == 0:
+    if num_workers == 0:
         yield from map(build(), items)
         return
     with ray_session(address):
@@ -40,7 +40,7 @@ def map_in_pool(
 
         shared = ray.put((build, list(items)))
 
-        class Worker:
+        class Actor:
             def __init__(self) -> None:
                 self.build, self.items = ray.get(shared)
                 self.work: Any = None
@@ -52,21 +52,23 @@ def map_in_pool(
                     result[0] = self.work(self.items[int(rows["item"][0])])
                 except (ValueError, RuntimeError) as error:
                     # Ray would wrap it in a page of its own words.
-                    result[0] = _Failed(error)
+                    result[0] = _TaskError(error)
                 return {"result": result}
 
-        share = gpu_share(workers)
+        gpus_per_actor = gpus_per_process(num_workers)
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        numbers = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
-        pool = ActorPoolStrategy(size=min(workers, len(items)))
-        for row in numbers.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=share).iter_rows():
-            if isinstance(row["result"], _Failed):
+        indices = ray.data.from_items([{"item": n} for n in range(len(items))], override_num_blocks=len(items))
+        pool = ActorPoolStrategy(size=min(num_workers, len(items)))
+        for row in indices.map_batches(
+            Actor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor
+        ).iter_rows():
+            if isinstance(row["result"], _TaskError):
                 raise row["result"].error
             yield row["result"]
 
 
 @dataclass(frozen=True)
-class _Failed:
+class _TaskError:
     error: Exception

@@ -18,7 +18,7 @@ _TUNABLES = {
 }
 
 
-def keep_memory() -> dict[str, str]:
+def malloc_env() -> dict[str, str]:
     """Environment with which a process that computes on a CPU is started; glibc reads it then only.
 
     Empty where the user has set glibc's tunables; other C libraries take no notice of it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 
-def whole_fp32() -> None:
+def strict_fp32() -> None:
     """From here on, this process multiplies fp32 numbers whole; on a CPU it always does."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

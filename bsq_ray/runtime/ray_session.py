@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # Read by Ray when it is imported, so they are set before; what the user set stays.
-_SETTINGS = {
+_RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -24,7 +24,9 @@ _SETTINGS = {
 
 
 @contextmanager
-def ray_session(address: str | None = None, cpus: int | None = None, dashboard: bool = False) -> Iterator[str]:
+def ray_session(
+    address: str | None = None, num_cpus: int | None = None, include_dashboard: bool = False
+) -> Iterator[str]:
     """Joins the cluster at `address`, or the one a job runs on, or starts a local one for the time of the block.
 
     Args:
@@ -40,42 +42,42 @@ def ray_session(address: str | None = None, cpus: int | None = None, dashboard: 
     Raises:
         ValueError: no cluster answers at `address`.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in _RAY_ENV.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
-        yield _dashboard()
+        yield _dashboard_url()
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address:
-        _refuse_unreachable(address)
+        _check_reachable(address)
         try:
-            with _stderr_of_c_closed():
+            with _silence_native_stderr():
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
-        with _stderr_of_c_closed():
+        with _silence_native_stderr():
             ray.init(
                 address="local",
-                num_cpus=cpus or max(4, os.cpu_count() or 1),
-                include_dashboard=dashboard,
+                num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+                include_dashboard=include_dashboard,
                 log_to_driver=False,
                 logging_level="warning",
                 object_store_memory=2**30,
             )
     try:
         if address:
-            _keep_data_services_here()
-        yield _dashboard()
+            _start_ray_data_actors_on_driver_node()
+        yield _dashboard_url()
     finally:
         ray.shutdown()
 
 
-def _keep_data_services_here() -> None:
+def _start_ray_data_actors_on_driver_node() -> None:
     """Lets Ray Data start its two book-keeping actors, which it does where it is used first and once per cluster.
 
     They outlive what started them. On a worker's machine they would keep the autoscaler from ever giving it back.
@@ -85,42 +87,42 @@ def _keep_data_services_here() -> None:
     ray.data.from_items([0]).map_batches(lambda batch: batch, num_cpus=0).materialize()
 
 
-def _dashboard() -> str:
+def _dashboard_url() -> str:
     import ray
 
     url = ray._private.worker._global_node.webui_url
     return f"http://{url}" if url and "://" not in url else url or ""
 
 
-def resources_within_reach() -> dict[str, float]:
+def max_cluster_resources() -> dict[str, float]:
     """What the cluster this process is connected to has, with what its autoscaler may still bring up."""
     import ray
 
-    up = {name: float(amount) for name, amount in ray.cluster_resources().items()}
-    possible = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return {name: max(up.get(name, 0.0), float(possible.get(name, 0))) for name in up.keys() | possible.keys()}
+    current = {name: float(amount) for name, amount in ray.cluster_resources().items()}
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {name: max(current.get(name, 0.0), float(limits.get(name, 0))) for name in current.keys() | limits.keys()}
 
 
-def gpus_within_reach() -> float:
+def max_cluster_gpus() -> float:
     """Its GPUs."""
-    return resources_within_reach().get("GPU", 0.0)
+    return max_cluster_resources().get("GPU", 0.0)
 
 
-def gpu_share(workers: int) -> float:
+def gpus_per_process(num_processes: int) -> float:
     """What of a GPU each of so many processes takes: a whole one, an even part where there are fewer GPUs, or none.
 
     To be asked for: a process to which Ray gives none sees all of its machine's and would take the first.
     """
-    gpus = int(gpus_within_reach())
-    return 1 / math.ceil(workers / gpus) if gpus else 0.0
+    num_gpus = int(max_cluster_gpus())
+    return 1 / math.ceil(num_processes / num_gpus) if num_gpus else 0.0
 
 
-def cpus_within_reach() -> float:
+def max_cluster_cpus() -> float:
     """Its CPUs; infinitely many if nobody knows what its autoscaler may bring up."""
-    return resources_within_reach().get("CPU", 0.0) if reach_is_known() else math.inf
+    return max_cluster_resources().get("CPU", 0.0) if cluster_limits_known() else math.inf
 
 
-def reach_is_known() -> bool:
+def cluster_limits_known() -> bool:
     """Whether it cannot become larger than `resources_within_reach`.
 
     Known of a Ray that this process has started, and where the autoscaler says what it may bring up. Those of `ray up`
@@ -133,20 +135,20 @@ def reach_is_known() -> bool:
 
 
 @contextmanager
-def _stderr_of_c_closed() -> Iterator[None]:
+def _silence_native_stderr() -> Iterator[None]:
     """Ray's C++ part announces its log level on the descriptor itself; what Python raises is not touched."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    saved_fd, null_fd = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null_fd, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved_fd, 2)
+        os.close(saved_fd)
+        os.close(null_fd)
 
 
-def _refuse_unreachable(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ray itself would try for more than a minute."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():

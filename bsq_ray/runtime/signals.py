@@ -10,24 +10,24 @@ from types import FrameType
 
 
 @contextmanager
-def stop_on_signal(given: threading.Event | None = None) -> Iterator[threading.Event]:
+def stop_on_signal(external_event: threading.Event | None = None) -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM sets the event; the second one is not caught. A given event is its giver's to set.
 
     Ray takes SIGTERM for itself when it starts, so this comes after.
     """
-    stop = given or threading.Event()
-    if given is not None or threading.current_thread() is not threading.main_thread():
-        yield stop
+    stop_event = external_event or threading.Event()
+    if external_event is not None or threading.current_thread() is not threading.main_thread():
+        yield stop_event
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        for caught, handler in before.items():
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        stop_event.set()
+        for caught, handler in previous_handlers.items():
             signal.signal(caught, handler)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield stop_event
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

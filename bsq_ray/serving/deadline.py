@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 
-from bsq_ray.serving.errors import too_slow
+from bsq_ray.serving.errors import deadline_exceeded
 
 
 @dataclass(frozen=True)
-class Work:
+class Deadline:
     """A request under way.
 
     Attributes:
@@ -21,9 +21,9 @@ class Work:
         abandoned: set when nobody waits for the answer.
     """
 
-    seconds: float
-    until: float
-    abandoned: Event
+    timeout_s: float
+    expires_at: float
+    cancelled: Event
 
     def check(self, *_: int) -> None:
         """Raises when it is no longer worth going on.
@@ -31,15 +31,15 @@ class Work:
         Raises:
             Refused: 503.
         """
-        if self.abandoned.is_set() or time.monotonic() > self.until:
-            raise too_slow(self.seconds)
+        if self.cancelled.is_set() or time.monotonic() > self.expires_at:
+            raise deadline_exceeded(self.timeout_s)
 
 
 @contextmanager
-def awaited(seconds: float) -> Iterator[Work]:
+def deadline_after(timeout_s: float) -> Iterator[Deadline]:
     """Work that is awaited until the block is left."""
-    work = Work(seconds, time.monotonic() + seconds, Event())
+    deadline = Deadline(timeout_s, time.monotonic() + timeout_s, Event())
     try:
-        yield work
+        yield deadline
     finally:
-        work.abandoned.set()
+        deadline.cancelled.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """The answer to a request that is not carried out.
 
     Args:
@@ -21,21 +21,23 @@ class Refused(Exception):
         return self.message
 
 
-def busy() -> Refused:
+def too_many_requests() -> ApiError:
     """Too many requests are under way."""
-    return Refused(429, "too many requests are under way; try again in a moment", 1)
+    return ApiError(429, "too many requests are under way; try again in a moment", 1)
 
 
-def unread() -> Refused:
+def response_memory_exhausted() -> ApiError:
     """Other clients are still reading as much as may be held for them."""
-    return Refused(429, "too much is being read from this service; try again in a moment", 1)
+    return ApiError(429, "too much is being read from this service; try again in a moment", 1)
 
 
-def loading(what: str) -> Refused:
+def model_loading(name: str) -> ApiError:
     """Nothing can answer yet, or nothing any more."""
-    return Refused(503, f"{what} is being loaded; try again in a moment", 2)
+    return ApiError(503, f"{name} is being loaded; try again in a moment", 2)
 
 
-def too_slow(seconds: float) -> Refused:
+def deadline_exceeded(timeout_s: float) -> ApiError:
     """The answer was not there in time."""
-    return Refused(503, f"the answer took longer than {seconds:g} s; a smaller image or a shorter video is faster", 10)
+    return ApiError(
+        503, f"the answer took longer than {timeout_s:g} s; a smaller image or a shorter video is faster", 10
+    )

@@ -14,12 +14,12 @@ from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 
-_NAMES = ("JPEG", "WebP")
+_BASELINE_CODECS = ("JPEG", "WebP")
 # Of files that are compared; a finer ladder would cost more looks through the LPIPS network.
 _QUALITIES = (1, 2, 3, 5, 8, 12, 18, 26, 36, 48, 62, 78, 95)
 
 
-class Figures(TypedDict):
+class QualityReport(TypedDict):
     """What was measured.
 
     `equal` says for each metric and codec the smallest file that is at least as good: its `bytes` and `quality`;
@@ -35,7 +35,9 @@ class Figures(TypedDict):
     equal: dict[str, dict[str, Any]]
 
 
-def measure(original: Image.Image, shown: Image.Image, size: int, check: Callable[[], None]) -> Figures:
+def measure_quality(
+    original: Image.Image, decoded: Image.Image, num_bytes: int, check_deadline: Callable[[], None]
+) -> QualityReport:
     """Figures of a picture that a file of `size` bytes shows.
 
     Args:
@@ -44,46 +46,50 @@ def measure(original: Image.Image, shown: Image.Image, size: int, check: Callabl
     Raises:
         ValueError: the LPIPS network's weights are not on this machine.
     """
-    original_BCHW = _tensor(original)
+    original_BCHW = _to_tensor(original)
     metrics = {"psnr": psnr, "lpips": lpips}
-    ours = {name: float(metric(original_BCHW, _tensor(shown))) for name, metric in metrics.items()}
+    metric_values = {name: float(metric(original_BCHW, _to_tensor(decoded))) for name, metric in metrics.items()}
     codecs = standard_codecs()
     equal: dict[str, dict[str, Any]] = {}
     for name, metric in metrics.items():
         sign = 1 if name == "psnr" else -1
         equal[name] = {}
-        for codec in _NAMES:
+        for codec in _BASELINE_CODECS:
 
-            def at(quality: int, codec: str = codec, metric: Any = metric, sign: int = sign) -> tuple[int, float]:
-                check()
+            def encode_at_quality(
+                quality: int, codec: str = codec, metric: Any = metric, sign: int = sign
+            ) -> tuple[int, float]:
+                check_deadline()
                 data = codecs[codec].encode(original, quality)
-                return len(data), sign * float(metric(original_BCHW, _tensor(codecs[codec].decode(data))))
+                return len(data), sign * float(metric(original_BCHW, _to_tensor(codecs[codec].decode(data))))
 
-            equal[name][codec] = _smallest(at, sign * ours[name])
-    rate = 8 * size / (original.width * original.height)
+            equal[name][codec] = _smallest_quality_reaching(encode_at_quality, sign * metric_values[name])
+    bits_per_pixel = 8 * num_bytes / (original.width * original.height)
     return {
-        "width": original.width, "height": original.height, "bytes": size, "bits_per_pixel": rate,
-        "psnr": ours["psnr"], "lpips": ours["lpips"], "equal": equal,
+        "width": original.width, "height": original.height, "bytes": num_bytes, "bits_per_pixel": bits_per_pixel,
+        "psnr": metric_values["psnr"], "lpips": metric_values["lpips"], "equal": equal,
     }  # fmt: skip
 
 
-def _smallest(at: Callable[[int], tuple[int, float]], wanted: float) -> dict[str, Any] | None:
+def _smallest_quality_reaching(
+    encode_at_quality: Callable[[int], tuple[int, float]], target: float
+) -> dict[str, Any] | None:
     """The lowest quality whose picture is at least as good as wanted, by bisection."""
-    size, reached = at(_QUALITIES[0])
-    if reached >= wanted:
-        return {"bytes": size, "quality": _QUALITIES[0], "better": reached > wanted}
-    found = None
+    size, metric_value = encode_at_quality(_QUALITIES[0])
+    if metric_value >= target:
+        return {"bytes": size, "quality": _QUALITIES[0], "better": metric_value > target}
+    best = None
     low, high = 0, len(_QUALITIES)
     while high - low > 1:
         middle = (low + high) // 2
-        size, reached = at(_QUALITIES[middle])
-        if reached >= wanted:
-            found = {"bytes": size, "quality": _QUALITIES[middle], "better": False}
+        size, metric_value = encode_at_quality(_QUALITIES[middle])
+        if metric_value >= target:
+            best = {"bytes": size, "quality": _QUALITIES[middle], "better": False}
             high = middle
         else:
             low = middle
-    return found
+    return best
 
 
-def _tensor(image: Image.Image) -> torch.Tensor:
+def _to_tensor(image: Image.Image) -> torch.Tensor:
     return to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])

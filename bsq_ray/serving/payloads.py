@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Media type of .bsq files.
-BSQ = "application/x-bsq"
+BSQ_MEDIA_TYPE = "application/x-bsq"
 
 
 @dataclass(frozen=True)
-class File:
+class MediaFile:
     """A file.
 
     Attributes:
@@ -21,8 +21,8 @@ class File:
 
     data: bytes
     media_type: str
-    pixels: int
-    frames: int | None = None
+    num_pixels: int
+    num_frames: int | None = None
     psnr: float | None = None
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 from bsq_ray import config
 from bsq_ray.codec.container import read_header
-from bsq_ray.serving.errors import Refused, loading
-from bsq_ray.serving.media.video_io import is_clip
+from bsq_ray.serving.errors import ApiError, model_loading
+from bsq_ray.serving.media.video_io import is_video
 
 # What each role offers, as the last part of /v1/….
-OFFERS = {
+CAPABILITIES = {
     "tokenizer": ("encode", "decode", "reconstruct"),
     "codec": ("compress", "decompress", "measure"),
     "generator": ("generate",),
@@ -32,20 +32,20 @@ class Replicas(Protocol):
         """The results of a method that has several, as they come."""
 
 
-class Kind(NamedTuple):
+class ModelKind(NamedTuple):
     """What a model was trained as: the stage, and the frames that it sees at once, more than 1 if of clips."""
 
     stage: str
-    frames: int
+    num_frames: int
 
 
-def kind_of(run: config.AnyConfig) -> Kind:
+def model_kind(run: config.AnyConfig) -> ModelKind:
     """The kind of a model with this configuration."""
-    return Kind(run.stage, run.model.frames if isinstance(run, config.TokenizerConfig) else run.model.grid[0])
+    return ModelKind(run.stage, run.model.frames if isinstance(run, config.TokenizerConfig) else run.model.grid[0])
 
 
 @dataclass(eq=False)
-class Model:
+class ServedModel:
     """One model.
 
     Attributes:
@@ -55,98 +55,104 @@ class Model:
     """
 
     name: str
-    kind: Kind
+    kind: ModelKind
     replicas: Mapping[str, Replicas]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     async def load(self) -> None:
         """Waits until the replicas of all roles answer."""
-        found = await asyncio.gather(*(replicas.call("facts") for replicas in self.replicas.values()))
-        self.facts = {name: value for facts in found for name, value in facts.items()}
+        results = await asyncio.gather(*(replicas.call("facts") for replicas in self.replicas.values()))
+        self.metadata = {name: value for facts in results for name, value in facts.items()}
 
     @property
-    def offers(self) -> list[str]:
+    def capabilities(self) -> list[str]:
         """The requests it can carry out."""
-        return [offer for role in self.replicas for offer in OFFERS[role]]
+        return [offer for role in self.replicas for offer in CAPABILITIES[role]]
 
-    def serving(self, offer: str) -> Replicas:
+    def replicas_for(self, capability: str) -> Replicas:
         """The replicas for a request.
 
         Raises:
             Refused: 503 they are not loaded yet.
         """
-        if not self.facts:
-            raise loading(f"the model {self.name}")
-        return next(replicas for role, replicas in self.replicas.items() if offer in OFFERS[role])
+        if not self.metadata:
+            raise model_loading(f"the model {self.name}")
+        return next(replicas for role, replicas in self.replicas.items() if capability in CAPABILITIES[role])
 
 
-class Models:
+class ModelRegistry:
     """All models of a service."""
 
-    def __init__(self, models: list[Model]) -> None:
+    def __init__(self, models: list[ServedModel]) -> None:
         self._models = {model.name: model for model in models}
 
     def __iter__(self) -> Any:
         return iter(self._models.values())
 
     @property
-    def unloaded(self) -> list[str]:
+    def loading(self) -> list[str]:
         """Names of models that cannot answer yet."""
         return [model.name for model in self if not model.facts]
 
-    def choose(self, offer: str, name: str | None) -> Model:
+    def choose(self, capability: str, name: str | None) -> ServedModel:
         """The model of that name or id, or the first one that can.
 
         Raises:
             Refused: 404 no model of that name, 422 it cannot do this.
         """
-        able = [model for model in self if offer in model.offers]
-        if name is None and able:
-            return able[0]
+        capable = [model for model in self if capability in model.offers]
+        if name is None and capable:
+            return capable[0]
         if name is None:
-            raise Refused(404, f"no model here can {offer}")
-        named = [model for model in self if name in (model.name, *map(model.facts.get, _IDS))]
-        if not named:
-            raise Refused(404, f"there is no model {name[:80]}; there are {', '.join(self._models)}")
-        if not set(named) & set(able):
-            raise Refused(422, f"the model {named[0].name} does not {offer}; {', '.join(named[0].offers)} it does")
-        return next(model for model in named if model in able)
+            raise ApiError(404, f"no model here can {capability}")
+        matches = [model for model in self if name in (model.name, *map(model.facts.get, _ID_KEYS))]
+        if not matches:
+            raise ApiError(404, f"there is no model {name[:80]}; there are {', '.join(self._models)}")
+        if not set(matches) & set(capable):
+            raise ApiError(
+                422, f"the model {matches[0].name} does not {capability}; {', '.join(matches[0].offers)} it does"
+            )
+        return next(model for model in matches if model in capable)
 
-    def taker_of(self, data: bytes, offer: str, name: str | None) -> Model:
+    def model_for_upload(self, data: bytes, capability: str, name: str | None) -> ServedModel:
         """As `choose`, but without a name rather a model of clips for a video, and one of images for an image.
 
         Raises:
             Refused: as `choose`.
         """
-        clip = is_clip(data)
-        fitting = [model for model in self if offer in model.offers and (model.kind.frames > 1) == clip]
-        return fitting[0] if name is None and fitting else self.choose(offer, name)
+        is_video_upload = is_video(data)
+        matching = [
+            model for model in self if capability in model.offers and (model.kind.frames > 1) == is_video_upload
+        ]
+        return matching[0] if name is None and matching else self.choose(capability, name)
 
-    def reader_of(self, data: bytes, name: str | None) -> Model:
+    def model_for_bsq(self, data: bytes, name: str | None) -> ServedModel:
         """The model that a .bsq file was written with.
 
         Raises:
             Refused: 415 not such a file, 422 damaged or of a model that is not here, 503 models are being loaded.
         """
         if data[:4] != b"BSQ1":
-            raise Refused(415, "the body is not a .bsq file")
+            raise ApiError(415, "the body is not a .bsq file")
         if name is not None:
             return self.choose("decompress", name)
         try:
             header = read_header(data)
         except ValueError as error:
-            raise Refused(422, str(error)) from None
-        wanted = header.tokenizer.hex(), header.prior.hex() if any(header.prior) else None
+            raise ApiError(422, str(error)) from None
+        required_ids = header.tokenizer.hex(), header.prior.hex() if any(header.prior) else None
         for model in self:
             if "codec" in model.replicas:
                 tokenizer, prior = (model.facts.get(key) for key in ("tokenizer_id", "prior_id"))
-                if tokenizer and (tokenizer[:16], prior and prior[:16]) == wanted:
+                if tokenizer and (tokenizer[:16], prior and prior[:16]) == required_ids:
                     return model
-        if self.unloaded:
-            raise loading(f"the model {self.unloaded[0]}")
-        raise Refused(422, f"the file was written with the model {wanted[1] or wanted[0]}, which is not served here")
+        if self.loading:
+            raise model_loading(f"the model {self.loading[0]}")
+        raise ApiError(
+            422, f"the file was written with the model {required_ids[1] or required_ids[0]}, which is not served here"
+        )
 
-    def described(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, Any]]:
         """What `GET /v1/models` says."""
         return [
             {
@@ -161,4 +167,4 @@ class Models:
         ]
 
 
-_IDS = ("tokenizer_id", "prior_id", "model_id")
+_ID_KEYS = ("tokenizer_id", "prior_id", "model_id")

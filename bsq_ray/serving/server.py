@@ -11,14 +11,14 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from bsq_ray import model_folder
-from bsq_ray.config.loader import check_section
+from bsq_ray.config.loader import validate_mapping
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.http.admission import is_loopback
 from bsq_ray.serving.service_config import TOKEN_VARIABLE, Settings, token_from_environment
 
 # Read by Ray Serve's processes when they start. Replicas call models in threads of their own, so the event loop is
 # free and a request need not change threads on its way.
-_SERVE_SETTINGS = {
+_SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -31,11 +31,11 @@ _SERVE_SETTINGS = {
     "GOMP_SPINCOUNT": "30000",
 }
 # A line in a file for every request takes longer than what it tells is worth; `/metrics` counts them.
-_LOGGING = {"enable_access_log": False}
+_LOGGING_CONFIG = {"enable_access_log": False}
 
 
 @dataclass(frozen=True)
-class Running:
+class ServerHandle:
     """A service that answers.
 
     Attributes:
@@ -49,7 +49,7 @@ class Running:
     note: str = ""
 
 
-def settings_of(models: Sequence[str], host: str, token: bool | None, overrides: Sequence[str]) -> Settings:
+def parse_settings(models: Sequence[str], host: str, require_token: bool | None, overrides: Sequence[str]) -> Settings:
     """Settings for models given as FOLDER or NAME=FOLDER.
 
     Args:
@@ -58,20 +58,22 @@ def settings_of(models: Sequence[str], host: str, token: bool | None, overrides:
     Raises:
         ValueError: a folder cannot be read, two models have one name, or an override is wrong.
     """
-    named: dict[str, str] = {}
+    folders_by_name: dict[str, str] = {}
     for text in models:
         name, separator, url = text.partition("=")
         if not separator:
-            name, url = model_folder.read_config(text).name, text
-        if name in named:
+            name, url = model_folder.load_model_folder_config(text).name, text
+        if name in folders_by_name:
             raise ValueError(f"two models are called {name}; give one another name: --model OTHER={url}")
-        named[name] = url
-    authentication = not is_loopback(host) if token is None else token
-    return check_section({"models": named, "authentication": authentication}, overrides, Settings, "bsq-ray serve")
+        folders_by_name[name] = url
+    authentication = not is_loopback(host) if require_token is None else require_token
+    return validate_mapping(
+        {"models": folders_by_name, "authentication": authentication}, overrides, Settings, "bsq-ray serve"
+    )
 
 
 @contextmanager
-def running(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[Running]:
+def serve_app(settings: Settings, host: str, port: int, address: str | None = None) -> Iterator[ServerHandle]:
     """The service, loaded and answering, for the time of the block.
 
     Args:
@@ -83,8 +85,8 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
             cluster serves already.
         RuntimeError: a replica did not start.
     """
-    token = _token() if settings.authentication else None
-    for name, value in _SERVE_SETTINGS.items():
+    token = _read_or_create_token() if settings.authentication else None
+    for name, value in _SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with ray_session(address):
         from ray import serve
@@ -98,54 +100,56 @@ def running(settings: Settings, host: str, port: int, address: str | None = None
                 "Ray Serve already runs on this cluster; add the models to what it serves (cluster/README.md, "
                 "'Serving'), or leave --address out"
             )
-        place = _place(host, port)
+        endpoint = _resolve_endpoint(host, port)
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(
-                http_options={"host": host, "port": place.port}, proxy_location="HeadOnly", logging_config=_LOGGING
+                http_options={"host": host, "port": endpoint.port},
+                proxy_location="HeadOnly",
+                logging_config=_LOGGING_CONFIG,
             )
-            serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING)
-            yield Running(place.url, token, place.note)
+            serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING_CONFIG)
+            yield ServerHandle(endpoint.url, token, endpoint.note)
         finally:
             # Ray reports the end of Serve's controller, which was asked for, as a failure.
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
                 serve.shutdown()
 
 
-def _token() -> str:
+def _read_or_create_token() -> str:
     return token_from_environment() if os.environ.get(TOKEN_VARIABLE) else secrets.token_urlsafe(24)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Endpoint:
     port: int
     url: str
     note: str
 
 
-def _place(host: str, port: int) -> _Place:
+def _resolve_endpoint(host: str, port: int) -> _Endpoint:
     """Where the service listens: on the head of the cluster that this process has joined."""
     import ray
 
     [head] = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
         port = _free_port(host, port)
-        return _Place(port, f"http://{_in_url(host)}:{port}/", "")
+        return _Endpoint(port, f"http://{_url_host(host)}:{port}/", "")
     if not port:
         raise ValueError("--port 0 looks for a free port here, but the cluster's head is another machine; choose one")
     address = head["NodeManagerAddress"]
     if is_loopback(host):
-        tunnel = f"ssh -N -L {port}:{_in_url(host)}:{port} {address}"
+        tunnel = f"ssh -N -L {port}:{_url_host(host)}:{port} {address}"
         note = (
             f"only the cluster's head {address} reaches this address: `{tunnel}` brings it here, --host 0.0.0.0 opens "
             "it to others"
         )
-        return _Place(port, f"http://{_in_url(host)}:{port}/", note)
-    shown = address if host in ("0.0.0.0", "::") else host
-    return _Place(port, f"http://{_in_url(shown)}:{port}/", f"the cluster's head {address} listens")
+        return _Endpoint(port, f"http://{_url_host(host)}:{port}/", note)
+    public_host = address if host in ("0.0.0.0", "::") else host
+    return _Endpoint(port, f"http://{_url_host(public_host)}:{port}/", f"the cluster's head {address} listens")
 
 
-def _in_url(host: str) -> str:
+def _url_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
@@ -155,7 +159,7 @@ def _free_port(host: str, port: int) -> int:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-            taken: int = probe.getsockname()[1]
-            return taken
+            bound_port: int = probe.getsockname()[1]
+            return bound_port
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error

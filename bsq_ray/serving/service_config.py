@@ -7,47 +7,47 @@ import re
 
 from pydantic import Field, model_validator
 
-from bsq_ray.config.tokenizer_config import Strict
+from bsq_ray.config.tokenizer_config import StrictModel
 
 TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
 # Read by Ray Serve's proxies, which know nothing of these settings: MB of answers that clients are reading.
-ANSWERS_VARIABLE = "BSQ_RAY_ANSWERS_MB"
+MAX_RESPONSE_MB_VARIABLE = "BSQ_RAY_ANSWERS_MB"
 
 
-class Scaling(Strict):
+class Scaling(StrictModel):
     """Replicas of a deployment and what each one takes.
 
     With `most_replicas` Ray Serve adds replicas up to that number while more than `queue` requests a replica are under
     way, and takes them away again.
     """
 
-    replicas: int = Field(1, ge=1)
-    most_replicas: int | None = Field(None, ge=1)
-    queue: float = Field(4.0, gt=0)
-    cpus: float = Field(0.5, ge=0)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int | None = Field(None, ge=1)
+    target_ongoing_requests: float = Field(4.0, gt=0)
+    num_cpus: float = Field(0.5, ge=0)
 
     @model_validator(mode="after")
-    def _range(self) -> Scaling:
-        if self.most_replicas is not None and self.most_replicas < self.replicas:
-            raise ValueError(f"most_replicas {self.most_replicas} is below replicas {self.replicas}")
+    def _check_replica_range(self) -> Scaling:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(f"most_replicas {self.max_replicas} is below replicas {self.min_replicas}")
         return self
 
 
-class Computing(Scaling):
+class TorchScaling(Scaling):
     """A deployment that computes with PyTorch."""
 
     # Share of a GPU; 0 computes on the CPU.
-    gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
     # Threads of PyTorch; 0 is one for each core of the machine.
     threads: int = Field(0, ge=0)
 
     @property
     def device(self) -> str:
         """Where the models of a replica live."""
-        return "cuda" if self.gpus else "cpu"
+        return "cuda" if self.num_gpus else "cpu"
 
 
-class Batching(Computing):
+class Batching(TorchScaling):
     """A deployment whose requests are computed together.
 
     Attributes:
@@ -55,32 +55,32 @@ class Batching(Computing):
         wait_ms: how long an incomplete batch waits for more; while one batch is computed the next one fills anyway.
     """
 
-    largest_batch: int = Field(16, ge=1)
-    wait_ms: float = Field(0.0, ge=0)
+    max_batch_size: int = Field(16, ge=1)
+    batch_wait_timeout_ms: float = Field(0.0, ge=0)
 
 
-class Limits(Strict):
+class Limits(StrictModel):
     """What a request may cost; beyond it is refused."""
 
     # Body of a request, and of all that one replica of the front holds.
-    body_mb: float = Field(32.0, gt=0)
-    bodies_mb: float = Field(512.0, gt=0)
+    max_body_mb: float = Field(32.0, gt=0)
+    max_total_body_mb: float = Field(512.0, gt=0)
     # Of an image or a frame, before it is decoded.
-    pixels: int = Field(2**24, ge=1)
+    max_pixels: int = Field(2**24, ge=1)
     # Of all frames of a video together, each counted as at least the model's square.
-    clip_pixels: int = Field(2**27, ge=1)
+    max_video_pixels: int = Field(2**27, ge=1)
     # Requests under way in one replica of the front, their bodies arrived; the next one is told to come again later.
-    waiting: int = Field(64, ge=1)
+    max_ongoing_requests: int = Field(64, ge=1)
     # For the body to arrive, and for the answer.
-    upload_seconds: float = Field(30.0, gt=0)
-    seconds: float = Field(120.0, gt=0)
+    upload_timeout_s: float = Field(30.0, gt=0)
+    request_timeout_s: float = Field(120.0, gt=0)
     # Forward passes of a generated image.
-    steps: int = Field(256, ge=1)
+    max_steps: int = Field(256, ge=1)
     # How often a request is given to another replica after one has died.
-    retries: int = Field(2, ge=0)
+    max_retries: int = Field(2, ge=0)
 
 
-class Settings(Strict):
+class Settings(StrictModel):
     """The service.
 
     Attributes:
@@ -91,13 +91,13 @@ class Settings(Strict):
     models: dict[str, str]
     authentication: bool = True
     limits: Limits = Limits()
-    front: Scaling = Scaling(cpus=0.25)
+    ingress: Scaling = Scaling(num_cpus=0.25)
     tokenizer: Batching = Batching()
-    codec: Computing = Computing()
+    codec: TorchScaling = TorchScaling()
     generator: Batching = Batching()
 
     @model_validator(mode="after")
-    def _models(self) -> Settings:
+    def _check_models(self) -> Settings:
         if not self.models:
             raise ValueError("models: name at least one model folder")
         for name in self.models:

@@ -8,18 +8,18 @@ import safetensors.torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.training.run_spec import Job
+from bsq_ray.training.run_spec import RunSpec
 
-Weights = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 
 
 def write_model(
-    job: Job,
-    facts: dict[str, str],
-    figures: dict[str, float],
-    weights: tuple[Weights, Weights | None],
-    others: Mapping[str, Weights],
-    companions: Mapping[str, str],
+    spec: RunSpec,
+    card_fields: dict[str, str],
+    metrics: dict[str, float],
+    weights: tuple[StateDict, StateDict | None],
+    extra_modules: Mapping[str, StateDict],
+    bundled_models: Mapping[str, str],
 ) -> None:
     """Writes `out/model`.
 
@@ -30,10 +30,10 @@ def write_model(
         others: weights of the other modules, by name.
         companions: model folders to be copied into it, URL by name.
     """
-    url = storage.join(job.out_url, "model")
-    facts = facts | ({"initialised from": job.init_url} if job.init_url else {})
-    model_folder.write_model_folder(url, config.dump_config(job.config), *weights, figures, facts)
-    for name, state in others.items():
+    url = storage.join(spec.out_url, "model")
+    card_fields = card_fields | ({"initialised from": spec.init_url} if spec.init_url else {})
+    model_folder.write_model_folder(url, config.dump_config(spec.config), *weights, metrics, card_fields)
+    for name, state in extra_modules.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
-    for name, companion in companions.items():
-        storage.copy_folder(companion, storage.join(url, name))
+    for name, bundled_url in bundled_models.items():
+        storage.copy_folder(bundled_url, storage.join(url, name))

@@ -11,17 +11,17 @@ from functools import partial
 from typing import Any
 
 from bsq_ray import config, storage
-from bsq_ray.data.factory import fill_in, open_source
+from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.monitoring.console import ProgressLine
-from bsq_ray.training.monitoring.summary import Summary
-from bsq_ray.training.ray_trainer import Share, run_on_ray
-from bsq_ray.training.run_spec import Job, Result, check_same_run, possible_sizes
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Device, Wish, Worker, local_device
+from bsq_ray.training.monitoring.summary import RunSummary
+from bsq_ray.training.ray_trainer import ResourceBudget, run_on_ray
+from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable, valid_world_sizes
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import ControlSignal, Device, WorkerContext, local_device
 
 
 class Interrupted(RuntimeError):
@@ -32,7 +32,7 @@ def train(
     run_config: config.AnyConfig,
     data_url: str,
     out_url: str,
-    workers: int,
+    num_workers: int,
     resume: bool = False,
     address: str | None = None,
     held_out_url: str | None = None,
@@ -41,10 +41,10 @@ def train(
     min_workers: int | None = None,
     max_failures: int = 3,
     init_url: str | None = None,
-    show: Callable[[dict[str, Any]], None] | None = None,
-    stop: threading.Event | None = None,
-    share: Share = Share(),
-) -> Result:
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    stop_event: threading.Event | None = None,
+    budget: ResourceBudget = ResourceBudget(),
+) -> RunResult:
     """Trains a model and leaves `out_url/model`, checkpoints, logs and pictures; see `loop.Job`.
 
     Args:
@@ -71,75 +71,88 @@ def train(
     if init_url and storage.exists(init_url):
         # Otherwise it may be a hub id.
         init_url = storage.absolute(init_url)
-    run_config = fill_in(run_config, data_url)
-    job = Job(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
-    sizes = possible_sizes(run_config.training, workers if min_workers is None else min_workers, workers)
-    _check(job, resume)
+    run_config = resolve_tokenizer(run_config, data_url)
+    spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
+    world_sizes = valid_world_sizes(
+        run_config.training, num_workers if min_workers is None else min_workers, num_workers
+    )
+    _validate(spec, resume)
     storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
-    summary = Summary()
-    with _display(show) as shown:
-        say = summary.heard(shown)
-        if workers == 0:
-            with stop_on_signal(stop) as asked:
-                say({"kind": "place", "step": 0, "out": out_url, "dashboard": ""})
-                worker = Worker(0, 1, local_device(device), "local", _LocalReporter(say, asked))
-                result: Result | None = run(job, worker)
+    summary = RunSummary()
+    with _console(on_record) as display:
+        record_sink = summary.tracking(display)
+        if num_workers == 0:
+            with stop_on_signal(stop_event) as stop_requested:
+                record_sink({"kind": "place", "step": 0, "out": out_url, "dashboard": ""})
+                worker = WorkerContext(0, 1, local_device(device), "local", _LocalReporter(record_sink, stop_requested))
+                result: RunResult | None = run_training(spec, worker)
         else:
-            with ray_session(address, dashboard=True) as dashboard, stop_on_signal(stop) as asked:
-                say({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
-                result = run_on_ray(job, sizes, device, max_failures, say, asked, share)
+            with (
+                ray_session(address, include_dashboard=True) as dashboard,
+                stop_on_signal(stop_event) as stop_requested,
+            ):
+                record_sink({"kind": "place", "step": 0, "out": out_url, "dashboard": dashboard})
+                result = run_on_ray(spec, world_sizes, device, max_failures, record_sink, stop_requested, budget)
         if result is None:
             raise Interrupted("stopped before the workers began; nothing is lost")
         result = summary.complete(result)
-        facts = {**asdict(result), "restarts": len(result.restarts), "restart_reasons": result.restarts}
-        _write_summary({**facts, "workers": workers, "minutes": minutes}, job, say)
+        summary_fields = {
+            **asdict(result),
+            "restarts": len(result.restart_reasons),
+            "restart_reasons": result.restart_reasons,
+        }
+        _write_summary({**summary_fields, "workers": num_workers, "minutes": minutes}, spec, record_sink)
     if not result.finished:
         raise Interrupted(f"stopped after step {result.step}; checkpoint and model are saved in {out_url}")
     return result
 
 
-def _write_summary(facts: dict[str, Any], job: Job, say: Callable[[dict[str, Any]], None]) -> None:
+def _write_summary(summary_fields: dict[str, Any], spec: RunSpec, on_record: Callable[[dict[str, Any]], None]) -> None:
     write = partial(
-        storage.write_bytes, storage.join(job.out_url, "summary.json"), json.dumps(facts, indent=1).encode()
+        storage.write_bytes, storage.join(spec.out_url, "summary.json"), json.dumps(summary_fields, indent=1).encode()
     )
-    patience = job.config.training.storage_patience
-    storage.persistently(write, patience, lambda text: say({"kind": "warning", "step": 0, "text": text}))
+    timeout_s = spec.config.training.storage_timeout_s
+    storage.retry_while_unavailable(
+        write, timeout_s, lambda text: on_record({"kind": "warning", "step": 0, "text": text})
+    )
 
 
-def _check(job: Job, resume: bool) -> None:
+def _validate(spec: RunSpec, resume: bool) -> None:
     """What can be known to be wrong before anything is started."""
-    if job.minutes is not None and job.minutes <= 0:
-        raise ValueError(f"minutes {job.minutes} must be positive")
-    source = open_source(job.config, job.data_url)
-    for each in (source, open_source(job.config, job.held_out_url) if job.held_out_url else source):
-        if not each.samples:
-            raise ValueError(f"{each.url} holds no samples")
-    checkpoints = list_checkpoints(job.out_url)
+    if spec.minutes is not None and spec.minutes <= 0:
+        raise ValueError(f"minutes {spec.minutes} must be positive")
+    source = build_source(spec.config, spec.data_url)
+    for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
+        if not data_source.num_samples:
+            raise ValueError(f"{data_source.url} holds no samples")
+    checkpoints = list_checkpoints(spec.out_url)
     if checkpoints and not resume:
         raise ValueError(
-            f"{job.out_url} already holds a run (checkpoint {checkpoints[-1]}); go on with it by --resume, "
+            f"{spec.out_url} already holds a run (checkpoint {checkpoints[-1]}); go on with it by --resume, "
             "or choose another --out"
         )
-    progress = newest_progress(job.out_url)
+    progress = newest_progress(spec.out_url)
     if progress:
-        check_same_run(progress, job.config, source, job.out_url)
-    elif job.init_url:
-        initial_weights(config.expect(job.config, config.TokenizerConfig, "--init: this run").model, job.init_url)
+        check_resumable(progress, spec.config, source, spec.out_url)
+    elif spec.init_url:
+        initial_weights(
+            config.require_stage(spec.config, config.TokenizerConfig, "--init: this run").model, spec.init_url
+        )
 
 
 @contextmanager
-def _display(show: Callable[[dict[str, Any]], None] | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    if show is not None:
-        yield show
+def _console(on_record: Callable[[dict[str, Any]], None] | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if on_record is not None:
+        yield on_record
         return
     with ProgressLine() as line:
-        yield line.show
+        yield line.show_record
 
 
 class _LocalReporter:
-    def __init__(self, say: Callable[[dict[str, Any]], None], stop: threading.Event) -> None:
-        self.record = say
-        self._stop = stop
+    def __init__(self, on_record: Callable[[dict[str, Any]], None], stop_event: threading.Event) -> None:
+        self.record = on_record
+        self._stop_event = stop_event
 
-    def wish(self) -> Wish:
-        return Wish.STOP if self._stop.is_set() else Wish.GO_ON
+    def control_signal(self) -> ControlSignal:
+        return ControlSignal.STOP if self._stop_event.is_set() else ControlSignal.CONTINUE

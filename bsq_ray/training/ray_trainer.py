@@ -23,24 +23,24 @@ from typing import Any
 import torch
 
 from bsq_ray import storage
-from bsq_ray.runtime.malloc import keep_memory
-from bsq_ray.runtime.ray_session import cpus_within_reach, gpus_within_reach, reach_is_known
-from bsq_ray.training.capacity import READER, Growth, Resources, nodes_to_be_taken, wait_for_room
-from bsq_ray.training.nonfinite import NonFinite
-from bsq_ray.training.run_coordinator import Board, Failure, Notes, RayReporter
-from bsq_ray.training.run_spec import Job, Result
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Device, Wish, Worker, local_device
+from bsq_ray.runtime.malloc import malloc_env
+from bsq_ray.runtime.ray_session import cluster_limits_known, max_cluster_cpus, max_cluster_gpus
+from bsq_ray.training.capacity import DATA_TASK_RESOURCES, Resources, ScaleUpMonitor, draining_nodes, wait_for_capacity
+from bsq_ray.training.nonfinite import NonFiniteLossError
+from bsq_ray.training.run_coordinator import Failure, RayReporter, RunCoordinator, WorkerGroupEvents
+from bsq_ray.training.run_spec import RunResult, RunSpec
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import ControlSignal, Device, WorkerContext, local_device
 
-_POLL_SECONDS = 0.5
+_POLL_INTERVAL_S = 0.5
 # Of sums of fractions of CPUs.
-_ROUNDING = 1e-6
+_CPU_TOLERANCE = 1e-6
 
-Say = Callable[[dict[str, Any]], None]
+RecordSink = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Share:
+class ResourceBudget:
     """A run's part of the cluster.
 
     Attributes:
@@ -48,13 +48,19 @@ class Share:
         runs: how many runs use the machines at once.
     """
 
-    resources: dict[str, float] | None = None
-    runs: int = 1
+    resources_per_worker: dict[str, float] | None = None
+    concurrent_runs: int = 1
 
 
 def run_on_ray(
-    job: Job, sizes: Sequence[int], device: Device, max_failures: int, say: Say, stop: threading.Event, share: Share
-) -> Result | None:
+    spec: RunSpec,
+    world_sizes: Sequence[int],
+    device: Device,
+    max_failures: int,
+    on_record: RecordSink,
+    stop_event: threading.Event,
+    budget: ResourceBudget,
+) -> RunResult | None:
     """Trains with Ray Train's workers on the cluster this process is connected to.
 
     Args:
@@ -73,57 +79,67 @@ def run_on_ray(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    gpu = train_on_gpus(device, sizes[0], gpus_in_sight(device, say))
+    use_gpu = should_use_gpus(device, world_sizes[0], available_gpus(device, on_record))
     # Whole CPUs for the workers, as long as some are left for the tasks that read.
-    cpus = 1.0 if ray.cluster_resources().get("CPU", 0) > sizes[-1] else 0.5
-    worker = share.resources or ({"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus})
-    check_cpus(sizes[0], worker.get("CPU", 0.0), cpus_within_reach())
+    cpus_per_worker = 1.0 if ray.cluster_resources().get("CPU", 0) > world_sizes[-1] else 0.5
+    resources_per_worker = budget.resources_per_worker or (
+        {"CPU": cpus_per_worker, "GPU": 1} if use_gpu else {"CPU": cpus_per_worker}
+    )
+    check_cpus(world_sizes[0], resources_per_worker.get("CPU", 0.0), max_cluster_cpus())
     # Beside this process: what needs no CPU is else put anywhere, and would be lost with a server that is.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    settings = {"job": job, "board": board, "gpu": gpu, "runs": share.runs}
-    failures = _Failures(max_failures)
+    driver_affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    coordinator = ray.remote(num_cpus=0, scheduling_strategy=driver_affinity)(RunCoordinator).remote()
+    worker_config = {"job": spec, "board": coordinator, "gpu": use_gpu, "runs": budget.concurrent_runs}
+    failure_tracker = _FailureTracker(max_failures)
     try:
         while True:
-            size = wait_for_room(sizes, worker, stop.is_set) if len(sizes) > 1 else sizes[0]
-            if size is None:
+            world_size = (
+                wait_for_capacity(world_sizes, resources_per_worker, stop_event.is_set)
+                if len(world_sizes) > 1
+                else world_sizes[0]
+            )
+            if world_size is None:
                 return None
-            ray.get(board.new_group.remote())
-            group = _Group(job, size, worker, settings)
-            reason = group.follow(Growth(size, sizes, worker), failures.heard(say), stop)
-            if group.result is not None and (group.result.finished or stop.is_set()):
+            ray.get(coordinator.reset_for_group.remote())
+            group = WorkerGroupRun(spec, world_size, resources_per_worker, worker_config)
+            reason = group.supervise(
+                ScaleUpMonitor(world_size, world_sizes, resources_per_worker),
+                failure_tracker.tracking(on_record),
+                stop_event,
+            )
+            if group.result is not None and (group.result.finished or stop_event.is_set()):
                 return group.result
-            if not group.began and stop.is_set():
+            if not group.started and stop_event.is_set():
                 return None
-            if group.result is None and not group.without_room:
-                failures.add(group.failure, group.errors, group.began)
-            if group.began:
-                say({"kind": "restart", "step": failures.step, "reason": reason})
+            if group.result is None and not group.startup_timed_out:
+                failure_tracker.record_or_raise(group.failure, group.errors, group.started)
+            if group.started:
+                on_record({"kind": "restart", "step": failure_tracker.step, "reason": reason})
             else:
-                text = f"{size} workers could not begin: {'no room' if group.without_room else reason}; trying again"
-                say({"kind": "warning", "step": failures.step, "text": text})
+                text = f"{world_size} workers could not begin: {'no room' if group.startup_timed_out else reason}; trying again"
+                on_record({"kind": "warning", "step": failure_tracker.step, "text": text})
     finally:
-        ray.kill(board)
-        with suppress(storage.Unavailable):
-            storage.remove_folder(storage.join(job.out_url, "ray"))
+        ray.kill(coordinator)
+        with suppress(storage.StorageUnavailableError):
+            storage.remove_folder(storage.join(spec.out_url, "ray"))
 
 
-def gpus_in_sight(device: Device, say: Say) -> float:
+def available_gpus(device: Device, on_record: RecordSink) -> float:
     """GPUs of the whole cluster; infinitely many if its autoscaler may bring up more, which only the user can know.
 
     Says so where none is up and none was asked for.
     """
-    up = gpus_within_reach()
-    if reach_is_known() or device == "cpu":
-        return up
-    if device == "auto" and not up:
+    running_gpus = max_cluster_gpus()
+    if cluster_limits_known() or device == "cpu":
+        return running_gpus
+    if device == "auto" and not running_gpus:
         text = "no GPU is up on this cluster, so that CPUs train; --device gpu waits for an autoscaler to bring some"
-        say({"kind": "warning", "step": 0, "text": text})
+        on_record({"kind": "warning", "step": 0, "text": text})
         return 0.0
     return math.inf
 
 
-def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
+def should_use_gpus(device: Device, min_workers: int, max_gpus: float) -> bool:
     """Whether each worker takes a GPU.
 
     Args:
@@ -134,19 +150,19 @@ def train_on_gpus(device: Device, workers: int, within_reach: float) -> bool:
     Raises:
         ValueError: there will never be enough of them.
     """
-    if device == "cpu" or (device == "auto" and not within_reach):
+    if device == "cpu" or (device == "auto" and not max_gpus):
         return False
-    if within_reach < workers:
+    if max_gpus < min_workers:
         raise ValueError(
-            f"{workers} workers want a GPU each and the cluster has {within_reach:g}; give --workers {within_reach:g}, "
+            f"{min_workers} workers want a GPU each and the cluster has {max_gpus:g}; give --workers {max_gpus:g}, "
             "or --device cpu"
-            if within_reach
+            if max_gpus
             else "--device gpu needs a cluster with GPUs, and this one has none; give --device cpu"
         )
     return True
 
 
-def check_cpus(workers: int, each: float, within_reach: float) -> None:
+def check_cpus(min_workers: int, cpus_per_worker: float, max_cpus: float) -> None:
     """Refuses workers for which there will never be room, with the tasks that read for them.
 
     Args:
@@ -157,57 +173,63 @@ def check_cpus(workers: int, each: float, within_reach: float) -> None:
     Raises:
         ValueError: there will never be enough of them.
     """
-    wanted = workers * each + READER["CPU"]
-    if wanted > within_reach + _ROUNDING:
-        most = max(0, int((within_reach - READER["CPU"]) / each + _ROUNDING)) if each else 0
+    required_cpus = min_workers * cpus_per_worker + DATA_TASK_RESOURCES["CPU"]
+    if required_cpus > max_cpus + _CPU_TOLERANCE:
+        max_workers = (
+            max(0, int((max_cpus - DATA_TASK_RESOURCES["CPU"]) / cpus_per_worker + _CPU_TOLERANCE))
+            if cpus_per_worker
+            else 0
+        )
         raise ValueError(
-            f"{workers} workers of {each:g} CPUs and the tasks that read want {wanted:g} CPUs and the cluster has "
-            f"{within_reach:g}; give --workers {most}" + (" or fewer" if most else ", which needs no Ray")
+            f"{min_workers} workers of {cpus_per_worker:g} CPUs and the tasks that read want {required_cpus:g} CPUs and the cluster has "
+            f"{max_cpus:g}; give --workers {max_workers}" + (" or fewer" if max_workers else ", which needs no Ray")
         )
 
 
-class _Failures:
+class _FailureTracker:
     """Counts losses, and knows when it is in vain to go on.
 
     Attributes:
         step: the newest step of the run.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, max_failures: int) -> None:
         self.step = 0
-        self._limit = limit
-        self._count = 0
-        self._last: Failure | None = None
+        self._max_failures = max_failures
+        self._num_failures = 0
+        self._last_failure: Failure | None = None
 
-    def heard(self, say: Say) -> Say:
+    def tracking(self, on_record: RecordSink) -> RecordSink:
         """Passes records on, and takes from them how far the run is."""
 
-        def hear(record: dict[str, Any]) -> None:
+        def track(record: dict[str, Any]) -> None:
             self.step = max(self.step, record.get("step", 0))
             if record["kind"] == "checkpoint":
-                self._count = 0
-            say(record)
+                self._num_failures = 0
+            on_record(record)
 
-        return hear
+        return track
 
-    def add(self, failure: Failure | None, errors: list[Exception], began: bool) -> None:
+    def record_or_raise(self, failure: Failure | None, errors: list[Exception], started: bool) -> None:
         """One more, of workers that had begun or of their start.
 
         Raises:
             Exception: what the workers failed with, if they will fail again.
         """
-        before, self._last = self._last, failure
-        self._count += 1
+        previous, self._last_failure = self._last_failure, failure
+        self._num_failures += 1
         # What fails twice at the same step in the same way will fail again.
-        again = failure and before and (str(failure.error), failure.step) == (str(before.error), before.step)
-        if failure and (failure.final or again or self._count > self._limit):
+        is_repeated = (
+            failure and previous and (str(failure.error), failure.step) == (str(previous.error), previous.step)
+        )
+        if failure and (failure.is_fatal or is_repeated or self._num_failures > self._max_failures):
             raise failure.error
-        if self._count > self._limit:
-            told = "" if began else f"workers could not begin ({self._count} failures in a row): "
-            raise RuntimeError(told + _last_line(errors))
+        if self._num_failures > self._max_failures:
+            prefix = "" if started else f"workers could not begin ({self._num_failures} failures in a row): "
+            raise RuntimeError(prefix + _last_line(errors))
 
 
-class _Group:
+class WorkerGroupRun:
     """A number of workers that train together until one of them ends.
 
     Attributes:
@@ -217,62 +239,70 @@ class _Group:
         errors: what Ray Train says about it.
     """
 
-    def __init__(self, job: Job, size: int, worker: Resources, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, spec: RunSpec, world_size: int, resources_per_worker: Resources, worker_config: dict[str, Any]
+    ) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        self.began = False
-        self.result: Result | None = None
+        self.started = False
+        self.result: RunResult | None = None
         self.failure: Failure | None = None
         self.errors: list[Exception] = []
-        self._board = settings["board"]
-        self._nodes: set[str] = set()
+        self._coordinator = worker_config["board"]
+        self._node_ids: set[str] = set()
         self._trainer = TorchTrainer(
             _worker_main,
-            train_loop_config=settings,
-            scaling_config=ScalingConfig(num_workers=size, use_gpu=settings["gpu"], resources_per_worker=worker),
+            train_loop_config=worker_config,
+            scaling_config=ScalingConfig(
+                num_workers=world_size, use_gpu=worker_config["gpu"], resources_per_worker=resources_per_worker
+            ),
             run_config=RunConfig(
                 name=f"ray-{int(time.time() * 1000)}",
                 # Whether to try again is decided here, where another number can be tried too.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-                worker_runtime_env={} if settings["gpu"] else {"env_vars": keep_memory()},
-                **ray_storage(job.out_url),
+                worker_runtime_env={} if worker_config["gpu"] else {"env_vars": malloc_env()},
+                **ray_storage_options(spec.out_url),
             ),
         )
 
-    def follow(self, growth: Growth, say: Say, stop: threading.Event) -> str:
+    def supervise(self, monitor: ScaleUpMonitor, on_record: RecordSink, stop_event: threading.Event) -> str:
         """Passes records and wishes on, until the workers are done; why they ended, in a few words."""
         import ray
 
         # A thread fits, so that this one can show progress and hear Ctrl-C.
-        fitting = threading.Thread(target=self._fit, daemon=True)
-        fitting.start()
-        wish, reason = Wish.GO_ON, ""
+        fit_thread = threading.Thread(target=self._fit, daemon=True)
+        fit_thread.start()
+        signal, reason = ControlSignal.CONTINUE, ""
         try:
             while True:
                 # Asked before the records are taken, so that none is left behind.
-                alive = fitting.is_alive()
-                self._read(ray.get(self._board.take.remote()), say)
-                if not alive or (stop.is_set() and not self.began):
+                is_running = fit_thread.is_alive()
+                self._forward_records(ray.get(self._coordinator.take.remote()), on_record)
+                if not is_running or (stop_event.is_set() and not self.started):
                     return reason or f"workers were lost ({self._cause()})"
-                if stop.is_set() and wish < Wish.STOP:
-                    wish = Wish.STOP
-                    ray.get(self._board.ask.remote(wish))
-                    say({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
-                elif self.began and wish is Wish.GO_ON and (why := self._why_to_make_room(growth)):
-                    wish, reason = Wish.MAKE_ROOM, why
-                    ray.get(self._board.ask.remote(wish))
-                fitting.join(_POLL_SECONDS)
+                if stop_event.is_set() and signal < ControlSignal.STOP:
+                    signal = ControlSignal.STOP
+                    ray.get(self._coordinator.ask.remote(signal))
+                    on_record({"kind": "warning", "step": 0, "text": "stopping: the workers save after this step"})
+                elif (
+                    self.started
+                    and signal is ControlSignal.CONTINUE
+                    and (resize_reason := self._resize_reason(monitor))
+                ):
+                    signal, reason = ControlSignal.RESIZE, resize_reason
+                    ray.get(self._coordinator.ask.remote(signal))
+                fit_thread.join(_POLL_INTERVAL_S)
         finally:
-            growth.end()
+            monitor.close()
 
     @property
-    def without_room(self) -> bool:
+    def startup_timed_out(self) -> bool:
         """Whether they have not begun because there was no room after all, such as that of a machine yet to come."""
         from ray.train import ControllerError
         from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-        return not self.began and any(
+        return not self.started and any(
             isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
             for error in self.errors
         )
@@ -280,20 +310,20 @@ class _Group:
     def _cause(self) -> str:
         return (str(self.failure.error) if self.failure else _last_line(self.errors))[:200]
 
-    def _why_to_make_room(self, growth: Growth) -> str:
-        if nodes_to_be_taken() & self._nodes:
+    def _resize_reason(self, monitor: ScaleUpMonitor) -> str:
+        if draining_nodes() & self._node_ids:
             return "a machine will be taken away; all steps are saved"
-        return "there is room for more workers; all steps are saved" if growth.possible() else ""
+        return "there is room for more workers; all steps are saved" if monitor.capacity_available() else ""
 
-    def _read(self, notes: Notes, say: Say) -> None:
-        self._nodes = set(notes.nodes.values())
-        self.began = bool(notes.nodes)
-        self.failure = notes.failure
-        for record in notes.records:
+    def _forward_records(self, events: WorkerGroupEvents, on_record: RecordSink) -> None:
+        self._node_ids = set(events.node_ids.values())
+        self.started = bool(events.node_ids)
+        self.failure = events.failure
+        for record in events.records:
             if record["kind"] == "result":
                 self.result = record["result"]
             else:
-                say(record)
+                on_record(record)
 
     def _fit(self) -> None:
         try:
@@ -302,33 +332,35 @@ class _Group:
             self.errors.append(error)
 
 
-def _worker_main(settings: dict[str, Any]) -> None:
+def _worker_main(worker_config: dict[str, Any]) -> None:
     """What each Ray worker runs."""
     import ray
     from ray import train as ray_train
 
-    context, job, board = ray_train.get_context(), settings["job"], settings["board"]
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device: Device = "gpu" if settings["gpu"] else "cpu"
+    context, spec, coordinator = ray_train.get_context(), worker_config["job"], worker_config["board"]
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device: Device = "gpu" if worker_config["gpu"] else "cpu"
     if device == "cpu":
-        neighbours = max(1, context.get_local_world_size()) * settings["runs"]
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    ray.get(board.join.remote(rank, ray.get_runtime_context().get_node_id()))
+        processes_per_node = max(1, context.get_local_world_size()) * worker_config["runs"]
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_per_node))
+    ray.get(coordinator.join.remote(rank, ray.get_runtime_context().get_node_id()))
     try:
-        result = run(job, Worker(rank, world, local_device(device), "ray", RayReporter(board, job.out_url)))
-    except NonFinite as error:
+        result = run_training(
+            spec, WorkerContext(rank, world_size, local_device(device), "ray", RayReporter(coordinator, spec.out_url))
+        )
+    except NonFiniteLossError as error:
         # All workers come here together.
-        ray.get(board.fail.remote(error, True))
+        ray.get(coordinator.fail.remote(error, True))
         return
     except Exception as error:
-        ray.get(board.fail.remote(plain_error(error), False))
+        ray.get(coordinator.fail.remote(picklable_error(error), False))
         # Raised, so that the workers that wait for this one are stopped too.
         raise
     if rank == 0:
-        ray.get(board.add.remote({"kind": "result", "result": result}))
+        ray.get(coordinator.add.remote({"kind": "result", "result": result}))
 
 
-def ray_storage(out_url: str) -> dict[str, Any]:
+def ray_storage_options(out_url: str) -> dict[str, Any]:
     """Where Ray keeps its own notes: inside the run's folder."""
     url = storage.join(out_url, "ray")
     fs, path = storage.filesystem(url)
@@ -339,18 +371,18 @@ def ray_storage(out_url: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
-def plain_error(error: Exception) -> Exception:
+def picklable_error(error: Exception) -> Exception:
     """What another process can read; the user's mistakes stay ValueErrors, and storage that is away is none of them.
 
     What nobody foresaw names its place in the code, because its traceback stays in the worker's log.
     """
-    if isinstance(error, ValueError) and not isinstance(error, storage.Unavailable):
+    if isinstance(error, ValueError) and not isinstance(error, storage.StorageUnavailableError):
         return ValueError(str(error))
-    if type(error) in (RuntimeError, storage.Unavailable):
+    if type(error) in (RuntimeError, storage.StorageUnavailableError):
         return RuntimeError(str(error))
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    at = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in place)
-    return RuntimeError(f"{type(error).__name__}: {error}{at}")
+    last_frame = traceback.extract_tb(error.__traceback__)[-1:]
+    location = "".join(f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in last_frame)
+    return RuntimeError(f"{type(error).__name__}: {error}{location}")
 
 
 def _last_line(errors: list[Exception]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bsq_ray.training.monitoring.prometheus import Gauges
-from bsq_ray.training.worker_context import Wish
+from bsq_ray.training.worker_context import ControlSignal
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Failure:
 
     error: Exception
     step: int
-    final: bool
+    is_fatal: bool
 
 
 @dataclass
-class Notes:
+class WorkerGroupEvents:
     """What has come from the workers.
 
     Attributes:
@@ -33,51 +33,51 @@ class Notes:
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
-    nodes: dict[int, str] = field(default_factory=dict)
+    node_ids: dict[int, str] = field(default_factory=dict)
     failure: Failure | None = None
 
 
-class Board:
+class RunCoordinator:
     """Actor that all groups of workers of a run share, one after the other."""
 
     def __init__(self) -> None:
-        self._notes = Notes()
-        self._wish = Wish.GO_ON
+        self._events = WorkerGroupEvents()
+        self._signal = ControlSignal.CONTINUE
         self._step = 0
 
-    def new_group(self) -> None:
+    def reset_for_group(self) -> None:
         """Other workers begin; only the wish to stop concerns them too."""
-        self._notes = Notes(self._notes.records)
+        self._events = WorkerGroupEvents(self._events.records)
         self._step = 0
-        self._wish = Wish.STOP if self._wish is Wish.STOP else Wish.GO_ON
+        self._signal = ControlSignal.STOP if self._signal is ControlSignal.STOP else ControlSignal.CONTINUE
 
-    def join(self, rank: int, node: str) -> None:
+    def register(self, rank: int, node_id: str) -> None:
         """A worker begins."""
-        self._notes.nodes[rank] = node
+        self._events.node_ids[rank] = node_id
 
-    def add(self, record: dict[str, Any]) -> None:
+    def record(self, record: dict[str, Any]) -> None:
         """A record of the run."""
-        self._notes.records.append(record)
+        self._events.records.append(record)
         self._step = max(self._step, record.get("step", 0))
 
-    def fail(self, error: Exception, final: bool) -> None:
+    def report_failure(self, error: Exception, is_fatal: bool) -> None:
         """A worker failed. Of the failures of a group only the first counts; the others follow from it."""
-        if self._notes.failure is None:
-            self._notes.failure = Failure(error, self._step, final)
+        if self._events.failure is None:
+            self._events.failure = Failure(error, self._step, is_fatal)
 
-    def take(self) -> Notes:
+    def drain(self) -> WorkerGroupEvents:
         """Everything so far; the same records are not given twice."""
-        notes = self._notes
-        self._notes = Notes([], dict(notes.nodes), notes.failure)
-        return notes
+        events = self._events
+        self._events = WorkerGroupEvents([], dict(events.node_ids), events.failure)
+        return events
 
-    def ask(self, wish: Wish) -> None:
+    def request(self, signal: ControlSignal) -> None:
         """Sets what the workers shall do; who shall stop needs no lesser wish."""
-        self._wish = max(self._wish, wish)
+        self._signal = max(self._signal, signal)
 
-    def wish(self) -> Wish:
+    def control_signal(self) -> ControlSignal:
         """What the workers shall do."""
-        return self._wish
+        return self._signal
 
 
 class RayReporter:
@@ -88,26 +88,26 @@ class RayReporter:
         run: folder of the run.
     """
 
-    def __init__(self, board: Any, run: str) -> None:
+    def __init__(self, coordinator: Any, out_url: str) -> None:
         import ray
 
         self._wait, self._get = ray.wait, ray.get
-        self._board = board
-        self._gauges = Gauges(run)
-        self._answer: Any = None
-        self._wish = Wish.GO_ON
+        self._coordinator = coordinator
+        self._gauges = Gauges(out_url)
+        self._pending: Any = None
+        self._signal = ControlSignal.CONTINUE
 
     def record(self, record: dict[str, Any]) -> None:
         """Puts it on the board, and its numbers on this machine's endpoint."""
-        self._board.add.remote(record)
-        self._gauges.show(record)
+        self._coordinator.add.remote(record)
+        self._gauges.update(record)
 
-    def wish(self) -> Wish:
+    def control_signal(self) -> ControlSignal:
         """The newest answer that has arrived; the next question is already under way."""
-        if self._answer is None:
-            self._answer = self._board.wish.remote()
-        ready, _ = self._wait([self._answer], timeout=0)
+        if self._pending is None:
+            self._pending = self._coordinator.wish.remote()
+        ready, _ = self._wait([self._pending], timeout=0)
         if ready:
-            self._wish = self._get(ready[0])
-            self._answer = None
-        return self._wish
+            self._signal = self._get(ready[0])
+            self._pending = None
+        return self._signal

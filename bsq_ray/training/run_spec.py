@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bsq_ray import config
-from bsq_ray.data.data_source import Source
-from bsq_ray.training.checkpoints.writer import Progress
+from bsq_ray.data.data_source import DataSource
+from bsq_ray.training.checkpoints.writer import RunProgress
 
 # Keys that a run keeps when it goes on; everything else, such as its length, may change.
-_LASTING = {
+_FIXED_ON_RESUME = {
     "training": ("batch_size", "seed"),
     "data": ("lanes", "shuffle_window"),
     "engine": ("kind", "zero_stage"),
@@ -17,7 +17,7 @@ _LASTING = {
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """What to train, on what, and where the results go.
 
     Attributes:
@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """How a run, or a part of it, ended.
 
     Attributes:
@@ -60,72 +60,76 @@ class Result:
     seconds: float
     images_per_second: float
     data_wait: float
-    checkpoints: int = 0
-    checkpoint_stall: float = 0.0
-    damaged: list[str] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-    restarts: list[str] = field(default_factory=list)
+    num_checkpoints: int = 0
+    checkpoint_blocking_seconds: float = 0.0
+    skipped_samples: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    restart_reasons: list[str] = field(default_factory=list)
 
 
-def split_batch(section: config.Training, world: int) -> tuple[int, int]:
+def split_batch(training_config: config.TrainingConfig, world_size: int) -> tuple[int, int]:
     """Micro batch and number of accumulations that make up each worker's share of the global batch.
 
     Raises:
         ValueError: the numbers do not divide; the message says what to change.
     """
-    if section.batch_size % world:
+    if training_config.batch_size % world_size:
         raise ValueError(
-            f"training.batch_size {section.batch_size} cannot be shared evenly by {world} workers; "
-            f"choose a multiple of {world} or another number of workers"
+            f"training.batch_size {training_config.batch_size} cannot be shared evenly by {world_size} workers; "
+            f"choose a multiple of {world_size} or another number of workers"
         )
-    share = section.batch_size // world
-    micro = min(section.micro_batch_size or share, share)
-    if share % micro:
+    per_worker = training_config.batch_size // world_size
+    micro_batch = min(training_config.micro_batch_size or per_worker, per_worker)
+    if per_worker % micro_batch:
         raise ValueError(
-            f"each of {world} workers takes {share} of {section.batch_size} images, which is not a multiple of "
-            f"training.micro_batch_size {micro}"
+            f"each of {world_size} workers takes {per_worker} of {training_config.batch_size} images, which is not a multiple of "
+            f"training.micro_batch_size {micro_batch}"
         )
-    return micro, share // micro
+    return micro_batch, per_worker // micro_batch
 
 
-def possible_sizes(section: config.Training, fewest: int, most: int) -> list[int]:
+def valid_world_sizes(training_config: config.TrainingConfig, min_workers: int, max_workers: int) -> list[int]:
     """Numbers of workers, ascending, that can share the global batch; the most must be one of them.
 
     Raises:
         ValueError: the numbers are no range, or the most cannot share the batch.
     """
-    if most < 0:
-        raise ValueError(f"workers {most} must be 0 (this process, without Ray) or more")
-    if fewest > most or (fewest < 1 and most > 0):
-        raise ValueError(f"workers {fewest}-{most} is no range from 1 worker or more to as many or more")
-    split_batch(section, max(1, most))
-    return [size for size in range(fewest, most + 1) if size in (0, most) or _can_share(section, size)]
+    if max_workers < 0:
+        raise ValueError(f"workers {max_workers} must be 0 (this process, without Ray) or more")
+    if min_workers > max_workers or (min_workers < 1 and max_workers > 0):
+        raise ValueError(f"workers {min_workers}-{max_workers} is no range from 1 worker or more to as many or more")
+    split_batch(training_config, max(1, max_workers))
+    return [
+        size
+        for size in range(min_workers, max_workers + 1)
+        if size in (0, max_workers) or _splits_evenly(training_config, size)
+    ]
 
 
-def _can_share(section: config.Training, world: int) -> bool:
+def _splits_evenly(training_config: config.TrainingConfig, world_size: int) -> bool:
     try:
-        split_batch(section, world)
+        split_batch(training_config, world_size)
     except ValueError:
         return False
     return True
 
 
-def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, out_url: str) -> None:
+def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source: DataSource, out_url: str) -> None:
     """Refuses to go on with a checkpoint of another model, another data set or another order of the data.
 
     Raises:
         ValueError: naming each key that differs, with both values.
     """
-    before = _lasting(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
-    now = _lasting(run)
-    different = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
+    checkpoint_values = _fixed_values(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
+    current_values = _fixed_values(run_config)
+    differences = [
+        f"{key} was {checkpoint_values.get(key)!r} and is {current_values.get(key)!r}"
+        for key in sorted(checkpoint_values.keys() | current_values.keys())
+        if checkpoint_values.get(key) != current_values.get(key)
     ]
-    if different:
+    if differences:
         raise ValueError(
-            f"{out_url} holds a run with another configuration: {'; '.join(different)}; "
+            f"{out_url} holds a run with another configuration: {'; '.join(differences)}; "
             "give the same values, or another --out"
         )
     if progress.dataset != source.hash:
@@ -135,25 +139,25 @@ def check_same_run(progress: Progress, run: config.AnyConfig, source: Source, ou
         )
 
 
-def _lasting(run: config.AnyConfig) -> dict[str, object]:
+def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
     """Dotted keys and values that cannot change within a run."""
-    values = _flat(run.model.model_dump(exclude={"gradient_checkpointing"}), "model")
-    if isinstance(run, config.TokenizerConfig):
-        adversarial = run.loss.adversarial
+    values = _flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model")
+    if isinstance(run_config, config.TokenizerConfig):
+        adversarial = run_config.loss.adversarial
         values["loss.adversarial"] = adversarial.weight > 0
         if adversarial.weight:
             for key in ("discriminator", "channel_base", "channel_max"):
                 values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
-    values["training.ema"] = run.training.ema_decay > 0
-    sections = {"training": run.training, "data": run.data, "engine": run.training.engine}
-    for name, keys in _LASTING.items():
+    values["training.ema"] = run_config.training.ema_decay > 0
+    part_configs = {"training": run_config.training, "data": run_config.data, "engine": run_config.training.engine}
+    for name, keys in _FIXED_ON_RESUME.items():
         path = "training.engine" if name == "engine" else name
-        values |= {f"{path}.{key}": getattr(sections[name], key) for key in keys}
+        values |= {f"{path}.{key}": getattr(part_configs[name], key) for key in keys}
     return values
 
 
-def _flat(section: dict[str, object], path: str) -> dict[str, object]:
+def _flatten(values: dict[str, object], path: str) -> dict[str, object]:
     flat: dict[str, object] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
     return flat

@@ -20,12 +20,12 @@ from bsq_ray.data.stream import Executor
 Device = Literal["auto", "cpu", "gpu"]
 
 
-class Wish(IntEnum):
+class ControlSignal(IntEnum):
     """What a run is asked to do after its step; the greater one counts."""
 
-    GO_ON = 0
+    CONTINUE = 0
     # Save and end, because others will go on: more workers, fewer, or on other machines.
-    MAKE_ROOM = 1
+    RESIZE = 1
     # Save, write the model folder and end.
     STOP = 2
 
@@ -36,12 +36,12 @@ class Reporter(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """One record of the log: `kind` says what it is."""
 
-    def wish(self) -> Wish:
+    def control_signal(self) -> ControlSignal:
         """What the run was asked to do."""
 
 
 @dataclass
-class Worker:
+class WorkerContext:
     """A process of the run.
 
     Attributes:
@@ -52,53 +52,53 @@ class Worker:
     """
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     executor: Executor
     reporter: Reporter
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it is the one that writes for all."""
         return self.rank == 0
 
-    def greatest(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """The greatest of each value over all workers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(values)
-        joined = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(joined, dist.ReduceOp.MAX)
-        return [float(value) for value in joined.tolist()]
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return [float(value) for value in reduced.tolist()]
 
-    def mean(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_mean(self, values: Sequence[float]) -> list[float]:
         """The mean of each value over all workers."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(values)
-        joined = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(joined)
-        return [float(value) / self.world for value in joined.tolist()]
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced)
+        return [float(value) / self.world_size for value in reduced.tolist()]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Everybody's value, in order of rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         """Waits for all workers."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     @contextmanager
-    def node_folder(self) -> Iterator[tuple[Path, int]]:
+    def node_local_dir(self) -> Iterator[tuple[Path, int]]:
         """A temporary folder shared by the workers of a machine, and the rank of the one that is to fill it."""
-        with tempfile.TemporaryDirectory() as own:
+        with tempfile.TemporaryDirectory() as own_dir:
             # Names of hosts need not differ, and containers of one host need not see each other's files.
-            everyone = [Path(folder) for folder in self.gather(own)]
-            filler = next(rank for rank, folder in enumerate(everyone) if folder.exists())
-            yield everyone[filler], filler
+            dirs_by_rank = [Path(folder) for folder in self.all_gather_object(own_dir)]
+            owner_rank = next(rank for rank, folder in enumerate(dirs_by_rank) if folder.exists())
+            yield dirs_by_rank[owner_rank], owner_rank
             self.barrier()
 
 
@@ -112,9 +112,9 @@ def local_device(device: Device) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("--device gpu needs a GPU, and PyTorch sees none here; give --device cpu")
-    mine = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(mine)
-    return mine
+    gpu = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(gpu)
+    return gpu
 
 
 def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch.device) -> Literal["bf16", "fp32"]:
@@ -123,5 +123,5 @@ def autocast_precision(precision: Literal["bf16", "fp32", "auto"], device: torch
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if fast else "fp32"
+    has_native_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_native_bf16 else "fp32"

@@ -7,7 +7,7 @@ dashboard whether a training is alive, and a local Ray has none; the cluster's o
 from __future__ import annotations
 
 
-def remove_orphaned_groups() -> int:
+def remove_orphaned_placement_groups() -> int:
     """Removes this job's placement groups whose creators were actors that are dead; returns how many there were."""
     import ray
     from ray._private.state import state
@@ -15,14 +15,14 @@ def remove_orphaned_groups() -> int:
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    job = ray.get_runtime_context().get_job_id()
-    removed = 0
-    for found in state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(found)
+    job_id = ray.get_runtime_context().get_job_id()
+    num_removed = 0
+    for serialized_group in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(serialized_group)
         # What the driver itself made has no creator among the actors.
-        by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-        orphaned = by_actor and group.creator_actor_dead and group.creator_job_id.hex() == job
-        if orphaned and group.state != PlacementGroupTableData.REMOVED:
+        is_created_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        is_orphaned = is_created_by_actor and group.creator_actor_dead and group.creator_job_id.hex() == job_id
+        if is_orphaned and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
-            removed += 1
-    return removed
+            num_removed += 1
+    return num_removed

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.training.monitoring.console import duration
+from bsq_ray.training.monitoring.console import format_duration
 from bsq_ray.tuning import sweep_plots
-from bsq_ray.tuning.study import Record, State, Study, shown
-from bsq_ray.tuning.sweep_config import ALONG
+from bsq_ray.tuning.study import Study, TrialRecord, TrialRecordState, format_value
+from bsq_ray.tuning.sweep_config import INTERMEDIATE_METRICS
 
 # Figures shown in the Markdown table after the sweep's own metrics; the Parquet table has all.
-_SHOWN = ("bits_per_pixel", "psnr", "lpips", "ssim", "bits_per_token", "steps", "train_seconds")
-_PICTURES = {
+_TABLE_METRICS = ("bits_per_pixel", "psnr", "lpips", "ssim", "bits_per_token", "steps", "train_seconds")
+_PLOT_TITLES = {
     "rate-distortion.png": "Rate against distortion on held-out images, trials that finished",
     "curves.png": "Every trial over its steps",
     "importance.png": "What the parameters matter",
@@ -27,62 +27,64 @@ _PICTURES = {
 
 def write_results(study: Study) -> None:
     """Writes results.parquet, README.md, best.yaml and the plots into the sweep's folder, from what is known so far."""
-    out_url, best = study.out_url, study.best()
-    storage.write_bytes(storage.join(out_url, "results.parquet"), _parquet(study))
+    out_url, best = study.out_url, study.best_trial()
+    storage.write_bytes(storage.join(out_url, "results.parquet"), _to_parquet(study))
     if best is not None:
         storage.write_bytes(storage.join(out_url, "best.yaml"), _best_preset(study, best).encode())
     metric, _ = study.sweep.first_metric
-    along = metric if metric in ALONG[study.sweep.stage] else ALONG[study.sweep.stage][0]
-    losses = {record.number: _losses(study.trial_url(record)) for record in study.records}
-    drawn = {
-        "rate-distortion.png": sweep_plots.rate_distortion(study.records),
-        "curves.png": sweep_plots.curves(study.records, losses, along),
-        "importance.png": sweep_plots.importance(study.importances(), metric),
+    curve_metric = (
+        metric if metric in INTERMEDIATE_METRICS[study.sweep.stage] else INTERMEDIATE_METRICS[study.sweep.stage][0]
+    )
+    losses = {record.number: _read_losses(study.trial_url(record)) for record in study.records}
+    rendered_plots = {
+        "rate-distortion.png": sweep_plots.plot_rate_distortion(study.records),
+        "curves.png": sweep_plots.plot_curves(study.records, losses, curve_metric),
+        "importance.png": sweep_plots.plot_importance(study.importances(), metric),
     }
-    pictures = {name: png for name, png in drawn.items() if png is not None}
-    for name, png in pictures.items():
+    plot_files = {name: png for name, png in rendered_plots.items() if png is not None}
+    for name, png in plot_files.items():
         storage.write_bytes(storage.join(out_url, name), png)
-    text = _page(study, best, list(pictures))
+    text = _readme(study, best, list(plot_files))
     storage.write_bytes(storage.join(out_url, "README.md"), text.encode())
 
 
-def markdown(study: Study) -> str:
+def markdown_table(study: Study) -> str:
     """The trials as a Markdown table, the best one in bold."""
-    best = study.best()
-    given = {name for record in study.records for name in record.figures}
-    figures = [name for name in dict.fromkeys([*study.sweep.metrics, *_SHOWN]) if name in given]
-    names = list(study.sweep.space)
-    header = ["trial", "state", *names, *figures]
+    best = study.best_trial()
+    metric_names = {name for record in study.records for name in record.metrics}
+    metric_columns = [name for name in dict.fromkeys([*study.sweep.metrics, *_TABLE_METRICS]) if name in metric_names]
+    parameter_names = list(study.sweep.space)
+    header = ["trial", "state", *parameter_names, *metric_columns]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for record in study.records:
-        cells = [shown(record.parameters[name]) for name in names]
-        cells += [shown(record.figures[name]) if name in record.figures else "–" for name in figures]
+        cells = [format_value(record.parameters[name]) for name in parameter_names]
+        cells += [format_value(record.metrics[name]) if name in record.metrics else "–" for name in metric_columns]
         row = [str(record.number), record.state, *cells]
         lines.append("| " + " | ".join(f"**{cell}**" if record is best else cell for cell in row) + " |")
     return "\n".join(lines)
 
 
-def _page(study: Study, best: Record | None, pictures: list[str]) -> str:
+def _readme(study: Study, best: TrialRecord | None, plot_names: list[str]) -> str:
     sweep = study.sweep
-    name, direction = sweep.first_metric
+    name, mode = sweep.first_metric
     lines = [f"# Sweep {sweep.name}", "", *([sweep.description, ""] if sweep.description else [])]
     counts = Counter(record.state for record in study.records)
-    told = ", ".join(f"{counts[state]} {words}" for state, words in _STATES.items() if counts[state])
-    lines += [f"{len(study.records)} of {sweep.trials} trials of the preset `{sweep.preset}`: {told}.", ""]
+    state_counts = ", ".join(f"{counts[state]} {label}" for state, label in _STATE_LABELS.items() if counts[state])
+    lines += [f"{len(study.records)} of {sweep.num_trials} trials of the preset `{sweep.preset}`: {state_counts}.", ""]
     if best is not None:
         lines += [
-            f"The best by {name} ({direction}) is trial {best.number}, {shown(best.figures[name])}: `best.yaml` is its "
+            f"The best by {name} ({mode}) is trial {best.number}, {format_value(best.metrics[name])}: `best.yaml` is its "
             f"configuration, `trials/{best.number:03}/model` its model.",
             "",
         ]
-    lines += [markdown(study), ""]
-    for picture in pictures:
-        lines += [f"![{_PICTURES[picture]}]({picture})", ""]
-    lines += _troubles(study.records)
+    lines += [markdown_table(study), ""]
+    for plot_name in plot_names:
+        lines += [f"![{_PLOT_TITLES[plot_name]}]({plot_name})", ""]
+    lines += _failures(study.records)
     return "\n".join(lines)
 
 
-_STATES: dict[State, str] = {
+_STATE_LABELS: dict[TrialRecordState, str] = {
     "finished": "finished",
     "stopped": "stopped early by the scheduler",
     "running": "interrupted",
@@ -92,17 +94,17 @@ _STATES: dict[State, str] = {
 }
 
 
-def _troubles(records: list[Record]) -> list[str]:
+def _failures(records: list[TrialRecord]) -> list[str]:
     """What failed and why, and what was begun again."""
     lines = [f"- trial {r.number} is {r.state}: {r.reason}" for r in records if r.reason]
-    lines += [f"- trial {r.number} was begun again: {reason}" for r in records for reason in r.again]
+    lines += [f"- trial {r.number} was begun again: {reason}" for r in records for reason in r.retry_reasons]
     return ["## What went wrong", "", *lines, ""] if lines else []
 
 
-def _parquet(study: Study) -> bytes:
+def _to_parquet(study: Study) -> bytes:
     """One row for each trial: number, state, its parameters as param.NAME, figures, attempts, reason."""
-    names = sorted({name for record in study.records for name in record.figures})
-    best = study.best()
+    metric_names = sorted({name for record in study.records for name in record.metrics})
+    best = study.best_trial()
     columns: dict[str, list[Any]] = {
         "trial": [record.number for record in study.records],
         "state": [record.state for record in study.records],
@@ -110,28 +112,28 @@ def _parquet(study: Study) -> bytes:
     }
     for name in study.sweep.space:
         values = [record.parameters[name] for record in study.records]
-        mixed = len({type(value) for value in values}) > 1
-        columns[f"param.{name}"] = [str(value) for value in values] if mixed else values
-    columns |= {name: [record.figures.get(name) for record in study.records] for name in names}
-    columns["attempts"] = [record.attempts for record in study.records]
+        has_mixed_types = len({type(value) for value in values}) > 1
+        columns[f"param.{name}"] = [str(value) for value in values] if has_mixed_types else values
+    columns |= {name: [record.metrics.get(name) for record in study.records] for name in metric_names}
+    columns["attempts"] = [record.num_attempts for record in study.records]
     columns["reason"] = [record.reason for record in study.records]
-    table = io.BytesIO()
-    pq.write_table(pa.table(columns), table)
-    return table.getvalue()
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
 
 
-def _best_preset(study: Study, best: Record) -> str:
-    name, direction = study.sweep.first_metric
+def _best_preset(study: Study, best: TrialRecord) -> str:
+    name, mode = study.sweep.first_metric
     budget = study.sweep.budget
-    length = duration(60 * budget.minutes) if budget.minutes else f"{budget.steps or 'all'} steps"
+    budget_text = format_duration(60 * budget.minutes) if budget.minutes else f"{budget.steps or 'all'} steps"
     comments = [
-        f"Trial {best.number} of sweep {study.sweep.name}, best by {name} ({direction}): {shown(best.figures[name])}.",
-        f"The trials trained for {length}; this preset trains as long as its base, unless training.steps is given.",
+        f"Trial {best.number} of sweep {study.sweep.name}, best by {name} ({mode}): {format_value(best.metrics[name])}.",
+        f"The trials trained for {budget_text}; this preset trains as long as its base, unless training.steps is given.",
     ]
-    return study.preset(best, f"{study.sweep.name}-best", comments, steps=False)
+    return study.to_preset(best, f"{study.sweep.name}-best", comments, include_steps=False)
 
 
-def _losses(run_url: str) -> list[tuple[int, float]]:
+def _read_losses(run_url: str) -> list[tuple[int, float]]:
     """(step, loss) of a run so far."""
     url = storage.join(run_url, "metrics.jsonl")
     lines = storage.read_bytes(url).splitlines(keepends=True) if storage.exists(url) else []

@@ -19,23 +19,23 @@ import yaml
 
 from bsq_ray import storage
 from bsq_ray.config.loader import load_config
-from bsq_ray.data.factory import open_source
-from bsq_ray.runtime.ray_session import ray_session, resources_within_reach
+from bsq_ray.data.factory import build_source
+from bsq_ray.runtime.ray_session import max_cluster_resources, ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.launch import Interrupted
-from bsq_ray.training.ray_trainer import Share, ray_storage, train_on_gpus
+from bsq_ray.training.ray_trainer import ResourceBudget, ray_storage_options, should_use_gpus
 from bsq_ray.training.worker_context import Device
 from bsq_ray.tuning.results import write_results
-from bsq_ray.tuning.study import Record, Study
-from bsq_ray.tuning.sweep_config import Budget, Sweep
+from bsq_ray.tuning.study import Study, TrialRecord
+from bsq_ray.tuning.sweep_config import BudgetConfig, SweepConfig
 
 # A trial's own process, beside its workers.
 _TRIAL_CPUS = 0.1
 # CPUs that stay free for the tasks that read data.
-_READING_CPUS = 1.0
+_DATA_TASK_CPUS = 1.0
 # What Ray and Tune read when they start: no log files and no words of their own, and Ctrl-C is not theirs. A trial has
 # many small processes, which is no reason for a warning.
-_QUIET = {
+_TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -43,29 +43,29 @@ _QUIET = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started",
 }
 # Keys of a sweep that may change when it goes on.
-_CHANGEABLE = {"description", "budget"}
-_LASTING_BUDGET = ("steps", "minutes")
+_MUTABLE_KEYS = {"description", "budget"}
+_FIXED_BUDGET_KEYS = ("steps", "minutes")
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What came of it."""
 
     study: Study
-    best: Record
+    best: TrialRecord
 
 
 def run_sweep(
-    sweep: Sweep,
+    sweep: SweepConfig,
     data_url: str,
     held_out_url: str,
     out_url: str,
     resume: bool = False,
     address: str | None = None,
     device: Device = "auto",
-    stop_after: float | None = None,
-    show: Callable[[str, Record, Study], None] = lambda event, record, study: None,
-) -> Swept:
+    stop_after_minutes: float | None = None,
+    on_event: Callable[[str, TrialRecord, Study], None] = lambda event, record, study: None,
+) -> SweepResult:
     """Runs the trials that are not done yet and writes the results into `out_url`.
 
     Args:
@@ -81,53 +81,57 @@ def run_sweep(
         RuntimeError: no trial finished.
     """
     data_url, held_out_url, out_url = map(storage.absolute, (data_url, held_out_url, out_url))
-    run = load_config(sweep.preset)
+    run_config = load_config(sweep.preset)
     for url in (data_url, held_out_url):
-        if not open_source(run, url).samples:
+        if not build_source(run_config, url).num_samples:
             raise ValueError(f"{url} holds no samples")
-    _claim(sweep, data_url, held_out_url, out_url, resume)
+    _claim_folder(sweep, data_url, held_out_url, out_url, resume)
     study = Study(sweep, out_url)
-    longest = sweep.budget.steps or run.training.steps
-    os.environ.update(_QUIET)
-    with ray_session(address), stop_on_signal() as stop:
-        if study.left:
-            timer = threading.Timer(60 * stop_after, stop.set) if stop_after is not None else None
+    max_steps = sweep.budget.steps or run_config.training.steps
+    os.environ.update(_TUNE_ENV)
+    with ray_session(address), stop_on_signal() as stop_event:
+        if study.num_remaining:
+            timer = threading.Timer(60 * stop_after_minutes, stop_event.set) if stop_after_minutes is not None else None
             if timer:
                 timer.daemon = True
                 timer.start()
-            _tune(study, data_url, held_out_url, device, longest, stop, show)
+            _run_tune(study, data_url, held_out_url, device, max_steps, stop_event, on_event)
             if timer:
                 timer.cancel()
     write_results(study)
-    if study.left or any(record.state == "running" for record in study.records):
-        ended = sum(record.state != "running" for record in study.records)
-        raise Interrupted(f"stopped after {ended} of {sweep.trials} trials; results so far are in {out_url}")
-    best = study.best()
+    if study.num_remaining or any(record.state == "running" for record in study.records):
+        num_ended = sum(record.state != "running" for record in study.records)
+        raise Interrupted(f"stopped after {num_ended} of {sweep.num_trials} trials; results so far are in {out_url}")
+    best = study.best_trial()
     if best is None:
         reason = next((f"; trial {r.number}: {r.reason}" for r in study.records if r.reason), "")
-        raise RuntimeError(f"no trial of {sweep.trials} finished{reason}")
-    return Swept(study, best)
+        raise RuntimeError(f"no trial of {sweep.num_trials} finished{reason}")
+    return SweepResult(study, best)
 
 
-def _claim(sweep: Sweep, data_url: str, held_out_url: str, out_url: str, resume: bool) -> None:
+def _claim_folder(sweep: SweepConfig, data_url: str, held_out_url: str, out_url: str, resume: bool) -> None:
     """Notes in the folder what its sweep is, and refuses another one."""
     url = storage.join(out_url, "sweep.yaml")
-    now = {**sweep.model_dump(mode="json", exclude_none=True), "data": data_url, "held_out": held_out_url}
+    current = {**sweep.model_dump(mode="json", exclude_none=True), "data": data_url, "held_out": held_out_url}
     if storage.exists(url):
-        before = _noted(url)
-        different = [key for key in sorted(before.keys() | now.keys()) if _lasting(before, key) != _lasting(now, key)]
-        if different:
+        previous = _read_sweep_file(url)
+        differing_keys = [
+            key
+            for key in sorted(previous.keys() | current.keys())
+            if _fixed_value(previous, key) != _fixed_value(current, key)
+        ]
+        if differing_keys:
             raise ValueError(
-                f"{out_url} holds another sweep ({', '.join(different)} differ); give the same values, or another --out"
+                f"{out_url} holds another sweep ({', '.join(differing_keys)} differ); give the same values, or another --out"
             )
         if not resume:
             raise ValueError(f"{out_url} already holds this sweep; go on with it by --resume, or choose another --out")
     elif storage.list_folder(out_url):
         raise ValueError(f"{out_url} is not empty and holds no sweep; choose another --out")
-    storage.write_bytes(url, yaml.safe_dump(now, sort_keys=False).encode())
+    storage.write_bytes(url, yaml.safe_dump(current, sort_keys=False).encode())
 
 
-def _noted(url: str) -> dict[str, Any]:
+def _read_sweep_file(url: str) -> dict[str, Any]:
     """What a folder's sweep is.
 
     Raises:
@@ -142,75 +146,79 @@ def _noted(url: str) -> dict[str, Any]:
     raise ValueError(f"{url} is damaged and does not say which sweep is there; put it right, or choose another --out")
 
 
-def _lasting(values: Mapping[str, Any], key: str) -> Any:
+def _fixed_value(values: Mapping[str, Any], key: str) -> Any:
     """What must stay the same when a sweep goes on."""
     if key == "budget":
-        return {name: values.get(key, {}).get(name) for name in _LASTING_BUDGET}
+        return {name: values.get(key, {}).get(name) for name in _FIXED_BUDGET_KEYS}
     if key == "metrics":
         # Their order matters: the first one says which trial is the best.
         return list(values.get(key, {}).items())
-    return None if key in _CHANGEABLE else values.get(key)
+    return None if key in _MUTABLE_KEYS else values.get(key)
 
 
-def _tune(
+def _run_tune(
     study: Study,
     data_url: str,
     held_out_url: str,
     device: Device,
-    longest: int,
-    stop: threading.Event,
-    show: Callable[[str, Record, Study], None],
+    max_steps: int,
+    stop_event: threading.Event,
+    on_event: Callable[[str, TrialRecord, Study], None],
 ) -> None:
     """Runs what is left of the study with Ray Tune."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     import ray
     from ray import tune
 
-    from bsq_ray.tuning.trial import Task, Trial, Wishes
-    from bsq_ray.tuning.tune_adapters import StudySearcher, Watcher, build_scheduler
+    from bsq_ray.tuning.trial import StopRequests, SweepTrainable, TrialContext
+    from bsq_ray.tuning.tune_adapters import StudyCallback, StudySearcher, build_scheduler
 
     budget = study.sweep.budget
-    total = resources_within_reach()
+    cluster_resources = max_cluster_resources()
     if budget.resources:
-        gpu = budget.resources.get("GPU", 0.0) > 0
+        use_gpu = budget.resources.get("GPU", 0.0) > 0
     else:
-        gpu = train_on_gpus(device, budget.workers, total.get("GPU", 0.0))
-    concurrency, share = divide(budget, total, gpu, study.left)
-    task = Task(
+        use_gpu = should_use_gpus(device, budget.workers, cluster_resources.get("GPU", 0.0))
+    max_concurrent, resource_budget = allocate_resources(budget, cluster_resources, use_gpu, study.num_remaining)
+    context = TrialContext(
         out_url=study.out_url,
         data_url=data_url,
         held_out_url=held_out_url,
         workers=budget.workers,
-        device="gpu" if gpu else "cpu",
-        share=share,
+        device="gpu" if use_gpu else "cpu",
+        resource_budget=resource_budget,
         minutes=budget.minutes,
         held_out_images=budget.held_out_images,
     )
-    wishes = ray.remote(num_cpus=0)(Wishes).remote()
-    ask = wishes.stop.remote
-    watcher = Watcher(study, stop, wishes.stop_all.remote, lambda event, record: show(event, record, study))
+    stop_requests = ray.remote(num_cpus=0)(StopRequests).remote()
+    request_stop = stop_requests.stop.remote
+    callback = StudyCallback(
+        study, stop_event, stop_requests.stop_all.remote, lambda event, record: on_event(event, record, study)
+    )
     try:
         # Not by a Tuner, which pickles all of this for a restore of its own.
         tune.run(
-            tune.with_parameters(Trial, task=task, wishes=wishes),
+            tune.with_parameters(SweepTrainable, task=context, wishes=stop_requests),
             name=f"tune-{int(time.time() * 1000)}",
-            num_samples=study.left,
+            num_samples=study.num_remaining,
             resources_per_trial=tune.PlacementGroupFactory([{"CPU": _TRIAL_CPUS}]),
-            search_alg=StudySearcher(study, concurrency, stop),
-            scheduler=build_scheduler(study, longest, ask),
-            max_failures=budget.retries,
-            callbacks=[watcher],
+            search_alg=StudySearcher(study, max_concurrent, stop_event),
+            scheduler=build_scheduler(study, max_steps, request_stop),
+            max_failures=budget.max_failures,
+            callbacks=[callback],
             verbose=0,
             raise_on_failed_trial=False,
-            **ray_storage(study.out_url),
+            **ray_storage_options(study.out_url),
         )
     finally:
-        ray.kill(wishes)
-        watcher.settle()
+        ray.kill(stop_requests)
+        callback.settle()
         storage.remove_folder(storage.join(study.out_url, "ray"))
 
 
-def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -> tuple[int, Share]:
+def allocate_resources(
+    budget: BudgetConfig, cluster_resources: Mapping[str, float], use_gpu: bool, num_trials: int
+) -> tuple[int, ResourceBudget]:
     """How many trials run at once, and what each of their workers takes.
 
     Args:
@@ -221,29 +229,34 @@ def divide(budget: Budget, total: Mapping[str, float], gpu: bool, trials: int) -
     Raises:
         ValueError: there will never be room for so many.
     """
-    resources = budget.resources or {"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}
-    room = _room(resources, budget.workers, total)
-    if not budget.resources and room < (budget.concurrency or 1):
+    resources = budget.resources or {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
+    num_fitting = _num_fitting_trials(resources, budget.workers, cluster_resources)
+    if not budget.resources and num_fitting < (budget.max_concurrent_trials or 1):
         # Half CPUs, where whole ones would leave nothing for the tasks that read.
-        halved = {**resources, "CPU": 0.5}
-        if _room(halved, budget.workers, total) > room:
-            resources, room = halved, _room(halved, budget.workers, total)
-    wanted = budget.concurrency or max(1, room)
-    if room < wanted:
-        each = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        half_cpu_resources = {**resources, "CPU": 0.5}
+        if _num_fitting_trials(half_cpu_resources, budget.workers, cluster_resources) > num_fitting:
+            resources, num_fitting = (
+                half_cpu_resources,
+                _num_fitting_trials(half_cpu_resources, budget.workers, cluster_resources),
+            )
+    num_concurrent = budget.max_concurrent_trials or max(1, num_fitting)
+    if num_fitting < num_concurrent:
+        worker_resources = ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
         raise ValueError(
-            f"there is no room for {wanted} trials at once, each of {budget.workers} workers with {each}, beside the "
-            f"reading of data: the cluster has {total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU; lower "
+            f"there is no room for {num_concurrent} trials at once, each of {budget.workers} workers with {worker_resources}, beside the "
+            f"reading of data: the cluster has {cluster_resources.get('CPU', 0):g} CPU and {cluster_resources.get('GPU', 0):g} GPU; lower "
             "budget.concurrency, budget.workers or budget.resources"
         )
-    return min(wanted, trials), Share(resources, runs=min(wanted, trials))
+    return min(num_concurrent, num_trials), ResourceBudget(resources, concurrent_runs=min(num_concurrent, num_trials))
 
 
-def _room(resources: Mapping[str, float], workers: int, total: Mapping[str, float]) -> int:
+def _num_fitting_trials(resources: Mapping[str, float], workers: int, cluster_resources: Mapping[str, float]) -> int:
     """How many trials fit at once."""
-    rooms = []
+    limits = []
     for name, amount in resources.items():
         if amount:
-            reserved, own = (_READING_CPUS, _TRIAL_CPUS) if name == "CPU" else (0.0, 0.0)
-            rooms.append(int((total.get(name, 0.0) - reserved) / (workers * amount + own) + 1e-6))
-    return max(0, min(rooms))
+            reserved, trial_overhead = (_DATA_TASK_CPUS, _TRIAL_CPUS) if name == "CPU" else (0.0, 0.0)
+            limits.append(
+                int((cluster_resources.get(name, 0.0) - reserved) / (workers * amount + trial_overhead) + 1e-6)
+            )
+    return max(0, min(limits))

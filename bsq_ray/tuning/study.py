@@ -18,17 +18,17 @@ from typing import Any, Literal
 from bsq_ray import config, storage
 from bsq_ray.config.loader import load_config
 from bsq_ray.tuning.space import Changes, preset_text
-from bsq_ray.tuning.sweep_config import Sweep
+from bsq_ray.tuning.sweep_config import SweepConfig
 
 # running: begun and not ended; stopped: by the scheduler; invalid: a configuration that cannot be; diverged: a loss
 # became infinite; failed: anything else, after its retries.
-State = Literal["running", "finished", "stopped", "invalid", "diverged", "failed"]
+TrialRecordState = Literal["running", "finished", "stopped", "invalid", "diverged", "failed"]
 # What another attempt may change.
-_AGAIN = ("running", "failed")
+_RETRYABLE_STATES = ("running", "failed")
 
 
 @dataclass
-class Record:
+class TrialRecord:
     """One trial.
 
     Attributes:
@@ -43,12 +43,12 @@ class Record:
 
     number: int
     parameters: dict[str, Any]
-    state: State = "running"
-    figures: dict[str, float] = field(default_factory=dict)
+    state: TrialRecordState = "running"
+    metrics: dict[str, float] = field(default_factory=dict)
     reports: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    attempts: int = 1
+    num_attempts: int = 1
     reason: str = ""
-    again: list[str] = field(default_factory=list)
+    retry_reasons: list[str] = field(default_factory=list)
 
 
 class Study:
@@ -58,102 +58,104 @@ class Study:
         out_url: folder of the sweep; what it holds already is taken up.
     """
 
-    def __init__(self, sweep: Sweep, out_url: str) -> None:
+    def __init__(self, sweep: SweepConfig, out_url: str) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.out_url = sweep, out_url
         self.distributions = {name: parameter.distribution() for name, parameter in sweep.space.items()}
-        directions = ["minimize" if direction == "min" else "maximize" for direction in sweep.metrics.values()]
-        self._study = optuna.create_study(directions=directions)
+        directions = ["minimize" if mode == "min" else "maximize" for mode in sweep.metrics.values()]
+        self._optuna_study = optuna.create_study(directions=directions)
         self.records = read_records(out_url)
-        self._asked: dict[int, Any] = {}
-        self._waiting = [record for record in self.records if record.state in _AGAIN]
+        self._optuna_trials: dict[int, Any] = {}
+        self._pending_records = [record for record in self.records if record.state in _RETRYABLE_STATES]
         for record in self.records:
-            if record not in self._waiting:
-                self._remember(record)
+            if record not in self._pending_records:
+                self._tell_optuna(record)
 
     @property
-    def ended(self) -> list[Record]:
+    def ended_trials(self) -> list[TrialRecord]:
         """Trials of earlier parts of the sweep that are not done again."""
-        return [record for record in self.records if record.state not in _AGAIN]
+        return [record for record in self.records if record.state not in _RETRYABLE_STATES]
 
     @property
-    def going_on(self) -> list[Record]:
+    def unfinished_trials(self) -> list[TrialRecord]:
         """Trials of earlier parts of the sweep that go on from where they were."""
-        return list(self._waiting)
+        return list(self._pending_records)
 
     @property
-    def left(self) -> int:
+    def num_remaining(self) -> int:
         """Trials that are still to be run, those to be run again among them."""
-        return len(self._waiting) + max(0, self.sweep.trials - len(self.records))
+        return len(self._pending_records) + max(0, self.sweep.num_trials - len(self.records))
 
-    def next(self) -> Record | None:
+    def next_trial(self) -> TrialRecord | None:
         """The next trial, whose folder then holds its configuration; None when there is none.
 
         Combinations that cannot be are recorded and passed over.
         """
         while True:
-            if self._waiting:
-                record = self._waiting.pop(0)
-                record.state, record.reason, record.attempts = "running", "", record.attempts + 1
-                self._asked[record.number] = self._ask(record.number, record.parameters)
-                for step, figures in record.reports:
-                    self._report(record, step, figures)
-            elif (number := self._free_number()) < self.sweep.trials:
-                self._asked[number] = self._ask(number, self._combination(number))
-                drawn = self._asked[number].params
-                record = Record(number, {name: drawn[name] for name in self.sweep.space})
+            if self._pending_records:
+                record = self._pending_records.pop(0)
+                record.state, record.reason, record.num_attempts = "running", "", record.num_attempts + 1
+                self._optuna_trials[record.number] = self._ask_optuna(record.number, record.parameters)
+                for step, metrics in record.reports:
+                    self._report_to_optuna(record, step, metrics)
+            elif (number := self._next_number()) < self.sweep.num_trials:
+                self._optuna_trials[number] = self._ask_optuna(number, self._grid_point(number))
+                params = self._optuna_trials[number].params
+                record = TrialRecord(number, {name: params[name] for name in self.sweep.space})
                 self.records = sorted([*self.records, record], key=lambda each: each.number)
                 url = self.preset_url(record)
-                storage.write_bytes(url, self.preset(record, f"{self.sweep.name}-{number:03}").encode())
+                storage.write_bytes(url, self.to_preset(record, f"{self.sweep.name}-{number:03}").encode())
             else:
                 return None
             self._save(record)
             try:
-                run = load_config(self.preset_url(record))
-                storage.write_bytes(config_url(self.trial_url(record)), config.dump_config(run).encode())
+                run_config = load_config(self.preset_url(record))
+                storage.write_bytes(config_url(self.trial_url(record)), config.dump_config(run_config).encode())
                 return record
             except ValueError as error:
                 self.end(record, "invalid", str(error).removeprefix(f"{self.preset_url(record)}: "))
 
-    def report(self, record: Record, step: int, figures: dict[str, float]) -> None:
+    def report(self, record: TrialRecord, step: int, metrics: dict[str, float]) -> None:
         """An evaluation along the way."""
-        seen = {earlier for earlier, _ in record.reports}
+        reported_steps = {reported_step for reported_step, _ in record.reports}
         # Of a step that is taken again after a failure, the newer figures count; Optuna keeps the older ones.
-        record.reports = [*(report for report in record.reports if report[0] < step), (step, figures)]
-        record.figures = figures
-        if step not in seen:
-            self._report(record, step, figures)
+        record.reports = [*(report for report in record.reports if report[0] < step), (step, metrics)]
+        record.metrics = metrics
+        if step not in reported_steps:
+            self._report_to_optuna(record, step, metrics)
         self._save(record)
 
-    def retry(self, record: Record, reason: str) -> None:
+    def record_retry(self, record: TrialRecord, reason: str) -> None:
         """It failed and is begun again."""
-        record.attempts += 1
-        record.again.append(reason)
+        record.num_attempts += 1
+        record.retry_reasons.append(reason)
         self._save(record)
 
-    def end(self, record: Record, state: State, reason: str = "", figures: dict[str, float] | None = None) -> None:
+    def end(
+        self, record: TrialRecord, state: TrialRecordState, reason: str = "", metrics: dict[str, float] | None = None
+    ) -> None:
         """It has ended, in one of the states but "running"."""
         from optuna.trial import TrialState
 
-        record.figures = figures or record.figures
-        missing = [name for name in self.sweep.metrics if not math.isfinite(record.figures.get(name, math.nan))]
-        if state == "finished" and missing:
-            state, reason = "failed", f"it gave no {' and no '.join(missing)}"
+        record.metrics = metrics or record.metrics
+        missing_metrics = [name for name in self.sweep.metrics if not math.isfinite(record.metrics.get(name, math.nan))]
+        if state == "finished" and missing_metrics:
+            state, reason = "failed", f"it gave no {' and no '.join(missing_metrics)}"
         record.state, record.reason = state, reason
-        asked = self._asked.pop(record.number)
+        optuna_trial = self._optuna_trials.pop(record.number)
         if state == "finished":
-            self._study.tell(asked, [record.figures[name] for name in self.sweep.metrics])
+            self._optuna_study.tell(optuna_trial, [record.metrics[name] for name in self.sweep.metrics])
         else:
-            self._study.tell(asked, state=TrialState.PRUNED if state == "stopped" else TrialState.FAIL)
+            self._optuna_study.tell(optuna_trial, state=TrialState.PRUNED if state == "stopped" else TrialState.FAIL)
         self._save(record)
 
-    def best(self) -> Record | None:
+    def best_trial(self) -> TrialRecord | None:
         """The finished trial with the best first metric."""
-        name, direction = self.sweep.first_metric
-        finished = [record for record in self.records if record.state == "finished"]
-        return (min if direction == "min" else max)(finished, key=lambda r: r.figures[name], default=None)
+        name, mode = self.sweep.first_metric
+        finished_records = [record for record in self.records if record.state == "finished"]
+        return (min if mode == "min" else max)(finished_records, key=lambda r: r.metrics[name], default=None)
 
     def importances(self) -> dict[str, float]:
         """Share of the first metric's variance among finished trials that each parameter explains (fANOVA, Hutter et
@@ -161,64 +163,72 @@ class Study:
         """
         import optuna
 
-        finished = [record for record in self.records if record.state == "finished"]
-        varied = [name for name in self.sweep.space if len({str(record.parameters[name]) for record in finished}) > 1]
+        finished_records = [record for record in self.records if record.state == "finished"]
+        varied_parameters = [
+            name for name in self.sweep.space if len({str(record.parameters[name]) for record in finished_records}) > 1
+        ]
         name, _ = self.sweep.first_metric
-        if len(finished) < 4 or not varied or len({record.figures[name] for record in finished}) < 2:
+        if (
+            len(finished_records) < 4
+            or not varied_parameters
+            or len({record.metrics[name] for record in finished_records}) < 2
+        ):
             return {}
         return dict(
             optuna.importance.get_param_importances(
-                self._study,
+                self._optuna_study,
                 evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                params=varied,
+                params=varied_parameters,
                 target=lambda trial: trial.values[0],
             )
         )
 
-    def preset(self, record: Record, name: str, comments: Iterable[str] = (), *, steps: bool = True) -> str:
+    def to_preset(
+        self, record: TrialRecord, name: str, comments: Iterable[str] = (), *, include_steps: bool = True
+    ) -> str:
         """The trial as a preset; `steps` says whether the sweep's budget of steps is part of it."""
         sweep = self.sweep
-        described = ", ".join(f"{key} {shown(value)}" for key, value in record.parameters.items())
-        changes: Changes = dict(sweep.set)
-        for key, drawn in record.parameters.items():
-            changes |= sweep.space[key].changes(key, drawn)
-        if steps and sweep.budget.steps is not None:
+        values_text = ", ".join(f"{key} {format_value(value)}" for key, value in record.parameters.items())
+        changes: Changes = dict(sweep.overrides)
+        for key, choice in record.parameters.items():
+            changes |= sweep.space[key].to_changes(key, choice)
+        if include_steps and sweep.budget.steps is not None:
             changes["training.steps"] = sweep.budget.steps
-        description = f"{sweep.name}, trial {record.number}: {described}"
+        description = f"{sweep.name}, trial {record.number}: {values_text}"
         return preset_text(sweep.preset, name, description, changes, [*comments])
 
-    def trial_url(self, record: Record) -> str:
+    def trial_url(self, record: TrialRecord) -> str:
         """Folder of a trial."""
         return trial_url(self.out_url, record.number)
 
-    def preset_url(self, record: Record) -> str:
+    def preset_url(self, record: TrialRecord) -> str:
         """The trial as a preset file."""
         return storage.join(self.trial_url(record), "preset.yaml")
 
-    def _report(self, record: Record, step: int, figures: dict[str, float]) -> None:
+    def _report_to_optuna(self, record: TrialRecord, step: int, metrics: dict[str, float]) -> None:
         """Tells Optuna, which compares trials along the way by one metric only."""
-        value = figures.get(self.sweep.first_metric[0], math.nan)
+        value = metrics.get(self.sweep.first_metric[0], math.nan)
         if len(self.sweep.metrics) == 1 and math.isfinite(value):
-            self._asked[record.number].report(value, step)
+            self._optuna_trials[record.number].report(value, step)
 
-    def _save(self, record: Record) -> None:
+    def _save(self, record: TrialRecord) -> None:
         url = storage.join(self.trial_url(record), "trial.json")
         storage.write_bytes(url, json.dumps(asdict(record), indent=1).encode())
 
-    def _free_number(self) -> int:
+    def _next_number(self) -> int:
         """Of the next new trial; a trial whose folder was removed is run again."""
-        taken = {record.number for record in self.records}
-        return next(number for number in itertools.count() if number not in taken)
+        used_numbers = {record.number for record in self.records}
+        return next(number for number in itertools.count() if number not in used_numbers)
 
-    def _combination(self, number: int) -> dict[str, Any] | None:
+    def _grid_point(self, number: int) -> dict[str, Any] | None:
         """The number-th combination of a grid."""
         if self.sweep.searcher != "grid":
             return None
-        lists = [parameter.listed() for parameter in self.sweep.space.values()]
-        combination = next(itertools.islice(itertools.product(*lists), number, None))
+        value_lists = [parameter.grid_values() for parameter in self.sweep.space.values()]
+        combination = next(itertools.islice(itertools.product(*value_lists), number, None))
         return dict(zip(self.sweep.space, combination, strict=True))
 
-    def _ask(self, number: int, values: dict[str, Any] | None) -> Any:
+    def _ask_optuna(self, number: int, values: dict[str, Any] | None) -> Any:
         """A trial of Optuna's with these values, or with values that its sampler proposes."""
         from optuna.samplers import RandomSampler, TPESampler
 
@@ -226,28 +236,30 @@ class Study:
         seed = self.sweep.seed * 100_003 + number
         if self.sweep.searcher == "tpe":
             # Whoever is still running counts as bad, so that concurrent trials keep apart.
-            self._study.sampler = TPESampler(seed=seed, constant_liar=True)
+            self._optuna_study.sampler = TPESampler(seed=seed, constant_liar=True)
         else:
-            self._study.sampler = RandomSampler(seed=seed)
+            self._optuna_study.sampler = RandomSampler(seed=seed)
         if values is not None:
-            self._study.enqueue_trial(values)
-        return self._study.ask(self.distributions)
+            self._optuna_study.enqueue_trial(values)
+        return self._optuna_study.ask(self.distributions)
 
-    def _remember(self, record: Record) -> None:
+    def _tell_optuna(self, record: TrialRecord) -> None:
         """Shows a trial of an earlier part of the sweep to Optuna."""
         from optuna.trial import TrialState, create_trial
 
         name, _ = self.sweep.first_metric
         reports = record.reports if len(self.sweep.metrics) == 1 else []
-        told = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}.get(record.state, TrialState.FAIL)
-        values = [record.figures[metric] for metric in self.sweep.metrics] if record.state == "finished" else None
-        self._study.add_trial(
+        optuna_state = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}.get(
+            record.state, TrialState.FAIL
+        )
+        values = [record.metrics[metric] for metric in self.sweep.metrics] if record.state == "finished" else None
+        self._optuna_study.add_trial(
             create_trial(
-                state=told,
+                state=optuna_state,
                 params=record.parameters,
                 distributions=self.distributions,
                 values=values,
-                intermediate_values={step: figures[name] for step, figures in reports if name in figures},
+                intermediate_values={step: metrics[name] for step, metrics in reports if name in metrics},
             )
         )
 
@@ -262,7 +274,7 @@ def config_url(folder: str) -> str:
     return storage.join(folder, "config.yaml")
 
 
-def read_records(out_url: str) -> list[Record]:
+def read_records(out_url: str) -> list[TrialRecord]:
     """The trials that a folder holds, in their order.
 
     Raises:
@@ -276,13 +288,13 @@ def read_records(out_url: str) -> list[Record]:
             continue
         try:
             values = json.loads(storage.read_bytes(url))
-            values["reports"] = [(step, figures) for step, figures in values["reports"]]
-            records.append(Record(**values))
+            values["reports"] = [(step, metrics) for step, metrics in values["reports"]]
+            records.append(TrialRecord(**values))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{url} is damaged ({error}); remove the folder {root}/{name}, to run it again") from error
     return sorted(records, key=lambda record: record.number)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A parameter's value as a person reads it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

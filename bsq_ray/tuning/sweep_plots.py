@@ -6,9 +6,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from bsq_ray.tuning.study import Record, shown
+from bsq_ray.tuning.study import TrialRecord, format_value
 
-_GREY, _MARK = "#8a8f98", "#c2372a"
+_GRAY, _HIGHLIGHT = "#8a8f98", "#c2372a"
 # Distortions that are drawn over the rate: title, and which end is the better one.
 _DISTORTIONS = {"lpips": ("LPIPS, alex (lower is better)", min), "psnr": ("PSNR, dB (higher is better)", max)}
 
@@ -19,38 +19,42 @@ def pareto_front(points: Sequence[tuple[float, float]], better: Any) -> list[int
     Of equal points the first is kept.
     """
     front: list[int] = []
-    for place in sorted(
+    for index in sorted(
         range(len(points)), key=lambda n: (points[n][0], points[n][1] * (1 if better is min else -1), n)
     ):
-        value = points[place][1]
+        value = points[index][1]
         if not front or (value != points[front[-1]][1] and better(value, points[front[-1]][1]) == value):
-            front.append(place)
+            front.append(index)
     return front
 
 
-def rate_distortion(records: Sequence[Record]) -> bytes | None:
+def plot_rate_distortion(records: Sequence[TrialRecord]) -> bytes | None:
     """PNG of bits per pixel against LPIPS and PSNR with the Pareto fronts; None without measured trials."""
-    finished = [r for r in records if r.state == "finished" and {"bits_per_pixel", *_DISTORTIONS} <= r.figures.keys()]
-    if not finished:
+    finished_records = [
+        r for r in records if r.state == "finished" and {"bits_per_pixel", *_DISTORTIONS} <= r.metrics.keys()
+    ]
+    if not finished_records:
         return None
-    figure, axes = _figure(2, 5.2)
+    figure, axes = _new_figure(2, 5.2)
     for axis, (metric, (title, better)) in zip(axes, _DISTORTIONS.items(), strict=True):
-        points = [(record.figures["bits_per_pixel"], record.figures[metric]) for record in finished]
+        points = [(record.metrics["bits_per_pixel"], record.metrics[metric]) for record in finished_records]
         front = pareto_front(points, better)
-        axis.scatter(*zip(*points, strict=True), color=_GREY, s=36, zorder=2)
-        x, y = zip(*(points[place] for place in front), strict=True)
-        axis.plot(x, y, "o-", color=_MARK, markersize=7, linewidth=1.6, label="Pareto front", zorder=3)
-        for record, (bits, value) in zip(finished, points, strict=True):
+        axis.scatter(*zip(*points, strict=True), color=_GRAY, s=36, zorder=2)
+        x, y = zip(*(points[index] for index in front), strict=True)
+        axis.plot(x, y, "o-", color=_HIGHLIGHT, markersize=7, linewidth=1.6, label="Pareto front", zorder=3)
+        for record, (bits, value) in zip(finished_records, points, strict=True):
             # On the side of the worse values, where the front's line is not.
             offset = (6, 4) if better is min else (7, -12)
             axis.annotate(str(record.number), (bits, value), offset, textcoords="offset points", fontsize=9)
         axis.set(xlabel="bits per pixel", title=title)
         axis.margins(0.12)
         axis.legend(frameon=False)
-    return _png(figure)
+    return _to_png(figure)
 
 
-def curves(records: Sequence[Record], losses: dict[int, list[tuple[int, float]]], metric: str) -> bytes | None:
+def plot_curves(
+    records: Sequence[TrialRecord], losses: dict[int, list[tuple[int, float]]], metric: str
+) -> bytes | None:
     """PNG of the training loss and a held-out metric of every trial over steps; None when there is nothing to draw.
 
     Args:
@@ -60,44 +64,46 @@ def curves(records: Sequence[Record], losses: dict[int, list[tuple[int, float]]]
     import matplotlib
 
     reports = {r.number: [(step, f[metric]) for step, f in r.reports if metric in f] for r in records}
-    drawn = [record for record in records if len(losses.get(record.number, [])) > 1]
-    if not drawn:
+    plottable_records = [record for record in records if len(losses.get(record.number, [])) > 1]
+    if not plottable_records:
         return None
-    figure, axes = _figure(2, 5.2)
-    colours = matplotlib.colormaps["viridis"]
-    for place, record in enumerate(drawn):
-        colour = colours(place / max(1, len(drawn) - 1) * 0.92)
-        label = f"{record.number}: {', '.join(shown(value) for value in record.parameters.values())}"
+    figure, axes = _new_figure(2, 5.2)
+    colormap = matplotlib.colormaps["viridis"]
+    for index, record in enumerate(plottable_records):
+        color = colormap(index / max(1, len(plottable_records) - 1) * 0.92)
+        label = f"{record.number}: {', '.join(format_value(value) for value in record.parameters.values())}"
         for axis, points in zip(axes, (losses[record.number], reports[record.number]), strict=True):
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, color=colour, linewidth=1.5, label=label)
+            axis.plot(steps, values, color=color, linewidth=1.5, label=label)
             if record.state != "finished":
-                axis.plot(steps[-1], values[-1], "x", color=colour, markersize=8, markeredgewidth=2)
+                axis.plot(steps[-1], values[-1], "x", color=color, markersize=8, markeredgewidth=2)
     axes[0].set(title="Training loss", xlabel="step")
     axes[1].set(title=f"Held-out {metric}, along the way", xlabel="step")
-    if len(drawn) <= 16:
-        axes[0].legend(frameon=False, fontsize=8, title="trial: " + ", ".join(drawn[0].parameters), title_fontsize=8)
-    if any(record.state != "finished" for record in drawn):
-        figure.supxlabel("× ended early", fontsize=9, color=_GREY)
-    return _png(figure)
+    if len(plottable_records) <= 16:
+        axes[0].legend(
+            frameon=False, fontsize=8, title="trial: " + ", ".join(plottable_records[0].parameters), title_fontsize=8
+        )
+    if any(record.state != "finished" for record in plottable_records):
+        figure.supxlabel("× ended early", fontsize=9, color=_GRAY)
+    return _to_png(figure)
 
 
-def importance(shares: dict[str, float], metric: str) -> bytes | None:
+def plot_importance(importances: dict[str, float], metric: str) -> bytes | None:
     """PNG of how much of the metric's variance each parameter explains; None when it is not known."""
-    if not shares:
+    if not importances:
         return None
-    figure, [axis] = _figure(1, 1.2 + 0.45 * len(shares))
-    names = sorted(shares, key=shares.__getitem__)
-    bars = axis.barh(names, [shares[name] for name in names], color=_GREY)
+    figure, [axis] = _new_figure(1, 1.2 + 0.45 * len(importances))
+    names = sorted(importances, key=importances.__getitem__)
+    bars = axis.barh(names, [importances[name] for name in names], color=_GRAY)
     axis.bar_label(bars, fmt="%.2f", padding=4)
     axis.set(title=f"Share of the variance of {metric} that each parameter explains (fANOVA)", xlim=(0, 1.08))
     axis.grid(visible=False)
-    return _png(figure)
+    return _to_png(figure)
 
 
-def _figure(columns: int, height: float) -> tuple[Any, Any]:
+def _new_figure(columns: int, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13 if columns == 2 else 9, height), layout="constrained")
@@ -108,7 +114,7 @@ def _figure(columns: int, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def _to_png(figure: Any) -> bytes:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=90)
     return png.getvalue()

@@ -6,11 +6,11 @@ _ROWS = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
 @pytest.fixture
-def figure(request):
+def record_measurement(request):
     """Adds a row: what was measured, the figure, and its neighbour's in the same run."""
 
-    def add(what, value, beside=""):
-        request.config.stash.setdefault(_ROWS, []).append((what, value, beside))
+    def add(what, value, comparison=""):
+        request.config.stash.setdefault(_ROWS, []).append((what, value, comparison))
 
     return add
 

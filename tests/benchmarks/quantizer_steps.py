@@ -9,8 +9,8 @@ from bsq_ray.models.quantizers import build_quantizer
 WIDTHS = (18, 36, 64, 128)
 
 
-def ours(shape, device, bits, **entropy):
-    quantizer = build_quantizer(config.BSQ(bits=bits, entropy=config.Entropy(**entropy)))
+def bsq_step(shape, device, bits, **entropy):
+    quantizer = build_quantizer(config.BSQConfig(bits=bits, entropy=config.EntropyConfig(**entropy)))
     v = torch.randn(*shape, bits, device=device, requires_grad=True)
 
     def step():
@@ -20,7 +20,7 @@ def ours(shape, device, bits, **entropy):
     return step
 
 
-def theirs(shape, device, module, width):
+def library_step(shape, device, module, width):
     module = module.to(device)
     v = torch.randn(*shape, width, device=device, requires_grad=True)
 
@@ -42,9 +42,9 @@ def quantizer_steps(shape, device):
     torch.manual_seed(0)
     lfq = library.LFQ(codebook_size=2**9, num_codebooks=2, dim=18, spherical=True, entropy_loss_weight=0.1)
     fsq = library.FSQ(levels=[8, 8, 8, 5, 5, 5])
-    steps = {f"BSQ {bits} bits, analytical": ours(shape, device, bits) for bits in WIDTHS}
-    steps["BSQ 18 bits, groups of 9"] = ours(shape, device, 18, estimate="group", group_size=9)
-    steps["BSQ 18 bits, groups of 18"] = ours(shape, device, 18, estimate="group", group_size=18)
-    steps["vector-quantize-pytorch LFQ 2 x 2^9"] = theirs(shape, device, lfq.train(), 18)
-    steps["vector-quantize-pytorch FSQ 6 channels"] = theirs(shape, device, fsq.train(), 6)
+    steps = {f"BSQ {bits} bits, analytical": bsq_step(shape, device, bits) for bits in WIDTHS}
+    steps["BSQ 18 bits, groups of 9"] = bsq_step(shape, device, 18, estimate="group", group_size=9)
+    steps["BSQ 18 bits, groups of 18"] = bsq_step(shape, device, 18, estimate="group", group_size=18)
+    steps["vector-quantize-pytorch LFQ 2 x 2^9"] = library_step(shape, device, lfq.train(), 18)
+    steps["vector-quantize-pytorch FSQ 6 channels"] = library_step(shape, device, fsq.train(), 6)
     return steps

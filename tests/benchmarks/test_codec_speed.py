@@ -17,7 +17,7 @@ pytestmark = pytest.mark.benchmark
 DECISIONS = 96 * 64 * 18
 
 
-def best_of(times, work):
+def best_time(times, work):
     """Shortest time of several, seconds, and what was made."""
     seconds = []
     for _ in range(times):
@@ -27,12 +27,12 @@ def best_of(times, work):
     return min(seconds), made
 
 
-def test_the_range_coder_beside_torchac(figure):
+def test_range_coder_speed_against_torchac(record_measurement):
     """The same bits with the same probabilities."""
     import torchac
 
     rng = np.random.default_rng(0)
-    odds = probabilities.probabilities(rng.normal(0, 12, DECISIONS).round().clip(-40, 40).astype(np.int64))
+    odds = probabilities.probabilities_of_levels(rng.normal(0, 12, DECISIONS).round().clip(-40, 40).astype(np.int64))
     bits = (rng.random(DECISIONS) < odds).astype(np.int32)
     bernoulli = constriction.stream.model.Bernoulli(perfect=False)
 
@@ -41,17 +41,17 @@ def test_the_range_coder_beside_torchac(figure):
         coder.encode(bits, bernoulli, odds)
         return coder.get_compressed()
 
-    encode_ours, words = best_of(5, encode)
-    decode_ours, ours = best_of(5, lambda: constriction.stream.queue.RangeDecoder(words).decode(bernoulli, odds))
+    encode_ours, words = best_time(5, encode)
+    decode_ours, ours = best_time(5, lambda: constriction.stream.queue.RangeDecoder(words).decode(bernoulli, odds))
     zeros = 1 - torch.from_numpy(odds)
     cdf = torch.stack([torch.zeros_like(zeros), zeros, torch.ones_like(zeros)], 1).float()
     symbols = torch.from_numpy(bits).to(torch.int16)
-    encode_theirs, data = best_of(5, lambda: torchac.encode_float_cdf(cdf, symbols, check_input_bounds=False))
-    decode_theirs, theirs = best_of(5, lambda: torchac.decode_float_cdf(cdf, data))
+    encode_theirs, data = best_time(5, lambda: torchac.encode_float_cdf(cdf, symbols, check_input_bounds=False))
+    decode_theirs, theirs = best_time(5, lambda: torchac.decode_float_cdf(cdf, data))
     assert np.array_equal(ours, bits)
     assert torch.equal(theirs, symbols)
     what = f"range coder, {DECISIONS:,} decisions of a 768 x 512 px image, encode / decode"
-    figure(
+    record_measurement(
         what,
         f"{1e3 * encode_ours:.1f} / {1e3 * decode_ours:.1f} ms, {4 * len(words):,} bytes",
         f"torchac {1e3 * encode_theirs:.1f} / {1e3 * decode_theirs:.1f} ms, {len(data):,} bytes",
@@ -62,7 +62,7 @@ def test_the_range_coder_beside_torchac(figure):
     ("tokenizer", "prior", "size"),
     [("demo", "prior-demo", (768, 512)), ("imagenet128-bsq18", "imagenet128-prior", (128, 128))],
 )
-def test_where_the_time_of_an_image_goes(tokenizer, prior, size, photos, figure, tmp_path):
+def test_codec_time_breakdown(tokenizer, prior, size, photos, record_measurement, tmp_path):
     Prior(load_config(prior).model).save_pretrained(str(tmp_path))
     Tokenizer(load_config(tokenizer).model).save_pretrained(str(tmp_path / "tokenizer"))
     codec = Codec.from_pretrained(str(tmp_path))
@@ -72,8 +72,8 @@ def test_where_the_time_of_an_image_goes(tokenizer, prior, size, photos, figure,
     decoding = {}
     codec.decompress(coded.data, seconds=decoding)
     what = f"compressing {size[0]} x {size[1]} px, {prior}"
-    figure(what, _parts(coded.seconds), f"decompressing: {_parts(decoding)}")
+    record_measurement(what, _format_stages(coded.seconds), f"decompressing: {_format_stages(decoding)}")
 
 
-def _parts(seconds):
+def _format_stages(seconds):
     return ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in seconds.items())

@@ -10,7 +10,7 @@ import webdataset
 from PIL import Image
 
 from bsq_ray import config, storage
-from bsq_ray.data.image_source import PhotoSource
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
 from bsq_ray.data.stream import training_batches
@@ -33,30 +33,30 @@ def shards(request, photos, tmp_path_factory):
         photo.crop((left, top, left + side, top + side)).save(folder / f"{number}.jpg", quality=90)
     total = sum(path.stat().st_size for path in folder.iterdir())
     url = str(tmp_path_factory.mktemp("shards"))
-    pack_images(str(folder), url, shard_mb=total / 7.5e6, workers=0)
+    pack_images(str(folder), url, shard_mb=total / 7.5e6, num_workers=0)
     return side, url
 
 
-def rate(batches, timed=_TIMED):
+def measure_rate(batches, timed=_TIMED):
     """Images per second once all processes are up, over far more images than a loader reads ahead (4,000 at most)."""
     iterator = iter(batches)
-    seen = 0
-    while seen < _WARM_UP:
-        seen += len(next(iterator))
-    seen, began = 0, time.perf_counter()
-    while seen < timed:
-        seen += len(next(iterator))
-    return seen / (time.perf_counter() - began)
+    num_images = 0
+    while num_images < _WARM_UP:
+        num_images += len(next(iterator))
+    num_images, began = 0, time.perf_counter()
+    while num_images < timed:
+        num_images += len(next(iterator))
+    return num_images / (time.perf_counter() - began)
 
 
-def ours(manifest, executor):
-    section = config.Data()
-    stream = training_batches(PhotoSource(manifest, section, _CROP), section, _BATCH, 0, 1, seed=0, executor=executor)
+def bsq_ray_loader(manifest, executor):
+    section = config.DataConfig()
+    stream = training_batches(ImageSource(manifest, section, _CROP), section, _BATCH, 0, 1, seed=0, executor=executor)
     for batch in stream:
         yield batch.values_B
 
 
-def webdatasets(manifest, processes):
+def webdataset_loader(manifest, processes):
     """The same tensors as its users make them, with Pillow."""
 
     def crop(sample):
@@ -73,20 +73,22 @@ def webdatasets(manifest, processes):
 
 
 # The server first: Ray's workers take its address from the environment they are started in.
-def test_loader_speed(shards, bucket, ray_local, figure):
+def test_loader_speed(shards, bucket, ray_local, record_measurement):
     side, url = shards
     storage.copy_folder(url, bucket)
     manifest, remote = read_manifest(url), read_manifest(bucket)
     loaders = {
-        "webdataset, 2 processes": lambda: webdatasets(manifest, 2),
-        "bsq_ray, threads of this process": lambda: ours(manifest, "local"),
-        "bsq_ray, Ray Data": lambda: ours(manifest, "ray"),
+        "webdataset, 2 processes": lambda: webdataset_loader(manifest, 2),
+        "bsq_ray, threads of this process": lambda: bsq_ray_loader(manifest, "local"),
+        "bsq_ray, Ray Data": lambda: bsq_ray_loader(manifest, "ray"),
     }
     # In turns, and each one's best: what else a machine has to do comes and goes.
-    rounds = [{name: rate(loader()) for name, loader in loaders.items()} for _ in range(_ROUNDS)]
+    rounds = [{name: measure_rate(loader()) for name, loader in loaders.items()} for _ in range(_ROUNDS)]
     rows = {name: max(figures[name] for figures in rounds) for name in loaders}
-    rows["bsq_ray, Ray Data, from S3 (a server on the same cores)"] = rate(ours(remote, "ray"), _TIMED_FROM_S3)
-    neighbour = rows["webdataset, 2 processes"]
+    rows["bsq_ray, Ray Data, from S3 (a server on the same cores)"] = measure_rate(
+        bsq_ray_loader(remote, "ray"), _TIMED_FROM_S3
+    )
+    webdataset_rate = rows["webdataset, 2 processes"]
     for name, value in rows.items():
         what = f"loader, {side} px JPEGs to {_CROP} px crops: {name}"
-        figure(what, f"{value:,.0f} images/s", f"{value / neighbour:.2f} x webdataset")
+        record_measurement(what, f"{value:,.0f} images/s", f"{value / webdataset_rate:.2f} x webdataset")

@@ -10,14 +10,14 @@ import time
 import psutil
 import pytest
 import torch
-from training_steps import Training
+from training_steps import TrainingSteps
 
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.planning.activations import tokenizer_bytes
-from bsq_ray.planning.flops import tokenizer_forward
-from bsq_ray.planning.gpus import GPU
-from bsq_ray.planning.planner import plan
+from bsq_ray.planning.activations import tokenizer_activation_bytes
+from bsq_ray.planning.flops import tokenizer_forward_flops
+from bsq_ray.planning.gpus import GPUSpec
+from bsq_ray.planning.planner import make_plan
 
 pytestmark = pytest.mark.benchmark
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def preset(name):
     return load_config(name, [*PLAIN, *(["loss.adversarial.start_step=0"] if name == "demo" else [])])
 
 
-def fastest(call, times=5):
+def min_time(call, times=5):
     def once():
         began = time.perf_counter()
         call()
@@ -39,30 +39,30 @@ def fastest(call, times=5):
     return min(once() for _ in range(times))
 
 
-def this_processor():
+def cpu_as_gpu_spec():
     """Its figures, as a card's data sheet would give them."""
-    side, copied = 2048, torch.empty(2**28, dtype=torch.uint8)
+    side, source = 2048, torch.empty(2**28, dtype=torch.uint8)
     peaks = {}
     for kind in (torch.bfloat16, torch.float32):
         left, right = torch.randn(side, side, dtype=kind), torch.randn(side, side, dtype=kind)
-        peaks[kind] = 2 * side**3 / fastest(lambda left=left, right=right: left @ right) / 1e12
-    other = torch.empty_like(copied)
-    bandwidth = 2 * len(copied) / fastest(lambda: other.copy_(copied)) / 1e9
+        peaks[kind] = 2 * side**3 / min_time(lambda left=left, right=right: left @ right) / 1e12
+    target = torch.empty_like(source)
+    bandwidth = 2 * len(source) / min_time(lambda: target.copy_(source)) / 1e9
     memory = psutil.virtual_memory().total / 2**30
-    return GPU("this processor", peaks[torch.bfloat16], peaks[torch.float32], memory, bandwidth, bandwidth)
+    return GPUSpec("this processor", peaks[torch.bfloat16], peaks[torch.float32], memory, bandwidth, bandwidth)
 
 
-def efficiency(card):
+def measured_efficiency(gpu_spec):
     """Share of the peak at which the demo's tokenizer reconstructs; the inverse of `reconstruction_rate`."""
     run = preset("demo")
     tokenizer, images = Tokenizer(run.model).eval(), torch.rand(16, 3, 64, 64) * 2 - 1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        seconds = fastest(lambda: tokenizer(images)) / len(images)
-    traffic = 2 * tokenizer_bytes(run.model, half=True) / (card.bandwidth * 1e9)
-    return tokenizer_forward(run.model) / (card.bf16_tflops * 1e12) / (seconds - traffic)
+        seconds = min_time(lambda: tokenizer(images)) / len(images)
+    traffic = 2 * tokenizer_activation_bytes(run.model, half=True) / (gpu_spec.bandwidth * 1e9)
+    return tokenizer_forward_flops(run.model) / (gpu_spec.bf16_tflops * 1e12) / (seconds - traffic)
 
 
-def seconds_of_a_step(training):
+def mean_step_seconds(training):
     """On average: what comes every sixteenth step is a sixteenth of it."""
 
     def timed(number):
@@ -73,38 +73,38 @@ def seconds_of_a_step(training):
     return statistics.median(map(timed, (1, 2, 3))) * 15 / 16 + min(map(timed, (15, 15))) / 16
 
 
-def most_held(call):
+def peak_tensor_bytes(call):
     """Most bytes that tensors made by a call hold at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    held = most = 0
+    current = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
 
 
 @pytest.fixture(scope="module")
-def card():
-    found = this_processor()
-    return found, efficiency(found)
+def cpu_spec():
+    gpu_spec = cpu_as_gpu_spec()
+    return gpu_spec, measured_efficiency(gpu_spec)
 
 
 @pytest.mark.parametrize("name", ["demo", "masked-lm-demo", "prior-demo"])
-def test_plan_accuracy(name, card, figure):
-    found, reached = card
-    kept = []
+def test_plan_accuracy(name, cpu_spec, record_measurement):
+    gpu_spec, efficiency = cpu_spec
+    steps = []
 
     def build_and_step():
-        kept.append(Training(preset(name), CPU))
+        steps.append(TrainingSteps(preset(name), CPU))
         for number in (0, 1, 15):
-            kept[0].step(number)
+            steps[0].step(number)
 
-    held = most_held(build_and_step)
-    seconds = seconds_of_a_step(kept[0])
-    planned = plan(preset(name), found, 1, efficiency=reached)
-    memory = planned.memory.total - planned.memory.overhead
-    what = f"plan of {name} on this processor ({reached:.0%} of {found.bf16_tflops:.2f} bf16 TFLOP/s)"
-    figure(f"{what}: time of a step", f"{planned.step_seconds:.3g} s", f"measured {seconds:.3g} s")
-    figure(f"{what}: memory", f"{memory / 1e6:.0f} MB", f"measured {held / 1e6:.0f} MB")
+    peak_bytes = peak_tensor_bytes(build_and_step)
+    seconds = mean_step_seconds(steps[0])
+    plan = make_plan(preset(name), gpu_spec, 1, efficiency=efficiency)
+    memory = plan.memory.total - plan.memory.overhead
+    what = f"plan of {name} on this processor ({efficiency:.0%} of {gpu_spec.bf16_tflops:.2f} bf16 TFLOP/s)"
+    record_measurement(f"{what}: time of a step", f"{plan.step_seconds:.3g} s", f"measured {seconds:.3g} s")
+    record_measurement(f"{what}: memory", f"{memory / 1e6:.0f} MB", f"measured {peak_bytes / 1e6:.0f} MB")

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.benchmark
 TOKENS, TILES, SAMPLED = 1024, 4, 16
 
 
-def test_cached_decoding_speed(figure):
-    section = config.PriorModel(grid=(4, 16, 16), bits=18, sub_bits=9, width=256, layers=4, heads=4, dropout=0)
+def test_cached_decoding_speed(record_measurement):
+    section = config.PriorModelConfig(grid=(4, 16, 16), bits=18, sub_bits=9, width=256, layers=4, heads=4, dropout=0)
     prior = Prior(section).eval()
     sub_tokens_BNS = torch.randint(0, 512, (TILES, TOKENS, 2))
     with torch.no_grad():
@@ -29,6 +29,10 @@ def test_cached_decoding_speed(figure):
         began = time.perf_counter()
         for n in range(TOKENS // SAMPLED // 2, TOKENS, TOKENS // SAMPLED):
             prior(sub_tokens_BNS[:, : n + 1])
-        anew = (time.perf_counter() - began) * TOKENS / SAMPLED
+        uncached_seconds = (time.perf_counter() - began) * TOKENS / SAMPLED
     what = f"prior, width 256, 4 layers, {TILES} tiles of {TOKENS:,} tokens, decoding"
-    figure(what, f"{cached:.3g} s", f"without cache {anew:.3g} s, {anew / cached:.0f} times as long")
+    record_measurement(
+        what,
+        f"{cached:.3g} s",
+        f"without cache {uncached_seconds:.3g} s, {uncached_seconds / cached:.0f} times as long",
+    )

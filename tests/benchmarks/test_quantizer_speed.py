@@ -33,10 +33,12 @@ def peak_megabytes(step):
     return peak / 1e6
 
 
-def test_quantizer_speed(figure):
+def test_quantizer_speed(record_measurement):
     steps = quantizer_steps((_BATCH, _TOKENS), torch.device("cpu"))
     rows = milliseconds(steps)
     base = rows["BSQ 18 bits, analytical"]
     for name, value in rows.items():
         what = f"quantiser, forward + backward, {_BATCH * _TOKENS:,} tokens: {name}"
-        figure(what, f"{value:.2f} ms, {peak_megabytes(steps[name]):.1f} MB", f"{value / base:.2f} x BSQ 18 bits")
+        record_measurement(
+            what, f"{value:.2f} ms, {peak_megabytes(steps[name]):.1f} MB", f"{value / base:.2f} x BSQ 18 bits"
+        )

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from bsq_ray.config import Sampling, load_config
+from bsq_ray.config import SamplingConfig, load_config
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.sampling import sample
 
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.benchmark
 
 
 @pytest.mark.parametrize(("preset", "batch", "steps"), [("masked-lm-demo", 16, 32), ("imagenet128-masked-lm", 2, 32)])
-def test_sampler_speed(preset, batch, steps, figure):
+def test_sampler_speed(preset, batch, steps, record_measurement):
     model = MaskedLM(load_config(preset).model).eval()
-    classes_BC = model.classes_of(torch.zeros(batch, dtype=torch.long))
+    classes_BC = model.class_weights(torch.zeros(batch, dtype=torch.long))
     inside = 0.0
 
     def timed(tokens_BNS, classes_BC):
@@ -26,9 +26,9 @@ def test_sampler_speed(preset, batch, steps, figure):
         return logits
 
     with torch.autocast("cpu", torch.bfloat16):
-        sample(model, classes_BC, Sampling(steps=2), seed=0)
+        sample(model, classes_BC, SamplingConfig(steps=2), seed=0)
         began = time.perf_counter()
-        sample(model, classes_BC, Sampling(steps=steps), seed=0, predict=timed)
+        sample(model, classes_BC, SamplingConfig(steps=steps), seed=0, predict=timed)
     whole = time.perf_counter() - began
     what = f"drawing, {preset}, {batch} images in {steps} guided steps, bf16"
-    figure(what, f"{batch / whole:.3g} images/s", f"the forward passes alone + {whole / inside - 1:.1%}")
+    record_measurement(what, f"{batch / whole:.3g} images/s", f"the forward passes alone + {whole / inside - 1:.1%}")

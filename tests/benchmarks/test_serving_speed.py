@@ -16,7 +16,7 @@ import torch
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.serving.replicas.engines import TokenizerEngine
-from bsq_ray.serving.server import running
+from bsq_ray.serving.server import serve_app
 from bsq_ray.serving.service_config import Limits, Settings
 
 pytestmark = pytest.mark.benchmark
@@ -34,21 +34,21 @@ class Client(threading.Thread):
         super().__init__()
         host, port = url.removeprefix("http://").strip("/").split(":")
         self.connection = http.client.HTTPConnection(host, int(port), timeout=300)
-        self.body, self.count, self.seconds = body, count, []
+        self.body, self.num_requests, self.seconds = body, count, []
 
     def run(self):
-        for _ in range(self.count):
+        for _ in range(self.num_requests):
             began = time.perf_counter()
             self.connection.request("POST", "/v1/encode", self.body)
-            answer = self.connection.getresponse()
-            answer.read()
-            assert answer.status == 200
+            response = self.connection.getresponse()
+            response.read()
+            assert response.status == 200
             self.seconds.append(time.perf_counter() - began)
 
 
-def load(url, body, clients, count):
+def run_load(url, body, num_clients, count):
     """Seconds of all answers and images a second."""
-    threads = [Client(url, body, count // clients) for _ in range(clients)]
+    threads = [Client(url, body, count // num_clients) for _ in range(num_clients)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -58,7 +58,7 @@ def load(url, body, clients, count):
     return seconds, len(seconds) / (time.perf_counter() - began)
 
 
-def direct(engine, body, batch, count):
+def run_directly(engine, body, batch, count):
     """Seconds of each image alone (file to tokens), or images a second of batches of prepared pixels."""
     pixels = engine.prepare(body)
     if batch == 1:
@@ -75,7 +75,7 @@ def direct(engine, body, batch, count):
 
 
 @contextmanager
-def served(preset, folder):
+def serve_preset(preset, folder):
     run = config.load_config(preset)
     torch.manual_seed(0)
     Tokenizer(run.model).save_pretrained(str(folder / preset), run)
@@ -83,38 +83,38 @@ def served(preset, folder):
         models={preset: str(folder / preset)}, authentication=False, limits=Limits(waiting=32, seconds=300)
     )
     began = time.perf_counter()
-    with running(settings, "127.0.0.1", 0) as service:
+    with serve_app(settings, "127.0.0.1", 0) as service:
         yield str(folder / preset), service.url, time.perf_counter() - began
 
 
 @pytest.mark.parametrize("preset", _MODELS)
-def test_serving_speed(preset, photos, tmp_path, figure):
+def test_serving_speed(preset, photos, tmp_path, record_measurement):
     file = io.BytesIO()
     photos[0].save(file, "JPEG", quality=90)
     body = file.getvalue()
     alone, many = _MODELS[preset]
-    with served(preset, tmp_path) as (folder, url, started):
+    with serve_preset(preset, tmp_path) as (folder, url, started):
         torch.set_num_threads(os.cpu_count())
         engine = TokenizerEngine(folder, "cpu", 16, Limits())
-        load(url, body, 16, 16)
-        load(url, body, 1, 2)
-        rounds = [(load(url, body, 1, alone)[0], direct(engine, body, 1, alone)) for _ in range(_ROUNDS)]
-        best = max(direct(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16))
-        seconds, rate = load(url, body, 16, many)
-        best = max(best, *(direct(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16)))
+        run_load(url, body, 16, 16)
+        run_load(url, body, 1, 2)
+        rounds = [(run_load(url, body, 1, alone)[0], run_directly(engine, body, 1, alone)) for _ in range(_ROUNDS)]
+        best = max(run_directly(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16))
+        seconds, rate = run_load(url, body, 16, many)
+        best = max(best, *(run_directly(engine, body, batch, max(batch, many // 4)) for batch in (2, 4, 8, 16)))
         torch.set_num_threads(2)
     pairs = [tuple(1e3 * statistics.median(side) for side in pair) for pair in rounds]
     service, model = (statistics.median(side) for side in zip(*pairs, strict=True))
     added = sorted(with_service - without for with_service, without in pairs)
-    figure(
+    record_measurement(
         f"service, {preset}, one request at a time: p50",
         f"{service:.1f} ms",
         f"the model alone {model:.1f} ms: {statistics.median(added):.1f} ms more ({added[0]:.1f} to {added[-1]:.1f})",
     )
     p50, p99 = (1e3 * seconds[int(len(seconds) * share)] for share in (0.5, 0.99))
-    figure(
+    record_measurement(
         "… 16 at a time: throughput, p50, p99",
         f"{rate:.3g} images/s, {p50:.0f} ms, {p99:.0f} ms",
         f"the model alone in its best batch {best:.3g} images/s: {rate / best:.2f} of it",
     )
-    figure("… from nothing to the first answer, Ray included", f"{started:.1f} s")
+    record_measurement("… from nothing to the first answer, Ray included", f"{started:.1f} s")

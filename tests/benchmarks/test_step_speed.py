@@ -12,23 +12,25 @@ import time
 
 import pytest
 import torch
-from training_steps import CarelessTraining, Training
+from training_steps import NaiveTrainingSteps, TrainingSteps
 
 from bsq_ray import config
-from bsq_ray.runtime.malloc import keep_memory
+from bsq_ray.runtime.malloc import malloc_env
 
 pytestmark = pytest.mark.benchmark
 _SIZE, _BATCH = 128, 4
 CPU = torch.device("cpu")
 
 
-def configuration(precision, compiled):
-    engine = config.Engine(kind="ddp", precision=precision, compile=compiled)
+def build_config(precision, compiled):
+    engine = config.EngineConfig(kind="ddp", precision=precision, compile=compiled)
     sizes = {"width": 256, "layers": 6, "heads": 4}
     return config.TokenizerConfig(
         name="step",
-        model=config.TokenizerModel(encoder=config.Transformer(**sizes), decoder=config.Decoder(**sizes)),
-        training=config.Training(engine=engine, batch_size=_BATCH),
+        model=config.TokenizerModelConfig(
+            encoder=config.TransformerConfig(**sizes), decoder=config.DecoderConfig(**sizes)
+        ),
+        training=config.TrainingConfig(engine=engine, batch_size=_BATCH),
     )
 
 
@@ -36,7 +38,7 @@ def measure(kind, precision, compiled):
     """Seconds of an average step, and the process's peak memory in GB."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    step = {"careful": Training, "careless": CarelessTraining}[kind](configuration(precision, compiled), CPU).step
+    step = {"careful": TrainingSteps, "careless": NaiveTrainingSteps}[kind](build_config(precision, compiled), CPU).step
     step(0)
     times = []
     for number in (1, 2, 15):
@@ -47,7 +49,7 @@ def measure(kind, precision, compiled):
     return average, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def test_step_speed(figure):
+def test_step_speed(record_measurement):
     cases = [
         ("careless", "fp32", False),
         ("careful", "fp32", False),
@@ -62,8 +64,8 @@ def test_step_speed(figure):
         call = f"import sys; sys.path.insert(0, {str(__file__.rsplit('/', 1)[0])!r}); import test_step_speed as t; "
         call += f"print(*t.measure(*{case!r}))"
         # Ours as Ray's workers are started; the neighbour as any process.
-        told = keep_memory() if case[0] == "careful" else {}
-        environment = os.environ | told
+        extra_env = malloc_env() if case[0] == "careful" else {}
+        environment = os.environ | extra_env
         done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=True, env=environment)
         value, memory = map(float, done.stdout.split()[-2:])
         seconds[case] = value
@@ -72,4 +74,4 @@ def test_step_speed(figure):
         name += f", {precision}, {'compiled' if compiled else 'eager'}"
         ratio = seconds["careless", precision, False] / value
         what = f"full training step, {_SIZE} px, batch {_BATCH}: {name}"
-        figure(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the careless neighbour's speed")
+        record_measurement(what, f"{value:.2f} s, {memory:.2f} GB", f"{ratio:.2f} x the careless neighbour's speed")

@@ -14,7 +14,7 @@ from bsq_ray.training.stages.prior_stage import PriorStage
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 
-def some_batch(run):
+def random_batch(run):
     """As many samples as a step takes, on the host, as the loader gives them."""
     size = run.training.batch_size
     if run.stage == "tokenizer":
@@ -25,7 +25,7 @@ def some_batch(run):
     return Batch(values, torch.zeros(size, dtype=torch.int64), list(map(str, range(size))))
 
 
-def stage_of(run, device) -> Stage:
+def build_stage_for(run, device) -> Stage:
     """The stage that a configuration names; those of tokens read no table."""
     tokens = SimpleNamespace(tokenizer_url="")
     if run.stage == "tokenizer":
@@ -33,11 +33,11 @@ def stage_of(run, device) -> Stage:
     return MaskedLMStage(run, tokens, device) if run.stage == "masked-lm" else PriorStage(run, tokens, device)
 
 
-class Training:
+class TrainingSteps:
     """Steps of a configuration by its engine in its precision."""
 
     def __init__(self, run, device):
-        self.stage, self.device = stage_of(run, device), device
+        self.stage, self.device = build_stage_for(run, device), device
         self.half = run.training.engine.precision == "bf16"
         section = run.training
         self.engines = {
@@ -45,8 +45,8 @@ class Training:
             for name, module in self.stage.modules.items()
         }
         self.main = next(iter(self.stage.modules.values()))
-        self.average = EMA(self.main, section.ema_decay)
-        self.batch = some_batch(run)
+        self.ema = EMA(self.main, section.ema_decay)
+        self.batch = random_batch(run)
 
     def step(self, number):
         carry = {}
@@ -57,10 +57,10 @@ class Training:
                 loss, _ = self.stage.loss(phase, self.batch, self.engines, carry, number)
             self.engines[phase].backward(loss)
             self.engines[phase].step(1e-4)
-        self.average.update(self.main)
+        self.ema.update(self.main)
 
 
-class CarelessConv(torch.nn.Module):
+class NaiveConv(torch.nn.Module):
     """The literal order of the description: pad, filter, then stride, on whatever layout comes."""
 
     def __init__(self, conv):
@@ -84,7 +84,7 @@ class CarelessConv(torch.nn.Module):
         return F.leaky_relu(x + conv.bias.to(x.dtype)[:, None, None], 0.2) * 2**0.5 * conv.gain
 
 
-class CarelessTraining:
+class NaiveTrainingSteps:
     """The tokenizer's step spelt without care.
 
     Filter and stride apart in the default memory layout, discriminator not frozen while the generator learns,
@@ -97,13 +97,13 @@ class CarelessTraining:
         for module in list(self.discriminator.modules()):
             for name, child in list(module.named_children()):
                 if type(child).__name__ == "EqualizedConv":
-                    setattr(module, name, CarelessConv(child))
-        self.optimisers = {
+                    setattr(module, name, NaiveConv(child))
+        self.optimizers = {
             name: torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=False)
             for name, module in stage.modules.items()
         }
         self.perceptual = stage.perceptual.lpips.to(memory_format=torch.contiguous_format)
-        self.batch, self.device = some_batch(run), device
+        self.batch, self.device = random_batch(run), device
         self.half = run.training.engine.precision == "bf16"
 
     def step(self, number):
@@ -114,9 +114,9 @@ class CarelessTraining:
             loss = (output.images - x).abs().mean() + 0.1 * self.perceptual(fake, x.requires_grad_()).mean()
             loss = loss + 0.1 * F.softplus(-self.discriminator(fake)[0]).mean() + 0.1 * output.quantized.loss
         loss.backward()
-        self.optimisers["generator"].step()
-        for optimiser in self.optimisers.values():
-            optimiser.zero_grad()
+        self.optimizers["generator"].step()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             real_images = x.detach().requires_grad_()
             real, fake = self.discriminator(real_images)[0], self.discriminator(fake.detach())[0]
@@ -125,5 +125,5 @@ class CarelessTraining:
                 [gradient] = torch.autograd.grad(real.sum(), real_images, create_graph=True)
                 loss = loss + 80 * gradient.square().sum((1, 2, 3)).mean()
         loss.backward()
-        self.optimisers["discriminator"].step()
-        self.optimisers["discriminator"].zero_grad()
+        self.optimizers["discriminator"].step()
+        self.optimizers["discriminator"].zero_grad()

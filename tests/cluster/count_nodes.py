@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 
 
-def count():
+def count_alive_nodes():
     """Nodes that are alive."""
     return sum(node["Alive"] for node in ray.nodes())
 
@@ -21,10 +21,10 @@ if __name__ == "__main__":
             ray.init("auto", log_to_driver=False, logging_level="error")
         except ConnectionError:
             time.sleep(0.5)
-    told = None
+    last_count = None
     while True:
-        if count() != told:
-            told = count()
+        if count_alive_nodes() != last_count:
+            last_count = count_alive_nodes()
             with Path(sys.argv[1]).open("a") as file:
-                file.write(f"{told}\n")
+                file.write(f"{last_count}\n")
         time.sleep(0.3)

@@ -86,22 +86,22 @@ SPECS = {"RayCluster": CLUSTER, "RayJob": JOB, "RayService": SERVICE}
 METADATA = {"name": str, "namespace": str, "labels": dict, "annotations": dict}
 
 
-def faults(value, form, where="spec"):
+def schema_errors(value, schema, path="spec"):
     """What in `value` is not as `form` says, a line for each."""
-    if form is dict:
+    if schema is dict:
         if not isinstance(value, dict):
-            return [f"{where} is no mapping"]
-        return [f"{where}.{key} is {part!r}, not a string" for key, part in value.items() if not isinstance(part, str)]
-    if isinstance(form, type):
-        fits = isinstance(value, form) and (form is bool or not isinstance(value, bool))
-        return [] if fits else [f"{where} is {value!r}, not of type {form.__name__}"]
-    if isinstance(form, list):
+            return [f"{path} is no mapping"]
+        return [f"{path}.{key} is {part!r}, not a string" for key, part in value.items() if not isinstance(part, str)]
+    if isinstance(schema, type):
+        is_valid = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
+        return [] if is_valid else [f"{path} is {value!r}, not of type {schema.__name__}"]
+    if isinstance(schema, list):
         if not isinstance(value, list):
-            return [f"{where} is no list"]
-        return [line for i, part in enumerate(value) for line in faults(part, form[0], f"{where}[{i}]")]
+            return [f"{path} is no list"]
+        return [line for i, part in enumerate(value) for line in schema_errors(part, schema[0], f"{path}[{i}]")]
     if not isinstance(value, dict):
-        return [f"{where} is no mapping"]
-    unknown = [f"{where}.{key} is not known" for key in value.keys() - form.keys()]
-    return unknown + [
-        line for key in value.keys() & form.keys() for line in faults(value[key], form[key], f"{where}.{key}")
+        return [f"{path} is no mapping"]
+    unknown_keys = [f"{path}.{key} is not known" for key in value.keys() - schema.keys()]
+    return unknown_keys + [
+        line for key in value.keys() & schema.keys() for line in schema_errors(value[key], schema[key], f"{path}.{key}")
     ]

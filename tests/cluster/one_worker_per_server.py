@@ -9,11 +9,11 @@ from small_runs import PRESET, SMALL
 
 from bsq_ray.config import load_config
 from bsq_ray.training.launch import train
-from bsq_ray.training.ray_trainer import Share
+from bsq_ray.training.ray_trainer import ResourceBudget
 
 if __name__ == "__main__":
     shards, out, *overrides = sys.argv[1:]
-    run = load_config(PRESET, [*SMALL, *overrides])
+    run_config = load_config(PRESET, [*SMALL, *overrides])
     # Both servers are one machine, whose cores they share.
-    share = Share(resources={"CPU": 3}, runs=2)
-    train(run, shards, out, workers=2, address="auto", resume=True, show=print, share=share)
+    resource_budget = ResourceBudget(resources_per_worker={"CPU": 3}, concurrent_runs=2)
+    train(run_config, shards, out, num_workers=2, address="auto", resume=True, on_record=print, budget=resource_budget)

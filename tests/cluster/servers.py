@@ -66,7 +66,7 @@ class Switch(threading.Thread):
     def __init__(self, delay=0.0, loss=0.0):
         super().__init__(daemon=True)
         self.delay, self.loss = delay, loss
-        self._ports, self._late, self._ended = [], deque(), False
+        self._ports, self._delayed_frames, self._stopped = [], deque(), False
         self._random = random.Random(0)
 
     def plug(self, pid):
@@ -81,26 +81,28 @@ class Switch(threading.Thread):
             fcntl.ioctl(port, _SET_TAP, struct.pack("16sH22x", b"eth0", _TAP | _NO_HEADER))
             self._ports.append(port)
 
-        entering = threading.Thread(target=enter)
-        entering.start()
-        entering.join()
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
 
     def run(self):
-        while not self._ended:
-            wait = 0.05 if not self._late else min(0.05, max(0.0, self._late[0][0] - time.monotonic()))
+        while not self._stopped:
+            wait = (
+                0.05 if not self._delayed_frames else min(0.05, max(0.0, self._delayed_frames[0][0] - time.monotonic()))
+            )
             ready, _, _ = select.select(list(self._ports), [], [], wait)
             for port in ready:
-                self._take(port)
-            while self._late and self._late[0][0] <= time.monotonic():
-                self._deliver(*self._late.popleft()[1:])
+                self._receive(port)
+            while self._delayed_frames and self._delayed_frames[0][0] <= time.monotonic():
+                self._deliver(*self._delayed_frames.popleft()[1:])
 
-    def end(self):
-        self._ended = True
+    def stop(self):
+        self._stopped = True
         self.join()
         for port in self._ports:
             os.close(port)
 
-    def _take(self, port):
+    def _receive(self, port):
         try:
             frame = os.read(port, 65536)
         except BlockingIOError:
@@ -111,7 +113,7 @@ class Switch(threading.Thread):
             os.close(port)
             return
         if self._random.random() >= self.loss:
-            self._late.append((time.monotonic() + self.delay, port, frame))
+            self._delayed_frames.append((time.monotonic() + self.delay, port, frame))
 
     def _deliver(self, source, frame):
         for port in self._ports:
@@ -121,7 +123,7 @@ class Switch(threading.Thread):
                     os.write(port, frame)
 
 
-class Server:
+class VirtualNode:
     """One of them; `boot` starts it, `cut_power` ends it and everything on it at once."""
 
     def __init__(self, folder, shared, switch, number):
@@ -130,9 +132,9 @@ class Server:
         self.home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
 
     def boot(self):
-        kept = " ".join(dict.fromkeys(map(str, (Path(sys.base_prefix).resolve(), sys.prefix, REPOSITORY))))
-        places = {"folders": f"{self.home} /opt /tmp", "kept": kept, "repository": REPOSITORY}
-        script = _BOOT.format(own=self.own, shared=self.shared, **places)
+        kept_paths = " ".join(dict.fromkeys(map(str, (Path(sys.base_prefix).resolve(), sys.prefix, REPOSITORY))))
+        boot_paths = {"folders": f"{self.home} /opt /tmp", "kept": kept_paths, "repository": REPOSITORY}
+        script = _BOOT.format(own=self.own, shared=self.shared, **boot_paths)
         # A test run that is killed takes its servers with it.
         command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "--kill-child", "--mount-proc", "bash", "-c", script]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -151,75 +153,82 @@ class Server:
 
     def processes(self):
         """What runs on the server, as this machine sees it."""
-        mine = os.readlink(f"/proc/{self._first}/ns/pid")
-        found = []
+        own_namespace = os.readlink(f"/proc/{self._first}/ns/pid")
+        own_processes = []
         for process in psutil.process_iter():
             with suppress(OSError):
-                if os.readlink(f"/proc/{process.pid}/ns/pid") == mine:
-                    found.append(process)
-        return found
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == own_namespace:
+                    own_processes.append(process)
+        return own_processes
 
     def run(self, *command, timeout=400, check=False, **environment):
         """Runs a command on the server, in the repository's folder, and waits for it."""
-        done = subprocess.run(
-            self._inside(command), env=self._environment(environment), capture_output=True, text=True, timeout=timeout
+        completed = subprocess.run(
+            self._command_inside(command),
+            env=self._environment(environment),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
+        assert not check or completed.returncode == 0, completed.stdout + completed.stderr
+        return completed
 
     def start(self, *command, log, **environment):
         """Starts a command on the server; it ends with the server at the latest."""
-        with log.open("w") as told:
+        with log.open("w") as log_file:
             return subprocess.Popen(
-                self._inside(command), env=self._environment(environment), stdout=told, stderr=subprocess.STDOUT
+                self._command_inside(command),
+                env=self._environment(environment),
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
             )
 
-    def count_nodes(self):
+    def start_counting_nodes(self):
         """Starts to count the nodes of the cluster this server belongs to; the file gets a line for each change."""
-        counts = self.shared / f"nodes-{time.time()}"
-        counts.touch()
-        command = ["python", "tests/cluster/count_nodes.py", f"/tmp/shared/{counts.name}"]
-        self.start(*command, log=self.shared / f"{counts.name}.log")
-        return counts
+        counts_file = self.shared / f"nodes-{time.time()}"
+        counts_file.touch()
+        command = ["python", "tests/cluster/count_nodes.py", f"/tmp/shared/{counts_file.name}"]
+        self.start(*command, log=self.shared / f"{counts_file.name}.log")
+        return counts_file
 
-    def _inside(self, command):
+    def _command_inside(self, command):
         enter = ["nsenter", f"--target={self._first}", "--mount", "--net", "--pid"]
         return [*enter, "bash", "-c", 'cd /opt/bsq_ray && exec "$@"', "bash", *map(str, command)]
 
-    def _environment(self, more):
-        kept = {name: os.environ[name] for name in ("LANG", "TERM", "USER") if name in os.environ}
+    def _environment(self, extra):
+        inherited = {name: os.environ[name] for name in ("LANG", "TERM", "USER") if name in os.environ}
         path = f"/opt/bsq_ray/.venv/bin:{os.environ['PATH']}"
-        return kept | {"HOME": str(self.home), "PATH": path, **RAY} | more
+        return inherited | {"HOME": str(self.home), "PATH": path, **RAY} | extra
 
 
-def wait_until(true, log):
+def wait_until(condition, log):
     """Waits until the call is true; fails after four minutes, showing the log."""
     deadline = time.monotonic() + 240
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.3)
 
 
 @contextmanager
-def servers(count, delay=0.0, loss=0.0):
+def virtual_nodes(count, delay=0.0, loss=0.0):
     """(servers, folder that they see as /tmp/shared); skips the test where this machine cannot make them."""
-    tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip"))) and Path("/dev/net/tun").exists()
-    if not tools or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
+    has_tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip"))) and Path("/dev/net/tun").exists()
+    if not has_tools or subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode:
         pytest.skip("servers are made of namespaces, which needs root, unshare, ip (iproute2) and /dev/net/tun")
     if Path(sys.prefix) != REPOSITORY / ".venv":
         pytest.skip("servers find the package in .venv of this repository, and it is installed elsewhere")
     folder = Path(tempfile.mkdtemp(prefix="servers"))
-    switch, booted = Switch(delay, loss), []
+    switch, booted_nodes = Switch(delay, loss), []
     (folder / "shared").mkdir()
     switch.start()
     try:
         for number in range(1, count + 1):
-            server = Server(folder, folder / "shared", switch, number)
-            server.boot()
-            booted.append(server)
-        yield booted, folder / "shared"
+            node = VirtualNode(folder, folder / "shared", switch, number)
+            node.boot()
+            booted_nodes.append(node)
+        yield booted_nodes, folder / "shared"
     finally:
-        for server in booted:
-            server.cut_power()
+        for node in booted_nodes:
+            node.cut_power()
         switch.end()
         shutil.rmtree(folder, ignore_errors=True)

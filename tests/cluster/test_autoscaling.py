@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 import yaml
-from servers import servers, wait_until
-from small_job import TINY
+from servers import virtual_nodes, wait_until
+from small_job import TINY_OVERRIDES
 
 pytestmark = pytest.mark.slow
 HEAD_ID = "f" * 51 + "00000"
-NOTHING = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
-NOTHING += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"]
+EMPTY_LISTS = ["initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"]
+EMPTY_LISTS += ["head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude"]
 CONFIG = {
     "cluster_name": "bsq",
     "provider": {
@@ -41,7 +41,7 @@ CONFIG = {
     },
     **{name: {} for name in ("auth", "docker", "file_mounts")},
     "file_mounts_sync_continuously": False,
-    **{name: [] for name in (*NOTHING, "rsync_filter")},
+    **{name: [] for name in (*EMPTY_LISTS, "rsync_filter")},
 }
 AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
@@ -52,24 +52,29 @@ AUTOSCALER = {
 }
 
 
-def test_a_submitted_run_brings_machines_up_from_none_and_they_go_when_it_is_done(photo_shards):
-    with servers(1) as ([head], shared):
+def test_autoscaling_submitted_run_scales_up_and_down(photo_shards):
+    """A submitted run starts nodes on an empty cluster, and they end when the run is done."""
+    with virtual_nodes(1) as ([head], shared):
         shutil.copytree(photo_shards, shared / "shards")
         (shared / "autoscaling.yaml").write_text(yaml.safe_dump(CONFIG))
-        where = ["--autoscaling-config=/tmp/shared/autoscaling.yaml", "--dashboard-host=127.0.0.1", "--num-cpus=0"]
-        start = ["ray", "start", "--head", "--block", "--port=6379", "--object-store-memory=200000000", *where]
+        start_options = [
+            "--autoscaling-config=/tmp/shared/autoscaling.yaml",
+            "--dashboard-host=127.0.0.1",
+            "--num-cpus=0",
+        ]
+        start = ["ray", "start", "--head", "--block", "--port=6379", "--object-store-memory=200000000", *start_options]
         head.start(*start, log=shared / "head.log", **AUTOSCALER)
-        counted = head.count_nodes()
-        wait_until(lambda: counted.read_text() == "1\n", shared / "head.log")
+        counts_file = head.count_nodes()
+        wait_until(lambda: counts_file.read_text() == "1\n", shared / "head.log")
 
         job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo", "--data", "/tmp/shared/shards"]
-        job += ["--out", "/tmp/shared/run", "--workers", "2", *TINY, "training.steps=20"]
+        job += ["--out", "/tmp/shared/run", "--workers", "2", *TINY_OVERRIDES, "training.steps=20"]
         # Without a working directory: all machines keep theirs in one place, and the first that goes takes it along.
         submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--"]
-        done = head.run(*submit, *job)
-        assert done.returncode == 0, done.stdout + done.stderr
+        completed = head.run(*submit, *job)
+        assert completed.returncode == 0, completed.stdout + completed.stderr
         assert json.loads((shared / "run" / "summary.json").read_text())["step"] == 20
 
-        wait_until(lambda: counted.read_text().endswith("\n1\n"), counted)
-        history = [int(line) for line in counted.read_text().split()]
+        wait_until(lambda: counts_file.read_text().endswith("\n1\n"), counts_file)
+        history = [int(line) for line in counts_file.read_text().split()]
         assert 2 <= max(history) <= 3

@@ -6,46 +6,51 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from bsq_ray.config.loader import check_section
+from bsq_ray.config.loader import validate_mapping
 from bsq_ray.serving.service_config import TOKEN_VARIABLE, Settings
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
-DEPLOYED = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
+SERVE_CONFIG = yaml.safe_load((CLUSTER / "serve.yaml").read_text())
 SERVICE = yaml.safe_load((CLUSTER / "kuberay" / "rayservice.yaml").read_text())["spec"]
 
 
-def settings_of(deployed):
-    [application] = deployed["applications"]
-    return check_section(application["args"], [], Settings, "args")
+def parse_application_settings(serve_config):
+    [application] = serve_config["applications"]
+    return validate_mapping(application["args"], [], Settings, "args")
 
 
-def test_ray_serve_and_the_service_accept_the_files():
-    for deployed in (DEPLOYED, yaml.safe_load(SERVICE["serveConfigV2"])):
-        ServeDeploySchema.model_validate(deployed)
-        settings_of(deployed)
-        module, _, name = deployed["applications"][0]["import_path"].partition(":")
+def test_serving_files_validate_with_both_schemas():
+    """Ray Serve and the service accept the deployment files."""
+    for serve_config in (SERVE_CONFIG, yaml.safe_load(SERVICE["serveConfigV2"])):
+        ServeDeploySchema.model_validate(serve_config)
+        parse_application_settings(serve_config)
+        module, _, name = serve_config["applications"][0]["import_path"].partition(":")
         assert callable(getattr(__import__(module, fromlist=[name]), name))
 
 
-def test_every_key_of_the_settings_is_written_out():
-    [application] = DEPLOYED["applications"]
+def test_serve_yaml_contains_every_setting():
+    """The deployment file contains every setting."""
+    [application] = SERVE_CONFIG["applications"]
     assert set(application["args"]) == set(Settings.model_fields)
     assert set(application["args"]["limits"]) == set(Settings.model_fields["limits"].annotation.model_fields)
 
 
-def test_a_misspelt_key_is_refused_with_the_right_one():
-    [application] = DEPLOYED["applications"]
+def test_misspelled_key_error_suggests_correct_key():
+    """A misspelled key raises an error that suggests the correct one."""
+    [application] = SERVE_CONFIG["applications"]
     with pytest.raises(ValueError, match=r"unknown key limits\.body_bm; did you mean limits\.body_mb\?"):
-        check_section(application["args"], ["limits.body_bm=3"], Settings, "args")
+        validate_mapping(application["args"], ["limits.body_bm=3"], Settings, "args")
 
 
-def test_kubernetes_runs_the_same_application():
-    assert yaml.safe_load(SERVICE["serveConfigV2"]) == DEPLOYED
+def test_rayservice_runs_same_application():
+    """The RayService runs the same application as serve.yaml."""
+    assert yaml.safe_load(SERVICE["serveConfigV2"]) == SERVE_CONFIG
 
 
-def test_whoever_can_reach_the_port_needs_the_token():
-    assert DEPLOYED["http_options"]["host"] == "0.0.0.0"
-    assert settings_of(DEPLOYED).authentication
+def test_public_port_requires_token():
+    """A service on a public port requires the token on every node."""
+    assert SERVE_CONFIG["http_options"]["host"] == "0.0.0.0"
+    assert parse_application_settings(SERVE_CONFIG).authentication
     cluster = SERVICE["rayClusterConfig"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         [container] = group["template"]["spec"]["containers"]
@@ -53,12 +58,16 @@ def test_whoever_can_reach_the_port_needs_the_token():
         assert token["valueFrom"]["secretKeyRef"] == {"name": "bsq-serve", "key": "token"}
 
 
-def test_a_pod_holds_the_first_replicas_of_all_models():
+def test_one_pod_fits_minimum_replicas():
     """The application starts on one GPU pod, before anything has scaled."""
-    settings = settings_of(DEPLOYED)
-    sections = [settings.tokenizer, settings.codec, settings.codec, settings.generator]
+    settings = parse_application_settings(SERVE_CONFIG)
+    replica_configs = [settings.tokenizer, settings.codec, settings.codec, settings.generator]
     [group] = SERVICE["rayClusterConfig"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert sum(section.replicas * section.gpus for section in sections) <= 2 * int(limits["nvidia.com/gpu"])
-    front = settings.front.replicas * settings.front.cpus
-    assert front + sum(section.replicas * section.cpus for section in sections) <= int(limits["cpu"])
+    assert sum(scaling_config.replicas * scaling_config.gpus for scaling_config in replica_configs) <= 2 * int(
+        limits["nvidia.com/gpu"]
+    )
+    ingress_cpus = settings.front.replicas * settings.front.cpus
+    assert ingress_cpus + sum(
+        scaling_config.replicas * scaling_config.cpus for scaling_config in replica_configs
+    ) <= int(limits["cpu"])

@@ -4,15 +4,15 @@ import json
 import shutil
 
 import pytest
-from process_group import in_group
-from servers import servers, wait_until
-from small_runs import train_several
+from process_group import spawn_group
+from servers import virtual_nodes, wait_until
+from small_runs import train_runs
 from test_resume import assert_identical, weights
 
 pytestmark = pytest.mark.slow
-LONG = ["training.steps=30", "training.log_every=1", "training.checkpoint_every=5"]
+RUN_OVERRIDES = ["training.steps=30", "training.log_every=1", "training.checkpoint_every=5"]
 # A server is given up after seconds, so that the test does not wait for a minute.
-QUICK = {
+FAST_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "4000",
@@ -22,80 +22,90 @@ QUICK = {
 
 
 def start_ray(server, *options):
-    size = ["--num-cpus=4", "--object-store-memory=200000000", "--include-log-monitor=false"]
-    where = [f"--node-ip-address={server.address}", "--dashboard-host=127.0.0.1"]
+    size_options = ["--num-cpus=4", "--object-store-memory=200000000", "--include-log-monitor=false"]
+    address_options = [f"--node-ip-address={server.address}", "--dashboard-host=127.0.0.1"]
     log = server.shared / f"ray-{server.address}.log"
-    return server.start("ray", "start", "--block", *options, *where, *size, log=log, **QUICK)
+    return server.start(
+        "ray", "start", "--block", *options, *address_options, *size_options, log=log, **FAST_HEALTH_CHECKS
+    )
 
 
-def now(counted):
+def current_node_count(counts_file):
     """Nodes of the cluster at present."""
-    lines = counted.read_text().split()
+    lines = counts_file.read_text().split()
     return int(lines[-1]) if lines else 0
 
 
 @pytest.fixture(scope="module")
 def cluster(photo_shards):
     """(head, other server, shared folder, count of nodes): five milliseconds each way, one packet in a hundred lost."""
-    with servers(2, delay=0.005, loss=0.01) as (both, shared):
-        head, other = both
+    with virtual_nodes(2, delay=0.005, loss=0.01) as (nodes, shared):
+        head, worker_node = nodes
         shutil.copytree(photo_shards, shared / "shards")
         start_ray(head, "--head", "--port=6379")
-        counted = head.count_nodes()
-        wait_until(lambda: now(counted) == 1, counted)
-        start_ray(other, "--address=10.0.0.1:6379")
-        wait_until(lambda: now(counted) == 2, counted)
-        yield head, other, shared, counted
+        counts_file = head.count_nodes()
+        wait_until(lambda: current_node_count(counts_file) == 1, counts_file)
+        start_ray(worker_node, "--address=10.0.0.1:6379")
+        wait_until(lambda: current_node_count(counts_file) == 2, counts_file)
+        yield head, worker_node, shared, counts_file
 
 
 @pytest.fixture(scope="module")
-def undisturbed(photo_shards, tmp_path_factory):
+def reference_run(photo_shards, tmp_path_factory):
     """Folder of the same run by two processes that talk to each other directly."""
     out = tmp_path_factory.mktemp("undisturbed")
-    in_group(2, train_several, photo_shards, out, {"run": LONG})
+    spawn_group(2, train_runs, photo_shards, out, {"run": RUN_OVERRIDES})
     return out
 
 
 def train(head, shared, name):
-    command = ["python", "tests/cluster/one_worker_per_server.py", "/tmp/shared/shards", f"/tmp/shared/{name}", *LONG]
-    return head.start(*command, log=shared / f"{name}.log", PYTHONPATH="tests/training", **QUICK)
+    command = [
+        "python",
+        "tests/cluster/one_worker_per_server.py",
+        "/tmp/shared/shards",
+        f"/tmp/shared/{name}",
+        *RUN_OVERRIDES,
+    ]
+    return head.start(*command, log=shared / f"{name}.log", PYTHONPATH="tests/training", **FAST_HEALTH_CHECKS)
 
 
-def reached(shared, name):
+def last_logged_step(shared, name):
     """The last step that was logged."""
     log = shared / name / "metrics.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     return max((json.loads(line)["step"] for line in lines), default=0)
 
 
-def workers(server):
+def train_workers(server):
     return [process for process in server.processes() if "TrainWorker" in process.name()]
 
 
-def test_a_slow_line_that_loses_packets_changes_nothing(cluster, undisturbed):
-    head, other, shared, _ = cluster
+def test_cluster_slow_lossy_network_same_weights(cluster, reference_run):
+    """A run over a slow network that loses packets gives the same weights."""
+    head, worker_node, shared, _ = cluster
     run = train(head, shared, "run")
-    wait_until(lambda: reached(shared, "run") >= 1 or run.poll() is not None, shared / "run.log")
-    assert [len(workers(server)) for server in (head, other)] == [1, 1], (shared / "run.log").read_text()
+    wait_until(lambda: last_logged_step(shared, "run") >= 1 or run.poll() is not None, shared / "run.log")
+    assert [len(train_workers(server)) for server in (head, worker_node)] == [1, 1], (shared / "run.log").read_text()
     assert run.wait(400) == 0, (shared / "run.log").read_text()
     assert json.loads((shared / "run" / "summary.json").read_text())["restarts"] == 0
-    assert_identical(weights(shared, "run"), weights(undisturbed, "run"))
+    assert_identical(weights(shared, "run"), weights(reference_run, "run"))
 
 
-def test_a_server_that_loses_power_comes_back_and_the_run_ends_as_if_nothing_had_happened(cluster, undisturbed):
-    head, other, shared, counted = cluster
+def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
+    """A run that loses a node recovers when the node returns and gives the same weights."""
+    head, worker_node, shared, counts_file = cluster
     head.switch.delay = head.switch.loss = 0
     run = train(head, shared, "cut")
-    wait_until(lambda: reached(shared, "cut") >= 12 or run.poll() is not None, shared / "cut.log")
-    assert len(workers(other)) == 1, (shared / "cut.log").read_text()
-    other.cut_power()
-    wait_until(lambda: now(counted) == 1, counted)
+    wait_until(lambda: last_logged_step(shared, "cut") >= 12 or run.poll() is not None, shared / "cut.log")
+    assert len(train_workers(worker_node)) == 1, (shared / "cut.log").read_text()
+    worker_node.cut_power()
+    wait_until(lambda: current_node_count(counts_file) == 1, counts_file)
     assert run.poll() is None
-    other.boot()
-    start_ray(other, "--address=10.0.0.1:6379")
+    worker_node.boot()
+    start_ray(worker_node, "--address=10.0.0.1:6379")
     assert run.wait(400) == 0, (shared / "cut.log").read_text()
     summary = json.loads((shared / "cut" / "summary.json").read_text())
     assert summary["restarts"] >= 1
     records = [json.loads(line) for line in (shared / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "training"] == list(range(1, 31))
-    assert_identical(weights(shared, "cut"), weights(undisturbed, "run"))
+    assert_identical(weights(shared, "cut"), weights(reference_run, "run"))

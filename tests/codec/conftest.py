@@ -23,7 +23,7 @@ def raw_codec(codec_folder):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
+def single_thread():
     """The models here are so small that threads would only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from bsq_ray.codec.container import Clip, Header, check_header, read_container, read_header, write_container
+from bsq_ray.codec.container import Header, VideoHeader, read_container, read_header, validate_header, write_container
 from bsq_ray.media.color import SRGB
 
 IMAGE = Header(
@@ -22,39 +22,39 @@ IMAGE = Header(
     tokenizer=b"tokenize",
     prior=bytes(8),
 )
-CLIP = replace(IMAGE, clip=Clip(9, 4, Fraction(30000, 1001), SRGB))
+CLIP = replace(IMAGE, clip=VideoHeader(9, 4, Fraction(30000, 1001), SRGB))
 
 
-def forged(header, entries=b""):
+def forge_file(header, entries=b""):
     """Header and index as they are given, with the checksum that belongs to them."""
-    front = header.pack() + entries
-    return front + zlib.crc32(front).to_bytes(4, "little")
+    header_and_index = header.pack() + entries
+    return header_and_index + zlib.crc32(header_and_index).to_bytes(4, "little")
 
 
-def test_header_index_and_payloads_come_back():
+def test_container_write_and_read_roundtrip():
     payloads = [bytes([n]) * (5 + n) for n in range(6)]
-    checks = [[n, n + 1, n + 2, n + 3] for n in range(6)]
-    container = read_container(write_container(CLIP, payloads, checks))
+    token_crcs = [[n, n + 1, n + 2, n + 3] for n in range(6)]
+    container = read_container(write_container(CLIP, payloads, token_crcs))
     assert container.header == CLIP
     assert [container.payload(n) for n in range(6)] == payloads
-    assert all(container.check(n, f) == CLIP.bind(checks[n][f]) for n in range(6) for f in range(4))
+    assert all(container.check(n, f) == CLIP.bind(token_crcs[n][f]) for n in range(6) for f in range(4))
     assert container.whole_groups == 6
     assert read_container(write_container(IMAGE, payloads[:2], [[1], [2]])).header == IMAGE
 
 
-def test_groups_are_in_raster_order_and_found_by_their_tiles():
+def test_iter_groups_raster_order_and_selection_by_tiles():
     header = replace(IMAGE, width=32 * 5, height=32 * 3)
     assert [number for number, _, _ in header.groups()] == list(range(6))
     assert list(header.groups())[4] == (4, range(2, 3), range(2, 4))
     assert [number for number, _, _ in header.groups(range(2), range(3, 5))] == [1, 2]
 
 
-def test_a_check_belongs_to_its_header():
+def test_header_bound_crc_depends_on_header():
     assert IMAGE.bind(7) != replace(IMAGE, width=71).bind(7)
     assert IMAGE.bind(7) != IMAGE.bind(8)
 
 
-def test_what_is_cut_off_is_none_only_if_asked_for():
+def test_read_container_truncated_file_needs_opt_in():
     data = write_container(IMAGE, [b"first", b"second"], [[1], [2]])
     with pytest.raises(ValueError, match=f"cut off: {len(data) - 1} of {len(data)} bytes"):
         read_container(data[:-1])
@@ -83,15 +83,15 @@ def test_what_is_cut_off_is_none_only_if_asked_for():
         ({"group": 255}, "cannot be"),
         ({"coding": 2}, "cannot be"),
         ({"tolerance": 255}, "cannot be"),
-        ({"clip": Clip(2**32 - 1, 65535, Fraction(1), SRGB)}, "index alone needs"),
-        ({"clip": Clip(2**32 - 1, 1, Fraction(1), SRGB)}, "index alone needs"),
-        ({"clip": Clip(0, 1, Fraction(1), SRGB)}, "without frames or without a rate"),
-        ({"clip": Clip(5, 0, Fraction(1), SRGB)}, "without frames or without a rate"),
-        ({"clip": Clip(5, 1, Fraction(0), SRGB)}, "without frames or without a rate"),
+        ({"clip": VideoHeader(2**32 - 1, 65535, Fraction(1), SRGB)}, "index alone needs"),
+        ({"clip": VideoHeader(2**32 - 1, 1, Fraction(1), SRGB)}, "index alone needs"),
+        ({"clip": VideoHeader(0, 1, Fraction(1), SRGB)}, "without frames or without a rate"),
+        ({"clip": VideoHeader(5, 0, Fraction(1), SRGB)}, "without frames or without a rate"),
+        ({"clip": VideoHeader(5, 1, Fraction(0), SRGB)}, "without frames or without a rate"),
     ],
 )
-def test_headers_that_lie_are_refused_in_little_memory(changes, message):
-    data = forged(replace(IMAGE, **changes)) + bytes(1000)
+def test_read_container_invalid_header_raises_without_allocating(changes, message):
+    data = forge_file(replace(IMAGE, **changes)) + bytes(1000)
     tracemalloc.start()
     with pytest.raises(ValueError, match=message):
         read_container(data)
@@ -100,14 +100,14 @@ def test_headers_that_lie_are_refused_in_little_memory(changes, message):
     assert peak < 200_000
 
 
-def test_lengths_that_lie_are_refused():
-    lying = forged(IMAGE, (2**32 - 1).to_bytes(4, "little") * 6) + b"payload"
+def test_read_container_invalid_lengths_raise():
+    forged_data = forge_file(IMAGE, (2**32 - 1).to_bytes(4, "little") * 6) + b"payload"
     with pytest.raises(ValueError, match="cut off"):
-        read_container(lying)
-    assert read_container(lying, whole=False).payload(0) is None
+        read_container(forged_data)
+    assert read_container(forged_data, whole=False).payload(0) is None
 
 
-def test_other_files_and_versions_are_named():
+def test_read_header_foreign_or_damaged_file_raises():
     data = write_container(IMAGE, [b"", b""], [[1], [2]])
     with pytest.raises(ValueError, match="not a .bsq file"):
         read_header(b"\x89PNG" + data[4:])
@@ -129,6 +129,6 @@ def test_other_files_and_versions_are_named():
         read_container(bytes(damaged))
 
 
-def test_a_smaller_limit_can_be_asked_for():
+def test_validate_header_custom_pixel_limit_raises():
     with pytest.raises(ValueError, match="images of 1 to 100 pixels are read"):
-        check_header(IMAGE, 100)
+        validate_header(IMAGE, 100)

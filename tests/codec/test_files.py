@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from small_models import save_tokenizer
 
-from bsq_ray.codec.container import Clip
-from bsq_ray.codec.files import Part, compress_file, decompress_file
+from bsq_ray.codec.container import VideoHeader
+from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.media.color import SRGB
 from bsq_ray.media.video_files import read_video, write_video
 
@@ -28,27 +28,27 @@ def photo(photos, tmp_path_factory):
     return str(path)
 
 
-def test_a_file_goes_there_and_back(model, photo, tmp_path):
+def test_compress_file_roundtrip(model, photo, tmp_path):
     coded, decoded = str(tmp_path / "a.bsq"), str(tmp_path / "a.webp")
-    told = compress_file(model, photo, coded)
-    assert "90 x 60 px in" in told
-    assert "bits per pixel" in told
+    summary = compress_file(model, photo, coded)
+    assert "90 x 60 px in" in summary
+    assert "bits per pixel" in summary
     assert "90 x 60 px" in decompress_file(model, coded, decoded)
     decompress_file(model, coded, str(tmp_path / "a.png"))
     whole = Image.open(tmp_path / "a.png").convert("RGB")
     assert Image.open(decoded).convert("RGB").tobytes() == whole.tobytes()
-    decompress_file(model, coded, str(tmp_path / "part.png"), Part(region=(10, 10, 30, 20)))
+    decompress_file(model, coded, str(tmp_path / "part.png"), DecodeSelection(region=(10, 10, 30, 20)))
     assert Image.open(tmp_path / "part.png").size == (20, 10)
 
 
-def test_a_cut_off_file_is_previewed_and_an_animation_refused(model, photo, tmp_path):
+def test_files_truncated_previews_and_animation_raises(model, photo, tmp_path):
     coded = str(tmp_path / "a.bsq")
     compress_file(model, photo, coded)
     (tmp_path / "cut.bsq").write_bytes((tmp_path / "a.bsq").read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"cut.bsq: the file is cut off"):
         decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"))
-    told = decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"), Part(preview=True))
-    assert "90 x 60 px, 0% of it there" in told
+    summary = decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"), DecodeSelection(preview=True))
+    assert "90 x 60 px, 0% of it there" in summary
     frames = [Image.open(photo), Image.new("RGB", (90, 60))]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="it is an animation"):
@@ -56,34 +56,34 @@ def test_a_cut_off_file_is_previewed_and_an_animation_refused(model, photo, tmp_
 
 
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(100), Fraction(30000, 1001)])
-def test_the_moment_at_which_a_frame_begins_is_that_frame(rate):
-    clip = Clip(200, 1, rate, SRGB)
-    exact = [n for n in range(200) if (n / rate * 10_000).denominator == 1]
-    assert len(exact) >= 7
-    assert [Part(second=float(n / rate)).chosen_frame(clip) for n in exact] == exact
+def test_resolve_frame_at_start_time_returns_that_frame(rate):
+    clip = VideoHeader(200, 1, rate, SRGB)
+    exact_frames = [n for n in range(200) if (n / rate * 10_000).denominator == 1]
+    assert len(exact_frames) >= 7
+    assert [DecodeSelection(second=float(n / rate)).chosen_frame(clip) for n in exact_frames] == exact_frames
     with pytest.raises(ValueError, match="there is no frame -1"):
-        Part(second=-0.001).chosen_frame(clip)
+        DecodeSelection(second=-0.001).chosen_frame(clip)
 
 
-def test_pipes(model, photo, tmp_path):
-    def call(*words, data):
+def test_commands_work_with_pipes(model, photo, tmp_path):
+    def run_command(*words, data):
         code = "from bsq_ray.cli.main import main; main()"
         done = subprocess.run([sys.executable, "-c", code, *words, "--model", model], input=data, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     with open(photo, "rb") as file:
-        coded = call("compress", "-", "-", data=file.read())
+        coded = run_command("compress", "-", "-", data=file.read())
     assert coded[:4] == b"BSQ1"
-    assert Image.open(io.BytesIO(call("decompress", "-", "-", data=coded))).size == (90, 60)
+    assert Image.open(io.BytesIO(run_command("decompress", "-", "-", data=coded))).size == (90, 60)
     frames = [np.asarray(Image.open(photo))] * 3
     write_video(str(tmp_path / "a.mkv"), "matroska", iter(frames), Fraction(25), SRGB)
-    coded = call("compress", "-", "-", data=(tmp_path / "a.mkv").read_bytes())
-    clip = read_video(io.BytesIO(call("decompress", "-", "-", data=coded)))
+    coded = run_command("compress", "-", "-", data=(tmp_path / "a.mkv").read_bytes())
+    clip = read_video(io.BytesIO(run_command("decompress", "-", "-", data=coded)))
     assert len(list(clip.frames)) == 3
 
 
-def test_mistakes_are_named(model, photo, tmp_path):
+def test_files_invalid_input_raises_clear_errors(model, photo, tmp_path):
     coded = str(tmp_path / "a.bsq")
     compress_file(model, photo, coded)
     with pytest.raises(ValueError, match=r"must end in .png or .webp \(an image"):
@@ -91,12 +91,12 @@ def test_mistakes_are_named(model, photo, tmp_path):
     with pytest.raises(ValueError, match="cannot be read as an image or video"):
         compress_file(model, coded, str(tmp_path / "b.bsq"))
     with pytest.raises(ValueError, match="--frame and --seek are for clips"):
-        decompress_file(model, coded, str(tmp_path / "x.png"), Part(frame=0))
+        decompress_file(model, coded, str(tmp_path / "x.png"), DecodeSelection(frame=0))
     with pytest.raises(ValueError, match="OUT must end in .png or .webp"):
         decompress_file(model, coded, str(tmp_path / "x.mp4"))
     with pytest.raises(ValueError, match=r"photo.jpg: not a .bsq file"):
         decompress_file(model, photo, str(tmp_path / "x.png"))
     with pytest.raises(ValueError, match="claims 90 x 60 pixels; images of 1 to 100 pixels"):
-        decompress_file(model, coded, str(tmp_path / "x.png"), Part(max_pixels=100))
+        decompress_file(model, coded, str(tmp_path / "x.png"), DecodeSelection(max_pixels=100))
     with pytest.raises(ValueError, match="does not exist"):
         compress_file(model, str(tmp_path / "none.png"), coded)

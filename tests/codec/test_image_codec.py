@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from small_codecs import SECTION, Disturbed
+from small_codecs import PRIOR_CONFIG, NoisyPrior
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, Tokenizer
-from bsq_ray.codec.tiles import as_grid, cut, join
-from bsq_ray.models.prior import Decoding
+from bsq_ray.codec.tiles import as_grid, blend_tiles, split_tiles
+from bsq_ray.models.prior import IncrementalDecoder
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ open(out, "wb").write(Codec.from_pretrained(folder, batch=int(batch)).decompress
 """
 
 
-def test_encoded_here_with_batch_8_decoded_elsewhere_with_batch_1_and_other_threads(codec_folder, photos, tmp_path):
+def test_decode_other_process_batch_and_threads_is_byte_exact(codec_folder, photos, tmp_path):
     """Byte-exact pictures from other processes, on an image of many groups of tiles."""
     photo = photos[0].resize((450, 300))
     eight = Codec.from_pretrained(codec_folder, batch=8)
@@ -54,14 +54,14 @@ def test_encoded_here_with_batch_8_decoded_elsewhere_with_batch_1_and_other_thre
         assert out.read_bytes() == expected
 
 
-def test_the_file_does_not_depend_on_the_batch(codec_folder, photo, data):
+def test_compress_batch_size_does_not_change_raw_file(codec_folder, photo, data):
     for batch in (1, 5):
         assert Codec.from_pretrained(codec_folder, batch=batch).compress(photo).raw_bits > 0
     raw = [Codec.from_pretrained(f"{codec_folder}/tokenizer", batch=b).compress(photo).data for b in (1, 5)]
     assert raw[0] == raw[1]
 
 
-def test_weights_kept_in_bf16_decode_too(codec_folder, photo):
+def test_codec_bf16_prior_roundtrip(codec_folder, photo):
     """They are what fp32 makes of them, on both sides."""
     codecs = []
     for batch in (8, 1):
@@ -74,9 +74,9 @@ def test_weights_kept_in_bf16_decode_too(codec_folder, photo):
         assert codecs[1].decompress(codecs[0].compress(photo).data).size == photo.size
 
 
-def test_further_off_than_allowed_is_noticed(codec_folder, data):
+def test_decompress_logits_beyond_tolerance_raises(codec_folder, data):
     codec = Codec.from_pretrained(codec_folder)
-    codec.prior = Disturbed(codec.prior, 0.3)
+    codec.prior = NoisyPrior(codec.prior, 0.3)
     with pytest.raises(ValueError, match=r"this machine's logits differ from the encoder's by more than the 2\^-14"):
         codec.decompress(data)
     codec.prior.amount = 2.0**-14 - 1e-6
@@ -84,7 +84,7 @@ def test_further_off_than_allowed_is_noticed(codec_folder, data):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 33), (32, 32), (200, 40), (129, 257)])
-def test_images_of_any_size_come_back_in_it(codec, raw_codec, photos, size):
+def test_codec_any_image_size_roundtrip(codec, raw_codec, photos, size):
     photo = photos[1].resize(size)
     image = codec.decompress(codec.compress(photo).data)
     assert image.size == size
@@ -94,12 +94,12 @@ def test_images_of_any_size_come_back_in_it(codec, raw_codec, photos, size):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
-def test_images_of_any_mode_are_taken(raw_codec, photo, mode):
+def test_codec_any_image_mode_roundtrip(raw_codec, photo, mode):
     image = photo.convert("L").convert("I;16") if mode == "I;16" else photo.convert(mode)
     assert raw_codec.decompress(raw_codec.compress(image).data).size == photo.size
 
 
-def test_an_embedded_profile_is_heeded(raw_codec, photo, tmp_path):
+def test_compress_embedded_icc_profile_is_applied(raw_codec, photo, tmp_path):
     """A profile whose red and green primaries are swapped: as sRGB, the photograph has them swapped back."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = profile.replace(b"rXYZ", b"XXXX", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"XXXX", b"gXYZ", 1)
@@ -113,14 +113,14 @@ def test_an_embedded_profile_is_heeded(raw_codec, photo, tmp_path):
 
 
 @pytest.mark.parametrize("region", [(0, 0, 150, 100), (10, 5, 40, 90), (100, 64, 101, 65), (33, 0, 150, 10)])
-def test_a_region_is_that_part_of_the_whole(codec, data, region):
+def test_decompress_region_matches_crop(codec, data, region):
     part = codec.decompress(data, region)
     assert part.tobytes() == codec.decompress(data).crop(region).tobytes()
     with pytest.raises(ValueError, match="is not inside the picture"):
         codec.decompress(data, (0, 0, 151, 10))
 
 
-def test_a_region_needs_only_the_groups_it_touches(codec, photos):
+def test_decompress_region_reads_only_its_groups(codec, photos):
     """The payload of the last group may be anything."""
     photo = photos[2].resize((300, 280))
     data = codec.compress(photo).data
@@ -130,14 +130,14 @@ def test_a_region_needs_only_the_groups_it_touches(codec, photos):
         codec.decompress(damaged)
 
 
-def test_large_pictures_are_put_together_from_blocks(raw_codec, photos, monkeypatch):
+def test_decompress_large_image_in_blocks_is_identical(raw_codec, photos, monkeypatch):
     data = raw_codec.compress(photos[2].resize((300, 280))).data
     whole = raw_codec.decompress(data).tobytes()
     monkeypatch.setattr("bsq_ray.codec.pixel_codec._BLOCK_PIXELS", 70**2)
     assert raw_codec.decompress(data).tobytes() == whole
 
 
-def test_the_first_part_of_a_file_is_a_preview(codec, photos):
+def test_preview_truncated_file_shows_available_tiles(codec, photos):
     photo = photos[2].resize((300, 280))
     data = codec.compress(photo).data
     whole = array(codec.decompress(data))
@@ -150,7 +150,7 @@ def test_the_first_part_of_a_file_is_a_preview(codec, photos):
         codec.preview(data[:60])
 
 
-def test_seams_are_blended():
+def test_blend_tiles_has_no_visible_seams():
     """Each window decodes to its own brightness; across a seam the picture changes by small steps."""
     windows = []
 
@@ -159,16 +159,16 @@ def test_seams_are_blended():
         level_B = torch.arange(len(bits_BNL)) * 0.1 + 0.01 * len(windows)
         return level_B.view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 32, 32)
 
-    pixels = join(torch.zeros(2, 8, 12, 10, dtype=torch.bool), 4, 8, decode)
+    pixels = blend_tiles(torch.zeros(2, 8, 12, 10, dtype=torch.bool), 4, 8, decode)
     assert pixels.shape == (3, 2, 64, 96)
     assert windows == [6, 4, 3, 2]
     assert pixels[0].diff(dim=-1).abs().max() < 0.09
     assert pixels.min() > 0
 
 
-def test_tiles_keep_their_place(photo):
+def test_split_tiles_and_tiles_to_grid_keep_positions(photo):
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None].expand(-1, 2, -1, -1)
-    tiles = cut(pixels, 32)
+    tiles = split_tiles(pixels, 32)
     assert tiles.shape == (4, 5, 3, 2, 32, 32)
     assert torch.equal(tiles[1, 2], pixels[..., 32:64, 64:96])
     assert torch.equal(tiles[3, 0][..., -1, :], pixels[..., -1, :32]), "the edge is repeated"
@@ -178,7 +178,7 @@ def test_tiles_keep_their_place(photo):
     assert grid[1, 4, 1, 0] == 3 * 32 + 16 + 1
 
 
-def test_other_models_and_versions_are_named(codec, raw_codec, data, photo, tmp_path):
+def test_decompress_wrong_model_or_version_raises(codec, raw_codec, data, photo, tmp_path):
     with pytest.raises(ValueError, match="was written with the prior"):
         raw_codec.decompress(data)
     with pytest.raises(ValueError, match="without a prior"):
@@ -192,50 +192,50 @@ def test_other_models_and_versions_are_named(codec, raw_codec, data, photo, tmp_
         codec.decompress(b"\x89PNG")
 
 
-def test_models_that_do_not_belong_together_are_refused(codec):
+def test_codec_incompatible_models_raise(codec):
     with pytest.raises(ValueError, match="do not belong together"):
-        Codec(codec.tokenizer, Prior(SECTION.model_copy(update={"grid": (1, 2, 2)})))
+        Codec(codec.tokenizer, Prior(PRIOR_CONFIG.model_copy(update={"grid": (1, 2, 2)})))
     with pytest.raises(ValueError, match="read from a model folder"):
-        Codec(codec.tokenizer, Prior(SECTION))
+        Codec(codec.tokenizer, Prior(PRIOR_CONFIG))
     assert codec.compress(Image.new("RGB", (8, 8))).data[:4] == b"BSQ1"
 
 
-def test_another_tokenizer_in_the_priors_folder_is_refused(tmp_path):
+def test_codec_wrong_tokenizer_in_prior_folder_raises(tmp_path):
     save_tokenizer(tmp_path / "tokenizer", 0)
-    Prior(SECTION.model_copy(update={"tokenizer": "a" * 64})).save_pretrained(str(tmp_path))
+    Prior(PRIOR_CONFIG.model_copy(update={"tokenizer": "a" * 64})).save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="was trained on tokens of aaaaaaaaaaaa; put that one there"):
         Codec.from_pretrained(str(tmp_path))
 
 
-def test_progress_is_told_and_time_is_split(codec, photo):
-    told = []
-    coded = codec.compress(photo, lambda *done: told.append(done))
-    assert told[-1] == (2, 2)
+def test_codec_reports_progress_and_timings(codec, photo):
+    calls = []
+    coded = codec.compress(photo, lambda *done: calls.append(done))
+    assert calls[-1] == (2, 2)
     assert set(coded.seconds) == {"tokenizer", "prior", "coder"}
-    seconds, told = {}, []
-    codec.decompress(coded.data, progress=lambda *done: told.append(done), seconds=seconds)
-    assert told[-1] == (2, 2)
-    assert set(seconds) == {"tokenizer", "prior", "coder"}
+    timings_s, calls = {}, []
+    codec.decompress(coded.data, progress=lambda *done: calls.append(done), seconds=timings_s)
+    assert calls[-1] == (2, 2)
+    assert set(timings_s) == {"tokenizer", "prior", "coder"}
 
 
 @pytest.mark.parametrize("folder", ["", "/tokenizer"])
-def test_between_two_passes_of_a_model_progress_is_told_so_that_work_can_end(codec_folder, photo, monkeypatch, folder):
+def test_codec_reports_progress_between_model_passes(codec_folder, photo, monkeypatch, folder):
     """With a prior and without; its passes are the tokens that it decodes."""
-    happened = []
+    events = []
 
-    def watched(owner, name):
+    def record_calls(owner, name):
         function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: happened.append(name) or function(*given))
+        monkeypatch.setattr(owner, name, lambda *given: events.append(name) or function(*given))
 
     for name in ("encode", "decode"):
-        watched(Tokenizer, name)
-    watched(Decoding, "features")
+        record_calls(Tokenizer, name)
+    record_calls(IncrementalDecoder, "features")
     # One pass for each tile, and one of the prior for a token of all tiles.
     codec = Codec.from_pretrained(codec_folder + folder, batch=100)
     codec._pixels._batch = 1
-    coded = codec.compress(photo, lambda *_: happened.append("told"))
-    codec.decompress(coded.data, progress=lambda *_: happened.append("told"))
+    coded = codec.compress(photo, lambda *_: events.append("told"))
+    codec.decompress(coded.data, progress=lambda *_: events.append("told"))
     passes = {"encode", "decode"} if folder else {"encode", "decode", "features"}
-    assert set(happened) == {"told", *passes}
-    assert all(happened.count(name) > 10 for name in passes)
-    assert not [pair for pair in pairwise(happened) if "told" not in pair]
+    assert set(events) == {"told", *passes}
+    assert all(events.count(name) > 10 for name in passes)
+    assert not [pair for pair in pairwise(events) if "told" not in pair]

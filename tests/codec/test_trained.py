@@ -12,24 +12,25 @@ from bsq_ray.codec.container import read_container
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, photo_folders):
+def trained_folder(tmp_path_factory, photo_folders):
     photographs = [Image.open(path).convert("RGB") for path in sorted(photo_folders[0].iterdir())]
     return save_trained(tmp_path_factory.mktemp("trained"), photographs)
 
 
-def test_payloads_are_within_half_a_percent_of_cross_entropy_and_side_information(trained, photos):
-    codec = Codec.from_pretrained(trained)
+def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, photos):
+    """Payloads are within half a percent of cross entropy plus side information."""
+    codec = Codec.from_pretrained(trained_folder)
     for photo in photos[:2]:
-        coded = codec.compress(photo.resize((768, 512)))
-        container = read_container(coded.data)
-        written = 8 * sum(len(container.payload(n)) for n in range(len(container.index_GE)))
-        assert written == pytest.approx(coded.cross_entropy_bits + coded.side_bits, rel=0.005)
-        assert coded.cross_entropy_bits < 0.9 * coded.raw_bits, "it has learnt something"
-        assert coded.side_bits < 0.03 * coded.cross_entropy_bits
-    assert codec.decompress(coded.data, (300, 200, 400, 300)).size == (100, 100)
+        compressed = codec.compress(photo.resize((768, 512)))
+        container = read_container(compressed.data)
+        payload_bits = 8 * sum(len(container.payload(n)) for n in range(len(container.index_GE)))
+        assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_bits, rel=0.005)
+        assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "it has learnt something"
+        assert compressed.side_bits < 0.03 * compressed.cross_entropy_bits
+    assert codec.decompress(compressed.data, (300, 200, 400, 300)).size == (100, 100)
 
 
-def jumps(pixels, tile):
+def border_step_ratio(pixels, tile):
     """Mean absolute difference of neighbours across the borders of tiles, over that everywhere else."""
     ratios = []
     for axis in (0, 1):
@@ -43,17 +44,17 @@ def jumps(pixels, tile):
     return float(np.mean(ratios))
 
 
-def test_borders_of_tiles_cannot_be_told_from_borders_of_tokens(trained, photos, monkeypatch):
+def test_blended_tile_borders_look_like_token_borders(trained_folder, photos, monkeypatch):
     """Blending takes from every photograph's seams what tiles decoded apart have of them."""
-    codec = Codec.from_pretrained(f"{trained}/tokenizer")
-    coded = [codec.compress(photo.resize((320, 256))).data for photo in photos[:6]]
-    blended = [jumps(np.asarray(codec.decompress(data)), 64) for data in coded]
-    monkeypatch.setattr(tiles, "_weight", _tiles_alone)
-    apart = [jumps(np.asarray(codec.decompress(data)), 64) for data in coded]
-    print(f"difference across borders of tiles over borders of tokens: {blended}, tiles decoded apart {apart}")
+    codec = Codec.from_pretrained(f"{trained_folder}/tokenizer")
+    files = [codec.compress(photo.resize((320, 256))).data for photo in photos[:6]]
+    blended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
+    monkeypatch.setattr(tiles, "_weight", _unblended_weight)
+    unblended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
+    print(f"difference across borders of tiles over borders of tokens: {blended}, tiles decoded apart {unblended}")
     assert np.mean(blended) < 1.1
-    assert np.mean(np.less(blended, apart)) > 0.8
+    assert np.mean(np.less(blended, unblended)) > 0.8
 
 
-def _tiles_alone(tokens, side, patch, shift):
+def _unblended_weight(tokens, side, patch, shift):
     return torch.full((tokens * patch,), float(shift == 0), dtype=torch.float64)

@@ -11,8 +11,8 @@ from small_codecs import save_clip_codec
 
 from bsq_ray import Codec
 from bsq_ray.codec.container import read_container
-from bsq_ray.codec.files import Part, compress_file, decompress_file
-from bsq_ray.media.color import SRGB, Colour
+from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
+from bsq_ray.media.color import SRGB, Color
 from bsq_ray.media.video_files import read_video, write_video
 
 RATE = Fraction(30000, 1001)
@@ -43,13 +43,13 @@ def raw_clip_codec(folder):
 def frames(carphone):
     """Eleven frames of a real clip, 88 x 72: two groups of pictures and most of a third."""
     video = read_video(str(carphone))
-    taken = [frame for frame, _ in zip(video.frames, range(11), strict=False)]
-    return [np.asarray(Image.fromarray(frame).resize((88, 72))) for frame in taken]
+    originals = [frame for frame, _ in zip(video.frames, range(11), strict=False)]
+    return [np.asarray(Image.fromarray(frame).resize((88, 72))) for frame in originals]
 
 
 @pytest.fixture(scope="module")
 def data(clip_codec, frames):
-    return clip_codec.compress_clip(frames, RATE, Colour(1, 1, 1, 0)).data
+    return clip_codec.compress_clip(frames, RATE, Color(1, 1, 1, 0)).data
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,12 @@ def decoded(clip_codec, data):
 
 
 @pytest.mark.parametrize("rate", [0, -25, Fraction(29.97)])
-def test_a_rate_that_no_file_can_hold_is_refused(raw_clip_codec, frames, rate):
+def test_compress_clip_invalid_rate_raises(raw_clip_codec, frames, rate):
     with pytest.raises(ValueError, match="must be positive, its numerator and denominator below"):
         raw_clip_codec.compress_clip(frames, rate)
 
 
-def test_a_clip_comes_back_frame_by_frame_with_rate_and_colour(raw_clip_codec, frames, data, decoded):
+def test_compress_clip_roundtrip_keeps_rate_and_color(raw_clip_codec, frames, data, decoded):
     clip = read_container(data).header.clip
     assert (clip.frames, clip.gop, clip.rate, clip.colour) == (11, 4, RATE, (1, 1, 1, 0))
     assert [frame.shape for frame in decoded] == [(72, 88, 3)] * 11
@@ -76,13 +76,13 @@ def test_a_clip_comes_back_frame_by_frame_with_rate_and_colour(raw_clip_codec, f
 
 
 @pytest.mark.parametrize("batch", [1, 7])
-def test_batches_do_not_matter(folder, data, decoded, batch):
+def test_decompress_clip_batch_size_does_not_matter(folder, data, decoded, batch):
     other = Codec.from_pretrained(folder, batch=batch)
     assert (np.stack(list(other.decompress_clip(data))) == np.stack(decoded)).all()
 
 
 @pytest.mark.parametrize("frame", [0, 3, 4, 6, 10])
-def test_a_frame_alone_needs_only_its_group_of_pictures(clip_codec, data, decoded, frame):
+def test_decompress_clip_single_frame_reads_only_its_gop(clip_codec, data, decoded, frame):
     """The payloads of all others may be anything."""
     container = read_container(data)
     damaged = bytearray(data)
@@ -96,7 +96,8 @@ def test_a_frame_alone_needs_only_its_group_of_pictures(clip_codec, data, decode
         list(clip_codec.decompress_clip(bytes(damaged)))
 
 
-def test_of_a_group_of_pictures_only_what_comes_before_is_decoded(clip_codec, data, monkeypatch):
+def test_decompress_clip_decodes_only_earlier_frames_of_gop(clip_codec, data, monkeypatch):
+    """Decoding one frame of a GOP decodes only the tokens of that frame and the frames before it."""
     steps = []
     start = clip_codec.prior.start_decoding
     monkeypatch.setattr(clip_codec.prior, "start_decoding", lambda b, n: steps.append(n) or start(b, n))
@@ -104,25 +105,25 @@ def test_of_a_group_of_pictures_only_what_comes_before_is_decoded(clip_codec, da
     assert set(steps) == {2 * 4}, "tokens of two frames of four"
 
 
-def test_some_frames_and_a_region(clip_codec, data, decoded):
+def test_decompress_clip_frame_range_and_region(clip_codec, data, decoded):
     part = list(clip_codec.decompress_clip(data, range(2, 9), region=(20, 10, 50, 33)))
     assert len(part) == 7
     assert all((here == whole[10:33, 20:50]).all() for here, whole in zip(part, decoded[2:9], strict=True))
-    for wanted in (range(3, 12), range(4, 4), range(-1, 3)):
+    for invalid_range in (range(3, 12), range(4, 4), range(-1, 3)):
         with pytest.raises(ValueError, match="the clip has 0 to 10"):
-            clip_codec.decompress_clip(data, wanted)
+            clip_codec.decompress_clip(data, invalid_range)
 
 
-def test_the_first_part_of_a_file_shows_the_first_frames(clip_codec, data, decoded):
-    shown, there = clip_codec.preview_clip(data[: len(data) * 2 // 3])
-    assert 4 <= there <= 8
-    shown = list(shown)
-    assert len(shown) == there
-    assert all((here == whole).all() for here, whole in zip(shown[:4], decoded, strict=False))
+def test_preview_clip_truncated_file_shows_first_frames(clip_codec, data, decoded):
+    preview, num_available = clip_codec.preview_clip(data[: len(data) * 2 // 3])
+    assert 4 <= num_available <= 8
+    preview = list(preview)
+    assert len(preview) == num_available
+    assert all((here == whole).all() for here, whole in zip(preview[:4], decoded, strict=False))
     assert clip_codec.preview_clip(data)[1] == 11
 
 
-def test_images_and_clips_are_told_apart(clip_codec, codec, data, frames):
+def test_codec_distinguishes_images_and_clips(clip_codec, codec, data, frames):
     with pytest.raises(ValueError, match="holds a clip of 11 frames"):
         clip_codec.decompress(data)
     image = clip_codec.compress(Image.fromarray(frames[0]))
@@ -134,11 +135,11 @@ def test_images_and_clips_are_told_apart(clip_codec, codec, data, frames):
     assert len(list(codec.decompress_clip(single.data))) == 3
 
 
-def test_a_tokenizer_that_looks_ahead_takes_whole_clips_only(clip_codec, tmp_path, frames):
+def test_codec_non_causal_tokenizer_rejects_images(clip_codec, tmp_path, frames):
     from bsq_ray import Tokenizer
 
-    looking = Tokenizer(clip_codec.tokenizer.config.model_copy(update={"causal": False}))
-    looking.save_pretrained(str(tmp_path))
+    non_causal = Tokenizer(clip_codec.tokenizer.config.model_copy(update={"causal": False}))
+    non_causal.save_pretrained(str(tmp_path))
     codec = Codec.from_pretrained(str(tmp_path))
     data = codec.compress_clip(frames[:6], 25).data
     whole = list(codec.decompress_clip(data))
@@ -148,7 +149,7 @@ def test_a_tokenizer_that_looks_ahead_takes_whole_clips_only(clip_codec, tmp_pat
         codec.compress(Image.fromarray(frames[0]))
 
 
-def test_frames_that_cannot_be_a_clip_are_refused(clip_codec, frames):
+def test_compress_clip_invalid_frames_raise(clip_codec, frames):
     with pytest.raises(ValueError, match="has no frames"):
         clip_codec.compress_clip([], 25)
     for cut in (2, 5):
@@ -158,40 +159,41 @@ def test_frames_that_cannot_be_a_clip_are_refused(clip_codec, frames):
         clip_codec.compress_clip([frames[0] / 255], 25)
 
 
-def test_a_lossless_video_keeps_every_byte(decoded, tmp_path):
+def test_write_video_lossless_roundtrip(decoded, tmp_path):
     path = str(tmp_path / "a.mkv")
     assert write_video(path, "matroska", iter(decoded), RATE, SRGB) == 11
-    again = read_video(path)
-    assert again.rate == RATE
-    assert (np.stack(list(again.frames)) == np.stack(decoded)).all()
+    video = read_video(path)
+    assert video.frame_rate == RATE
+    assert (np.stack(list(video.frames)) == np.stack(decoded)).all()
 
 
 @pytest.mark.parametrize("size", [(88, 72), (87, 71)])
-@pytest.mark.parametrize("colour", [Colour(1, 1, 1, 0), Colour(9, 16, 9, 0), Colour(1, 13, 0, 1)])
-def test_an_mp4_looks_like_the_frames_and_says_how_its_colours_are_meant(frames, tmp_path, size, colour):
+@pytest.mark.parametrize("colour", [Color(1, 1, 1, 0), Color(9, 16, 9, 0), Color(1, 13, 0, 1)])
+def test_write_video_mp4_is_close_and_keeps_color_tags(frames, tmp_path, size, color):
+    """An MP4 is close to the frames and carries their color tags."""
     path = str(tmp_path / "a.mp4")
     sized = [np.asarray(Image.fromarray(frame).resize(size)) for frame in frames]
-    write_video(path, "mp4", iter(sized), RATE, colour)
-    again = read_video(path)
-    assert again.colour == colour._replace(matrix=colour.matrix or 1)
-    difference = np.stack(list(again.frames)).astype(int) - np.stack(sized)
+    write_video(path, "mp4", iter(sized), RATE, color)
+    video = read_video(path)
+    assert video.color == color._replace(matrix=color.matrix or 1)
+    difference = np.stack(list(video.frames)).astype(int) - np.stack(sized)
     assert np.abs(difference).mean() < 3
 
 
-def test_a_video_held_upright_is_turned(tmp_path, frames):
+def test_read_video_applies_rotation_matrix(tmp_path, frames):
     """As telephones write it: the track's matrix says a quarter clockwise."""
     path = tmp_path / "turned.mp4"
-    write_video(str(path), "mp4", iter(frames), RATE, Colour(1, 1, 1, 0))
-    lying = next(read_video(str(path)).frames)
+    write_video(str(path), "mp4", iter(frames), RATE, Color(1, 1, 1, 0))
+    unrotated_frame = next(read_video(str(path)).frames)
     content = path.read_bytes()
-    unturned = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
-    turned = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 72 * 65536, 0, 2**30)
+    identity_matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)
+    rotation_matrix = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 72 * 65536, 0, 2**30)
     track = content.index(b"tkhd")
-    path.write_bytes(content[:track] + content[track:].replace(unturned, turned, 1))
-    assert (next(read_video(str(path)).frames) == np.rot90(lying, 3)).all()
+    path.write_bytes(content[:track] + content[track:].replace(identity_matrix, rotation_matrix, 1))
+    assert (next(read_video(str(path)).frames) == np.rot90(unrotated_frame, 3)).all()
 
 
-def test_files_from_video_to_video_and_pictures(folder, carphone, tmp_path):
+def test_files_video_to_bsq_to_videos_and_images(folder, carphone, tmp_path):
     coded = str(tmp_path / "a.bsq")
     with av.open(str(carphone)) as source, av.open(str(tmp_path / "short.mkv"), "w") as short:
         stream = short.add_stream("ffv1", rate=RATE)
@@ -199,33 +201,33 @@ def test_files_from_video_to_video_and_pictures(folder, carphone, tmp_path):
         for frame, _ in zip(source.decode(video=0), range(9), strict=False):
             short.mux(stream.encode(frame.reformat(format="yuv420p")))
         short.mux(stream.encode())
-    told = compress_file(folder, str(tmp_path / "short.mkv"), coded)
-    assert "9 frames of 176 x 144 px at 29.97 a second" in told
-    assert "bits per pixel" in told
+    summary = compress_file(folder, str(tmp_path / "short.mkv"), coded)
+    assert "9 frames of 176 x 144 px at 29.97 a second" in summary
+    assert "bits per pixel" in summary
     assert "9 frames" in decompress_file(folder, coded, str(tmp_path / "b.mkv"))
     decompress_file(folder, coded, str(tmp_path / "b.mp4"))
     frames = list(read_video(str(tmp_path / "b.mkv")).frames)
-    assert read_video(str(tmp_path / "b.mp4")).rate == RATE
-    decompress_file(folder, coded, str(tmp_path / "5.png"), Part(frame=5))
+    assert read_video(str(tmp_path / "b.mp4")).frame_rate == RATE
+    decompress_file(folder, coded, str(tmp_path / "5.png"), DecodeSelection(frame=5))
     assert (np.asarray(Image.open(tmp_path / "5.png")) == frames[5]).all()
-    decompress_file(folder, coded, str(tmp_path / "s.webp"), Part(second=0.2, region=(0, 0, 30, 20)))
+    decompress_file(folder, coded, str(tmp_path / "s.webp"), DecodeSelection(second=0.2, region=(0, 0, 30, 20)))
     assert (np.asarray(Image.open(tmp_path / "s.webp").convert("RGB")) == frames[5][:20, :30]).all()
     (tmp_path / "cut.bsq").write_bytes((tmp_path / "a.bsq").read_bytes()[:-100])
-    told = decompress_file(folder, str(tmp_path / "cut.bsq"), str(tmp_path / "p.mkv"), Part(preview=True))
-    assert "9 frames, 9 of 9 frames there" in told
+    summary = decompress_file(folder, str(tmp_path / "cut.bsq"), str(tmp_path / "p.mkv"), DecodeSelection(preview=True))
+    assert "9 frames, 9 of 9 frames there" in summary
     for part, out, message in (
-        (Part(), "x.png", "this is a clip, so OUT must end in .mp4 or .mkv"),
-        (Part(frame=2), "x.mp4", "this is an image or one frame"),
-        (Part(frame=9), "x.png", "no frame 9: the clip has 9 frames"),
-        (Part(second=-1.0), "x.png", "no frame -30"),
+        (DecodeSelection(), "x.png", "this is a clip, so OUT must end in .mp4 or .mkv"),
+        (DecodeSelection(frame=2), "x.mp4", "this is an image or one frame"),
+        (DecodeSelection(frame=9), "x.png", "no frame 9: the clip has 9 frames"),
+        (DecodeSelection(second=-1.0), "x.png", "no frame -30"),
     ):
         with pytest.raises(ValueError, match=message):
             decompress_file(folder, coded, str(tmp_path / out), part)
     with pytest.raises(ValueError, match="choose one of"):
-        Part(frame=1, preview=True)
+        DecodeSelection(frame=1, preview=True)
 
 
-def test_what_is_no_video_is_named(folder, carphone, tmp_path):
+def test_compress_file_invalid_video_raises(folder, carphone, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"nothing" * 100)
     with pytest.raises(ValueError, match=r"a.mp4: not a video of a known format"):
         compress_file(folder, str(tmp_path / "a.mp4"), str(tmp_path / "a.bsq"))

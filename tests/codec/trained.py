@@ -6,29 +6,29 @@ import torch.nn.functional as F
 
 from bsq_ray import Prior, Tokenizer, config
 from bsq_ray.data.transforms import to_float
-from bsq_ray.models.prior import path_cost
+from bsq_ray.models.prior import code_length
 from bsq_ray.models.quantizers.bits import bits_to_integers
 
 SIDE = 64
 _SIZES = {"width": 64, "layers": 2, "heads": 2}
 
 
-def crops(photos, count, rng):
+def random_crops(photos, num_crops, rng):
     """Floats (count, 3, 64, 64) from anywhere in photographs of 256 pixels."""
-    found = []
-    for _ in range(count):
+    images = []
+    for _ in range(num_crops):
         photo = photos[rng.integers(len(photos))]
         left, top = (int(rng.integers(side - SIDE + 1)) for side in photo.size)
-        found.append(np.asarray(photo)[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1))
-    return to_float(torch.from_numpy(np.stack(found)))
+        images.append(np.asarray(photo)[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1))
+    return to_float(torch.from_numpy(np.stack(images)))
 
 
-def train(model, steps, rate, loss_of):
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
+def train(model, steps, learning_rate, compute_loss):
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20, 4 * (1 - step / steps))
-        loss = loss_of()
+            group["lr"] = learning_rate * min(1, (step + 1) / 20, 4 * (1 - step / steps))
+        loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -42,27 +42,27 @@ def save_trained(folder, photos, steps=300):
     photos = [photo.resize((256, 256)) for photo in photos]
     torch.manual_seed(0)
     tokenizer = Tokenizer(
-        config.TokenizerModel(
+        config.TokenizerModelConfig(
             image_size=SIDE,
-            encoder=config.Transformer(**_SIZES),
-            decoder=config.Decoder(**_SIZES, head_width=128),
-            quantizer=config.BSQ(bits=18),
+            encoder=config.TransformerConfig(**_SIZES),
+            decoder=config.DecoderConfig(**_SIZES, head_hidden_dim=128),
+            quantizer=config.BSQConfig(bits=18),
         )
     )
 
-    def reconstruction():
-        images = crops(photos, 8, rng)
+    def reconstruction_loss():
+        images = random_crops(photos, 8, rng)
         out = tokenizer(images)
         return F.l1_loss(out.images, images) + 0.02 * out.quantized.loss
 
-    train(tokenizer, steps, 3e-3, reconstruction).save_pretrained(f"{folder}/tokenizer")
-    tokens = torch.cat([tokenizer.encode(crops(photos, 64, rng)).bits_BNL for _ in range(10)])
+    train(tokenizer, steps, 3e-3, reconstruction_loss).save_pretrained(f"{folder}/tokenizer")
+    tokens = torch.cat([tokenizer.encode(random_crops(photos, 64, rng)).bits_BNL for _ in range(10)])
     sub_tokens_XNS = bits_to_integers(tokens, 9)
-    prior = Prior(config.PriorModel(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))
+    prior = Prior(config.PriorModelConfig(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))
 
-    def cost():
+    def prior_loss():
         batch_BNS = sub_tokens_XNS[torch.from_numpy(rng.integers(len(sub_tokens_XNS), size=16))]
-        return path_cost(prior(batch_BNS), batch_BNS, 9).sum(2).mean() / 18
+        return code_length(prior(batch_BNS), batch_BNS, 9).sum(2).mean() / 18
 
-    train(prior, steps // 2, 3e-3, cost).save_pretrained(str(folder))
+    train(prior, steps // 2, 3e-3, prior_loss).save_pretrained(str(folder))
     return str(folder)

@@ -15,7 +15,7 @@ from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_images
-from bsq_ray.data.shard_reader import fetch
+from bsq_ray.data.shard_reader import fetch_encoded
 
 
 @pytest.fixture
@@ -28,61 +28,68 @@ def folder(tmp_path, photos):
     return tmp_path / "photos"
 
 
-def test_every_image_is_in_a_shard_with_its_class(folder, tmp_path):
-    report = pack_images(str(folder), str(tmp_path / "out"), shard_mb=0.08, workers=0)
+def test_pack_images_stores_every_image_with_its_class(folder, tmp_path):
+    """Every image is in a shard with the label of its class folder."""
+    report = pack_images(str(folder), str(tmp_path / "out"), shard_mb=0.08, num_workers=0)
     manifest = read_manifest(str(tmp_path / "out"))
     assert manifest == report.manifest
-    assert manifest.samples == 6
+    assert manifest.num_samples == 6
     assert len(manifest.shards) > 1
     assert manifest.classes == ("cats", "dogs")
     labels = {key: label for shard in manifest.shards for key, label in zip(shard.keys, shard.labels, strict=True)}
     assert sorted(labels.values()) == [0, 0, 0, 1, 1, 1]
     assert not any("." in key for key in labels)
     originals = {path.read_bytes() for path in folder.rglob("*.jpg")}
-    assert set(fetch(manifest, range(6))) == originals
+    assert set(fetch_encoded(manifest, range(6))) == originals
 
 
-def test_shards_are_webdataset_shards(folder, tmp_path):
-    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+def test_pack_images_writes_webdataset_shards(folder, tmp_path):
+    """The `webdataset` package can read the shards."""
+    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
     samples = list(webdataset.WebDataset(str(tmp_path / "out/shard-000000.tar"), shardshuffle=False))
     assert len(samples) == 6
     assert all({"jpg", "cls"} <= sample.keys() for sample in samples)
 
 
-def test_packing_through_ray_gives_the_same_shards(folder, tmp_path, ray_local):
-    here = pack_images(str(folder), str(tmp_path / "here"), shard_mb=0.08, workers=0)
+def test_pack_images_with_ray_gives_identical_shards(folder, tmp_path, ray_local):
+    """Packing with Ray gives the same shards as packing in this process."""
+    here = pack_images(str(folder), str(tmp_path / "here"), shard_mb=0.08, num_workers=0)
     there = pack_images(str(folder), str(tmp_path / "there"), shard_mb=0.08)
     assert there.manifest.shards == here.manifest.shards
 
 
-def test_the_longest_side_can_be_limited(folder, tmp_path):
-    report = pack_images(str(folder), str(tmp_path / "out"), max_side=100, workers=0)
-    sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch(report.manifest, range(6))]
+def test_pack_images_max_side_limits_longer_side(folder, tmp_path):
+    """`max_side` limits the longer side of every image."""
+    report = pack_images(str(folder), str(tmp_path / "out"), max_side=100, num_workers=0)
+    sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(report.manifest, range(6))]
     assert {max(size) for size in sizes} == {100}
 
 
-def test_what_cannot_be_decoded_is_listed_and_the_rest_is_packed(folder, tmp_path):
+def test_pack_images_undecodable_files_are_reported(folder, tmp_path):
+    """Files that cannot be decoded are listed in `damaged.txt`, and all others are packed."""
     (folder / "cats" / "text.jpg").write_text("no image at all")
     whole = (folder / "dogs" / "photo.3.jpg").read_bytes()
     (folder / "dogs" / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "notes.txt").write_text("not counted as damaged")
-    report = pack_images(str(folder), str(tmp_path / "out"), workers=0)
-    assert report.manifest.samples == 6
-    assert report.ignored == 1
+    report = pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
+    assert report.manifest.num_samples == 6
+    assert report.num_ignored == 1
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["text.jpg", "half.jpg"]
     assert "text.jpg" in (tmp_path / "out" / "damaged.txt").read_text()
 
 
-def test_a_folder_without_classes_has_one_class(photos, tmp_path):
+def test_pack_images_flat_folder_has_one_class(photos, tmp_path):
+    """A folder without class subfolders has the single class "all"."""
     photos[0].save(tmp_path / "a.png")
-    assert pack_images(str(tmp_path), str(tmp_path / "out"), workers=0).manifest.classes == ("all",)
+    assert pack_images(str(tmp_path), str(tmp_path / "out"), num_workers=0).manifest.classes == ("all",)
 
 
-def test_packing_to_and_reading_from_an_object_store(folder, bucket):
-    report = pack_images(str(folder), f"{bucket}/set", workers=0)
+def test_pack_images_to_object_store_reads_back(folder, bucket):
+    """Images packed into an object store read back unchanged."""
+    report = pack_images(str(folder), f"{bucket}/set", num_workers=0)
     manifest = read_manifest(f"{bucket}/set")
     assert manifest == report.manifest
-    assert set(fetch(manifest, range(6))) == {path.read_bytes() for path in folder.rglob("*.jpg")}
+    assert set(fetch_encoded(manifest, range(6))) == {path.read_bytes() for path in folder.rglob("*.jpg")}
 
 
 @pytest.mark.parametrize(
@@ -94,25 +101,29 @@ def test_packing_to_and_reading_from_an_object_store(folder, bucket):
         (lambda f: (f / "text.jpg").write_text("x") and f, r"none of the 1 images in .* can be decoded"),
     ],
 )
-def test_a_wrong_source_is_named_in_one_sentence(tmp_path, prepare, message):
+def test_pack_images_invalid_source_raises(tmp_path, prepare, message):
+    """An invalid source folder raises an error that names the reason."""
     with pytest.raises(ValueError, match=message):
-        pack_images(str(prepare(tmp_path)), str(tmp_path / "out"), workers=0)
+        pack_images(str(prepare(tmp_path)), str(tmp_path / "out"), num_workers=0)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
-def test_a_data_set_is_not_overwritten(folder, tmp_path):
-    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+def test_pack_images_existing_data_set_raises(folder, tmp_path):
+    """An existing data set is never overwritten."""
+    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
     with pytest.raises(ValueError, match="already holds a packed data set"):
-        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
 
 
-def test_images_beside_class_folders_are_refused(folder, photos, tmp_path):
+def test_pack_images_outside_class_folders_raises(folder, photos, tmp_path):
+    """Images next to class folders raise an error."""
     photos[0].save(folder / "stray.png")
     with pytest.raises(ValueError, match="both in class folders"):
-        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
 
 
-def test_a_folder_that_was_not_packed_is_named(tmp_path):
+def test_read_manifest_missing_or_invalid_raises(tmp_path):
+    """A folder without a valid manifest raises an error that names it."""
     with pytest.raises(ValueError, match="is not a packed data set: it has no manifest"):
         read_manifest(str(tmp_path))
     (tmp_path / "manifest.parquet").write_bytes(b"PAR1 nonsense")
@@ -133,35 +144,37 @@ def test_a_folder_that_was_not_packed_is_named(tmp_path):
         ),
     ],
 )
-def test_a_damaged_manifest_is_named(folder, tmp_path, damage, message):
-    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+def test_read_manifest_damaged_raises(folder, tmp_path, damage, message):
+    """A damaged or newer manifest raises an error that names the file."""
+    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
     path = tmp_path / "out" / "manifest.parquet"
     pq.write_table(damage(pq.read_table(path)), path)
     with pytest.raises(ValueError, match=f"manifest.parquet .*{message}"):
         read_manifest(str(tmp_path / "out"))
 
 
-def test_shards_made_elsewhere_are_indexed(photos, tmp_path):
+def test_index_shards_indexes_external_shards(photos, tmp_path):
+    """Shards written by another program can be indexed and read."""
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, photo in enumerate(photos[:3]):
             writer.write({"__key__": f"n{number}", "jpg": photo, "cls": number})
     manifest = index_shards(str(tmp_path))
-    assert manifest.samples == 3
+    assert manifest.num_samples == 3
     assert manifest.shards[0].labels == (0, 1, 2)
-    assert all(Image.open(io.BytesIO(blob)).size for blob in fetch(manifest, range(3)))
+    assert all(Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(manifest, range(3)))
     with pytest.raises(ValueError, match=r"no \.tar shards"):
         index_shards(str(tmp_path / "nothing"))
 
 
-def test_shards_of_which_some_samples_have_no_class_are_refused(photos, tmp_path):
+def test_index_shards_partly_unlabeled_raises(photos, tmp_path):
     """They would be taken for class 0 in silence; where none has one, all are of one class."""
 
     def shard(name, *labels):
         tmp_path.joinpath(name).mkdir(exist_ok=True)
         with webdataset.TarWriter(str(tmp_path / name / f"other-{len(labels)}.tar")) as writer:
             for number, label in enumerate(labels):
-                known = {} if label is None else {"cls": label}
-                writer.write({"__key__": f"n{number}", "jpg": photos[number].resize((32, 32)), **known})
+                class_entry = {} if label is None else {"cls": label}
+                writer.write({"__key__": f"n{number}", "jpg": photos[number].resize((32, 32)), **class_entry})
         return str(tmp_path / name)
 
     with pytest.raises(
@@ -176,7 +189,8 @@ def test_shards_of_which_some_samples_have_no_class_are_refused(photos, tmp_path
     assert index_shards(shard("without", None, None)).classes == ("0",)
 
 
-def test_files_of_one_name_in_two_folders_of_a_shard_are_two_samples(photos, tmp_path):
+def test_index_shards_keeps_folders_in_keys(photos, tmp_path):
+    """Files with one name in two folders of a shard are two samples."""
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, photo in enumerate(photos[:2]):
             writer.write({"__key__": f"class{number}/same", "jpg": photo, "cls": number})
@@ -185,50 +199,54 @@ def test_files_of_one_name_in_two_folders_of_a_shard_are_two_samples(photos, tmp
     assert shard.labels == (0, 1)
 
 
-def test_storage_that_fails_ends_the_packing_and_leaves_no_manifest(folder, tmp_path, monkeypatch):
+def test_pack_images_storage_error_leaves_no_manifest(folder, tmp_path, monkeypatch):
+    """A storage error stops packing, and no manifest is written."""
     read = storage.read_bytes
 
     def failing(url):
         if url.endswith("photo.4.jpg"):
-            raise storage.Unavailable(f"cannot read {url}: no answer")
+            raise storage.StorageUnavailableError(f"cannot read {url}: no answer")
         return read(url)
 
     monkeypatch.setattr(storage, "read_bytes", failing)
-    with pytest.raises(storage.Unavailable, match=r"photo\.4\.jpg: no answer"):
-        pack_images(str(folder), str(tmp_path / "out"), workers=0)
+    with pytest.raises(storage.StorageUnavailableError, match=r"photo\.4\.jpg: no answer"):
+        pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
-def test_a_split_list_of_a_folder_without_classes_needs_no_class_numbers(photos, tmp_path):
+def test_pack_images_split_list_of_flat_folder(photos, tmp_path):
+    """A split list for a folder without classes needs no class numbers."""
     for number, photo in enumerate(photos[:3]):
         storage.write_bytes(str(tmp_path / "flat" / f"{number}.png"), b"")
         photo.save(tmp_path / "flat" / f"{number}.png")
     (tmp_path / "classInd.txt").write_text("1 Archery\n")
     (tmp_path / "list.txt").write_text("0.png\n2.png\n")
     listed = str(tmp_path / "list.txt")
-    report = pack_images(str(tmp_path / "flat"), str(tmp_path / "out"), workers=0, split_list=listed)
+    report = pack_images(str(tmp_path / "flat"), str(tmp_path / "out"), num_workers=0, split_list=listed)
     assert report.manifest.classes == ("all",)
-    assert report.manifest.samples == 2
+    assert report.manifest.num_samples == 2
 
 
-def test_inspection_counts_and_notices_a_changed_shard(folder, tmp_path):
+def test_inspect_shards_counts_and_detects_changes(folder, tmp_path):
+    """Inspection counts images per class and detects a changed shard."""
     url = str(tmp_path / "out")
-    pack_images(str(folder), url, workers=0)
+    pack_images(str(folder), url, num_workers=0)
     inspection = inspect_shards(url, str(tmp_path / "sheet.png"))
-    assert inspection.per_class == {"cats": 3, "dogs": 3}
-    assert inspection.measured == 6
-    assert inspection.faults == []
+    assert inspection.class_counts == {"cats": 3, "dogs": 3}
+    assert inspection.num_measured == 6
+    assert inspection.errors == []
     assert Image.open(tmp_path / "sheet.png").size == (604, 104)
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-30000])
-    assert any("not the file that was packed" in fault for fault in inspect_shards(url).faults)
+    assert any("not the file that was packed" in fault for fault in inspect_shards(url).errors)
 
 
 @pytest.mark.parametrize("kind", ["photo_shards", "video_shards"])
-def test_inspection_holds_few_files_in_memory_at_once(kind, request, tmp_path, monkeypatch):
+def test_inspect_shards_reads_files_in_small_batches(kind, request, tmp_path, monkeypatch):
+    """Inspection keeps few files in memory at once, with the same result."""
     url, read = request.getfixturevalue(kind), []
 
-    def watched(name):
+    def count_reads(name):
         function = getattr(inspect, name)
 
         def counting(manifest, places, *more):
@@ -239,15 +257,16 @@ def test_inspection_holds_few_files_in_memory_at_once(kind, request, tmp_path, m
 
     whole = inspect.inspect_shards(url, str(tmp_path / "whole.png"))
     monkeypatch.setattr(inspect, "_AT_ONCE", 2)
-    watched("fetch")
-    watched("Files")
+    count_reads("fetch")
+    count_reads("Files")
     parts = inspect.inspect_shards(url, str(tmp_path / "parts.png"))
     assert max(read) == 2
-    assert sum(read) == parts.measured == whole.measured > 2
+    assert sum(read) == parts.num_measured == whole.num_measured > 2
     assert (tmp_path / "parts.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
-def test_an_unreachable_object_store_is_one_sentence(monkeypatch):
+def test_storage_unreachable_object_store_raises(monkeypatch):
+    """An unreachable object store raises an error that names the URL."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
@@ -257,8 +276,9 @@ def test_an_unreachable_object_store_is_one_sentence(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_tar_members_of_a_sample_are_adjacent(folder, tmp_path):
-    pack_images(str(folder), str(tmp_path / "out"), workers=0)
+def test_pack_images_sample_members_are_adjacent(folder, tmp_path):
+    """The tar members of one sample are adjacent."""
+    pack_images(str(folder), str(tmp_path / "out"), num_workers=0)
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         keys = [name.split(".")[0] for name in tar.getnames()]
     assert keys[0::2] == keys[1::2]

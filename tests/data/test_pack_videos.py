@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from small_videos import made_video
+from small_videos import make_video
 
 from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import pack_videos
-from bsq_ray.data.shard_reader import Files
-from bsq_ray.data.transcode import stored_video
+from bsq_ray.data.shard_reader import ShardFiles
+from bsq_ray.data.transcode import transcode_if_needed
 from bsq_ray.media.video_reader import probe, read_frames
 
 
@@ -29,21 +29,22 @@ def folder(tmp_path, video_folders):
     return tmp_path / "videos"
 
 
-def labels(manifest):
+def classes_by_name(manifest):
     pairs = ((key, label) for shard in manifest.shards for key, label in zip(shard.keys, shard.labels, strict=True))
     return {key.split("_", 1)[1]: manifest.classes[label] for key, label in pairs}
 
 
-def test_videos_are_stored_as_they_are_with_what_reading_needs(folder, tmp_path):
-    report = pack_videos(str(folder), str(tmp_path / "out"), shard_mb=0.6, workers=0)
+def test_pack_videos_stores_originals_and_video_info(folder, tmp_path):
+    """Videos are stored unchanged, and the manifest contains what reading needs."""
+    report = pack_videos(str(folder), str(tmp_path / "out"), shard_mb=0.6, num_workers=0)
     manifest = read_manifest(str(tmp_path / "out"))
     assert manifest == report.manifest
     assert manifest.kind == "videos"
     assert len(manifest.shards) > 1
-    assert labels(manifest) == {"bikes": "JumpRope", "carphone_pristine": "JumpingJack", "cityCC0": "Archery"}
+    assert classes_by_name(manifest) == {"bikes": "JumpRope", "carphone_pristine": "JumpingJack", "cityCC0": "Archery"}
     originals = {path.read_bytes() for path in folder.rglob("*.m*")}
     for shard in manifest.shards:
-        files = Files(manifest, [(shard, n) for n in range(len(shard.keys))])
+        files = ShardFiles(manifest, [(shard, n) for n in range(len(shard.keys))])
         for index, video in enumerate(shard.videos):
             with files.open(shard, index) as file:
                 content = file.read()
@@ -53,29 +54,32 @@ def test_videos_are_stored_as_they_are_with_what_reading_needs(folder, tmp_path)
     assert all("cls" in sample and {"mp4", "mpg"} & sample.keys() for sample in samples)
 
 
-def test_packing_through_ray_gives_the_same_shards(folder, tmp_path, ray_local):
-    here = pack_videos(str(folder), str(tmp_path / "here"), shard_mb=0.6, workers=0)
+def test_pack_videos_with_ray_gives_identical_shards(folder, tmp_path, ray_local):
+    """Packing with Ray gives the same shards as packing in this process."""
+    here = pack_videos(str(folder), str(tmp_path / "here"), shard_mb=0.6, num_workers=0)
     there = pack_videos(str(folder), str(tmp_path / "there"), shard_mb=0.6)
     assert there.manifest.shards == here.manifest.shards
 
 
-def test_lists_of_ucf_101_are_read_as_they_are(folder, tmp_path):
+def test_pack_videos_reads_ucf101_split_lists(folder, tmp_path):
+    """The split lists of UCF-101 are read without changes."""
     (tmp_path / "trainlist01.txt").write_bytes(b"Archery/cityCC0.mpg 1\r\nJumpRope/bikes.mp4 3\r\n")
     (tmp_path / "testlist01.txt").write_bytes(b"JumpingJack/carphone_pristine.mp4\r\n")
     train, test = (
-        pack_videos(str(folder), str(tmp_path / split), workers=0, split_list=str(tmp_path / f"{split}list01.txt"))
+        pack_videos(str(folder), str(tmp_path / split), num_workers=0, split_list=str(tmp_path / f"{split}list01.txt"))
         for split in ("train", "test")
     )
-    assert labels(train.manifest) == {"bikes": "JumpRope", "cityCC0": "Archery"}
-    assert labels(test.manifest) == {"carphone_pristine": "JumpingJack"}
+    assert classes_by_name(train.manifest) == {"bikes": "JumpRope", "cityCC0": "Archery"}
+    assert classes_by_name(test.manifest) == {"carphone_pristine": "JumpingJack"}
     assert train.manifest.classes == test.manifest.classes == ("Archery", "JumpingJack", "JumpRope")
     assert {label for shard in train.manifest.shards for label in shard.labels} == {0, 2}
 
 
-def test_class_numbers_beside_the_list_are_used(folder, tmp_path):
+def test_pack_videos_uses_class_index_file(folder, tmp_path):
+    """A `classInd.txt` in the folder of the split list defines the class order."""
     (tmp_path / "classInd.txt").write_text("1 JumpRope\n2 Archery\n3 JumpingJack\n")
     (tmp_path / "list.txt").write_text("JumpRope/bikes.mp4 1\n")
-    report = pack_videos(str(folder), str(tmp_path / "out"), workers=0, split_list=str(tmp_path / "list.txt"))
+    report = pack_videos(str(folder), str(tmp_path / "out"), num_workers=0, split_list=str(tmp_path / "list.txt"))
     assert report.manifest.classes == ("JumpRope", "Archery", "JumpingJack")
 
 
@@ -89,25 +93,27 @@ def test_class_numbers_beside_the_list_are_used(folder, tmp_path):
         ("Archery/cityCC0.mpg 1", "2 Archery", "must number the classes from 1"),
     ],
 )
-def test_a_wrong_list_is_named(folder, tmp_path, listed, numbers, message):
+def test_pack_videos_invalid_split_list_raises(folder, tmp_path, listed, numbers, message):
+    """An invalid split list raises an error that names the line."""
     (tmp_path / "list.txt").write_text(listed)
     if numbers:
         (tmp_path / "classInd.txt").write_text(numbers)
     with pytest.raises(ValueError, match=message):
-        pack_videos(str(folder), str(tmp_path / "out"), workers=0, split_list=str(tmp_path / "list.txt"))
+        pack_videos(str(folder), str(tmp_path / "out"), num_workers=0, split_list=str(tmp_path / "list.txt"))
 
 
-def test_what_cannot_be_used_is_counted_and_named_and_the_rest_is_packed(folder, photos, tmp_path):
+def test_pack_videos_unusable_files_are_reported(folder, photos, tmp_path):
+    """Unusable files are counted and listed by reason, and all others are packed."""
     whole = (folder / "JumpRope" / "bikes.mp4").read_bytes()
     (folder / "Archery" / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "Archery" / "text.avi").write_text("no video")
-    (folder / "Archery" / "short.mkv").write_bytes(made_video(photos[0], range(0, 400, 40)))
+    (folder / "Archery" / "short.mkv").write_bytes(make_video(photos[0], range(0, 400, 40)))
     times = [40 * n for n in range(20)] + [800 + 200 * n for n in range(8)]
-    (folder / "Archery" / "uneven.mkv").write_bytes(made_video(photos[0], times))
+    (folder / "Archery" / "uneven.mkv").write_bytes(make_video(photos[0], times))
     (folder / "Archery" / "notes.txt").write_text("not counted as damaged")
-    report = pack_videos(str(folder), str(tmp_path / "out"), workers=0)
-    assert report.manifest.samples == 4
-    assert report.ignored == 1
+    report = pack_videos(str(folder), str(tmp_path / "out"), num_workers=0)
+    assert report.manifest.num_samples == 4
+    assert report.num_ignored == 1
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["cut.mp4", "text.avi"]
     assert [line.rsplit("/", 1)[1] for line in report.too_short] == ["short.mkv: has 10 frames, fewer than 16"]
     assert [line.rsplit("/", 1)[1] for line in report.changed] == ["uneven.mkv: variable rate, now 25 fps"]
@@ -116,20 +122,23 @@ def test_what_cannot_be_used_is_counted_and_named_and_the_rest_is_packed(folder,
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "short.mkv").write_bytes((folder / "Archery" / "short.mkv").read_bytes())
     with pytest.raises(ValueError, match="none of the 1 videos in .* is long enough; the first: .*short.mkv"):
-        pack_videos(str(tmp_path / "few"), str(tmp_path / "none"), workers=0)
-    assert pack_videos(str(tmp_path / "few"), str(tmp_path / "all"), workers=0, min_frames=4).manifest.samples == 1
+        pack_videos(str(tmp_path / "few"), str(tmp_path / "none"), num_workers=0)
+    assert (
+        pack_videos(str(tmp_path / "few"), str(tmp_path / "all"), num_workers=0, min_frames=4).manifest.num_samples == 1
+    )
 
 
-def test_a_video_of_variable_rate_keeps_its_speed(photos, tmp_path):
+def test_pack_videos_variable_rate_keeps_playback_speed(photos, tmp_path):
+    """A video with a variable frame rate keeps its playback speed."""
     times = [40 * n for n in range(20)] + [800 + 200 * n for n in range(8)]
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "uneven.mkv").write_bytes(made_video(photos[0], times))
-    manifest = pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), workers=0).manifest
+    (tmp_path / "in" / "uneven.mkv").write_bytes(make_video(photos[0], times))
+    manifest = pack_videos(str(tmp_path / "in"), str(tmp_path / "out"), num_workers=0).manifest
     [shard] = manifest.shards
     video = shard.videos[0]
     assert (video.frames, video.fps) == (56, pytest.approx(25))
-    source = list(read_frames(io.BytesIO(made_video(photos[0], times)), _probed(photos[0], times), 0, 28, 1))
-    with Files(manifest, [(shard, 0)]).open(shard, 0) as file:
+    source = list(read_frames(io.BytesIO(make_video(photos[0], times)), _probe_video(photos[0], times), 0, 28, 1))
+    with ShardFiles(manifest, [(shard, 0)]).open(shard, 0) as file:
         made = list(read_frames(file, video, 0, 56, 1))
     for slot, image in enumerate(made):
         shown = max(n for n, time in enumerate(times) if time <= 40 * slot)
@@ -145,41 +154,45 @@ def test_a_video_of_variable_rate_keeps_its_speed(photos, tmp_path):
         ([*range(0, 800, 40), 90_000, *range(90_100, 91_000, 100)], "jump by 89 s"),
     ],
 )
-def test_time_stamps_that_ask_for_endless_copies_of_frames_are_refused(photos, times, reason):
+def test_transcode_broken_timestamps_raises(photos, times, reason):
+    """Time stamps that require excessive copies of frames raise an error."""
     with pytest.raises(ValueError, match=f"its time stamps {reason}"):
-        stored_video(made_video(photos[0], times), "mkv", None, 16)
+        transcode_if_needed(make_video(photos[0], times), "mkv", None, 16)
 
 
-def _probed(photo, times):
-    return probe(io.BytesIO(made_video(photo, times))).video
+def _probe_video(photo, times):
+    return probe(io.BytesIO(make_video(photo, times))).video
 
 
-def test_the_longest_side_can_be_limited(folder, tmp_path):
-    manifest = pack_videos(str(folder), str(tmp_path / "out"), max_side=90, workers=0).manifest
+def test_pack_videos_max_side_limits_longer_side(folder, tmp_path):
+    """`max_side` limits the longer side of every video."""
+    manifest = pack_videos(str(folder), str(tmp_path / "out"), max_side=90, num_workers=0).manifest
     videos = [video for shard in manifest.shards for video in shard.videos]
     assert {max(video.width, video.height) for video in videos} == {90}
     assert sorted(video.frames for video in videos) == [120, 190, 250]
     assert all(len(video.key_frames) >= video.frames // 12 for video in videos), "decoding can begin anywhere"
 
 
-def test_inspection_shows_a_frame_of_each_video_and_counts_frames(folder, tmp_path):
+def test_inspect_shards_of_videos_counts_frames(folder, tmp_path):
+    """Inspection shows one frame of each video and reports frame counts, durations and frame rates."""
     url = str(tmp_path / "out")
-    pack_videos(str(folder), url, workers=0)
+    pack_videos(str(folder), url, num_workers=0)
     inspection = inspect_shards(url, str(tmp_path / "sheet.png"))
-    assert inspection.per_class == {"Archery": 1, "JumpRope": 1, "JumpingJack": 1}
-    assert (inspection.measured, inspection.faults) == (3, [])
-    assert inspection.frames == (120, 190, 250)
-    assert inspection.seconds == pytest.approx(250 / 25 + 190 / 25 + 120 / 29.97, rel=0.01)
-    assert "25 frames/s (2)" in inspection.rates
+    assert inspection.class_counts == {"Archery": 1, "JumpRope": 1, "JumpingJack": 1}
+    assert (inspection.num_measured, inspection.errors) == (3, [])
+    assert inspection.frame_counts == (120, 190, 250)
+    assert inspection.total_duration_s == pytest.approx(250 / 25 + 190 / 25 + 120 / 29.97, rel=0.01)
+    assert "25 frames/s (2)" in inspection.frame_rates
     assert Image.open(tmp_path / "sheet.png").size == (304, 104)
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:200_000])
-    faults = inspect_shards(url).faults
+    faults = inspect_shards(url).errors
     assert any("not the file that was packed" in fault for fault in faults)
     assert any("the shard ends after" in fault for fault in faults)
 
 
-def test_shards_of_videos_made_elsewhere_are_indexed(folder, tmp_path):
+def test_index_shards_indexes_external_video_shards(folder, tmp_path):
+    """Video shards written by another program can be indexed."""
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, path in enumerate(sorted(folder.rglob("*.m*"))):
             writer.write({"__key__": f"n{number}", path.suffix[1:]: path.read_bytes(), "cls": number})

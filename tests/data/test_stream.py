@@ -8,24 +8,40 @@ import pytest
 import torch
 
 from bsq_ray import config
-from bsq_ray.data.image_source import PhotoSource
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.stream import Damage, evaluation_batches, evaluation_blocks, evaluation_dataset, training_batches
+from bsq_ray.data.stream import (
+    SkippedSamples,
+    evaluation_batches,
+    evaluation_blocks,
+    evaluation_dataset,
+    training_batches,
+)
 
-SECTION = config.Data(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
+DATA_CONFIG = config.DataConfig(crop_scale=(1.0, 1.5), flip=True, lanes=4, shuffle_window=8)
 
 
-def batches(manifest, count, rank=0, world=1, position=0, executor="local", batch_size=8, section=SECTION, damage=None):
+def batches(
+    manifest,
+    count,
+    rank=0,
+    world_size=1,
+    position=0,
+    executor="local",
+    batch_size=8,
+    data_config=DATA_CONFIG,
+    skipped=None,
+):
     stream = training_batches(
-        PhotoSource(manifest, section, 32),
-        section,
+        ImageSource(manifest, data_config, 32),
+        data_config,
         batch_size,
         rank,
-        world,
+        world_size,
         seed=3,
         position=position,
         executor=executor,
-        damage=damage,
+        skipped=skipped,
     )
     return list(islice(stream, count))
 
@@ -50,20 +66,23 @@ def test_batches_are_uint8_crops(manifest):
     assert len(set(batch.keys)) == 8
 
 
-def test_reading_begins_before_a_batch_is_asked_for(manifest, monkeypatch):
-    began = threading.Event()
-    read = PhotoSource.read
-    monkeypatch.setattr(PhotoSource, "read", lambda *arguments: began.set() or read(*arguments))
-    stream = training_batches(PhotoSource(manifest, SECTION, 32), SECTION, 8, 0, 1, seed=3)
-    assert began.wait(30)
+def test_training_batches_prefetch_the_first_batch(manifest, monkeypatch):
+    """Reading starts before the first batch is requested."""
+    started = threading.Event()
+    read = ImageSource.read
+    monkeypatch.setattr(ImageSource, "read", lambda *arguments: started.set() or read(*arguments))
+    stream = training_batches(ImageSource(manifest, DATA_CONFIG, 32), DATA_CONFIG, 8, 0, 1, seed=3)
+    assert started.wait(30)
     assert_equal([next(stream)], batches(manifest, 1))
 
 
-def test_ray_data_delivers_the_same_batches_as_threads(manifest, ray_local):
+def test_training_batches_ray_equals_local(manifest, ray_local):
+    """Ray Data delivers the same batches as threads."""
     assert_equal(batches(manifest, 40, executor="ray"), batches(manifest, 40))
 
 
-def test_two_workers_share_what_one_worker_gets(manifest):
+def test_training_batches_two_workers_split_each_batch(manifest):
+    """Two workers split the batches that a single worker reads."""
     whole = batches(manifest, 6)
     parts = [batches(manifest, 6, rank, 2) for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
@@ -72,7 +91,8 @@ def test_two_workers_share_what_one_worker_gets(manifest):
         assert torch.equal(batch.values_B[1::2], second.values_B)
 
 
-def test_a_resumed_stream_goes_on_with_the_next_sample_for_another_number_of_workers_too(manifest):
+def test_training_batches_resume_at_other_world_size(manifest):
+    """A resumed stream continues with the next sample, for any number of workers."""
     whole = batches(manifest, 10)
     assert_equal(whole[4:], batches(manifest, 6, position=4 * 8))
     resumed = [batches(manifest, 6, rank, 4, position=4 * 8) for rank in range(4)]
@@ -80,22 +100,25 @@ def test_a_resumed_stream_goes_on_with_the_next_sample_for_another_number_of_wor
         assert sorted(batch.keys) == sorted(key for part in resumed for key in part[step].keys)
 
 
-def test_over_an_epoch_every_key_is_seen_once(manifest):
+def test_training_batches_epoch_has_each_key_once(manifest):
+    """No key repeats within an epoch."""
     steps = manifest.samples // 8
-    seen = [key for batch in batches(manifest, steps) for key in batch.keys]
-    assert len(seen) == len(set(seen))
+    keys = [key for batch in batches(manifest, steps) for key in batch.keys]
+    assert len(keys) == len(set(keys))
 
 
-def test_options_of_the_section_change_the_crops(manifest):
+def test_training_batches_follow_data_config(manifest):
+    """Each option of the data configuration changes the batches."""
     default = batches(manifest, 1)[0]
     for change in ({"crop_scale": (1.0, 1.0)}, {"flip": False}, {"lanes": 3}, {"shuffle_window": 2}):
-        changed = batches(manifest, 1, section=SECTION.model_copy(update=change))[0]
+        changed = batches(manifest, 1, data_config=DATA_CONFIG.model_copy(update=change))[0]
         assert not torch.equal(default.values_B, changed.values_B), change
 
 
-def test_prefetching_changes_nothing_but_time(manifest):
-    eager = SECTION.model_copy(update={"prefetch_batches": 50})
-    assert_equal(batches(manifest, 5, section=eager), batches(manifest, 5))
+def test_training_batches_are_independent_of_prefetch(manifest):
+    """The prefetch depth does not change the batches."""
+    eager = DATA_CONFIG.model_copy(update={"prefetch_batches": 50})
+    assert_equal(batches(manifest, 5, data_config=eager), batches(manifest, 5))
 
 
 @pytest.fixture
@@ -103,7 +126,7 @@ def damaged_manifest(photo_folders, tmp_path):
     """A data set of which one sample's bytes were overwritten after packing."""
     from bsq_ray.data.pack import pack_images
 
-    manifest = pack_images(str(photo_folders[1]), str(tmp_path), max_side=96, workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), str(tmp_path), max_side=96, num_workers=0).manifest
     shard = manifest.shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
@@ -112,82 +135,96 @@ def damaged_manifest(photo_folders, tmp_path):
     return manifest
 
 
-def test_a_damaged_sample_is_replaced_counted_and_named(damaged_manifest):
-    damage = Damage(limit=10)
+def test_training_batches_damaged_sample_is_replaced(damaged_manifest):
+    """A damaged sample is replaced, counted once and reported by key and shard."""
+    skipped = SkippedSamples(limit=10)
     steps = damaged_manifest.samples // 4
-    seen = batches(damaged_manifest, steps, batch_size=4, damage=damage)
+    delivered = batches(damaged_manifest, steps, batch_size=4, skipped=skipped)
     bad = damaged_manifest.shards[0].keys[2]
-    assert all(len(batch.keys) == 4 and bad not in batch.keys for batch in seen)
-    [line] = damage.found
+    assert all(len(batch.keys) == 4 and bad not in batch.keys for batch in delivered)
+    [line] = skipped.samples
     assert bad in line
     assert "shard-000000.tar" in line
 
 
-def test_too_much_damage_stops_and_says_which(damaged_manifest):
-    section = SECTION.model_copy(update={"max_damaged": 0})
-    with pytest.raises(RuntimeError, match=r"data.max_damaged = 0; the last one: shard-000000.tar"):
-        batches(damaged_manifest, 10, batch_size=4, section=section)
+def test_training_batches_too_many_skipped_raises(damaged_manifest):
+    """More skipped samples than allowed raise an error that names the last one."""
+    data_config = DATA_CONFIG.model_copy(update={"max_damaged": 0})
+    with pytest.raises(RuntimeError, match=r"data.max_skipped_samples = 0; the last one: shard-000000.tar"):
+        batches(damaged_manifest, 10, batch_size=4, data_config=data_config)
 
 
-def test_a_truncated_shard_is_noticed(damaged_manifest, tmp_path):
+def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
+    """A truncated shard is detected."""
     path = tmp_path / damaged_manifest.shards[0].name
     path.write_bytes(path.read_bytes()[:50000])
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(damaged_manifest, 10, batch_size=4, section=SECTION.model_copy(update={"max_damaged": 0}))
+        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 0}))
 
 
-def test_evaluation_sees_every_sample_once(manifest):
-    keys = [key for batch in evaluation_batches(PhotoSource(manifest, SECTION, 32), 5) for key in batch.keys]
+def test_evaluation_batches_cover_every_sample_once(manifest):
+    """Evaluation reads every sample once, in shard order and up to the limit."""
+    keys = [key for batch in evaluation_batches(ImageSource(manifest, DATA_CONFIG, 32), 5) for key in batch.keys]
     assert keys == [key for shard in manifest.shards for key in shard.keys]
     limited = [
-        key for batch in evaluation_batches(PhotoSource(manifest, SECTION, 32), 5, limit=7) for key in batch.keys
+        key for batch in evaluation_batches(ImageSource(manifest, DATA_CONFIG, 32), 5, limit=7) for key in batch.keys
     ]
     assert limited == keys[:7]
 
 
-def test_ray_data_reads_what_threads_read(manifest, ray_local):
-    here = list(evaluation_blocks(PhotoSource(manifest, SECTION, 32), 5))
-    there = [row["block"] for row in evaluation_dataset(PhotoSource(manifest, SECTION, 32), 5).iter_rows()]
+def test_evaluation_dataset_equals_evaluation_blocks(manifest, ray_local):
+    """Ray Data reads the same evaluation blocks as threads."""
+    here = list(evaluation_blocks(ImageSource(manifest, DATA_CONFIG, 32), 5))
+    there = [row["block"] for row in evaluation_dataset(ImageSource(manifest, DATA_CONFIG, 32), 5).iter_rows()]
     assert [block.keys for block in there] == [block.keys for block in here]
     assert all(np.array_equal(a.values_P, b.values_P) for a, b in zip(here, there, strict=True))
 
 
-def test_evaluation_tolerates_no_damage_unless_told(damaged_manifest):
+def test_evaluation_batches_damaged_raises_by_default(damaged_manifest):
+    """By default evaluation tolerates no damaged sample."""
     with pytest.raises(RuntimeError, match="damaged"):
-        list(evaluation_batches(PhotoSource(damaged_manifest, SECTION, 32), 4))
-    damage = Damage(limit=1)
-    keys = [k for b in evaluation_batches(PhotoSource(damaged_manifest, SECTION, 32), 4, damage=damage) for k in b.keys]
+        list(evaluation_batches(ImageSource(damaged_manifest, DATA_CONFIG, 32), 4))
+    skipped = SkippedSamples(limit=1)
+    keys = [
+        k
+        for b in evaluation_batches(ImageSource(damaged_manifest, DATA_CONFIG, 32), 4, skipped=skipped)
+        for k in b.keys
+    ]
     assert len(keys) == damaged_manifest.samples - 1
 
 
-def test_training_streams_from_an_object_store(photo_folders, bucket):
+def test_training_batches_from_object_store(photo_folders, bucket):
+    """Training batches are read from an object store."""
     from bsq_ray.data.pack import pack_images
 
-    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", max_side=96, workers=0).manifest
+    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", max_side=96, num_workers=0).manifest
     assert np.all([len(batch.keys) == 8 for batch in batches(manifest, 3)])
 
 
-def without_members_of(path, key):
+def remove_members(path, key):
     """Writes a shard anew without the members of a sample, as a careless tool leaves it."""
     import io
     import tarfile
 
-    kept = io.BytesIO()
-    with tarfile.open(path) as source, tarfile.open(fileobj=kept, mode="w") as target:
+    archive = io.BytesIO()
+    with tarfile.open(path) as source, tarfile.open(fileobj=archive, mode="w") as target:
         for member in source.getmembers():
             if not member.name.startswith(f"{key}."):
                 target.addfile(member, source.extractfile(member))
-    path.write_bytes(kept.getvalue())
+    path.write_bytes(archive.getvalue())
 
 
-def test_what_follows_a_missing_member_is_named_and_left_out(damaged_manifest, tmp_path):
+def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
+    """Samples shifted by a missing tar member are skipped and reported."""
     shard = damaged_manifest.shards[0]
-    without_members_of(tmp_path / shard.name, shard.keys[4])
-    damage = Damage(limit=100)
+    remove_members(tmp_path / shard.name, shard.keys[4])
+    skipped = SkippedSamples(limit=100)
     steps = damaged_manifest.samples // 4
-    seen = {key for batch in batches(damaged_manifest, steps, batch_size=4, damage=damage) for key in batch.keys}
-    lost = {line.split(": ")[1] for line in damage.found}
-    assert lost == set(shard.keys[4:]) | {shard.keys[2]}
-    assert not lost & seen
-    with pytest.raises(RuntimeError, match=f"data.max_damaged = 1; the last one: {shard.name}"):
-        batches(damaged_manifest, 10, batch_size=4, section=SECTION.model_copy(update={"max_damaged": 1}))
+    delivered_keys = {
+        key for batch in batches(damaged_manifest, steps, batch_size=4, skipped=skipped) for key in batch.keys
+    }
+    skipped_keys = {line.split(": ")[1] for line in skipped.samples}
+    assert skipped_keys == set(shard.keys[4:]) | {shard.keys[2]}
+    assert not skipped_keys & delivered_keys
+    with pytest.raises(RuntimeError, match=f"data.max_skipped_samples = 1; the last one: {shard.name}"):
+        batches(damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_damaged": 1}))

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_videos import made_video
+from small_videos import make_video
 
 from bsq_ray.media import video_reader
-from bsq_ray.media.video_reader import decode, even_size, open_video, probe, read_frames, upright
+from bsq_ray.media.video_reader import decode_frames, even_size, open_video, probe, read_frames, to_upright_rgb
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
 
 def all_frames(data):
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [np.asarray(upright(frame)) for frame in decode(container, stream)]
+        return [np.asarray(to_upright_rgb(frame)) for frame in decode_frames(container, stream)]
 
 
 @pytest.mark.parametrize("suffix", ["3gp", "avi", "flv", "mkv", "mp4", "mpg", "webm", "wmv"])
-def test_frames_read_from_the_middle_are_those_of_a_whole_pass(suffix):
+def test_read_frames_from_middle_equals_full_decode(suffix):
+    """Frames read from the middle of a file equal those of a full decode."""
     data = (_CONTAINERS / f"demo.{suffix}").read_bytes()
     video, frames = probe(io.BytesIO(data)).video, all_frames(data)
     assert video.frames == len(frames) == 1441
@@ -34,28 +35,30 @@ def test_frames_read_from_the_middle_are_those_of_a_whole_pass(suffix):
         assert len(read) == 5
 
 
-def test_only_frames_after_the_key_frame_before_are_decoded(video_folders, monkeypatch):
+def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
+    """Decoding starts at the last key frame before the requested frame."""
     data = (video_folders[0] / "bikes.mp4").read_bytes()
     video = probe(io.BytesIO(data)).video
     start = video.key_frames[3] + 2
     numbers = []
-    counted = video_reader._from_key_frame
+    decode_from_key_frame = video_reader._decode_from_key_frame
 
-    def watched(*arguments):
-        for number, frame in counted(*arguments):
+    def record_numbers(*arguments):
+        for number, frame in decode_from_key_frame(*arguments):
             numbers.append(number)
             yield number, frame
 
-    monkeypatch.setattr(video_reader, "_from_key_frame", watched)
+    monkeypatch.setattr(video_reader, "_from_key_frame", record_numbers)
     list(read_frames(io.BytesIO(data), video, start, 4, 2))
     assert numbers == list(range(video.key_frames[3], start + 7))
 
 
-def test_a_video_that_is_turned_is_read_upright(video_folders):
+def test_read_frames_rotated_video_is_upright(video_folders):
+    """A video with rotation metadata is read upright."""
     data = (video_folders[1] / "carphone_pristine.mp4").read_bytes()
     straight = all_frames(data)[0]
-    unit, turned = ([65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30], [0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30])
-    matrix = [b"".join(number.to_bytes(4, "big", signed=True) for number in numbers) for numbers in (unit, turned)]
+    unit, rotation = ([65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30], [0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30])
+    matrix = [b"".join(number.to_bytes(4, "big", signed=True) for number in numbers) for numbers in (unit, rotation)]
     track = data.index(b"tkhd")
     data = data[:track] + data[track:].replace(*matrix, 1)
     video = probe(io.BytesIO(data)).video
@@ -64,7 +67,8 @@ def test_a_video_that_is_turned_is_read_upright(video_folders):
     assert (np.asarray(image) == np.rot90(straight, -1)).all()
 
 
-def test_a_file_that_was_exchanged_is_noticed(video_folders):
+def test_read_frames_replaced_file_raises(video_folders):
+    """A file that does not match the manifest raises an error."""
     video = probe(io.BytesIO((video_folders[0] / "bikes.mp4").read_bytes())).video
     other = (video_folders[1] / "carphone_pristine.mp4").read_bytes()
     with pytest.raises(ValueError, match="ends before frame 200 of 250"):
@@ -81,33 +85,37 @@ def test_a_file_that_was_exchanged_is_noticed(video_folders):
         ("demo.mp3", 1.0, "no video stream"),
     ],
 )
-def test_damaged_files_say_what_is_wrong(name, share, reason):
+def test_probe_damaged_file_raises_with_reason(name, share, reason):
+    """A damaged file raises an error that contains the reason."""
     path = next(_CONTAINERS.parent.rglob(name))
     data = path.read_bytes()
     with pytest.raises(ValueError, match=reason):
         probe(io.BytesIO(data[: int(len(data) * share)]))
 
 
-def test_dropped_frames_are_no_variable_rate_but_uneven_times_are(photos):
-    steady = made_video(photos[0], [n * 40 for n in range(100) if n not in (20, 60)])
-    uneven = made_video(photos[0], [40 * n if n < 50 else 40 * 50 + 100 * (n - 50) for n in range(100)])
-    assert not probe(io.BytesIO(steady)).variable
+def test_probe_dropped_frames_are_not_variable_rate(photos):
+    """Dropped frames do not count as a variable frame rate; uneven time stamps do."""
+    steady = make_video(photos[0], [n * 40 for n in range(100) if n not in (20, 60)])
+    uneven = make_video(photos[0], [40 * n if n < 50 else 40 * 50 + 100 * (n - 50) for n in range(100)])
+    assert not probe(io.BytesIO(steady)).is_variable_rate
     assert probe(io.BytesIO(steady)).video.fps == pytest.approx(25)
-    assert probe(io.BytesIO(uneven)).variable
+    assert probe(io.BytesIO(uneven)).is_variable_rate
 
 
 @pytest.mark.parametrize(
     ("size", "max_side", "expected"),
     [((1080, 720), 255, (254, 170)), ((720, 1080), 255, (170, 254)), ((1920, 1080), 177, (176, 100))],
 )
-def test_an_odd_longest_side_becomes_the_even_one_below(size, max_side, expected):
+def test_even_size_rounds_odd_max_side_down(size, max_side, expected):
+    """An odd `max_side` is rounded down to the next even size."""
     assert even_size(*size, max_side) == expected
 
 
 @given(st.integers(2, 5000), st.integers(2, 5000), st.integers(8, 2000))
-def test_sizes_are_even_no_longer_than_asked_for_and_keep_their_shape(width, height, max_side):
-    made = even_size(width, height, max_side)
-    assert all(side % 2 == 0 and side >= 2 for side in made)
-    assert max(made) == max_side - max_side % 2
-    scale = max(made) / max(width, height)
-    assert all(abs(new - old * scale) <= 1 or new == 2 for new, old in zip(made, (width, height), strict=True))
+def test_even_size_is_even_and_keeps_aspect_ratio(width, height, max_side):
+    """Sizes are even, at most `max_side`, and keep the aspect ratio."""
+    size = even_size(width, height, max_side)
+    assert all(side % 2 == 0 and side >= 2 for side in size)
+    assert max(size) == max_side - max_side % 2
+    scale = max(size) / max(width, height)
+    assert all(abs(new - old * scale) <= 1 or new == 2 for new, old in zip(size, (width, height), strict=True))

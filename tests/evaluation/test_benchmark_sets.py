@@ -2,12 +2,12 @@
 
 import pytest
 
-from bsq_ray.evaluation.compression.datasets import find_set
+from bsq_ray.evaluation.compression.datasets import find_dataset
 
 UVG = ["Beauty", "Bosphorus", "HoneyBee", "Jockey", "ReadySteadyGo", "ShakeNDry", "YachtRide"]
 
 
-def made(folder, names):
+def make_files(folder, names):
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,24 +34,25 @@ def made(folder, names):
         (["Beautyful.mp4"], None, "clips", 1),
     ],
 )  # fmt: skip
-def test_sets_are_known_by_their_names(tmp_path, names, said, kind, items):
-    url = made(tmp_path, names)
-    found = find_set(url)
-    assert (found.name, found.kind, len(found.items)) == (said or url, kind, items)
-    assert all(item.startswith(url) for item in found.items.values())
+def test_find_dataset_published_layouts_are_recognized(tmp_path, names, expected_name, kind, items):
+    """Kodak, MCL-JCV and UVG are recognized by their file names; any other folder is named by its URL."""
+    url = make_files(tmp_path, names)
+    dataset = find_dataset(url)
+    assert (dataset.name, dataset.kind, len(dataset.items)) == (expected_name or url, kind, items)
+    assert all(item.startswith(url) for item in dataset.items.values())
 
 
-def test_a_clip_of_frames_is_its_folder(tmp_path):
-    url = made(tmp_path, ["sets/Jockey/im1.png", "sets/Jockey/im2.png"])
-    assert find_set(url).items == {"sets/Jockey": f"{url}/sets/Jockey"}
+def test_find_dataset_frame_folder_counts_as_one_clip(tmp_path):
+    url = make_files(tmp_path, ["sets/Jockey/im1.png", "sets/Jockey/im2.png"])
+    assert find_dataset(url).items == {"sets/Jockey": f"{url}/sets/Jockey"}
 
 
-def test_sets_are_found_behind_urls(bucket):
+def test_find_dataset_reads_object_storage_urls(bucket):
     from bsq_ray import storage
 
     for n in (1, 2):
         storage.write_bytes(f"{bucket}/kodak/kodim{n:02}.png", b"")
-    assert find_set(f"{bucket}/kodak").items["kodim02.png"] == f"{bucket}/kodak/kodim02.png"
+    assert find_dataset(f"{bucket}/kodak").items["kodim02.png"] == f"{bucket}/kodak/kodim02.png"
 
 
 @pytest.mark.parametrize(
@@ -61,11 +62,11 @@ def test_sets_are_found_behind_urls(bucket):
         (["notes.txt"], "holds no images and no clips"),
     ],
 )
-def test_other_folders_are_refused(tmp_path, names, message):
+def test_find_dataset_invalid_folder_raises(tmp_path, names, message):
     with pytest.raises(ValueError) as error:
-        find_set(made(tmp_path, names))
+        find_dataset(make_files(tmp_path, names))
     assert message in str(error.value)
     with pytest.raises(ValueError, match="does not exist"):
-        find_set(str(tmp_path / "none"))
+        find_dataset(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is not a folder"):
-        find_set(str(tmp_path / names[0]))
+        find_dataset(str(tmp_path / names[0]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.evaluation.compression.clip_files import read_clip
+from bsq_ray.evaluation.compression.clip_files import read_video_clip
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def carphone(video_folders):
 
 @pytest.fixture(scope="module")
 def clip(carphone):
-    return read_clip(carphone, frames=5)
+    return read_video_clip(carphone, max_frames=5)
 
 
 @pytest.fixture(scope="module")
@@ -30,47 +30,53 @@ def raw(carphone, tmp_path_factory):
     return path
 
 
-def test_a_video_file(clip):
+def test_read_video_clip_of_video_file(clip):
+    """A video file is read with its frames and frame rate."""
     assert clip.frames_THW3.shape == (5, 144, 176, 3)
     assert clip.frames_THW3.dtype == np.uint8
     assert clip.rate == pytest.approx(30, abs=0.1)
 
 
-def test_raw_frames_are_those_of_the_video_file(clip, raw):
-    found = read_clip(str(raw))
-    assert found.frames_THW3.shape == clip.frames_THW3.shape
-    assert found.rate == 30
-    assert np.abs(found.frames_THW3.astype(int) - clip.frames_THW3).mean() < 1
-    assert len(read_clip(str(raw), frames=2).frames_THW3) == 2
+def test_read_video_clip_raw_equals_video_file(clip, raw):
+    """Raw YUV frames equal the frames of the video file they come from."""
+    raw_clip = read_video_clip(str(raw))
+    assert raw_clip.frames_THW3.shape == clip.frames_THW3.shape
+    assert raw_clip.frame_rate == 30
+    assert np.abs(raw_clip.frames_THW3.astype(int) - clip.frames_THW3).mean() < 1
+    assert len(read_video_clip(str(raw), max_frames=2).frames_THW3) == 2
 
 
-def test_high_definition_has_other_colours(tmp_path):
+def test_read_video_clip_raw_hd_uses_bt709(tmp_path):
     """The same planes, strongly red, under both matrices."""
     planes = {name: np.full((height * 3 // 2, 16), 128, np.uint8) for name, height in (("sd", 718), ("hd", 720))}
     for name, each in planes.items():
         each[each.shape[0] * 5 // 6 :] = 170
         (tmp_path / f"{name}_16x{each.shape[0] * 2 // 3}_25.yuv").write_bytes(each.tobytes())
-    sd, hd = (read_clip(str(path)).frames_THW3[0, 300, 8].astype(int) for path in sorted(tmp_path.iterdir())[::-1])
+    sd, hd = (
+        read_video_clip(str(path)).frames_THW3[0, 300, 8].astype(int) for path in sorted(tmp_path.iterdir())[::-1]
+    )
     assert 6 < hd[0] - sd[0] < 11, "BT.709 weighs red by 1.79 instead of 1.60"
 
 
-def test_frames_in_a_folder(clip, tmp_path):
+def test_read_video_clip_of_frame_folder(clip, tmp_path):
+    """A folder of frames is read in order, and invalid folders raise an error."""
     for number, pixels in enumerate(clip.frames_THW3):
         Image.fromarray(pixels[:143]).save(tmp_path / f"im{number:03}.png")
-    found = read_clip(str(tmp_path))
-    assert found.rate == Fraction(30)
-    assert np.array_equal(found.frames_THW3, clip.frames_THW3[:, :142]), "an odd row is cut"
+    folder_clip = read_video_clip(str(tmp_path))
+    assert folder_clip.frame_rate == Fraction(30)
+    assert np.array_equal(folder_clip.frames_THW3, clip.frames_THW3[:, :142]), "an odd row is cut"
     Image.new("RGB", (64, 64)).save(tmp_path / "im999.png")
     with pytest.raises(ValueError, match="frames of different sizes"):
-        read_clip(str(tmp_path))
+        read_video_clip(str(tmp_path))
     (tmp_path / "im999.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="has im999.png, which cannot be read"):
-        read_clip(str(tmp_path))
+        read_video_clip(str(tmp_path))
 
 
-def test_large_frames_are_shrunk_to_even_sides(carphone):
-    assert read_clip(carphone, 2, max_side=100).frames_THW3.shape == (2, 82, 100, 3)
-    assert read_clip(carphone, 2, max_side=500).frames_THW3.shape == (2, 144, 176, 3)
+def test_read_video_clip_max_side_gives_even_sides(carphone):
+    """Frames above `max_side` are shrunk to even sides."""
+    assert read_video_clip(carphone, 2, max_side=100).frames_THW3.shape == (2, 82, 100, 3)
+    assert read_video_clip(carphone, 2, max_side=500).frames_THW3.shape == (2, 144, 176, 3)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +91,11 @@ def test_large_frames_are_shrunk_to_even_sides(carphone):
         ("clip.mp4", 96, "cannot be decoded"),
     ],
 )
-def test_what_cannot_be_read_is_said(tmp_path, name, size, message):
+def test_read_video_clip_invalid_file_raises(tmp_path, name, size, message):
+    """A file that cannot be read raises an error that names it once."""
     (tmp_path / name).write_bytes(bytes(size))
     with pytest.raises(ValueError, match=message) as error:
-        read_clip(str(tmp_path / name))
+        read_video_clip(str(tmp_path / name))
     assert str(error.value).count(str(tmp_path)) == 1
     with pytest.raises(ValueError, match="does not exist"):
-        read_clip(str(tmp_path / "none.mp4"))
+        read_video_clip(str(tmp_path / "none.mp4"))

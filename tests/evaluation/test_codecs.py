@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsq_ray.evaluation.compression.clip_files import read_clip
+from bsq_ray.evaluation.compression.clip_files import read_video_clip
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 
@@ -24,12 +24,13 @@ def error(first, second):
     return float(((np.asarray(first).astype(float) - np.asarray(second).astype(float)) ** 2).mean())
 
 
-def test_all_five_are_there():
+def test_standard_codecs_include_all_five():
     assert standard_codecs().keys() == MAGIC.keys()
 
 
 @pytest.mark.parametrize("name", MAGIC)
-def test_more_bits_buy_more_quality_in_a_file_of_the_format(name, photos):
+def test_image_codec_higher_quality_costs_more_bits(name, photos):
+    """Each file has the signature of its format, and a higher quality gives a larger file with a smaller error."""
     photo = photos[1].resize((200, 150))
     codec = standard_codecs()[name]
     files = [codec.encode(photo, quality) for quality in codec.qualities]
@@ -46,11 +47,12 @@ def test_more_bits_buy_more_quality_in_a_file_of_the_format(name, photos):
 
 @pytest.fixture(scope="module")
 def clip(video_folders):
-    return read_clip(str(video_folders[1] / "carphone_pristine.mp4"), frames=8)
+    return read_video_clip(str(video_folders[1] / "carphone_pristine.mp4"), max_frames=8)
 
 
 @pytest.mark.parametrize("name", ["H.264", "HEVC", "AV1"])
-def test_clips_too(name, clip):
+def test_video_codec_higher_quality_costs_more_bits(name, clip):
+    """A higher quality gives a larger file with a smaller error, and FFmpeg can read the file."""
     codec = standard_video_codecs()[name]
     files = [codec.encode(clip, quality) for quality in (codec.qualities[0], codec.qualities[-1])]
     decoded = [codec.decode(data) for data in files]
@@ -62,7 +64,7 @@ def test_clips_too(name, clip):
 
 
 @pytest.mark.parametrize("name", ["H.264", "HEVC"])
-def test_the_papers_settings_reach_the_encoder(name, clip):
+def test_video_codec_uses_the_papers_settings(name, clip):
     """Both encoders write their settings into the stream."""
     data = standard_video_codecs()[name].encode(clip, 37)
     assert b"bframes=0" in data

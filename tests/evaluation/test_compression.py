@@ -16,11 +16,11 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression import evaluate_compression as compression
 from bsq_ray.evaluation.compression.evaluate_compression import PRIOR, RAW, evaluate_compression
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
-from bsq_ray.evaluation.compression.rate_distortion import at_rate
+from bsq_ray.evaluation.compression.rate_distortion import interpolate_at_rate
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.lpips import lpips
 
-SECTION = config.PriorModel(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)
+MODEL_CONFIG = config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     """A prior's model folder, untrained, with its tokenizer."""
     url = tmp_path_factory.mktemp("prior")
     torch.manual_seed(0)
-    Prior(SECTION).save_pretrained(str(url))
+    Prior(MODEL_CONFIG).save_pretrained(str(url))
     save_tokenizer(url / "tokenizer", 0)
     return str(url)
 
@@ -55,13 +55,13 @@ def results(model, folder, tmp_path_factory):
         return evaluate_compression(model, str(folder), str(out), workers=0), out
 
 
-def test_everything_is_written(results):
-    found, out = results
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(found))
-    assert found["set"] == "Kodak (2 of 24)"
-    assert (found["items"], found["kind"], found["anchor"]) == (2, "images", "JPEG")
-    assert found["curves"].keys() == {RAW, PRIOR, "JPEG", "JPEG 2000", "WebP", "AVIF", "JPEG XL"}
-    assert found["bd_rate"].keys() == {"WebP"}
+def test_evaluation_writes_results_table_and_plots(results):
+    evaluation, out = results
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(evaluation))
+    assert evaluation["set"] == "Kodak (2 of 24)"
+    assert (evaluation["items"], evaluation["kind"], evaluation["anchor"]) == (2, "images", "JPEG")
+    assert evaluation["curves"].keys() == {RAW, PRIOR, "JPEG", "JPEG 2000", "WebP", "AVIF", "JPEG XL"}
+    assert evaluation["bd_rate"].keys() == {"WebP"}
     table = (out / "results.md").read_text()
     assert f"| {PRIOR} |" in table
     assert "Kodak (2 of 24)" in table
@@ -69,7 +69,8 @@ def test_everything_is_written(results):
     assert Image.open(out / "pictures.png").width == 2 * 262 + 6
 
 
-def test_rates_are_those_of_files_and_figures_those_of_decoded_pictures(results, model, folder):
+def test_points_match_file_sizes_and_decoded_images(results, model, folder):
+    """Rates are those of the written files, and metrics are those of the decoded images."""
     points = results[0]["per_item"]["kodim05.png"]
     photo = Image.open(folder / "kodim05.png")
     ours = next(point for point in points if point["codec"] == PRIOR)
@@ -86,63 +87,69 @@ def test_rates_are_those_of_files_and_figures_those_of_decoded_pictures(results,
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
 
 
-def test_the_priors_saving_is_that_of_the_files(results):
+def test_prior_savings_match_file_sizes(results):
     curves = results[0]["curves"]
     assert curves[RAW][0]["psnr"] == curves[PRIOR][0]["psnr"], "the same tokens, the same picture"
     saved = 1 - curves[PRIOR][0]["bits_per_pixel"] / curves[RAW][0]["bits_per_pixel"]
     assert results[0]["prior_saves"] == pytest.approx(saved)
 
 
-def test_standard_codecs_stand_at_our_rate_or_are_said_not_to_reach_it(results):
-    found, out = results
-    rate = found["curves"][PRIOR][0]["bits_per_pixel"]
-    assert found["at_our_rate"] == {codec: at_rate(rows, rate) for codec, rows in found["curves"].items()}
+def test_table_shows_codecs_at_our_rate_or_out_of_range(results):
+    """Each standard codec is interpolated at our rate, or listed as not within its range."""
+    evaluation, out = results
+    rate = evaluation["curves"][PRIOR][0]["bits_per_pixel"]
+    assert evaluation["at_our_rate"] == {
+        codec: interpolate_at_rate(rows, rate) for codec, rows in evaluation["curves"].items()
+    }
     table = (out / "results.md").read_text()
-    for codec, row in found["at_our_rate"].items():
+    for codec, row in evaluation["at_our_rate"].items():
         assert (f"| {codec} | not within its range |" in table) == (row is None)
 
 
 @pytest.mark.slow
-def test_two_ray_workers_measure_the_same(results, model, folder, tmp_path, ray_local):
-    there = evaluate_compression(model, str(folder), str(tmp_path), workers=2)
+def test_evaluation_on_two_workers_equals_local(results, model, folder, tmp_path, ray_local):
+    on_ray = evaluate_compression(model, str(folder), str(tmp_path), workers=2)
     for name, points in results[0]["per_item"].items():
-        same = {(point["codec"], point["quality"]): point for point in there["per_item"][name]}
+        same = {(point["codec"], point["quality"]): point for point in on_ray["per_item"][name]}
         for ours in points:
             theirs = same[ours["codec"], ours["quality"]]
             assert theirs["bits_per_pixel"] == ours["bits_per_pixel"]
             assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-3)
 
 
-def test_a_tokenizer_alone_has_raw_bits_only_and_images_may_be_shrunk(model, folder, tmp_path, monkeypatch):
+def test_tokenizer_without_prior_has_raw_bits_only(model, folder, tmp_path, monkeypatch):
+    """A tokenizer without a prior is evaluated with raw bits only, here on downscaled images."""
     jpeg = {"JPEG": replace(standard_codecs()["JPEG"], qualities=(20,))}
     monkeypatch.setattr(compression, "standard_codecs", lambda: jpeg)
     tokenizer = f"{model}/tokenizer"
-    found = evaluate_compression(tokenizer, str(folder), str(tmp_path), workers=0, max_side=190)
-    assert found["curves"].keys() == {RAW, "JPEG"}
-    assert found["prior_saves"] is None
+    evaluation = evaluate_compression(tokenizer, str(folder), str(tmp_path), workers=0, max_side=190)
+    assert evaluation["curves"].keys() == {RAW, "JPEG"}
+    assert evaluation["prior_saves"] is None
     assert "saves" not in (tmp_path / "results.md").read_text()
 
 
-def test_clips_stand_beside_video_codecs(video_folders, tmp_path, monkeypatch):
+def test_clips_are_compared_with_video_codecs(video_folders, tmp_path, monkeypatch):
     """Three frames of a night street, with an untrained tokenizer of clips of two frames."""
     (tmp_path / "set").mkdir()
     shutil.copy(video_folders[1] / "cityCC0.mpg", tmp_path / "set" / "Beauty_1920x1080.mpg")
     torch.manual_seed(0)
-    Prior(SECTION.model_copy(update={"grid": (2, 4, 4)})).save_pretrained(str(tmp_path / "model"))
+    Prior(MODEL_CONFIG.model_copy(update={"grid": (2, 4, 4)})).save_pretrained(str(tmp_path / "model"))
     save_tokenizer(tmp_path / "model" / "tokenizer", 0, frames=2)
     few = {name: replace(codec, qualities=codec.qualities[:1]) for name, codec in standard_video_codecs().items()}
     monkeypatch.setattr(compression, "standard_video_codecs", lambda: few)
     out = tmp_path / "out"
-    found = evaluate_compression(str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, frames=3, max_side=320)
-    assert (found["set"], found["kind"], found["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
-    assert found["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
+    evaluation = evaluate_compression(
+        str(tmp_path / "model"), str(tmp_path / "set"), str(out), 0, frames=3, max_side=320
+    )
+    assert (evaluation["set"], evaluation["kind"], evaluation["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
+    assert evaluation["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
     # Raw bits: 10 a token of 8 x 8 pixels; tiles of 32 pixels fill up 320 x 180, and groups of 2 frames fill up 3.
     tokens = 10 / 64 * 192 / 180 * 4 / 3
-    assert tokens < found["curves"][RAW][0]["bits_per_pixel"] < 1.1 * tokens
+    assert tokens < evaluation["curves"][RAW][0]["bits_per_pixel"] < 1.1 * tokens
     assert "at most 3 frames each" in (out / "results.md").read_text()
 
 
-def test_what_cannot_be_measured_is_named(model, photos, tmp_path):
+def test_unusable_images_raise_with_their_name(model, photos, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     photos[0].resize((100, 300)).save(small / "a.png")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bsq_ray.evaluation.plots.comparison_grid import Comparison, keep, pick
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, select_by_quantile, subsample
 
 PIXELS = np.zeros((3, 3, 1, 1), np.uint8)
 
@@ -13,33 +13,34 @@ def comparisons(scores, first=0):
 
 
 @pytest.mark.parametrize("count", [7, 13, 51])
-def test_few_images_are_shown_by_their_exact_quantiles(count):
+def test_select_by_quantile_few_images_is_exact(count):
     scores = np.random.default_rng(0).permutation(count).astype(float).tolist()
-    shown = [c.lpips[0] for c in pick(keep(comparisons(scores)), scores, 7)]
-    assert shown[0] == 0
-    assert shown[3] == np.median(scores)
-    assert shown[-1] == count - 1
-    assert shown == sorted(shown)
+    selected = [c.lpips[0] for c in select_by_quantile(subsample(comparisons(scores)), scores, 7)]
+    assert selected[0] == 0
+    assert selected[3] == np.median(scores)
+    assert selected[-1] == count - 1
+    assert selected == sorted(selected)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_of_many_images_the_same_few_are_kept_however_they_arrive(workers):
+def test_subsample_is_independent_of_number_of_workers(workers):
+    """The same few of many images are selected for any number of workers."""
     scores = np.linspace(0, 1, 3200).tolist()
     parts = []
     for rank in range(workers):
         part = []
         for start in range(rank * 3200 // workers, (rank + 1) * 3200 // workers, 32):
             end = min(start + 32, (rank + 1) * 3200 // workers)
-            part = keep(part + comparisons(scores[start:end], start))
+            part = subsample(part + comparisons(scores[start:end], start))
         parts += part
-    kept = keep(parts)
-    assert [c.key for c in kept] == [c.key for c in keep(comparisons(scores))]
-    assert len(kept) <= 66
-    shown = [c.lpips[0] for c in pick(kept, scores, 7)]
-    assert (shown[0], shown[-1]) == (0, 1)
-    assert shown[3] == pytest.approx(0.5, abs=0.05)
+    subset = subsample(parts)
+    assert [c.key for c in subset] == [c.key for c in subsample(comparisons(scores))]
+    assert len(subset) <= 66
+    selected = [c.lpips[0] for c in select_by_quantile(subset, scores, 7)]
+    assert (selected[0], selected[-1]) == (0, 1)
+    assert selected[3] == pytest.approx(0.5, abs=0.05)
 
 
-def test_fewer_images_than_columns_are_shown_once():
+def test_select_by_quantile_returns_each_image_once():
     scores = [0.3, 0.1]
-    assert [c.lpips[0] for c in pick(comparisons(scores), scores, 7)] == [0.1, 0.3]
+    assert [c.lpips[0] for c in select_by_quantile(comparisons(scores), scores, 7)] == [0.1, 0.3]

@@ -6,14 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import Akima1DInterpolator
 
-from bsq_ray.evaluation.compression.rate_distortion import Point, at_rate, bd_rates, mean_bd_rates, mean_curves
+from bsq_ray.evaluation.compression.rate_distortion import (
+    Point,
+    bd_rates,
+    interpolate_at_rate,
+    mean_bd_rates,
+    mean_curves,
+)
 
 RATES = [0.1, 0.2, 0.45, 0.8, 1.6]
 
 
 def row(rate, psnr):
-    figures = {"psnr": psnr, "ms_ssim": psnr / 50, "lpips": 1 / psnr}
-    return {"bits_per_pixel": rate, **figures, "encode_seconds": rate, "decode_seconds": 2 * rate}
+    metrics = {"psnr": psnr, "ms_ssim": psnr / 50, "lpips": 1 / psnr}
+    return {"bits_per_pixel": rate, **metrics, "encode_seconds": rate, "decode_seconds": 2 * rate}
 
 
 def curve(rates, psnrs):
@@ -24,7 +30,7 @@ def point(codec, quality, rate, psnr):
     return Point(codec, quality, rate, {"psnr": psnr, "ms_ssim": 0.9, "lpips": 0.1}, 1.0, 2.0)
 
 
-def test_curves_are_means_over_items_with_rates_ascending():
+def test_mean_curves_average_items_and_sort_by_rate():
     items = {
         "a": [point("A", 70, 1.0, 40), point("A", 10, 0.2, 30), point("B", 0, 0.3, 33)],
         "b": [point("A", 70, 2.0, 42), point("A", 10, 0.4, 20), point("B", 0, 0.5, 35)],
@@ -40,24 +46,26 @@ def test_curves_are_means_over_items_with_rates_ascending():
     ]
 
 
-def test_between_two_points_figures_follow_the_logarithm_of_the_rate():
-    found = at_rate(curve([0.1, 0.4], [30, 34]), 0.2)
-    assert found["psnr"] == pytest.approx(32)
-    assert found["bits_per_pixel"] == 0.2
-    assert at_rate(curve([0.1, 0.4], [30, 34]), 0.05) is None
-    assert at_rate(curve([0.1, 0.4], [30, 34]), 0.5) is None
-    assert at_rate(curve([0.1], [30]), 0.5) == row(0.1, 30), "a codec with one point is shown as it is"
+def test_interpolate_at_rate_is_linear_in_log_rate():
+    """Between two points, metrics are linear in the logarithm of the rate; outside there is no value."""
+    interpolated = interpolate_at_rate(curve([0.1, 0.4], [30, 34]), 0.2)
+    assert interpolated["psnr"] == pytest.approx(32)
+    assert interpolated["bits_per_pixel"] == 0.2
+    assert interpolate_at_rate(curve([0.1, 0.4], [30, 34]), 0.05) is None
+    assert interpolate_at_rate(curve([0.1, 0.4], [30, 34]), 0.5) is None
+    assert interpolate_at_rate(curve([0.1], [30]), 0.5) == row(0.1, 30), "a codec with one point is shown as it is"
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.floats(0.2, 5))
-def test_the_same_quality_at_a_multiple_of_the_rate_is_that_bd_rate(factor):
+def test_bd_rate_of_scaled_rates_is_the_scale_factor(factor):
+    """The same quality at a multiple of the anchor's rate gives that multiple as the BD-rate."""
     psnrs = [28, 30.5, 33, 35, 38]
     curves = {"anchor": curve(RATES, psnrs), "other": curve([factor * rate for rate in RATES], psnrs)}
     assert bd_rates(curves, "anchor") == {"other": pytest.approx(100 * (factor - 1), abs=0.01)}
 
 
-def test_bd_rate_is_the_mean_log_ratio_over_the_common_qualities():
+def test_bd_rate_matches_numerical_integration():
     """Integrated here, over 200,000 steps; the curves need not have the same number of points."""
     first, second = curve(RATES, [28, 31, 34, 36, 39]), curve([0.12, 0.2, 0.3, 0.7], [29, 32, 34.5, 38.5])
     at = np.linspace(29, 38.5, 200_001)
@@ -69,33 +77,34 @@ def test_bd_rate_is_the_mean_log_ratio_over_the_common_qualities():
     assert bd_rates({"a": first, "b": second}, "a")["b"] == pytest.approx(expected, abs=0.01)
 
 
-def test_the_mean_bd_rate_does_not_depend_on_how_bits_are_shared_out():
+def test_mean_bd_rate_is_independent_of_bit_allocation():
     """The same codec at half the anchor's rate: once at the anchor's qualities, once at one PSNR for both images."""
     easy, hard = [36, 39, 42, 45, 48], [20, 23, 26, 29, 32]
     anchors = {"easy": easy, "hard": hard}
-    shared = {"easy": [37, 40, 43, 46], "hard": [21, 22, 25, 28]}
+    psnrs_by_item = {"easy": [37, 40, 43, 46], "hard": [21, 22, 25, 28]}
     items = {}
     for name, psnrs in anchors.items():
-        its_rates = np.interp(shared[name], psnrs, np.log(RATES))
+        log_rates = np.interp(psnrs_by_item[name], psnrs, np.log(RATES))
         points = [point("A", n, rate, psnr) for n, (rate, psnr) in enumerate(zip(RATES, psnrs, strict=True))]
         points += [point("B", n, rate / 2, psnr) for n, (rate, psnr) in enumerate(zip(RATES, psnrs, strict=True))]
         points += [
-            point("C", n, np.exp(r) / 2, p) for n, (r, p) in enumerate(zip(its_rates, shared[name], strict=True))
+            point("C", n, np.exp(r) / 2, p) for n, (r, p) in enumerate(zip(log_rates, psnrs_by_item[name], strict=True))
         ]
         items[name] = points
-    found = mean_bd_rates(items, "A")
-    assert found["B"] == pytest.approx(-50, abs=0.01)
-    assert found["C"] == pytest.approx(-50, abs=1)
+    bd_rate_by_codec = mean_bd_rates(items, "A")
+    assert bd_rate_by_codec["B"] == pytest.approx(-50, abs=0.01)
+    assert bd_rate_by_codec["C"] == pytest.approx(-50, abs=1)
 
 
-def test_what_cannot_be_compared_has_no_bd_rate():
+def test_bd_rate_without_common_range_is_none():
+    """Codecs with one point have no BD-rate, and a codec without a common PSNR range has None."""
     curves = {
         "anchor": curve(RATES, [28, 30, 33, 35, 38]),
         "far better": curve(RATES, [48, 50, 53, 55, 58]),
         "one point": curve([0.3], [30]),
         "with a fold": curve([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9], [28, 30, 29.5, 33, 34, 36, 37]),
     }
-    found = bd_rates(curves, "anchor")
-    assert found.keys() == {"far better", "with a fold"}
-    assert found["far better"] is None
-    assert -60 < found["with a fold"] < 0
+    bd_rate_by_codec = bd_rates(curves, "anchor")
+    assert bd_rate_by_codec.keys() == {"far better", "with a fold"}
+    assert bd_rate_by_codec["far better"] is None
+    assert -60 < bd_rate_by_codec["with a fold"] < 0

@@ -9,10 +9,10 @@ from PIL import Image
 
 from bsq_ray import config
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.evaluation.provenance import contract
-from bsq_ray.evaluation.reconstruction.baseline import MeanColourCodec
+from bsq_ray.evaluation.provenance import collect_provenance
+from bsq_ray.evaluation.reconstruction.baseline import MeanColorCodec
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
-from bsq_ray.evaluation.reconstruction.reconstruct_file import describe, reconstruct_file
+from bsq_ray.evaluation.reconstruction.reconstruct_file import format_info, reconstruct_file
 from bsq_ray.models.tokenizer import Tokenizer
 
 
@@ -20,12 +20,12 @@ from bsq_ray.models.tokenizer import Tokenizer
 def model(tmp_path_factory):
     """An untrained tokenizer of 36 bits at 32 px."""
     torch.manual_seed(0)
-    small = config.Decoder(width=32, layers=1, heads=2, head_width=32)
-    section = config.TokenizerModel(
+    small = config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32)
+    section = config.TokenizerModelConfig(
         image_size=32,
-        encoder=config.Transformer(width=32, layers=1, heads=2),
+        encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=small,
-        quantizer=config.BSQ(bits=36),
+        quantizer=config.BSQConfig(bits=36),
     )
     url = str(tmp_path_factory.mktemp("model"))
     Tokenizer(section).save_pretrained(url)
@@ -38,16 +38,16 @@ def results(model, held_out_shards, tmp_path_factory):
     return evaluate_reconstruction(model, held_out_shards, str(out), workers=0, batch_size=5), out
 
 
-def test_two_ray_workers_measure_what_one_process_does(model, held_out_shards, results, tmp_path, ray_local):
-    there = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=2, batch_size=4)
-    for name, figures in results[0]["rows"].items():
-        for key, value in figures.items():
+def test_evaluation_on_two_workers_equals_local(model, held_out_shards, results, tmp_path, ray_local):
+    on_ray = evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=2, batch_size=4)
+    for name, metrics in results[0]["rows"].items():
+        for key, value in metrics.items():
             if key != "images_per_second":
-                assert there["rows"][name][key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
-    assert there["model_id"] == results[0]["model_id"]
+                assert on_ray["rows"][name][key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
+    assert on_ray["model_id"] == results[0]["model_id"]
 
 
-def test_the_trivial_codec_is_better_than_an_untrained_model(results):
+def test_baseline_codec_beats_untrained_model(results):
     rows = results[0]["rows"]
     assert rows["mean colour"]["psnr"] > rows["model"]["psnr"] + 3
     assert rows["mean colour"]["lpips"] < rows["model"]["lpips"]
@@ -56,30 +56,30 @@ def test_the_trivial_codec_is_better_than_an_untrained_model(results):
     assert len(results[0]["bit_entropies"]) == 36
 
 
-def test_what_is_not_installed_is_said_to_be_so(held_out_shards, monkeypatch):
+def test_provenance_lists_missing_packages(held_out_shards, monkeypatch):
     def version(package):
         if package == "ray":
             raise metadata.PackageNotFoundError(package)
         return "1"
 
     monkeypatch.setattr(metadata, "version", version)
-    versions = contract(read_manifest(held_out_shards), 12, 32, "lanczos", ())["versions"]
+    versions = collect_provenance(read_manifest(held_out_shards), 12, 32, "lanczos", ())["versions"]
     assert (versions["ray"], versions["torch"]) == ("not installed", "1")
 
 
-def test_results_carry_their_contract(results, held_out_shards):
-    terms = results[0]["contract"]
-    assert terms["data"] == held_out_shards
-    assert terms["images"] == 12
-    assert "lanczos" in terms["resize"]
-    assert "8 bits" in terms["pixels"]
-    assert terms["weights"].keys() == {"lpips-alex", "lpips-vgg", "fid-inception"}
-    assert all(len(weights["sha256"]) == 64 for weights in terms["weights"].values())
-    assert "biased" in terms["warning"]
-    assert "not defined for images of 32 px" in terms["ms_ssim"]
+def test_results_contain_provenance(results, held_out_shards):
+    provenance = results[0]["contract"]
+    assert provenance["data"] == held_out_shards
+    assert provenance["images"] == 12
+    assert "lanczos" in provenance["resize"]
+    assert "8 bits" in provenance["pixels"]
+    assert provenance["weights"].keys() == {"lpips-alex", "lpips-vgg", "fid-inception"}
+    assert all(len(weights["sha256"]) == 64 for weights in provenance["weights"].values())
+    assert "biased" in provenance["warning"]
+    assert "not defined for images of 32 px" in provenance["ms_ssim"]
 
 
-def test_results_are_written_as_data_table_and_picture(results):
+def test_results_are_written_as_json_table_and_plot(results):
     written, out = results
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(written))
     table = (out / "results.md").read_text()
@@ -88,18 +88,19 @@ def test_results_are_written_as_data_table_and_picture(results):
     assert Image.open(out / "reconstructions.png").size == (7 * 198 + 6, 3 * 198 + 36)
 
 
-def test_a_part_can_be_measured_with_published_rows_beside(model, held_out_shards, tmp_path):
-    found = evaluate_reconstruction(
+def test_limit_and_published_rows_are_applied(model, held_out_shards, tmp_path):
+    """The first samples alone can be evaluated, and published results follow the table."""
+    evaluation = evaluate_reconstruction(
         model, held_out_shards, str(tmp_path), workers=0, limit=3, published_rows=True, weights="plain"
     )
-    assert found["contract"]["images"] == 3
+    assert evaluation["contract"]["images"] == 3
     assert (
         "| SDXL-VAE | ImageNet val 256 | lanczos | 64 | 25.38 | 0.7276 | 0.0666 | 0.72 |"
         in (tmp_path / "results.md").read_text()
     )
 
 
-def test_what_cannot_be_measured_is_said(model, held_out_shards, tmp_path):
+def test_invalid_model_or_data_raises(model, held_out_shards, tmp_path):
     with pytest.raises(ValueError, match="is not a model folder"):
         evaluate_reconstruction(held_out_shards, held_out_shards, str(tmp_path), workers=0)
     with pytest.raises(ValueError, match="is not a packed data set"):
@@ -110,33 +111,33 @@ def test_what_cannot_be_measured_is_said(model, held_out_shards, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(18, [63, 63, 63]), (10, [7, 15, 7]), (2, [1, 1, 0]), (128, [65535] * 3)])
-def test_the_trivial_codec_shares_its_bits_among_the_channels(bits, levels):
-    codec = MeanColourCodec(8, bits)
+def test_baseline_codec_divides_bits_among_channels(bits, levels):
+    codec = MeanColorCodec(8, bits)
     assert codec.levels.tolist() == levels
     ramp = torch.linspace(-1, 1, 8 * 4096).expand(1, 3, 8, -1)
-    seen = codec.reconstruct(ramp)[0, :, 0, ::8]
-    assert [min(len(channel.unique()), 512) for channel in seen] == [min(level + 1, 512) for level in levels]
+    levels_C = codec.reconstruct(ramp)[0, :, 0, ::8]
+    assert [min(len(channel.unique()), 512) for channel in levels_C] == [min(level + 1, 512) for level in levels]
 
 
-def test_the_trivial_codec_keeps_each_patchs_mean():
+def test_baseline_codec_preserves_patch_means():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    patches = MeanColourCodec(8, 48).reconstruct(images)
+    patches = MeanColorCodec(8, 48).reconstruct(images)
     assert torch.allclose(patches[:, :, :8, :8].mean((2, 3)), images[:, :, :8, :8].mean((2, 3)), atol=1e-4)
     assert patches[0, 0, :8, :8].unique().numel() == 1
 
 
-def test_one_image_is_reconstructed_beside_its_original(model, photo_folders, tmp_path):
-    told = reconstruct_file(model, str(photo_folders[1] / "coffee.png"), tmp_path / "out.png")
+def test_reconstruct_file_writes_side_by_side_image(model, photo_folders, tmp_path):
+    summary = reconstruct_file(model, str(photo_folders[1] / "coffee.png"), tmp_path / "out.png")
     assert Image.open(tmp_path / "out.png").size == (64, 32)
-    assert "576 bits (0.5625 bits per pixel), PSNR" in told
+    assert "576 bits (0.5625 bits per pixel), PSNR" in summary
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match="text.jpg cannot be read as an image"):
         reconstruct_file(model, str(tmp_path / "text.jpg"), tmp_path / "out.png")
 
 
-def test_folders_and_presets_are_described(model, held_out_shards, tmp_path):
-    assert "16 tokens of 36 bits (bsq)" in describe(model)
-    assert "12 images" in describe(held_out_shards)
-    assert "1024 tokens of 18 bits" in describe("imagenet256-bsq18")
+def test_format_info_describes_folders_and_presets(model, held_out_shards, tmp_path):
+    assert "16 tokens of 36 bits (bsq)" in format_info(model)
+    assert "12 images" in format_info(held_out_shards)
+    assert "1024 tokens of 18 bits" in format_info("imagenet256-bsq18")
     with pytest.raises(ValueError, match="is not a model folder, a run folder"):
-        describe(str(tmp_path))
+        format_info(str(tmp_path))

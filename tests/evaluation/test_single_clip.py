@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from real_clips import clip_file, street
+from real_clips import clip_path, street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import to_uint8
@@ -19,13 +19,13 @@ def model(request, tmp_path_factory):
     """URL of an untrained model of four frames, or of images."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
-    section = config.TokenizerModel(
+    section = config.TokenizerModelConfig(
         image_size=32,
         frames=1 if request.param == "images" else 4,
         causal=request.param == "causal",
-        encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_width=32),
-        quantizer=config.BSQ(bits=10),
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=10),
     )
     url = str(tmp_path_factory.mktemp("model") / "model")
     Tokenizer(section).save_pretrained(url)
@@ -35,7 +35,7 @@ def model(request, tmp_path_factory):
 @pytest.fixture
 def short_clip(tmp_path):
     """Path of a lossless video of ten frames of the street, and the frames, uint8 (10, 32, 32, 3)."""
-    frames = to_uint8(street(10, 32))[0].permute(1, 2, 3, 0).numpy()
+    frames = to_uint8(street_clip(10, 32))[0].permute(1, 2, 3, 0).numpy()
     path = tmp_path / "street.mkv"
     with av.open(str(path), "w") as output:
         stream = output.add_stream("ffv1", rate=25)
@@ -46,30 +46,33 @@ def short_clip(tmp_path):
     return str(path), frames
 
 
-def read(path):
+def read_video_frames(path):
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_originals_are_left_of_what_the_model_makes_of_them(model, short_clip, tmp_path):
+def test_reconstruct_clip_writes_originals_on_the_left(model, short_clip, tmp_path):
+    """Each frame shows the original on the left and the reconstruction on the right."""
     path, frames = short_clip
-    done = []
-    told = reconstruct_clip(model, path, tmp_path / "out.mp4", progress=lambda now, total: done.append((now, total)))
-    beside = read(tmp_path / "out.mp4").astype(int)
-    assert beside.shape == (10, 32, 64, 3)
+    progress = []
+    summary = reconstruct_clip(
+        model, path, tmp_path / "out.mp4", progress=lambda now, total: progress.append((now, total))
+    )
+    side_by_side = read_video_frames(tmp_path / "out.mp4").astype(int)
+    assert side_by_side.shape == (10, 32, 64, 3)
     # H.264 with halved colour changes little.
-    assert np.abs(beside[:, :, :32] - frames).mean() < 6
+    assert np.abs(side_by_side[:, :, :32] - frames).mean() < 6
     tokenizer = Tokenizer.from_pretrained(model)
     together = tokenizer.config.frames
     clip = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     first = to_uint8(tokenizer.reconstruct(clip[:, :, :together]))[0].permute(1, 2, 3, 0).numpy().astype(int)
-    assert np.abs(beside[:together, :, 32:] - first).mean() < 6
-    assert f"10 frames of 32 x 32 px in 160 bits each ({160 / 1024:g} bits per pixel), PSNR" in told
-    assert [now for now, _ in done] == list(range(1, 11))
-    assert all(total >= now for now, total in done)
+    assert np.abs(side_by_side[:together, :, 32:] - first).mean() < 6
+    assert f"10 frames of 32 x 32 px in 160 bits each ({160 / 1024:g} bits per pixel), PSNR" in summary
+    assert [now for now, _ in progress] == list(range(1, 11))
+    assert all(total >= now for now, total in progress)
 
 
-def test_a_file_that_is_no_clip_is_refused(model, tmp_path):
+def test_reconstruct_clip_invalid_file_raises(model, tmp_path):
     (tmp_path / "text.mp4").write_text("no clip")
     with pytest.raises(ValueError, match=r"text.mp4 cannot be read as a clip: not a video of a known format"):
         reconstruct_clip(model, str(tmp_path / "text.mp4"), tmp_path / "out.mp4")
@@ -78,7 +81,7 @@ def test_a_file_that_is_no_clip_is_refused(model, tmp_path):
     assert not (tmp_path / "out.mp4").exists()
 
 
-_MEASURED = """
+_MEMORY_SCRIPT = """
 import resource, sys
 from pathlib import Path
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
@@ -93,11 +96,12 @@ print(*peaks)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["causal"], indirect=True)
-def test_memory_at_the_end_of_a_real_clip_of_a_minute_is_that_near_its_beginning(model, tmp_path):
+def test_reconstruct_clip_memory_is_constant(model, tmp_path):
+    """Peak memory at the end of a real clip of one minute is close to that near its beginning."""
     out = tmp_path / "out.mp4"
-    command = [sys.executable, "-c", _MEASURED, model, str(clip_file("demo.3gp")), str(out)]
+    command = [sys.executable, "-c", _MEMORY_SCRIPT, model, str(clip_path("demo.3gp")), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True)
     early, *_, end = map(float, done.stdout.split())
-    assert len(read(out)) == 1441
+    assert len(read_video_frames(out)) == 1441
     # One copy of all frames would be 4 MB at this size, their fp32 forms 17 MB, their keys and values 24 MB.
     assert end < early + 12

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bsq_ray.runtime.precision import whole_fp32
+from bsq_ray.runtime.precision import strict_fp32
 
 # The other tests' photographs come from more packages; scikit-image and scikit-learn bring these.
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
@@ -22,9 +22,9 @@ def gpu():
 
 
 @pytest.fixture(autouse=True)
-def _exact_products():
+def _strict_fp32():
     """What is compared with the CPU multiplies as it does."""
-    whole_fp32()
+    strict_fp32()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.data.transforms import evaluation_image, to_float
+from bsq_ray.data.transforms import eval_transform, to_float
 from bsq_ray.metrics.pretrained_weights import resolve_once
 
 SIZE = 32
@@ -16,22 +16,22 @@ def small_tokenizer(quantizer=None, **changes):
     """4 x 4 tokens at 32 px; temporal positions that matter, as a trained video model's do."""
     torch.manual_seed(0)
     sizes = {"width": 64, "layers": 2, "heads": 4}
-    section = {
+    model_config = {
         "image_size": SIZE,
-        "encoder": config.Transformer(**sizes),
-        "decoder": config.Decoder(**sizes, head_width=64),
-        "quantizer": quantizer or config.BSQ(bits=18),
+        "encoder": config.TransformerConfig(**sizes),
+        "decoder": config.DecoderConfig(**sizes, head_hidden_dim=64),
+        "quantizer": quantizer or config.BSQConfig(bits=18),
     }
-    tokenizer = Tokenizer(config.TokenizerModel(**section | changes))
+    tokenizer = Tokenizer(config.TokenizerModelConfig(**model_config | changes))
     for part in (tokenizer.encoder, tokenizer.decoder):
         if part.transformer.temporal_position is not None:
             torch.nn.init.normal_(part.transformer.temporal_position, std=0.5)
     return tokenizer
 
 
-def photographs(photos, size=SIZE):
+def photo_batch(photos, size=SIZE):
     """Squares of real photographs, (B, 3, size, size) in [-1, 1]."""
-    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, size, "lanczos") for photo in photos])))
+    return to_float(torch.from_numpy(np.stack([eval_transform(photo, size, "lanczos") for photo in photos])))
 
 
 def pan(photo, frames, size=SIZE):
@@ -41,12 +41,12 @@ def pan(photo, frames, size=SIZE):
     return to_float(torch.from_numpy(np.stack(cuts, 1)[None]))
 
 
-def on_both(module, gpu):
+def cpu_and_gpu_copies(module, gpu):
     """The module on the CPU, and its twin on the GPU."""
     return module, copy.deepcopy(module).to(gpu)
 
 
-def missing_weights(*networks):
+def missing_weights_reason(*networks):
     """Why a test that looks through published networks cannot run here; empty if it can."""
     for network in networks:
         try:
@@ -56,19 +56,19 @@ def missing_weights(*networks):
     return ""
 
 
-def assert_agree(there, here, tolerance, what=""):
+def assert_close_to_cpu(actual, expected, tolerance, name=""):
     """The difference is at most `tolerance` of the length of what the CPU says."""
-    here, there = here.detach().double(), there.detach().cpu().double()
-    assert there.shape == here.shape
-    assert torch.isfinite(there).all(), what
-    error = float((there - here).norm() / here.norm().clamp_min(1e-12))
-    assert error <= tolerance, f"{what}: {error:.2e} apart"
+    expected, actual = expected.detach().double(), actual.detach().cpu().double()
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all(), name
+    error = float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+    assert error <= tolerance, f"{name}: {error:.2e} apart"
 
 
-def assert_same_gradients(there, here, tolerance):
+def assert_same_gradients(actual, reference, tolerance):
     """Of all parameters; those whose gradient is nothing but rounding may differ by a thousandth of the longest."""
-    expected = {name: parameter.grad for name, parameter in here.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     longest = max(float(gradient.norm()) for gradient in expected.values())
-    for name, parameter in there.named_parameters():
+    for name, parameter in actual.named_parameters():
         error = float((parameter.grad.cpu() - expected[name]).norm())
         assert error <= tolerance * (float(expected[name].norm()) + 1e-3 * longest), f"{name}: {error:.2e} apart"

@@ -17,7 +17,7 @@ RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TOKEN = "a-token-that-nobody-else-knows-" + "0" * 32
 
 
-class Head:
+class HeadNode:
     """The head's address for jobs, and what a person has in the environment who may use it."""
 
     def __init__(self, address, environment):
@@ -37,14 +37,14 @@ class Head:
     def submit(self, *entrypoint, name, wait=True):
         """`ray job submit`, as the documentation writes it."""
         options = ["--address", self.address, "--submission-id", name, *([] if wait else ["--no-wait"])]
-        where = ["--runtime-env", "jobs/runtime_env.yaml", "--working-dir", "."]
-        return self.ray("job", "submit", *options, *where, "--", *entrypoint)
+        runtime_options = ["--runtime-env", "jobs/runtime_env.yaml", "--working-dir", "."]
+        return self.ray("job", "submit", *options, *runtime_options, "--", *entrypoint)
 
     def get(self, path):
         """What the head's HTTP interface answers to who shows the token."""
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {TOKEN}"})
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return json.load(response)
 
     def status(self, name):
         """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
@@ -83,8 +83,8 @@ def head_node(
         process = subprocess.Popen(command, env=head_environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_for(address, process, folder / "head.log")
-        yield Head(address, environment)
+        _wait_until_ready(address, process, folder / "head.log")
+        yield HeadNode(address, environment)
     finally:
         process.terminate()
         process.wait(180)
@@ -101,7 +101,7 @@ def _free_ports(count):
             probe.close()
 
 
-def _wait_for(address, process, log):
+def _wait_until_ready(address, process, log):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         try:

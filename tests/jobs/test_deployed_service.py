@@ -22,20 +22,20 @@ def head():
     # Below /tmp, because the path of a socket may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))
     try:
-        with head_node(folder, cpus=8, settings={"BSQ_RAY_TOKEN": TOKEN}) as running:
-            yield running
+        with head_node(folder, cpus=8, settings={"BSQ_RAY_TOKEN": TOKEN}) as head_process:
+            yield head_process
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def deploy(head, file, port, models):
-    deployed = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
-    deployed["http_options"] = {"host": "127.0.0.1", "port": port}
-    args = deployed["applications"][0]["args"]
+    serve_config = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
+    serve_config["http_options"] = {"host": "127.0.0.1", "port": port}
+    args = serve_config["applications"][0]["args"]
     args["models"] = models
     for name in ("front", "tokenizer", "codec", "generator"):
         args[name] |= {"cpus": 0.5, "gpus": 0} if name != "front" else {"cpus": 0.5}
-    file.write_text(yaml.safe_dump(deployed))
+    file.write_text(yaml.safe_dump(serve_config))
     command = "import sys; from ray.serve.scripts import cli; sys.exit(cli())"
     return subprocess.run(
         [sys.executable, "-c", command, "deploy", str(file)],
@@ -45,22 +45,23 @@ def deploy(head, file, port, models):
 
 
 @pytest.mark.slow
-def test_the_file_is_deployed_and_asks_for_the_token(head, tmp_path, photo_folders):
+def test_deployed_serve_yaml_requires_token(head, tmp_path, photo_folders):
+    """The deployed application requires the token."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = deploy(head, tmp_path / "serve.yaml", port, {"image": save_tokenizer(tmp_path / "model", seed=0)})
-    assert done.returncode == 0, done.stderr
+    result = deploy(head, tmp_path / "serve.yaml", port, {"image": save_tokenizer(tmp_path / "model", seed=0)})
+    assert result.returncode == 0, result.stderr
     url = f"http://127.0.0.1:{port}"
-    assert loaded(url), head.get("/api/serve/applications/")
+    assert is_loaded(url), head.get("/api/serve/applications/")
     photo = (photo_folders[1] / "coffee.png").read_bytes()
     assert httpx.post(f"{url}/v1/encode", content=photo).status_code == 401
-    answer = httpx.post(f"{url}/v1/encode", content=photo, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
-    assert answer.status_code == 200
-    assert answer.json()["grid"] == [1, 4, 4]
+    response = httpx.post(f"{url}/v1/encode", content=photo, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+    assert response.status_code == 200
+    assert response.json()["grid"] == [1, 4, 4]
 
 
-def loaded(url):
+def is_loaded(url):
     for _ in range(120):
         try:
             if httpx.get(f"{url}/healthz").status_code == 200:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from head_node import REPOSITORY, head_node
-from small_job import TINY
+from small_job import TINY_OVERRIDES
 from typer.main import get_command
 
 from bsq_ray.cli.main import app
@@ -23,24 +23,28 @@ JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
-def test_a_job_takes_the_options_of_its_command(job):
-    done = subprocess.run([sys.executable, job, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    command = re.search(r"Usage: bsq-ray (.*?) \[OPTIONS\]", done.stdout)[1]
+def test_job_help_shows_options_of_its_command(job):
+    """Each job script accepts the options of its command."""
+    completed = subprocess.run([sys.executable, job, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    command = re.search(r"Usage: bsq-ray (.*?) \[OPTIONS\]", completed.stdout)[1]
     assert set(command.split()) - {"data"} <= set(job.stem.split("_"))
 
 
-def leaves(command, path=()):
+def leaf_commands(command, path=()):
     """(path, command) of each command that has none below it."""
-    below = getattr(command, "commands", {})
-    if not below:
+    subcommands = getattr(command, "commands", {})
+    if not subcommands:
         yield path, command
-    for name, part in below.items():
-        yield from leaves(part, (*path, name))
+    for name, subcommand in subcommands.items():
+        yield from leaf_commands(subcommand, (*path, name))
 
 
-def test_every_command_that_can_work_on_a_cluster_has_a_job():
-    commands = {path for path, command in leaves(get_command(app)) if any(p.name == "address" for p in command.params)}
+def test_cluster_commands_have_a_job():
+    """Every command with an --address option has a job script."""
+    commands = {
+        path for path, command in leaf_commands(get_command(app)) if any(p.name == "address" for p in command.params)
+    }
     assert ("train",) in commands
     # It never ends; cluster/ says how a cluster serves.
     for path in commands - {("serve",)}:
@@ -50,7 +54,8 @@ def test_every_command_that_can_work_on_a_cluster_has_a_job():
             assert any(words <= set(job.stem.split("_")) for job in JOBS), (path, stage)
 
 
-def test_the_environment_of_jobs_is_one_that_ray_accepts():
+def test_runtime_env_is_accepted_by_ray():
+    """Ray accepts the runtime environment of the jobs."""
     from ray.runtime_env import RuntimeEnv
 
     settings = yaml.safe_load((REPOSITORY / "jobs" / "runtime_env.yaml").read_text())
@@ -63,58 +68,65 @@ def head():
     # Below /tmp, because the path of a socket may have no more than 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))
     try:
-        with head_node(folder, cpus=6) as running:
-            yield running
+        with head_node(folder, cpus=6) as head_process:
+            yield head_process
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
-def test_without_the_token_nothing_is_run(head, tmp_path):
-    mark = tmp_path / "ran"
-    other = tmp_path / "token"
-    other.write_text("another-token-" + "1" * 40)
-    refused = head.ray(
-        *("job", "submit", "--address", head.address, "--", "touch", str(mark)), RAY_AUTH_TOKEN_PATH=str(other)
+def test_job_submit_wrong_token_is_rejected(head, tmp_path):
+    """A submission with a wrong token is rejected and runs nothing."""
+    marker = tmp_path / "ran"
+    wrong_token = tmp_path / "token"
+    wrong_token.write_text("another-token-" + "1" * 40)
+    completed = head.ray(
+        *("job", "submit", "--address", head.address, "--", "touch", str(marker)), RAY_AUTH_TOKEN_PATH=str(wrong_token)
     )
-    assert refused.returncode != 0
-    assert "auth" in (refused.stdout + refused.stderr).lower()
-    assert not mark.exists()
+    assert completed.returncode != 0
+    assert "auth" in (completed.stdout + completed.stderr).lower()
+    assert not marker.exists()
 
 
 @pytest.mark.slow
-def test_photographs_are_packed_and_trained_on_by_jobs(head, photo_folders, tmp_path):
+def test_jobs_pack_and_train(head, photo_folders, tmp_path):
+    """Jobs pack photos into shards and train on them."""
     shards, out = tmp_path / "shards", tmp_path / "run"
-    packed = head.submit("python", "jobs/pack.py", str(photo_folders[0]), str(shards), "--max-side", "96", name="pack")
-    assert packed.returncode == 0, packed.stdout + packed.stderr
+    pack_job = head.submit(
+        "python", "jobs/pack.py", str(photo_folders[0]), str(shards), "--max-side", "96", name="pack"
+    )
+    assert pack_job.returncode == 0, pack_job.stdout + pack_job.stderr
     assert (shards / "manifest.parquet").exists()
 
-    where = ["--data", str(shards), "--out", str(out), "--workers", "2"]
-    trained = head.submit(
-        *("python", "jobs/train_tokenizer.py", "--config", "demo", *where, *TINY, "training.steps=10"), name="train"
+    run_options = ["--data", str(shards), "--out", str(out), "--workers", "2"]
+    train_job = head.submit(
+        *("python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, *TINY_OVERRIDES, "training.steps=10"),
+        name="train",
     )
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "trained 10 steps" in trained.stdout
+    assert train_job.returncode == 0, train_job.stdout + train_job.stderr
+    assert "trained 10 steps" in train_job.stdout
     assert head.status("train") == "SUCCEEDED"
     assert json.loads((out / "summary.json").read_text())["workers"] == 2
     Tokenizer.from_pretrained(str(out / "model"))
 
 
 @pytest.mark.slow
-def test_a_job_that_cannot_work_fails_and_its_log_says_why(head, tmp_path):
-    where = ["--data", str(tmp_path), "--out", str(tmp_path / "run")]
-    failed = head.submit("python", "jobs/train_tokenizer.py", "--config", "demo", *where, name="fails")
-    assert failed.returncode == 1
+def test_job_failure_is_reported_in_its_log(head, tmp_path):
+    """A job with invalid input fails, and its log gives the reason."""
+    run_options = ["--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    completed = head.submit("python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, name="fails")
+    assert completed.returncode == 1
     assert head.status("fails") == "FAILED"
-    assert "bsq-ray: " in failed.stdout
-    assert "`bsq-ray data index" in failed.stdout
+    assert "bsq-ray: " in completed.stdout
+    assert "`bsq-ray data index" in completed.stdout
 
 
 @pytest.mark.slow
-def test_a_stopped_job_leaves_a_checkpoint_and_the_same_submission_goes_on(head, photo_shards, tmp_path):
+def test_job_stopped_job_resumes_from_checkpoint(head, photo_shards, tmp_path):
+    """A stopped job saves a checkpoint, and the same submission resumes from it."""
     out = tmp_path / "run"
-    where = ["--data", photo_shards, "--out", str(out), "--workers", "2", "--resume"]
-    job = ["python", "jobs/train_tokenizer.py", "--config", "demo", *where, *TINY]
+    run_options = ["--data", photo_shards, "--out", str(out), "--workers", "2", "--resume"]
+    job = ["python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, *TINY_OVERRIDES]
     assert head.submit(*job, "training.steps=100000", name="long", wait=False).returncode == 0
     deadline = time.monotonic() + 150
     while not list_checkpoints(str(out)) and time.monotonic() < deadline:
@@ -127,8 +139,8 @@ def test_a_stopped_job_leaves_a_checkpoint_and_the_same_submission_goes_on(head,
     Tokenizer.from_pretrained(str(out / "model"))
 
     # Another number of steps is not another run.
-    went_on = head.submit(*job, f"training.steps={step + 5}", name="goes-on")
-    assert went_on.returncode == 0, went_on.stdout + went_on.stderr
-    assert f"trained {step + 5} steps" in went_on.stdout
+    resumed_job = head.submit(*job, f"training.steps={step + 5}", name="goes-on")
+    assert resumed_job.returncode == 0, resumed_job.stdout + resumed_job.stderr
+    assert f"trained {step + 5} steps" in resumed_job.stdout
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)

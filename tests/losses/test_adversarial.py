@@ -9,13 +9,16 @@ from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, gene
 
 
 @pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
-def test_generator_wants_high_logits_and_discriminator_tells_them_apart(objective):
+def test_losses_have_expected_sign(objective):
+    """The generator loss falls with high logits, and the discriminator loss falls when real and fake are
+    separated.
+    """
     low, high = torch.full((4, 1), -2.0), torch.full((4, 1), 2.0)
     assert generator_loss(high, objective) < generator_loss(low, objective)
     assert discriminator_loss(high, low, objective) < discriminator_loss(low, high, objective)
 
 
-def test_values_are_the_published_ones():
+def test_losses_match_published_formulas():
     logits = torch.tensor([[0.5], [-1.5]])
     assert generator_loss(logits, "non_saturating") == F.softplus(-logits).mean()
     assert generator_loss(logits, "hinge") == 0.5
@@ -24,14 +27,15 @@ def test_values_are_the_published_ones():
     assert discriminator_loss(logits, logits, "hinge") == 0.5 * ((0.5 + 2.5) / 2 + (1.5 + 0) / 2)
 
 
-def test_r1_of_a_linear_discriminator_is_its_squared_weight():
+def test_r1_penalty_linear_is_squared_weight():
+    """The R1 penalty of a linear discriminator is the squared norm of its weight."""
     weight = torch.randn(3 * 4 * 4)
     x = torch.randn(5, 3, 4, 4, requires_grad=True)
     penalty = r1_penalty(x.flatten(1) @ weight, x)
     torch.testing.assert_close(penalty, weight.square().sum())
 
 
-def test_adaptive_weight_is_the_ratio_of_gradient_norms():
+def test_adaptive_weight_is_gradient_norm_ratio():
     layer = nn.Linear(3, 2)
     y = layer(torch.randn(7, 3)).sum()
     assert adaptive_weight(6 * y, 2 * y, layer.weight).item() == pytest.approx(3, rel=1e-3)

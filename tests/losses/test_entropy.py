@@ -36,28 +36,29 @@ def logits_NL():
     return 2 * torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def test_per_sample_entropy_is_that_of_the_explicit_distribution(logits_NL):
+def test_per_sample_entropy_matches_explicit(logits_NL):
     torch.testing.assert_close(per_sample_entropy(logits_NL), entropy(explicit_distribution(logits_NL)).mean())
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 4, 8])
-def test_grouped_entropy_is_that_of_each_groups_explicit_average(logits_NL, group_size):
+def test_grouped_entropy_matches_explicit_average(logits_NL, group_size):
+    """The grouped entropy is that of each group's explicit batch-averaged distribution."""
     groups = logits_NL.split(group_size, dim=1)
     expected = sum(entropy(explicit_distribution(group).mean(0)) for group in groups)
     torch.testing.assert_close(grouped_codebook_entropy(logits_NL, group_size), expected)
 
 
-def test_groups_of_one_bit_are_the_analytical_estimate(logits_NL):
+def test_grouped_entropy_of_single_bits_is_bitwise(logits_NL):
     torch.testing.assert_close(grouped_codebook_entropy(logits_NL, 1), bitwise_codebook_entropy(logits_NL))
 
 
-def test_bitwise_estimate_bounds_the_true_entropy_from_above(logits_NL):
+def test_bitwise_entropy_is_upper_bound(logits_NL):
     correlated_NL = logits_NL[:, :1].expand(-1, 8) * 3
     assert bitwise_codebook_entropy(correlated_NL) > 1.5 * grouped_codebook_entropy(correlated_NL, 8)
     assert bitwise_codebook_entropy(logits_NL) >= grouped_codebook_entropy(logits_NL, 8)
 
 
-def test_extreme_logits_have_finite_entropies_and_gradients():
+def test_entropy_extreme_logits_stay_finite():
     logits_NL = torch.tensor([[1e4, -1e4, 0.0, 80.0]], requires_grad=True)
     total = per_sample_entropy(logits_NL) + bitwise_codebook_entropy(logits_NL)
     total.backward()
@@ -66,19 +67,20 @@ def test_extreme_logits_have_finite_entropies_and_gradients():
     assert per_sample_entropy(logits_NL.detach()).item() == pytest.approx(log(2), abs=1e-4)
 
 
-def test_gradients_agree_with_finite_differences(logits_NL):
+def test_entropy_gradients_match_finite_differences(logits_NL):
     logits_NL = logits_NL[:4].requires_grad_()
     assert torch.autograd.gradcheck(per_sample_entropy, logits_NL)
     assert torch.autograd.gradcheck(bitwise_codebook_entropy, logits_NL)
     assert torch.autograd.gradcheck(lambda x: grouped_codebook_entropy(x, 4), logits_NL)
 
 
-def by_fours(logits_NL, across_workers):
+def grouped_by_four(logits_NL, across_workers):
     return grouped_codebook_entropy(logits_NL, 4, across_workers)
 
 
-@pytest.mark.parametrize("estimate", [bitwise_codebook_entropy, by_fours])
-def test_two_workers_get_value_and_averaged_gradient_of_the_joined_batch(logits_NL, estimate, tmp_path):
+@pytest.mark.parametrize("estimate", [bitwise_codebook_entropy, grouped_by_four])
+def test_entropy_across_workers_matches_joined_batch(logits_NL, estimate, tmp_path):
+    """Two workers get the value and the averaged gradient of the joined batch."""
     joined_NL = logits_NL.clone().requires_grad_()
     value = estimate(joined_NL, False)
     value.backward()

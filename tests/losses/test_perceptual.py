@@ -28,7 +28,7 @@ def chelsea(photo_folders):
 @pytest.mark.parametrize(
     ("network", "jpeg", "blurred", "other"), [("alex", 0.1141, 0.5337, 0.7110), ("vgg", 0.2967, 0.4653, 0.7262)]
 )
-def test_distances_are_those_of_the_published_networks(coffee, chelsea, network, jpeg, blurred, other):
+def test_lpips_matches_reference_values(coffee, chelsea, network, jpeg, blurred, other):
     """Values computed with another public implementation of the same weights."""
     loss = PerceptualLoss(network)
     data = io.BytesIO()
@@ -39,13 +39,13 @@ def test_distances_are_those_of_the_published_networks(coffee, chelsea, network,
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
-def test_it_equals_the_packages_own_forward(coffee, chelsea, network):
+def test_lpips_matches_package_forward(coffee, chelsea, network):
     loss = PerceptualLoss(network)
     a, b = tensor(coffee.resize((64, 64))), tensor(chelsea.resize((64, 64)))
     torch.testing.assert_close(loss(a, b), loss.lpips(a, b).flatten(), rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_reach_the_reconstruction_only(coffee):
+def test_lpips_gradients_reach_reconstruction_only(coffee):
     loss = PerceptualLoss("alex").train()
     original = tensor(coffee.resize((64, 64))).requires_grad_()
     reconstruction = (original.detach() * 0.9).requires_grad_()
@@ -56,7 +56,7 @@ def test_gradients_reach_the_reconstruction_only(coffee):
     assert not loss.training
 
 
-def test_half_precision_features_stay_close(coffee, chelsea):
+def test_lpips_bf16_stays_close_to_fp32(coffee, chelsea):
     loss = PerceptualLoss("vgg")
     a, b = tensor(coffee.resize((64, 64))), tensor(chelsea.resize((64, 64)))
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
-from bsq_ray.metrics.classifier import Classifier
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.inception_score import inception_score
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
-from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
 
 @pytest.fixture(scope="module")
 def originals(photos):
-    return to_float(torch.from_numpy(np.stack([evaluation_image(photo, 176, "lanczos") for photo in photos[:6]])))
+    return to_float(torch.from_numpy(np.stack([eval_transform(photo, 176, "lanczos") for photo in photos[:6]])))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def inception():
     return Inception()
 
 
-def test_psnr_is_that_of_torchmetrics(originals, distorted):
-    prepare_torchvision()
+def test_psnr_matches_torchmetrics(originals, distorted):
+    stub_torchvision_ops()
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     each = psnr(originals, distorted)
@@ -51,33 +51,33 @@ def test_psnr_is_that_of_torchmetrics(originals, distorted):
     assert each.tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_identical_images_have_a_finite_psnr(originals):
+def test_psnr_of_identical_images_is_finite(originals):
     assert psnr(originals, originals).tolist() == pytest.approx([100.0] * 6)
 
 
-def test_ssim_and_ms_ssim_are_those_of_pytorch_msssim(originals, distorted):
+def test_ssim_and_ms_ssim_match_pytorch_msssim(originals, distorted):
     from pytorch_msssim import ms_ssim, ssim
 
-    figures = structural_similarity(originals, distorted)
+    metrics = structural_similarity(originals, distorted)
     a, b = (originals + 1) * 127.5, (distorted + 1) * 127.5
-    assert figures["ssim"].mean().item() == pytest.approx(ssim(a, b, data_range=255).item(), abs=1e-6)
-    assert figures["ms_ssim"].mean().item() == pytest.approx(ms_ssim(a, b, data_range=255).item(), abs=1e-6)
+    assert metrics["ssim"].mean().item() == pytest.approx(ssim(a, b, data_range=255).item(), abs=1e-6)
+    assert metrics["ms_ssim"].mean().item() == pytest.approx(ms_ssim(a, b, data_range=255).item(), abs=1e-6)
 
 
-def test_ms_ssim_is_left_out_for_small_images(originals, distorted):
+def test_ms_ssim_is_omitted_for_small_images(originals, distorted):
     assert structural_similarity(originals[..., :64, :64], distorted[..., :64, :64]).keys() == {"ssim"}
 
 
 @pytest.mark.parametrize("network", ["alex", "vgg"])
-def test_lpips_is_that_of_the_lpips_package(originals, distorted, network):
-    from bsq_ray.metrics.lpips import _network
+def test_lpips_matches_lpips_package(originals, distorted, network):
+    from bsq_ray.metrics.lpips import _load_network
 
     with torch.no_grad():
-        expected = _network(network, "cpu").lpips(originals, distorted).flatten()
+        expected = _load_network(network, "cpu").lpips(originals, distorted).flatten()
     torch.testing.assert_close(lpips(originals, distorted, network), expected, rtol=0, atol=1e-5)
 
 
-def test_inception_features_are_those_of_pytorch_fid(originals, inception, monkeypatch):
+def test_inception_features_match_pytorch_fid(originals, inception, monkeypatch):
     """The public wrapper, given the same weights instead of its download."""
     import pytorch_fid.inception as public
 
@@ -108,7 +108,7 @@ def statistics(features_ND, first=0):
 
 
 @pytest.mark.parametrize("count", [30, 500])
-def test_frechet_distance_is_that_of_pytorch_fid(count):
+def test_frechet_distance_matches_pytorch_fid(count):
     """Also with fewer images than features, where the covariance is singular."""
     from pytorch_fid.fid_score import calculate_frechet_distance
 
@@ -118,8 +118,8 @@ def test_frechet_distance_is_that_of_pytorch_fid(count):
     assert frechet_distance(statistics(a), statistics(a)) == pytest.approx(0, abs=1e-6 * expected)
 
 
-def test_kernel_distance_is_that_of_torchmetrics():
-    prepare_torchvision()
+def test_kernel_distance_matches_torchmetrics():
+    stub_torchvision_ops()
     from torchmetrics.image.kid import poly_mmd
 
     a, b = features(40, 1), features(40, 2)
@@ -129,7 +129,7 @@ def test_kernel_distance_is_that_of_torchmetrics():
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 2500), max_size=5))
-def test_any_division_into_batches_keeps_the_same_bounded_sample_for_kid(cuts):
+def test_kid_subset_is_independent_of_batching(cuts):
     """With more images than are kept; the images come sorted, so that their first ones would be no fair sample."""
     features_ND = np.sort(np.random.default_rng(0).normal(size=(2500, 4)), 0)
     whole, gathered = statistics(features_ND), FeatureStatistics(4)
@@ -142,8 +142,8 @@ def test_any_division_into_batches_keeps_the_same_bounded_sample_for_kid(cuts):
     assert abs(whole.kept().mean() - features_ND.mean()) < 0.05
 
 
-def test_inception_score_is_that_of_torch_fidelity():
-    prepare_torchvision()
+def test_inception_score_matches_torch_fidelity():
+    stub_torchvision_ops()
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = torch.from_numpy(features(80, 3)) / 10
@@ -154,21 +154,21 @@ def test_inception_score_is_that_of_torch_fidelity():
     assert inception_score(sure) == pytest.approx(5), "classes that cannot be do no harm"
 
 
-def test_the_public_classifier_knows_imagenet():
+def test_classifier_recognizes_imagenet_photos():
     """Photographs of ImageNet with the true class in their names; what it gets wrong is among its five best."""
     folder = Path(find_spec("foolbox").submodule_search_locations[0]) / "data"
     paths = sorted(folder.glob("imagenet_*.jpg"))
-    images = np.stack([evaluation_image(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])
+    images = np.stack([eval_transform(Image.open(path).convert("RGB"), 224, "lanczos") for path in paths])
     classes = torch.tensor([int(path.stem.split("_")[-1]) for path in paths])
-    network = Classifier()
-    seen = network(to_float(torch.from_numpy(images)))
-    assert seen.shape == (20, 1280)
-    best = network.logits(seen).topk(5).indices
+    network = EfficientNetLite0()
+    features_BC = network(to_float(torch.from_numpy(images)))
+    assert features_BC.shape == (20, 1280)
+    best = network.logits(features_BC).topk(5).indices
     assert (best[:, 0] == classes).sum() >= 17
     assert (best == classes[:, None]).any(1).sum() >= 19
 
 
-def test_too_few_images_are_refused():
+def test_distribution_metrics_too_few_images_raise():
     with pytest.raises(ValueError, match="at least two images"):
         inception_score(np.zeros((1, 5)))
     with pytest.raises(ValueError, match="at least two images"):

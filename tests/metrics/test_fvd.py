@@ -13,8 +13,8 @@ import torch
 
 from bsq_ray.media.video_reader import probe, read_frames
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
-from bsq_ray.metrics.i3d import FEATURES, FEWEST_FRAMES, I3D
-from bsq_ray.metrics.per_frame import by_frame, clip_psnr, flicker
+from bsq_ray.metrics.i3d import I3D, MIN_FRAMES, NUM_FEATURES
+from bsq_ray.metrics.per_frame import clip_psnr, flicker, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 
 _GOLDEN = Path(__file__).parent.parent / "golden" / "i3d-logits.npz"
@@ -32,7 +32,7 @@ def real_clips(video_folders):
     return np.stack(clips)
 
 
-def damaged(clips):
+def pixelate(clips):
     """Every block of four by four pixels is its first pixel."""
     return clips[..., ::4, ::4].repeat(4, 3).repeat(4, 4)
 
@@ -41,43 +41,45 @@ def damaged(clips):
 def logits(video_folders):
     """Ours, of the clips and of the damaged clips, each (4, 400)."""
     clips, network = real_clips(video_folders), I3D()
-    return [network(torch.from_numpy(c).float() / 127.5 - 1).numpy() for c in (clips, damaged(clips))]
+    return [network(torch.from_numpy(c).float() / 127.5 - 1).numpy() for c in (clips, pixelate(clips))]
 
 
-def public_distance(first, second):
+def reference_frechet_distance(first, second):
     """As its definition says it, with all features at once."""
     means, covariances = [x.mean(0) for x in (first, second)], [np.cov(x, rowvar=False) for x in (first, second)]
     root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     return ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
 
 
-def test_logits_are_those_of_the_published_network(logits):
+def test_i3d_logits_match_published_network(logits):
     with np.load(_GOLDEN) as golden:
         for ours, public in zip(logits, (golden["clips"], golden["damaged"]), strict=True):
             assert np.abs(ours - public).max() < 1e-3
             assert np.abs(public).max() > 5
 
 
-def test_fvd_is_the_public_definition(logits):
-    statistics = [FeatureStatistics(FEATURES) for _ in logits]
+def test_fvd_matches_public_definition(logits):
+    statistics = [FeatureStatistics(NUM_FEATURES) for _ in logits]
     for each, features in zip(statistics, logits, strict=True):
         for first in (0, 3):
             part = features[first : first + 3]
             each.update(part, [str(first + n) for n in range(len(part))])
     with np.load(_GOLDEN) as golden:
-        public = public_distance(golden["clips"].astype(float), golden["damaged"].astype(float))
+        public = reference_frechet_distance(golden["clips"].astype(float), golden["damaged"].astype(float))
     assert public > 50
     assert frechet_distance(*statistics) == pytest.approx(public, rel=1e-3)
 
 
-def test_the_shortest_clip_has_logits_and_a_shorter_one_is_refused():
+def test_i3d_shorter_than_minimum_length_raises():
+    """The shortest allowed clip has logits, and a shorter one is rejected."""
     network = I3D()
-    assert network(torch.zeros(1, 3, FEWEST_FRAMES, 32, 32)).shape == (1, FEATURES)
+    assert network(torch.zeros(1, 3, MIN_FRAMES, 32, 32)).shape == (1, NUM_FEATURES)
     with pytest.raises(AssertionError):
-        network(torch.zeros(1, 3, FEWEST_FRAMES - 1, 32, 32))
+        network(torch.zeros(1, 3, MIN_FRAMES - 1, 32, 32))
 
 
-def test_flicker_sees_what_moves_by_itself_and_nothing_that_stands(video_folders):
+def test_flicker_ignores_constant_errors(video_folders):
+    """Flicker measures errors that change from frame to frame and ignores constant ones."""
     clips = torch.from_numpy(real_clips(video_folders)).float() / 127.5 - 1
     assert flicker(clips, clips).tolist() == [0] * 4
     # An error that is the same in all frames is no flicker; one that changes its sign is.
@@ -87,10 +89,10 @@ def test_flicker_sees_what_moves_by_itself_and_nothing_that_stands(video_folders
     assert flicker(clips, clips + signs * offset).tolist() == pytest.approx([20] * 4, abs=1e-3)
 
 
-def test_psnr_of_frames_and_of_whole_clips(video_folders):
+def test_clip_psnr_is_consistent_with_frame_psnr(video_folders):
     clips = torch.from_numpy(real_clips(video_folders)).float() / 127.5 - 1
-    worse = torch.from_numpy(damaged(real_clips(video_folders))).float() / 127.5 - 1
-    frames = by_frame(psnr, clips, worse)
+    worse = torch.from_numpy(pixelate(real_clips(video_folders))).float() / 127.5 - 1
+    frames = metric_per_frame(psnr, clips, worse)
     assert frames.shape == (4, 9)
     assert frames[2, 5] == psnr(clips[2:3, :, 5], worse[2:3, :, 5])
     mean_error = (10 ** (-frames / 10)).mean(1)

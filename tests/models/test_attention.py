@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 from bsq_ray.models.layers.attention import attention, causal_attention
 
-FORMS = pytest.mark.parametrize(("form", "causal"), [(attention, False), (causal_attention, True)])
+IMPLEMENTATIONS = pytest.mark.parametrize(("form", "causal"), [(attention, False), (causal_attention, True)])
 
 
-def given(tokens, dtype):
+def random_qkv(tokens, dtype):
     torch.manual_seed(0)
     return [torch.randn(2, 3, tokens, 16).to(dtype).requires_grad_() for _ in range(3)]
 
@@ -23,9 +23,10 @@ def fused_calls(monkeypatch):
     return calls
 
 
-@FORMS
-def test_spelt_out_for_learning_in_bf16_it_gives_the_values_and_gradients_of_the_exact_one(form, causal, monkeypatch):
-    ours = given(40, torch.bfloat16)
+@IMPLEMENTATIONS
+def test_attention_eager_bf16_matches_fp64_reference(form, causal, monkeypatch):
+    """Eager attention, used for bf16 training on a CPU, matches the values and gradients of fp64 attention."""
+    ours = random_qkv(40, torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in ours]
     expected = F.scaled_dot_product_attention(*exact, is_causal=causal)
     calls = fused_calls(monkeypatch)
@@ -39,12 +40,13 @@ def test_spelt_out_for_learning_in_bf16_it_gives_the_values_and_gradients_of_the
         torch.testing.assert_close(left.grad.double(), right.grad, rtol=0.05, atol=0.05)
 
 
-@FORMS
-def test_in_fp32_without_gradients_and_for_many_keys_it_is_the_fused_one(form, causal, monkeypatch):
+@IMPLEMENTATIONS
+def test_attention_fp32_no_grad_or_many_keys_uses_fused_kernel(form, causal, monkeypatch):
+    """Inputs in fp32, without gradients, or with more than 512 keys use PyTorch's fused attention."""
     calls = fused_calls(monkeypatch)
-    tensors = given(8, torch.float32)
+    tensors = random_qkv(8, torch.float32)
     torch.testing.assert_close(form(*tensors), F.scaled_dot_product_attention(*tensors, is_causal=causal))
     with torch.no_grad():
-        form(*(tensor.detach() for tensor in given(8, torch.bfloat16)))
-    form(*given(513, torch.bfloat16))
+        form(*(tensor.detach() for tensor in random_qkv(8, torch.bfloat16)))
+    form(*random_qkv(513, torch.bfloat16))
     assert len(calls) == 4

@@ -19,18 +19,18 @@ CASES = [
 
 def inputs(shape, weights):
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, weights, weights[:1])]
-    return [tensor.requires_grad_() for tensor in made]
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, weights, weights[:1])]
+    return [tensor.requires_grad_() for tensor in tensors]
 
 
-def of_pytorch(x, w, bias, stride, padding):
+def pytorch_convolution(x, w, bias, stride, padding):
     return (F.conv2d if x.dim() == 4 else F.conv3d)(x, w, bias, stride, padding)
 
 
 @pytest.mark.parametrize(("shape", "weights", "stride", "padding"), CASES)
-def test_values_and_first_derivatives_are_pytorchs(shape, weights, stride, padding):
+def test_convolution_first_derivatives_match_pytorch(shape, weights, stride, padding):
     results = []
-    for function in (convolution, of_pytorch):
+    for function in (convolution, pytorch_convolution):
         tensors = inputs(shape, weights)
         y = function(*tensors, stride, padding)
         results.append([y, *torch.autograd.grad(y.sin().sum(), tensors)])
@@ -39,7 +39,7 @@ def test_values_and_first_derivatives_are_pytorchs(shape, weights, stride, paddi
 
 
 @pytest.mark.parametrize(("shape", "weights", "stride", "padding"), CASES)
-def test_second_derivatives_are_those_of_differences(shape, weights, stride, padding):
+def test_convolution_gradgradcheck_passes(shape, weights, stride, padding):
     x, w, bias = inputs(shape, weights)
 
     def call(x, w, bias):
@@ -49,20 +49,23 @@ def test_second_derivatives_are_those_of_differences(shape, weights, stride, pad
     assert torch.autograd.gradgradcheck(call, (x, w, bias))
 
 
-def test_third_derivatives_are_pytorchs():
+def test_convolution_third_derivatives_match_pytorch():
     """Of each function of the three in turn."""
     results = []
-    for function in (convolution, of_pytorch):
+    for function in (convolution, pytorch_convolution):
         x, w, bias = inputs(*CASES[1][:2])
-        found = [function(x, w, bias, 2, 0).pow(4).sum()]
+        values = [function(x, w, bias, 2, 0).pow(4).sum()]
         for _ in range(3):
-            gradients = torch.autograd.grad(found[-1], (x, w, bias), create_graph=True)
-            found.append(sum((gradient**2).sum() for gradient in gradients))
-        results.append(found)
+            gradients = torch.autograd.grad(values[-1], (x, w, bias), create_graph=True)
+            values.append(sum((gradient**2).sum() for gradient in gradients))
+        results.append(values)
     torch.testing.assert_close(*results)
 
 
-def test_under_autocast_everything_is_in_its_precision():
+def test_convolution_autocast_output_bf16_gradients_fp32():
+    """Under autocast the output is bf16, and gradients of first and second order are fp32 and close to the fp32
+    ones.
+    """
     x, w, bias = (tensor.detach().float().requires_grad_() for tensor in inputs(*CASES[0][:2]))
     with torch.autocast("cpu", torch.bfloat16):
         y = convolution(x, w, bias, padding=1)
@@ -71,29 +74,29 @@ def test_under_autocast_everything_is_in_its_precision():
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), F.conv2d(x, w, bias, padding=1), atol=0.05, rtol=0.02)
     assert {gradient.dtype for gradient in (*gradients, x.grad, w.grad)} == {torch.float32}
-    whole = [tensor.detach().clone().requires_grad_() for tensor in (x, w, bias)]
-    exact = torch.autograd.grad(convolution(*whole, padding=1).pow(2).sum(), whole, create_graph=True)
+    fp32_inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, w, bias)]
+    exact = torch.autograd.grad(convolution(*fp32_inputs, padding=1).pow(2).sum(), fp32_inputs, create_graph=True)
     sum(gradient.pow(2).sum() for gradient in exact).backward()
-    for ours, theirs in ((x.grad, whole[0].grad), (w.grad, whole[1].grad)):
+    for ours, theirs in ((x.grad, fp32_inputs[0].grad), (w.grad, fp32_inputs[1].grad)):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def operations(call):
+def count_flops(call):
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
-def test_what_learns_nothing_costs_nothing():
+def test_convolution_unneeded_gradient_is_not_computed():
     """A gradient takes as many operations as the convolution, and is calculated for what wants one."""
     x, w, _ = inputs(*CASES[0][:2])
-    once = operations(lambda: convolution(x, w, padding=1))
-    assert operations(lambda: torch.autograd.grad(convolution(x, w.detach(), padding=1).sum(), x)) == 2 * once
-    assert operations(lambda: torch.autograd.grad(convolution(x.detach(), w, padding=1).sum(), w)) == 2 * once
-    assert operations(lambda: torch.autograd.grad(convolution(x, w, padding=1).sum(), (x, w))) == 3 * once
+    once = count_flops(lambda: convolution(x, w, padding=1))
+    assert count_flops(lambda: torch.autograd.grad(convolution(x, w.detach(), padding=1).sum(), x)) == 2 * once
+    assert count_flops(lambda: torch.autograd.grad(convolution(x.detach(), w, padding=1).sum(), w)) == 2 * once
+    assert count_flops(lambda: torch.autograd.grad(convolution(x, w, padding=1).sum(), (x, w))) == 3 * once
 
 
-def test_a_gradient_penalty_on_images_takes_no_more_than_it_needs():
+def test_convolution_gradient_penalty_takes_five_convolutions():
     """Forward, the images' gradient, its own derivative in both, and the way back from where it began."""
     x, w, _ = inputs(*CASES[0][:2])
 
@@ -101,4 +104,4 @@ def test_a_gradient_penalty_on_images_takes_no_more_than_it_needs():
         [gradient] = torch.autograd.grad(convolution(x, w, padding=1).pow(2).sum(), x, create_graph=True)
         torch.autograd.grad(gradient.pow(2).sum(), w)
 
-    assert operations(penalty) == 5 * operations(lambda: convolution(x, w, padding=1))
+    assert count_flops(penalty) == 5 * count_flops(lambda: convolution(x, w, padding=1))

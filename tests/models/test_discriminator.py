@@ -9,8 +9,8 @@ from bsq_ray.models.discriminators.stylegan2 import (
     EqualizedConv,
     PatchDiscriminator,
     StyleDiscriminator,
+    append_minibatch_stddev,
     build_discriminator,
-    with_batch_deviation,
 )
 
 
@@ -21,31 +21,33 @@ def images(count, size=32, seed=0):
 @pytest.mark.parametrize(
     ("size", "base", "parameters"), [(256, 32768, 28_864_129), (128, 32768, 28_389_121), (256, 16384, 24_001_089)]
 )
-def test_parameters_are_those_of_the_published_network(size, base, parameters):
+def test_style_discriminator_parameter_count_matches_paper(size, base, parameters):
     with torch.device("meta"):
         model = StyleDiscriminator(size, base, 512)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_configuration_chooses_kind_and_channels():
-    style = build_discriminator(config.Adversarial(channel_base=512, channel_max=32), 32)
+def test_build_discriminator_config_selects_kind_and_channels():
+    style = build_discriminator(config.AdversarialConfig(channel_base=512, channel_max=32), 32)
     assert style.b32.conv0.weight.shape == (16, 16, 3, 3)
     assert style.b8.conv1.weight.shape == (32, 32, 3, 3)
-    patch = build_discriminator(config.Adversarial(discriminator="patchgan", channel_max=96), 32)
+    patch = build_discriminator(config.AdversarialConfig(discriminator="patchgan", channel_max=96), 32)
     assert isinstance(patch, PatchDiscriminator)
     assert patch(images(2))[0].shape == (2, 1, 2, 2)
     assert max(p.shape[0] for p in patch.parameters()) == 96
 
 
-def test_a_size_it_cannot_halve_to_four_is_refused_with_the_way_out():
+def test_style_discriminator_bad_size_suggests_patchgan():
+    """An image size that is not a power of two is rejected, and the error suggests PatchGAN."""
     with pytest.raises(ValueError, match="power of two.*patchgan"):
         StyleDiscriminator(96, 512, 32)
 
 
 @pytest.mark.parametrize("kind", ["stylegan2", "patchgan"])
-def test_batches_given_together_get_the_logits_they_get_alone(kind):
+def test_discriminator_joint_batches_match_separate_batches(kind):
+    """Batches passed in one call get the logits they get in separate calls."""
     torch.manual_seed(0)
-    model = build_discriminator(config.Adversarial(discriminator=kind, channel_base=512, channel_max=32), 32)
+    model = build_discriminator(config.AdversarialConfig(discriminator=kind, channel_base=512, channel_max=32), 32)
     real, fake = images(4), 3 * images(8, seed=1)
     together = model(real, fake)
     torch.testing.assert_close(together[0], model(real)[0], rtol=1e-4, atol=1e-5)
@@ -53,7 +55,7 @@ def test_batches_given_together_get_the_logits_they_get_alone(kind):
     assert together[0].dtype == torch.float32
 
 
-def test_downsampling_is_filter_then_stride():
+def test_equalized_conv_downsample_matches_upfirdn():
     """Against the literal upfirdn: zero-pad, filter with the outer product of [1,3,3,1]/8, correlate with stride 2."""
     torch.manual_seed(0)
     conv = EqualizedConv(5, 7, 3, down=True)
@@ -66,31 +68,31 @@ def test_downsampling_is_filter_then_stride():
     assert conv(x).shape == (2, 7, 8, 8)
 
 
-def test_signal_keeps_its_scale_through_the_network():
+def test_style_discriminator_blocks_preserve_variance():
     torch.manual_seed(0)
     model = StyleDiscriminator(64, 4096, 64)
     x = images(8, 64)
-    for name in model.names:
+    for name in model.block_names:
         x = model.get_submodule(name)(x)
         assert 0.3 < x.std() < 3
 
 
-def test_batch_deviation_sees_only_its_group():
+def test_minibatch_stddev_depends_on_own_group_only():
     x = torch.randn(8, 2, 4, 4)
     changed = x.clone()
     changed[0] += 5
-    differs = (with_batch_deviation(x)[:, -1] != with_batch_deviation(changed)[:, -1]).flatten(1).any(1)
-    assert differs.tolist() == [True, False] * 4
+    is_changed = (append_minibatch_stddev(x)[:, -1] != append_minibatch_stddev(changed)[:, -1]).flatten(1).any(1)
+    assert is_changed.tolist() == [True, False] * 4
 
 
-def test_workers_that_share_a_batch_compute_the_same_deviation():
+def test_minibatch_stddev_same_for_any_number_of_ranks():
     """Worker r of 2 holds images r, r + 2, …; its groups are those of the whole batch."""
     x = torch.randn(16, 2, 4, 4)
-    whole = with_batch_deviation(x)[:, -1]
-    torch.testing.assert_close(with_batch_deviation(x[1::2])[:, -1], whole[1::2])
+    whole = append_minibatch_stddev(x)[:, -1]
+    torch.testing.assert_close(append_minibatch_stddev(x[1::2])[:, -1], whole[1::2])
 
 
-def test_gradient_penalty_can_be_differentiated_twice():
+def test_style_block_gradgradcheck_passes():
     torch.manual_seed(0)
     model = StyleDiscriminator(8, 64, 8).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)

@@ -20,7 +20,7 @@ def generator(tmp_path):
     return small_generator(tmp_path)
 
 
-def test_images_are_drawn_from_classes(generator):
+def test_generate_from_labels_returns_reproducible_images(generator):
     images = generator.generate([0, 3, 4], seed=1, steps=3)
     assert images.shape == (3, 3, 32, 32)
     assert torch.equal(images[1:2], generator.generate([3], seed=1, first=1, steps=3))
@@ -30,40 +30,41 @@ def test_images_are_drawn_from_classes(generator):
         generator.generate([0], steps=0)
 
 
-def test_the_last_step_is_the_image(generator):
-    *before, last = generator.steps([1], seed=2, steps=4)
-    assert len(before) == 3
+def test_iter_steps_last_step_equals_generate(generator):
+    *earlier_steps, last = generator.steps([1], seed=2, steps=4)
+    assert len(earlier_steps) == 3
     assert torch.equal(last, generator.generate([1], seed=2, steps=4))
-    assert (before[0] == 0).float().mean() > (before[2] == 0).float().mean() > 0
+    assert (earlier_steps[0] == 0).float().mean() > (earlier_steps[2] == 0).float().mean() > 0
 
 
-def test_inpainting_draws_the_patches_that_a_hole_touches(generator):
+def test_inpaint_changes_only_masked_patches(generator):
     images = generator.generate([0], seed=3)
-    holes = torch.zeros(1, 1, 32, 32)
-    holes[..., 8:17, 0:3] = 1
-    filled = generator.inpaint(images, holes, [2], seed=4)
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 8:17, 0:3] = 1
+    filled = generator.inpaint(images, mask, [2], seed=4)
     assert filled.shape == images.shape
-    assert torch.equal(generator.inpaint(images, torch.zeros_like(holes), [2]), generator.tokenizer.reconstruct(images))
+    assert torch.equal(generator.inpaint(images, torch.zeros_like(mask), [2]), generator.tokenizer.reconstruct(images))
     assert not torch.equal(filled, generator.tokenizer.reconstruct(images))
 
 
-def test_one_class_turns_into_another_with_the_same_randomness(generator):
+def test_interpolate_endpoints_equal_generate(generator):
+    """The first and last image of an interpolation are the images generated for the two classes."""
     images = generator.interpolate([0, 3], 3, seed=5)
     assert torch.equal(images[0], generator.generate([0], seed=5)[0])
     assert torch.equal(images[2], generator.generate([3], seed=5)[0])
 
 
-def test_another_tokenizer_in_the_folder_is_refused(tmp_path):
-    theirs = small_tokenizer().save_pretrained(str(tmp_path / "model" / "tokenizer"))
-    small_model(grid=[1, 4, 4], bits=10, sub_bits=5, tokenizer=theirs).save_pretrained(str(tmp_path / "model"))
-    assert Generator.from_pretrained(str(tmp_path / "model")).tokenizer.model_id == theirs
+def test_generator_wrong_tokenizer_in_folder_raises(tmp_path):
+    tokenizer_id = small_tokenizer().save_pretrained(str(tmp_path / "model" / "tokenizer"))
+    small_model(grid=[1, 4, 4], bits=10, sub_bits=5, tokenizer=tokenizer_id).save_pretrained(str(tmp_path / "model"))
+    assert Generator.from_pretrained(str(tmp_path / "model")).tokenizer.model_id == tokenizer_id
     torch.manual_seed(9)
     Tokenizer(small_tokenizer().config).save_pretrained(str(tmp_path / "model" / "tokenizer"))
-    with pytest.raises(ValueError, match=f"was trained on tokens of {theirs[:12]}"):
+    with pytest.raises(ValueError, match=f"was trained on tokens of {tokenizer_id[:12]}"):
         Generator.from_pretrained(str(tmp_path / "model"))
 
 
-def test_a_tokenizer_alone_is_no_generator(tmp_path):
+def test_generator_from_tokenizer_folder_raises(tmp_path):
     small_tokenizer().save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="is of the stage tokenizer; what is wanted here is a masked-lm"):
         Generator.from_pretrained(str(tmp_path))

@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
-from real_clips import frames_of_file, street
+from real_clips import iter_frames, street_clip
 
 from bsq_ray import Tokenizer, config
-from bsq_ray.models.streaming import Window
+from bsq_ray.models.streaming import StreamingWindow
 from bsq_ray.models.tokenizer import Tokens
 
 T, S = 6, 16
@@ -18,13 +18,13 @@ def video_tokenizer(frames=T, causal=True):
     """An untrained model whose temporal positions matter, as those of a trained one do."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 2, "heads": 4}
-    model = config.TokenizerModel(
+    model = config.TokenizerModelConfig(
         image_size=32,
         frames=frames,
         causal=causal,
-        encoder=config.Transformer(**sizes),
-        decoder=config.Decoder(**sizes, head_width=32),
-        quantizer=config.BSQ(bits=10),
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=10),
     )
     tokenizer = Tokenizer(model)
     for part in (tokenizer.encoder, tokenizer.decoder):
@@ -43,7 +43,7 @@ def token_chunks(tokens, cuts):
     return [Tokens(part, (frames, side, side)) for part, frames in zip(parts, cuts, strict=True)]
 
 
-def unit_vectors(tokenizer, clips):
+def normalized_features(tokenizer, clips):
     """What the signs of the tokens are taken of."""
     with torch.no_grad():
         return torch.nn.functional.normalize(tokenizer._features(clips), dim=-1)
@@ -56,39 +56,43 @@ def assert_same_bits(left, right, vectors):
 
 
 @pytest.mark.parametrize("cuts", [[1] * 6, [2, 3, 1], [6]], ids=str)
-def test_a_clip_of_the_models_length_has_the_tokens_and_pixels_of_one_pass(cuts):
-    tokenizer, clip = video_tokenizer(), street(T, 32)
+def test_stream_within_window_matches_single_pass(cuts):
+    """Up to the model's number of frames, streaming gives the tokens and pixels of one pass over the clip."""
+    tokenizer, clip = video_tokenizer(), street_clip(T, 32)
     whole = tokenizer.encode(clip)
     parts = list(tokenizer.encode_stream(chunks(clip, cuts)))
     assert [part.grid for part in parts] == [(frames, 4, 4) for frames in cuts]
-    assert_same_bits(torch.cat([part.bits_BNL for part in parts], 1), whole.bits_BNL, unit_vectors(tokenizer, clip))
+    assert_same_bits(
+        torch.cat([part.bits_BNL for part in parts], 1), whole.bits_BNL, normalized_features(tokenizer, clip)
+    )
     pixels = torch.cat(list(tokenizer.decode_stream(token_chunks(whole, cuts))), 2)
     torch.testing.assert_close(pixels, tokenizer.decode(whole), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("overlap", [0, 2, 3, 5])
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
-def test_beyond_it_every_frame_is_that_of_one_pass_over_its_window(cuts, overlap):
-    tokenizer, clip = video_tokenizer(), street(12, 32)
+def test_stream_beyond_window_matches_pass_over_window(cuts, overlap):
+    """Beyond the model's number of frames, every frame equals that of one pass over its window."""
+    tokenizer, clip = video_tokenizer(), street_clip(12, 32)
     bits = torch.cat([part.bits_BNL for part in tokenizer.encode_stream(chunks(clip, cuts), overlap)], 1)
     pixels = torch.cat(list(tokenizer.decode_stream(token_chunks(Tokens(bits, (12, 4, 4)), cuts), overlap)), 2)
-    made = 0
+    num_checked = 0
     for start in range(0, 12, T - overlap):
         stop = min(start + T, 12)
-        if stop <= made:
+        if stop <= num_checked:
             break
-        window, new = clip[:, :, start:stop], slice((made - start) * S, None)
+        window, new = clip[:, :, start:stop], slice((num_checked - start) * S, None)
         expected = tokenizer.encode(window).bits_BNL[:, new]
-        assert_same_bits(bits[:, made * S : stop * S], expected, unit_vectors(tokenizer, window)[:, new])
+        assert_same_bits(bits[:, num_checked * S : stop * S], expected, normalized_features(tokenizer, window)[:, new])
         expected = tokenizer.decode(Tokens(bits[:, start * S : stop * S], (stop - start, 4, 4)))
-        expected = expected.reshape(1, 3, stop - start, 32, 32)[:, :, made - start :]
-        torch.testing.assert_close(pixels[:, :, made:stop], expected, rtol=0, atol=1e-5)
-        made = stop
-    assert made == 12
+        expected = expected.reshape(1, 3, stop - start, 32, 32)[:, :, num_checked - start :]
+        torch.testing.assert_close(pixels[:, :, num_checked:stop], expected, rtol=0, atol=1e-5)
+        num_checked = stop
+    assert num_checked == 12
 
 
-def test_half_of_the_frames_stay_in_sight_by_default():
-    tokenizer, clip = video_tokenizer(), street(12, 32)
+def test_stream_default_overlap_is_half_the_window():
+    tokenizer, clip = video_tokenizer(), street_clip(12, 32)
     default, three = (
         torch.cat([part.bits_BNL for part in tokenizer.encode_stream(chunks(clip, [4] * 3), overlap)], 1)
         for overlap in (None, 3)
@@ -96,38 +100,38 @@ def test_half_of_the_frames_stay_in_sight_by_default():
     assert torch.equal(default, three)
 
 
-def test_single_frames_and_several_clips_at_once_are_taken():
+def test_stream_accepts_single_frames_and_batches():
     tokenizer = video_tokenizer()
-    clips = torch.cat([street(4, 32), street(4, 32, start=100)])
+    clips = torch.cat([street_clip(4, 32), street_clip(4, 32, start=100)])
     frames = tokenizer.encode_stream(frame for frame in clips.unbind(2))
     bits = torch.cat([part.bits_BNL for part in frames], 1)
-    assert_same_bits(bits, tokenizer.encode(clips).bits_BNL, unit_vectors(tokenizer, clips))
+    assert_same_bits(bits, tokenizer.encode(clips).bits_BNL, normalized_features(tokenizer, clips))
 
 
-def test_an_image_model_takes_each_frame_by_itself():
-    tokenizer, clip = video_tokenizer(frames=1), street(3, 32)
+def test_stream_image_model_encodes_each_frame():
+    tokenizer, clip = video_tokenizer(frames=1), street_clip(3, 32)
     parts = list(tokenizer.encode_stream(chunks(clip, [2, 1])))
     bits = torch.cat([part.bits_BNL for part in parts], 1)
     expected = torch.cat([tokenizer.encode(frame).bits_BNL for frame in clip.unbind(2)], 1)
-    assert_same_bits(bits, expected, torch.cat([unit_vectors(tokenizer, f) for f in clip.split(1, 2)], 1))
+    assert_same_bits(bits, expected, torch.cat([normalized_features(tokenizer, f) for f in clip.split(1, 2)], 1))
 
 
-def test_tokens_come_as_soon_as_their_frames_do():
-    tokenizer, clip = video_tokenizer(), street(T, 32)
-    taken = []
+def test_stream_yields_without_lookahead():
+    tokenizer, clip = video_tokenizer(), street_clip(T, 32)
+    consumed = []
 
     def frames():
         for number, frame in enumerate(clip.unbind(2)):
-            taken.append(number)
+            consumed.append(number)
             yield frame
 
     stream = tokenizer.decode_stream(tokenizer.encode_stream(frames()))
     for number in range(3):
         assert next(stream).shape == (1, 3, 1, 32, 32)
-        assert taken == list(range(number + 1))
+        assert consumed == list(range(number + 1))
 
 
-def held_bytes():
+def live_tensor_bytes():
     """Bytes of all tensors that this process holds."""
     gc.collect()
     storages = {
@@ -138,22 +142,23 @@ def held_bytes():
     return sum(storages.values())
 
 
-def test_three_hundred_real_frames_pass_without_more_being_held_at_the_end_than_after_a_window():
+def test_stream_memory_stays_constant():
+    """After 300 real frames the process holds no more tensor bytes than after the first windows."""
     tokenizer = video_tokenizer()
-    stream = tokenizer.decode_stream(tokenizer.encode_stream(frames_of_file("demo.3gp", 32, 0, 300)))
-    held, passed = {}, 0
+    stream = tokenizer.decode_stream(tokenizer.encode_stream(iter_frames("demo.3gp", 32, 0, 300)))
+    bytes_at_frame, num_frames = {}, 0
     for pixels in stream:
-        passed += pixels.shape[2]
+        num_frames += pixels.shape[2]
         # At the same place in a window each.
-        if passed in (12, 150, 300):
-            held[passed] = held_bytes()
-    assert passed == 300
-    assert held[12] == held[150] == held[300]
+        if num_frames in (12, 150, 300):
+            bytes_at_frame[num_frames] = live_tensor_bytes()
+    assert num_frames == 300
+    assert bytes_at_frame[12] == bytes_at_frame[150] == bytes_at_frame[300]
 
 
-def test_the_caches_have_room_for_one_window():
+def test_streaming_window_caches_stay_within_one_window():
     tokenizer = video_tokenizer()
-    window = Window(tokenizer.encoder.transformer, 2)
+    window = StreamingWindow(tokenizer.encoder.transformer, 2)
     with torch.no_grad():
         for _ in range(20):
             window.push(torch.randn(1, S, 32))
@@ -164,7 +169,7 @@ def test_the_caches_have_room_for_one_window():
 # Mistakes
 
 
-def test_a_model_that_looks_ahead_cannot_stream():
+def test_stream_non_causal_model_raises():
     tokenizer = video_tokenizer(causal=False)
     for call in (tokenizer.encode_stream, tokenizer.decode_stream):
         with pytest.raises(ValueError, match="model.causal=false looks at whole clips of up to 6 frames"):
@@ -172,12 +177,12 @@ def test_a_model_that_looks_ahead_cannot_stream():
 
 
 @pytest.mark.parametrize("overlap", [-1, 6])
-def test_an_overlap_that_leaves_no_room_is_refused(overlap):
+def test_stream_invalid_overlap_raises(overlap):
     with pytest.raises(ValueError, match=f"overlap {overlap} must be 0 or more and below the model's 6 frames"):
         video_tokenizer().encode_stream([], overlap)
 
 
-def test_a_chunk_of_another_shape_is_refused():
+def test_stream_wrong_chunk_shape_raises():
     tokenizer = video_tokenizer()
     with pytest.raises(ValueError, match="clips have 0 frames, but this model takes 1 or more"):
         list(tokenizer.encode_stream([torch.zeros(1, 3, 0, 32, 32)]))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
@@ -10,7 +10,7 @@ from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
 SIZES = {"width": 32, "layers": 2, "heads": 4}
 
 
-def small_model(**changes):
+def small_config(**changes):
     keys = {
         "image_size": 32,
         "patch_size": 8,
@@ -18,12 +18,12 @@ def small_model(**changes):
         "decoder": SIZES | {"head_width": 64},
         "quantizer": {"bits": 10},
     }
-    return config.TokenizerModel.model_validate(keys | changes)
+    return config.TokenizerModelConfig.model_validate(keys | changes)
 
 
 def small_tokenizer(**changes):
     torch.manual_seed(0)
-    return Tokenizer(small_model(**changes))
+    return Tokenizer(small_config(**changes))
 
 
 def images(*shape, seed=0):
@@ -38,11 +38,9 @@ def images(*shape, seed=0):
         (256, 36, 174_843_876, 85_991_424, 88_796_352, 27_684, 28_416),
     ],
 )
-def test_parameter_counts_are_those_of_the_published_models(
-    image_size, bits, total, encoder, decoder, to_code, from_code
-):
+def test_tokenizer_parameter_counts_match_paper(image_size, bits, total, encoder, decoder, to_code, from_code):
     with torch.device("meta"):
-        model = Tokenizer(config.TokenizerModel(image_size=image_size, quantizer=config.BSQ(bits=bits)))
+        model = Tokenizer(config.TokenizerModelConfig(image_size=image_size, quantizer=config.BSQConfig(bits=bits)))
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -51,7 +49,8 @@ def test_parameter_counts_are_those_of_the_published_models(
     assert tuple(map(count, parts)) == (total, encoder, decoder, to_code, from_code)
 
 
-def test_a_patch_lists_its_values_by_channel_then_row_then_column():
+def test_patchify_orders_values_channel_row_column():
+    """The values of a patch are ordered by channel, then row, then column, and unpatchify inverts patchify."""
     clip = torch.arange(3 * 2 * 4 * 6).reshape(1, 3, 2, 4, 6)
     patches = patchify(clip, 2)
     assert patches.shape == (1, 12, 12)
@@ -61,7 +60,7 @@ def test_a_patch_lists_its_values_by_channel_then_row_then_column():
 
 
 @pytest.mark.parametrize("name", [n for n in config.preset_names() if config.load_config(n).stage == "tokenizer"])
-def test_the_model_of_every_preset_can_be_built(name):
+def test_tokenizer_every_preset_builds(name):
     with torch.device("meta"):
         tokenizer = Tokenizer(config.load_config(name).model)
     assert tokenizer.to_code.out_features == tokenizer.quantizer.channels
@@ -79,7 +78,8 @@ def test_the_model_of_every_preset_can_be_built(name):
     ],
     ids=str,
 )
-def test_decoding_the_tokens_gives_exactly_what_training_reconstructs_clamped(quantizer):
+def test_decode_matches_clamped_training_output(quantizer):
+    """Decoding the encoded tokens gives the training reconstruction, clamped to [-1, 1], bit for bit."""
     tokenizer = small_tokenizer(quantizer=quantizer)
     with torch.no_grad():
         tokenizer.decoder.head[-1].weight.mul_(200)
@@ -96,7 +96,8 @@ def test_decoding_the_tokens_gives_exactly_what_training_reconstructs_clamped(qu
     assert torch.equal(decoded, tokenizer.reconstruct(x))
 
 
-def test_encoding_and_decoding_record_no_gradients_and_leave_the_mode_alone():
+def test_encode_decode_record_no_grad_and_keep_mode():
+    """Encoding and decoding record no gradients and leave the module in training mode."""
     tokenizer = small_tokenizer().train()
     tokens = tokenizer.encode(images(1, 3, 32, 32).requires_grad_())
     decoded = tokenizer.decode(tokens)
@@ -104,18 +105,20 @@ def test_encoding_and_decoding_record_no_gradients_and_leave_the_mode_alone():
     assert tokenizer.training
 
 
-def test_every_parameter_receives_a_gradient_from_a_training_step():
+def test_tokenizer_training_step_reaches_every_parameter():
+    """Every parameter receives a gradient in a training step."""
     tokenizer = small_tokenizer(frames=2)
     output = tokenizer(images(2, 3, 2, 32, 32))
     (output.images.square().mean() + output.quantized.loss).backward()
-    without = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().any()]
-    assert without == []
+    without_gradient = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert without_gradient == []
     assert tokenizer.last_layer is tokenizer.decoder.head[2].weight
 
 
 @pytest.mark.parametrize("changed", range(5))
-def test_changing_a_frame_changes_no_token_and_no_pixel_of_the_frames_before(changed):
-    tokenizer, clip = small_tokenizer(frames=5), street(5, 32)
+def test_causal_tokenizer_earlier_frames_are_unaffected(changed):
+    """Changing a frame changes no token and no pixel of the frames before it."""
+    tokenizer, clip = small_tokenizer(frames=5), street_clip(5, 32)
     for part in (tokenizer.encoder, tokenizer.decoder):
         torch.nn.init.normal_(part.transformer.temporal_position)
     tokens = tokenizer.encode(clip)
@@ -136,15 +139,15 @@ def test_changing_a_frame_changes_no_token_and_no_pixel_of_the_frames_before(cha
         assert not torch.equal(pixels[:, :, later], others[:, :, later])
 
 
-def test_with_full_attention_every_frame_sees_every_other():
-    tokenizer, clip = small_tokenizer(frames=5, causal=False), street(5, 32)
+def test_non_causal_tokenizer_every_frame_is_affected():
+    tokenizer, clip = small_tokenizer(frames=5, causal=False), street_clip(5, 32)
     other = clip.clone()
     other[:, :, 4] = -other[:, :, 4]
     different = (tokenizer._features(clip) != tokenizer._features(other)).unflatten(1, (5, 16))
     assert different.any(-1).all()
 
 
-def test_an_image_is_a_clip_of_one_frame():
+def test_tokenizer_image_equals_one_frame_clip():
     tokenizer = small_tokenizer(frames=3)
     x = images(2, 3, 32, 32)
     assert tokenizer.encode(x).grid == (1, 4, 4)
@@ -154,7 +157,7 @@ def test_an_image_is_a_clip_of_one_frame():
     assert tokenizer(x).images.shape == (2, 3, 32, 32)
 
 
-def test_new_biases_are_zero_and_weights_small():
+def test_tokenizer_initial_biases_zero_weights_small():
     tokenizer = small_tokenizer()
     assert tokenizer.encoder.patch_embedding.bias is None
     for name, p in tokenizer.named_parameters():
@@ -164,7 +167,8 @@ def test_new_biases_are_zero_and_weights_small():
     assert tokenizer.encoder.transformer.spatial_position.detach().std() == pytest.approx(0.02, rel=0.2)
 
 
-def test_compiling_the_blocks_in_place_keeps_the_names_of_the_weights_and_the_result():
+def test_compiled_blocks_keep_state_dict_keys_and_outputs():
+    """Compiling the blocks in place keeps the state dict keys and the outputs."""
     tokenizer = small_tokenizer()
     x = images(1, 3, 32, 32)
     names, expected = list(tokenizer.state_dict()), tokenizer(x).images
@@ -176,7 +180,8 @@ def test_compiling_the_blocks_in_place_keeps_the_names_of_the_weights_and_the_re
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_images_come_back_in_fp32_under_autocast_and_from_weights_of_lower_precision(dtype):
+def test_tokenizer_low_precision_returns_fp32_images(dtype):
+    """Images are fp32 under autocast and with bf16 weights."""
     tokenizer = small_tokenizer().to(dtype)
     x = images(1, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,19 +201,19 @@ def test_images_come_back_in_fp32_under_autocast_and_from_weights_of_lower_preci
         ((1, 3, 2, 32, 32), "clips have 2 frames, but this model takes 1 to 1"),
     ],
 )
-def test_images_of_another_shape_are_refused(shape, message):
+def test_tokenizer_wrong_image_shape_raises(shape, message):
     tokenizer = small_tokenizer()
     for call in (tokenizer, tokenizer.encode, tokenizer.reconstruct):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
 
 
-def test_images_of_integers_are_refused():
+def test_tokenizer_integer_images_raise():
     with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
         small_tokenizer().encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_tokens_of_another_model_are_refused():
+def test_decode_tokens_of_other_model_raises():
     tokenizer = small_tokenizer()
     with pytest.raises(ValueError, match=r"grid \(1, 8, 8\), but this model takes \(1 to 1, 4, 4\)"):
         tokenizer.decode(Tokens(torch.zeros(1, 64, 10, dtype=torch.bool), (1, 8, 8)))

@@ -10,7 +10,7 @@ from bsq_ray.models.layers.transformer import VisionTransformer, attend
 
 def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
     torch.manual_seed(0)
-    sizes = config.Transformer(width=32, layers=2, heads=4)
+    sizes = config.TransformerConfig(width=32, layers=2, heads=4)
     return VisionTransformer(sizes, 4, frames, causal, gradient_checkpointing)
 
 
@@ -24,7 +24,8 @@ def dense_attention(q, k, v, span):
 
 @pytest.mark.parametrize("earlier", [0, 8])
 @pytest.mark.parametrize("span", [4, 12])
-def test_attention_frame_by_frame_is_that_of_a_block_causal_mask_with_the_same_gradients(span, earlier):
+def test_attend_matches_block_causal_mask(span, earlier):
+    """Frame-by-frame attention matches attention with a block-causal mask, in values and gradients."""
     earlier = earlier if span == 4 else 0
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, length, 8, requires_grad=True) for length in (12, earlier + 12, earlier + 12)]
@@ -38,16 +39,16 @@ def test_attention_frame_by_frame_is_that_of_a_block_causal_mask_with_the_same_g
         torch.testing.assert_close(left.grad, right.grad)
 
 
-def test_only_allowed_pairs_are_computed_and_no_mask_is_made(monkeypatch):
+def test_attend_computes_only_allowed_pairs_without_mask(monkeypatch):
     pairs = []
     original = F.scaled_dot_product_attention
 
-    def counted(q, k, v, **options):
+    def counting_attention(q, k, v, **options):
         assert not options
         pairs.append(q.shape[2] * k.shape[2])
         return original(q, k, v)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting_attention)
     small_transformer(frames=4)(torch.randn(1, 16, 32))
     # Two layers; a frame of 4 tokens sees 4, 8, 12 or 16.
     assert sum(pairs) == 2 * 4 * (4 + 8 + 12 + 16)
@@ -57,7 +58,8 @@ def test_only_allowed_pairs_are_computed_and_no_mask_is_made(monkeypatch):
 
 
 @pytest.mark.parametrize("pieces", [[1, 1, 1], [2, 1], [1, 2], [3]])
-def test_with_caches_a_clip_that_comes_in_pieces_gives_what_it_gives_at_once(pieces):
+def test_transformer_with_kv_cache_matches_single_pass(pieces):
+    """With key-value caches, a clip passed in chunks gives the output of one pass."""
     transformer = small_transformer(3)
     with torch.no_grad():
         transformer.temporal_position.normal_()
@@ -68,7 +70,8 @@ def test_with_caches_a_clip_that_comes_in_pieces_gives_what_it_gives_at_once(pie
     assert [cache.length for cache in caches] == [12, 12]
 
 
-def test_changing_a_frame_changes_no_earlier_frame_when_causal_and_all_of_them_when_not():
+def test_transformer_causal_flag_controls_earlier_frames():
+    """Changing a frame leaves earlier frames unchanged in a causal transformer and changes them otherwise."""
     x = torch.randn(2, 12, 32)
     changed = x.clone()
     changed[:, 4:8] = torch.randn(2, 4, 32)
@@ -78,13 +81,15 @@ def test_changing_a_frame_changes_no_earlier_frame_when_causal_and_all_of_them_w
     assert not torch.equal(free(x)[:, :4], free(changed)[:, :4])
 
 
-def test_a_shorter_clip_gives_the_first_frames_of_a_longer_one_when_causal():
+def test_causal_transformer_prefix_matches_full_clip():
+    """In a causal transformer a shorter clip gives the first frames of a longer one."""
     transformer = small_transformer(3)
     x = torch.randn(2, 12, 32)
     torch.testing.assert_close(transformer(x[:, :4]), transformer(x)[:, :4])
 
 
-def test_temporal_positions_start_at_zero_so_that_equal_frames_of_a_new_model_look_equal():
+def test_transformer_initial_temporal_position_is_zero():
+    """Temporal positions start at zero, so a new model gives equal frames equal outputs."""
     transformer = small_transformer(3, causal=False)
     x = torch.randn(1, 4, 32).repeat(1, 3, 1)
     frames = transformer(x).unflatten(1, (3, 4))
@@ -93,24 +98,26 @@ def test_temporal_positions_start_at_zero_so_that_equal_frames_of_a_new_model_lo
     assert small_transformer().temporal_position is None
 
 
-def test_gradient_checkpointing_changes_neither_values_nor_gradients_and_keeps_less_memory():
+def test_gradient_checkpointing_same_gradients_less_memory():
+    """Gradient checkpointing gives the same gradients and saves under a fifth of the activations."""
     x = torch.randn(2, 12, 32)
-    kept = {}
+    saved_elements = {}
     gradients = {}
     for checkpointing in (False, True):
         transformer = small_transformer(3, gradient_checkpointing=checkpointing)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
             y = transformer(x)
-        kept[checkpointing] = sum(sizes)
+        saved_elements[checkpointing] = sum(sizes)
         y.square().mean().backward()
         gradients[checkpointing] = [p.grad for p in transformer.parameters()]
     for plain, recomputed in zip(gradients[False], gradients[True], strict=True):
         torch.testing.assert_close(plain, recomputed)
-    assert kept[True] < 0.2 * kept[False]
+    assert saved_elements[True] < 0.2 * saved_elements[False]
 
 
-def test_compiled_blocks_attend_frame_by_frame_with_the_same_values_and_gradients():
+def test_compiled_transformer_matches_eager():
+    """Compiled blocks give the values and gradients of eager ones."""
     x = torch.randn(2, 12, 32)
     results = []
     for compiled in (False, True):

@@ -11,8 +11,8 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminators.stylegan2 import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
-from bsq_ray.planning.flops import tokenizer_flops, tokenizer_forward
-from bsq_ray.planning.layer_costs import discriminator_parameters, perceptual_layers, tokenizer_parameters
+from bsq_ray.planning.flops import tokenizer_forward_flops, tokenizer_step_flops
+from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
@@ -21,7 +21,7 @@ TOKENIZERS = [name for name in preset_names() if load_config(name).stage == "tok
 CPU = torch.device("cpu")
 
 
-class CountedFlops(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Counts as `FlopCounterMode` does, which cannot follow gradients of gradients."""
 
     def __init__(self):
@@ -36,20 +36,22 @@ class CountedFlops(TorchDispatchMode):
         return out
 
 
-def parameters(module):
+def count_parameters(module):
     return sum(value.numel() for value in module.parameters())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_parameters_of_every_preset_are_exact(name):
+def test_parameter_counts_of_presets_are_exact(name):
     run = load_config(name)
     with torch.device("meta"):
-        assert tokenizer_parameters(run.model) == parameters(Tokenizer(run.model))
+        assert num_tokenizer_parameters(run.model) == count_parameters(Tokenizer(run.model))
         if run.loss.adversarial.weight:
             discriminator = build_discriminator(run.loss.adversarial, run.model.image_size)
-            assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == parameters(discriminator)
+            assert num_discriminator_parameters(run.loss.adversarial, run.model.image_size) == count_parameters(
+                discriminator
+            )
         else:
-            assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == 0
+            assert num_discriminator_parameters(run.loss.adversarial, run.model.image_size) == 0
 
 
 @pytest.mark.parametrize(
@@ -61,12 +63,12 @@ def test_parameters_of_every_preset_are_exact(name):
         ["model.encoder.width=384", "model.encoder.mlp_ratio=2.5", "model.decoder.layers=3"],
     ],
 )
-def test_parameters_follow_the_configuration(overrides):
+def test_parameter_counts_follow_the_configuration(overrides):
     run = load_config("imagenet128-bsq18", overrides)
     with torch.device("meta"):
-        assert tokenizer_parameters(run.model) == parameters(Tokenizer(run.model))
+        assert num_tokenizer_parameters(run.model) == count_parameters(Tokenizer(run.model))
         discriminator = build_discriminator(run.loss.adversarial, 128)
-        assert discriminator_parameters(run.loss.adversarial, 128) == parameters(discriminator)
+        assert num_discriminator_parameters(run.loss.adversarial, 128) == count_parameters(discriminator)
 
 
 @pytest.mark.parametrize(
@@ -77,25 +79,25 @@ def test_parameters_follow_the_configuration(overrides):
         ("imagenet256-bsq36", 174_843_876, 28_864_129),
     ],
 )
-def test_parameters_are_those_counted_in_the_released_code(name, generator, discriminator):
+def test_parameter_counts_match_released_code(name, generator, discriminator):
     run = load_config(name)
-    assert tokenizer_parameters(run.model) == generator
-    assert discriminator_parameters(run.loss.adversarial, run.model.image_size) == discriminator
+    assert num_tokenizer_parameters(run.model) == generator
+    assert num_discriminator_parameters(run.loss.adversarial, run.model.image_size) == discriminator
 
 
 @pytest.mark.parametrize("network", ["vgg", "alex"])
-def test_the_perceptual_network_has_the_listed_layers(network):
-    listed = sum(layer.parameters for layers in perceptual_layers(network, 64) for layer in layers)
-    assert listed == parameters(PerceptualLoss(network).lpips.net)
+def test_perceptual_network_parameter_count_is_exact(network):
+    num_planned = sum(layer.parameters for layers in perceptual_layers(network, 64) for layer in layers)
+    assert num_planned == count_parameters(PerceptualLoss(network).lpips.net)
 
 
 @pytest.mark.parametrize("frames", [16, 6, 5])
-def test_parameters_of_the_discriminator_of_clips_are_exact(frames):
+def test_clip_discriminator_parameter_count_is_exact(frames):
     overrides = [f"model.frames={frames}", "loss.adversarial.discriminator=stylegan2-3d"]
     run = load_config("ucf101-bsq18", overrides)
     with torch.device("meta"):
         discriminator = build_discriminator(run.loss.adversarial, 128, frames)
-    assert discriminator_parameters(run.loss.adversarial, 128, frames) == parameters(discriminator)
+    assert num_discriminator_parameters(run.loss.adversarial, 128, frames) == count_parameters(discriminator)
 
 
 @pytest.mark.parametrize(
@@ -107,16 +109,16 @@ def test_parameters_of_the_discriminator_of_clips_are_exact(frames):
         ("ucf101-bsq18-noncausal", ["model.gradient_checkpointing=false"]),
     ],
 )
-def test_operations_of_the_forward_pass_are_exact(name, overrides):
+def test_tokenizer_forward_flops_are_exact(name, overrides):
     model = load_config(name, overrides).model
     patches = 3 * model.patch_size**2
     with torch.device("meta"):
         tokenizer = Tokenizer(model)
         patches_BNP = torch.zeros(2, model.frames * (model.image_size // model.patch_size) ** 2, patches)
-        with CountedFlops() as counted:
+        with FlopCounter() as counter:
             codes_BNC = tokenizer.to_code(tokenizer.encoder(patches_BNP))
             tokenizer.decoder(tokenizer.from_code(codes_BNC))
-    assert counted.total == 2 * tokenizer_forward(model)
+    assert counter.total == 2 * tokenizer_forward_flops(model)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_operations_of_the_forward_pass_are_exact(name, overrides):
         ["model.frames=4", "loss.adversarial.discriminator=stylegan2-3d", "loss.adversarial.channel_base=512"],
     ],
 )
-def test_operations_of_a_whole_step_are_within_two_percent(overrides):
+def test_training_step_flops_are_within_two_percent(overrides):
     run = load_config(
         "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
     )
@@ -140,7 +142,7 @@ def test_operations_of_a_whole_step_are_within_two_percent(overrides):
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch = Batch(images, torch.zeros(4, dtype=torch.long), list("abcd"))
     # On CPUs the operations of fused attention are not registered.
-    with sdpa_kernel(SDPBackend.MATH), CountedFlops() as counted:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
         for step in (0, 1):
             carry = {}
             for phase in stage.phases(step):
@@ -148,4 +150,4 @@ def test_operations_of_a_whole_step_are_within_two_percent(overrides):
                     module.requires_grad_(name == phase)
                 loss, _ = stage.loss(phase, batch, engines, carry, step)
                 engines[phase].backward(loss)
-    assert sum(tokenizer_flops(run).values()) * 8 == pytest.approx(counted.total, rel=0.02)
+    assert sum(tokenizer_step_flops(run).values()) * 8 == pytest.approx(counter.total, rel=0.02)

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from test_flops import CountedFlops
-from test_memory import autocast, kept_bytes
+from test_flops import FlopCounter
+from test_memory import autocast, saved_tensor_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bsq_ray.config import load_config, preset_names
 from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
-from bsq_ray.models.prior import Prior, path_cost
-from bsq_ray.planning.token_costs import token_bytes, token_flops, token_forward, token_parameters
+from bsq_ray.models.prior import Prior, code_length
+from bsq_ray.planning.token_costs import (
+    num_token_model_parameters,
+    token_model_activation_bytes,
+    token_model_forward_flops,
+    token_model_step_flops,
+)
 
 PRESETS = [name for name in preset_names() if load_config(name).stage != "tokenizer"]
 SMALL = ["masked-lm-demo", "prior-demo"]
@@ -20,10 +25,10 @@ def build(run):
     return (MaskedLM if run.stage == "masked-lm" else Prior)(run.model)
 
 
-def cost(run, model, sub_tokens_BNS):
+def training_loss(run, model, sub_tokens_BNS):
     """The training loss; for the masked model with the share of tokens hidden that is hidden on average."""
     if run.stage == "prior":
-        return path_cost(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
+        return code_length(model(sub_tokens_BNS), sub_tokens_BNS, run.model.sub_bits).sum(2).mean()
     count = round(run.model.tokens * 2 / torch.pi)
     masked_BNS = (torch.arange(run.model.tokens) < count)[None, :, None].expand_as(sub_tokens_BNS)
     classes_BC = model.classes_of(torch.arange(len(sub_tokens_BNS)))
@@ -31,49 +36,50 @@ def cost(run, model, sub_tokens_BNS):
     return masked_cross_entropy(logits_BNSV, sub_tokens_BNS, masked_BNS, run.loss.label_smoothing)
 
 
-def some_tokens(run, samples=SAMPLES):
+def random_tokens(run, samples=SAMPLES):
     return torch.randint(0, 2**run.model.sub_bits, (samples, run.model.tokens, run.model.sub_tokens))
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.sub_bits=6", "model.mlp_ratio=2.5"], ["model.sub_bits=18"]])
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_exact(name, overrides):
+def test_token_model_parameter_counts_are_exact(name, overrides):
     overrides = ["model.bits=14", "model.sub_bits=14"] if overrides == ["model.sub_bits=18"] else overrides
     run = load_config(name, overrides)
     with torch.device("meta"):
-        assert token_parameters(run.model) == sum(value.numel() for value in build(run).parameters())
+        assert num_token_model_parameters(run.model) == sum(value.numel() for value in build(run).parameters())
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_operations_of_a_step_are_exact(name):
+def test_token_model_flops_are_exact(name):
     run = load_config(name)
-    model, sub_tokens_BNS = build(run), some_tokens(run)
+    model, sub_tokens_BNS = build(run), random_tokens(run)
     # On CPUs the operations of fused attention are not registered.
     with sdpa_kernel(SDPBackend.MATH):
-        with CountedFlops() as counted, torch.no_grad():
-            cost(run, model, sub_tokens_BNS)
-        assert token_forward(run.model) * SAMPLES == counted.total
-        with CountedFlops() as counted:
-            cost(run, model, sub_tokens_BNS).backward()
-        assert token_flops(run.model) * SAMPLES == pytest.approx(counted.total, rel=0.02)
+        with FlopCounter() as counter, torch.no_grad():
+            training_loss(run, model, sub_tokens_BNS)
+        assert token_model_forward_flops(run.model) * SAMPLES == counter.total
+        with FlopCounter() as counter:
+            training_loss(run, model, sub_tokens_BNS).backward()
+        assert token_model_step_flops(run.model) * SAMPLES == pytest.approx(counter.total, rel=0.02)
 
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("overrides", [[], ["model.sub_bits=6", "model.grid=[1,16,16]", "model.layers=2"]])
 @pytest.mark.parametrize("name", SMALL)
-def test_what_is_kept_is_what_the_formula_says_within_five_percent(name, overrides, half, fused_attention):
+def test_token_model_bytes_within_five_percent(name, overrides, half, fused_attention):
+    """The formula is within five percent of the bytes that PyTorch saves for the backward pass."""
     run = load_config(name, ["model.dropout=0", *overrides])
-    model, sub_tokens_BNS = build(run), some_tokens(run)
+    model, sub_tokens_BNS = build(run), random_tokens(run)
 
     def forward():
         with autocast(half):
-            return cost(run, model, sub_tokens_BNS)
+            return training_loss(run, model, sub_tokens_BNS)
 
     # Of the tables, autocast copies only the one that logits are made with.
     tables = () if run.stage == "masked-lm" else ("embedding", "earlier")
     cast = sum(value.numel() for name, value in model.named_parameters() if name.split(".")[0] not in tables)
-    kept = kept_bytes(forward, model, 2 * cast if half else 0) / SAMPLES
+    saved_bytes = saved_tensor_bytes(forward, model, 2 * cast if half else 0) / SAMPLES
     # The head's norm takes what the GELU gives as it is on CPUs, and in fp32 on GPUs.
     heads = 1 if run.stage == "masked-lm" else run.model.sub_tokens
-    kept += 2 * half * heads * run.model.tokens * run.model.width
-    assert token_bytes(run.model, half) == pytest.approx(kept, rel=0.05)
+    saved_bytes += 2 * half * heads * run.model.tokens * run.model.width
+    assert token_model_activation_bytes(run.model, half) == pytest.approx(saved_bytes, rel=0.05)

@@ -8,7 +8,7 @@ from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
 from bsq_ray.serving.http.api import create_app
-from bsq_ray.serving.registry import ROLES, Model, Models, kind_of
+from bsq_ray.serving.registry import ROLES, ModelRegistry, ServedModel, model_kind
 from bsq_ray.serving.replicas.deployments import replica_class
 
 
@@ -17,49 +17,49 @@ def save_models(folder):
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     tokenizer = Tokenizer(
-        config.TokenizerModel(
+        config.TokenizerModelConfig(
             image_size=64,
-            encoder=config.Transformer(**sizes),
-            decoder=config.Decoder(**sizes, head_width=32),
-            quantizer=config.BSQ(bits=10),
+            encoder=config.TransformerConfig(**sizes),
+            decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+            quantizer=config.BSQConfig(bits=10),
         )
     )
     tokens = {"grid": [1, 8, 8], "bits": 10, "sub_bits": 5, **sizes}
-    made = {
+    models = {
         "small": tokenizer,
-        "prior": Prior(config.PriorModel(**tokens)),
-        "draws": MaskedLM(config.MaskedLMModel(**tokens, classes=4)),
+        "prior": Prior(config.PriorModelConfig(**tokens)),
+        "draws": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=4)),
     }
-    for name, model in made.items():
+    for name, model in models.items():
         model.save_pretrained(str(folder / name))
         if name != "small":
             tokenizer.save_pretrained(str(folder / name / "tokenizer"))
-    return {name: str(folder / name) for name in made}
+    return {name: str(folder / name) for name in models}
 
 
-def save_clip_models(folder):
+def save_video_models(folder):
     """Untrained models of 4 frames of 4 x 4 tokens of 10 bits at 32 px, by name; `whole` looks at later frames."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     tokens = {"grid": [4, 4, 4], "bits": 10, "sub_bits": 5, **sizes}
     tokenizers = {
         name: Tokenizer(
-            config.TokenizerModel(
-                image_size=32, frames=4, causal=causal, encoder=config.Transformer(**sizes),
-                decoder=config.Decoder(**sizes, head_width=32), quantizer=config.BSQ(bits=10),
+            config.TokenizerModelConfig(
+                image_size=32, frames=4, causal=causal, encoder=config.TransformerConfig(**sizes),
+                decoder=config.DecoderConfig(**sizes, head_hidden_dim=32), quantizer=config.BSQConfig(bits=10),
             )
         )
         for name, causal in (("clips", True), ("whole", False))
     }  # fmt: skip
-    made = tokenizers | {
-        "clip-prior": Prior(config.PriorModel(**tokens)),
-        "moves": MaskedLM(config.MaskedLMModel(**tokens, classes=2)),
+    models = tokenizers | {
+        "clip-prior": Prior(config.PriorModelConfig(**tokens)),
+        "moves": MaskedLM(config.MaskedLMModelConfig(**tokens, classes=2)),
     }
-    for name, model in made.items():
+    for name, model in models.items():
         model.save_pretrained(str(folder / name))
     for name in ("clip-prior", "moves"):
         tokenizers["clips"].save_pretrained(str(folder / name / "tokenizer"))
-    return {name: str(folder / name) for name in made}
+    return {name: str(folder / name) for name in models}
 
 
 class LocalReplicas:
@@ -79,31 +79,33 @@ class LocalReplicas:
 def make_replicas(settings):
     """Replicas by model and role."""
     return {
-        name: {role: replica_class(role)(url, settings) for role in ROLES[model_folder.read_config(url).stage]}
+        name: {
+            role: replica_class(role)(url, settings) for role in ROLES[model_folder.load_model_folder_config(url).stage]
+        }
         for name, url in settings.models.items()
     }
 
 
-def make_app(settings, replicas, token_digest=None):
+def make_app(settings, replicas, token_hash=None):
     """The application in front of replicas that are made already, as if it listened on loopback."""
 
     async def metrics():
         return "ray_serve_nothing 0\n"
 
     models = [
-        Model(
+        ServedModel(
             name,
-            kind_of(model_folder.read_config(settings.models[name])),
+            model_kind(model_folder.load_model_folder_config(settings.models[name])),
             {k: LocalReplicas(v) for k, v in roles.items()},
         )
         for name, roles in replicas.items()
     ]
-    return create_app(Models(models), settings.limits, token_digest, True, metrics)
+    return create_app(ModelRegistry(models), settings.limits, token_hash, True, metrics)
 
 
 def wait_until_loaded(client):
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
+    expires_at = time.monotonic() + 60
+    while time.monotonic() < expires_at:
         if client.get("/healthz").status_code == 200:
             return
         time.sleep(0.02)

@@ -4,75 +4,81 @@ import asyncio
 
 import pytest
 
-from bsq_ray.serving.batching import Batches
+from bsq_ray.serving.batching import DynamicBatcher
 
 
-class Computing:
+class FakeModel:
     """Doubles numbers; each batch waits for `go` and is written down."""
 
     def __init__(self):
         self.batches = []
-        self.go = asyncio.Event()
+        self.release = asyncio.Event()
 
     async def __call__(self, items):
         self.batches.append(list(items))
-        await self.go.wait()
+        await self.release.wait()
         if "bad" in items:
             raise ValueError("cannot double")
         return [2 * item for item in items]
 
 
-def ask(batches, *items):
+def submit_items(batches, *items):
     return [asyncio.create_task(batches(item)) for item in items]
 
 
-async def turns():
+async def run_event_loop():
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-def test_what_comes_while_one_is_computed_is_computed_together():
+def test_batcher_requests_during_batch_form_the_next():
+    """Requests that arrive during a batch form the next one."""
+
     async def story():
-        computing = Computing()
-        batches = Batches(computing, largest=4)
-        answers = ask(batches, 0)
-        await turns()
-        answers += ask(batches, 1, 2, 3, 4, 5)
-        await turns()
+        computing = FakeModel()
+        batches = DynamicBatcher(computing, largest=4)
+        responses = submit_items(batches, 0)
+        await run_event_loop()
+        responses += submit_items(batches, 1, 2, 3, 4, 5)
+        await run_event_loop()
         assert computing.batches == [[0]]
         computing.go.set()
-        assert await asyncio.gather(*answers) == [0, 2, 4, 6, 8, 10]
+        assert await asyncio.gather(*responses) == [0, 2, 4, 6, 8, 10]
         assert computing.batches == [[0], [1, 2, 3, 4], [5]]
         assert await batches(6) == 12
 
     asyncio.run(story())
 
 
-def test_an_incomplete_batch_waits_for_more_and_a_complete_one_does_not():
+def test_batcher_waits_only_for_incomplete_batch():
+    """An incomplete batch waits for more items; a full one starts immediately."""
+
     async def story():
-        computing = Computing()
+        computing = FakeModel()
         computing.go.set()
-        batches = Batches(computing, largest=3, wait=0.2)
-        answers = ask(batches, 1)
+        batches = DynamicBatcher(computing, largest=3, wait=0.2)
+        responses = submit_items(batches, 1)
         await asyncio.sleep(0.01)
-        answers += ask(batches, 2)
-        assert await asyncio.gather(*answers) == [2, 4]
-        patient = Batches(computing, largest=3, wait=100)
-        assert await asyncio.wait_for(asyncio.gather(*ask(patient, 3, 4, 5)), 10) == [6, 8, 10]
+        responses += submit_items(batches, 2)
+        assert await asyncio.gather(*responses) == [2, 4]
+        long_wait_batcher = DynamicBatcher(computing, largest=3, wait=100)
+        assert await asyncio.wait_for(asyncio.gather(*submit_items(long_wait_batcher, 3, 4, 5)), 10) == [6, 8, 10]
         assert computing.batches == [[1, 2], [3, 4, 5]]
 
     asyncio.run(story())
 
 
-def test_a_failure_reaches_all_of_its_batch_and_no_other():
+def test_batcher_failure_affects_only_its_batch():
+    """A failure reaches every item of its batch and no item of another batch."""
+
     async def story():
-        computing = Computing()
-        batches = Batches(computing, largest=2)
-        answers = ask(batches, 1)
-        await turns()
-        answers += ask(batches, "bad", 2, 3)
+        computing = FakeModel()
+        batches = DynamicBatcher(computing, largest=2)
+        responses = submit_items(batches, 1)
+        await run_event_loop()
+        responses += submit_items(batches, "bad", 2, 3)
         computing.go.set()
-        first, *failed, last = await asyncio.gather(*answers, return_exceptions=True)
+        first, *failed, last = await asyncio.gather(*responses, return_exceptions=True)
         assert (first, last) == (2, 6)
         for error in failed:
             with pytest.raises(ValueError, match="cannot double"):
@@ -81,19 +87,21 @@ def test_a_failure_reaches_all_of_its_batch_and_no_other():
     asyncio.run(story())
 
 
-def test_who_went_away_is_not_computed():
+def test_batcher_skips_cancelled_items():
+    """Items whose caller was cancelled are not computed."""
+
     async def story():
-        computing = Computing()
-        batches = Batches(computing, largest=4)
-        answers = ask(batches, 1)
-        await turns()
-        gone, stayed = ask(batches, 2, 3)
-        await turns()
-        gone.cancel()
-        answers[0].cancel()
-        await turns()
+        computing = FakeModel()
+        batches = DynamicBatcher(computing, largest=4)
+        responses = submit_items(batches, 1)
+        await run_event_loop()
+        cancelled, waiting = submit_items(batches, 2, 3)
+        await run_event_loop()
+        cancelled.cancel()
+        responses[0].cancel()
+        await run_event_loop()
         computing.go.set()
-        assert await stayed == 6
+        assert await waiting == 6
         assert computing.batches == [[1], [3]]
 
     asyncio.run(story())

@@ -8,21 +8,21 @@ from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import ClientDisconnect, Request
 
 from bsq_ray.serving.http.api import create_app
-from bsq_ray.serving.http.body_prefetch import Attached, Attaching
-from bsq_ray.serving.registry import Models
+from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, PrefetchedBodyMiddleware
+from bsq_ray.serving.registry import ModelRegistry
 from bsq_ray.serving.service_config import Limits
 
 SCOPE = {"type": "http", "method": "POST", "headers": []}
 
 
-class Body:
+class FakeBody:
     """What a client sends: parts, each with the seconds before it comes; then it waits for the answer."""
 
     def __init__(self, *parts):
-        self.parts, self.asked = list(parts), 0
+        self.parts, self.num_receive_calls = list(parts), 0
 
     async def __call__(self):
-        self.asked += 1
+        self.num_receive_calls += 1
         if not self.parts:
             await asyncio.Event().wait()
         seconds, part = self.parts[0]
@@ -33,103 +33,111 @@ class Body:
         return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
 
 
-async def body_at_front(receive):
+async def read_body_at_ingress(receive):
     """What the front reads, and how often it had to ask for it."""
-    bodies, asked = [], []
+    bodies, receive_counts = [], []
 
     async def api(scope, receive, send):
         bodies.append(await Request(scope, receive).body())
 
-    async def between(scope, receive, send):
+    async def ray_serve(scope, receive, send):
         """As Ray Serve: the scope is sent, `receive` goes back to the proxy."""
         before = client.asked
-        await Attached(api)(scope, receive, send)
-        asked.append(client.asked - before)
+        await PrefetchedBodyMiddleware(api)(scope, receive, send)
+        receive_counts.append(client.asked - before)
 
     client = receive
-    await Attaching(between)(dict(SCOPE), receive, None)
-    return bodies[0], asked[0]
+    await PrefetchBodyMiddleware(ray_serve)(dict(SCOPE), receive, None)
+    return bodies[0], receive_counts[0]
 
 
 @pytest.mark.parametrize("parts", [[b""], [b"whole"], [b"in ", b"two"], [bytes(2**16)] * 2])
-def test_a_small_body_comes_with_its_request(parts):
-    assert asyncio.run(body_at_front(Body(*((0, part) for part in parts)))) == (b"".join(parts), 0)
+def test_prefetch_small_body_needs_no_receive_call(parts):
+    """A small body travels with its request, so the ingress does not request it."""
+    assert asyncio.run(read_body_at_ingress(FakeBody(*((0, part) for part in parts)))) == (b"".join(parts), 0)
 
 
-def test_of_a_large_body_the_front_asks_for_the_rest():
+def test_prefetch_large_body_receives_the_rest():
+    """The ingress requests only the rest of a large body."""
     parts = [bytes([number]) * 2**16 for number in range(7)]
-    assert asyncio.run(body_at_front(Body(*((0, part) for part in parts)))) == (b"".join(parts), 5)
+    assert asyncio.run(read_body_at_ingress(FakeBody(*((0, part) for part in parts)))) == (b"".join(parts), 5)
 
 
-def test_no_client_can_have_its_request_go_on_without_it():
+def test_prefetch_removes_disconnect_disabled_header():
     """Of Ray Serve's headers the proxy reads those that are left."""
-    seen = []
+    forwarded_headers = []
 
     async def proxy(scope, receive, send):
-        seen.extend(scope["headers"])
+        forwarded_headers.extend(scope["headers"])
 
     headers = [(b"x-request-disconnect-disabled", b"?1"), (b"host", b"x")]
-    asyncio.run(Attaching(proxy)(SCOPE | {"headers": headers}, Body((0, b"")), None))
-    assert seen == [(b"host", b"x")]
+    asyncio.run(PrefetchBodyMiddleware(proxy)(SCOPE | {"headers": headers}, FakeBody((0, b"")), None))
+    assert forwarded_headers == [(b"host", b"x")]
     assert headers[0][0] == SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER.encode()
 
 
-def test_the_front_takes_what_came_with_a_request():
-    app = create_app(Models([]), Limits(), None, True, None)
-    assert [middleware.cls for middleware in app.user_middleware] == [Attached]
+def test_app_installs_prefetched_body_middleware():
+    """The application reads the body that came with a request."""
+    app = create_app(ModelRegistry([]), Limits(), None, True, None)
+    assert [middleware.cls for middleware in app.user_middleware] == [PrefetchedBodyMiddleware]
 
 
-def test_a_slow_body_does_not_hold_its_request_back():
-    body = Body((0, b"first "), (0.2, b"second "), (0, b"third"))
-    assert asyncio.run(body_at_front(body)) == (b"first second third", 2)
+def test_prefetch_slow_body_does_not_delay_request():
+    """A slow body does not delay its request."""
+    body = FakeBody((0, b"first "), (0.2, b"second "), (0, b"third"))
+    assert asyncio.run(read_body_at_ingress(body)) == (b"first second third", 2)
 
 
-def test_who_goes_away_while_sending_is_gone_at_the_front_too():
+def test_prefetch_disconnect_reaches_ingress():
+    """A client that disconnects while sending is reported to the ingress."""
     with pytest.raises(ClientDisconnect):
-        asyncio.run(body_at_front(Body((0, b"first"), (0, None))))
+        asyncio.run(read_body_at_ingress(FakeBody((0, b"first"), (0, None))))
 
 
 @pytest.mark.parametrize(("parts", "asked"), [([b"whole"], 0), ([bytes(2**17), b"rest"], 1)])
-def test_ray_serve_asks_the_proxy_only_for_what_is_missing(parts, asked):
+def test_prefetch_ray_serve_requests_only_missing_body(parts, expected_calls):
     """Its own task asks over and over until the client is gone, whether or not anyone wants to know."""
-    asking = []
+    receive_calls = []
 
-    async def of_proxy(metadata):
-        asking.append(metadata)
+    async def receive_from_proxy(metadata):
+        receive_calls.append(metadata)
         await asyncio.Event().wait()
 
     async def api(scope, receive, send):
         await receive()
         await asyncio.sleep(0.01)
 
-    async def front(scope, receive, send):
-        of_ray = ASGIReceiveProxy(scope, "metadata", of_proxy)
-        task = asyncio.create_task(of_ray.fetch_until_disconnect())
-        await Attached(api)(scope, of_ray, send)
+    async def ingress(scope, receive, send):
+        ray_receive = ASGIReceiveProxy(scope, "metadata", receive_from_proxy)
+        task = asyncio.create_task(ray_receive.fetch_until_disconnect())
+        await PrefetchedBodyMiddleware(api)(scope, ray_receive, send)
         task.cancel()
 
-    asyncio.run(Attaching(front)(dict(SCOPE), Body(*((0, part) for part in parts)), None))
-    assert len(asking) == asked
+    asyncio.run(PrefetchBodyMiddleware(ingress)(dict(SCOPE), FakeBody(*((0, part) for part in parts)), None))
+    assert len(receive_calls) == expected_calls
 
 
-def test_without_the_proxys_part_the_front_asks():
-    async def front():
+def test_prefetched_without_proxy_calls_receive():
+    """Without the proxy middleware the ingress receives the whole body itself."""
+
+    async def ingress():
         bodies = []
 
         async def api(scope, receive, send):
             bodies.append(await Request(scope, receive).body())
 
-        await Attached(api)(dict(SCOPE), Body((0, b"in "), (0, b"two")), None)
+        await PrefetchedBodyMiddleware(api)(dict(SCOPE), FakeBody((0, b"in "), (0, b"two")), None)
         return bodies
 
-    assert asyncio.run(front()) == [b"in two"]
+    assert asyncio.run(ingress()) == [b"in two"]
 
 
-def test_what_is_no_request_passes():
-    seen = []
+def test_prefetch_non_http_scope_passes_through():
+    """Scopes other than HTTP pass through unchanged."""
+    scopes = []
 
     async def app(scope, receive, send):
-        seen.append(scope)
+        scopes.append(scope)
 
-    asyncio.run(Attaching(app)({"type": "lifespan"}, None, None))
-    assert seen == [{"type": "lifespan"}]
+    asyncio.run(PrefetchBodyMiddleware(app)({"type": "lifespan"}, None, None))
+    assert scopes == [{"type": "lifespan"}]

@@ -24,11 +24,11 @@ ray_serve_requests{node="N"} 7
 
 
 @pytest.fixture
-def machine():
+def metrics_server():
     """Starts a machine's port of metrics, which answers with the text and claims a length; the port."""
     servers = []
 
-    def answer(server, text, length):
+    def serve_once(server, text, length):
         connection, _ = server.accept()
         with connection:
             connection.recv(4096)
@@ -37,7 +37,7 @@ def machine():
     def start(text, length=None):
         server = socket.create_server(("127.0.0.1", 0))
         servers.append(server)
-        threading.Thread(target=answer, args=(server, text, length), daemon=True).start()
+        threading.Thread(target=serve_once, args=(server, text, length), daemon=True).start()
         return server.getsockname()[1]
 
     yield start
@@ -45,14 +45,15 @@ def machine():
         server.close()
 
 
-def metrics_of(monkeypatch, ports):
+def collect_metrics(monkeypatch, ports):
     nodes = [{"Alive": True, "NodeManagerAddress": "127.0.0.1", "MetricsExportPort": port} for port in ports]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     return asyncio.run(cluster_metrics())
 
 
-def test_each_metric_is_described_once_and_its_series_stand_together(monkeypatch, machine):
-    text = metrics_of(monkeypatch, [machine(TEXT.replace("N", name)) for name in "AB"])
+def test_cluster_metrics_merges_series_by_metric(monkeypatch, metrics_server):
+    """Each metric is described once, followed by the series of all nodes."""
+    text = collect_metrics(monkeypatch, [metrics_server(TEXT.replace("N", name)) for name in "AB"])
     assert re.sub("{.*?}", "", text).split("\n") == [
         "# HELP ray_serve_latency_ms how long", "# TYPE ray_serve_latency_ms histogram",
         "ray_serve_latency_ms_bucket 4", "ray_serve_latency_ms_count 5",
@@ -62,6 +63,7 @@ def test_each_metric_is_described_once_and_its_series_stand_together(monkeypatch
     ]  # fmt: skip
 
 
-def test_a_machine_that_breaks_off_is_left_out(monkeypatch, machine):
-    text = metrics_of(monkeypatch, [machine(TEXT, length=9999), machine(TEXT.replace("N", "whole"))])
+def test_cluster_metrics_skips_failing_node(monkeypatch, metrics_server):
+    """A node whose response is incomplete is skipped."""
+    text = collect_metrics(monkeypatch, [metrics_server(TEXT, length=9999), metrics_server(TEXT.replace("N", "whole"))])
     assert set(re.findall('node="(.*?)"', text)) == {"whole"}

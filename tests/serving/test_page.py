@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import uvicorn
-from local_service import make_app, save_clip_models, save_models
+from local_service import make_app, save_models, save_video_models
 from PIL import Image
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray import Codec
 from bsq_ray.codec.files import compress_file
-from bsq_ray.serving.http.admission import digest
+from bsq_ray.serving.http.admission import hash_token
 from bsq_ray.serving.service_config import Settings
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -31,7 +31,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return Settings(models=save_models(folder) | {"clips": save_clip_models(folder)["clips"]})
+    return Settings(models=save_models(folder) | {"clips": save_video_models(folder)["clips"]})
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def serve(settings, replicas):
     """Starts the application on loopback, with or without a token; the URL."""
     servers = []
 
-    def start(token=None, **late):
+    def start(token=None, **never_loaded):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        models = settings.models | dict.fromkeys(late, settings.models["small"])
-        served = settings.model_copy(update={"models": models})
-        app = make_app(served, replicas | late, token and digest(token))
+        models = settings.models | dict.fromkeys(never_loaded, settings.models["small"])
+        served_settings = settings.model_copy(update={"models": models})
+        app = make_app(served_settings, replicas | never_loaded, token and hash_token(token))
         server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
         threading.Thread(target=server.run, daemon=True).start()
         servers.append(server)
@@ -57,12 +57,12 @@ def serve(settings, replicas):
         server.should_exit = True
 
 
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, "what was waited for did not happen"
+def wait_for(condition, timeout_s=60):
+    expires_at = time.monotonic() + timeout_s
+    while not (result := condition()):
+        assert time.monotonic() < expires_at, "what was waited for did not happen"
         time.sleep(0.05)
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def browser(downloads):
     driver.quit()
 
 
-def page_of(browser, url, width=1100, height=900):
+def open_page(browser, url, width=1100, height=900):
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
@@ -102,7 +102,7 @@ def page_of(browser, url, width=1100, height=900):
 
 @pytest.fixture
 def page(browser, serve, url):
-    page = page_of(browser, url)
+    page = open_page(browser, url)
     page.wait_shown("compress")
     return page
 
@@ -119,7 +119,8 @@ def photo(photos, tmp_path_factory):
     return path
 
 
-def test_a_photograph_is_compared_measured_and_downloaded_and_its_file_shown(page, photo, downloads, settings):
+def test_page_compresses_measures_and_downloads_photo(page, photo, downloads, settings):
+    """The page compresses, compares, measures and downloads a photo, and displays its .bsq file."""
     page.find("file").send_keys(str(photo))
     page.wait_shown("sizes")
     data = Codec.from_pretrained(settings.models["small"]).compress(Image.open(photo)).data
@@ -142,7 +143,8 @@ def test_a_photograph_is_compared_measured_and_downloaded_and_its_file_shown(pag
     assert page.find("shown").is_displayed()
 
 
-def test_the_slider_moves_by_keyboard_and_says_where_it_is(page, photo):
+def test_page_slider_is_keyboard_accessible(page, photo):
+    """The slider moves by keyboard and reports its position to screen readers."""
     from selenium.webdriver.common.keys import Keys
 
     page.find("file").send_keys(str(photo))
@@ -155,7 +157,8 @@ def test_the_slider_moves_by_keyboard_and_says_where_it_is(page, photo):
     assert "40%" in clip
 
 
-def test_a_class_is_drawn_step_by_step_and_can_be_stopped(page):
+def test_page_generates_image_and_can_stop(page):
+    """The page displays an image after each generation step and can stop the generation."""
     from selenium.webdriver.support.ui import Select
 
     assert [option.text for option in Select(page.find("class")).options] == [
@@ -178,21 +181,24 @@ def test_a_class_is_drawn_step_by_step_and_can_be_stopped(page):
 
 
 class NeverLoaded:
-    async def facts(self):
+    async def metadata(self):
         return await asyncio.Event().wait()
 
 
-def test_what_is_typed_stays_while_another_model_is_loaded(browser, serve):
+def test_page_keeps_input_while_models_load(browser, serve):
+    """Form input stays while another model is still loading."""
     from selenium.webdriver.support.ui import Select
 
-    page = page_of(browser, serve(late={"tokenizer": NeverLoaded()}))
+    page = open_page(browser, serve(late={"tokenizer": NeverLoaded()}))
     page.wait_shown("generate")
     Select(page.find("class")).select_by_visible_text("class 3")
     page.find("steps").clear()
     page.find("steps").send_keys("7")
-    asked = "return performance.getEntriesByType('resource').filter((entry) => entry.name.endsWith('models')).length"
-    before = page.run(asked)
-    wait_for(lambda: page.run(asked) >= before + 2)
+    count_requests_script = (
+        "return performance.getEntriesByType('resource').filter((entry) => entry.name.endsWith('models')).length"
+    )
+    before = page.run(count_requests_script)
+    wait_for(lambda: page.run(count_requests_script) >= before + 2)
     assert page.find("steps").get_attribute("value") == "7"
     assert Select(page.find("class")).first_selected_option.text == "class 3"
 
@@ -200,15 +206,16 @@ def test_what_is_typed_stays_while_another_model_is_loaded(browser, serve):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "street.mp4"
-    path.write_bytes(cut_video(30, size=(160, 96)))
+    path.write_bytes(make_street_video(30, size=(160, 96)))
     return path
 
 
-def playing(page, name):
+def is_playing(page, name):
     return page.run("return arguments[0].readyState >= 2 && !arguments[0].paused", page.find(name))
 
 
-def test_a_video_is_shown_beside_its_reconstruction_and_its_file_alone(page, clip, downloads, settings):
+def test_page_compares_video_with_reconstruction(page, clip, downloads, settings):
+    """The page displays a video next to its reconstruction, and a .bsq file of a video alone."""
     page.find("file").send_keys(str(clip))
     page.wait_shown("clips")
     wait_for(lambda: "Done with the model clips" in page.text("compress-status"))
@@ -220,9 +227,9 @@ def test_a_video_is_shown_beside_its_reconstruction_and_its_file_alone(page, cli
         wait_for(lambda name=name: page.run("return arguments[0].videoWidth", page.find(name)) == 160)
     assert not page.find("picture").is_displayed()
     page.run("arguments[0].play()", page.find("clip"))
-    wait_for(lambda: playing(page, "clip") and playing(page, "source"))
+    wait_for(lambda: is_playing(page, "clip") and is_playing(page, "source"))
     page.run("arguments[0].pause(); arguments[0].currentTime = 0.6", page.find("source"))
-    wait_for(lambda: not playing(page, "clip"))
+    wait_for(lambda: not is_playing(page, "clip"))
     wait_for(lambda: page.run("return arguments[0].currentTime", page.find("clip")) == pytest.approx(0.6, abs=0.1))
     page.find("download").click()
     file = downloads / "clip.bsq"
@@ -233,21 +240,24 @@ def test_a_video_is_shown_beside_its_reconstruction_and_its_file_alone(page, cli
     assert not page.find("source").is_displayed()
 
 
-def test_a_video_that_the_browser_cannot_play_is_compressed_all_the_same(page, tmp_path):
-    (tmp_path / "raw.mkv").write_bytes(cut_video(6, kind="matroska", codec="ffv1"))
+def test_page_compresses_video_browser_cannot_play(page, tmp_path):
+    """A video that the browser cannot play is still compressed."""
+    (tmp_path / "raw.mkv").write_bytes(make_street_video(6, container_format="matroska", codec="ffv1"))
     page.find("file").send_keys(str(tmp_path / "raw.mkv"))
     page.wait_shown("clip")
     wait_for(lambda: not page.find("source").is_displayed())
 
 
-def test_a_file_that_is_no_picture_is_answered_in_words(page, tmp_path):
+def test_page_unreadable_file_displays_error(page, tmp_path):
+    """A file that is neither an image nor a video displays an error message."""
     (tmp_path / "note.txt").write_text("not a picture")
     page.find("file").send_keys(str(tmp_path / "note.txt"))
     wait_for(lambda: "the body is not an image or video" in page.text("compress-status"))
     assert not page.find("result").is_displayed()
 
 
-def test_a_large_photograph_is_shrunk_before_it_is_sent(page, tmp_path):
+def test_page_downscales_large_photo_before_upload(page, tmp_path):
+    """A large photo is downscaled before upload."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
     Image.fromarray(noise).resize((2000, 1600)).save(tmp_path / "large.jpg")
     page.find("file").send_keys(str(tmp_path / "large.jpg"))
@@ -257,8 +267,9 @@ def test_a_large_photograph_is_shrunk_before_it_is_sent(page, tmp_path):
 
 
 @pytest.mark.parametrize("width", [360, 1100])
-def test_nothing_sticks_out_and_everything_has_a_name(browser, url, photo, width):
-    page = page_of(browser, url, width)
+def test_page_fits_width_and_labels_every_control(browser, url, photo, width):
+    """The page fits its width and every control has an accessible name."""
+    page = open_page(browser, url, width)
     page.wait_shown("compress")
     page.find("file").send_keys(str(photo))
     page.wait_shown("sizes")
@@ -273,18 +284,20 @@ def test_nothing_sticks_out_and_everything_has_a_name(browser, url, photo, width
     assert page.run("return [...document.querySelectorAll('[tabindex]')].every((part) => part.tabIndex >= 0)")
 
 
-def test_nothing_comes_from_elsewhere_and_the_browser_complains_of_nothing(browser, url, page, photo):
+def test_page_loads_only_own_resources_without_errors(browser, url, page, photo):
+    """The page loads nothing from other hosts and the browser logs no errors."""
     page.find("file").send_keys(str(photo))
     page.wait_shown("sizes")
-    loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert loaded
-    assert all(name.startswith((url, "data:", "blob:")) for name in loaded)
-    complaints = [entry for entry in browser.get_log("browser") if "status of 415" not in entry["message"]]
-    assert complaints == []
+    resource_urls = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert resource_urls
+    assert all(name.startswith((url, "data:", "blob:")) for name in resource_urls)
+    browser_errors = [entry for entry in browser.get_log("browser") if "status of 415" not in entry["message"]]
+    assert browser_errors == []
 
 
-def test_the_page_asks_for_the_token(browser, serve, photo):
-    page = page_of(browser, serve(TOKEN))
+def test_page_requires_token(browser, serve, photo):
+    """The page requests the token and works after the correct one is entered."""
+    page = open_page(browser, serve(TOKEN))
     page.wait_shown("access")
     assert not page.find("compress").is_displayed()
     page.find("token").send_keys("wrong\n")

@@ -15,10 +15,10 @@ from ray import serve
 from ray.serve.schema import ServeStatus
 from small_models import save_tokenizer
 
-from bsq_ray.config.loader import check_section
-from bsq_ray.serving.app import build, options
-from bsq_ray.serving.batch_invariance import ExactBatches, pieces
-from bsq_ray.serving.server import is_loopback, running, settings_of
+from bsq_ray.config.loader import validate_mapping
+from bsq_ray.serving.app import build, deployment_options
+from bsq_ray.serving.batch_invariance import BatchInvariantRunner, chunk_slices
+from bsq_ray.serving.server import is_loopback, parse_settings, serve_app
 from bsq_ray.serving.service_config import Settings
 
 
@@ -27,12 +27,13 @@ def model(tmp_path_factory):
     return save_tokenizer(tmp_path_factory.mktemp("one") / "tiny", seed=0)
 
 
-def test_a_model_is_called_as_its_configuration_or_as_one_says(model):
-    assert settings_of([model, f"other={model}"], "127.0.0.1", None, []).models == {"tiny": model, "other": model}
+def test_parse_settings_names_models(model):
+    """A model takes its name from its configuration or from NAME=FOLDER."""
+    assert parse_settings([model, f"other={model}"], "127.0.0.1", None, []).models == {"tiny": model, "other": model}
     with pytest.raises(ValueError, match="two models are called tiny; give one another name"):
-        settings_of([model, model], "127.0.0.1", None, [])
+        parse_settings([model, model], "127.0.0.1", None, [])
     with pytest.raises(ValueError, match="is not a model folder"):
-        settings_of([model + "/none"], "127.0.0.1", None, [])
+        parse_settings([model + "/none"], "127.0.0.1", None, [])
 
 
 @pytest.mark.parametrize(
@@ -40,14 +41,16 @@ def test_a_model_is_called_as_its_configuration_or_as_one_says(model):
     [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
      ("10.0.0.1", False), ("example.org", False)],
 )  # fmt: skip
-def test_whoever_listens_to_others_asks_for_a_token(model, host, loopback):
+def test_parse_settings_public_host_requires_token(model, host, loopback):
+    """A host that others can reach requires a token unless the option overrides it."""
     assert is_loopback(host) is loopback
-    assert settings_of([model], host, None, []).authentication is not loopback
-    for wanted in (True, False):
-        assert settings_of([model], host, wanted, []).authentication is wanted
+    assert parse_settings([model], host, None, []).authentication is not loopback
+    for require_token in (True, False):
+        assert parse_settings([model], host, require_token, []).authentication is require_token
 
 
-def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
+def test_build_without_token_raises(model, monkeypatch):
+    """On a cluster the token must be set and long enough."""
     monkeypatch.delenv("BSQ_RAY_TOKEN", raising=False)
     with pytest.raises(ValueError, match="BSQ_RAY_TOKEN must hold a token"):
         build({"models": {"tiny": model}})
@@ -57,11 +60,12 @@ def test_on_a_cluster_the_token_must_be_there(model, monkeypatch):
 
 
 @pytest.mark.parametrize("token", ["x", "15-characters-x"])
-def test_a_short_token_is_refused_on_this_machine_too(model, monkeypatch, token):
+def test_serve_app_short_token_raises(model, monkeypatch, token):
+    """A short token raises ValueError before Ray starts."""
     monkeypatch.setenv("BSQ_RAY_TOKEN", token)
     settings = Settings(models={"tiny": model})
     monkeypatch.setattr("bsq_ray.serving.server.ray_session", lambda _: pytest.fail("Ray is started"))
-    with pytest.raises(ValueError, match="must hold a token of 16 characters"), running(settings, "0.0.0.0", 0):
+    with pytest.raises(ValueError, match="must hold a token of 16 characters"), serve_app(settings, "0.0.0.0", 0):
         pass
 
 
@@ -77,20 +81,22 @@ def test_a_short_token_is_refused_on_this_machine_too(model, monkeypatch, token)
         (['models={"": "b"}'], "'' is no name"),
     ],
 )
-def test_wrong_settings_are_refused_with_the_key(overrides, said):
-    with pytest.raises(ValueError, match=said.replace(".", r"\.").replace("?", r"\?")):
-        check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
+def test_invalid_settings_error_names_the_key(overrides, message):
+    """An invalid setting raises an error that names its key."""
+    with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("?", r"\?")):
+        validate_mapping({"models": {"a": "b"}}, overrides, Settings, "the service")
 
 
-def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
-    stopped = []
+def test_serve_app_keeps_running_applications(model, monkeypatch):
+    """A cluster that already serves applications is left unchanged."""
+    shutdown_calls = []
     monkeypatch.setattr("bsq_ray.serving.server.ray_session", nullcontext)
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={"a-machine": "HEALTHY"}))
-    monkeypatch.setattr(serve, "shutdown", lambda: stopped.append(True))
+    monkeypatch.setattr(serve, "shutdown", lambda: shutdown_calls.append(True))
     settings = Settings(models={"tiny": model}, authentication=False)
-    with pytest.raises(ValueError, match="Ray Serve already runs on this cluster"), running(settings, "127.0.0.1", 0):
+    with pytest.raises(ValueError, match="Ray Serve already runs on this cluster"), serve_app(settings, "127.0.0.1", 0):
         pass
-    assert not stopped
+    assert not shutdown_calls
 
 
 @pytest.mark.parametrize(
@@ -102,58 +108,64 @@ def test_what_a_cluster_serves_already_is_left_alone(model, monkeypatch):
         ("::", "http://10.0.0.1:8000/", "the cluster's head 10.0.0.1 listens"),
     ],
 )
-def test_on_another_machines_cluster_its_head_listens(model, monkeypatch, host, url, note):
+def test_serve_app_remote_cluster_listens_on_head(model, monkeypatch, host, url, note):
+    """On a remote cluster the head node listens, and the note explains how to reach it."""
     head = {
         "Alive": True,
         "NodeID": "far",
         "NodeManagerAddress": "10.0.0.1",
         "Resources": {"node:__internal_head__": 1},
     }
-    here = {"Alive": True, "NodeID": "here", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4}}
-    asked = []
+    local_node = {"Alive": True, "NodeID": "here", "NodeManagerAddress": "10.0.0.2", "Resources": {"CPU": 4}}
+    http_options_seen = []
     monkeypatch.setattr("bsq_ray.serving.server.ray_session", nullcontext)
-    monkeypatch.setattr(ray, "nodes", lambda: [here, head])
+    monkeypatch.setattr(ray, "nodes", lambda: [local_node, head])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={}))
     for name in ("run", "shutdown"):
         monkeypatch.setattr(serve, name, lambda *_, **__: None)
-    monkeypatch.setattr(serve, "start", lambda http_options, **_: asked.append(http_options))
+    monkeypatch.setattr(serve, "start", lambda http_options, **_: http_options_seen.append(http_options))
     settings = Settings(models={"tiny": model}, authentication=False)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
         # Taken here, which says nothing about the head.
-        with running(settings, host, port, "10.0.0.1:6379") as service:
+        with serve_app(settings, host, port, "10.0.0.1:6379") as service:
             assert service.url == url.replace("8000", str(port))
             assert note.replace("8000", str(port)) in service.note
-    assert asked == [{"host": host, "port": port}]
-    with pytest.raises(ValueError, match="choose one"), running(settings, host, 0, "10.0.0.1:6379"):
+    assert http_options_seen == [{"host": host, "port": port}]
+    with pytest.raises(ValueError, match="choose one"), serve_app(settings, host, 0, "10.0.0.1:6379"):
         pass
 
 
-def test_a_port_that_is_taken_is_named(ray_local, model):
+def test_serve_app_port_in_use_error_names_port(ray_local, model):
+    """The error for a port in use names the port."""
     settings = Settings(models={"tiny": model}, authentication=False)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         with (
             pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another --port"),
-            running(settings, "127.0.0.1", port),
+            serve_app(settings, "127.0.0.1", port),
         ):
             pass
 
 
-def test_each_kind_of_deployment_scales_on_its_own():
+def test_deployment_options_scale_independently():
+    """Each deployment has its own scaling options."""
     overrides = [
         "tokenizer.replicas=2", "tokenizer.gpus=0.25", "codec.most_replicas=5", "codec.queue=3", "generator.cpus=4",
         "limits.waiting=7", "front.replicas=3", "front.cpus=2",
     ]  # fmt: skip
-    settings = check_section({"models": {"a": "b"}}, overrides, Settings, "the service")
-    sections = settings.tokenizer, settings.codec, settings.generator, settings.front
-    tokenizer, codec, generator, front = (options(section, 8, settings) for section in sections)
-    nothing_told = {"runtime_env": {}}
-    assert (front["num_replicas"], front["ray_actor_options"]) == (3, {"num_cpus": 2, "num_gpus": 0} | nothing_told)
+    settings = validate_mapping({"models": {"a": "b"}}, overrides, Settings, "the service")
+    deployment_configs = settings.tokenizer, settings.codec, settings.generator, settings.front
+    tokenizer, codec, generator, ingress = (deployment_options(section, 8, settings) for section in deployment_configs)
+    empty_runtime_env = {"runtime_env": {}}
+    assert (ingress["num_replicas"], ingress["ray_actor_options"]) == (
+        3,
+        {"num_cpus": 2, "num_gpus": 0} | empty_runtime_env,
+    )
     assert (tokenizer["num_replicas"], tokenizer["ray_actor_options"]["num_gpus"]) == (2, 0.25)
     assert settings.tokenizer.device == "cuda"
     scaling = codec["autoscaling_config"]
@@ -164,59 +176,65 @@ def test_each_kind_of_deployment_scales_on_its_own():
     assert {part["max_queued_requests"] for part in (tokenizer, codec, generator)} == {7}
 
 
-def test_only_sizes_that_change_no_bit_are_used():
+def test_batch_invariant_runner_uses_only_safe_sizes():
     """A computation that adds up differently in batches of 4, as a matrix product may."""
-    seen = []
+    batch_sizes = []
 
     def run(rows):
-        seen.append(len(rows))
+        batch_sizes.append(len(rows))
         return rows * 3 + (1e-7 if len(rows) == 4 else 0)
 
     rows = torch.rand(8, 5)
-    exact = ExactBatches(run, rows)
-    assert (exact.sizes, exact.core_sizes) == ([8, 2, 1], [])
-    seen.clear()
-    assert torch.equal(exact(torch.cat([rows, rows[:7]])), torch.cat([rows, rows[:7]]) * 3)
-    assert seen == [8, 2, 2, 2, 1]
+    runner = BatchInvariantRunner(run, rows)
+    assert (runner.sizes, runner.core_sizes) == ([8, 2, 1], [])
+    batch_sizes.clear()
+    assert torch.equal(runner(torch.cat([rows, rows[:7]])), torch.cat([rows, rows[:7]]) * 3)
+    assert batch_sizes == [8, 2, 2, 2, 1]
 
 
-def test_cores_share_a_batch_and_compute_the_rest_together():
-    seen = []
+def test_batch_invariant_runner_splits_batch_over_cores():
+    """Cores split a batch, and all cores compute the remainder together."""
+    calls = []
 
     def run(rows, more):
-        seen.append((threading.current_thread().name[:4], torch.get_num_threads(), len(rows)))
+        calls.append((threading.current_thread().name[:4], torch.get_num_threads(), len(rows)))
         return rows + more
 
     rows = torch.rand(8, 5)
-    exact = ExactBatches(run, rows, rows, cores=2)
-    assert (exact.sizes, exact.core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
-    seen.clear()
-    assert torch.equal(exact(rows[:7], rows[:7]), 2 * rows[:7])
+    runner = BatchInvariantRunner(run, rows, rows, cores=2)
+    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [4, 2, 1])
+    calls.clear()
+    assert torch.equal(runner(rows[:7], rows[:7]), 2 * rows[:7])
     together = (threading.current_thread().name[:4], torch.get_num_threads(), 1)
-    assert sorted(seen[:4]) == [("core", 1, 1)] * 2 + [("core", 1, 2)] * 2
-    assert seen[4:] == [together]
+    assert sorted(calls[:4]) == [("core", 1, 1)] * 2 + [("core", 1, 2)] * 2
+    assert calls[4:] == [together]
 
 
-def test_cores_do_not_share_a_batch_if_that_changes_a_bit():
+def test_batch_invariant_runner_skips_unsafe_core_split():
+    """Cores do not split a batch if that changes the result."""
+
     def run(rows):
         return rows * 3 + (1e-7 if threading.current_thread().name.startswith("core") else 0)
 
-    exact = ExactBatches(run, torch.rand(8, 5), cores=2)
-    assert (exact.sizes, exact.core_sizes) == ([8, 4, 2, 1], [])
-    assert torch.equal(exact(torch.ones(3, 5)), torch.full((3, 5), 3.0))
+    runner = BatchInvariantRunner(run, torch.rand(8, 5), cores=2)
+    assert (runner.sizes, runner.core_sizes) == ([8, 4, 2, 1], [])
+    assert torch.equal(runner(torch.ones(3, 5)), torch.full((3, 5), 3.0))
 
 
-def test_a_model_that_takes_long_is_not_tried_in_large_batches():
+def test_batch_invariant_runner_slow_model_limits_sizes():
+    """Calibration of a slow model stops at small batch sizes."""
+
     def run(rows):
         time.sleep(0.02 * len(rows))
         return rows
 
-    assert ExactBatches(run, torch.rand(64, 2), seconds=0.2).sizes in ([2, 1], [4, 2, 1])
+    assert BatchInvariantRunner(run, torch.rand(64, 2), seconds=0.2).sizes in ([2, 1], [4, 2, 1])
 
 
 @given(st.integers(0, 200), st.sets(st.sampled_from([2, 4, 8, 16, 32])))
-def test_pieces_cover_a_batch_once(count, sizes):
+def test_chunk_slices_cover_batch_exactly_once(num_rows, sizes):
+    """The slices cover every row of a batch exactly once."""
     allowed = sorted(sizes | {1}, reverse=True)
-    found = list(pieces(count, allowed))
-    assert [row for piece in found for row in range(piece.start, piece.stop)] == list(range(count))
-    assert {piece.stop - piece.start for piece in found} <= set(allowed)
+    slices = list(chunk_slices(num_rows, allowed))
+    assert [row for piece in slices for row in range(piece.start, piece.stop)] == list(range(num_rows))
+    assert {piece.stop - piece.start for piece in slices} <= set(allowed)

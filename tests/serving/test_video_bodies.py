@@ -14,20 +14,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from local_service import save_clip_models, save_models
+from local_service import save_models, save_video_models
 from PIL import Image
-from small_videos import cut_video
+from small_videos import make_street_video
 
 from bsq_ray import Generator, Tokenizer
 from bsq_ray.codec.files import compress_file, decompress_file
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
 from bsq_ray.media.video_files import read_video
 from bsq_ray.models.quantizers.bits import pack_bits
-from bsq_ray.serving.deadline import awaited
-from bsq_ray.serving.errors import Refused
+from bsq_ray.serving.deadline import deadline_after
+from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media import video_io
-from bsq_ray.serving.media.video_sandbox import _CODE, read_apart
+from bsq_ray.serving.media.video_sandbox import _SUBPROCESS_CODE, read_video_sandboxed
 from bsq_ray.serving.service_config import Limits, Settings
 
 MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
@@ -36,7 +36,7 @@ MKV, MP4 = {"Accept": "video/x-matroska"}, {"Accept": "video/mp4"}
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    models = {"small": save_models(folder)["small"]} | save_clip_models(folder)
+    models = {"small": save_models(folder)["small"]} | save_video_models(folder)
     limits = Limits(body_mb=1, pixels=10_000, clip_pixels=200_000, seconds=60)
     return Settings(models=models, limits=limits, authentication=False)
 
@@ -44,7 +44,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip():
     """A video file: ten frames of a street, 64 x 48 pixels."""
-    return cut_video(10)
+    return make_street_video(10)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +54,19 @@ def photo(photos):
     return file.getvalue()
 
 
-def frames_of(answer, media_type):
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"] == media_type
-    return np.stack(list(read_video(io.BytesIO(answer.content)).frames))
+def decode_response(response, media_type):
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == media_type
+    return np.stack(list(read_video(io.BytesIO(response.content)).frames))
 
 
 @pytest.mark.parametrize("name", ["clips", "whole", "small"])
-def test_tokens_and_frames_are_those_of_the_library(client, settings, clip, name, tmp_path):
+def test_video_encode_decode_matches_library(client, settings, clip, name, tmp_path):
     """Of a causal model, one that looks ahead, and one of images."""
     tokenizer = Tokenizer.from_pretrained(settings.models[name])
     size, side = tokenizer.config.image_size, tokenizer.config.image_size // 8
     originals = [
-        to_float(torch.from_numpy(evaluation_image(Image.fromarray(frame), size, "lanczos"))[None])
+        to_float(torch.from_numpy(eval_transform(Image.fromarray(frame), size, "lanczos"))[None])
         for frame in read_video(io.BytesIO(clip)).frames
     ]
     if name == "whole":
@@ -76,44 +76,46 @@ def test_tokens_and_frames_are_those_of_the_library(client, settings, clip, name
         tokens = list(tokenizer.encode_stream(originals))
         expected = torch.cat(list(tokenizer.decode_stream(tokens)), 2)
     expected = to_uint8(expected)[0].permute(1, 2, 3, 0).numpy()
-    answer = client.post("/v1/encode", params={"model": name}, content=clip).json()
+    response = client.post("/v1/encode", params={"model": name}, content=clip).json()
     packed = torch.cat([pack_bits(part.bits_BNL)[0] for part in tokens]).numpy().tobytes()
-    assert answer == {
+    assert response == {
         "model": name, "grid": [10, side, side], "bits": 10, "rate": "25", "packed": base64.b64encode(packed).decode(),
     }  # fmt: skip
-    decoded = client.post("/v1/decode", json=answer, headers=MKV)
-    assert np.array_equal(frames_of(decoded, "video/x-matroska"), expected)
+    decoded = client.post("/v1/decode", json=response, headers=MKV)
+    assert np.array_equal(decode_response(decoded, "video/x-matroska"), expected)
     assert decoded.headers["x-frames"] == "10"
-    both = client.post("/v1/reconstruct", params={"model": name}, content=clip, headers=MKV)
-    assert np.array_equal(frames_of(both, "video/x-matroska"), expected)
+    reconstructed = client.post("/v1/reconstruct", params={"model": name}, content=clip, headers=MKV)
+    assert np.array_equal(decode_response(reconstructed, "video/x-matroska"), expected)
     (tmp_path / "clip.mp4").write_bytes(clip)
-    told = reconstruct_clip(settings.models[name], str(tmp_path / "clip.mp4"), tmp_path / "beside.mp4")
-    assert f"PSNR {float(both.headers['x-psnr']):.2f} dB" in told
-    assert both.headers["x-bits-per-pixel"] == "0.15625"
-    for path, body in (("reconstruct", clip), ("decode", json.dumps(answer).encode())):
-        shown = client.post(f"/v1/{path}", params={"model": name}, content=body)
-        near = frames_of(shown, "video/mp4").astype(int)
-        assert np.abs(near - expected).mean() < 8, "H.264 with halved colour changes little"
+    report = reconstruct_clip(settings.models[name], str(tmp_path / "clip.mp4"), tmp_path / "beside.mp4")
+    assert f"PSNR {float(reconstructed.headers['x-psnr']):.2f} dB" in report
+    assert reconstructed.headers["x-bits-per-pixel"] == "0.15625"
+    for path, body in (("reconstruct", clip), ("decode", json.dumps(response).encode())):
+        decoded_mp4 = client.post(f"/v1/{path}", params={"model": name}, content=body)
+        mp4_frames = decode_response(decoded_mp4, "video/mp4").astype(int)
+        assert np.abs(mp4_frames - expected).mean() < 8, "H.264 with halved colour changes little"
 
 
 @pytest.mark.parametrize("name", ["clips", "clip-prior", "small"])
-def test_a_bsq_file_and_its_video_are_the_command_lines(client, settings, clip, name, tmp_path):
-    answer = client.post("/v1/compress", params={"model": name}, content=clip)
+def test_video_compress_matches_command_line(client, settings, clip, name, tmp_path):
+    """The .bsq file of a video and its decoded videos equal those of the command line."""
+    response = client.post("/v1/compress", params={"model": name}, content=clip)
     (tmp_path / "clip.mp4").write_bytes(clip)
     compress_file(settings.models[name], str(tmp_path / "clip.mp4"), str(tmp_path / "clip.bsq"))
-    assert answer.content == (tmp_path / "clip.bsq").read_bytes()
-    assert answer.headers["content-disposition"] == 'attachment; filename="clip.bsq"'
-    assert answer.headers["x-frames"] == "10"
-    assert answer.headers["x-bits-per-pixel"] == f"{8 * len(answer.content) / (64 * 48 * 10):.6g}"
+    assert response.content == (tmp_path / "clip.bsq").read_bytes()
+    assert response.headers["content-disposition"] == 'attachment; filename="clip.bsq"'
+    assert response.headers["x-frames"] == "10"
+    assert response.headers["x-bits-per-pixel"] == f"{8 * len(response.content) / (64 * 48 * 10):.6g}"
     for kind, headers, media_type in (("mkv", {}, "video/x-matroska"), ("mp4", MP4, "video/mp4")):
-        back = client.post("/v1/decompress", content=answer.content, headers=headers)
-        assert back.headers["x-model"] == name
+        decompressed = client.post("/v1/decompress", content=response.content, headers=headers)
+        assert decompressed.headers["x-model"] == name
         decompress_file(settings.models[name], str(tmp_path / "clip.bsq"), str(tmp_path / f"back.{kind}"))
         expected = np.stack(list(read_video(str(tmp_path / f"back.{kind}")).frames))
-        assert np.array_equal(frames_of(back, media_type), expected)
+        assert np.array_equal(decode_response(decompressed, media_type), expected)
 
 
-def test_a_video_goes_to_a_model_of_clips_and_an_image_to_one_of_images(client, clip, photo):
+def test_upload_selects_video_or_image_model(client, clip, photo):
+    """A video selects a video model and an image selects an image model."""
     for path, body in (("encode", clip), ("encode", photo)):
         assert client.post(f"/v1/{path}", content=body).json()["model"] == ("clips" if body == clip else "small")
     for path in ("compress", "reconstruct"):
@@ -130,43 +132,49 @@ def test_a_video_goes_to_a_model_of_clips_and_an_image_to_one_of_images(client, 
     [("mp4", "libx264"), ("mov", "mjpeg"), ("matroska", "ffv1"), ("webm", "libvpx"), ("avi", "mpeg4"), ("3gp", "mpeg4"),
      ("asf", "wmv2"), ("ogg", "libvpx")],
 )  # fmt: skip
-def test_videos_come_in_the_formats_people_have(client, kind, codec):
-    body = cut_video(3, kind=kind, codec=codec, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p")
+def test_encode_accepts_common_video_formats(client, kind, codec):
+    """Videos in all common formats are accepted with any plausible content type."""
+    body = make_street_video(
+        3, container_format=kind, codec=codec, pixel_format="yuvj420p" if codec == "mjpeg" else "yuv420p"
+    )
     for headers in ({}, {"Content-Type": "application/octet-stream"}, {"Content-Type": "video/mp4"}):
-        answer = client.post("/v1/encode", content=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["grid"] == [3, 4, 4]
+        response = client.post("/v1/encode", content=body, headers=headers)
+        assert response.status_code == 200, response.text
+        assert response.json()["grid"] == [3, 4, 4]
 
 
-def test_a_rate_of_many_digits_comes_back(client):
+def test_video_long_frame_rate_round_trips(client):
     """As of files whose frames do not follow each other evenly."""
     rate = Fraction(1111050000, 37079123)
-    tokens = client.post("/v1/encode", content=cut_video(3, rate=rate)).json()
+    tokens = client.post("/v1/encode", content=make_street_video(3, frame_rate=rate)).json()
     assert tokens["rate"] == str(rate)
     video = client.post("/v1/decode", json=tokens)
     assert video.status_code == 200, video.text
-    assert read_video(io.BytesIO(video.content)).rate == rate
+    assert read_video(io.BytesIO(video.content)).frame_rate == rate
 
 
-def test_a_clip_is_drawn_as_a_moving_picture(client, settings):
+def test_generate_video_returns_animated_webp(client, settings):
+    """A video model generates an animated WebP that equals the library's frames."""
     body = {"class": 1, "seed": 3, "steps": 2, "model": "moves"}
     first, last = [json.loads(line) for line in client.post("/v1/generate", json=body).text.splitlines()]
     kind, data = last["image"].split(";base64,")
     assert (first["step"], last["step"], kind) == (1, 2, "data:image/webp")
-    moving = Image.open(io.BytesIO(base64.b64decode(data)))
-    pictures = []
-    for frame in range(moving.n_frames):
-        moving.seek(frame)
-        pictures.append(np.asarray(moving.convert("RGB")))
+    animation = Image.open(io.BytesIO(base64.b64decode(data)))
+    frames = []
+    for frame in range(animation.n_frames):
+        animation.seek(frame)
+        frames.append(np.asarray(animation.convert("RGB")))
     [expected] = to_uint8(Generator.from_pretrained(settings.models["moves"]).generate([1], 3, steps=2))
-    assert np.array_equal(np.stack(pictures), expected.permute(1, 2, 3, 0).numpy())
-    only = client.post("/v1/generate", json=body, headers={"Accept": "image/webp"})
-    assert (only.headers["content-type"], only.content) == ("image/webp", base64.b64decode(data))
+    assert np.array_equal(np.stack(frames), expected.permute(1, 2, 3, 0).numpy())
+    webp_response = client.post("/v1/generate", json=body, headers={"Accept": "image/webp"})
+    assert (webp_response.headers["content-type"], webp_response.content) == ("image/webp", base64.b64decode(data))
 
 
-def claiming_avi(width, height, frames):
+def avi_with_claimed_size(width, height, frames):
     """A video of one small raw frame whose header claims more and larger ones."""
-    file = bytearray(cut_video(1, size=(16, 16), kind="avi", codec="rawvideo", pixels="bgr24"))
+    file = bytearray(
+        make_street_video(1, size=(16, 16), container_format="avi", codec="rawvideo", pixel_format="bgr24")
+    )
     file[48:52] = struct.pack("<I", frames)
     strh, strf = file.index(b"strh") + 8, file.index(b"strf") + 8
     file[strh + 32 : strh + 36] = struct.pack("<I", frames)
@@ -178,83 +186,89 @@ def claiming_avi(width, height, frames):
     ("claimed", "said"),
     [((8192, 8192, 1), "8192 x 8192 pixels; at most 10000"), ((16, 16, 1_000_000), "more than the 200000 pixels")],
 )
-def test_what_a_header_claims_is_refused_whatever_follows(client, claimed, said):
+def test_video_header_over_limit_returns_413(client, claimed, message):
+    """A video whose header claims too many pixels is rejected whatever follows."""
     for path in ("encode", "reconstruct", "compress"):
-        answer = client.post(f"/v1/{path}", content=claiming_avi(*claimed))
-        assert answer.status_code == 413
-        assert said in answer.json()["error"]
+        response = client.post(f"/v1/{path}", content=avi_with_claimed_size(*claimed))
+        assert response.status_code == 413
+        assert message in response.json()["error"]
 
 
-def test_a_frame_that_is_larger_than_its_file_says_is_refused(client):
+def test_video_frame_over_declared_size_returns_413(client):
     """Frames of 192 x 144 pixels, H.264, in an MP4 that says 16 x 16."""
-    file = bytearray(cut_video(2, size=(192, 144)))
-    place = file.index(struct.pack(">HH", 192, 144), file.index(b"stsd"))
-    file[place : place + 4] = struct.pack(">HH", 16, 16)
+    file = bytearray(make_street_video(2, size=(192, 144)))
+    offset = file.index(struct.pack(">HH", 192, 144), file.index(b"stsd"))
+    file[offset : offset + 4] = struct.pack(">HH", 16, 16)
     for path in ("encode", "reconstruct", "compress"):
-        answer = client.post(f"/v1/{path}", content=bytes(file))
-        assert answer.status_code == 413, answer.text
-        assert "192 x 144 pixels; at most 10000 are taken" in answer.json()["error"]
+        response = client.post(f"/v1/{path}", content=bytes(file))
+        assert response.status_code == 413, response.text
+        assert "192 x 144 pixels; at most 10000 are taken" in response.json()["error"]
 
 
-def test_a_video_that_does_not_say_its_length_is_decoded_up_to_the_limit(client, monkeypatch):
+def test_video_without_length_decodes_up_to_limit(client, monkeypatch):
     """250 frames of 64 x 48 pixels, in a container that does not count them."""
-    taken = []
-    check = video_io.check_length
-    monkeypatch.setattr(video_io, "check_length", lambda frames, *more: taken.append(frames) or check(frames, *more))
-    body = cut_video(250, kind="matroska", codec="libx264")
+    frame_counts = []
+    check = video_io.check_total_pixels
+    monkeypatch.setattr(
+        video_io, "check_length", lambda frames, *more: frame_counts.append(frames) or check(frames, *more)
+    )
+    body = make_street_video(250, container_format="matroska", codec="libx264")
     for path in ("encode", "reconstruct", "compress"):
-        taken.clear()
-        answer = client.post(f"/v1/{path}", content=body)
-        assert answer.status_code == 413
-        assert "shorten or shrink it" in answer.json()["error"]
-        assert taken == list(range(200_000 // (64 * 48) + 2))
+        frame_counts.clear()
+        response = client.post(f"/v1/{path}", content=body)
+        assert response.status_code == 413
+        assert "shorten or shrink it" in response.json()["error"]
+        assert frame_counts == list(range(200_000 // (64 * 48) + 2))
 
 
-def claiming_mp4(samples):
+def mp4_with_claimed_samples(samples):
     """A video of three frames whose index claims more, all in one chunk: a few bytes that FFmpeg makes a list of."""
-    file = bytearray(cut_video(3))
+    file = bytearray(make_street_video(3))
     sizes, chunks = file.index(b"stsz") + 8, file.index(b"stsc") + 8
     file[sizes : sizes + 8] = struct.pack(">II", 1, samples)
     file[chunks + 8 : chunks + 12] = struct.pack(">I", samples)
     return bytes(file)
 
 
-def test_an_index_that_asks_for_gigabytes_takes_none_of_the_services_memory(client):
+def test_video_huge_index_uses_no_service_memory(client):
+    """A video index that requests gigabytes is rejected without memory use in the service."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path in ("encode", "compress"):
-        answer = client.post(f"/v1/{path}", content=claiming_mp4(30_000_000))
-        assert answer.status_code == 422, answer.text
-        assert "the video cannot be read" in answer.json()["error"]
+        response = client.post(f"/v1/{path}", content=mp4_with_claimed_samples(30_000_000))
+        assert response.status_code == 422, response.text
+        assert "the video cannot be read" in response.json()["error"]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 500_000
 
 
-def test_videos_are_opened_in_a_process_of_their_own(client, clip, monkeypatch):
+def test_videos_are_decoded_in_a_subprocess(client, clip, monkeypatch):
+    """Videos are opened in a subprocess, not in the service."""
     monkeypatch.setattr(av, "open", lambda *_, **__: pytest.fail("opened here"))
     assert client.post("/v1/encode", content=clip).json()["grid"] == [10, 4, 4]
 
 
 @pytest.mark.parametrize("seconds", [0.001, 1.0])
-def test_a_video_that_takes_too_long_is_refused_and_its_process_ends(seconds):
+def test_video_over_timeout_raises_and_ends_subprocess(timeout_s):
     """While it is opened, and while frames wait to be taken."""
 
-    def slowly():
-        for frame in read_apart(cut_video(60), "mov", 10_000, seconds).frames:
+    def read_slowly():
+        for frame in read_video_sandboxed(make_street_video(60), "mov", 10_000, timeout_s).frames:
             assert frame.shape == (48, 64, 3)
             time.sleep(0.1)
 
     with pytest.raises(ValueError, match="takes more memory or time than a request has"):
-        slowly()
-    assert not [child for child in psutil.Process().children() if _CODE in child.cmdline()]
+        read_slowly()
+    assert not [child for child in psutil.Process().children() if _SUBPROCESS_CODE in child.cmdline()]
 
 
-def test_a_video_that_is_closed_leaves_no_process():
-    video = read_apart(cut_video(60), "mov", 10_000, 60)
+def test_closed_video_leaves_no_subprocess():
+    """Closing a video ends its subprocess."""
+    video = read_video_sandboxed(make_street_video(60), "mov", 10_000, 60)
     next(video.frames)
     video.frames.close()
-    assert not [child for child in psutil.Process().children() if _CODE in child.cmdline()]
+    assert not [child for child in psutil.Process().children() if _SUBPROCESS_CODE in child.cmdline()]
 
 
-def claims_frames(file, frames):
+def with_claimed_frames(file, frames):
     return file[:37] + struct.pack("<I", frames) + file[41:]
 
 
@@ -269,7 +283,7 @@ def claims_frames(file, frames):
         ("encode", b"ffconcat version 1.0\nfile /etc/passwd\n", 415, "not an image or video"),
         ("measure", lambda clip, _: clip, 415, "only images are measured"),
         ("compress?model=moves", lambda clip, _: clip, 422, "moves does not compress"),
-        ("decompress", lambda _, file: claims_frames(file, 1_000_000), 413, "more than the 200000 pixels"),
+        ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than the 200000 pixels"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
         ("decompress", lambda _, file: file[: len(file) // 2], 422, "cut off"),
         ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "for each frame 16 tokens of 2 bytes"),
@@ -281,55 +295,57 @@ def claims_frames(file, frames):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_in_a_sentence(client, clip, path, body, status, said):
+def test_invalid_video_request_returns_error_message(client, clip, path, body, status, message):
+    """An invalid request returns a status code and a message without internals."""
     if callable(body):
         body = body(clip, client.post("/v1/compress", content=clip).content)
     if isinstance(body, dict):
         body = json.dumps({"model": "clips", **body}).encode()
-    answer = client.post(f"/v1/{path}", content=body)
-    assert answer.status_code == status, answer.text
-    assert said in answer.json()["error"]
-    assert not {"/", "<", "Errno"} & set(answer.json()["error"].split())
+    response = client.post(f"/v1/{path}", content=body)
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]
+    assert not {"/", "<", "Errno"} & set(response.json()["error"].split())
 
 
-def test_a_model_that_looks_ahead_says_that_it_takes_no_image(client, photo):
-    answer = client.post("/v1/compress", params={"model": "whole"}, content=photo)
-    assert answer.status_code == 422
-    assert "takes clips only" in answer.json()["error"]
+def test_noncausal_model_rejects_image(client, photo):
+    """A non-causal video model rejects images."""
+    response = client.post("/v1/compress", params={"model": "whole"}, content=photo)
+    assert response.status_code == 422
+    assert "takes clips only" in response.json()["error"]
 
 
 @pytest.mark.parametrize("end", ["abandoned", "late"])
-def test_work_on_a_clip_ends_when_nobody_waits_for_it(replicas, clip, end):
+def test_video_work_stops_when_cancelled_or_late(replicas, clip, end):
     """After the first frame its client is gone, or its time is up."""
     engine, calls = replicas["clips"]["tokenizer"]._engine.clips, []
 
-    def compute(function, *arguments):
+    def run_in_model_thread(function, *arguments):
         calls.append(1)
         if end == "abandoned":
-            work.abandoned.set()
+            deadline.abandoned.set()
         else:
-            object.__setattr__(work, "until", 0.0)
+            object.__setattr__(deadline, "until", 0.0)
         return function(*arguments)
 
-    with awaited(60) as work, pytest.raises(Refused, match="took longer than 60 s"):
-        engine.reconstruct(clip, "video/mp4", compute, work)
+    with deadline_after(60) as deadline, pytest.raises(ApiError, match="took longer than 60 s"):
+        engine.reconstruct(clip, "video/mp4", run_in_model_thread, deadline)
     assert len(calls) == 1
 
 
-def test_images_are_answered_while_a_clip_is_computed(replicas, photo):
+def test_images_are_served_during_video_work(replicas, photo):
     """A clip takes its turn frame by frame."""
-    replica, done = replicas["clips"]["tokenizer"], []
+    replica, finished = replicas["clips"]["tokenizer"], []
 
-    async def ask(body, name):
+    async def send_and_record(body, name):
         await replica.encode(body)
-        done.append(name)
+        finished.append(name)
 
     async def check():
-        long = asyncio.create_task(ask(cut_video(60), "clip"))
+        long = asyncio.create_task(send_and_record(make_street_video(60), "clip"))
         await asyncio.sleep(0.05)
         for n in range(3):
-            await ask(photo, f"image {n}")
+            await send_and_record(photo, f"image {n}")
         await long
 
     asyncio.run(check())
-    assert done[-1] == "clip"
+    assert finished[-1] == "clip"

@@ -31,11 +31,11 @@ from bsq_ray.training.launch import Interrupted, train
 
 # As short as a test can wait.
 capacity._PATIENCE, capacity._GROW_AFTER = 5.0, 3.0
-MACHINE = {"num_cpus": 2, "object_store_memory": 150_000_000}
+NODE = {"num_cpus": 2, "object_store_memory": 150_000_000}
 STEPS_BETWEEN = 6
 
 
-class Run:
+class TrainingThread:
     """The training, in a thread, because only the main one may add machines."""
 
     def __init__(self, shards, out, overrides):
@@ -46,59 +46,59 @@ class Run:
 
     def _train(self):
         try:
-            train(*self.arguments, min_workers=1, show=self.records.append, stop=self.stop)
+            train(*self.arguments, min_workers=1, on_record=self.records.append, stop_event=self.stop)
         except Interrupted:
             return
         except Exception as error:
             self.records.append({"kind": "failed", "error": f"{type(error).__name__}: {error}"})
 
-    def wait(self, starts):
+    def wait_for_group(self, group_number):
         """Until the `starts`-th group of workers has taken some steps."""
         deadline = time.monotonic() + 180
         while self.thread.is_alive() and time.monotonic() < deadline:
-            begun = [n for n, record in enumerate(self.records) if record["kind"] == "start"]
-            if len(begun) >= starts:
-                steps = [r for r in self.records[begun[starts - 1] :] if r["kind"] == "training"]
+            start_indices = [n for n, record in enumerate(self.records) if record["kind"] == "start"]
+            if len(start_indices) >= group_number:
+                steps = [r for r in self.records[start_indices[group_number - 1] :] if r["kind"] == "training"]
                 if len(steps) >= STEPS_BETWEEN:
                     return
             time.sleep(0.1)
-        raise SystemExit(f"no {starts}. group of workers: {self.records[-3:]}")
+        raise SystemExit(f"no {group_number}. group of workers: {self.records[-3:]}")
 
 
 @ray.remote(num_cpus=1)
-class Place:
+class CpuHolder:
     """Takes up a CPU."""
 
-    def taken(self):
+    def ready(self):
         return True
 
 
-def take_one_cpu_of(node):
-    place = Place.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-    ray.get(place.taken.remote())
-    return place
+def hold_one_cpu(node):
+    holder = CpuHolder.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+    ray.get(holder.ready.remote())
+    return holder
 
 
 def main(shards, out, *overrides):
-    cluster = Cluster(initialize_head=True, head_node_args=MACHINE)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     head = ray.get_runtime_context().get_node_id()
-    second = cluster.add_node(**MACHINE)
+    second = cluster.add_node(**NODE)
     # So that both workers find their place on the other machine.
-    place = take_one_cpu_of(head)
-    run = Run(shards, out, overrides)
+    holder = hold_one_cpu(head)
+    run = TrainingThread(shards, out, overrides)
     try:
-        run.wait(1)
-        ray.kill(place)
+        run.wait_for_group(1)
+        ray.kill(holder)
         drain(cluster.address, second.node_id)
-        run.wait(2)
+        run.wait_for_group(2)
         cluster.remove_node(second)
-        third = cluster.add_node(**MACHINE)
-        place = take_one_cpu_of(head)
-        run.wait(3)
-        ray.kill(place)
+        third = cluster.add_node(**NODE)
+        holder = hold_one_cpu(head)
+        run.wait_for_group(3)
+        ray.kill(holder)
         cluster.remove_node(third, allow_graceful=False)
-        run.wait(4)
+        run.wait_for_group(4)
         run.stop.set()
         run.thread.join(60)
     finally:

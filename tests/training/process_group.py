@@ -9,20 +9,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def in_group(world, function, *arguments):
+def spawn_group(world_size, function, *arguments):
     """Calls `function(rank, world, *arguments)` in `world` processes; returns their results in order of rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    answers = context.Queue()
+    result_queue = context.Queue()
     processes = [
-        context.Process(target=_member, args=(rank, world, port, answers, function, arguments)) for rank in range(world)
+        context.Process(target=_group_process, args=(rank, world_size, port, result_queue, function, arguments))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     try:
-        results = dict(answers.get(timeout=240) for _ in processes)
+        results = dict(result_queue.get(timeout=240) for _ in processes)
     finally:
         for process in processes:
             process.join(10)
@@ -30,7 +31,7 @@ def in_group(world, function, *arguments):
     failures = [result for result in results.values() if isinstance(result, _Failure)]
     if failures:
         raise AssertionError("\n".join(failure.text for failure in failures))
-    return [results[rank] for rank in range(world)]
+    return [results[rank] for rank in range(world_size)]
 
 
 class _Failure:
@@ -38,23 +39,23 @@ class _Failure:
         self.text = text
 
 
-def _member(rank, world, port, answers, function, arguments):
+def _group_process(rank, world_size, port, result_queue, function, arguments):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
     try:
-        result = function(rank, world, *arguments)
+        result = function(rank, world_size, *arguments)
     except BaseException:
-        answers.put((rank, _Failure(traceback.format_exc())))
+        result_queue.put((rank, _Failure(traceback.format_exc())))
         return
-    answers.put((rank, result))
+    result_queue.put((rank, result))
     dist.barrier()
     dist.destroy_process_group()

@@ -3,9 +3,9 @@
 import torch
 
 from bsq_ray.config import load_config
-from bsq_ray.training.run_spec import Job
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Wish, Worker
+from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import ControlSignal, WorkerContext
 
 STEPS = 4
 PRESET = "imagenet128-bsq18"
@@ -18,66 +18,70 @@ SMALL = [
     "model.decoder.width=16",
     "model.decoder.layers=1",
     "model.decoder.heads=2",
-    "model.decoder.head_width=32",
+    "model.decoder.head_hidden_dim=32",
     "model.quantizer.entropy.across_workers=true",
     "loss.perceptual_weight=0",
     "loss.adversarial.channel_base=128",
     "loss.adversarial.channel_max=8",
     "loss.adversarial.r1_every=2",
-    "data.lanes=4",
-    "data.flip=true",
-    "data.crop_scale=[1.0, 1.5]",
-    "data.shuffle_window=32",
+    "data.interleave=4",
+    "data.random_flip=true",
+    "data.resize_range=[1.0, 1.5]",
+    "data.shuffle_block_size=32",
     "training.batch_size=16",
     f"training.steps={STEPS}",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.016",
+    "training.optimizer.base_learning_rate=0.016",
     "training.ema_decay=0.9",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.evaluate_batches=1",
+    "training.eval_batches=1",
 ]
 
 
-class Listener:
+class RecordingReporter:
     """Keeps a run's records; asks it to stop after a step."""
 
-    def __init__(self, last=None):
+    def __init__(self, stop_after=None):
         self.records = []
-        self.last = last
+        self.stop_after = stop_after
 
     def record(self, record):
         self.records.append(record)
 
-    def wish(self):
-        return Wish.STOP if self.last is not None and self.steps + 1 >= self.last else Wish.GO_ON
+    def control_signal(self):
+        return (
+            ControlSignal.STOP
+            if self.stop_after is not None and self.last_step + 1 >= self.stop_after
+            else ControlSignal.CONTINUE
+        )
 
     @property
-    def steps(self):
+    def last_step(self):
         return max((record["step"] for record in self.records), default=0)
 
     @property
-    def training(self):
+    def training_records(self):
         return [record for record in self.records if record["kind"] == "training"]
 
 
-def small_job(shards, out, overrides=(), **settings):
-    return Job(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), **settings)
+def small_spec(shards, out, overrides=(), **settings):
+    return RunSpec(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), **settings)
 
 
-def in_this_process(listener):
-    return Worker(0, 1, torch.device("cpu"), "local", listener)
+def local_worker(reporter):
+    return WorkerContext(0, 1, torch.device("cpu"), "local", reporter)
 
 
-def train_several(rank, world, shards, out, runs, last=None):
+def train_runs(rank, world_size, shards, out, runs, stop_after=None):
     """Trains each of `runs`, name → overrides, one after the other; returns the records of each one's steps.
 
     Those in `last` are asked to stop after that step.
     """
     losses = {}
     for name, overrides in runs.items():
-        listener = Listener((last or {}).get(name))
-        job = small_job(shards, f"{out}/{name}", overrides)
-        run(job, Worker(rank, world, torch.device("cpu"), "local", listener))
-        losses[name] = listener.training
+        reporter = RecordingReporter((stop_after or {}).get(name))
+        spec = small_spec(shards, f"{out}/{name}", overrides)
+        run_training(spec, WorkerContext(rank, world_size, torch.device("cpu"), "local", reporter))
+        losses[name] = reporter.training_records
     return losses

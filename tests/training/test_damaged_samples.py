@@ -3,26 +3,26 @@
 import json
 
 import pytest
-from process_group import in_group
-from small_runs import PRESET, SMALL, Listener, small_job
+from process_group import spawn_group
+from small_runs import PRESET, SMALL, RecordingReporter, small_spec
 
 from bsq_ray.config import load_config
 from bsq_ray.data import stream
 from bsq_ray.data.pack import pack_images
 from bsq_ray.training.launch import train
-from bsq_ray.training.trainer import run
-from bsq_ray.training.worker_context import Worker, local_device
+from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import WorkerContext, local_device
 
 # Two passes over the photographs, so that every sample is met.
-OVERRIDES = ["training.steps=12", "data.lanes=1", "loss.adversarial.weight=0"]
+OVERRIDES = ["training.steps=12", "data.interleave=1", "loss.adversarial.weight=0"]
 
 
 @pytest.fixture
-def damaged(photo_folders, tmp_path):
+def damaged_shards(photo_folders, tmp_path):
     """(URL, names) of shards in which every seventh photograph is broken."""
     shards, names = tmp_path / "shards", []
-    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, workers=0).manifest
-    for number in range(0, manifest.samples, 7):
+    manifest = pack_images(str(photo_folders[0]), str(shards), max_side=64, num_workers=0).manifest
+    for number in range(0, manifest.num_samples, 7):
         shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
         content[shard.offsets[index] : shard.offsets[index] + 64] = bytes(64)
@@ -31,55 +31,62 @@ def damaged(photo_folders, tmp_path):
     return str(shards), names
 
 
-def of_two(rank, world, shards, out, overrides):
+def train_worker(rank, world_size, shards, out, overrides):
     """(records, all samples that the result names) of a worker that reads one step at a time; or its error."""
-    stream._CHUNK = 1
-    listener = Listener()
-    job = small_job(shards, out, [*OVERRIDES, *overrides])
+    stream._CHUNK_SAMPLES = 1
+    listener = RecordingReporter()
+    job = small_spec(shards, out, [*OVERRIDES, *overrides])
     try:
-        result = run(job, Worker(rank, world, local_device("cpu"), "local", listener))
+        result = run_training(job, WorkerContext(rank, world_size, local_device("cpu"), "local", listener))
     except RuntimeError as error:
         return str(error)
-    return listener.records, result.damaged
+    return listener.records, result.skipped_samples
 
 
-def test_both_workers_samples_are_named_in_the_log_and_in_the_result(damaged, tmp_path):
+def test_skipped_samples_of_all_workers_are_reported(damaged, tmp_path):
+    """Samples skipped by either worker are named in the log and in the result."""
     shards, names = damaged
-    [(records, first), (_, second)] = in_group(2, of_two, shards, tmp_path / "run", [])
+    [(records, first), (_, second)] = spawn_group(2, train_worker, shards, tmp_path / "run", [])
     assert sorted(first) == sorted(second)
     assert {tuple(line.split(": ")[:2]) for line in first} == set(names)
-    told = [sample for record in records if record["kind"] == "damaged" for sample in record["samples"]]
-    assert sorted(told) == sorted(first)
+    logged = [sample for record in records if record["kind"] == "damaged" for sample in record["samples"]]
+    assert sorted(logged) == sorted(first)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["samples"] for line in lines if line["kind"] == "damaged"]
 
 
-def test_the_limit_holds_for_all_workers_together(damaged, tmp_path):
+def test_max_skipped_samples_applies_to_all_workers(damaged, tmp_path):
+    """The limit applies to the skipped samples of all workers together."""
     shards, names = damaged
     limit = len(names) - 1
     # In so few steps neither of them meets all.
-    few = ["training.steps=3", f"data.max_damaged={limit}"]
-    for error in in_group(2, of_two, shards, tmp_path / "run", few):
-        assert f"{len(names)} damaged samples are more than data.max_damaged = {limit}; the last one: shard-" in error
+    few = ["training.steps=3", f"data.max_skipped_samples={limit}"]
+    for error in spawn_group(2, train_worker, shards, tmp_path / "run", few):
+        assert (
+            f"{len(names)} damaged samples are more than data.max_skipped_samples = {limit}; the last one: shard-"
+            in error
+        )
 
 
-def test_the_summary_counts_and_names_them(damaged, tmp_path):
+def test_summary_lists_skipped_samples(damaged, tmp_path):
+    """The summary names all skipped samples."""
     shards, names = damaged
     result = train(
         load_config(PRESET, [*SMALL, *OVERRIDES]),
         shards,
         str(tmp_path / "run"),
         0,
-        show=lambda record: None,
+        on_record=lambda record: None,
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {tuple(line.split(": ")[:2]) for line in summary["damaged"]} == set(names)
-    assert result.damaged == summary["damaged"]
+    assert result.skipped_samples == summary["damaged"]
 
 
-def test_held_out_shards_that_are_gone_are_named_with_the_cause(photo_shards, photo_folders, tmp_path):
+def test_eval_missing_shards_raises_with_cause(photo_shards, photo_folders, tmp_path):
+    """If no held-out image is readable, the error names the source and the first cause."""
     held_out = tmp_path / "held-out"
-    pack_images(str(photo_folders[1]), str(held_out), max_side=64, workers=0)
+    pack_images(str(photo_folders[1]), str(held_out), max_side=64, num_workers=0)
     for tar in held_out.glob("*.tar"):
         tar.unlink()
     with pytest.raises(ValueError, match=r"held-out has no readable image to evaluate on: shard-\d+\.tar"):
@@ -87,7 +94,7 @@ def test_held_out_shards_that_are_gone_are_named_with_the_cause(photo_shards, ph
             load_config(PRESET, [*SMALL, *OVERRIDES]),
             photo_shards,
             str(tmp_path / "run"),
-            workers=0,
+            num_workers=0,
             held_out_url=str(held_out),
-            show=lambda record: None,
+            on_record=lambda record: None,
         )

@@ -7,59 +7,62 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from process_group import in_group
-from small_runs import train_several
-from test_resume import numbers
+from process_group import spawn_group
+from small_runs import train_runs
+from test_resume import comparable_values
 
 # Slow enough for machines to come and go meanwhile, and smooth enough to be compared after many steps.
 LONG = [
     *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=64", "layers=2")),
     *("loss.adversarial.weight=0", "training.steps=100000", "training.checkpoint_every=5"),
-    "training.optimizer.learning_rate_per_256=1e-3",
+    "training.optimizer.base_learning_rate=1e-3",
 ]
 
 
 @pytest.fixture(scope="module")
-def records(photo_shards, tmp_path_factory):
+def elastic_records(photo_shards, tmp_path_factory):
     """(folder, records) of a run on machines that come and go."""
     out = tmp_path_factory.mktemp("elastic")
     program = Path(__file__).with_name("elastic_run.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, program, photo_shards, str(out), *LONG], capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return out, json.loads((out / "records.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_fewer_workers_and_grows_again(records):
-    _, seen = records
-    assert [record["workers"] for record in seen if record["kind"] == "start"] == [2, 1, 2, 1]
-    assert {record["batch_size"] for record in seen if record["kind"] == "start"} == {16}
-    reasons = [record["reason"] for record in seen if record["kind"] == "restart"]
+def test_elastic_run_shrinks_and_grows(elastic_records):
+    """A run continues with fewer workers when a node is lost and grows again when there is capacity."""
+    _, logged = elastic_records
+    assert [record["workers"] for record in logged if record["kind"] == "start"] == [2, 1, 2, 1]
+    assert {record["batch_size"] for record in logged if record["kind"] == "start"} == {16}
+    reasons = [record["reason"] for record in logged if record["kind"] == "restart"]
     assert reasons[0] == "a machine will be taken away; all steps are saved"
     assert reasons[1] == "there is room for more workers; all steps are saved"
     assert reasons[2].startswith("workers were lost (")
 
 
 @pytest.mark.slow
-def test_of_an_announced_end_no_step_is_lost(records):
-    _, seen = records
-    [*_, lost] = [n for n, record in enumerate(seen) if record["kind"] == "restart"]
-    steps = [record["step"] for record in seen[:lost] if record["kind"] == "training"]
+def test_elastic_preemption_notice_loses_no_step(elastic_records):
+    """After a preemption notice no training step is lost."""
+    _, logged = elastic_records
+    [*_, last_restart] = [n for n, record in enumerate(logged) if record["kind"] == "restart"]
+    steps = [record["step"] for record in logged[:last_restart] if record["kind"] == "training"]
     assert all(after == before + 1 for before, after in pairwise(steps))
 
 
 @pytest.mark.slow
-def test_the_losses_are_those_of_a_run_whose_machines_stay(records, photo_shards, tmp_path):
-    out, _ = records
+def test_elastic_losses_match_fixed_run(elastic_records, photo_shards, tmp_path):
+    """An elastic run logs the losses of a run whose nodes never change."""
+    out, _ = elastic_records
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     elastic = [record for record in lines if record["kind"] == "training"]
     last = elastic[-1]["step"]
     assert [record["step"] for record in elastic] == list(range(1, last + 1))
-    [steady, _] = in_group(2, train_several, photo_shards, tmp_path, {"steady": LONG}, {"steady": last})
+    [steady, _] = spawn_group(2, train_runs, photo_shards, tmp_path, {"steady": LONG}, {"steady": last})
     for record, expected in zip(elastic, steady["steady"], strict=True):
-        for key, value in numbers(expected).items():
+        for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (record["step"], key)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["step"], summary["restarts"]) == (last, 3)

@@ -13,7 +13,7 @@ def set_all(module, value):
             parameter.fill_(value)
 
 
-def test_the_average_is_that_of_its_definition():
+def test_ema_update_matches_definition():
     module = nn.Linear(2, 2)
     set_all(module, 1.0)
     ema = EMA(module, 0.5)
@@ -26,11 +26,12 @@ def test_the_average_is_that_of_its_definition():
     assert ema.average["weight"][0, 0].item() == pytest.approx(expected)
 
 
-def test_weights_in_half_precision_are_averaged_in_full():
+def test_ema_of_bf16_weights_is_fp32():
+    """The average of bf16 weights is kept in fp32, which holds steps that bf16 cannot."""
     module = nn.Linear(2, 2).bfloat16()
     set_all(module, 1.0)
     ema = EMA(module, 0.999)
-    ema.updates = 100_000
+    ema.num_updates = 100_000
     for _ in range(10):
         set_all(module, 1.0078125)
         ema.update(module)
@@ -39,7 +40,8 @@ def test_weights_in_half_precision_are_averaged_in_full():
     assert 1.00007 < ema.average["weight"][0, 0].item() < 1.00008
 
 
-def test_a_restored_average_goes_on_as_if_it_had_not_stopped():
+def test_ema_restored_continues_identically():
+    """An average restored from its state dict continues exactly like one that was never interrupted."""
     module = nn.Linear(2, 2)
     whole, first = EMA(module, 0.9), EMA(module, 0.9)
     second = EMA(nn.Linear(2, 2), 0.9)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from process_group import in_group
-from small_runs import PRESET, SMALL, Listener, in_this_process, small_job, train_several
+from process_group import spawn_group
+from small_runs import PRESET, SMALL, RecordingReporter, local_worker, small_spec, train_runs
 
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.trainer import run
+from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import autocast_precision
 
 ENGINES = {
@@ -27,7 +27,7 @@ ENGINES = {
 }
 
 
-def weights(out, name, which="model.plain"):
+def load_weights(out, name, which="model.plain"):
     return safetensors.numpy.load_file(f"{out}/{name}/model/{which}.safetensors")
 
 
@@ -35,16 +35,23 @@ def weights(out, name, which="model.plain"):
 UNCOMPARED = {"kind", "images_per_second", "data_wait", "seconds", "code_usage", "bit_entropy"}
 
 
-def assert_same_run(out, losses, one, other, tolerance=1e-5, uncompared=frozenset()):
+def assert_same_run(out, losses, left_name, right_name, tolerance=1e-5, uncompared=frozenset()):
     """Losses and gradient norms of each step, and weights after the last one."""
-    for left, right in zip(losses[one], losses[other], strict=True):
+    for left, right in zip(losses[left_name], losses[right_name], strict=True):
         for key in left.keys() - UNCOMPARED - uncompared:
-            assert left[key] == pytest.approx(right[key], rel=tolerance, abs=tolerance), (one, other, left["step"], key)
+            assert left[key] == pytest.approx(right[key], rel=tolerance, abs=tolerance), (
+                left_name,
+                right_name,
+                left["step"],
+                key,
+            )
     for which in ("model.plain", "model", "discriminator"):
-        left, right = weights(out, one, which), weights(out, other, which)
+        left, right = load_weights(out, left_name, which), load_weights(out, right_name, which)
         assert left.keys() == right.keys()
         for key in left:
-            np.testing.assert_allclose(left[key], right[key], atol=tolerance, err_msg=f"{one} {other} {which} {key}")
+            np.testing.assert_allclose(
+                left[key], right[key], atol=tolerance, err_msg=f"{left_name} {right_name} {which} {key}"
+            )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,30 +66,31 @@ def _pytorchs_own_linear():
 def runs(photo_shards, tmp_path_factory):
     """(folder, losses by name) of the same training by every engine, on two workers and on one."""
     out = str(tmp_path_factory.mktemp("engines"))
-    [two, _] = in_group(2, train_several, photo_shards, out, ENGINES)
+    [two_workers, _] = spawn_group(2, train_runs, photo_shards, out, ENGINES)
     accumulated = {
         "accumulated ddp": [*ENGINES["ddp"], "training.micro_batch_size=4"],
         "accumulated zero 1": ["training.micro_batch_size=4"],
         "accumulated zero 2": ["training.engine.zero_stage=2", "training.micro_batch_size=4"],
-        "clipped ddp": [*ENGINES["ddp"], "training.optimizer.gradient_clip=0.01"],
-        "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.gradient_clip=0.01"],
-        "clipped zero 1": ["training.optimizer.gradient_clip=0.01"],
-        "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.gradient_clip=0.01"],
+        "clipped ddp": [*ENGINES["ddp"], "training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 1": ["training.optimizer.max_grad_norm=0.01"],
+        "clipped zero 3": [*ENGINES["zero 3"], "training.optimizer.max_grad_norm=0.01"],
     }
     # The entropy of a batch is not the mean of its parts' entropies, so it is left out where parts are compared.
-    no_codebook = ["model.quantizer.entropy.dataset_weight=0"]
+    no_codebook = ["model.quantizer.entropy.codebook_weight=0"]
     accumulated = {name: [*overrides, *no_codebook] for name, overrides in accumulated.items()}
     accumulated["whole ddp"] = [*ENGINES["ddp"], *no_codebook]
-    [more, _] = in_group(2, train_several, photo_shards, out, accumulated)
-    alone = train_several(0, 1, photo_shards, out, {"alone ddp": ENGINES["ddp"], "alone zero 1": []})
-    return out, {**two, **more, **alone}
+    [variants, _] = spawn_group(2, train_runs, photo_shards, out, accumulated)
+    one_worker = train_runs(0, 1, photo_shards, out, {"alone ddp": ENGINES["ddp"], "alone zero 1": []})
+    return out, {**two_workers, **variants, **one_worker}
 
 
 DEEPSPEED = [engine for engine in ENGINES if engine != "ddp"]
 
 
 @pytest.mark.parametrize("engine", DEEPSPEED)
-def test_deepspeed_takes_the_steps_that_plain_data_parallelism_takes(runs, engine):
+def test_deepspeed_steps_match_ddp(runs, engine):
+    """DeepSpeed takes the same steps as plain data parallelism."""
     assert_same_run(*runs, "ddp", engine)
 
 
@@ -91,12 +99,13 @@ def long_runs(photo_shards, tmp_path_factory):
     """The same of twenty steps."""
     out = str(tmp_path_factory.mktemp("long"))
     longer = {name: [*overrides, "training.steps=20"] for name, overrides in ENGINES.items()}
-    return out, in_group(2, train_several, photo_shards, out, longer)[0]
+    return out, spawn_group(2, train_runs, photo_shards, out, longer)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", DEEPSPEED)
-def test_over_twenty_steps_the_losses_are_those_of_plain_data_parallelism(long_runs, engine):
+def test_deepspeed_twenty_steps_match_ddp(long_runs, engine):
+    """Over twenty steps the losses of DeepSpeed are those of plain data parallelism."""
     _, losses = long_runs
     assert len(losses[engine]) == 20
     for left, right in zip(losses["ddp"], losses[engine], strict=True):
@@ -105,11 +114,12 @@ def test_over_twenty_steps_the_losses_are_those_of_plain_data_parallelism(long_r
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_offloaded_optimizer_is_one_that_deepspeed_keeps_in_host_memory(stage):
-    section = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"]).training
+def test_offload_optimizer_enables_deepspeed_offload(stage):
+    """The option offload_optimizer makes DeepSpeed keep the optimizer state in host memory."""
+    training_config = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"]).training
     for offload in (False, True):
-        changed = section.model_copy(
-            update={"engine": section.engine.model_copy(update={"offload_optimizer": offload})}
+        changed = training_config.model_copy(
+            update={"engine": training_config.engine.model_copy(update={"offload_optimizer": offload})}
         )
         engine = build_engine(torch.nn.Linear(4, 4), changed, 4, 1, torch.device("cpu"))
         assert bool(engine._engine.zero_offload_optimizer()) is offload
@@ -122,74 +132,80 @@ def test_an_offloaded_optimizer_is_one_that_deepspeed_keeps_in_host_memory(stage
         (["kind=ddp"], "offload_optimizer is done by DeepSpeed"),
     ],
 )
-def test_where_nothing_can_be_offloaded_it_is_refused(overrides, reason):
+def test_offload_optimizer_unsupported_raises(overrides, reason):
+    """Offloading is rejected where the engine has nothing to offload."""
     with pytest.raises(ValueError, match=reason):
         load_config(PRESET, ["training.engine.offload_optimizer=true", *(f"training.engine.{o}" for o in overrides)])
 
 
-def test_the_compared_steps_include_the_r1_penalty(runs):
+def test_compared_steps_include_r1_penalty(runs):
     _, losses = runs
     assert ["r1" in record for record in losses["ddp"]] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero 1"])
-def test_two_workers_take_the_steps_of_one_worker_at_the_same_global_batch(runs, engine):
+def test_two_workers_match_one_at_same_batch(runs, engine):
+    """Two workers take the steps of one worker at the same global batch size."""
     assert_same_run(*runs, f"alone {engine}", engine)
 
 
 @pytest.mark.parametrize("engine", ["accumulated ddp", "accumulated zero 1", "accumulated zero 2"])
-def test_accumulated_micro_batches_are_one_whole_batch(runs, engine):
+def test_gradient_accumulation_matches_full_batch(runs, engine):
+    """Accumulated micro batches give the step of the full batch."""
     assert_same_run(*runs, "whole ddp", engine, uncompared={"codebook_entropy"})
 
 
 @pytest.mark.parametrize("engine", ["clipped zero 0", "clipped zero 1", "clipped zero 3"])
-def test_clipping_is_the_same_for_every_engine_and_does_something(runs, engine):
+def test_gradient_clipping_matches_across_engines(runs, engine):
+    """Gradient clipping changes the losses, and equally for every engine."""
     out, losses = runs
     assert_same_run(out, losses, "clipped ddp", engine)
     assert losses["clipped ddp"][-1]["loss"] != losses["whole ddp"][-1]["loss"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_gradient_that_is_not_finite_is_told_and_changes_nothing(engine):
+def test_nonfinite_gradient_is_returned_without_step(engine):
+    """A nonfinite gradient norm is returned and the weights stay unchanged."""
     module = torch.nn.Linear(2, 1, bias=False)
-    section = load_config("demo", ENGINES[engine]).training
-    built = build_engine(module, section, 1, 1, torch.device("cpu"))
+    training_config = load_config("demo", ENGINES[engine]).training
+    built = build_engine(module, training_config, 1, 1, torch.device("cpu"))
     built.backward(built(torch.ones(1, 2)).sum())
     assert np.isfinite(built.step(1e-3))
-    with built.whole_parameters():
+    with built.gathered_parameters():
         before = module.weight.detach().clone()
     # The loss is 0 and finite, the gradient of the root there is not.
     built.backward((0 * built(torch.ones(1, 2))).square().sum().sqrt())
-    norm = built.step(1.0)
-    assert norm is not None
-    assert not np.isfinite(norm)
-    with built.whole_parameters():
+    grad_norm = built.step(1.0)
+    assert grad_norm is not None
+    assert not np.isfinite(grad_norm)
+    with built.gathered_parameters():
         assert torch.equal(module.weight.detach(), before)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed"])
-def test_bf16_reaches_the_forward_pass_of_an_engine(photo_shards, tmp_path, monkeypatch, kind):
+def test_bf16_autocast_reaches_engine_forward(photo_shards, tmp_path, monkeypatch, kind):
     # As on a GPU, where DeepSpeed sees the outer autocast and switches it off inside its engines.
-    asked = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asked(*device) if device else asked("cpu"))
-    seen = set()
+    original = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: original(*device) if device else original("cpu"))
+    dtypes = set()
     forward = torch.nn.functional.linear
 
     def linear(x, weight, bias=None):
         y = forward(x, weight, bias)
-        seen.add(y.dtype)
+        dtypes.add(y.dtype)
         return y
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     overrides = [f"training.engine.kind={kind}", "training.engine.precision=bf16", "training.steps=1"]
-    job = small_job(photo_shards, tmp_path, [*overrides, "loss.adversarial.weight=0"])
-    run(job, in_this_process(Listener()))
-    assert seen == {torch.bfloat16}
+    job = small_spec(photo_shards, tmp_path, [*overrides, "loss.adversarial.weight=0"])
+    run_training(job, local_worker(RecordingReporter()))
+    assert dtypes == {torch.bfloat16}
     weights = safetensors.numpy.load_file(tmp_path / "model" / "model.plain.safetensors")
     assert {value.dtype for value in weights.values()} == {np.dtype(np.float32)}
 
 
-def test_automatic_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch):
+def test_auto_precision_is_bf16_only_with_hardware(monkeypatch):
+    """Precision "auto" is bf16 only where the hardware has instructions for it."""
     for has in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)  # noqa: B023
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -198,11 +214,11 @@ def test_automatic_precision_is_bf16_only_where_the_hardware_has_it(monkeypatch)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_in_zeros_flat_buffer_parameters_begin_where_compiled_kernels_can_read_them(stage):
+def test_zero_flat_buffer_parameters_are_aligned(stage):
     """A bias of 18 values in their midst would leave all that follow at odd places."""
-    section = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"])
-    tokenizer = Tokenizer(section.model)
+    run_config = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"])
+    tokenizer = Tokenizer(run_config.model)
     assert any(parameter.numel() % 4 for parameter in tokenizer.parameters())
-    build_engine(tokenizer, section.training, 4, 1, torch.device("cpu"))
-    places = {name: p.data_ptr() % 16 for name, p in tokenizer.named_parameters() if p.numel() % 4 == 0}
-    assert set(places.values()) == {0}, places
+    build_engine(tokenizer, run_config.training, 4, 1, torch.device("cpu"))
+    offsets = {name: p.data_ptr() % 16 for name, p in tokenizer.named_parameters() if p.numel() % 4 == 0}
+    assert set(offsets.values()) == {0}, offsets

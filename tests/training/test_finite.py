@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from small_runs import Listener, in_this_process
+from small_runs import RecordingReporter, local_worker
 
-from bsq_ray.training.nonfinite import Loss, unlike_numbers
+from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite
 
 
 @pytest.mark.parametrize(
@@ -17,8 +17,9 @@ from bsq_ray.training.nonfinite import Loss, unlike_numbers
         ({"reconstruction": 3e38, "perceptual": 3e38}, math.inf, "the sum of the loss's terms"),
     ],
 )
-def test_the_terms_that_are_not_finite_are_named_and_else_their_sum(terms, total, what):
-    fine = Loss(torch.tensor(1.0), {name: torch.tensor(1.0) for name in terms}, ["fine"])
-    bad = Loss(torch.tensor(total), {name: torch.tensor(value) for name, value in terms.items()}, ["a", "b"])
-    assert unlike_numbers([fine, bad], in_this_process(Listener())) == (what, ["a", "b"])
-    assert unlike_numbers([fine], in_this_process(Listener())) is None
+def test_find_nonfinite_names_terms_or_sum(terms, total, what):
+    """The nonfinite terms are named; if every term is finite, their sum is named."""
+    fine = PhaseLoss(torch.tensor(1.0), {name: torch.tensor(1.0) for name in terms}, ["fine"])
+    bad = PhaseLoss(torch.tensor(total), {name: torch.tensor(value) for name, value in terms.items()}, ["a", "b"])
+    assert find_nonfinite([fine, bad], local_worker(RecordingReporter())) == (what, ["a", "b"])
+    assert find_nonfinite([fine], local_worker(RecordingReporter())) is None

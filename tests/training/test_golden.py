@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from small_runs import Listener, in_this_process
+from small_runs import RecordingReporter, local_worker
 from test_engine import UNCOMPARED
 
 from bsq_ray.config import load_config
-from bsq_ray.training.run_spec import Job
-from bsq_ray.training.trainer import run
+from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.trainer import run_training
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "demo-losses.json"
 # Smaller than the preset, and what may be tuned for speed or quality is held.
@@ -23,29 +23,30 @@ SHRUNK = [
     "model.encoder.layers=2",
     "model.decoder.width=32",
     "model.decoder.layers=2",
-    "model.decoder.head_width=64",
+    "model.decoder.head_hidden_dim=64",
     "loss.perceptual_weight=0.1",
     "loss.adversarial.start_step=0",
     "loss.adversarial.channel_base=256",
     "loss.adversarial.channel_max=16",
     "loss.adversarial.r1_every=4",
-    "data.crop_scale=[1.0, 1.5]",
+    "data.resize_range=[1.0, 1.5]",
     "training.batch_size=8",
     "training.steps=6",
-    "training.optimizer.learning_rate_per_256=4e-3",
+    "training.optimizer.base_learning_rate=4e-3",
     "training.schedule.warmup_steps=2",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.evaluate_batches=1",
+    "training.eval_batches=1",
 ]
 
 
-def test_the_first_losses_of_the_demo_are_the_recorded_ones(photo_shards, tmp_path, request):
-    listener = Listener()
-    run(Job(load_config("demo", SHRUNK), photo_shards, str(tmp_path)), in_this_process(listener))
+def test_demo_losses_match_golden_file(photo_shards, tmp_path, request):
+    """The first losses of the demo preset are the recorded ones."""
+    listener = RecordingReporter()
+    run_training(RunSpec(load_config("demo", SHRUNK), photo_shards, str(tmp_path)), local_worker(listener))
     measured = [
         {key: value for key, value in record.items() if key not in UNCOMPARED and key != "progress"}
-        for record in listener.training
+        for record in listener.training_records
     ]
     if request.config.getoption("--regenerate-golden"):
         GOLDEN.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")

@@ -14,33 +14,34 @@ from math import cos, pi
 import psutil
 import pytest
 import safetensors.numpy
-from process_group import in_group
-from small_runs import PRESET, SMALL, STEPS, Listener, in_this_process, small_job, train_several
-from test_resume import assert_identical, numbers, weights
+from process_group import spawn_group
+from small_runs import PRESET, SMALL, STEPS, RecordingReporter, local_worker, small_spec, train_runs
+from test_resume import assert_identical, comparable_values, load_weights
 
 from bsq_ray import config
 from bsq_ray.config import load_config
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.trainer import run
+from bsq_ray.training.trainer import run_training
 
 
 def launch(shards, out, workers, overrides=(), **settings):
-    listener = Listener()
+    listener = RecordingReporter()
     settings = {"show": listener.record, **settings}
     return train(load_config(PRESET, [*SMALL, *overrides]), shards, str(out), workers, **settings), listener
 
 
 @pytest.fixture(scope="module")
-def local(photo_shards, held_out_shards, tmp_path_factory):
+def local_run(photo_shards, held_out_shards, tmp_path_factory):
     """(folder, result, listener) of a run in this process."""
     out = tmp_path_factory.mktemp("local") / "run"
-    overrides = ["training.evaluate_every=2", "training.sample_every=3"]
+    overrides = ["training.eval_every=2", "training.sample_every=3"]
     return out, *launch(photo_shards, out, 0, overrides, held_out_url=held_out_shards)
 
 
-def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
+def test_train_writes_all_run_artifacts(local):
+    """A run leaves its configuration, records, sample images, a checkpoint and a model."""
     out, result, _ = local
     assert load_config(str(out / "config.yaml")).training.steps == STEPS
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -50,8 +51,8 @@ def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
         (2, "plain"),
         (4, "ema"),
     ]
-    pictures = ["step-0000000.png", "step-0000002.png", "step-0000003.png", "step-0000004.png"]
-    assert sorted(path.name for path in (out / "samples").iterdir()) == pictures
+    image_names = ["step-0000000.png", "step-0000002.png", "step-0000003.png", "step-0000004.png"]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == image_names
     assert list_checkpoints(str(out)) == ["step-0000004"]
     assert list((out / "tensorboard").iterdir())
     assert json.loads((out / "summary.json").read_text())["step"] == result.step == STEPS
@@ -59,24 +60,26 @@ def test_a_run_leaves_config_records_pictures_a_checkpoint_and_a_model(local):
     assert safetensors.numpy.load_file(out / "model" / "discriminator.safetensors")
 
 
-def test_the_figures_of_the_model_card_are_those_of_the_published_weights(local, held_out_shards):
+def test_model_card_metrics_match_published_weights(local, held_out_shards):
+    """The metrics of the model card are those of the published weights."""
     import torch
 
-    from bsq_ray.data.image_source import PhotoSource
+    from bsq_ray.data.image_source import ImageSource
     from bsq_ray.data.manifest import read_manifest
     from bsq_ray.data.stream import evaluation_batches
     from bsq_ray.data.transforms import to_float, to_uint8
 
     out, result, _ = local
-    [batch] = evaluation_batches(PhotoSource(read_manifest(held_out_shards), config.Data(), 16), 16, limit=16)
-    rebuilt = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
-    error_B = (to_uint8(rebuilt).float() - batch.values_B.float()).square().mean((1, 2, 3))
+    [batch] = evaluation_batches(ImageSource(read_manifest(held_out_shards), config.DataConfig(), 16), 16, limit=16)
+    reconstructed = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
+    error_B = (to_uint8(reconstructed).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())
     assert result.figures["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert f"| psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()
 
 
-def test_the_learning_rate_scales_with_the_batch_and_is_told(local):
+def test_start_record_has_scaled_learning_rate(local):
+    """The start record contains the learning rate scaled with the batch size."""
     _, _, listener = local
     [start] = [record for record in listener.records if record["kind"] == "start"]
     per_256 = load_config(PRESET, SMALL).training.optimizer.learning_rate_per_256
@@ -84,12 +87,14 @@ def test_the_learning_rate_scales_with_the_batch_and_is_told(local):
     assert (start["batch_size"], start["workers"]) == (16, 1)
 
 
-def test_a_folder_with_a_run_is_not_overwritten(local, photo_shards):
+def test_train_existing_run_without_resume_raises(local, photo_shards):
+    """A folder that contains a run is not overwritten."""
     with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
         launch(photo_shards, local[0], 0)
 
 
-def test_another_configuration_is_refused_before_anything_starts(local, photo_shards):
+def test_resume_other_config_raises_before_start(local, photo_shards):
+    """Resuming with another configuration is rejected before anything is written."""
     before = (local[0] / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match="model.patch_size was 4 and is 8"):
         launch(photo_shards, local[0], 2, ["model.patch_size=8"], resume=True)
@@ -107,27 +112,29 @@ def test_another_configuration_is_refused_before_anything_starts(local, photo_sh
         (0, {"minutes": 0.0}, [], "minutes 0.0 must be positive"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_starts(
-    photo_shards, tmp_path, workers, settings, overrides, message
-):
+def test_train_invalid_arguments_raise_before_start(photo_shards, tmp_path, workers, settings, overrides, message):
+    """Arguments that do not fit together are rejected before anything is written."""
     with pytest.raises(ValueError, match=message):
         launch(photo_shards, tmp_path / "run", workers, overrides, **settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_time_limit_ends_the_run_with_the_schedule_at_its_end(photo_shards, tmp_path):
+def test_time_limit_ends_run_and_schedule(photo_shards, tmp_path):
+    """A time limit ends the run, with the schedule at its end."""
     overrides = ["training.steps=1000000", "training.engine.kind=ddp"]
     result, listener = launch(photo_shards, tmp_path / "run", 0, overrides, minutes=0.05)
     assert result.finished
     assert result.seconds >= 3
-    records = listener.training
+    records = listener.training_records
     assert records[-1]["progress"] == 1
     for before, record in pairwise(records):
         factor = 0.5 * (1 + cos(pi * before["progress"]))
         assert record["learning_rate"] == pytest.approx(1e-3 * factor)
 
 
-def test_ctrl_c_saves_checkpoint_and_model_and_the_run_goes_on_from_there(photo_shards, tmp_path):
+def test_ctrl_c_saves_and_run_resumes(photo_shards, tmp_path):
+    """Ctrl-C saves checkpoint and model, and the run resumes from there."""
+
     def interrupt(record):
         if record["kind"] == "training" and record["step"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -139,28 +146,30 @@ def test_ctrl_c_saves_checkpoint_and_model_and_the_run_goes_on_from_there(photo_
     Tokenizer.from_pretrained(str(tmp_path / "model"))
     result, listener = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
     assert result.finished
-    assert [record["step"] for record in listener.training] == [4, 5, 6]
+    assert [record["step"] for record in listener.training_records] == [4, 5, 6]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(photo_shards, tmp_path):
-    from bsq_ray.training.nonfinite import NonFinite
+def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
+    """A nonfinite loss ends the run before the optimizer step and names the samples."""
+    from bsq_ray.training.nonfinite import NonFiniteLossError
 
     # A learning rate this absurd overflows within a few steps.
-    overrides = ["training.optimizer.learning_rate_per_256=1e30", "training.steps=40"]
+    overrides = ["training.optimizer.base_learning_rate=1e30", "training.steps=40"]
     with pytest.raises(
-        NonFinite, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
+        NonFiniteLossError, match=r"step \d+: the (loss \(.*\w.*\)|gradient of the \w+) is not finite; the batch"
     ):
-        run(small_job(photo_shards, tmp_path, overrides), in_this_process(Listener()))
+        run_training(small_spec(photo_shards, tmp_path, overrides), local_worker(RecordingReporter()))
     record = json.loads((tmp_path / "nonfinite.json").read_text())
     assert len(record["keys"]) == 16
     assert not (tmp_path / "model").exists()
 
 
-def test_a_ray_worker_takes_the_steps_of_this_process(local, photo_shards, held_out_shards, tmp_path, ray_local):
+def test_ray_worker_matches_local_process(local, photo_shards, held_out_shards, tmp_path, ray_local):
+    """A Ray worker takes the same steps as training in this process."""
     result, listener = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
     assert result.finished
-    for record, expected in zip(listener.training, local[2].training, strict=True):
-        for key, value in numbers(expected).items():
+    for record, expected in zip(listener.training_records, local[2].training, strict=True):
+        for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert not (tmp_path / "ray").exists()
 
@@ -169,8 +178,9 @@ LONG = ["training.steps=150", "training.log_every=5", "training.checkpoint_every
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(photo_shards, tmp_path, ray_local):
-    in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
+def test_killed_worker_is_replaced_run_is_identical(photo_shards, tmp_path, ray_local):
+    """A killed worker is replaced and the run ends with the weights of an undisturbed one."""
+    spawn_group(2, train_runs, photo_shards, tmp_path, {"undisturbed": LONG})
     killed = []
     restarts = []
 
@@ -187,16 +197,17 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
     assert killed
     assert len(restarts) == 1
     assert restarts[0].startswith("workers were lost (")
-    assert result.restarts == restarts
+    assert result.restart_reasons == restarts
     summary = json.loads((tmp_path / "disturbed" / "summary.json").read_text())
     assert (summary["restarts"], summary["restart_reasons"]) == (1, restarts)
     records = [json.loads(line) for line in (tmp_path / "disturbed" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "training"] == list(range(5, 151, 5))
-    assert_identical(weights(tmp_path, "disturbed"), weights(tmp_path, "undisturbed"))
+    assert_identical(load_weights(tmp_path, "disturbed"), load_weights(tmp_path, "undisturbed"))
 
 
 @pytest.mark.slow
-def test_what_fails_in_one_worker_ends_the_run_and_is_told(photo_shards, tmp_path, ray_local):
+def test_worker_failure_ends_run_with_its_error(photo_shards, tmp_path, ray_local):
+    """An error in one worker ends the run and is reported."""
     import shutil
 
     shards = tmp_path / "shards"
@@ -204,10 +215,10 @@ def test_what_fails_in_one_worker_ends_the_run_and_is_told(photo_shards, tmp_pat
     for tar in sorted(shards.glob("*.tar"))[1:]:
         tar.unlink()
     with pytest.raises((ValueError, RuntimeError), match=r"\.tar"):
-        launch(str(shards), tmp_path / "run", 2, ["data.lanes=2", "data.max_damaged=0"])
+        launch(str(shards), tmp_path / "run", 2, ["data.interleave=2", "data.max_skipped_samples=0"])
 
 
-def command(shards, out, *more):
+def train_command(shards, out, *more):
     """`bsq-ray train` on two workers."""
     start = [
         sys.executable,
@@ -221,7 +232,7 @@ def command(shards, out, *more):
     return [*start, "--data", shards, "--out", str(out), "--workers", "2", *SMALL, *LONG, *more]
 
 
-def wait_for_a_checkpoint(out, process):
+def wait_for_checkpoint(out, process):
     deadline = time.monotonic() + 120
     while not list_checkpoints(str(out)) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -229,43 +240,50 @@ def wait_for_a_checkpoint(out, process):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_killed_command_goes_on_to_the_end_of_one_that_was_not(photo_shards, tmp_path):
-    in_group(2, train_several, photo_shards, tmp_path, {"undisturbed": LONG})
+def test_killed_command_resumes_identically(photo_shards, tmp_path):
+    """A killed command resumes and ends with the weights of an uninterrupted one."""
+    spawn_group(2, train_runs, photo_shards, tmp_path, {"undisturbed": LONG})
     out = tmp_path / "disturbed"
-    process = subprocess.Popen(command(photo_shards, out), stderr=subprocess.DEVNULL)
-    wait_for_a_checkpoint(out, process)
+    process = subprocess.Popen(train_command(photo_shards, out), stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(out, process)
     # Ray's own agents stay a minute longer: they try to tell the dead head node that it is dead.
-    family = [p for p in psutil.Process(process.pid).children(recursive=True) if not p.name().endswith("Agent")]
+    child_processes = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if not p.name().endswith("Agent")
+    ]
     process.kill()
     process.wait()
     assert not (out / "model").exists()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(child_processes, timeout=60)
     assert not alive
-    again = subprocess.run([*command(photo_shards, out), "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "trained 150 steps" in again.stdout
-    assert_identical(weights(tmp_path, "disturbed"), weights(tmp_path, "undisturbed"))
+    resumed = subprocess.run([*train_command(photo_shards, out), "--resume"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "trained 150 steps" in resumed.stdout
+    assert_identical(load_weights(tmp_path, "disturbed"), load_weights(tmp_path, "undisturbed"))
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_the_command_stops_at_ctrl_c_and_says_how_to_go_on(photo_shards, tmp_path):
+def test_command_ctrl_c_prints_resume_command(photo_shards, tmp_path):
+    """The command stops at Ctrl-C and prints the command that resumes it."""
     out = tmp_path / "run"
     process = subprocess.Popen(
-        command(photo_shards, out, "training.steps=100000"), stderr=subprocess.PIPE, text=True, start_new_session=True
+        train_command(photo_shards, out, "training.steps=100000"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     lines = []
-    reading = threading.Thread(target=lambda: lines.extend(process.stderr))
-    reading.start()
-    wait_for_a_checkpoint(out, process)
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reader.start()
+    wait_for_checkpoint(out, process)
     # As a terminal does it: to everything that belongs to the command.
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
-    reading.join()
+    reader.join()
     assert any(line.startswith(f"run: {out}  Ray dashboard: http://127.0.0.1:") for line in lines)
-    told = lines[-1]
-    step = int(re.search(r"stopped after step (\d+)", told)[1])
+    message = lines[-1]
+    step = int(re.search(r"stopped after step (\d+)", message)[1])
     assert newest_progress(str(out)).step == step
-    assert f"--out {out} --workers 2" in told
-    assert told.rstrip().endswith("--resume")
+    assert f"--out {out} --workers 2" in message
+    assert message.rstrip().endswith("--resume")
     Tokenizer.from_pretrained(str(out / "model"))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.training.monitoring.metrics_log import Log
+from bsq_ray.training.monitoring.metrics_log import MetricsLog
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -19,13 +19,14 @@ def steps(out):
     return [json.loads(line)["step"] for line in storage.read_bytes(f"{out}/metrics.jsonl").decode().splitlines()]
 
 
-def test_a_resumed_log_drops_what_was_written_after_the_checkpoint(out):
-    log = Log(out, 0)
+def test_metrics_log_resumed_drops_later_records(out):
+    """A resumed log drops records written after the checkpoint."""
+    log = MetricsLog(out, 0)
     for step in (1, 2, 3):
         log.write({"kind": "training", "step": step, "loss": 0.5})
     log.close()
     assert steps(out) == [1, 2, 3]
-    log = Log(out, 2)
+    log = MetricsLog(out, 2)
     assert steps(out) == [1, 2]
     log.write({"kind": "training", "step": 3, "loss": 0.4})
     log.close()
@@ -33,31 +34,34 @@ def test_a_resumed_log_drops_what_was_written_after_the_checkpoint(out):
     assert len(storage.list_folder(f"{out}/tensorboard")) == 2
 
 
-def test_a_line_cut_off_by_a_crash_is_dropped(out):
+def test_metrics_log_truncated_line_is_dropped(out):
+    """A last line truncated by a crash is dropped."""
     storage.write_bytes(f"{out}/metrics.jsonl", b'{"kind": "training", "step": 1}\n{"kind": "trai')
-    Log(out, 5).close()
+    MetricsLog(out, 5).close()
     assert steps(out) == [1]
 
 
-def test_a_record_is_readable_while_the_run_goes_on(tmp_path):
-    log = Log(str(tmp_path), 0)
+def test_metrics_log_record_is_readable_immediately(tmp_path):
+    """A record is readable while the run continues."""
+    log = MetricsLog(str(tmp_path), 0)
     log.write({"kind": "training", "step": 1})
     assert steps(tmp_path) == [1]
     log.close()
 
 
-def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path):
-    log, file, kept = Log(str(tmp_path), 0), tmp_path / "metrics.jsonl", tmp_path / "kept.jsonl"
+def test_metrics_log_disk_full_writes_later(tmp_path):
+    """Records that a full disk rejects are written once there is space."""
+    log, file, backup = MetricsLog(str(tmp_path), 0), tmp_path / "metrics.jsonl", tmp_path / "kept.jsonl"
     log.write({"kind": "training", "step": 1})
-    file.rename(kept)
+    file.rename(backup)
     file.symlink_to("/dev/full")
     for step in range(2, 40):
         # More numbers than TensorBoard's queue holds.
         log.write({"kind": "training", "step": step, "loss": 0.5})
-    with pytest.raises(storage.Unavailable, match="cannot write .*metrics.jsonl.* No space left"):
+    with pytest.raises(storage.StorageUnavailableError, match="cannot write .*metrics.jsonl.* No space left"):
         log.flush()
     file.unlink()
-    kept.rename(file)
+    backup.rename(file)
     log.write({"kind": "training", "step": 40})
     assert steps(tmp_path) == list(range(1, 41))
     log.close()
@@ -77,18 +81,19 @@ def read_events(file):
     return scalars
 
 
-def test_numbers_reach_tensorboard_by_kind(tmp_path):
-    log = Log(str(tmp_path), 0)
+def test_metrics_log_scalars_reach_tensorboard(tmp_path):
+    """Numbers of a record are written to TensorBoard under "kind/name"."""
+    log = MetricsLog(str(tmp_path), 0)
     log.write({"kind": "training", "step": 1, "loss": 0.5, "weights": "ema"})
     log.close()
     [file] = (tmp_path / "tensorboard").iterdir()
     assert read_events(file) == [("training/loss", 1, 0.5)]
 
 
-def test_a_picture_is_a_png(out):
-    log = Log(out, 0)
+def test_metrics_log_image_is_png(out):
+    log = MetricsLog(out, 0)
     picture_3HW = torch.arange(3 * 4 * 5, dtype=torch.uint8).reshape(3, 4, 5)
-    log.picture("step-0000000", picture_3HW)
+    log.image("step-0000000", picture_3HW)
     log.close()
     with storage.open_url(f"{out}/samples/step-0000000.png") as file:
         image = Image.open(file)

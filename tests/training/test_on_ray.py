@@ -8,22 +8,23 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from small_runs import PRESET, SMALL, small_job
+from small_runs import PRESET, SMALL, small_spec
 
 from bsq_ray import storage
 from bsq_ray.config import load_config
-from bsq_ray.runtime.ray_session import cpus_within_reach
+from bsq_ray.runtime.ray_session import max_cluster_cpus
 from bsq_ray.training import ray_trainer
 from bsq_ray.training.launch import Interrupted, train
-from bsq_ray.training.ray_trainer import Share, check_cpus, plain_error, train_on_gpus
+from bsq_ray.training.ray_trainer import ResourceBudget, check_cpus, picklable_error, should_use_gpus
 
 
 @pytest.mark.parametrize(
     ("device", "within_reach", "expected"),
     [("auto", 0, False), ("auto", 2, True), ("auto", 16, True), ("cpu", 16, False), ("gpu", 2, True)],
 )
-def test_workers_take_gpus_where_there_are_or_will_be_any(device, within_reach, expected):
-    assert train_on_gpus(device, 2, within_reach) is expected
+def test_should_use_gpus_follows_device_and_cluster(device, within_reach, expected):
+    """Workers use GPUs if the cluster has any or its autoscaler can start some."""
+    assert should_use_gpus(device, 2, within_reach) is expected
 
 
 @pytest.mark.parametrize(
@@ -33,16 +34,18 @@ def test_workers_take_gpus_where_there_are_or_will_be_any(device, within_reach, 
         ("gpu", 0, "--device gpu needs a cluster with GPUs, and this one has none; give --device cpu"),
     ],
 )
-def test_a_cluster_that_will_never_have_enough_gpus_is_refused(device, within_reach, message):
+def test_should_use_gpus_too_few_raises(device, within_reach, message):
+    """A cluster that can never have enough GPUs is rejected with a message that says what to do."""
     with pytest.raises(ValueError, match=message):
-        train_on_gpus(device, 2, within_reach)
+        should_use_gpus(device, 2, within_reach)
 
 
 @pytest.mark.parametrize(
     ("workers", "each", "within_reach"),
     [(6, 0.5, 4), (3, 1, 4), (1, 3, 4), (1, 0.5, 2), (8, 1, math.inf), (4, 0, 1), (3, 0.1, 1.3)],
 )
-def test_workers_that_leave_a_cpu_for_the_tasks_that_read_are_admitted(workers, each, within_reach):
+def test_check_cpus_with_data_task_cpu_passes(workers, each, within_reach):
+    """Workers that leave one CPU for the data tasks are accepted."""
     check_cpus(workers, each, within_reach)
 
 
@@ -55,55 +58,64 @@ def test_workers_that_leave_a_cpu_for_the_tasks_that_read_are_admitted(workers, 
         (1, 0, 0, "want 1 CPUs and the cluster has 0; give --workers 0, which needs no Ray"),
     ],
 )
-def test_workers_that_a_cluster_can_never_hold_are_refused(workers, each, within_reach, message):
+def test_check_cpus_too_few_raises(workers, each, within_reach, message):
+    """Workers that can never fit on the cluster are rejected with a message that says what to do."""
     with pytest.raises(ValueError, match=message):
         check_cpus(workers, each, within_reach)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_workers_on_cpus_are_started_so_that_they_keep_their_memory(gpu, tmp_path):
-    job = small_job("shards", tmp_path)
-    group = ray_trainer._Group(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
-    told = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
-    assert ("GLIBC_TUNABLES" in told) == (not gpu)
+def test_worker_env_on_cpu_sets_malloc_tunables(gpu, tmp_path):
+    """Only workers that compute on CPUs start with the glibc allocator settings."""
+    job = small_spec("shards", tmp_path)
+    group = ray_trainer.WorkerGroupRun(job, 1, {"CPU": 1}, {"job": job, "board": None, "gpu": gpu, "runs": 1})
+    env_vars = group._trainer.run_config.worker_runtime_env.get("env_vars", {})
+    assert ("GLIBC_TUNABLES" in env_vars) == (not gpu)
 
 
-def test_of_a_range_of_workers_the_fewest_must_find_room(photo_shards, tmp_path, ray_local):
-    for least, share, asked in ((8, Share(), "8 workers of 0.5 CPUs"), (2, Share({"CPU": 2}), "2 workers of 2 CPUs")):
-        with pytest.raises(ValueError, match=f"{asked} .*; give --workers"):
-            train(load_config(PRESET, SMALL), photo_shards, str(tmp_path), 16, min_workers=least, share=share)
+def test_train_elastic_min_workers_must_fit(photo_shards, tmp_path, ray_local):
+    """The smallest number of workers of an elastic run must fit on the cluster."""
+    for least, share, message in (
+        (8, ResourceBudget(), "8 workers of 0.5 CPUs"),
+        (2, ResourceBudget({"CPU": 2}), "2 workers of 2 CPUs"),
+    ):
+        with pytest.raises(ValueError, match=f"{message} .*; give --workers"):
+            train(load_config(PRESET, SMALL), photo_shards, str(tmp_path), 16, min_workers=least, budget=share)
 
 
-def test_cpus_that_an_autoscaler_could_bring_up_count_and_may_be_unknown(ray_local, monkeypatch):
+def test_max_cluster_cpus_includes_autoscaler(ray_local, monkeypatch):
+    """CPUs that the autoscaler can start count, and are unlimited if its limits are unknown."""
     from ray._private import worker
     from ray._private.state import state
 
-    assert cpus_within_reach() == 4
+    assert max_cluster_cpus() == 4
     monkeypatch.setattr(worker, "_global_node", SimpleNamespace(head=False))
-    assert cpus_within_reach() == math.inf
+    assert max_cluster_cpus() == math.inf
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96})
-    assert cpus_within_reach() == 96
+    assert max_cluster_cpus() == 96
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
         (ValueError("bits -1"), ValueError, "bits -1"),
-        (storage.Unavailable("cannot read s3://a: 503"), RuntimeError, "cannot read s3://a: 503"),
+        (storage.StorageUnavailableError("cannot read s3://a: 503"), RuntimeError, "cannot read s3://a: 503"),
         (RuntimeError("too many"), RuntimeError, "too many"),
         (KeyError("a"), RuntimeError, "KeyError: 'a'"),
     ],
 )
-def test_only_what_is_wrong_with_the_input_is_told_as_such(error, kind, message):
-    told = plain_error(error)
-    assert (type(told), str(told)) == (kind, message)
+def test_picklable_error_keeps_only_input_errors(error, kind, message):
+    """Only input errors stay ValueErrors; storage and internal errors become RuntimeErrors."""
+    converted = picklable_error(error)
+    assert (type(converted), str(converted)) == (kind, message)
 
 
-def test_what_nobody_foresaw_names_its_place():
+def test_picklable_error_unexpected_names_file_and_line():
+    """The message of an unexpected error names the file and line where it was raised."""
     with pytest.raises(ZeroDivisionError) as caught:
         _ = 1 / len([])
-    told = str(plain_error(caught.value))
-    assert re.fullmatch(r"ZeroDivisionError: division by zero \(test_on_ray\.py, line \d+\)", told)
+    message = str(picklable_error(caught.value))
+    assert re.fullmatch(r"ZeroDivisionError: division by zero \(test_on_ray\.py, line \d+\)", message)
 
 
 @pytest.mark.parametrize(
@@ -116,79 +128,82 @@ def test_what_nobody_foresaw_names_its_place():
         (False, "cpu", 0, 0, False),
     ],
 )
-def test_what_an_autoscaler_that_tells_nothing_may_bring_up_is_waited_for(
-    known, device, up, expected, warned, monkeypatch
-):
+def test_available_gpus_unknown_limits_are_unlimited(known, device, up, expected, warned, monkeypatch):
+    """With unknown autoscaler limits GPUs count as unlimited, unless device is "auto" and none is running."""
     monkeypatch.setattr(ray_trainer, "gpus_within_reach", lambda: up)
     monkeypatch.setattr(ray_trainer, "reach_is_known", lambda: known)
-    told = []
-    assert ray_trainer.gpus_in_sight(device, told.append) == expected
-    assert ["--device gpu waits" in record["text"] for record in told] == [True] * warned
+    records = []
+    assert ray_trainer.available_gpus(device, records.append) == expected
+    assert ["--device gpu waits" in record["text"] for record in records] == [True] * warned
 
 
-def test_gpus_that_an_autoscaler_could_bring_up_count(ray_local, monkeypatch):
+def test_max_cluster_gpus_includes_autoscaler(ray_local, monkeypatch):
     from ray._private.state import state
 
-    from bsq_ray.runtime.ray_session import gpus_within_reach
+    from bsq_ray.runtime.ray_session import max_cluster_gpus
 
-    assert gpus_within_reach() == 0
+    assert max_cluster_gpus() == 0
     monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 96, "GPU": 8})
-    assert gpus_within_reach() == 8
+    assert max_cluster_gpus() == 8
 
 
-def test_figures_of_a_run_are_at_the_endpoint_that_prometheus_asks(photo_shards, tmp_path, ray_local):
+def test_metrics_are_exported_to_prometheus(photo_shards, tmp_path, ray_local):
+    """The training loss of a run is readable at the node's Prometheus endpoint."""
     import ray
 
     [node] = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    stop, found, records = threading.Event(), [], []
+    stop, values, records = threading.Event(), [], []
 
-    def ask():
+    def poll():
         deadline = time.monotonic() + 120
-        while not found and time.monotonic() < deadline:
+        while not values and time.monotonic() < deadline:
             time.sleep(0.5)
             text = urllib.request.urlopen(url, timeout=10).read().decode()
-            found.extend(re.findall(rf'^ray_bsq_training_loss{{.*run="{tmp_path}".*}} (\S+)$', text, re.M))
+            values.extend(re.findall(rf'^ray_bsq_training_loss{{.*run="{tmp_path}".*}} (\S+)$', text, re.M))
         stop.set()
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=poll).start()
     with pytest.raises(Interrupted):
         train(
             load_config(PRESET, [*SMALL, "training.steps=1000000", "training.checkpoint_every=1000000"]),
             *(photo_shards, str(tmp_path), 1),
-            show=records.append,
-            stop=stop,
+            on_record=records.append,
+            stop_event=stop,
         )
     losses = [record["loss"] for record in records if record["kind"] == "training"]
-    assert float(found[0]) in [pytest.approx(loss) for loss in losses]
+    assert float(values[0]) in [pytest.approx(loss) for loss in losses]
 
 
-def test_a_start_that_fails_again_and_again_ends_an_elastic_run(photo_shards, tmp_path, ray_local, monkeypatch):
+def test_repeated_startup_failure_ends_elastic_run(photo_shards, tmp_path, ray_local, monkeypatch):
+    """An elastic run ends with an error when its workers repeatedly fail to start."""
+
     def broken(settings):
         raise OSError("the driver is missing")
 
     monkeypatch.setattr(ray_trainer, "_worker_main", broken)
-    records, told = [], r"^workers could not begin \(2 failures in a row\): .*the driver is missing"
-    with pytest.raises(RuntimeError, match=told):
+    records, message = [], r"^workers could not begin \(2 failures in a row\): .*the driver is missing"
+    with pytest.raises(RuntimeError, match=message):
         train(
             load_config(PRESET, SMALL),
             *(photo_shards, str(tmp_path), 2),
             min_workers=1,
             max_failures=1,
-            show=records.append,
+            on_record=records.append,
         )
     [text] = [record["text"] for record in records if record["kind"] == "warning"]
     assert re.fullmatch(r"2 workers could not begin: .*the driver is missing.*; trying again", text, re.S)
 
 
-def test_waiting_for_room_is_no_failure(photo_shards, tmp_path, ray_local, monkeypatch):
+def test_waiting_for_capacity_is_not_a_failure(photo_shards, tmp_path, ray_local, monkeypatch):
+    """A worker group that cannot start for lack of capacity is retried and not counted as a failure."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
-    waited, stop = [], threading.Event()
+    warnings, stop = [], threading.Event()
 
     def show(record):
         if record["kind"] == "warning":
-            waited.append(record["text"])
-            if len(waited) == 2:
+            warnings.append(record["text"])
+            if len(warnings) == 2:
                 stop.set()
 
     with pytest.raises(Interrupted, match="stopped before the workers began"):
@@ -196,8 +211,8 @@ def test_waiting_for_room_is_no_failure(photo_shards, tmp_path, ray_local, monke
             load_config(PRESET, SMALL),
             *(photo_shards, str(tmp_path), 1),
             max_failures=0,
-            show=show,
-            stop=stop,
-            share=Share({"CPU": 1, "a machine that is yet to come": 1}),
+            on_record=show,
+            stop_event=stop,
+            budget=ResourceBudget({"CPU": 1, "a machine that is yet to come": 1}),
         )
-    assert waited == ["1 workers could not begin: no room; trying again"] * 2
+    assert warnings == ["1 workers could not begin: no room; trying again"] * 2

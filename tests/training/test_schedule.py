@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from bsq_ray import config
 from bsq_ray.training.schedule import learning_rate, ramp, schedule_factor
 
-PAPER = config.Schedule()
+PAPER = config.ScheduleConfig()
 
 
-def test_the_peak_rate_of_the_paper_is_one_in_ten_thousand_at_batch_256():
-    optimizer = config.Optimizer()
+def test_learning_rate_default_matches_paper():
+    """The peak learning rate is about 1e-4 at batch 256 and scales linearly with the batch."""
+    optimizer = config.OptimizerConfig()
     assert learning_rate(optimizer, 256) == pytest.approx(1.024e-4)
     assert learning_rate(optimizer, 32) == pytest.approx(1.024e-4 / 8)
 
@@ -23,18 +24,21 @@ def factor(schedule, step, steps):
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (2500, 0.55), (5000, 1.0), (502_500, 0.5), (1_000_000, 0.0)])
-def test_the_paper_warms_up_over_5000_steps_then_falls_as_half_a_cosine(step, expected):
+def test_schedule_default_is_warmup_then_cosine(step, expected):
+    """The default schedule warms up over 5,000 steps and then follows half a cosine."""
     assert factor(PAPER, step, 1_000_000) == pytest.approx(expected)
 
 
-def test_the_published_code_ends_at_half_the_rate():
-    released = config.Schedule(final=0.5)
+def test_schedule_final_factor_half_ends_at_half():
+    """With the published code's final factor of 0.5 the schedule ends at half the peak rate."""
+    released = config.ScheduleConfig(final=0.5)
     assert factor(released, 1_000_000, 1_000_000) == pytest.approx(0.5)
     assert factor(released, 502_500, 1_000_000) == pytest.approx(0.75)
 
 
-def test_under_a_time_limit_the_cosine_follows_the_clock():
-    schedule = config.Schedule(warmup_steps=0)
+def test_schedule_time_limit_follows_progress():
+    """Under a time limit the cosine follows the elapsed share of the time."""
+    schedule = config.ScheduleConfig(warmup_steps=0)
     assert schedule_factor(schedule, 10, 1000, 0.5) == pytest.approx(0.5 * (1 + cos(pi / 2)))
     assert schedule_factor(schedule, 10, 1000, 1.0) == pytest.approx(0)
 
@@ -46,17 +50,20 @@ def test_under_a_time_limit_the_cosine_follows_the_clock():
     steps=st.integers(1, 100),
     place=st.floats(0, 1),
 )
-def test_the_factor_stays_between_its_ends_and_one(warmup, start, final, steps, place):
-    schedule = config.Schedule(warmup_steps=warmup, warmup_from=start, final=final)
+def test_schedule_factor_stays_in_range(warmup, start, final, steps, place):
+    """The factor stays between the smaller of its ends and 1."""
+    schedule = config.ScheduleConfig(warmup_steps=warmup, warmup_from=start, final=final)
     value = factor(schedule, int(place * steps), steps)
     assert min(start, final) - 1e-9 <= value <= 1 + 1e-9
 
 
-def test_a_run_shorter_than_its_warmup_still_ends_at_the_peak():
-    schedule = config.Schedule(warmup_steps=100, warmup_from=0)
+def test_schedule_short_run_warms_up_to_peak():
+    """A run shorter than its warm-up still approaches the peak rate."""
+    schedule = config.ScheduleConfig(warmup_steps=100, warmup_from=0)
     assert factor(schedule, 9, 10) == pytest.approx(0.9)
 
 
-def test_the_entropy_ramp_of_the_published_code_falls_from_three_to_one_over_2000_steps():
+def test_ramp_published_falls_from_3_to_1():
+    """The published entropy ramp falls linearly from 3 to 1 over 2,000 steps."""
     assert [ramp(step, 2000, 3.0) for step in (0, 1000, 2000, 9999)] == [3, 2, 1, 1]
     assert ramp(0, 0, 3.0) == 1

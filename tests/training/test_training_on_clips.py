@@ -2,13 +2,13 @@
 
 import pytest
 import safetensors.numpy
-from process_group import in_group
-from small_runs import Listener, in_this_process, small_job, train_several
+from process_group import spawn_group
+from small_runs import RecordingReporter, local_worker, small_spec, train_runs
 from test_engine import assert_same_run
 
 from bsq_ray import Tokenizer
 from bsq_ray.training.launch import train
-from bsq_ray.training.trainer import run
+from bsq_ray.training.trainer import run_training
 
 CLIPS = ["model.frames=4", "training.batch_size=8"]
 RUNS = {
@@ -23,20 +23,24 @@ RUNS = {
 def runs(video_shards, tmp_path_factory):
     """(folder, records by name) of the same training on clips, on two workers and on one."""
     out = str(tmp_path_factory.mktemp("clips"))
-    [two, _] = in_group(2, train_several, video_shards, out, {name: CLIPS + more for name, more in RUNS.items()})
-    alone = train_several(0, 1, video_shards, out, {"alone": CLIPS + RUNS["ddp"]})
-    return out, {**two, **alone}
+    [two_workers, _] = spawn_group(
+        2, train_runs, video_shards, out, {name: CLIPS + more for name, more in RUNS.items()}
+    )
+    one_worker = train_runs(0, 1, video_shards, out, {"alone": CLIPS + RUNS["ddp"]})
+    return out, {**two_workers, **one_worker}
 
 
 @pytest.mark.parametrize("name", ["zero 1", "zero 3", "recomputed", "alone"])
-def test_every_engine_and_number_of_workers_takes_the_same_steps_on_clips(runs, name):
+def test_clip_training_matches_across_engines(runs, name):
+    """Every engine and number of workers takes the same training steps on clips."""
     assert_same_run(*runs, "ddp", name)
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(runs, video_shards):
+def test_clip_training_resumed_is_bit_identical(runs, video_shards):
+    """A clip training that is stopped and resumed ends with the weights of an uninterrupted one."""
     out, _ = runs
-    train_several(0, 1, video_shards, out, {"resumed": CLIPS + RUNS["ddp"]}, last={"resumed": 2})
-    train_several(0, 1, video_shards, out, {"resumed": CLIPS + RUNS["ddp"]})
+    train_runs(0, 1, video_shards, out, {"resumed": CLIPS + RUNS["ddp"]}, stop_after={"resumed": 2})
+    train_runs(0, 1, video_shards, out, {"resumed": CLIPS + RUNS["ddp"]})
     left, right = (
         safetensors.numpy.load_file(f"{out}/{name}/model/model.safetensors") for name in ("alone", "resumed")
     )
@@ -44,42 +48,44 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(runs, video_shards)
         assert (value == right[key]).all(), key
 
 
-def test_a_discriminator_of_whole_clips_is_trained(video_shards, tmp_path):
-    listener = Listener()
+def test_clip_discriminator_3d_trains(video_shards, tmp_path):
+    """The 3D discriminator trains on whole clips, including the R1 penalty."""
+    listener = RecordingReporter()
     overrides = [*CLIPS, "loss.adversarial.discriminator=stylegan2-3d", "training.steps=2"]
-    run(small_job(video_shards, tmp_path, overrides), in_this_process(listener))
-    assert [record["step"] for record in listener.training] == [1, 2]
-    assert "r1" in listener.training[1]
+    run_training(small_spec(video_shards, tmp_path, overrides), local_worker(listener))
+    assert [record["step"] for record in listener.training_records] == [1, 2]
+    assert "r1" in listener.training_records[1]
 
 
 @pytest.fixture(scope="module")
 def image_model(photo_shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("image")
-    run(small_job(photo_shards, out, ["training.steps=2"]), in_this_process(Listener()))
+    run_training(small_spec(photo_shards, out, ["training.steps=2"]), local_worker(RecordingReporter()))
     return str(out / "model")
 
 
-def test_a_video_model_is_trained_from_an_image_model(image_model, video_shards, tmp_path):
-    job = small_job(video_shards, tmp_path, CLIPS)
+def test_video_model_initializes_from_image_model(image_model, video_shards, tmp_path):
+    """A video model initialized from an image model starts with the same PSNR per frame."""
+    job = small_spec(video_shards, tmp_path, CLIPS)
     first = []
 
     def show(record):
         if record["kind"] == "evaluation":
             first.append(record)
 
-    train(job.config, video_shards, str(tmp_path), 0, init_url=image_model, show=show)
+    train(job.config, video_shards, str(tmp_path), 0, init_url=image_model, on_record=show)
     # Before the first step every frame is what the image model makes of it.
-    [batch] = evaluated(job)
+    [batch] = eval_batches(job)
     image = Tokenizer.from_pretrained(image_model)
     assert first[0]["psnr"] == pytest.approx(psnr(image, batch), abs=1e-2)
     assert f"| initialised from | {image_model} |" in (tmp_path / "model" / "README.md").read_text()
 
 
-def evaluated(job):
-    from bsq_ray.data.factory import open_source
+def eval_batches(job):
+    from bsq_ray.data.factory import build_source
     from bsq_ray.data.stream import evaluation_batches
 
-    return list(evaluation_batches(open_source(job.config, job.data_url), 8, 8))
+    return list(evaluation_batches(build_source(job.config, job.data_url), 8, 8))
 
 
 def psnr(image, batch):
@@ -93,8 +99,9 @@ def psnr(image, batch):
     return float((10 * torch.log10(255**2 / error)).mean())
 
 
-def test_an_image_model_that_does_not_fit_is_refused_before_anything_starts(image_model, video_shards, tmp_path):
-    job = small_job(video_shards, tmp_path / "run", [*CLIPS, "model.quantizer.bits=12"])
+def test_init_model_incompatible_raises_before_start(image_model, video_shards, tmp_path):
+    """An incompatible image model is rejected before anything is written."""
+    job = small_spec(video_shards, tmp_path / "run", [*CLIPS, "model.quantizer.bits=12"])
     with pytest.raises(ValueError, match="model.quantizer.bits is 18 there and 12 here"):
         train(job.config, video_shards, str(tmp_path / "run"), 0, init_url=image_model)
     assert not (tmp_path / "run").exists()

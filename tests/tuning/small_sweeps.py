@@ -4,7 +4,7 @@ import yaml
 
 from bsq_ray.tuning.sweep_config import load_sweep
 
-SMALL = {
+SMALL_OVERRIDES = {
     "model.image_size": 32,
     "model.encoder": {"width": 16, "layers": 1, "heads": 2},
     "model.decoder": {"width": 16, "layers": 1, "heads": 2, "head_width": 32},
@@ -13,22 +13,22 @@ SMALL = {
     "training.engine.kind": "ddp",
     "training.engine.precision": "fp32",
     "training.batch_size": 8,
-    "training.evaluate_every": 5,
-    "training.evaluate_batches": 1,
+    "training.eval_every": 5,
+    "training.eval_batches": 1,
     "training.log_every": 5,
 }
 
 
-def small_sweep(folder, *, set=None, **changes):
+def small_sweep(folder, *, overrides=None, **changes):
     """A sweep of two tokenizers of 6 and 10 bits, with `changes` of its keys."""
-    keys = {
+    raw_sweep = {
         "name": "small",
         "preset": "demo",
-        "set": SMALL | (set or {}),
+        "set": SMALL_OVERRIDES | (overrides or {}),
         "space": {"model.quantizer.bits": {"values": [6, 10]}},
         "metrics": {"psnr": "max"},
         "budget": {"steps": 10, "concurrency": 2, "held_out_images": 2},
     }
     file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump({**keys, **changes}, sort_keys=False))
+    file.write_text(yaml.safe_dump({**raw_sweep, **changes}, sort_keys=False))
     return load_sweep(str(file))

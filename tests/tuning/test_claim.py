@@ -9,7 +9,8 @@ from bsq_ray.tuning.run_sweep import run_sweep
 @pytest.mark.parametrize(
     "text", ["", "- a\n- b\n", "name: [", "name: small\n", "budget: 3\nmetrics: {psnr: max}\n", "\x00"]
 )
-def test_a_damaged_note_is_one_sentence(text, tmp_path, photo_shards, held_out_shards):
+def test_run_sweep_damaged_sweep_file_raises(text, tmp_path, photo_shards, held_out_shards):
+    """A damaged sweep.yaml in the output folder raises one clear error."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "sweep.yaml").write_text(text)

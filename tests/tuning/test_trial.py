@@ -5,42 +5,47 @@ import queue
 import pytest
 
 from bsq_ray import storage
-from bsq_ray.training.nonfinite import NonFinite
-from bsq_ray.training.ray_trainer import Share
-from bsq_ray.tuning.trial import Ending, Task, Trial
+from bsq_ray.training.nonfinite import NonFiniteLossError
+from bsq_ray.training.ray_trainer import ResourceBudget
+from bsq_ray.tuning.trial import SweepTrainable, TrialContext, TrialOutcome
 
 
-def told(error):
+def event_after_error(error):
     """What a trial hands to Tune when its training raises `error`."""
 
-    class Failing(Trial):
+    class FailingTrainable(SweepTrainable):
         def _train(self):
             raise error
 
-    trial = Failing.__new__(Failing)
+    trial = FailingTrainable.__new__(FailingTrainable)
     trial._told = queue.Queue()
     trial._run()
     return trial._told.get()
 
 
-@pytest.mark.parametrize(("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFinite("step 3"), "diverged")])
-def test_what_another_attempt_would_not_change_is_an_ending(error, ending):
-    assert told(error) == Ending(ending, str(error), {})
+@pytest.mark.parametrize(
+    ("error", "ending"), [(ValueError("bits -1"), "invalid"), (NonFiniteLossError("step 3"), "diverged")]
+)
+def test_trainable_permanent_error_is_an_outcome(error, state):
+    """An invalid configuration and a diverged loss end the trial without a retry."""
+    assert event_after_error(error) == TrialOutcome(state, str(error), {})
 
 
 @pytest.mark.parametrize(
-    "error", [storage.Unavailable("cannot read s3://a: 503"), OSError("503"), RuntimeError("lost")]
+    "error", [storage.StorageUnavailableError("cannot read s3://a: 503"), OSError("503"), RuntimeError("lost")]
 )
-def test_what_may_pass_is_raised_so_that_the_trial_is_begun_again(error):
-    failure = told(error)
+def test_trainable_transient_error_is_raised_for_retry(error):
+    """A transient error is raised, so that Tune retries the trial."""
+    failure = event_after_error(error)
     assert isinstance(failure, Exception)
     assert not isinstance(failure, ValueError)
     assert str(failure) == str(error)
 
 
-def test_a_configuration_that_cannot_be_read_is_told_and_does_not_end_the_process(tmp_path):
-    task = Task(str(tmp_path), "", "", 1, "cpu", Share(), None, None)
-    trial = Trial.__new__(Trial)
-    trial.setup({"number": 0}, task)
+def test_trainable_missing_config_is_reported(tmp_path):
+    """A missing configuration is reported as an error and does not end the process."""
+    context = TrialContext(str(tmp_path), "", "", 1, "cpu", ResourceBudget(), None, None)
+    trial = SweepTrainable.__new__(SweepTrainable)
+    trial.setup({"number": 0}, context)
     failure = trial._told.get(timeout=60)
     assert "trials/000/config.yaml" in str(failure)

@@ -22,26 +22,26 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.transforms import DECODE_ERRORS, decode_image
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode, even_size, open_video, upright
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode_frames, even_size, open_video, to_upright_rgb
 
 RAW_SUFFIX = ".yuv"
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".y4m", RAW_SUFFIX)
 # Width, height and rate in a name such as videoSRC01_1920x1080_30.yuv.
-_NAME = re.compile(r"_(\d{1,5})x(\d{1,5})_(\d{1,3})(?:fps)?[._]")
-_HD_LINES = 720
+_RAW_NAME_PATTERN = re.compile(r"_(\d{1,5})x(\d{1,5})_(\d{1,3})(?:fps)?[._]")
+_HD_MIN_HEIGHT = 720
 # Of folders of frames, which do not say theirs.
-_RATE = Fraction(30)
+_DEFAULT_FRAME_RATE = Fraction(30)
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoClip:
     """Frames, uint8 (T, H, W, 3), and how many are shown in a second."""
 
     frames_THW3: np.ndarray
-    rate: Fraction
+    frame_rate: Fraction
 
 
-def read_clip(url: str, frames: int | None = None, max_side: int | None = None) -> Clip:
+def read_video_clip(url: str, max_frames: int | None = None, max_side: int | None = None) -> VideoClip:
     """Reads a clip.
 
     Args:
@@ -53,66 +53,68 @@ def read_clip(url: str, frames: int | None = None, max_side: int | None = None) 
         ValueError: it cannot be read; the message names it.
     """
     suffix = url.lower()[url.rfind(".") :]
-    read = _raw if suffix == RAW_SUFFIX else _video if suffix in CLIP_SUFFIXES else _folder
+    open_frames = (
+        _open_raw if suffix == RAW_SUFFIX else _open_video_file if suffix in CLIP_SUFFIXES else _open_frame_folder
+    )
     try:
-        rate, pictures = read(url)
-        kept = [_fitting(picture, max_side) for picture in islice(pictures, frames)]
+        frame_rate, images = open_frames(url)
+        frames_HW3 = [_even_crop(image, max_side) for image in islice(images, max_frames)]
     except ValueError as error:
         raise ValueError(str(error) if url in str(error) else f"{url} {error}") from error
-    if len({picture.shape for picture in kept}) != 1:
-        raise ValueError(f"{url} holds no frames" if not kept else f"{url} has frames of different sizes")
-    return Clip(np.stack(kept), rate)
+    if len({picture.shape for picture in frames_HW3}) != 1:
+        raise ValueError(f"{url} holds no frames" if not frames_HW3 else f"{url} has frames of different sizes")
+    return VideoClip(np.stack(frames_HW3), frame_rate)
 
 
-def _video(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
+def _open_video_file(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
     with storage.open_url(url) as file, open_video(file) as (_, stream):
-        rate = Fraction(stream.average_rate or stream.base_rate or _RATE)
+        frame_rate = Fraction(stream.average_rate or stream.base_rate or _DEFAULT_FRAME_RATE)
 
-    def pictures() -> Iterator[Image.Image]:
+    def iter_frames() -> Iterator[Image.Image]:
         with storage.open_url(url) as file, open_video(file) as (container, stream):
-            yield from map(upright, decode(container, stream))
+            yield from map(to_upright_rgb, decode_frames(container, stream))
 
-    return rate, pictures()
+    return frame_rate, iter_frames()
 
 
-def _raw(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
-    found = _NAME.search(url.rsplit("/", 1)[-1])
-    if not found:
+def _open_raw(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
+    match = _RAW_NAME_PATTERN.search(url.rsplit("/", 1)[-1])
+    if not match:
         raise ValueError("does not tell its size; name it as videoSRC01_1920x1080_30.yuv: width, height, frames/s")
     if "10bit" in url.rsplit("/", 1)[-1]:
         raise ValueError("has 10 bits a sample by its name; raw files of 8 bits are read")
-    width, height, rate = map(int, found.groups())
+    width, height, frame_rate = map(int, match.groups())
     size = width * height * 3 // 2
-    if width % 2 or height % 2 or not size or not rate:
-        raise ValueError(f"is {width} x {height} at {rate} frames/s by its name; 4:2:0 has even sides")
+    if width % 2 or height % 2 or not size or not frame_rate:
+        raise ValueError(f"is {width} x {height} at {frame_rate} frames/s by its name; 4:2:0 has even sides")
     length = int(storage.filesystem(url)[0].size(storage.filesystem(url)[1]))
     if length % size or not length:
         raise ValueError(f"has {length} bytes, which is not a number of {width} x {height} frames of {size} bytes")
-    colours = Colorspace.ITU709 if height >= _HD_LINES else Colorspace.ITU601
+    color_space = Colorspace.ITU709 if height >= _HD_MIN_HEIGHT else Colorspace.ITU601
 
-    def pictures() -> Iterator[Image.Image]:
+    def iter_frames() -> Iterator[Image.Image]:
         with storage.open_url(url) as file:
             while data := file.read(size):
                 planes = np.frombuffer(data, np.uint8).reshape(height * 3 // 2, width)
                 frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-                yield Image.fromarray(frame.reformat(format="rgb24", src_colorspace=colours).to_ndarray())
+                yield Image.fromarray(frame.reformat(format="rgb24", src_colorspace=color_space).to_ndarray())
 
-    return Fraction(rate), pictures()
+    return Fraction(frame_rate), iter_frames()
 
 
-def _folder(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
-    def pictures() -> Iterator[Image.Image]:
+def _open_frame_folder(url: str) -> tuple[Fraction, Iterator[Image.Image]]:
+    def iter_frames() -> Iterator[Image.Image]:
         for name in storage.list_folder(url):
             try:
                 yield decode_image(storage.read_bytes(storage.join(url, name)))
             except DECODE_ERRORS as error:
                 raise ValueError(f"has {name}, which cannot be read as an image") from error
 
-    return _RATE, pictures()
+    return _DEFAULT_FRAME_RATE, iter_frames()
 
 
-def _fitting(picture: Image.Image, max_side: int | None) -> np.ndarray:
-    if max_side is not None and max(picture.size) > max_side:
-        picture = picture.resize(even_size(*picture.size, max_side), Image.Resampling.LANCZOS)
-    pixels_HW3 = np.asarray(picture)
+def _even_crop(image: Image.Image, max_side: int | None) -> np.ndarray:
+    if max_side is not None and max(image.size) > max_side:
+        image = image.resize(even_size(*image.size, max_side), Image.Resampling.LANCZOS)
+    pixels_HW3 = np.asarray(image)
     return pixels_HW3[: pixels_HW3.shape[0] // 2 * 2, : pixels_HW3.shape[1] // 2 * 2]

@@ -13,10 +13,10 @@ from bsq_ray.evaluation.compression.rate_distortion import METRICS, Curves
 
 _DIGITS = {"bits_per_pixel": 4, "psnr": 2, "ms_ssim": 4, "lpips": 4, "encode_seconds": 2, "decode_seconds": 2}
 _TITLES = {"psnr": "PSNR, dB (higher is better)", "ms_ssim": "MS-SSIM (higher)", "lpips": "LPIPS, alex (lower)"}
-_TILE, _GAP, _LINE = 256, 6, 20
+_TILE, _GAP, _CAPTION = 256, 6, 20
 
 
-def markdown(results: dict[str, Any]) -> str:
+def compression_markdown(results: dict[str, Any]) -> str:
     """Every codec at our rate, and BD-rates."""
     anchor, rates = results["anchor"], results["bd_rate"]
     lines = [
@@ -25,8 +25,8 @@ def markdown(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for codec, row in results["at_our_rate"].items():
-        saved = rates.get(codec)
-        last = "–" if saved is None else f"{saved:+.1f} %"
+        bd_rate = rates.get(codec)
+        last = "–" if bd_rate is None else f"{bd_rate:+.1f} %"
         if row is None:
             lines.append(f"| {codec} | not within its range | | | | | | {last} |")
             continue
@@ -34,7 +34,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {codec} | {' | '.join(cells)} | {last} |")
     lines += [
         "",
-        f"Means over {results['items']} {results['kind']} of {results['set']}{_said_of_clips(results)}; sizes are "
+        f"Means over {results['items']} {results['kind']} of {results['set']}{_frame_limit_text(results)}; sizes are "
         f"those of whole files, headers included. Times with {results['workers'] or 1} process(es) at work.",
         f"BD-rates are means over {results['kind']}.",
     ]
@@ -43,13 +43,13 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _said_of_clips(results: dict[str, Any]) -> str:
+def _frame_limit_text(results: dict[str, Any]) -> str:
     if results["kind"] == "images":
         return ""
     return f", at most {results['frames']} frames each" if results["frames"] else ", all frames"
 
 
-def plot_curves(curves: Curves, ours: Sequence[str]) -> bytes:
+def plot_curves(curves: Curves, highlighted: Sequence[str]) -> bytes:
     """PNG: one plot for each metric over the rate; `ours` are the codecs to stand out."""
     import matplotlib
 
@@ -60,7 +60,9 @@ def plot_curves(curves: Curves, ours: Sequence[str]) -> bytes:
     for axis, metric in zip(axes, METRICS, strict=True):
         for codec, rows in curves.items():
             x, y = [row["bits_per_pixel"] for row in rows], [row[metric] for row in rows]
-            axis.plot(x, y, "*-" if codec in ours else "o-", markersize=14 if codec in ours else 4, label=codec)
+            axis.plot(
+                x, y, "*-" if codec in highlighted else "o-", markersize=14 if codec in highlighted else 4, label=codec
+            )
         axis.set(xscale="log", xlabel="bits per pixel", title=_TITLES[metric])
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
@@ -79,31 +81,31 @@ def _ticks(curves: Curves) -> list[float]:
     return [step for step in steps if min(rates) / 1.3 <= step <= max(rates) * 1.3]
 
 
-def picture_sheet(pictures: Sequence[dict[str, np.ndarray]]) -> bytes:
+def render_examples(examples: Sequence[dict[str, np.ndarray]]) -> bytes:
     """PNG: a column for each image or clip, a named row for the original and each codec that is pictured.
 
     Args:
         pictures: uint8 (H, W, 3) by what is said of it.
     """
     columns = []
-    for shown in pictures:
-        tiles = {name: Image.fromarray(pixels) for name, pixels in shown.items()}
-        columns.append({name: _narrow(tile) for name, tile in tiles.items()})
+    for example in examples:
+        tiles = {name: Image.fromarray(pixels) for name, pixels in example.items()}
+        columns.append({name: _fit_to_tile(tile) for name, tile in tiles.items()})
     rows = [max(list(column.values())[place].height for column in columns) for place in range(len(columns[0]))]
     width = len(columns) * (_TILE + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, sum(rows) + len(rows) * (_LINE + _GAP) + _GAP), "white")
+    sheet = Image.new("RGB", (width, sum(rows) + len(rows) * (_CAPTION + _GAP) + _GAP), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for x, column in enumerate(columns):
         top = _GAP
         for (name, tile), height in zip(column.items(), rows, strict=True):
             left = _GAP + x * (_TILE + _GAP)
             canvas.text((left, top + 2), name, fill="black", font=font)
-            sheet.paste(tile, (left, top + _LINE))
-            top += height + _LINE + _GAP
+            sheet.paste(tile, (left, top + _CAPTION))
+            top += height + _CAPTION + _GAP
     png = io.BytesIO()
     sheet.save(png, "PNG")
     return png.getvalue()
 
 
-def _narrow(tile: Image.Image) -> Image.Image:
+def _fit_to_tile(tile: Image.Image) -> Image.Image:
     return tile.resize((_TILE, round(tile.height * _TILE / tile.width)), Image.Resampling.LANCZOS)

@@ -21,7 +21,7 @@ from bsq_ray.evaluation.compression.clip_files import CLIP_SUFFIXES
 
 _UVG = "Beauty|Bosphorus|HoneyBee|Jockey|ReadyS(?:teady|et)Go|ShakeNDry|YachtRide"
 # Name, what it holds, how many, and how its files or folders of frames are called.
-_PUBLISHED: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = (
+_KNOWN_DATASETS: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = (
     ("Kodak", "images", 24, r"kodim\d\d"),
     ("MCL-JCV", "clips", 30, r"videoSRC\d\d"),
     ("UVG", "clips", 7, rf"(?:{_UVG})(?![a-z])"),
@@ -29,7 +29,7 @@ _PUBLISHED: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = (
 
 
 @dataclass(frozen=True)
-class BenchmarkSet:
+class BenchmarkDataset:
     """What is compressed.
 
     Attributes:
@@ -43,41 +43,49 @@ class BenchmarkSet:
     items: dict[str, str]
 
 
-def find_set(url: str) -> BenchmarkSet:
+def find_dataset(url: str) -> BenchmarkDataset:
     """Looks through a folder and those in it.
 
     Raises:
         ValueError: it is missing, holds neither images nor clips, or both.
     """
     fs, root = storage.filesystem(url)
-    with storage.explained(url, "read"):
+    with storage.translate_errors(url, "read"):
         if not fs.isdir(root):
             raise ValueError(f"{url} is not a folder" if fs.exists(root) else f"{url} does not exist")
         paths = sorted(posixpath.relpath(path, root) for path in fs.find(root))
-    frames = [path for path in paths if _is(path, IMAGE_SUFFIXES) and _published(posixpath.dirname(path), "clips")]
-    clips = [path for path in paths if _is(path, CLIP_SUFFIXES)] + sorted({posixpath.dirname(path) for path in frames})
-    images = [path for path in paths if _is(path, IMAGE_SUFFIXES) and path not in frames]
+    frames = [
+        path for path in paths if _has_suffix(path, IMAGE_SUFFIXES) and _match_dataset(posixpath.dirname(path), "clips")
+    ]
+    clips = [path for path in paths if _has_suffix(path, CLIP_SUFFIXES)] + sorted(
+        {posixpath.dirname(path) for path in frames}
+    )
+    images = [path for path in paths if _has_suffix(path, IMAGE_SUFFIXES) and path not in frames]
     if images and clips:
         raise ValueError(f"{url} holds images ({images[0]}, …) and clips ({clips[0]}, …); give a folder of one kind")
     if not images and not clips:
         raise ValueError(f"{url} holds no images and no clips")
     kind: Literal["images", "clips"] = "clips" if clips else "images"
-    found = clips or images
-    return BenchmarkSet(_name(url, found, kind), kind, {path: storage.join(url, path) for path in found})
+    item_paths = clips or images
+    return BenchmarkDataset(
+        _dataset_name(url, item_paths, kind), kind, {path: storage.join(url, path) for path in item_paths}
+    )
 
 
-def _name(url: str, paths: list[str], kind: Literal["images", "clips"]) -> str:
-    sets = {_published(path, kind) for path in paths}
-    for name, _, count, _ in _PUBLISHED:
+def _dataset_name(url: str, paths: list[str], kind: Literal["images", "clips"]) -> str:
+    sets = {_match_dataset(path, kind) for path in paths}
+    for name, _, count, _ in _KNOWN_DATASETS:
         if sets == {name}:
             return name if len(paths) == count else f"{name} ({len(paths)} of {count})"
     return url
 
 
-def _published(path: str, kind: Literal["images", "clips"]) -> str | None:
-    own = posixpath.basename(path)
-    return next((name for name, its, _, pattern in _PUBLISHED if its == kind and re.match(pattern, own)), None)
+def _match_dataset(path: str, kind: Literal["images", "clips"]) -> str | None:
+    basename = posixpath.basename(path)
+    return next(
+        (name for name, its, _, pattern in _KNOWN_DATASETS if its == kind and re.match(pattern, basename)), None
+    )
 
 
-def _is(path: str, suffixes: tuple[str, ...]) -> bool:
+def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
     return path.lower().endswith(suffixes)

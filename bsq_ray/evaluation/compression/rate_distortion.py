@@ -15,7 +15,7 @@ Row = dict[str, float]
 # A codec's mean points, rates ascending, by its name.
 Curves = dict[str, list[Row]]
 # Points that a curve needs for a BD-rate.
-_FEWEST = 4
+_MIN_POINTS = 4
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,24 @@ class Point:
     codec: str
     quality: float
     bits_per_pixel: float
-    figures: dict[str, float]
+    metrics: dict[str, float]
     encode_seconds: float
     decode_seconds: float
 
 
 def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
     """Mean over items of each codec at each quality."""
-    together: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    grouped: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for points in points_by_item.values():
         for point in points:
-            together[point.codec][point.quality].append(point)
+            grouped[point.codec][point.quality].append(point)
     curves = {}
-    for codec, by_quality in together.items():
+    for codec, by_quality in grouped.items():
         rows = [
             {
                 "quality": quality,
                 "bits_per_pixel": float(np.mean([p.bits_per_pixel for p in points])),
-                **{name: float(np.mean([p.figures[name] for p in points])) for name in METRICS},
+                **{name: float(np.mean([p.metrics[name] for p in points])) for name in METRICS},
                 "encode_seconds": float(np.mean([p.encode_seconds for p in points])),
                 "decode_seconds": float(np.mean([p.decode_seconds for p in points])),
             }
@@ -58,7 +58,7 @@ def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
     return curves
 
 
-def at_rate(curve: Sequence[Row], rate: float) -> Row | None:
+def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
     """Figures of a codec at a rate, by the logarithm of the rate between its neighbours.
 
     Returns:
@@ -80,12 +80,12 @@ def mean_bd_rates(points_by_item: Mapping[str, Sequence[Point]], anchor: str) ->
     Of mean curves it would depend on how a codec shares bits out among items: at one PSNR for all, at one rate for all,
     or, as most do, at one quantiser.
     """
-    found: dict[str, list[float | None]] = defaultdict(list)
+    rates_by_codec: dict[str, list[float | None]] = defaultdict(list)
     for name, points in points_by_item.items():
-        for codec, saved in bd_rates(mean_curves({name: points}), anchor).items():
-            found[codec].append(saved)
-    known = {codec: [saved for saved in each if saved is not None] for codec, each in found.items()}
-    return {codec: float(np.mean(each)) if each else None for codec, each in known.items()}
+        for codec, bd_rate in bd_rates(mean_curves({name: points}), anchor).items():
+            rates_by_codec[codec].append(bd_rate)
+    defined = {codec: [bd_rate for bd_rate in each if bd_rate is not None] for codec, each in rates_by_codec.items()}
+    return {codec: float(np.mean(each)) if each else None for codec, each in defined.items()}
 
 
 def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
@@ -96,7 +96,7 @@ def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
     """
     import bjontegaard
 
-    def curve(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    def pareto_front(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
         # Where a higher rate was worse, the curve goes back; only its front counts.
         front: list[Row] = []
         for row in rows:
@@ -104,21 +104,21 @@ def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
                 front.append(row)
         return [row["bits_per_pixel"] for row in front], [row["psnr"] for row in front]
 
-    reference = curve(curves[anchor])
-    found: dict[str, float | None] = {}
+    anchor_curve = pareto_front(curves[anchor])
+    rates: dict[str, float | None] = {}
     for codec, rows in curves.items():
-        theirs = curve(rows)
-        if codec == anchor or len(rows) < _FEWEST:
+        codec_curve = pareto_front(rows)
+        if codec == anchor or len(rows) < _MIN_POINTS:
             continue
-        low, high = max(reference[1][0], theirs[1][0]), min(reference[1][-1], theirs[1][-1])
-        if low >= high or min(len(reference[0]), len(theirs[0])) < _FEWEST:
-            found[codec] = None
+        low, high = max(anchor_curve[1][0], codec_curve[1][0]), min(anchor_curve[1][-1], codec_curve[1][-1])
+        if low >= high or min(len(anchor_curve[0]), len(codec_curve[0])) < _MIN_POINTS:
+            rates[codec] = None
             continue
         with warnings.catch_warnings():
             # It warns of a small common range, which the plot shows.
             warnings.simplefilter("ignore")
-            saved = bjontegaard.bd_rate(
-                *reference, *theirs, method="akima", require_matching_points=False, min_overlap=0
+            bd_rate = bjontegaard.bd_rate(
+                *anchor_curve, *codec_curve, method="akima", require_matching_points=False, min_overlap=0
             )
-            found[codec] = float(saved)
-    return found
+            rates[codec] = float(bd_rate)
+    return rates

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
-from bsq_ray.evaluation.compression.clip_files import Clip
+from bsq_ray.evaluation.compression.clip_files import VideoClip
 
 _THREADS = "4"
 # Its encoder announces itself on stderr otherwise.
@@ -30,12 +30,12 @@ class VideoCodec:
     qualities: tuple[float, ...]
     options: Mapping[str, str]
 
-    def encode(self, clip: Clip, quality: float) -> bytes:
+    def encode(self, clip: VideoClip, quality: float) -> bytes:
         """The whole file."""
         file = io.BytesIO()
         options = {"crf": f"{quality:g}", "threads": _THREADS, **self.options}
         with av.open(file, "w", format=self.format) as output:
-            stream = output.add_stream(self.encoder, rate=clip.rate, options=options)
+            stream = output.add_stream(self.encoder, rate=clip.frame_rate, options=options)
             stream.height, stream.width = clip.frames_THW3.shape[1:3]
             stream.pix_fmt = "yuv420p"
             # As FFmpeg's command line does; PyAV's default cuts frames into slices, which costs bits.

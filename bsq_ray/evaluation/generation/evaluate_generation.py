@@ -20,26 +20,26 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.config.loader import check_section
+from bsq_ray.config.loader import validate_mapping
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.evaluation.generation.features import NETWORKS, Features, Networks, device, real_features
+from bsq_ray.evaluation.generation.features import NETWORKS, FeatureExtractors, Features, default_device, real_features
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
-from bsq_ray.evaluation.provenance import contract
+from bsq_ray.evaluation.provenance import collect_provenance
 from bsq_ray.evaluation.tables import Column, metric_table
-from bsq_ray.metrics.classifier import Classifier
+from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import frechet_distance, kernel_distance
 from bsq_ray.metrics.inception_score import inception_score
-from bsq_ray.metrics.precision_recall import nearest_labels, precision_recall
+from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.runtime.actor_pool import map_in_pool
+from bsq_ray.runtime.actor_pool import actor_map_ordered
 
 _BATCH = 32
 # Neighbours that vote on the class of an image.
-_VOTERS = 5
-_PICTURED_PER_CLASS = 8
+_KNN_K = 5
+_EXAMPLES_PER_CLASS = 8
 
 
 def evaluate_generation(
@@ -51,10 +51,10 @@ def evaluate_generation(
     count: int | None = None,
     sampling: dict[str, Any] | None = None,
     seed: int = 0,
-    known_url: str | None = None,
+    reference_url: str | None = None,
     baseline_url: str | None = None,
     weights: Literal["ema", "plain"] = "ema",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Draws images with the classes of a data set and compares them with it.
 
@@ -74,84 +74,92 @@ def evaluate_generation(
     Raises:
         ValueError: model or data are missing or do not fit.
     """
-    folder = model_folder.read_model_folder(model_url, weights)
-    run = config.expect(folder.config, config.MaskedLMConfig, model_url)
-    section = check_section(run.sampling.model_dump() | (sampling or {}), [], config.Sampling, "sampling")
+    folder = model_folder.load_model_folder(model_url, weights)
+    run = config.require_stage(folder.config, config.MaskedLMConfig, model_url)
+    sampling_config = validate_mapping(
+        run.sampling.model_dump() | (sampling or {}), [], config.SamplingConfig, "sampling"
+    )
     if run.model.grid[0] > 1:
         raise ValueError(f"{model_url} draws clips; what is measured here are images")
     manifest = read_manifest(data_url)
-    if len(manifest.classes) != run.model.classes:
-        raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.classes}")
-    total = count or manifest.samples
+    if len(manifest.classes) != run.model.num_classes:
+        raise ValueError(f"{data_url} has {len(manifest.classes)} classes, the model {run.model.num_classes}")
+    total = count or manifest.num_samples
     if total < 4:
         raise ValueError(f"{total} images are too few to be compared; draw at least 4")
-    tokenizer = config.expect(
-        model_folder.read_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
+    tokenizer = config.require_stage(
+        model_folder.load_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
     )
     real = real_features(manifest, tokenizer, workers, address)
-    known = real if known_url is None else real_features(read_manifest(known_url), tokenizer, workers, address)
-    labels = [n % run.model.classes for n in range(total)]
-    draws: dict[str, Callable[[], Any]] = {"model": partial(_ModelDraw, model_url, weights, section, seed)}
+    reference = (
+        real if reference_url is None else real_features(read_manifest(reference_url), tokenizer, workers, address)
+    )
+    labels = [n % run.model.num_classes for n in range(total)]
+    samplers: dict[str, Callable[[], Any]] = {
+        "model": partial(_ModelSampler, model_url, weights, sampling_config, seed)
+    }
     if baseline_url:
         source = TokenSource(read_table(baseline_url), run.model)
-        draws["per-position frequencies"] = partial(_FrequencyDraw, source, seed)
+        samplers["per-position frequencies"] = partial(_FrequencySampler, source, seed)
     chunks = [(first, labels[first : first + _BATCH]) for first in range(0, total, _BATCH)]
-    rows, top = {}, Classifier()
-    sheets = {name: ClassSheet(manifest.classes, _PICTURED_PER_CLASS) for name in draws}
-    for place, (name, draw) in enumerate(draws.items()):
-        features, seen = [], []
-        measured = map_in_pool(chunks, partial(_Measured, draw), workers, address)
-        for (_, wanted), ((part, part_seen), shown) in zip(chunks, measured, strict=True):
-            features.append(part)
-            seen.append(part_seen)
-            for label, pixels in zip(wanted, shown, strict=True):
+    rows, classifier = {}, EfficientNetLite0()
+    sheets = {name: ClassSheet(manifest.classes, _EXAMPLES_PER_CLASS) for name in samplers}
+    for sampler_index, (name, build_sampler) in enumerate(samplers.items()):
+        inception_parts, classifier_parts = [], []
+        outputs = actor_map_ordered(chunks, partial(_GeneratedFeatureExtractor, build_sampler), workers, address)
+        for (_, chunk_labels), ((inception_BD, classifier_BC), images) in zip(chunks, outputs, strict=True):
+            inception_parts.append(inception_BD)
+            classifier_parts.append(classifier_BC)
+            for label, pixels in zip(chunk_labels, images, strict=True):
                 sheets[name].add(label, pixels)
-            progress(place * total + min(len(features) * _BATCH, total), total * len(draws))
+            on_progress(sampler_index * total + min(len(inception_parts) * _BATCH, total), total * len(samplers))
         keys = [f"{name}-{n}" for n in range(total)]
-        drawn = Features(np.concatenate(features), np.concatenate(seen), np.array(labels), keys)
-        rows[name] = _compare(drawn, real, known, top)
-    size, resize_filter = tokenizer.model.image_size, tokenizer.data.evaluation_filter
-    terms = contract(manifest, manifest.samples, size, resize_filter, NETWORKS, drawn=total)
+        generated = Features(np.concatenate(inception_parts), np.concatenate(classifier_parts), np.array(labels), keys)
+        rows[name] = _compare(generated, real, reference, classifier)
+    size, resize_filter = tokenizer.model.image_size, tokenizer.data.eval_interpolation
+    provenance = collect_provenance(manifest, manifest.num_samples, size, resize_filter, NETWORKS, num_generated=total)
     results = {
         "model": model_url,
-        "model_id": folder.id,
+        "model_id": folder.model_id,
         "weights": weights,
-        "sampling": section.model_dump(),
+        "sampling": sampling_config.model_dump(),
         "seed": seed,
         "drawn": total,
         "rows": rows,
-        "real images": {"inception_score": _inception_score(real, top)}
-        | ({"class_accuracy": _class_accuracy(real, known)} if known_url else {}),
-        "contract": terms,
+        "real images": {"inception_score": _inception_score(real, classifier)}
+        | ({"class_accuracy": _class_accuracy(real, reference)} if reference_url else {}),
+        "contract": provenance,
     }
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
-    storage.write_bytes(storage.join(out_url, "results.md"), (markdown(results) + "\n").encode())
+    storage.write_bytes(storage.join(out_url, "results.md"), (generation_markdown(results) + "\n").encode())
     storage.write_bytes(storage.join(out_url, "samples.png"), sheets["model"].png())
     return results
 
 
-class _Measured:
+class _GeneratedFeatureExtractor:
     """Draws images and measures them; returns features and the images."""
 
-    def __init__(self, draw: Callable[[], Any]) -> None:
-        self.draw, self.networks = draw(), Networks()
+    def __init__(self, build_sampler: Callable[[], Any]) -> None:
+        self.sampler, self.extractors = build_sampler(), FeatureExtractors()
 
     def __call__(self, chunk: tuple[int, list[int]]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
         first, labels = chunk
-        pixels = to_uint8(self.draw(labels, first))
-        return self.networks(to_float(pixels)), pixels.cpu().numpy()
+        pixels = to_uint8(self.sampler(labels, first))
+        return self.extractors(to_float(pixels)), pixels.cpu().numpy()
 
 
-class _ModelDraw:
-    def __init__(self, url: str, weights: Literal["ema", "plain"], section: config.Sampling, seed: int) -> None:
-        self.generator = Generator.from_pretrained(url, weights, device())
-        self.section, self.seed = section, seed
+class _ModelSampler:
+    def __init__(
+        self, url: str, weights: Literal["ema", "plain"], sampling_config: config.SamplingConfig, seed: int
+    ) -> None:
+        self.generator = Generator.from_pretrained(url, weights, default_device())
+        self.sampling_config, self.seed = sampling_config, seed
 
     def __call__(self, labels: list[int], first: int) -> Tensor:
-        return self.generator.generate(labels, self.seed, first, **self.section.model_dump())
+        return self.generator.generate(labels, self.seed, first, **self.sampling_config.model_dump())
 
 
-class _FrequencyDraw:
+class _FrequencySampler:
     """Each token is that of a random training image of the class, place by place: exact class frequencies.
 
     A batch draws from rows all over the table, so it is read once and its bits stay in memory packed, in every process
@@ -159,48 +167,50 @@ class _FrequencyDraw:
     """
 
     def __init__(self, source: TokenSource, seed: int) -> None:
-        self.facts, self.seed = source.table.facts, seed
-        self.labels_P = np.empty(source.samples, np.int64)
-        self.packed_PB = np.empty((source.samples, source.sample_bytes), np.uint8)
+        self.table_info, self.seed = source.table.info, seed
+        self.labels_P = np.empty(source.num_samples, np.int64)
+        self.packed_PB = np.empty((source.num_samples, source.sample_bytes), np.uint8)
         first = 0
-        for block in source.blocks():
+        for block in source.iter_blocks():
             rows = slice(first, first + len(block.keys))
             self.labels_P[rows], self.packed_PB[rows] = block.labels_P, block.values_P
             first = rows.stop
         self.tokenizer = Tokenizer.from_pretrained(source.tokenizer_url)
 
     def __call__(self, labels: list[int], first: int) -> Tensor:
-        tokens, bits = self.facts.tokens, self.facts.bits
+        tokens, bits = self.table_info.num_tokens, self.table_info.bits
         rows_BN = np.empty((len(labels), tokens), np.int64)
-        for place, label in enumerate(labels):
-            rng = np.random.default_rng((self.seed, first + place))
-            rows_BN[place] = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
+        for index, label in enumerate(labels):
+            rng = np.random.default_rng((self.seed, first + index))
+            rows_BN[index] = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
         # Bit 1 of a byte is the least significant one.
         byte_NL, bit_NL = np.divmod(np.arange(tokens * bits).reshape(tokens, bits), 8)
-        drawn_BNL = (self.packed_PB[rows_BN[..., None], byte_NL] >> bit_NL & 1).astype(bool)
-        return self.tokenizer.decode(Tokens(torch.from_numpy(drawn_BNL), self.facts.grid))
+        sampled_BNL = (self.packed_PB[rows_BN[..., None], byte_NL] >> bit_NL & 1).astype(bool)
+        return self.tokenizer.decode(Tokens(torch.from_numpy(sampled_BNL), self.table_info.grid))
 
 
-def _compare(drawn: Features, real: Features, known: Features, top: Classifier) -> dict[str, float]:
-    ours, theirs = drawn.statistics(), real.statistics()
-    told_N = nearest_labels(drawn.seen_NC, known.seen_NC, known.labels_N, _VOTERS)
+def _compare(
+    generated: Features, real: Features, reference: Features, classifier: EfficientNetLite0
+) -> dict[str, float]:
+    generated_statistics, real_statistics = generated.statistics(), real.statistics()
+    predicted_N = knn_labels(generated.classifier_NC, reference.classifier_NC, reference.labels_N, _KNN_K)
     return {
-        "fid": frechet_distance(theirs, ours),
-        "kid": kernel_distance(theirs.kept(), ours.kept()),
-        "inception_score": _inception_score(drawn, top),
-        **precision_recall(real.paired(), drawn.paired()),
-        "class_accuracy": float((told_N == drawn.labels_N).mean()),
-        "class_coverage": float(np.isin(np.unique(drawn.labels_N), told_N).mean()),
+        "fid": frechet_distance(real_statistics, generated_statistics),
+        "kid": kernel_distance(real_statistics.kid_subset(), generated_statistics.kid_subset()),
+        "inception_score": _inception_score(generated, classifier),
+        **precision_recall(real.pairwise_subset(), generated.pairwise_subset()),
+        "class_accuracy": float((predicted_N == generated.labels_N).mean()),
+        "class_coverage": float(np.isin(np.unique(generated.labels_N), predicted_N).mean()),
     }
 
 
-def _inception_score(images: Features, top: Classifier) -> float:
-    return inception_score(top.logits(torch.from_numpy(images.seen_NC)).numpy())
+def _inception_score(images: Features, classifier: EfficientNetLite0) -> float:
+    return inception_score(classifier.logits(torch.from_numpy(images.classifier_NC)).numpy())
 
 
-def _class_accuracy(images: Features, known: Features) -> float:
-    told_N = nearest_labels(images.seen_NC, known.seen_NC, known.labels_N, _VOTERS)
-    return float((told_N == images.labels_N).mean())
+def _class_accuracy(images: Features, reference: Features) -> float:
+    predicted_N = knn_labels(images.classifier_NC, reference.classifier_NC, reference.labels_N, _KNN_K)
+    return float((predicted_N == images.labels_N).mean())
 
 
 _COLUMNS: dict[str, Column] = {
@@ -214,20 +224,20 @@ _COLUMNS: dict[str, Column] = {
 }
 
 
-def markdown(results: dict[str, Any]) -> str:
+def generation_markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
     lines = metric_table(results["rows"], _COLUMNS)
-    terms, sampling = results["contract"], results["sampling"]
-    drawn = (
+    provenance, sampling = results["contract"], results["sampling"]
+    generated_text = (
         f"{results['drawn']} drawn images ({sampling['steps']} steps, temperature {sampling['temperature']:g}, "
         f"guidance {sampling['guidance']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
-    against = f"{terms['images']} images of {terms['data']} ({terms['data_hash'][:12]}), {terms['resize']}"
-    lines += ["", f"{drawn} against {against}."]
-    there = results["real images"]
-    lines.append(f"The real images' inception score is {there['inception_score']:.2f}.")
-    if "class_accuracy" in there:
-        lines.append(f"Of the real images' classes, {there['class_accuracy']:.3f} are told the same way.")
-    if "warning" in terms:
-        lines.append(f"Note: {terms['warning']}.")
+    reference_text = f"{provenance['images']} images of {provenance['data']} ({provenance['data_hash'][:12]}), {provenance['resize']}"
+    lines += ["", f"{generated_text} against {reference_text}."]
+    real = results["real images"]
+    lines.append(f"The real images' inception score is {real['inception_score']:.2f}.")
+    if "class_accuracy" in real:
+        lines.append(f"Of the real images' classes, {real['class_accuracy']:.3f} are told the same way.")
+    if "warning" in provenance:
+        lines.append(f"Note: {provenance['warning']}.")
     return "\n".join(lines)

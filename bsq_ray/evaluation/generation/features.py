@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config, storage
-from bsq_ray.data.data_source import Source
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.data_source import DataSource
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.transforms import to_float
-from bsq_ray.metrics.classifier import Classifier
+from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.pretrained_weights import cache_folder, resolve_once
-from bsq_ray.runtime.actor_pool import map_in_pool
-from bsq_ray.runtime.precision import whole_fp32
+from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.precision import strict_fp32
 
 _BATCH = 32
 # Images that take part in comparisons of pairs.
-_PAIRED = 10_000
+_MAX_PAIRWISE = 10_000
 # The networks, by the names of their weights.
 NETWORKS = ("fid-inception", "imagenet-classifier")
 
@@ -36,20 +36,20 @@ NETWORKS = ("fid-inception", "imagenet-classifier")
 class Features:
     """Inception's (N, 2048) and the classifier's (N, 1280) features of images, their classes (N,) and names."""
 
-    features_ND: np.ndarray
-    seen_NC: np.ndarray
+    inception_ND: np.ndarray
+    classifier_NC: np.ndarray
     labels_N: np.ndarray
     keys: list[str]
 
     def statistics(self) -> FeatureStatistics:
         """Their sums, and a fair sample of at most 2,000."""
-        statistics = FeatureStatistics(self.features_ND.shape[1])
-        statistics.update(self.features_ND, self.keys)
+        statistics = FeatureStatistics(self.inception_ND.shape[1])
+        statistics.update(self.inception_ND, self.keys)
         return statistics
 
-    def paired(self) -> np.ndarray:
+    def pairwise_subset(self) -> np.ndarray:
         """A fair sample for what compares all pairs."""
-        return self.features_ND[np.argsort(sampling_ranks(self.keys), kind="stable")[:_PAIRED]]
+        return self.inception_ND[np.argsort(sampling_ranks(self.keys), kind="stable")[:_MAX_PAIRWISE]]
 
 
 def real_features(
@@ -61,54 +61,56 @@ def real_features(
         ValueError: the data are no images.
         RuntimeError: an image cannot be read.
     """
-    size, resize_filter = run.model.image_size, run.data.evaluation_filter
+    size, resize_filter = run.model.image_size, run.data.eval_interpolation
     weights = "-".join(resolve_once(network).sha256[:12] for network in NETWORKS)
     name = f"features-{manifest.hash[:16]}-{size}-{resize_filter}-{weights}.npz"
     path = cache_folder("features") / name
     if path.exists():
-        with np.load(path) as kept:
-            return Features(kept["features"], kept["seen"], kept["labels"], [str(key) for key in kept["keys"]])
-    chunks = [range(first, min(first + _BATCH, manifest.samples)) for first in range(0, manifest.samples, _BATCH)]
-    source = open_pixels(run, manifest)
-    parts = list(map_in_pool(chunks, partial(_RealMeasured, source), workers, address))
+        with np.load(path) as cached:
+            return Features(cached["features"], cached["seen"], cached["labels"], [str(key) for key in cached["keys"]])
+    chunks = [
+        range(first, min(first + _BATCH, manifest.num_samples)) for first in range(0, manifest.num_samples, _BATCH)
+    ]
+    source = build_pixel_source(run, manifest)
+    parts = list(actor_map_ordered(chunks, partial(_RealFeatureExtractor, source), workers, address))
     features = Features(
-        np.concatenate([part.features_ND for part in parts]),
-        np.concatenate([part.seen_NC for part in parts]),
+        np.concatenate([part.inception_ND for part in parts]),
+        np.concatenate([part.classifier_NC for part in parts]),
         np.concatenate([part.labels_N for part in parts]),
         [key for part in parts for key in part.keys],
     )
     buffer = io.BytesIO()
     keys = np.array(features.keys)
-    np.savez(buffer, features=features.features_ND, seen=features.seen_NC, labels=features.labels_N, keys=keys)
+    np.savez(buffer, features=features.inception_ND, seen=features.classifier_NC, labels=features.labels_N, keys=keys)
     storage.write_bytes(str(path), buffer.getvalue())
     return features
 
 
-class _RealMeasured:
-    def __init__(self, source: Source) -> None:
-        self.source, self.networks = source, Networks()
+class _RealFeatureExtractor:
+    def __init__(self, source: DataSource) -> None:
+        self.source, self.extractors = source, FeatureExtractors()
 
     def __call__(self, samples: range) -> Features:
-        block = self.source.read_held_out(samples)
-        if block.damaged:
+        block = self.source.read_eval(samples)
+        if block.skipped:
             # What is kept in the cache is said to be the whole data set.
-            raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.damaged[0]}")
-        return Features(*self.networks(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
+            raise RuntimeError(f"{self.source.url} has an image that cannot be read: {block.skipped[0]}")
+        return Features(*self.extractors(to_float(torch.from_numpy(block.values_P))), block.labels_P, block.keys)
 
 
-class Networks:
+class FeatureExtractors:
     """Both networks, on the GPU if there is one."""
 
     def __init__(self) -> None:
-        whole_fp32()
-        self.inception, self.classifier = Inception().to(device()), Classifier().to(device())
+        strict_fp32()
+        self.inception, self.classifier = Inception().to(default_device()), EfficientNetLite0().to(default_device())
 
     def __call__(self, images_BCHW: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Features (B, 2048) and (B, 1280) of images in [-1, 1]."""
-        images_BCHW = images_BCHW.to(device())
+        images_BCHW = images_BCHW.to(default_device())
         return self.inception(images_BCHW).cpu().numpy(), self.classifier(images_BCHW).cpu().numpy()
 
 
-def device() -> str:
+def default_device() -> str:
     """Where a measuring process computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,8 +36,8 @@ class ClassSheet:
         width = _LABEL + max(len(row) for row in self._rows.values()) * (_TILE + _GAP) + _GAP
         sheet = Image.new("RGB", (width, len(self._rows) * (_TILE + _GAP) + _GAP), "white")
         canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-        for place, (label, row) in enumerate(sorted(self._rows.items())):
-            top = _GAP + place * (_TILE + _GAP)
+        for index, (label, row) in enumerate(sorted(self._rows.items())):
+            top = _GAP + index * (_TILE + _GAP)
             name = self._names[label] if label < len(self._names) else "any class"
             canvas.text((_GAP, top + _TILE // 2 - 8), name[:18], fill="black", font=font)
             for column, tile in enumerate(row):

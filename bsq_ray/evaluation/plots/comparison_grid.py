@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.metrics.fid import sampling_ranks
 
-_KEPT, _KEPT_BYTES = 64, 256 * 2**20
+_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES = 64, 256 * 2**20
 _TILE, _GAP, _CAPTION = 192, 6, 30
 
 
@@ -30,49 +30,49 @@ class Comparison:
     psnr: list[float]
 
 
-def keep(comparisons: list[Comparison]) -> list[Comparison]:
+def subsample(comparisons: list[Comparison]) -> list[Comparison]:
     """The best, the worst, and a sample of the others: at most 66, the same ones for any number of workers."""
     if not comparisons:
         return comparisons
-    kept = max(4, min(_KEPT, _KEPT_BYTES // comparisons[0].pixels.nbytes))
-    if len(comparisons) <= kept:
+    num_kept = max(4, min(_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES // comparisons[0].pixels.nbytes))
+    if len(comparisons) <= num_kept:
         return comparisons
-    ranked = sorted(comparisons, key=_quality)
+    ranked = sorted(comparisons, key=_sort_key)
     ranks_N = sampling_ranks([comparison.key for comparison in ranked])
-    places = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:kept].tolist()}
-    return [ranked[place] for place in sorted(places)]
+    indices = {0, len(ranked) - 1, *np.argsort(ranks_N, kind="stable")[:num_kept].tolist()}
+    return [ranked[place] for place in sorted(indices)]
 
 
-def pick(comparisons: list[Comparison], scores: list[float], columns: int) -> list[Comparison]:
+def select_by_quantile(comparisons: list[Comparison], lpips_scores: list[float], columns: int) -> list[Comparison]:
     """Those nearest to evenly spaced quantiles of LPIPS, best first.
 
     Args:
         comparisons: the kept ones.
         scores: the model's LPIPS of all images, kept or not.
     """
-    wanted = np.quantile(scores, np.linspace(0, 1, columns), method="nearest")
-    ranked = sorted(comparisons, key=_quality)
-    nearest = (min(ranked, key=lambda c: abs(c.lpips[0] - quantile)) for quantile in wanted)
+    quantiles = np.quantile(lpips_scores, np.linspace(0, 1, columns), method="nearest")
+    ranked = sorted(comparisons, key=_sort_key)
+    nearest = (min(ranked, key=lambda c: abs(c.lpips[0] - quantile)) for quantile in quantiles)
     return list({comparison.key: comparison for comparison in nearest}.values())
 
 
-def _quality(comparison: Comparison) -> tuple[float, str]:
+def _sort_key(comparison: Comparison) -> tuple[float, str]:
     return comparison.lpips[0], comparison.key
 
 
-def draw(comparisons: list[Comparison], scores: list[float], columns: int = 7) -> bytes:
+def render_grid(comparisons: list[Comparison], lpips_scores: list[float], columns: int = 7) -> bytes:
     """PNG: columns from the best to the worst; rows are original, model, and mean colours at the same bits.
 
     An odd number of columns has the median in the middle.
     """
-    shown = pick(comparisons, scores, columns)
-    [median] = pick(shown, [float(np.quantile(scores, 0.5, method="nearest"))], 1)
-    roles = {median.key: "median", shown[-1].key: "worst", shown[0].key: "best"}
-    width = len(shown) * (_TILE + _GAP) + _GAP
+    selected = select_by_quantile(comparisons, lpips_scores, columns)
+    [median] = select_by_quantile(selected, [float(np.quantile(lpips_scores, 0.5, method="nearest"))], 1)
+    roles = {median.key: "median", selected[-1].key: "worst", selected[0].key: "best"}
+    width = len(selected) * (_TILE + _GAP) + _GAP
     height = 3 * (_TILE + _GAP) + _GAP + _CAPTION
     sheet = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, comparison in enumerate(shown):
+    for column, comparison in enumerate(selected):
         left = _GAP + column * (_TILE + _GAP)
         caption = (
             f"{roles.get(comparison.key, '')} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()

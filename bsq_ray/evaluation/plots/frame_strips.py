@@ -10,64 +10,64 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bsq_ray.evaluation.plots.comparison_grid import Comparison, pick
+from bsq_ray.evaluation.plots.comparison_grid import Comparison, select_by_quantile
 
 _ROWS = ("original", "tokenizer", "mean colours")
 _TILE, _GAP, _LABEL, _CAPTION = 128, 4, 110, 24
-_SHOWN_FRAMES, _SHOWN_CLIPS = 8, 5
+_NUM_FRAMES, _NUM_CLIPS = 8, 5
 
 
-def draw_strips(comparisons: list[Comparison], scores: list[float]) -> bytes:
+def render_strips(comparisons: list[Comparison], lpips_scores: list[float]) -> bytes:
     """PNG: frames of the best, the median and the worst clip, time from left to right."""
-    shown = pick(comparisons, scores, 3)
-    frames = _spread(shown[0].pixels.shape[2])
+    selected = select_by_quantile(comparisons, lpips_scores, 3)
+    frames = _frame_indices(selected[0].pixels.shape[2])
     block = _CAPTION + 3 * (_TILE + _GAP) + _GAP
-    sheet = Image.new("RGB", (_LABEL + len(frames) * (_TILE + _GAP), len(shown) * block), "white")
-    for number, comparison in enumerate(shown):
+    sheet = Image.new("RGB", (_LABEL + len(frames) * (_TILE + _GAP), len(selected) * block), "white")
+    for number, comparison in enumerate(selected):
         tiles = [[row_3THW[:, frame] for frame in frames] for row_3THW in comparison.pixels]
-        name = ("best", "median", "worst")[number] if len(shown) == 3 else ""
+        name = ("best", "median", "worst")[number] if len(selected) == 3 else ""
         # The first caption is as wide as two tiles.
         captions = [f"{name} clip: {_caption(comparison)}".strip(), "", *(f"frame {n + 1}" for n in frames[2:])]
-        _paste(sheet, number * block, tiles, captions)
+        _paste_block(sheet, number * block, tiles, captions)
     png = io.BytesIO()
     sheet.save(png, "PNG")
     return png.getvalue()
 
 
-def animate(comparisons: list[Comparison], scores: list[float], fps: float) -> bytes:
+def render_animation(comparisons: list[Comparison], lpips_scores: list[float], fps: float) -> bytes:
     """Animated WebP: clips side by side, from the best to the worst, `fps` frames of them per second, endlessly."""
-    shown = pick(comparisons, scores, _SHOWN_CLIPS)
-    size = (_LABEL + len(shown) * (_TILE + _GAP), _CAPTION + 3 * (_TILE + _GAP))
-    pictures = []
-    for frame in range(shown[0].pixels.shape[2]):
-        picture = Image.new("RGB", size, "white")
-        tiles = [[comparison.pixels[row][:, frame] for comparison in shown] for row in range(len(_ROWS))]
-        _paste(picture, 0, tiles, [f"LPIPS {comparison.lpips[0]:.3f}" for comparison in shown])
-        pictures.append(picture)
+    selected = select_by_quantile(comparisons, lpips_scores, _NUM_CLIPS)
+    size = (_LABEL + len(selected) * (_TILE + _GAP), _CAPTION + 3 * (_TILE + _GAP))
+    images = []
+    for frame in range(selected[0].pixels.shape[2]):
+        image = Image.new("RGB", size, "white")
+        tiles = [[comparison.pixels[row][:, frame] for comparison in selected] for row in range(len(_ROWS))]
+        _paste_block(image, 0, tiles, [f"LPIPS {comparison.lpips[0]:.3f}" for comparison in selected])
+        images.append(image)
     webp = io.BytesIO()
     duration = max(20, round(1000 / fps))
-    pictures[0].save(webp, "WEBP", save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=88)
+    images[0].save(webp, "WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=88)
     return webp.getvalue()
 
 
-def _spread(frames: int) -> list[int]:
+def _frame_indices(frames: int) -> list[int]:
     """At most eight frames, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, frames - 1, _SHOWN_FRAMES).round().astype(int)).tolist()
+    return np.unique(np.linspace(0, frames - 1, _NUM_FRAMES).round().astype(int)).tolist()
 
 
 def _caption(comparison: Comparison) -> str:
     return f"LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB"
 
 
-def _paste(sheet: Image.Image, top: int, tiles: list[list[np.ndarray]], captions: list[str]) -> None:
+def _paste_block(sheet: Image.Image, top: int, tiles: list[list[np.ndarray]], captions: list[str]) -> None:
     """A block of rows of tiles (3, H, W), with a label beside each row and a caption above each column."""
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, caption in enumerate(captions):
         canvas.text((_LABEL + column * (_TILE + _GAP), top + 5), caption, fill="black", font=font)
-    for row, (label, line) in enumerate(zip(_ROWS, tiles, strict=True)):
+    for row, (label, row_tiles) in enumerate(zip(_ROWS, tiles, strict=True)):
         y = top + _CAPTION + row * (_TILE + _GAP)
         canvas.text((6, y + _TILE // 2 - 8), label, fill="black", font=font)
-        for column, pixels_3HW in enumerate(line):
+        for column, pixels_3HW in enumerate(row_tiles):
             tile = Image.fromarray(pixels_3HW.transpose(1, 2, 0))
             # Enlarged without smoothing, so that what is seen is what the codec made.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS

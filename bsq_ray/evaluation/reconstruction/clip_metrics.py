@@ -7,16 +7,16 @@ from typing import Literal
 
 from torch import Tensor
 
-from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
+from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance
-from bsq_ray.metrics.i3d import FEWEST_FRAMES, I3D
+from bsq_ray.metrics.i3d import I3D, MIN_FRAMES
 from bsq_ray.metrics.lpips import lpips
-from bsq_ray.metrics.per_frame import by_frame, clip_psnr, clips_of, flicker, frames_of
+from bsq_ray.metrics.per_frame import clip_psnr, clips_from_batch_major, flicker, frames_batch_major, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 
 
-class ClipMeasurer(Measurer):
+class ClipReconstructionMetrics(ReconstructionMetrics):
     """Measures clips (B, 3, T, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
@@ -25,30 +25,30 @@ class ClipMeasurer(Measurer):
         super().__init__(model_url, weights, total)
         self.i3d = I3D().to(self.device)
 
-    def trivial(self, original: Tensor) -> Tensor:
+    def baseline(self, original: Tensor) -> Tensor:
         """See `Measurer.trivial`; each frame by itself."""
-        return clips_of(self.codec.reconstruct(frames_of(original)), len(original))
+        return clips_from_batch_major(self.baseline_codec.reconstruct(frames_batch_major(original)), len(original))
 
-    def figures(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+    def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """See `Measurer.figures`."""
-        ssim = structural_similarity(frames_of(original), frames_of(reconstruction))
+        ssim = structural_similarity(frames_batch_major(original), frames_batch_major(reconstruction))
         return {
             **{name: value.unflatten(0, (len(original), -1)) for name, value in ssim.items()},
-            "psnr": by_frame(psnr, original, reconstruction),
-            "lpips": by_frame(partial(lpips, network="alex"), original, reconstruction),
-            "lpips_vgg": by_frame(partial(lpips, network="vgg"), original, reconstruction),
+            "psnr": metric_per_frame(psnr, original, reconstruction),
+            "lpips": metric_per_frame(partial(lpips, network="alex"), original, reconstruction),
+            "lpips_vgg": metric_per_frame(partial(lpips, network="vgg"), original, reconstruction),
             "psnr_clip": clip_psnr(original, reconstruction),
             "flicker": flicker(original, reconstruction),
         }
 
     def features(self, samples: Tensor) -> Tensor | None:
         """I3D's, (B, 400); clips that are too short for it have none."""
-        if samples.shape[2] < FEWEST_FRAMES:
+        if samples.shape[2] < MIN_FRAMES:
             return None
         features_BD: Tensor = self.i3d(samples)
         return features_BD
 
     @staticmethod
-    def distances(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
+    def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
         """See `Measurer.distances`."""
         return {"rfvd": frechet_distance(original, reconstruction)}

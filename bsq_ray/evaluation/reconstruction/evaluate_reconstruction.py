@@ -16,20 +16,20 @@ from typing import Any, Literal
 import numpy as np
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.data_source import Source
-from bsq_ray.data.factory import open_pixels
+from bsq_ray.data.data_source import DataSource
+from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.stream import Damage, evaluation_blocks, evaluation_dataset
+from bsq_ray.data.stream import SkippedSamples, evaluation_blocks, evaluation_dataset
 from bsq_ray.evaluation import published_results
-from bsq_ray.evaluation.plots.comparison_grid import draw
-from bsq_ray.evaluation.plots.frame_strips import animate, draw_strips
-from bsq_ray.evaluation.provenance import contract
-from bsq_ray.evaluation.reconstruction.batch_metrics import Measured, Measurer, Totals
-from bsq_ray.evaluation.reconstruction.clip_metrics import ClipMeasurer
-from bsq_ray.evaluation.reconstruction.image_metrics import ImageMeasurer
+from bsq_ray.evaluation.plots.comparison_grid import render_grid
+from bsq_ray.evaluation.plots.frame_strips import render_animation, render_strips
+from bsq_ray.evaluation.provenance import collect_provenance
+from bsq_ray.evaluation.reconstruction.batch_metrics import BatchMetrics, MetricAccumulator, ReconstructionMetrics
+from bsq_ray.evaluation.reconstruction.clip_metrics import ClipReconstructionMetrics
+from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionMetrics
 from bsq_ray.evaluation.tables import Column, metric_table
-from bsq_ray.metrics.i3d import FEWEST_FRAMES
-from bsq_ray.runtime.ray_session import gpu_share, ray_session
+from bsq_ray.metrics.i3d import MIN_FRAMES
+from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # An animation shows so many frames a second: few clips are long enough to be seen at their own speed.
 _ANIMATION_FPS = 6.0
@@ -44,9 +44,9 @@ def evaluate_reconstruction(
     weights: Literal["ema", "plain"] = "ema",
     batch_size: int | None = None,
     limit: int | None = None,
-    published_rows: bool = False,
-    max_damaged: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    show_published: bool = False,
+    max_skipped_samples: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measures a tokenizer on packed images or videos and writes results.json, results.md and reconstructions.png.
 
@@ -70,128 +70,141 @@ def evaluate_reconstruction(
         ValueError: model or data are missing or do not fit.
         RuntimeError: more images than allowed cannot be read.
     """
-    folder = model_folder.read_model_folder(model_url, weights)
-    run = config.expect(folder.config, config.TokenizerConfig, model_url)
+    folder = model_folder.load_model_folder(model_url, weights)
+    run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
-    source = open_pixels(run, manifest)
-    batch_size = batch_size or _BATCHES[manifest.kind]
-    total = source.samples if limit is None else min(source.samples, limit)
+    source = build_pixel_source(run, manifest)
+    batch_size = batch_size or _DEFAULT_BATCH_SIZES[manifest.kind]
+    total = source.num_samples if limit is None else min(source.num_samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; measuring needs at least 2")
-    job = _Job(run, folder.id, model_url, weights, manifest, source, batch_size, total)
-    totals, damage = Totals(run.model.quantizer.bits, job.measurer), Damage(max_damaged)
-    parts = _in_this_process(job) if workers == 0 else _on_ray(job, workers, address)
-    for part in parts:
-        damage.add(part.damaged)
-        totals.add(part)
-        progress(totals.samples + len(totals.damaged), total)
-    return _conclude(totals, job, out_url, published_rows)
+    task = _EvaluationTask(run, folder.model_id, model_url, weights, manifest, source, batch_size, total)
+    accumulator, skipped_samples = (
+        MetricAccumulator(run.model.quantizer.bits, task.metrics_type),
+        SkippedSamples(max_skipped_samples),
+    )
+    batches = _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address)
+    for batch in batches:
+        skipped_samples.add(batch.skipped)
+        accumulator.update(batch)
+        on_progress(accumulator.num_samples + len(accumulator.skipped), total)
+    return _write_results(accumulator, task, out_url, show_published)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _EvaluationTask:
     run: config.TokenizerConfig
     model_id: str
     model_url: str
     weights: Literal["ema", "plain"]
     manifest: Manifest
-    source: Source
+    source: DataSource
     batch_size: int
     total: int
 
     @property
-    def section(self) -> config.TokenizerModel:
+    def model_config(self) -> config.TokenizerModelConfig:
         return self.run.model
 
     @property
-    def measurer(self) -> type[Measurer]:
-        return ImageMeasurer if self.manifest.kind == "images" else ClipMeasurer
+    def metrics_type(self) -> type[ReconstructionMetrics]:
+        return ImageReconstructionMetrics if self.manifest.kind == "images" else ClipReconstructionMetrics
 
-    def measure(self) -> Measurer:
-        return self.measurer(self.model_url, self.weights, self.total)
+    def build_metrics(self) -> ReconstructionMetrics:
+        return self.metrics_type(self.model_url, self.weights, self.total)
 
-    def samples(self) -> tuple[Source, int, int]:
+    def dataset_args(self) -> tuple[DataSource, int, int]:
         """What is read: arguments of `evaluation_blocks` and `evaluation_dataset`."""
         return self.source, self.batch_size, self.total
 
 
-def _in_this_process(job: _Job) -> Iterator[Measured]:
-    yield from map(job.measure(), evaluation_blocks(*job.samples()))
+def _run_locally(task: _EvaluationTask) -> Iterator[BatchMetrics]:
+    yield from map(task.build_metrics(), evaluation_blocks(*task.dataset_args()))
 
 
-def _on_ray(job: _Job, workers: int, address: str | None) -> Iterator[Measured]:
+def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Iterator[BatchMetrics]:
     with ray_session(address):
         import ray
 
-        class Worker:
+        class MetricsActor:
             def __init__(self) -> None:
-                self.measure = job.measure()
+                self.measure = task.build_metrics()
 
             def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
                 measured = np.empty(1, object)
                 measured[0] = self.measure(rows["block"][0])
                 return {"measured": measured}
 
-        share = gpu_share(workers)
-        samples = evaluation_dataset(*job.samples())
-        pool = ray.data.ActorPoolStrategy(size=min(workers, -(-job.total // job.batch_size)))
-        for row in samples.map_batches(Worker, batch_size=1, compute=pool, num_cpus=1, num_gpus=share).iter_rows():
+        gpus_per_actor = gpus_per_process(workers)
+        samples = evaluation_dataset(*task.dataset_args())
+        pool = ray.data.ActorPoolStrategy(size=min(workers, -(-task.total // task.batch_size)))
+        for row in samples.map_batches(
+            MetricsActor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor
+        ).iter_rows():
             yield row["measured"]
 
 
-def _conclude(totals: Totals, job: _Job, out_url: str, published_rows: bool) -> dict[str, Any]:
-    if totals.samples < 2:
-        what = f"{job.total} {_UNITS[job.manifest.kind]}"
-        raise RuntimeError(f"only {totals.samples} of {what} of {job.manifest.url} can be read")
-    model, data = job.section, job.run.data
-    figures = totals.compute()
-    for row_figures in figures.values():
-        row_figures["bits_per_pixel"] = model.quantizer.bits / model.patch_size**2
-    frames = model.frames if job.manifest.kind == "videos" else 1
-    unit = "frames_per_second" if job.manifest.kind == "videos" else "images_per_second"
-    figures["model"][unit] = figures["model"].pop("samples_per_second") * frames
-    terms = contract(job.manifest, totals.samples, model.image_size, data.evaluation_filter, job.measurer.networks)
+def _write_results(
+    accumulator: MetricAccumulator, task: _EvaluationTask, out_url: str, show_published: bool
+) -> dict[str, Any]:
+    if accumulator.num_samples < 2:
+        what = f"{task.total} {_UNITS[task.manifest.kind]}"
+        raise RuntimeError(f"only {accumulator.num_samples} of {what} of {task.manifest.url} can be read")
+    model, data = task.model_config, task.run.data
+    metrics = accumulator.compute()
+    for row_metrics in metrics.values():
+        row_metrics["bits_per_pixel"] = model.quantizer.bits / model.patch_size**2
+    num_frames = model.frames if task.manifest.kind == "videos" else 1
+    unit = "frames_per_second" if task.manifest.kind == "videos" else "images_per_second"
+    metrics["model"][unit] = metrics["model"].pop("samples_per_second") * num_frames
+    provenance = collect_provenance(
+        task.manifest, accumulator.num_samples, model.image_size, data.eval_interpolation, task.metrics_type.networks
+    )
     results: dict[str, Any] = {
-        "model": job.model_url,
-        "model_id": job.model_id,
-        "weights": job.weights,
-        "rows": figures,
-        "bit_entropies": totals.usage.bit_entropies(),
-        "damaged": totals.damaged,
-        "contract": terms,
+        "model": task.model_url,
+        "model_id": task.model_id,
+        "weights": task.weights,
+        "rows": metrics,
+        "bit_entropies": accumulator.usage.bit_entropies(),
+        "damaged": accumulator.skipped,
+        "contract": provenance,
     }
-    if "ms_ssim" not in figures["model"]:
-        terms["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
-    if job.manifest.kind == "videos":
-        terms["clips"] = (
-            f"{frames} frames, {_taken(data.frame_stride)} of the video; "
+    if "ms_ssim" not in metrics["model"]:
+        provenance["ms_ssim"] = f"not defined for images of {model.image_size} px (sides must be above 160)"
+    if task.manifest.kind == "videos":
+        provenance["clips"] = (
+            f"{num_frames} frames, {_format_stride(data.frame_stride)} of the video; "
             f"at most {data.clips_per_video} of a video, from the middles of equal parts"
         )
-        terms["left_out"] = list(job.source.notes)
-        if "rfvd" not in figures["model"]:
-            terms["rfvd"] = f"not defined for clips of {frames} frames (its network takes {FEWEST_FRAMES} or more)"
-        results["by_frame"] = totals.by_frame()
-        pictures = {
-            "reconstructions.png": draw_strips(totals.comparisons, totals.scores),
-            "reconstructions.webp": animate(totals.comparisons, totals.scores, _ANIMATION_FPS),
+        provenance["left_out"] = list(task.source.notes)
+        if "rfvd" not in metrics["model"]:
+            provenance["rfvd"] = (
+                f"not defined for clips of {num_frames} frames (its network takes {MIN_FRAMES} or more)"
+            )
+        results["by_frame"] = accumulator.per_frame()
+        plots = {
+            "reconstructions.png": render_strips(accumulator.comparisons, accumulator.lpips_scores),
+            "reconstructions.webp": render_animation(accumulator.comparisons, accumulator.lpips_scores, _ANIMATION_FPS),
         }
     else:
-        pictures = {"reconstructions.png": draw(totals.comparisons, totals.scores)}
+        plots = {"reconstructions.png": render_grid(accumulator.comparisons, accumulator.lpips_scores)}
     storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
     table = (
-        markdown(results) + ("\n\n" + published_results.markdown(job.manifest.kind) if published_rows else "") + "\n"
+        reconstruction_markdown(results)
+        + ("\n\n" + published_results.published_markdown(task.manifest.kind) if show_published else "")
+        + "\n"
     )
     storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
-    for name, picture in pictures.items():
-        storage.write_bytes(storage.join(out_url, name), picture)
+    for name, content in plots.items():
+        storage.write_bytes(storage.join(out_url, name), content)
     return results
 
 
-_BATCHES = {"images": 32, "videos": 2}
+_DEFAULT_BATCH_SIZES = {"images": 32, "videos": 2}
 _UNITS = {"images": "images", "videos": "clips"}
 
 
-def _taken(stride: int) -> str:
+def _format_stride(stride: int) -> str:
     ending = "th" if 10 < stride % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th")
     return f"every {stride}{ending} one" if stride > 1 else "every one"
 
@@ -215,14 +228,17 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def markdown(results: dict[str, Any]) -> str:
+def reconstruction_markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table, the better value of each column in bold, and the contract below it."""
     lines = metric_table(results["rows"], COLUMNS)
-    terms = results["contract"]
-    data = f"{terms['data']} ({terms['data_hash'][:12]})"
-    lines += ["", f"{terms['images']} {_UNITS[terms['kind']]} of {data}, {terms['resize']}; {terms['pixels']}."]
-    lines += [f"Clips: {terms['clips']}."] if "clips" in terms else []
-    lines += [f"Left out: {note}." for note in terms.get("left_out", ())]
-    if "warning" in terms:
-        lines.append(f"Note: {terms['warning']}.")
+    provenance = results["contract"]
+    data = f"{provenance['data']} ({provenance['data_hash'][:12]})"
+    lines += [
+        "",
+        f"{provenance['images']} {_UNITS[provenance['kind']]} of {data}, {provenance['resize']}; {provenance['pixels']}.",
+    ]
+    lines += [f"Clips: {provenance['clips']}."] if "clips" in provenance else []
+    lines += [f"Left out: {note}." for note in provenance.get("left_out", ())]
+    if "warning" in provenance:
+        lines.append(f"Note: {provenance['warning']}.")
     return "\n".join(lines)

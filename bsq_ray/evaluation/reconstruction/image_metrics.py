@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from bsq_ray.evaluation.reconstruction.batch_metrics import Measurer
+from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips
@@ -14,7 +14,7 @@ from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
 
 
-class ImageMeasurer(Measurer):
+class ImageReconstructionMetrics(ReconstructionMetrics):
     """Measures images (B, 3, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
@@ -23,11 +23,11 @@ class ImageMeasurer(Measurer):
         super().__init__(model_url, weights, total)
         self.inception = Inception().to(self.device)
 
-    def trivial(self, original: Tensor) -> Tensor:
+    def baseline(self, original: Tensor) -> Tensor:
         """See `Measurer.trivial`."""
-        return self.codec.reconstruct(original)
+        return self.baseline_codec.reconstruct(original)
 
-    def figures(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+    def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """See `Measurer.figures`."""
         return structural_similarity(original, reconstruction) | {
             "psnr": psnr(original, reconstruction),
@@ -41,9 +41,9 @@ class ImageMeasurer(Measurer):
         return features_BD
 
     @staticmethod
-    def distances(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
+    def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
         """See `Measurer.distances`."""
         return {
             "rfid": frechet_distance(original, reconstruction),
-            "kid": kernel_distance(original.kept(), reconstruction.kept()),
+            "kid": kernel_distance(original.kid_subset(), reconstruction.kid_subset()),
         }

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.config.loader import nearest
-from bsq_ray.data.manifest import MANIFEST, read_manifest
-from bsq_ray.data.token_table import TABLE, read_table
-from bsq_ray.data.transforms import evaluation_image, read_image, to_float, to_uint8
+from bsq_ray.config.loader import suggest
+from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
+from bsq_ray.data.token_table import TABLE_FILE, read_table
+from bsq_ray.data.transforms import eval_transform, read_image, to_float, to_uint8
 from bsq_ray.media.video_files import read_video, write_video
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
+from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.checkpoints.writer import list_checkpoints
 
@@ -38,20 +38,22 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Literal
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out} must end in .png (of an image) or .mp4 (of a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.require_stage(
+        model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
+    )
     image = read_image(image_url)
     size = run.model.image_size
-    original = torch.from_numpy(evaluation_image(image, size, run.data.evaluation_filter))
+    original = torch.from_numpy(eval_transform(image, size, run.data.eval_interpolation))
     tokens = tokenizer.encode(to_float(original[None]))
     [reconstruction] = to_uint8(tokenizer.decode(tokens))
-    beside = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
+    side_by_side = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
     png = io.BytesIO()
-    Image.fromarray(beside).save(png, "PNG")
+    Image.fromarray(side_by_side).save(png, "PNG")
     storage.write_bytes(str(out), png.getvalue())
     [quality] = psnr(to_float(original[None]), to_float(reconstruction[None])).tolist()
-    count = tokens.bits_BNL[0].numel()
+    num_bits = tokens.bits_BNL[0].numel()
     return (
-        f"{image_url}: {size} x {size} px in {count} bits ({count / size**2:g} bits per pixel), PSNR {quality:.2f} dB; "
+        f"{image_url}: {size} x {size} px in {num_bits} bits ({num_bits / size**2:g} bits per pixel), PSNR {quality:.2f} dB; "
         f"original and reconstruction are side by side in {out}"
     )
 
@@ -61,7 +63,7 @@ def reconstruct_clip(
     clip_url: str,
     out: Path,
     weights: Literal["ema", "plain"] = "ema",
-    progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """Writes a clip of any length and its reconstruction side by side as MP4; returns a sentence with bits and PSNR.
 
@@ -75,87 +77,89 @@ def reconstruct_clip(
         ValueError: the model or the clip cannot be read, or the video not be written.
     """
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
-    run = config.expect(model_folder.read_model_folder(model_url, weights).config, config.TokenizerConfig, model_url)
+    run = config.require_stage(
+        model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
+    )
     size, bits = run.model.image_size, run.model.quantizer.bits * (run.model.image_size // run.model.patch_size) ** 2
     with storage.open_url(clip_url) as file, tempfile.TemporaryDirectory() as scratch:
         try:
             video = read_video(file)
         except ValueError as error:
             raise ValueError(f"{clip_url} cannot be read as a clip: {error}") from error
-        waiting: deque[np.ndarray] = deque()
-        qualities: list[float] = []
+        pending: deque[np.ndarray] = deque()
+        psnrs: list[float] = []
 
         def originals() -> Iterator[Tensor]:
             for pixels_HWC in video.frames:
-                frame = evaluation_image(Image.fromarray(pixels_HWC), size, run.data.evaluation_filter)
-                waiting.append(frame)
+                frame = eval_transform(Image.fromarray(pixels_HWC), size, run.data.eval_interpolation)
+                pending.append(frame)
                 yield to_float(torch.from_numpy(frame))[None]
 
-        def beside() -> Iterator[np.ndarray]:
-            for rebuilt in _rebuilt(tokenizer, originals()):
+        def side_by_side() -> Iterator[np.ndarray]:
+            for rebuilt in _reconstruct_stream(tokenizer, originals()):
                 for frame in to_uint8(rebuilt[0].transpose(0, 1)):
-                    original = waiting.popleft()
+                    original = pending.popleft()
                     pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
-                    qualities.append(float(psnr(*pair)))
-                    if progress is not None:
-                        progress(len(qualities), max(video.count, len(qualities)))
+                    psnrs.append(float(psnr(*pair)))
+                    if on_progress is not None:
+                        on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
                     yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
 
         path = str(Path(scratch) / "beside.mp4")
-        write_video(path, "mp4", beside(), video.rate, video.colour)
-        storage.copy_in(path, str(out))
+        write_video(path, "mp4", side_by_side(), video.frame_rate, video.color)
+        storage.upload(path, str(out))
     return (
-        f"{clip_url}: {len(qualities)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
-        f"pixel), PSNR {np.mean(qualities):.2f} dB; original and reconstruction are side by side in {out}"
+        f"{clip_url}: {len(psnrs)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
+        f"pixel), PSNR {np.mean(psnrs):.2f} dB; original and reconstruction are side by side in {out}"
     )
 
 
-def _rebuilt(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+def _reconstruct_stream(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
     """Reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
     encode, decode, following = clip_encoder(tokenizer), clip_decoder(tokenizer), iter(frames)
-    while chunk := list(islice(following, chunk_frames(tokenizer.config))):
+    while chunk := list(islice(following, frames_per_chunk(tokenizer.config))):
         yield decode(encode(torch.stack(chunk, 2)))
 
 
-def describe(what: str) -> str:
+def format_info(target: str) -> str:
     """What a model folder, run folder, packed data set, token table or preset is.
 
     Raises:
         ValueError: it is none of these.
     """
-    if what in config.preset_names():
-        return f"preset {what}\n{_describe_run(config.load_config(what))}"
-    if storage.exists(storage.join(what, "model.safetensors")):
-        folder = model_folder.read_model_folder(what)
+    if target in config.preset_names():
+        return f"preset {target}\n{_format_run(config.load_config(target))}"
+    if storage.exists(storage.join(target, "model.safetensors")):
+        folder = model_folder.load_model_folder(target)
         parameters = sum(tensor.numel() for tensor in folder.weights.values())
-        return f"model folder {what}\nid {folder.id}\n{parameters:,} parameters\n{_describe_run(folder.config)}"
-    if storage.exists(storage.join(what, MANIFEST)):
-        manifest = read_manifest(what)
+        return f"model folder {target}\nid {folder.model_id}\n{parameters:,} parameters\n{_format_run(folder.config)}"
+    if storage.exists(storage.join(target, MANIFEST_FILE)):
+        manifest = read_manifest(target)
         size = sum(shard.bytes for shard in manifest.shards) / 1e6
         return (
-            f"packed data set {what}\n{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, "
+            f"packed data set {target}\n{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, "
             f"{size:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
         )
-    if storage.exists(storage.join(what, "checkpoints")):
-        checkpoints = list_checkpoints(what)
-        run = config.load_config(storage.join(what, "config.yaml"))
-        return f"run folder {what}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_describe_run(run)}"
-    if storage.exists(storage.join(what, TABLE)):
-        table = read_table(what)
-        facts = table.facts
+    if storage.exists(storage.join(target, "checkpoints")):
+        checkpoints = list_checkpoints(target)
+        run = config.load_config(storage.join(target, "config.yaml"))
+        return f"run folder {target}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_format_run(run)}"
+    if storage.exists(storage.join(target, TABLE_FILE)):
+        table = read_table(target)
+        table_info = table.info
         return (
-            f"token table {what}\n"
-            f"{table.rows} rows, {facts.views} of each image or clip, {len(facts.classes)} classes\n"
-            f"{' x '.join(map(str, facts.grid))} tokens of {facts.bits} bits, tokenizer {facts.tokenizer_id}\n"
+            f"token table {target}\n"
+            f"{table.num_rows} rows, {table_info.views} of each image or clip, {len(table_info.classes)} classes\n"
+            f"{' x '.join(map(str, table_info.grid))} tokens of {table_info.bits} bits, tokenizer {table_info.tokenizer_id}\n"
             f"hash {table.hash}"
         )
     raise ValueError(
-        f"{what} is not a model folder, a run folder, a packed data set, a token table or a preset; "
-        f"{nearest(what, config.preset_names(), 'presets')}"
+        f"{target} is not a model folder, a run folder, a packed data set, a token table or a preset; "
+        f"{suggest(target, config.preset_names(), 'presets')}"
     )
 
 
-def _describe_run(run: config.AnyConfig) -> str:
+def _format_run(run: config.AnyConfig) -> str:
     training = run.training
     if isinstance(run, config.TokenizerConfig):
         tokens = (run.model.image_size // run.model.patch_size) ** 2
@@ -167,8 +171,8 @@ def _describe_run(run: config.AnyConfig) -> str:
         ]
     else:
         lines = [
-            f"{run.model.tokens} tokens of {run.model.bits} bits as {run.model.sub_tokens} symbols each"
-            + (f", {run.model.classes} classes" if isinstance(run, config.MaskedLMConfig) else ""),
+            f"{run.model.num_tokens} tokens of {run.model.bits} bits as {run.model.num_sub_tokens} symbols each"
+            + (f", {run.model.num_classes} classes" if isinstance(run, config.MaskedLMConfig) else ""),
             f"Transformer {run.model.layers} x {run.model.width}",
         ]
     engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"

@@ -18,45 +18,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bsq_ray.models.discriminators.stylegan2 import EqualizedLinear, style_channels, with_batch_deviation
+from bsq_ray.models.discriminators.stylegan2 import EqualizedLinear, append_minibatch_stddev, style_channels
 from bsq_ray.models.ops.conv_double_backward import convolution
 
-_SLOPE = 0.2
-_GAIN = sqrt(2)
+_LEAKY_RELU_SLOPE = 0.2
+_LEAKY_RELU_GAIN = sqrt(2)
 
 
 class EqualizedConv3d(nn.Module):
     """A convolution over time, height and width whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, activate: bool = True, gain: float = 1.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, activate: bool = True, gain: float = 1.0
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, size, size, size))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if activate else None
-        self.size = size
-        self.scale = gain / sqrt(inputs * size**3)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
+        self.kernel_size = kernel_size
+        self.scale = gain / sqrt(in_channels * kernel_size**3)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """The size stays; with a bias, a leaky ReLU with a gain of sqrt(2) follows."""
         if self.bias is None:
-            return convolution(x_BCTHW, self.weight * self.scale, padding=self.size // 2)
-        x_BCTHW = convolution(x_BCTHW, self.weight * (self.scale * _GAIN), self.bias * _GAIN, padding=self.size // 2)
-        return F.leaky_relu(x_BCTHW, _SLOPE, inplace=True)
+            return convolution(x_BCTHW, self.weight * self.scale, padding=self.kernel_size // 2)
+        x_BCTHW = convolution(
+            x_BCTHW,
+            self.weight * (self.scale * _LEAKY_RELU_GAIN),
+            self.bias * _LEAKY_RELU_GAIN,
+            padding=self.kernel_size // 2,
+        )
+        return F.leaky_relu(x_BCTHW, _LEAKY_RELU_SLOPE, inplace=True)
 
 
 class ClipBlock(nn.Module):
     """Residual block that halves height and width, and time if `shorten`; the sum keeps unit variance."""
 
-    def __init__(self, inputs: int, outputs: int, shorten: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, downsample_time: bool) -> None:
         super().__init__()
-        self.conv0 = EqualizedConv3d(inputs, inputs, 3)
-        self.conv1 = EqualizedConv3d(inputs, outputs, 3, gain=sqrt(0.5))
-        self.skip = EqualizedConv3d(inputs, outputs, 1, activate=False, gain=sqrt(0.5))
-        self.down = (2 if shorten else 1, 2, 2)
+        self.conv0 = EqualizedConv3d(in_channels, in_channels, 3)
+        self.conv1 = EqualizedConv3d(in_channels, out_channels, 3, gain=sqrt(0.5))
+        self.skip = EqualizedConv3d(in_channels, out_channels, 1, activate=False, gain=sqrt(0.5))
+        self.pool_size = (2 if downsample_time else 1, 2, 2)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         """(B, inputs, T, H, W) to (B, outputs, T or T/2, H/2, W/2)."""
-        branch_BCTHW = self.conv1(F.avg_pool3d(self.conv0(x_BCTHW), self.down))
-        return cast(Tensor, self.skip(F.avg_pool3d(x_BCTHW, self.down)) + branch_BCTHW)
+        branch_BCTHW = self.conv1(F.avg_pool3d(self.conv0(x_BCTHW), self.pool_size))
+        return cast(Tensor, self.skip(F.avg_pool3d(x_BCTHW, self.pool_size)) + branch_BCTHW)
 
 
 class ClipDiscriminator(nn.Module):
@@ -75,10 +82,10 @@ class ClipDiscriminator(nn.Module):
         self.frames = frames
         self.fromrgb = EqualizedConv3d(3, widths[0], 1)
         self.blocks = nn.ModuleList()
-        halvings = time_halvings(frames, len(widths) - 1)
-        for (inputs, outputs), shorten in zip(pairwise(widths), halvings, strict=True):
-            self.blocks.append(ClipBlock(inputs, outputs, shorten))
-            frames = frames // 2 if shorten else frames
+        downsample_flags = temporal_downsampling(frames, len(widths) - 1)
+        for (in_channels, out_channels), downsample_time in zip(pairwise(widths), downsample_flags, strict=True):
+            self.blocks.append(ClipBlock(in_channels, out_channels, downsample_time))
+            frames = frames // 2 if downsample_time else frames
         self.conv = EqualizedConv3d(widths[-1] + 1, widths[-1], 3)
         self.fc = EqualizedLinear(widths[-1] * frames * 16, widths[-1], activate=True)
         self.out = EqualizedLinear(widths[-1], 1, activate=False)
@@ -89,7 +96,7 @@ class ClipDiscriminator(nn.Module):
         Raises:
             ValueError: clips have another number of frames.
         """
-        lengths = [len(batch) for batch in batches_BCTHW]
+        batch_sizes = [len(batch) for batch in batches_BCTHW]
         x_BCTHW = torch.cat(batches_BCTHW)
         if x_BCTHW.shape[2] != self.frames:
             raise ValueError(
@@ -98,14 +105,14 @@ class ClipDiscriminator(nn.Module):
         x_BCTHW = self.fromrgb(x_BCTHW.contiguous(memory_format=torch.channels_last_3d))
         for block in self.blocks:
             x_BCTHW = block(x_BCTHW)
-        x_BCTHW = torch.cat([with_batch_deviation(part) for part in x_BCTHW.split(lengths)])
+        x_BCTHW = torch.cat([append_minibatch_stddev(part) for part in x_BCTHW.split(batch_sizes)])
         logits_B1 = self.out(self.fc(self.conv(x_BCTHW).flatten(1)))
-        return tuple(logits_B1.float().split(lengths))
+        return tuple(logits_B1.float().split(batch_sizes))
 
 
-def time_halvings(frames: int, blocks: int) -> list[bool]:
+def temporal_downsampling(frames: int, num_blocks: int) -> list[bool]:
     """Whether each block halves the time: the last ones do, as often as the frames can be halved."""
-    halvings = 0
-    while halvings < blocks and frames % 2 ** (halvings + 1) == 0:
-        halvings += 1
-    return [number >= blocks - halvings for number in range(blocks)]
+    num_halvings = 0
+    while num_halvings < num_blocks and frames % 2 ** (num_halvings + 1) == 0:
+        num_halvings += 1
+    return [index >= num_blocks - num_halvings for index in range(num_blocks)]

@@ -32,21 +32,23 @@ class KeyValueCache:
         length: how many there are.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self.length = 0
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._key_values: tuple[Tensor, Tensor] | None = None
 
     def extend(self, k_BHNE: Tensor, v_BHNE: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values, and returns all of them so far, (B, H, M, E) each."""
-        if self._kept is None:
+        if self._key_values is None:
             batch, heads, _, width = k_BHNE.shape
-            self._kept = cast(tuple[Tensor, Tensor], k_BHNE.new_empty(2, batch, heads, self.tokens, width).unbind())
-        first, self.length = self.length, self.length + k_BHNE.shape[2]
-        assert self.length <= self.tokens
-        for kept, new in zip(self._kept, (k_BHNE, v_BHNE), strict=True):
-            kept[:, :, first : self.length] = new
-        return self._kept[0][:, :, : self.length], self._kept[1][:, :, : self.length]
+            self._key_values = cast(
+                tuple[Tensor, Tensor], k_BHNE.new_empty(2, batch, heads, self.capacity, width).unbind()
+            )
+        start, self.length = self.length, self.length + k_BHNE.shape[2]
+        assert self.length <= self.capacity
+        for buffer, new in zip(self._key_values, (k_BHNE, v_BHNE), strict=True):
+            buffer[:, :, start : self.length] = new
+        return self._key_values[0][:, :, : self.length], self._key_values[1][:, :, : self.length]
 
 
 class SelfAttention(nn.Module):
@@ -75,32 +77,34 @@ def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
     """
     parts = []
     spans = q_BHNE.split(span, 2)
-    for q_BHSE, k, v in zip(spans, _up_to(k_BHME, len(spans), span), _up_to(v_BHME, len(spans), span), strict=True):
+    for q_BHSE, k, v in zip(
+        spans, _causal_prefixes(k_BHME, len(spans), span), _causal_prefixes(v_BHME, len(spans), span), strict=True
+    ):
         parts.append(attention(q_BHSE, k, v).transpose(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _up_to(x_BHME: Tensor, count: int, span: int) -> list[Tensor]:
+def _causal_prefixes(x_BHME: Tensor, num_spans: int, span: int) -> list[Tensor]:
     """What there is up to the end of each of the last `count` spans.
 
     Each is cut from the next longer one: cut from the whole, its gradient would be padded to the length of the whole.
     """
-    cut = [x_BHME]
-    while len(cut) < count:
-        cut.append(cut[-1][:, :, :-span])
-    return cut[::-1]
+    prefixes = [x_BHME]
+    while len(prefixes) < num_spans:
+        prefixes.append(prefixes[-1][:, :, :-span])
+    return prefixes[::-1]
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); the unit to compile, checkpoint or shard."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        hidden = int(width * mlp_ratio)
+        hidden_dim = int(width * mlp_ratio)
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, width))
 
     def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
         """Same shape out as in; span and cache as in `SelfAttention`."""
@@ -123,18 +127,26 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, sizes: config.Transformer, frame_tokens: int, frames: int, causal: bool, gradient_checkpointing: bool
+        self,
+        transformer_config: config.TransformerConfig,
+        tokens_per_frame: int,
+        frames: int,
+        causal: bool,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.frames = frames
         self.gradient_checkpointing = gradient_checkpointing
-        self.spatial_position = nn.Parameter(torch.empty(frame_tokens, sizes.width))
-        self.temporal_position = nn.Parameter(torch.empty(frames, sizes.width)) if frames > 1 else None
-        self.input_norm = nn.LayerNorm(sizes.width)
-        self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads, sizes.mlp_ratio) for _ in range(sizes.layers))
-        self.output_norm = nn.LayerNorm(sizes.width)
-        self._initialise()
+        self.spatial_position = nn.Parameter(torch.empty(tokens_per_frame, transformer_config.width))
+        self.temporal_position = nn.Parameter(torch.empty(frames, transformer_config.width)) if frames > 1 else None
+        self.input_norm = nn.LayerNorm(transformer_config.width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(transformer_config.width, transformer_config.heads, transformer_config.mlp_ratio)
+            for _ in range(transformer_config.layers)
+        )
+        self.output_norm = nn.LayerNorm(transformer_config.width)
+        self._init_weights()
 
     def forward(self, x_BND: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
         """Same shape out as in; N is 1 to `frames` times `frame_tokens`.
@@ -142,27 +154,27 @@ class VisionTransformer(nn.Module):
         Args:
             caches: of every block, from `new_caches`: x follows the frames that they hold, and is added to them.
         """
-        frame_tokens, _ = self.spatial_position.shape
-        frames = x_BND.shape[1] // frame_tokens
+        tokens_per_frame, _ = self.spatial_position.shape
+        frames = x_BND.shape[1] // tokens_per_frame
         position_TSD = self.spatial_position.expand(frames, -1, -1)
         if self.temporal_position is not None:
-            first = caches[0].length // frame_tokens if caches else 0
+            first = caches[0].length // tokens_per_frame if caches else 0
             position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
-        span = frame_tokens if self.causal else x_BND.shape[1]
+        span = tokens_per_frame if self.causal else x_BND.shape[1]
         x_BND = self.input_norm(x_BND + position_TSD.flatten(0, 1))
-        for number, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random, so there is no generator state to keep.
                 x_BND = checkpoint(block, x_BND, span, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, span, caches[number] if caches else None)
+                x_BND = block(x_BND, span, caches[index] if caches else None)
         return cast(Tensor, self.output_norm(x_BND))
 
     def new_caches(self) -> list[KeyValueCache]:
         """Empty caches for a clip of up to `frames` frames that comes piece by piece, without gradients."""
         return [KeyValueCache(self.frames * len(self.spatial_position)) for _ in self.blocks]
 
-    def _initialise(self) -> None:
+    def _init_weights(self) -> None:
         nn.init.normal_(self.spatial_position, std=0.02)
         if self.temporal_position is not None:
             nn.init.zeros_(self.temporal_position)

@@ -31,65 +31,65 @@ def blur(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     """
     if torch.is_autocast_enabled(x_BCHW.device.type):
         x_BCHW = x_BCHW.to(torch.get_autocast_dtype(x_BCHW.device.type))
-    filtered: Tensor = _Blur.apply(x_BCHW, stride, pad)
-    return filtered
+    blurred: Tensor = _Blur.apply(x_BCHW, stride, pad)
+    return blurred
 
 
 class _Blur(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
         ctx.stride, ctx.pad = stride, pad
-        return _filtered(x_BCHW, stride, pad)
+        return _apply_filter(x_BCHW, stride, pad)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> _Grad:
-        return _Spread.apply(gradients[0], ctx.stride, ctx.pad), None, None
+        return _BlurTranspose.apply(gradients[0], ctx.stride, ctx.pad), None, None
 
 
-class _Spread(torch.autograd.Function):
+class _BlurTranspose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
         ctx.stride, ctx.pad = stride, pad
         if stride == 1:
             # The filter is symmetric, so this is the transposed convolution.
-            return _filtered(y_BCHW, 1, 3 - pad)
-        return _spread(y_BCHW, stride, pad)
+            return _apply_filter(y_BCHW, 1, 3 - pad)
+        return _blur_transpose(y_BCHW, stride, pad)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> _Grad:
         return _Blur.apply(gradients[0], ctx.stride, ctx.pad), None, None
 
 
-def _filtered(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+def _apply_filter(x_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(x_BCHW):
         return kernels.filtered(x_BCHW, stride, pad)
     with torch.autocast(x_BCHW.device.type, enabled=False):
         return F.conv2d(x_BCHW, _taps(x_BCHW, x_BCHW.dtype), stride=stride, padding=pad, groups=x_BCHW.shape[1])
 
 
-def _spread(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
+def _blur_transpose(y_BCHW: Tensor, stride: int, pad: int) -> Tensor:
     if kernels := _kernels_for(y_BCHW):
         return kernels.spread(y_BCHW, stride, pad)
     # On CPUs at least in fp32: they take several times as long for the same in bf16.
     dtype = y_BCHW.dtype if y_BCHW.is_cuda else torch.promote_types(y_BCHW.dtype, torch.float32)
     with torch.autocast(y_BCHW.device.type, enabled=False):
-        spread = F.conv_transpose2d(
+        x_BCHW = F.conv_transpose2d(
             y_BCHW.to(dtype), _taps(y_BCHW, dtype), stride=stride, padding=pad, groups=y_BCHW.shape[1]
         )
-    return spread.to(y_BCHW.dtype)
+    return x_BCHW.to(y_BCHW.dtype)
 
 
 def _kernels_for(x_BCHW: Tensor) -> ModuleType | None:
-    return _kernels(x_BCHW.device) if x_BCHW.is_cuda and x_BCHW.dtype != torch.float64 else None
+    return _load_kernels(x_BCHW.device) if x_BCHW.is_cuda and x_BCHW.dtype != torch.float64 else None
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def _load_kernels(device: torch.device) -> ModuleType | None:
     """Our own for a GPU; None where Triton is not installed or cannot build them."""
     try:
         from bsq_ray.models.ops import blur_triton
 
-        blur_triton.filtered(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
+        blur_triton.blur(torch.zeros(1, 1, 4, 4, device=device), 1, 2)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

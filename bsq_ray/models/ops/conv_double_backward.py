@@ -26,8 +26,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: i
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    convolved: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
-    return convolved
+    y: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
+    return y
 
 
 class _Convolution(torch.autograd.Function):
@@ -35,91 +35,91 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.stride, ctx.padding = stride, padding
-        return _convolved(x, w, bias, stride, padding)
+        return _conv(x, w, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, _Grad, None, None]:
         (g,), (x, w) = gradients, ctx.saved_tensors
         # Where there is no bias, nothing is said of it.
-        of_x, of_w, of_bias = (*_wanted(ctx), False)[:3]
+        needs_x, needs_w, needs_bias = (*_needs_grad(ctx), False)[:3]
         return (
-            _Spreading.apply(g, w, x.shape, ctx.stride, ctx.padding) if of_x else None,
-            _Correlation.apply(x, g, w.shape, ctx.stride, ctx.padding) if of_w else None,
-            g.sum([n for n in range(g.dim()) if n != 1]) if of_bias else None,
+            _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
+            _ConvWeightGrad.apply(x, g, w.shape, ctx.stride, ctx.padding) if needs_w else None,
+            g.sum([n for n in range(g.dim()) if n != 1]) if needs_bias else None,
             None,
             None,
         )
 
 
-class _Spreading(torch.autograd.Function):
+class _ConvInputGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, w: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(g, w)
         ctx.stride, ctx.padding = stride, padding
-        more = [
-            size - ((of_g - 1) * stride - 2 * padding + kernel)
-            for size, of_g, kernel in zip(shape[2:], g.shape[2:], w.shape[2:], strict=True)
+        output_padding = [
+            size - ((grad_size - 1) * stride - 2 * padding + kernel)
+            for size, grad_size, kernel in zip(shape[2:], g.shape[2:], w.shape[2:], strict=True)
         ]
-        return _convolved(g, w, None, stride, padding, transposed=more)
+        return _conv(g, w, None, stride, padding, output_padding=output_padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, None, None, None]:
         (x,), (g, w) = gradients, ctx.saved_tensors
-        of_g, of_w = _wanted(ctx)
+        needs_g, needs_w = _needs_grad(ctx)
         return (
-            _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if of_g else None,
-            _Correlation.apply(x, g, w.shape, ctx.stride, ctx.padding) if of_w else None,
+            _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if needs_g else None,
+            _ConvWeightGrad.apply(x, g, w.shape, ctx.stride, ctx.padding) if needs_w else None,
             None,
             None,
             None,
         )
 
 
-class _Correlation(torch.autograd.Function):
+class _ConvWeightGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, g)
         ctx.stride, ctx.padding = stride, padding
         sizes = x.dim() - 2
         # Of the weights only the shape is looked at.
-        correlated: Tensor = torch.ops.aten.convolution_backward(
+        weight_grad: Tensor = torch.ops.aten.convolution_backward(
             g, x, x.new_empty(shape), None, [stride] * sizes, [padding] * sizes, [1] * sizes, False, [0] * sizes, 1,
             [False, True, False],
         )[1]  # fmt: skip
-        return correlated
+        return weight_grad
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, None, None, None]:
         (w,), (x, g) = gradients, ctx.saved_tensors
-        of_x, of_g = _wanted(ctx)
+        needs_x, needs_g = _needs_grad(ctx)
         return (
-            _Spreading.apply(g, w, x.shape, ctx.stride, ctx.padding) if of_x else None,
-            _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if of_g else None,
+            _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
+            _Convolution.apply(x, w, None, ctx.stride, ctx.padding) if needs_g else None,
             None,
             None,
             None,
         )
 
 
-def _wanted(ctx: Any) -> list[bool]:
+def _needs_grad(ctx: Any) -> list[bool]:
     """Which inputs the way back that is being gone leads to: the images' gradient alone does not need the weights'."""
-    wanted = []
+    needed = []
     for node, _ in ctx.next_functions:
         try:
-            wanted.append(node is not None and torch._C._will_engine_execute_node(node))
+            needed.append(node is not None and torch._C._will_engine_execute_node(node))
         except RuntimeError:
             # PyTorch does not say so of a leaf that `torch.autograd.grad` was asked for.
-            wanted.append(True)
-    return wanted
+            needed.append(True)
+    return needed
 
 
-def _convolved(
-    x: Tensor, w: Tensor, bias: Tensor | None, stride: int, padding: int, transposed: list[int] | None = None
+def _conv(
+    x: Tensor, w: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: list[int] | None = None
 ) -> Tensor:
     """The convolution, or the transposed one with so many rows and columns more at the end of each size."""
     sizes = x.dim() - 2
     with torch.autocast(x.device.type, enabled=False):
         return torch.convolution(
-            x, w, bias, [stride] * sizes, [padding] * sizes, [1] * sizes, transposed is not None,
-            transposed or [0] * sizes, 1,
+            x, w, bias, [stride] * sizes, [padding] * sizes, [1] * sizes, output_padding is not None,
+            output_padding or [0] * sizes, 1,
         )  # fmt: skip

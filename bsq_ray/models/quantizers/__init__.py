@@ -12,12 +12,14 @@ from bsq_ray.models.quantizers.vq import VectorQuantizer
 __all__ = ["Quantized", "Quantizer", "build_quantizer"]
 
 
-def build_quantizer(section: config.BSQ | config.LFQ | config.FSQ | config.VQ) -> Quantizer:
+def build_quantizer(
+    quantizer_config: config.BSQConfig | config.LFQConfig | config.FSQConfig | config.VQConfig,
+) -> Quantizer:
     """The quantiser that a configuration section describes."""
-    if isinstance(section, config.BSQ):
-        return BinarySphericalQuantizer(section)
-    if isinstance(section, config.LFQ):
-        return LookupFreeQuantizer(section)
-    if isinstance(section, config.FSQ):
-        return FiniteScalarQuantizer(section)
-    return VectorQuantizer(section)
+    if isinstance(quantizer_config, config.BSQConfig):
+        return BinarySphericalQuantizer(quantizer_config)
+    if isinstance(quantizer_config, config.LFQConfig):
+        return LookupFreeQuantizer(quantizer_config)
+    if isinstance(quantizer_config, config.FSQConfig):
+        return FiniteScalarQuantizer(quantizer_config)
+    return VectorQuantizer(quantizer_config)

@@ -19,16 +19,16 @@ class BinarySphericalQuantizer(BinaryQuantizer):
     carries it on to v. The quantisation error is below sqrt(2 - 2 / sqrt(L)), so no commit loss is needed.
     """
 
-    def __init__(self, section: config.BSQ) -> None:
-        super().__init__(section, scale=section.bits**-0.5)
+    def __init__(self, quantizer_config: config.BSQConfig) -> None:
+        super().__init__(quantizer_config, scale=quantizer_config.bits**-0.5)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
         """Projects on the sphere, then keeps the signs."""
-        u_BNC: Tensor = _OnSphere.apply(v_BNC)
+        u_BNC: Tensor = _L2Normalize.apply(v_BNC)
         return self.quantize_coordinates(u_BNC)
 
 
-class _OnSphere(torch.autograd.Function):
+class _L2Normalize(torch.autograd.Function):
     """u = v / |v| with du/dv = (1 - u uᵀ) / |v|; the null vector stays where it is."""
 
     @staticmethod
@@ -41,5 +41,5 @@ class _OnSphere(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_BNC: Tensor) -> Tensor:
         u_BNC, norm_BN1 = ctx.saved_tensors
-        along_BN1 = (gradient_BNC * u_BNC).sum(-1, keepdim=True)
-        return torch.addcmul(gradient_BNC, u_BNC, along_BN1, value=-1).div_(norm_BN1)
+        radial_BN1 = (gradient_BNC * u_BNC).sum(-1, keepdim=True)
+        return torch.addcmul(gradient_BNC, u_BNC, radial_BN1, value=-1).div_(norm_BN1)

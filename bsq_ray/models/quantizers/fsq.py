@@ -23,12 +23,12 @@ class FiniteScalarQuantizer(Quantizer):
     half_C: Tensor
     shift_C: Tensor
 
-    def __init__(self, section: config.FSQ) -> None:
+    def __init__(self, quantizer_config: config.FSQConfig) -> None:
         super().__init__()
-        levels_C = torch.tensor(section.levels)
-        self.widths = [(n - 1).bit_length() for n in section.levels]
-        self.bits = section.bits
-        self.channels = len(section.levels)
+        levels_C = torch.tensor(quantizer_config.levels)
+        self.bit_widths = [(n - 1).bit_length() for n in quantizer_config.levels]
+        self.bits = quantizer_config.bits
+        self.channels = len(quantizer_config.levels)
         # An even number of levels has none at zero; the shift keeps the initial outputs at zero.
         self.register_buffer("levels_C", levels_C, persistent=False)
         offset_C = torch.where(levels_C % 2 == 0, 0.5, 0.0)
@@ -40,26 +40,26 @@ class FiniteScalarQuantizer(Quantizer):
     def quantize(self, v_BNC: Tensor) -> Quantized:
         """Bounds each channel with a tanh and rounds it."""
         bounded_BNC = torch.tanh(v_BNC + self.shift_C) * self.half_C - self.offset_C
-        centre_C = self.levels_C // 2
-        level_BNC = (bounded_BNC.detach().round().long() + centre_C).clamp(min=0).minimum(self.levels_C - 1)
-        codes_BNC = straight_through(self._values(level_BNC), bounded_BNC / centre_C)
-        return Quantized(codes_BNC, self._level_bits(level_BNC), v_BNC.new_zeros(()), {})
+        center_C = self.levels_C // 2
+        level_BNC = (bounded_BNC.detach().round().long() + center_C).clamp(min=0).minimum(self.levels_C - 1)
+        codes_BNC = straight_through(self._levels_to_codes(level_BNC), bounded_BNC / center_C)
+        return Quantized(codes_BNC, self._levels_to_bits(level_BNC), v_BNC.new_zeros(()), {})
 
-    def codes(self, bits_BNL: Tensor) -> Tensor:
+    def dequantize(self, bits_BNL: Tensor) -> Tensor:
         """The values of the levels; bits beyond a channel's last level name the last level."""
         levels = []
-        for bits_BNb in bits_BNL.split(self.widths, dim=-1):
-            places_b = torch.arange(bits_BNb.shape[-1], device=bits_BNL.device)
-            levels.append((bits_BNb.long() << places_b).sum(-1))
-        return self._values(torch.stack(levels, -1).minimum(self.levels_C - 1))
+        for bits_BNb in bits_BNL.split(self.bit_widths, dim=-1):
+            shifts_b = torch.arange(bits_BNb.shape[-1], device=bits_BNL.device)
+            levels.append((bits_BNb.long() << shifts_b).sum(-1))
+        return self._levels_to_codes(torch.stack(levels, -1).minimum(self.levels_C - 1))
 
-    def _values(self, level_BNC: Tensor) -> Tensor:
-        centre_C = self.levels_C // 2
-        return (level_BNC - centre_C) / centre_C
+    def _levels_to_codes(self, level_BNC: Tensor) -> Tensor:
+        center_C = self.levels_C // 2
+        return (level_BNC - center_C) / center_C
 
-    def _level_bits(self, level_BNC: Tensor) -> Tensor:
+    def _levels_to_bits(self, level_BNC: Tensor) -> Tensor:
         parts = []
-        for level_BN, width in zip(level_BNC.unbind(-1), self.widths, strict=True):
-            places_b = torch.arange(width, device=level_BNC.device)
-            parts.append((level_BN.unsqueeze(-1) >> places_b & 1).bool())
+        for level_BN, width in zip(level_BNC.unbind(-1), self.bit_widths, strict=True):
+            shifts_b = torch.arange(width, device=level_BNC.device)
+            parts.append((level_BN.unsqueeze(-1) >> shifts_b & 1).bool())
         return torch.cat(parts, -1)

@@ -12,8 +12,8 @@ from bsq_ray.models.quantizers.quantizer import Quantized
 class LookupFreeQuantizer(BinaryQuantizer):
     """code = sign(v), with gradient 1; the quantisation error is not bounded."""
 
-    def __init__(self, section: config.LFQ) -> None:
-        super().__init__(section, scale=1.0)
+    def __init__(self, quantizer_config: config.LFQConfig) -> None:
+        super().__init__(quantizer_config, scale=1.0)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
         """Keeps the signs of the free vector."""

@@ -52,7 +52,7 @@ class Quantizer(nn.Module, ABC):
         """`forward` without autocast, on fp32 vectors."""
 
     @abstractmethod
-    def codes(self, bits_BNL: Tensor) -> Tensor:
+    def dequantize(self, bits_BNL: Tensor) -> Tensor:
         """The fp32 codes that these bits name: exactly the values `forward` returned with them."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bsq_ray.models.quantizers.bits import bits_to_integers
 
-_LARGEST = 18
+_MAX_SUB_BITS = 18
 
 
 class CodeUsage:
@@ -24,10 +24,10 @@ class CodeUsage:
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
-        self.sub_bits = max(width for width in range(1, min(bits, _LARGEST) + 1) if bits % width == 0)
+        self.sub_bits = max(width for width in range(1, min(bits, _MAX_SUB_BITS) + 1) if bits % width == 0)
         self._counts_SK = np.zeros((bits // self.sub_bits, 2**self.sub_bits), np.int64)
         self._ones_L = np.zeros(bits, np.int64)
-        self._tokens = 0
+        self._num_tokens = 0
 
     def update(self, bits_BNL: Tensor) -> None:
         """Counts the tokens of a batch."""
@@ -37,7 +37,7 @@ class CodeUsage:
         ):
             counts_K += torch.bincount(code_N, minlength=len(counts_K)).numpy()
         self._ones_L += tokens_NL.sum(0).numpy()
-        self._tokens += len(tokens_NL)
+        self._num_tokens += len(tokens_NL)
 
     def compute(self) -> dict[str, float]:
         """Figures over all tokens counted.
@@ -48,22 +48,22 @@ class CodeUsage:
             bit_entropy: mean entropy of a single bit, 0 to 1; the least of them is bit_entropy_min.
             sub_token_bits: width of a sub-token; tokens: how many were counted.
         """
-        tokens = max(1, self._tokens)
-        entropy_S = np.array([_entropy(counts_K / tokens) for counts_K in self._counts_SK])
-        share_L = self._ones_L / tokens
-        bit_entropy_L = np.array([_entropy(np.array([p, 1 - p])) for p in share_L])
+        num_tokens = max(1, self._num_tokens)
+        entropy_S = np.array([_entropy(counts_K / num_tokens) for counts_K in self._counts_SK])
+        one_frequency_L = self._ones_L / num_tokens
+        bit_entropy_L = np.array([_entropy(np.array([p, 1 - p])) for p in one_frequency_L])
         return {
             "code_usage": float((self._counts_SK > 0).mean()),
             "code_perplexity": float((2**entropy_S).mean()),
             "bit_entropy": float(bit_entropy_L.mean()),
             "bit_entropy_min": float(bit_entropy_L.min()),
             "sub_token_bits": float(self.sub_bits),
-            "tokens": float(self._tokens),
+            "tokens": float(self._num_tokens),
         }
 
     def bit_entropies(self) -> list[float]:
         """Entropy of each bit, least significant first, in bits."""
-        return [_entropy(np.array([p, 1 - p])) for p in self._ones_L / max(1, self._tokens)]
+        return [_entropy(np.array([p, 1 - p])) for p in self._ones_L / max(1, self._num_tokens)]
 
 
 def _entropy(p: np.ndarray) -> float:

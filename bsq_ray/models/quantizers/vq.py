@@ -11,45 +11,45 @@ from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
 # Distances held at once: bounds the memory of the search, whatever the codebook.
-_TILE = 2**24
+_MAX_DISTANCES = 2**24
 
 
 class VectorQuantizer(Quantizer):
     """The nearest row of the codebook. penalty = |sg(v) - e|² + commit_weight · |v - sg(e)|², mean over tokens."""
 
-    def __init__(self, section: config.VQ) -> None:
+    def __init__(self, quantizer_config: config.VQConfig) -> None:
         super().__init__()
-        self.bits = section.bits
-        self.channels = section.code_width
-        self.normalised = section.normalised
-        self.commit_weight = section.commit_weight
-        self.codebook = nn.Parameter(torch.empty(section.codebook_size, section.code_width))
-        nn.init.uniform_(self.codebook, -1 / section.codebook_size, 1 / section.codebook_size)
+        self.bits = quantizer_config.bits
+        self.channels = quantizer_config.code_dim
+        self.l2_normalize = quantizer_config.l2_normalize
+        self.commitment_weight = quantizer_config.commitment_weight
+        self.codebook = nn.Parameter(torch.empty(quantizer_config.codebook_size, quantizer_config.code_dim))
+        nn.init.uniform_(self.codebook, -1 / quantizer_config.codebook_size, 1 / quantizer_config.codebook_size)
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
         """Searches the codebook and copies the gradient of the code to the vector."""
-        v_BNC = self._metric(v_BNC)
-        codebook_KC = self._metric(self.codebook)
-        index_BN = _nearest(v_BNC.detach().flatten(0, 1), codebook_KC.detach()).view(v_BNC.shape[:2])
+        v_BNC = self._maybe_normalize(v_BNC)
+        codebook_KC = self._maybe_normalize(self.codebook)
+        index_BN = _nearest_indices(v_BNC.detach().flatten(0, 1), codebook_KC.detach()).view(v_BNC.shape[:2])
         codes_BNC = F.embedding(index_BN, codebook_KC)
         codebook_loss = (v_BNC.detach() - codes_BNC).square().sum(-1).mean()
-        commit = (v_BNC - codes_BNC.detach()).square().sum(-1).mean()
-        loss = codebook_loss + self.commit_weight * commit
+        commitment_loss = (v_BNC - codes_BNC.detach()).square().sum(-1).mean()
+        loss = codebook_loss + self.commitment_weight * commitment_loss
         bits_BNL = integers_to_bits(index_BN.unsqueeze(-1), self.bits)
-        return Quantized(straight_through(codes_BNC, v_BNC), bits_BNL, loss, {"commit": commit.detach()})
+        return Quantized(straight_through(codes_BNC, v_BNC), bits_BNL, loss, {"commit": commitment_loss.detach()})
 
-    def codes(self, bits_BNL: Tensor) -> Tensor:
+    def dequantize(self, bits_BNL: Tensor) -> Tensor:
         """Rows of the codebook."""
         index_BN = bits_to_integers(bits_BNL, self.bits).squeeze(-1)
-        return F.embedding(index_BN, self._metric(self.codebook))
+        return F.embedding(index_BN, self._maybe_normalize(self.codebook))
 
-    def _metric(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.normalised else x
+    def _maybe_normalize(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.l2_normalize else x
 
 
-def _nearest(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:
+def _nearest_indices(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:
     """Index of the nearest row for each vector, searched in tiles of tokens."""
     square_K = codebook_KC.square().sum(-1)
-    tiles = v_NC.split(max(1, _TILE // codebook_KC.shape[0]))
-    found = [torch.addmm(square_K, tile, codebook_KC.t(), alpha=-2).argmin(-1) for tile in tiles]
-    return torch.cat(found)
+    tiles = v_NC.split(max(1, _MAX_DISTANCES // codebook_KC.shape[0]))
+    indices = [torch.addmm(square_K, tile, codebook_KC.t(), alpha=-2).argmin(-1) for tile in tiles]
+    return torch.cat(indices)

@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
-from bsq_ray.serving.errors import Refused, busy
+from bsq_ray.serving.errors import ApiError, too_many_requests
 from bsq_ray.serving.service_config import Limits
 
 _MB = 1_000_000
 
 
-def digest(token: str) -> str:
+def hash_token(token: str) -> str:
     """What is kept of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class Guard:
+class AdmissionControl:
     """Admits requests to one replica of the front.
 
     Args:
@@ -44,71 +44,73 @@ class Guard:
         loopback: whether only this machine can reach the service, so that without a token they must be meant for it.
     """
 
-    def __init__(self, limits: Limits, token_digest: str | None, loopback: bool) -> None:
-        self._limits, self._token_digest, self._loopback = limits, token_digest, loopback
-        self._held = 0
-        self._working = 0
+    def __init__(self, limits: Limits, token_hash: str | None, loopback_only: bool) -> None:
+        self._limits, self._token_hash, self._loopback_only = limits, token_hash, loopback_only
+        self._buffered_bytes = 0
+        self._num_active = 0
 
-    def check_sender(self, request: Request) -> None:
+    def authenticate(self, request: Request) -> None:
         """Refuses a request without the token, or one that a foreign page makes this machine's browser send.
 
         Raises:
             Refused: 401; 403 the host that is asked for is another one.
         """
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if self._token_digest is None:
-            if self._loopback and not is_loopback(_host(request)):
-                raise Refused(403, "this service has no token and takes requests to localhost, 127.0.0.1 or [::1] only")
+        if self._token_hash is None:
+            if self._loopback_only and not is_loopback(_requested_host(request)):
+                raise ApiError(
+                    403, "this service has no token and takes requests to localhost, 127.0.0.1 or [::1] only"
+                )
             return
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest(token.strip()), self._token_digest):
-            raise Refused(401, "the request needs the header 'Authorization: Bearer TOKEN' with this service's token")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(hash_token(token.strip()), self._token_hash):
+            raise ApiError(401, "the request needs the header 'Authorization: Bearer TOKEN' with this service's token")
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def slot(self) -> Iterator[None]:
         """The time in which a request is worked on.
 
         Raises:
             Refused: 429 too many are under way.
         """
-        if self._working >= self._limits.waiting:
-            raise busy()
-        self._working += 1
+        if self._num_active >= self._limits.max_ongoing_requests:
+            raise too_many_requests()
+        self._num_active += 1
         try:
             yield
         finally:
-            self._working -= 1
+            self._num_active -= 1
 
     @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
+    async def read_body(self, request: Request) -> AsyncIterator[bytes]:
         """The body, cut off as soon as it is too large or too slow; its memory counts until the block is left.
 
         Raises:
             Refused: 413, 408; 429 the bodies of other requests take all the memory; 400 its sender went away.
         """
         limits, body = self._limits, bytearray()
-        too_large = Refused(413, f"the body is larger than the {limits.body_mb:g} MB that are taken")
-        claimed = request.headers.get("content-length", "")
-        if claimed.isdecimal() and int(claimed) > limits.body_mb * _MB:
+        too_large = ApiError(413, f"the body is larger than the {limits.max_body_mb:g} MB that are taken")
+        declared_length = request.headers.get("content-length", "")
+        if declared_length.isdecimal() and int(declared_length) > limits.max_body_mb * _MB:
             raise too_large
         try:
-            async with asyncio.timeout(limits.upload_seconds):
-                async for part in request.stream():
-                    if len(body) + len(part) > limits.body_mb * _MB:
+            async with asyncio.timeout(limits.upload_timeout_s):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > limits.max_body_mb * _MB:
                         raise too_large
-                    if self._held + len(part) > limits.bodies_mb * _MB:
-                        raise busy()
-                    self._held += len(part)
-                    body += part
+                    if self._buffered_bytes + len(chunk) > limits.max_total_body_mb * _MB:
+                        raise too_many_requests()
+                    self._buffered_bytes += len(chunk)
+                    body += chunk
             yield bytes(body)
         except TimeoutError:
-            raise Refused(408, f"the body did not arrive within {limits.upload_seconds:g} s") from None
+            raise ApiError(408, f"the body did not arrive within {limits.upload_timeout_s:g} s") from None
         except ClientDisconnect:
-            raise Refused(400, "the body did not arrive") from None
+            raise ApiError(400, "the body did not arrive") from None
         finally:
-            self._held -= len(body)
+            self._buffered_bytes -= len(body)
 
 
-def _host(request: Request) -> str:
+def _requested_host(request: Request) -> str:
     """The host that the sender has asked for, without its port; a page's name can be made to lead to any address."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""

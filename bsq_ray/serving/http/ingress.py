@@ -18,24 +18,24 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from bsq_ray.serving.errors import Refused, busy, loading
+from bsq_ray.serving.errors import ApiError, model_loading, too_many_requests
 from bsq_ray.serving.http.api import create_app
 from bsq_ray.serving.http.service_metrics import cluster_metrics
-from bsq_ray.serving.registry import Kind, Model, Models
+from bsq_ray.serving.registry import ModelKind, ModelRegistry, ServedModel
 from bsq_ray.serving.service_config import Settings
 
-_LOST = (RayActorError, ReplicaUnavailableError)
+_REPLICA_DIED = (RayActorError, ReplicaUnavailableError)
 
 
-class RayReplicas:
+class ReplicaClient:
     """The replicas behind a handle of Ray Serve.
 
     Args:
         retries: how often a request is repeated after a replica has died under it.
     """
 
-    def __init__(self, handle: DeploymentHandle, retries: int) -> None:
-        self._handle, self._retries = handle, retries
+    def __init__(self, handle: DeploymentHandle, max_retries: int) -> None:
+        self._handle, self._max_retries = handle, max_retries
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """See `Replicas`.
@@ -43,14 +43,14 @@ class RayReplicas:
         Raises:
             Refused: by the replica; 429 its queue is full; 503 there is none.
         """
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._max_retries + 1):
             try:
                 return await getattr(self._handle, method).remote(*arguments)
-            except _LOST:
-                await self._pause(attempt)
+            except _REPLICA_DIED:
+                await self._backoff(attempt)
             except Exception as error:
-                raise _refusal(error) from None
-        raise loading("the model")
+                raise _to_api_error(error) from None
+        raise model_loading("the model")
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
         """See `Replicas`; what was given already is not given again.
@@ -58,30 +58,30 @@ class RayReplicas:
         Raises:
             Refused: as `call`.
         """
-        given = 0
-        for attempt in range(self._retries + 1):
+        num_yielded = 0
+        for attempt in range(self._max_retries + 1):
             try:
                 results = getattr(self._handle.options(stream=True), method).remote(*arguments)
-                place = 0
+                num_received = 0
                 async for result in results:
-                    place += 1
-                    if place > given:
-                        given = place
+                    num_received += 1
+                    if num_received > num_yielded:
+                        num_yielded = num_received
                         yield result
                 return
-            except _LOST:
-                await self._pause(attempt)
+            except _REPLICA_DIED:
+                await self._backoff(attempt)
             except Exception as error:
-                raise _refusal(error) from None
-        raise loading("the model")
+                raise _to_api_error(error) from None
+        raise model_loading("the model")
 
-    async def _pause(self, attempt: int) -> None:
+    async def _backoff(self, attempt: int) -> None:
         """Gives Ray Serve the time to notice that the replica is gone."""
         await asyncio.sleep(0.05 * 4**attempt)
 
 
 @serve.ingress()
-class Front:
+class Ingress:
     """The HTTP interface as a deployment.
 
     Args:
@@ -93,30 +93,30 @@ class Front:
     def __init__(
         self,
         settings: Settings,
-        token_digest: str | None,
-        loopback: bool,
-        kinds: Mapping[str, Kind],
+        token_hash: str | None,
+        loopback_only: bool,
+        kinds: Mapping[str, ModelKind],
         handles: Mapping[str, Mapping[str, DeploymentHandle]],
     ) -> None:
-        self._settings, self._token_digest, self._loopback = settings, token_digest, loopback
-        retries = settings.limits.retries
+        self._settings, self._token_hash, self._loopback_only = settings, token_hash, loopback_only
+        max_retries = settings.limits.max_retries
         self._models = [
-            Model(name, kinds[name], {role: RayReplicas(handle, retries) for role, handle in roles.items()})
+            ServedModel(name, kinds[name], {role: ReplicaClient(handle, max_retries) for role, handle in roles.items()})
             for name, roles in handles.items()
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        models, limits = Models(self._models), self._settings.limits
-        return create_app(models, limits, self._token_digest, self._loopback, cluster_metrics)
+        models, limits = ModelRegistry(self._models), self._settings.limits
+        return create_app(models, limits, self._token_hash, self._loopback_only, cluster_metrics)
 
 
-def _refusal(error: Exception) -> Exception:
+def _to_api_error(error: Exception) -> Exception:
     """What a failure of a replica means for the one who asked."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, Refused):
-        return Refused(*cause.args)
+    if isinstance(cause, ApiError):
+        return ApiError(*cause.args)
     if isinstance(error, BackPressureError):
-        return busy()
+        return too_many_requests()
     if isinstance(error, DeploymentUnavailableError):
-        return loading("the model")
+        return model_loading("the model")
     return error

@@ -7,16 +7,23 @@ from typing import Any
 
 from starlette.responses import Response
 
-_FILE = {"type": "string", "format": "binary"}
-_MODEL = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"},
+_BINARY_SCHEMA = {"type": "string", "format": "binary"}
+_MODEL_PARAMETER = {"name": "model", "in": "query", "required": False, "schema": {"type": "string"},
           "description": "name or id of the model; default: the first one that can"}  # fmt: skip
-_IMAGE_IN, _BSQ = {"image/*": {"schema": _FILE}}, {"application/x-bsq": {"schema": _FILE}}
-_FILE_IN = {**_IMAGE_IN, "video/*": {"schema": _FILE}}
-_PNG = {"image/png": {"schema": _FILE}}
-_SHOWN = {**_PNG, "video/mp4": {"schema": _FILE}, "video/x-matroska": {"schema": _FILE}}
-_DRAWN = {**_PNG, "image/webp": {"schema": _FILE}}
-_JSON = {"application/json": {"schema": {"type": "object"}}}
-_REFUSALS = {
+_IMAGE_CONTENT, _BSQ_CONTENT = (
+    {"image/*": {"schema": _BINARY_SCHEMA}},
+    {"application/x-bsq": {"schema": _BINARY_SCHEMA}},
+)
+_MEDIA_CONTENT = {**_IMAGE_CONTENT, "video/*": {"schema": _BINARY_SCHEMA}}
+_PNG_CONTENT = {"image/png": {"schema": _BINARY_SCHEMA}}
+_DECODED_CONTENT = {
+    **_PNG_CONTENT,
+    "video/mp4": {"schema": _BINARY_SCHEMA},
+    "video/x-matroska": {"schema": _BINARY_SCHEMA},
+}
+_GENERATED_CONTENT = {**_PNG_CONTENT, "image/webp": {"schema": _BINARY_SCHEMA}}
+_JSON_CONTENT = {"application/json": {"schema": {"type": "object"}}}
+_ERROR_RESPONSES = {
     401: "the bearer token is missing or wrong", 403: "no token is asked for, and the host is not this machine",
     404: "no such model", 413: "too many bytes, or pixels in all frames",
     415: "not a file of the kind that is wanted", 422: "damaged, or a value that cannot be",
@@ -24,7 +31,7 @@ _REFUSALS = {
     503: "models are being loaded, or the answer took too long",
 }  # fmt: skip
 
-_DRAW = {
+_GENERATE_SCHEMA = {
     "type": "object",
     "required": ["class"],
     "properties": {
@@ -37,75 +44,85 @@ _DRAW = {
 # Summary, body, answer, and what else is to be known.
 _ENDPOINTS: dict[str, tuple[str, dict[str, Any] | None, dict[str, Any], str]] = {
     "encode": (
-        "Image or video to tokens", _FILE_IN, _JSON,
+        "Image or video to tokens", _MEDIA_CONTENT, _JSON_CONTENT,
         "Pictures are resized and cropped to the model's square. grid is frames, rows, columns; packed is base64: for "
         "each token ceil(bits / 8) bytes, bit 1 least significant. Of a video also rate, frames per second. A model of "
         "images takes a video frame by frame.",
     ),
     "decode": (
-        "Tokens to image or video", _JSON, _SHOWN,
+        "Tokens to image or video", _JSON_CONTENT, _DECODED_CONTENT,
         "The body is what encode answers. A video is MP4 (H.264); with Accept: video/x-matroska MKV (FFV1, lossless).",
     ),
     "reconstruct": (
-        "Image or video to what is left of it", _FILE_IN, _SHOWN,
+        "Image or video to what is left of it", _MEDIA_CONTENT, _DECODED_CONTENT,
         "Encode and decode in one, of the model's square; of a video as decode answers. Headers: X-Bits-Per-Pixel, "
         "X-PSNR (mean over frames), X-Frames of a video.",
     ),
     "compress": (
-        "Image or video to .bsq file", _FILE_IN, _BSQ,
+        "Image or video to .bsq file", _MEDIA_CONTENT, _BSQ_CONTENT,
         "Of any size; sound is left out. Videos are MP4, MOV, 3GP, MKV, WebM, AVI, Ogg and WMV; the first model of "
         "clips takes them if model names none. Headers: X-Bits-Per-Pixel, X-Frames of a video.",
     ),
     "decompress": (
-        ".bsq file to image or video", _BSQ, _SHOWN,
+        ".bsq file to image or video", _BSQ_CONTENT, _DECODED_CONTENT,
         "The file says which model is needed. A clip becomes MKV (FFV1, every byte as it was decoded); with Accept: "
         "video/mp4 MP4 (H.264), as players and browsers take it.",
     ),
     "measure": (
-        "Rate and quality of an image", _IMAGE_IN, _JSON,
+        "Rate and quality of an image", _IMAGE_CONTENT, _JSON_CONTENT,
         "Bits per pixel, PSNR, LPIPS, and the sizes of JPEG and WebP files of equal PSNR and of equal LPIPS.",
     ),
     "generate": (
-        "Class to image or clip", {"application/json": {"schema": _DRAW}},
-        {"application/x-ndjson": {"schema": {}}, **_DRAWN},
+        "Class to image or clip", {"application/json": {"schema": _GENERATE_SCHEMA}},
+        {"application/x-ndjson": {"schema": {}}, **_GENERATED_CONTENT},
         "A line of JSON after each step, its image a data URL. With Accept: image/png the image only; clips are "
         "animated WebP.",
     ),
-    "models": ("Models, what they offer, and whether they are loaded", None, _JSON, ""),
-    "healthz": ("Whether all models are loaded", None, _JSON, "Needs no token."),
+    "models": ("Models, what they offer, and whether they are loaded", None, _JSON_CONTENT, ""),
+    "healthz": ("Whether all models are loaded", None, _JSON_CONTENT, "Needs no token."),
     "metrics": ("Metrics for Prometheus", None, {"text/plain": {"schema": {"type": "string"}}}, ""),
 }  # fmt: skip
 
 
-def described(name: str) -> dict[str, Any]:
+def route_options(name: str) -> dict[str, Any]:
     """Arguments of the route decorator."""
-    summary, body, answer, more = _ENDPOINTS[name]
-    extra: dict[str, Any] = {"parameters": [_MODEL]} if body in (_IMAGE_IN, _FILE_IN) or name == "decompress" else {}
+    summary, body, response_content, description = _ENDPOINTS[name]
+    extra: dict[str, Any] = (
+        {"parameters": [_MODEL_PARAMETER]} if body in (_IMAGE_CONTENT, _MEDIA_CONTENT) or name == "decompress" else {}
+    )
     if body is not None:
         extra["requestBody"] = {"required": True, "content": body}
-    refusals = {code: {"description": text} for code, text in _REFUSALS.items()} if body is not None else {}
-    responses = {200: {"description": "done", "content": answer}, **refusals}
-    told = {"summary": summary, "description": more, "openapi_extra": extra, "responses": responses, "name": name}
+    error_responses = (
+        {code: {"description": text} for code, text in _ERROR_RESPONSES.items()} if body is not None else {}
+    )
+    responses = {200: {"description": "done", "content": response_content}, **error_responses}
+    options = {
+        "summary": summary,
+        "description": description,
+        "openapi_extra": extra,
+        "responses": responses,
+        "name": name,
+    }
     # Otherwise every answer would be described as JSON, too.
-    return {**told, "response_class": Response}
+    return {**options, "response_class": Response}
 
 
-def html(schema: dict[str, Any]) -> str:
+def render_html(schema: dict[str, Any]) -> str:
     """The OpenAPI description as a page."""
     parts = []
     for path, methods in schema["paths"].items():
         for method, route in methods.items():
-            takes = ", ".join(route.get("requestBody", {}).get("content", {})) or "nothing"
-            gives = ", ".join(route["responses"]["200"]["content"])
-            refusals = "".join(
+            request_types = ", ".join(route.get("requestBody", {}).get("content", {})) or "nothing"
+            response_types = ", ".join(route["responses"]["200"]["content"])
+            error_items = "".join(
                 f"<li>{code}: {escape(answer['description'])}</li>"
                 for code, answer in route["responses"].items()
                 if code != "200"
             )
             parts.append(
                 f"<section><h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(route['summary'])}. "
-                f"{escape(route.get('description', ''))}</p><p>Takes {escape(takes)}; gives {escape(gives)}.</p>"
-                + (f"<details><summary>Refusals</summary><ul>{refusals}</ul></details>" if refusals else "")
+                f"{escape(route.get('description', ''))}</p><p>Takes {escape(request_types)}; gives {escape(response_types)}.</p>"
+                + (f"<details><summary>Refusals</summary><ul>{error_items}</ul></details>" if error_items else "")
                 + "</section>"
             )
     return (

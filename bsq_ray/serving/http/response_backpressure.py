@@ -16,16 +16,16 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.serving.errors import unread
-from bsq_ray.serving.http.body_prefetch import Attaching, attached_bytes
-from bsq_ray.serving.service_config import ANSWERS_VARIABLE
+from bsq_ray.serving.errors import response_memory_exhausted
+from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, prefetched_bytes
+from bsq_ray.serving.service_config import MAX_RESPONSE_MB_VARIABLE
 
 _MB = 1_000_000
 # Bytes that are given to the connection at once; it waits when it holds as much.
-_PIECE = 2**16
+_CHUNK_BYTES = 2**16
 
 
-class Outgoing:
+class ResponseBackpressureMiddleware:
     """An ASGI application whose answers take bounded memory while they are read.
 
     Args:
@@ -34,9 +34,9 @@ class Outgoing:
         seconds: for a client to take 64 KB; then the rest of its answer is dropped.
     """
 
-    def __init__(self, app: ASGIApp, answers_mb: float, seconds: float = 30.0) -> None:
-        self._app, self._most, self._seconds = app, answers_mb * _MB, seconds
-        self._held = 0
+    def __init__(self, app: ASGIApp, max_response_mb: float, timeout_s: float = 30.0) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_response_mb * _MB, timeout_s
+        self._buffered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Carries out one request."""
@@ -44,51 +44,51 @@ class Outgoing:
             await self._app(scope, receive, send)
             return
         start: Message | None = None
-        ended, attached = False, attached_bytes(scope)
+        is_closed, body_bytes = False, prefetched_bytes(scope)
 
-        async def in_time(message: Message) -> None:
-            async with asyncio.timeout(self._seconds):
+        async def send_with_timeout(message: Message) -> None:
+            async with asyncio.timeout(self._timeout_s):
                 await send(message)
 
-        async def in_pieces(message: Message) -> None:
-            nonlocal start, ended
-            if ended:
+        async def send_in_chunks(message: Message) -> None:
+            nonlocal start, is_closed
+            if is_closed:
                 return
             if message["type"] == "http.response.start":
                 # The status is not sent before it is known that there is room for the answer.
                 start = message
                 return
-            size = len(message.get("body", b"")) + attached
-            ended = self._held > 0 and self._held + size > self._most
-            self._held += size
+            num_bytes = len(message.get("body", b"")) + body_bytes
+            is_closed = self._buffered_bytes > 0 and self._buffered_bytes + num_bytes > self._max_bytes
+            self._buffered_bytes += num_bytes
             try:
-                if ended and start is not None:
-                    await _refusal()(scope, receive, in_time)
-                if ended:
+                if is_closed and start is not None:
+                    await _error_response()(scope, receive, send_with_timeout)
+                if is_closed:
                     return
                 if start is not None:
-                    await in_time(start)
+                    await send_with_timeout(start)
                     start = None
-                for piece in _pieces(message):
-                    await in_time(piece)
+                for chunk in _chunks(message):
+                    await send_with_timeout(chunk)
             except TimeoutError:
-                ended = True
+                is_closed = True
             finally:
-                self._held -= size
+                self._buffered_bytes -= num_bytes
 
-        await self._app(scope, receive, in_pieces)
-
-
-def _refusal() -> JSONResponse:
-    refusal = unread()
-    return JSONResponse({"error": refusal.message}, refusal.status, {"Retry-After": str(refusal.retry_after)})
+        await self._app(scope, receive, send_in_chunks)
 
 
-def _pieces(message: Message) -> Iterator[Message]:
-    body, more = message.get("body", b""), message.get("more_body", False)
-    for start in range(0, max(1, len(body)), _PIECE):
-        end = start + _PIECE
-        yield {**message, "body": body[start:end], "more_body": more or end < len(body)}
+def _error_response() -> JSONResponse:
+    error = response_memory_exhausted()
+    return JSONResponse({"error": error.message}, error.status, {"Retry-After": str(error.retry_after)})
+
+
+def _chunks(message: Message) -> Iterator[Message]:
+    body, more_body = message.get("body", b""), message.get("more_body", False)
+    for start in range(0, max(1, len(body)), _CHUNK_BYTES):
+        end = start + _CHUNK_BYTES
+        yield {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
 
 
 def middlewares() -> list[Middleware]:
@@ -97,11 +97,11 @@ def middlewares() -> list[Middleware]:
     Raises:
         ValueError: the environment's limit is no number of MB above 0.
     """
-    text = os.environ.get(ANSWERS_VARIABLE, "512")
+    text = os.environ.get(MAX_RESPONSE_MB_VARIABLE, "512")
     try:
         megabytes = float(text)
     except ValueError:
         megabytes = 0
     if not megabytes > 0:
-        raise ValueError(f"{ANSWERS_VARIABLE}={text}: give a number of MB above 0")
-    return [Middleware(Outgoing, answers_mb=megabytes), Middleware(Attaching)]
+        raise ValueError(f"{MAX_RESPONSE_MB_VARIABLE}={text}: give a number of MB above 0")
+    return [Middleware(ResponseBackpressureMiddleware, max_response_mb=megabytes), Middleware(PrefetchBodyMiddleware)]

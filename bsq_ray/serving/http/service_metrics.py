@@ -14,34 +14,34 @@ from http.client import HTTPException
 
 import ray
 
-_OURS = re.compile(r"(# (HELP|TYPE) )?ray_serve_")
+_SERVE_METRIC = re.compile(r"(# (HELP|TYPE) )?ray_serve_")
 # Machines of the cluster are not reached through a proxy.
-_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_direct_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 async def cluster_metrics() -> str:
     """The series of Ray Serve, machine by machine; one that does not answer is left out."""
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"] and node["MetricsExportPort"]]
     urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
-    return merged(await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls)))
+    return merge_metrics(await asyncio.gather(*(asyncio.to_thread(_fetch, url) for url in urls)))
 
 
-def merged(texts: Iterable[str]) -> str:
+def merge_metrics(texts: Iterable[str]) -> str:
     """One text of several: each metric once, with the series of all of them."""
     metrics: dict[str, dict[str, None]] = {}
     for text in texts:
         lines: dict[str, None] = {}
-        for line in filter(_OURS.match, text.splitlines()):
+        for line in filter(_SERVE_METRIC.match, text.splitlines()):
             if line.startswith("#"):
                 lines = metrics.setdefault(line.split(" ")[2], {})
             lines[line] = None
     return "".join(line + "\n" for lines in metrics.values() for line in lines)
 
 
-def _read(url: str) -> str:
+def _fetch(url: str) -> str:
     try:
-        with _direct.open(url, timeout=5) as answer:
-            text: str = answer.read().decode()
+        with _direct_opener.open(url, timeout=5) as response:
+            text: str = response.read().decode()
             return text
     except (OSError, HTTPException):
         return ""

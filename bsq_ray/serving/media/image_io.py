@@ -10,16 +10,16 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.data.transforms import DECODE_ERRORS, decode_fault, to_rgb
-from bsq_ray.serving.errors import Refused
-from bsq_ray.serving.media.video_io import VIDEOS
+from bsq_ray.data.transforms import DECODE_ERRORS, decode_error_text, to_rgb
+from bsq_ray.serving.errors import ApiError
+from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 
 # Between frames of a drawn clip: tokens do not tell the rate of the videos they were learnt from.
-_FRAME_MS = 40
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+_FRAME_DURATION_MS = 40
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 
-def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
+def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
     """Decodes an image file to RGB.
 
     Args:
@@ -31,13 +31,15 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
     """
     try:
         # Pillow warns of large images and raises on larger ones; the limit here comes first.
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError):
-            raise Refused(413, f"the image has more than the {max_pixels} pixels that are taken") from None
-        raise Refused(415, f"the body is not an image or video: {', '.join(FORMATS)}, {VIDEOS} are read") from None
+            raise ApiError(413, f"the image has more than the {max_pixels} pixels that are taken") from None
+        raise ApiError(
+            415, f"the body is not an image or video: {', '.join(IMAGE_FORMATS)}, {VIDEO_FORMAT_NAMES} are read"
+        ) from None
     if image.width * image.height > max_pixels:
-        raise Refused(
+        raise ApiError(
             413, f"the image has {image.width} x {image.height} pixels; at most {max_pixels} are taken, shrink it first"
         )
     try:
@@ -46,23 +48,25 @@ def read_image(data: bytes, max_pixels: int, short_side: int | None = None) -> I
             image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
         return to_rgb(image)
     except DECODE_ERRORS as error:
-        raise Refused(422, f"the image is damaged: {decode_fault(error)}") from None
+        raise ApiError(422, f"the image is damaged: {decode_error_text(error)}") from None
 
 
-def png(pixels_CHW: np.ndarray) -> bytes:
+def png_from_pixels(pixels_CHW: np.ndarray) -> bytes:
     """A PNG of uint8 pixels (3, H, W)."""
-    return png_of(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))))
+    return png_from_image(Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0))))
 
 
-def animated(pixels_CTHW: np.ndarray) -> bytes:
+def webp_from_frames(pixels_CTHW: np.ndarray) -> bytes:
     """An animated WebP of the uint8 frames of a clip (3, T, H, W), nothing lost."""
     first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels_CTHW.transpose(1, 2, 3, 0))
     file = io.BytesIO()
-    first.save(file, "WEBP", save_all=True, append_images=others, duration=_FRAME_MS, loop=0, lossless=True, method=0)
+    first.save(
+        file, "WEBP", save_all=True, append_images=others, duration=_FRAME_DURATION_MS, loop=0, lossless=True, method=0
+    )
     return file.getvalue()
 
 
-def png_of(image: Image.Image) -> bytes:
+def png_from_image(image: Image.Image) -> bytes:
     """A PNG, packed quickly rather than tightly."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)

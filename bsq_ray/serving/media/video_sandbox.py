@@ -22,16 +22,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from bsq_ray.media.color import Colour
-from bsq_ray.media.video_files import TooLarge, Video, read_video
+from bsq_ray.media.color import Color
+from bsq_ray.media.video_files import TooLargeError, VideoStream, read_video
 
 # Bytes of the process, beside those for each pixel of the largest frame, of which decoders keep many.
-_OWN_BYTES, _PIXEL_BYTES = 2**30, 64
-_SHAPE = struct.Struct("<II")
-_CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
+_BASE_MEMORY_BYTES, _MEMORY_BYTES_PER_PIXEL = 2**30, 64
+_FRAME_HEADER = struct.Struct("<II")
+_SUBPROCESS_CODE = "from bsq_ray.serving.media.video_sandbox import main; main()"
 
 
-def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video:
+def read_video_sandboxed(data: bytes, container: str, max_pixels: int, timeout_s: float) -> VideoStream:
     """As `read_video`; its process ends with the frames, when they are closed, or when the time is up.
 
     Args:
@@ -41,19 +41,24 @@ def read_apart(data: bytes, kind: str, max_pixels: int, seconds: float) -> Video
         TooLarge: its frames are too large; while frames are taken, too.
         ValueError: it cannot be read with this memory in this time; while frames are taken, too.
     """
-    answers = _answers(data, kind, max_pixels, seconds)
-    told: dict[str, Any] = next(answers)
-    return Video(
-        answers, Fraction(told["rate"]), told["count"], tuple(told["size"]), Colour(*told["colour"]), told["sound"]
+    messages = _decode_in_subprocess(data, container, max_pixels, timeout_s)
+    header: dict[str, Any] = next(messages)
+    return VideoStream(
+        messages,
+        Fraction(header["rate"]),
+        header["count"],
+        tuple(header["size"]),
+        Color(*header["colour"]),
+        header["sound"],
     )
 
 
-def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generator[Any, None, None]:
+def _decode_in_subprocess(data: bytes, container: str, max_pixels: int, timeout_s: float) -> Generator[Any, None, None]:
     """What the file says of itself, and then its frames."""
-    arguments = [sys.executable, "-P", "-c", _CODE, kind, str(max_pixels), str(seconds)]
+    arguments = [sys.executable, "-P", "-c", _SUBPROCESS_CODE, container, str(max_pixels), str(timeout_s)]
     # Threads reserve memory that they never touch, and the limit would count it.
-    lean = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    environment = {**os.environ, **lean, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    low_memory_env = {"OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    environment = {**os.environ, **low_memory_env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with tempfile.TemporaryFile() as body:
         body.write(data)
         body.seek(0)
@@ -61,29 +66,29 @@ def _answers(data: bytes, kind: str, max_pixels: int, seconds: float) -> Generat
     with process:
         assert process.stdout is not None
         try:
-            yield _told(process.stdout)
-            while (frame := _frame(process.stdout, max_pixels)) is not None:
+            yield _read_status(process.stdout)
+            while (frame := _read_frame(process.stdout, max_pixels)) is not None:
                 yield frame
-            _told(process.stdout)
+            _read_status(process.stdout)
         finally:
             process.kill()
 
 
-def _told(file: IO[bytes]) -> dict[str, Any]:
+def _read_status(file: IO[bytes]) -> dict[str, Any]:
     """A line of JSON; raises what it says."""
     line = file.readline()
     if not line.endswith(b"\n"):
         raise ValueError("decoding it takes more memory or time than a request has")
-    told: dict[str, Any] = json.loads(line)
-    if error := told.get("error"):
-        raise TooLarge(error) if told["large"] else ValueError(error)
-    return told
+    status: dict[str, Any] = json.loads(line)
+    if error := status.get("error"):
+        raise TooLargeError(error) if status["large"] else ValueError(error)
+    return status
 
 
-def _frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
+def _read_frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
     """The next frame (H, W, 3); None after the last one, or where the process has ended."""
-    shape = file.read(_SHAPE.size)
-    height, width = _SHAPE.unpack(shape) if len(shape) == _SHAPE.size else (0, 0)
+    shape = file.read(_FRAME_HEADER.size)
+    height, width = _FRAME_HEADER.unpack(shape) if len(shape) == _FRAME_HEADER.size else (0, 0)
     if not 0 < height * width <= max_pixels:
         return None
     pixels_HWC = np.frombuffer(bytearray(file.read(height * width * 3)), np.uint8)
@@ -92,27 +97,27 @@ def _frame(file: IO[bytes], max_pixels: int) -> np.ndarray | None:
 
 def main() -> None:
     """What the process runs."""
-    kind, max_pixels, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    container, max_pixels, timeout_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     # The system ends it then, whatever FFmpeg is at, and even if whoever waits is gone.
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    most = _OWN_BYTES + _PIXEL_BYTES * max_pixels
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    memory_limit_bytes = _BASE_MEMORY_BYTES + _MEMORY_BYTES_PER_PIXEL * max_pixels
     # Not every system has this limit.
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    out, begun = sys.stdout.buffer, False
-    end: dict[str, Any] = {}
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit_bytes, memory_limit_bytes))
+    out, header_written = sys.stdout.buffer, False
+    final_status: dict[str, Any] = {}
     try:
-        video = read_video(sys.stdin.buffer, kind, max_pixels)
-        told = {"rate": str(video.rate), "count": video.count, "size": video.size, "colour": video.colour}
-        out.write(json.dumps({**told, "sound": video.has_sound}).encode() + b"\n")
-        begun = True
+        video = read_video(sys.stdin.buffer, container, max_pixels)
+        header = {"rate": str(video.frame_rate), "count": video.num_frames, "size": video.size, "colour": video.color}
+        out.write(json.dumps({**header, "sound": video.has_audio}).encode() + b"\n")
+        header_written = True
         for frame in video.frames:
-            out.write(_SHAPE.pack(*frame.shape[:2]))
+            out.write(_FRAME_HEADER.pack(*frame.shape[:2]))
             out.write(frame.data)
     except ValueError as error:
-        end = {"error": str(error), "large": isinstance(error, TooLarge)}
+        final_status = {"error": str(error), "large": isinstance(error, TooLargeError)}
     except MemoryError:
         # Nothing is said: whoever waits knows what that means.
         os._exit(1)
-    out.write((_SHAPE.pack(0, 0) if begun else b"") + json.dumps(end).encode() + b"\n")
+    out.write((_FRAME_HEADER.pack(0, 0) if header_written else b"") + json.dumps(final_status).encode() + b"\n")
     out.flush()

@@ -21,27 +21,27 @@ from torch import Tensor
 from bsq_ray import config, model_folder
 from bsq_ray.codec.codec import Codec
 from bsq_ray.codec.container import read_header
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
-from bsq_ray.serving.batch_invariance import ExactBatches
-from bsq_ray.serving.deadline import Work
-from bsq_ray.serving.errors import Refused
-from bsq_ray.serving.image_quality import Figures, measure
-from bsq_ray.serving.media.image_io import animated, png, png_of, read_image
-from bsq_ray.serving.media.video_io import check_length, is_clip, read_clip, written
-from bsq_ray.serving.payloads import BSQ, File
-from bsq_ray.serving.replicas.video_engine import ClipEngine
+from bsq_ray.serving.batch_invariance import BatchInvariantRunner
+from bsq_ray.serving.deadline import Deadline
+from bsq_ray.serving.errors import ApiError
+from bsq_ray.serving.image_quality import QualityReport, measure_quality
+from bsq_ray.serving.media.image_io import png_from_image, png_from_pixels, read_uploaded_image, webp_from_frames
+from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, is_video, read_uploaded_video
+from bsq_ray.serving.payloads import BSQ_MEDIA_TYPE, MediaFile
+from bsq_ray.serving.replicas.video_engine import VideoEngine
 from bsq_ray.serving.service_config import Limits
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Decode = Callable[[Tensor], Tensor]
 
 
-def use_threads(count: int) -> None:
+def set_num_threads(num_threads: int) -> None:
     """Threads of PyTorch in this process; 0 is one for each core."""
-    torch.set_num_threads(count or os.cpu_count() or 1)
+    torch.set_num_threads(num_threads or os.cpu_count() or 1)
 
 
 class TokenizerEngine:
@@ -51,27 +51,31 @@ class TokenizerEngine:
         clips: the same for clips, one at a time.
     """
 
-    def __init__(self, url: str, device: str, largest_batch: int, limits: Limits) -> None:
+    def __init__(self, url: str, device: str, max_batch_size: int, limits: Limits) -> None:
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
-        run = config.expect(model_folder.read_config(url), config.TokenizerConfig, url)
-        self._filter, self._max_pixels, self._device = run.data.evaluation_filter, limits.pixels, device
-        self.clips = ClipEngine(self.tokenizer, self._filter, limits, device)
-        section = self.tokenizer.config
-        self.side = section.image_size // section.patch_size
-        images_BCHW = _example(largest_batch, 3, section.image_size, section.image_size)
-        self._encode = ExactBatches(self._features_and_bits, images_BCHW, cores=_cores(device))
-        bits_BNL = _example(largest_batch, self.side**2, self.tokenizer.quantizer.bits) > 0
-        self._decode = ExactBatches(self._pixels, bits_BNL, cores=_cores(device))
+        run_config = config.require_stage(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
+        self._resize_filter, self._max_pixels, self._device = (
+            run_config.data.eval_interpolation,
+            limits.max_pixels,
+            device,
+        )
+        self.video = VideoEngine(self.tokenizer, self._resize_filter, limits, device)
+        model_config = self.tokenizer.config
+        self.grid_size = model_config.image_size // model_config.patch_size
+        images_BCHW = _example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
+        self._batched_encode = BatchInvariantRunner(self._features_and_bits, images_BCHW, num_cores=_num_cores(device))
+        bits_BNL = _example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0
+        self._batched_decode = BatchInvariantRunner(self._decode_bits, bits_BNL, num_cores=_num_cores(device))
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the list of models says of it."""
-        section, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
+        model_config, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
         return {
             "tokenizer_id": self.tokenizer.model_id,
-            "image_size": section.image_size,
-            "grid": [1, self.side, self.side],
+            "image_size": model_config.image_size,
+            "grid": [1, self.grid_size, self.grid_size],
             "bits": bits,
-            "bits_per_pixel": bits / section.patch_size**2,
+            "bits_per_pixel": bits / model_config.patch_size**2,
         }
 
     def prepare(self, data: bytes) -> np.ndarray:
@@ -81,34 +85,38 @@ class TokenizerEngine:
             Refused: see `read_image`.
         """
         size = self.tokenizer.config.image_size
-        return evaluation_image(read_image(data, self._max_pixels, size), size, self._filter)
+        return eval_transform(read_uploaded_image(data, self._max_pixels, size), size, self._resize_filter)
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Pixels (3, S, S) to packed bits (N, ceil(L / 8)), uint8."""
         images_BCHW = to_float(torch.from_numpy(np.stack(images)))
-        bits_BNL = self._encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
+        bits_BNL = self._batched_encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
         return list(pack_bits(bits_BNL).cpu().numpy())
 
     def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
         """Packed bits to pixels, the inverse of `encode`."""
         bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
-        images_BCHW = to_uint8(self._decode(bits_BNL))
+        images_BCHW = to_uint8(self._batched_decode(bits_BNL))
         return list(images_BCHW.cpu().numpy())
 
-    def check_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
+    def parse_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
         """Tokens of an image, or of all frames of a clip, from a request, as `decode` takes them.
 
         Raises:
             Refused: 422 they are not of this model.
         """
-        tokens, width = self.side**2, -(-self.tokenizer.quantizer.bits // 8)
-        if grid[1:] != [self.side, self.side] or grid[0] < 1 or len(packed) != grid[0] * tokens * width:
-            raise Refused(
+        num_tokens, bytes_per_token = self.grid_size**2, -(-self.tokenizer.quantizer.bits // 8)
+        if (
+            grid[1:] != [self.grid_size, self.grid_size]
+            or grid[0] < 1
+            or len(packed) != grid[0] * num_tokens * bytes_per_token
+        ):
+            raise ApiError(
                 422,
-                f"this model takes the grid [frames, {self.side}, {self.side}] and for each frame {tokens} tokens of "
-                f"{width} bytes",
+                f"this model takes the grid [frames, {self.grid_size}, {self.grid_size}] and for each frame {num_tokens} tokens of "
+                f"{bytes_per_token} bytes",
             )
-        return np.frombuffer(packed, np.uint8).reshape(-1, width)
+        return np.frombuffer(packed, np.uint8).reshape(-1, bytes_per_token)
 
     @torch.no_grad()
     def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
@@ -117,8 +125,8 @@ class TokenizerEngine:
         v_BNC = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
         return torch.cat([v_BNC, self.tokenizer.quantizer(v_BNC).bits_BNL.to(v_BNC.dtype)], -1)
 
-    def _pixels(self, bits_BNL: Tensor) -> Tensor:
-        return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.side, self.side)))
+    def _decode_bits(self, bits_BNL: Tensor) -> Tensor:
+        return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.grid_size, self.grid_size)))
 
 
 class CodecEngine:
@@ -126,121 +134,129 @@ class CodecEngine:
 
     def __init__(self, url: str, device: str, limits: Limits) -> None:
         self.codec = Codec.from_pretrained(url, device=device)
-        self._raw = Codec(self.codec.tokenizer)
-        self._limits, self._tile = limits, self.codec.tokenizer.config.image_size
+        self._codec_without_prior = Codec(self.codec.tokenizer)
+        self._limits, self._tile_size = limits, self.codec.tokenizer.config.image_size
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the list of models says of it."""
         prior = self.codec.prior
         return {"tokenizer_id": self.codec.tokenizer.model_id, "prior_id": prior.model_id if prior else None}
 
-    def compress(self, data: bytes, work: Work) -> File:
+    def compress(self, data: bytes, deadline: Deadline) -> MediaFile:
         """An image or video file to a .bsq file.
 
         Raises:
             Refused: see `read_image` and `read_clip`; 422 this model does not take it; 503 when its time is up.
         """
-        work.check()
+        deadline.check()
         try:
-            if is_clip(data):
-                video = read_clip(data, self._limits, self._tile**2)
-                coded = self.codec.compress_clip(video.frames, video.rate, video.colour, work.check)
+            if is_video(data):
+                video = read_uploaded_video(data, self._limits, self._tile_size**2)
+                encoded = self.codec.compress_clip(video.frames, video.frame_rate, video.color, deadline.check)
             else:
-                coded = self.codec.compress(read_image(data, self._limits.pixels), work.check)
+                encoded = self.codec.compress(read_uploaded_image(data, self._limits.max_pixels), deadline.check)
         except ValueError as error:
-            raise Refused(422, str(error)) from None
-        pixels = round(8 * len(coded.data) / coded.bits_per_pixel)
-        return File(coded.data, BSQ, pixels, coded.frames if is_clip(data) else None)
+            raise ApiError(422, str(error)) from None
+        num_pixels = round(8 * len(encoded.data) / encoded.bits_per_pixel)
+        return MediaFile(encoded.data, BSQ_MEDIA_TYPE, num_pixels, encoded.num_frames if is_video(data) else None)
 
-    def decompress(self, data: bytes, media_type: str, work: Work) -> File:
+    def decompress(self, data: bytes, media_type: str, deadline: Deadline) -> MediaFile:
         """A .bsq file to a PNG, or to a video of this media type.
 
         Raises:
             Refused: 413 the clip is too long, 422 damaged or of other models, 503 when its time is up.
         """
-        work.check()
-        most = self._limits.pixels
+        deadline.check()
+        max_pixels = self._limits.max_pixels
         try:
-            header = read_header(data, most)
+            header = read_header(data, max_pixels)
             if header.clip is None:
-                image = self.codec.decompress(data, max_pixels=most, progress=work.check)
-                return File(png_of(image), "image/png", image.width * image.height)
-            pixels = header.width * header.height
-            check_length(header.frames, max(pixels, self._tile**2), self._limits)
-            frames = self.codec.decompress_clip(data, max_pixels=most, progress=work.check)
-            file, count = written(frames, media_type, header.clip.rate, header.clip.colour)
+                image = self.codec.decompress(data, max_pixels=max_pixels, on_progress=deadline.check)
+                return MediaFile(png_from_image(image), "image/png", image.width * image.height)
+            pixels_per_frame = header.width * header.height
+            check_total_pixels(header.num_frames, max(pixels_per_frame, self._tile_size**2), self._limits)
+            frames = self.codec.decompress_clip(data, max_pixels=max_pixels, on_progress=deadline.check)
+            file, num_frames = encode_video_file(frames, media_type, header.clip.frame_rate, header.clip.color)
         except ValueError as error:
-            raise Refused(422, str(error)) from None
-        return File(file, media_type, count * pixels, count)
+            raise ApiError(422, str(error)) from None
+        return MediaFile(file, media_type, num_frames * pixels_per_frame, num_frames)
 
-    def measure(self, data: bytes, work: Work) -> Figures:
+    def measure(self, data: bytes, deadline: Deadline) -> QualityReport:
         """Rate and quality of an image file beside JPEG and WebP at equal quality.
 
         Raises:
             Refused: as `compress`; 415 a video.
         """
-        work.check()
-        if is_clip(data):
-            raise Refused(415, "the body is a video; only images are measured")
-        image = read_image(data, self._limits.pixels)
-        size = len(self.codec.compress(image, work.check).data)
+        deadline.check()
+        if is_video(data):
+            raise ApiError(415, "the body is a video; only images are measured")
+        image = read_uploaded_image(data, self._limits.max_pixels)
+        num_bytes = len(self.codec.compress(image, deadline.check).data)
         # The prior loses nothing, so the picture need not go through it.
-        raw = self._raw.compress(image, work.check).data
-        shown = self._raw.decompress(raw, max_pixels=self._limits.pixels, progress=work.check)
-        return measure(image, shown, size, work.check)
+        coded_without_prior = self._codec_without_prior.compress(image, deadline.check).data
+        decoded = self._codec_without_prior.decompress(
+            coded_without_prior, max_pixels=self._limits.max_pixels, on_progress=deadline.check
+        )
+        return measure_quality(image, decoded, num_bytes, deadline.check)
 
 
 class GeneratorEngine:
     """Draws images of classes; the forward passes of several requests can be computed together."""
 
-    def __init__(self, url: str, device: str, largest_batch: int, most_steps: int) -> None:
+    def __init__(self, url: str, device: str, max_batch_size: int, max_steps: int) -> None:
         self.generator = Generator.from_pretrained(url, device=device)
-        self._device, self._most_steps = device, most_steps
+        self._device, self._max_steps = device, max_steps
         model = self.generator.model
-        tokens_BNS = torch.randint(0, model.mask + 1, (largest_batch, model.config.tokens, model.config.sub_tokens))
-        classes_BC = model.classes_of(torch.full((largest_batch,), model.any_class))
-        self._together = ExactBatches(self._forward, tokens_BNS, classes_BC, cores=_cores(device))
+        tokens_BNS = torch.randint(
+            0, model.mask_token + 1, (max_batch_size, model.config.num_tokens, model.config.num_sub_tokens)
+        )
+        classes_BC = model.class_weights(torch.full((max_batch_size,), model.null_class))
+        self._batched_forward = BatchInvariantRunner(
+            self._forward, tokens_BNS, classes_BC, num_cores=_num_cores(device)
+        )
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the list of models says of it."""
         generator = self.generator
         return {
             "model_id": generator.model.model_id,
             "tokenizer_id": generator.tokenizer.model_id,
             "image_size": generator.tokenizer.config.image_size,
-            "classes": generator.model.config.classes,
+            "classes": generator.model.config.num_classes,
             "steps": generator.sampling.steps,
-            "guidance": generator.sampling.guidance,
+            "guidance": generator.sampling.guidance_scale,
         }
 
-    def check(self, label: int, changes: dict[str, Any]) -> None:
+    def check_request(self, label: int, sampling_overrides: dict[str, Any]) -> None:
         """Refuses before anything is drawn what `draw` would fail at.
 
         Raises:
             Refused: 422 an unknown class or an invalid value.
         """
         try:
-            self.generator.model.classes_of(torch.tensor([label]))
-            section = config.Sampling.model_validate(self.generator.sampling.model_dump() | changes)
+            self.generator.model.class_weights(torch.tensor([label]))
+            sampling = config.SamplingConfig.model_validate(self.generator.sampling.model_dump() | sampling_overrides)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise Refused(422, f"{first['loc'][0]}: {first['msg']}") from None
+            first_error = error.errors()[0]
+            raise ApiError(422, f"{first_error['loc'][0]}: {first_error['msg']}") from None
         except ValueError as error:
-            raise Refused(422, str(error)) from None
-        if section.steps > self._most_steps:
-            raise Refused(422, f"steps: at most {self._most_steps} are taken")
+            raise ApiError(422, str(error)) from None
+        if sampling.steps > self._max_steps:
+            raise ApiError(422, f"steps: at most {self._max_steps} are taken")
 
-    def draw(self, label: int, seed: int, changes: dict[str, Any], predict: Predict, decode: Decode) -> Iterator[bytes]:
+    def generate_steps(
+        self, label: int, seed: int, sampling_overrides: dict[str, Any], predict: Predict, decode: Decode
+    ) -> Iterator[bytes]:
         """A PNG, or an animated WebP of a clip, after each step, masked parts grey; the last one is the image."""
-        for images in self.generator.steps([label], seed, predict, decode, **changes):
+        for images in self.generator.iter_steps([label], seed, predict, decode, **sampling_overrides):
             pixels = to_uint8(images)[0].cpu().numpy()
-            yield png(pixels) if pixels.ndim == 3 else animated(pixels)
+            yield png_from_pixels(pixels) if pixels.ndim == 3 else webp_from_frames(pixels)
 
     def forward(self, requests: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Logits for the rows (sub-tokens, classes) of several requests."""
         tokens_BNS = torch.cat([tokens for tokens, _ in requests])
         classes_BC = torch.cat([classes for _, classes in requests])
-        logits_BNSV = self._together(tokens_BNS, classes_BC)
+        logits_BNSV = self._batched_forward(tokens_BNS, classes_BC)
         return list(logits_BNSV.split([len(tokens) for tokens, _ in requests]))
 
     def decode(self, bits_BNL: Tensor) -> Tensor:
@@ -253,10 +269,10 @@ class GeneratorEngine:
         return logits
 
 
-def _cores(device: str) -> int:
+def _num_cores(device: str) -> int:
     return torch.get_num_threads() if device == "cpu" else 1
 
 
-def _example(*shape: int) -> Tensor:
+def _example_values(*shape: int) -> Tensor:
     """Values in [-1, 1] that are the same everywhere."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -21,24 +21,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray.data.transforms import evaluation_image, to_float, to_uint8
-from bsq_ray.media.color import Colour
+from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.media.color import Color
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.models.clips import chunk_frames, clip_decoder, clip_encoder
+from bsq_ray.models.clips import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
-from bsq_ray.serving.deadline import Work
-from bsq_ray.serving.media.video_io import check_length, read_clip, written
-from bsq_ray.serving.payloads import File, PackedTokens
+from bsq_ray.serving.deadline import Deadline
+from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video
+from bsq_ray.serving.payloads import MediaFile, PackedTokens
 from bsq_ray.serving.service_config import Limits
 
 # Calls a function where the model computes.
-Compute = Callable[..., Any]
+RunInModelThread = Callable[..., Any]
 # BT.709 as in most videos: tokens say nothing of their source's colours.
-_COLOUR = Colour(1, 1, 1, 0)
+_DEFAULT_COLOR = Color(1, 1, 1, 0)
 
 
-class ClipEngine:
+class VideoEngine:
     """Clips to tokens and back.
 
     Args:
@@ -47,85 +47,99 @@ class ClipEngine:
     """
 
     def __init__(self, tokenizer: Tokenizer, resize_filter: Any, limits: Limits, device: str) -> None:
-        section = tokenizer.config
-        self._tokenizer, self._filter, self._limits, self._device = tokenizer, resize_filter, limits, device
-        self._size, self._side = section.image_size, section.image_size // section.patch_size
-        self._chunk = chunk_frames(section)
+        model_config = tokenizer.config
+        self._tokenizer, self._resize_filter, self._limits, self._device = tokenizer, resize_filter, limits, device
+        self._image_size, self._grid_size = model_config.image_size, model_config.image_size // model_config.patch_size
+        self._chunk_frames = frames_per_chunk(model_config)
 
-    def encode(self, data: bytes, compute: Compute, work: Work) -> PackedTokens:
+    def encode(self, data: bytes, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
         """The tokens of a video file.
 
         Raises:
             Refused: see `read_clip`; 503 when its time is up.
         """
-        video, step = read_clip(data, self._limits, self._size**2), clip_encoder(self._tokenizer)
-        packed = [compute(self._encode, step, chunk) for chunk in self._chunks(map(self._prepared, video.frames), work)]
-        frames = sum(len(part) for part in packed) // self._side**2
+        video, encoder = read_uploaded_video(data, self._limits, self._image_size**2), clip_encoder(self._tokenizer)
+        packed = [
+            run_in_model_thread(self._encode, encoder, chunk)
+            for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline)
+        ]
+        num_frames = sum(len(part) for part in packed) // self._grid_size**2
         return PackedTokens(
-            [frames, self._side, self._side], b"".join(part.tobytes() for part in packed), str(video.rate)
+            [num_frames, self._grid_size, self._grid_size],
+            b"".join(part.tobytes() for part in packed),
+            str(video.frame_rate),
         )
 
-    def decode(self, packed: np.ndarray, rate: Fraction, media_type: str, compute: Compute, work: Work) -> File:
+    def decode(
+        self,
+        packed: np.ndarray,
+        rate: Fraction,
+        media_type: str,
+        run_in_model_thread: RunInModelThread,
+        deadline: Deadline,
+    ) -> MediaFile:
         """The video of packed tokens (N, bytes).
 
         Raises:
             Refused: 413 it would be too long, 503 when its time is up.
         """
-        frames_TNb = packed.reshape(-1, self._side**2, packed.shape[1])
-        check_length(len(frames_TNb), self._size**2, self._limits)
-        step = clip_decoder(self._tokenizer)
+        frames_TNb = packed.reshape(-1, self._grid_size**2, packed.shape[1])
+        check_total_pixels(len(frames_TNb), self._image_size**2, self._limits)
+        decoder = clip_decoder(self._tokenizer)
 
         def frames() -> Iterator[np.ndarray]:
-            for chunk in self._chunks(frames_TNb, work):
-                yield from compute(self._decode, step, np.concatenate(chunk))
+            for chunk in self._iter_chunks(frames_TNb, deadline):
+                yield from run_in_model_thread(self._decode, decoder, np.concatenate(chunk))
 
-        file, count = written(frames(), media_type, rate, _COLOUR)
-        return File(file, media_type, count * self._size**2, count)
+        file, num_frames = encode_video_file(frames(), media_type, rate, _DEFAULT_COLOR)
+        return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames)
 
-    def reconstruct(self, data: bytes, media_type: str, compute: Compute, work: Work) -> File:
+    def reconstruct(
+        self, data: bytes, media_type: str, run_in_model_thread: RunInModelThread, deadline: Deadline
+    ) -> MediaFile:
         """What is left of a video file.
 
         Raises:
             Refused: as `encode`.
         """
-        video = read_clip(data, self._limits, self._size**2)
-        encode, decode = clip_encoder(self._tokenizer), clip_decoder(self._tokenizer)
-        waiting: deque[np.ndarray] = deque()
-        qualities: list[float] = []
+        video = read_uploaded_video(data, self._limits, self._image_size**2)
+        encoder, decoder = clip_encoder(self._tokenizer), clip_decoder(self._tokenizer)
+        originals: deque[np.ndarray] = deque()
+        psnr_values: list[float] = []
 
-        def there_and_back(chunk: list[np.ndarray]) -> list[np.ndarray]:
-            return self._decode(decode, self._encode(encode, chunk))
+        def encode_and_decode(chunk: list[np.ndarray]) -> list[np.ndarray]:
+            return self._decode(decoder, self._encode(encoder, chunk))
 
         def frames() -> Iterator[np.ndarray]:
-            for chunk in self._chunks(map(self._prepared, video.frames), work):
-                waiting.extend(chunk)
-                for frame in compute(there_and_back, chunk):
-                    shown = frame.transpose(2, 0, 1)
-                    pair = (to_float(torch.from_numpy(pixels))[None] for pixels in (waiting.popleft(), shown))
-                    qualities.append(float(psnr(*pair)))
+            for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline):
+                originals.extend(chunk)
+                for frame in run_in_model_thread(encode_and_decode, chunk):
+                    decoded_CHW = frame.transpose(2, 0, 1)
+                    pair = (to_float(torch.from_numpy(pixels))[None] for pixels in (originals.popleft(), decoded_CHW))
+                    psnr_values.append(float(psnr(*pair)))
                     yield frame
 
-        file, count = written(frames(), media_type, video.rate, video.colour)
-        return File(file, media_type, count * self._size**2, count, float(np.mean(qualities)))
+        file, num_frames = encode_video_file(frames(), media_type, video.frame_rate, video.color)
+        return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames, float(np.mean(psnr_values)))
 
-    def _prepared(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        return evaluation_image(Image.fromarray(pixels_HWC), self._size, self._filter)
+    def _prepare(self, pixels_HWC: np.ndarray) -> np.ndarray:
+        return eval_transform(Image.fromarray(pixels_HWC), self._image_size, self._resize_filter)
 
-    def _chunks(self, parts: Iterable[np.ndarray], work: Work) -> Iterator[list[np.ndarray]]:
-        following = iter(parts)
-        while chunk := list(islice(following, self._chunk)):
-            work.check()
+    def _iter_chunks(self, frames: Iterable[np.ndarray], deadline: Deadline) -> Iterator[list[np.ndarray]]:
+        remaining = iter(frames)
+        while chunk := list(islice(remaining, self._chunk_frames)):
+            deadline.check()
             yield chunk
 
-    def _encode(self, step: Callable[[Tensor], Tokens], chunk: list[np.ndarray]) -> np.ndarray:
+    def _encode(self, encoder: Callable[[Tensor], Tokens], chunk: list[np.ndarray]) -> np.ndarray:
         """Frames (3, H, W) to packed tokens (N, bytes)."""
         clip_13THW = to_float(torch.from_numpy(np.stack(chunk, 1))[None]).to(self._device)
-        packed: np.ndarray = pack_bits(step(clip_13THW).bits_BNL)[0].cpu().numpy()
+        packed: np.ndarray = pack_bits(encoder(clip_13THW).bits_BNL)[0].cpu().numpy()
         return packed
 
-    def _decode(self, step: Callable[[Tokens], Tensor], packed: np.ndarray) -> list[np.ndarray]:
+    def _decode(self, decoder: Callable[[Tokens], Tensor], packed: np.ndarray) -> list[np.ndarray]:
         """Packed tokens to frames (H, W, 3)."""
         bits_1NL = unpack_bits(torch.from_numpy(packed)[None], self._tokenizer.quantizer.bits).to(self._device)
-        grid = (len(packed) // self._side**2, self._side, self._side)
-        pixels_3THW = to_uint8(step(Tokens(bits_1NL, grid))[0])
+        grid = (len(packed) // self._grid_size**2, self._grid_size, self._grid_size)
+        pixels_3THW = to_uint8(decoder(Tokens(bits_1NL, grid))[0])
         return list(pixels_3THW.permute(1, 2, 3, 0).contiguous().cpu().numpy())

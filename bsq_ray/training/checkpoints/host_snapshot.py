@@ -16,30 +16,30 @@ import torch
 from torch import Tensor
 
 # What writes a file to a path, by the file's name; holds everything that it writes.
-Files = dict[str, Callable[[Path], None]]
+FileWriters = dict[str, Callable[[Path], None]]
 
 
-def in_host_memory(value: Any) -> Any:
+def copy_to_host(value: Any) -> Any:
     """A copy that shares nothing with the original; tensors are on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: in_host_memory(item) for key, item in value.items()}
+        return {key: copy_to_host(item) for key, item in value.items()}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(in_host_memory(item) for item in value)
+        return type(value)(copy_to_host(item) for item in value)
     return copy.deepcopy(value)
 
 
-def pickled(value: Any) -> Callable[[Path], None]:
+def torch_save_writer(value: Any) -> Callable[[Path], None]:
     """Writes a copy of `value` as `torch.save` does."""
-    return partial(torch.save, in_host_memory(value))
+    return partial(torch.save, copy_to_host(value))
 
 
-def as_safetensors(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+def safetensors_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     """Writes copies of tensors in the safetensors format."""
-    return partial(safetensors.torch.save_file, in_host_memory(tensors))
+    return partial(safetensors.torch.save_file, copy_to_host(tensors))
 
 
-def inside(folder: str, files: Files) -> Files:
+def with_prefix(prefix: str, files: FileWriters) -> FileWriters:
     """The same files in a folder."""
-    return {f"{folder}/{name}": write for name, write in files.items()}
+    return {f"{prefix}/{name}": write for name, write in files.items()}

@@ -25,17 +25,17 @@ from queue import SimpleQueue
 from typing import Any
 
 from bsq_ray import storage
-from bsq_ray.training.checkpoints.host_snapshot import Files
-from bsq_ray.training.worker_context import Worker
+from bsq_ray.training.checkpoints.host_snapshot import FileWriters
+from bsq_ray.training.worker_context import WorkerContext
 
-_INDEX = "checkpoint.json"
+_INDEX_FILE = "checkpoint.json"
 # The disk is full, or this user's share of it.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """How far a run has come, and what it is a run of.
 
     Attributes:
@@ -70,36 +70,41 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out_url: str, worker: Worker, keep: int, patience: float, tell: Callable[[int, float], None]
+        self,
+        out_url: str,
+        worker: WorkerContext,
+        num_to_keep: int,
+        timeout_s: float,
+        on_published: Callable[[int, float], None],
     ) -> None:
-        self._out_url, self._worker, self._keep, self._patience = out_url, worker, keep, patience
-        self._tell = tell
-        self._progress: Progress | None = None
-        self._task: Future[Any] | None = None
-        self._publishing = False
-        self._began = 0.0
+        self._out_url, self._worker, self._num_to_keep, self._timeout_s = out_url, worker, num_to_keep, timeout_s
+        self._on_published = on_published
+        self._progress: RunProgress | None = None
+        self._future: Future[Any] | None = None
+        self._is_publishing = False
+        self._start_time = 0.0
         self._warnings: SimpleQueue[str] = SimpleQueue()
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether this worker's thread is at work; when no worker's is, `settle` is due."""
-        return self._task is not None and not self._task.done()
+        return self._future is not None and not self._future.done()
 
-    def take_warnings(self) -> list[str]:
+    def drain_warnings(self) -> list[str]:
         """What went wrong since the last call and was tried again."""
         return [self._warnings.get() for _ in range(self._warnings.qsize())]
 
-    def save(self, progress: Progress, files: Files) -> None:
+    def save(self, progress: RunProgress, files: FileWriters) -> None:
         """Begins to write a checkpoint, after the one before is finished.
 
         Raises:
             RuntimeError: the one before could not be written; all workers raise it together.
         """
-        self.finish()
-        self._progress, self._publishing, self._began = progress, False, time.monotonic()
-        self._task = _in_background(partial(self._write, _url(self._out_url, progress.step), files))
+        self.wait()
+        self._progress, self._is_publishing, self._start_time = progress, False, time.monotonic()
+        self._future = _run_in_thread(partial(self._write, _checkpoint_url(self._out_url, progress.step), files))
 
-    def settle(self) -> None:
+    def advance(self) -> None:
         """Goes on with the checkpoint whose parts are written; every worker calls it when none is busy.
 
         Raises:
@@ -107,55 +112,55 @@ class CheckpointWriter:
         """
         if self._progress is None:
             return
-        assert self._task is not None
-        failure = self._task.exception()
+        assert self._future is not None
+        failure = self._future.exception()
         text = failure and (str(failure) or repr(failure))
-        answers = self._worker.gather((None if failure else self._task.result(), text))
+        results = self._worker.all_gather_object((None if failure else self._future.result(), text))
         step = self._progress.step
-        for rank, (_, text) in enumerate(answers):
+        for rank, (_, text) in enumerate(results):
             if text:
-                self._progress = self._task = None
+                self._progress = self._future = None
                 raise RuntimeError(f"worker {rank} cannot write the checkpoint of step {step}: {text}")
-        if self._publishing:
-            self._progress = self._task = None
-            self._tell(step, time.monotonic() - self._began)
+        if self._is_publishing:
+            self._progress = self._future = None
+            self._on_published(step, time.monotonic() - self._start_time)
             return
-        self._publishing = True
-        files = [file for part, _ in answers for file in part]
+        self._is_publishing = True
+        files = [file for part, _ in results for file in part]
         index = {"version": 1, "progress": asdict(self._progress), "files": files}
         publish = partial(self._publish, step, index)
-        self._task = _in_background(publish if self._worker.first else _nothing)
+        self._future = _run_in_thread(publish if self._worker.is_main else _noop)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Waits until what was begun is visible; raises what `settle` raises."""
-        while self._task is not None:
-            wait([self._task])
-            self.settle()
+        while self._future is not None:
+            wait([self._future])
+            self.advance()
 
-    def _write(self, url: str, files: Files) -> list[dict[str, Any]]:
+    def _write(self, url: str, files: FileWriters) -> list[dict[str, Any]]:
         """Writes this worker's part; a description of each file."""
-        if self._worker.first:
+        if self._worker.is_main:
             # Of a damaged checkpoint of this step that was passed over.
-            self._persistently(partial(storage.remove, storage.join(url, _INDEX)))
+            self._retry(partial(storage.remove, storage.join(url, _INDEX_FILE)))
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             for name, write in files.items():
-                _write_aside(write, folder, name)
-            described = [_describe(folder / name, folder) for name in files]
+                _write_to_temp(write, folder, name)
+            descriptions = [_describe(folder / name, folder) for name in files]
             for name in files:
-                self._persistently(partial(storage.copy_in, str(folder / name), storage.join(url, name)))
-        return described
+                self._retry(partial(storage.upload, str(folder / name), storage.join(url, name)))
+        return descriptions
 
     def _publish(self, step: int, index: dict[str, Any]) -> None:
         data = json.dumps(index, indent=1).encode()
-        self._persistently(partial(storage.write_bytes, storage.join(_url(self._out_url, step), _INDEX), data))
-        self._persistently(partial(_remove_old, self._out_url, self._keep, step))
+        self._retry(partial(storage.write_bytes, storage.join(_checkpoint_url(self._out_url, step), _INDEX_FILE), data))
+        self._retry(partial(_remove_old, self._out_url, self._num_to_keep, step))
 
-    def _persistently(self, operation: Callable[[], None]) -> None:
-        storage.persistently(operation, self._patience, self._warnings.put)
+    def _retry(self, operation: Callable[[], None]) -> None:
+        storage.retry_while_unavailable(operation, self._timeout_s, self._warnings.put)
 
 
-def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[str]]:
+def load_checkpoint(out_url: str, folder: Path) -> tuple[RunProgress | None, list[str]]:
     """Copies the newest whole checkpoint into a local folder and checks every file.
 
     Returns:
@@ -170,10 +175,10 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[s
         try:
             progress, files = _read_index(url)
             with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(4) as pool:
-                list(pool.map(partial(_fetch, url, Path(scratch)), files))
+                list(pool.map(partial(_download, url, Path(scratch)), files))
                 for path in Path(scratch).iterdir():
                     path.rename(folder / path.name)
-        except storage.Unavailable:
+        except storage.StorageUnavailableError:
             raise
         except ValueError as error:
             warnings.append(f"the checkpoint {url} is damaged and is passed over: {error}")
@@ -182,12 +187,12 @@ def load_checkpoint(out_url: str, folder: Path) -> tuple[Progress | None, list[s
     return None, warnings
 
 
-def newest_progress(out_url: str) -> Progress | None:
+def newest_progress(out_url: str) -> RunProgress | None:
     """How far the newest checkpoint with a readable index is, without reading its files."""
     for name in reversed(list_checkpoints(out_url)):
         try:
             return _read_index(storage.join(out_url, "checkpoints", name))[0]
-        except storage.Unavailable:
+        except storage.StorageUnavailableError:
             raise
         except ValueError:
             continue
@@ -198,31 +203,31 @@ def list_checkpoints(out_url: str) -> list[str]:
     """Names of the visible checkpoints of a run, oldest first."""
     root = storage.join(out_url, "checkpoints")
     names = [name for name in storage.list_folder(root) if name.startswith("step-")]
-    return [name for name in sorted(names) if storage.exists(storage.join(root, name, _INDEX))]
+    return [name for name in sorted(names) if storage.exists(storage.join(root, name, _INDEX_FILE))]
 
 
-def _url(out_url: str, step: int) -> str:
-    return storage.join(out_url, "checkpoints", _name(step))
+def _checkpoint_url(out_url: str, step: int) -> str:
+    return storage.join(out_url, "checkpoints", _checkpoint_name(step))
 
 
-def _name(step: int) -> str:
+def _checkpoint_name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def _read_index(url: str) -> tuple[Progress, list[dict[str, Any]]]:
+def _read_index(url: str) -> tuple[RunProgress, list[dict[str, Any]]]:
     """What a checkpoint's index says.
 
     Raises:
         ValueError: it is not an index.
     """
     try:
-        index = json.loads(storage.read_bytes(storage.join(url, _INDEX)))
-        return Progress(**index["progress"]), list(index["files"])
+        index = json.loads(storage.read_bytes(storage.join(url, _INDEX_FILE)))
+        return RunProgress(**index["progress"]), list(index["files"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{_INDEX} is not the index of a checkpoint ({error})") from error
+        raise ValueError(f"{_INDEX_FILE} is not the index of a checkpoint ({error})") from error
 
 
-def _write_aside(write: Callable[[Path], None], folder: Path, name: str) -> None:
+def _write_to_temp(write: Callable[[Path], None], folder: Path, name: str) -> None:
     """Writes a file into the scratch folder.
 
     Raises:
@@ -233,30 +238,30 @@ def _write_aside(write: Callable[[Path], None], folder: Path, name: str) -> None
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write(folder / name)
     except Exception as error:
-        if not _without_room(error, folder / name):
+        if not _is_disk_full(error, folder / name):
             raise
-        free = shutil.disk_usage(folder).free / 1e6
+        free_mb = shutil.disk_usage(folder).free / 1e6
         raise RuntimeError(
-            f"{name} cannot be written to the scratch folder {folder}, where {free:.0f} MB are free "
+            f"{name} cannot be written to the scratch folder {folder}, where {free_mb:.0f} MB are free "
             f"({' '.join(str(error).split())}); make room there, or set TMPDIR to a folder with more"
         ) from error
 
 
-def _without_room(error: Exception, path: Path) -> bool:
+def _is_disk_full(error: Exception, path: Path) -> bool:
     """Whether a file could not be written because the disk is full; each library has its own error for it."""
     if isinstance(error, OSError):
-        return error.errno in _NO_ROOM
+        return error.errno in _DISK_FULL_ERRNOS
     # safetensors tells what the system said.
-    if told := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(told[1]) in _NO_ROOM
+    if os_error := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(os_error[1]) in _DISK_FULL_ERRNOS
     if not isinstance(error, RuntimeError):
         return False
     # torch.save tells that writing failed, and not why; writing on behind what it has left does.
     try:
         with path.open("ab") as file:
             file.write(bytes(_PROBE_BYTES))
-    except OSError as again:
-        return again.errno in _NO_ROOM
+    except OSError as probe_error:
+        return probe_error.errno in _DISK_FULL_ERRNOS
     return False
 
 
@@ -264,10 +269,10 @@ def _describe(path: Path, folder: Path) -> dict[str, Any]:
     return {"name": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
-def _fetch(url: str, folder: Path, file: dict[str, Any]) -> None:
+def _download(url: str, folder: Path, file: dict[str, Any]) -> None:
     target = folder / file["name"]
     target.parent.mkdir(parents=True, exist_ok=True)
-    storage.copy_out(storage.join(url, file["name"]), str(target))
+    storage.download(storage.join(url, file["name"]), str(target))
     if _sha256(target) != file["sha256"]:
         raise ValueError(f"{file['name']} is not the file that was written")
 
@@ -277,17 +282,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove_old(out_url: str, keep: int, step: int) -> None:
+def _remove_old(out_url: str, num_to_keep: int, step: int) -> None:
     """Leaves the newest checkpoints up to that of `step`; later ones are damaged, or the run would be further."""
     root = storage.join(out_url, "checkpoints")
-    kept = set([name for name in list_checkpoints(out_url) if name <= _name(step)][-keep:])
+    names_to_keep = set([name for name in list_checkpoints(out_url) if name <= _checkpoint_name(step)][-num_to_keep:])
     for name in storage.list_folder(root):
         # A folder without an index is what an interrupted save left behind.
-        if name.startswith("step-") and name not in kept:
+        if name.startswith("step-") and name not in names_to_keep:
             storage.remove_folder(storage.join(root, name))
 
 
-def _in_background(function: Callable[[], Any]) -> Future[Any]:
+def _run_in_thread(function: Callable[[], Any]) -> Future[Any]:
     """Calls it in a thread that does not keep the process from ending."""
     future: Future[Any] = Future()
 
@@ -301,5 +306,5 @@ def _in_background(function: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def _nothing() -> None:
+def _noop() -> None:
     """What the other workers do while the first one publishes."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.training.checkpoints.host_snapshot import Files, pickled
+from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
 
 
 class Engine(ABC):
@@ -54,19 +54,19 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def snapshot(self) -> Files:
+    def snapshot(self) -> FileWriters:
         """A copy of this worker's part of the state, as files; every worker calls it."""
 
     @abstractmethod
-    def convert(self, folder: Path) -> None:
+    def to_universal(self, folder: Path) -> None:
         """Makes the files of all workers loadable for another number of them; one worker of a machine calls it."""
 
     @abstractmethod
-    def load(self, folder: Path, same_world: bool) -> None:
+    def load(self, folder: Path, same_world_size: bool) -> None:
         """Reads the files of `snapshot` by as many workers, or by another number of them and then converted."""
 
     @contextmanager
-    def whole_parameters(self, change: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, modify: bool = False) -> Iterator[None]:
         """Inside, `module`'s parameters are whole on every worker, whatever the partition; every worker calls it.
 
         Args:
@@ -78,11 +78,11 @@ class Engine(ABC):
 
 def build_engine(
     module: nn.Module,
-    section: config.Training,
+    training_config: config.TrainingConfig,
     micro_batch: int,
-    accumulation: int,
+    accumulation_steps: int,
     device: torch.device,
-    half: bool = False,
+    use_bf16: bool = False,
 ) -> Engine:
     """The engine of a configuration.
 
@@ -92,24 +92,24 @@ def build_engine(
         accumulation: micro batches of a step.
         half: compute in bf16; the weights stay fp32.
     """
-    settings = section.optimizer
+    optimizer_config = training_config.optimizer
     optimizer = torch.optim.AdamW(
-        sorted(module.parameters(), key=_unaligned),
-        lr=settings.learning_rate_per_256,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        eps=settings.epsilon,
+        sorted(module.parameters(), key=_is_unaligned),
+        lr=optimizer_config.base_learning_rate,
+        betas=optimizer_config.betas,
+        weight_decay=optimizer_config.weight_decay,
+        eps=optimizer_config.eps,
         fused=True,
     )
-    if section.engine.kind == "ddp":
-        return DataParallelEngine(module, optimizer, settings.gradient_clip, accumulation)
-    if half:
+    if training_config.engine.kind == "ddp":
+        return DataParallelEngine(module, optimizer, optimizer_config.max_grad_norm, accumulation_steps)
+    if use_bf16:
         # DeepSpeed switches an outer autocast off around the forward passes of its engines, so it is put inside.
         module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
-    return DeepSpeedEngine(module, optimizer, section, micro_batch, accumulation, device)
+    return DeepSpeedEngine(module, optimizer, training_config, micro_batch, accumulation_steps, device)
 
 
-def _unaligned(parameter: Tensor) -> bool:
+def _is_unaligned(parameter: Tensor) -> bool:
     """Whether what follows it in ZeRO's flat buffer does not begin at 16 bytes, as compiled kernels expect of it."""
     return parameter.numel() * parameter.element_size() % 16 > 0
 
@@ -117,12 +117,14 @@ def _unaligned(parameter: Tensor) -> bool:
 class DataParallelEngine(Engine):
     """Plain data parallelism: one all-reduce of all gradients at the end of a step."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip: float, accumulation: int) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation_steps: int
+    ) -> None:
         self.module = module
         self.optimizer = optimizer
-        self.clip = clip
-        self.accumulation = accumulation
-        self._micro_batches = 0
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = accumulation_steps
+        self._num_micro_batches = 0
         if dist.is_initialized() and dist.get_world_size() > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
@@ -131,33 +133,37 @@ class DataParallelEngine(Engine):
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self.accumulation).backward()
+        (loss / self.accumulation_steps).backward()
 
     def step(self, learning_rate: float) -> float | None:
-        self._micro_batches += 1
-        if self._micro_batches % self.accumulation:
+        self._num_micro_batches += 1
+        if self._num_micro_batches % self.accumulation_steps:
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         _average_gradients(parameters)
-        norm = _gradient_norm(parameters)
-        if math.isfinite(norm):
-            if 0 < self.clip < norm:
-                nn.utils.clip_grads_with_norm_(parameters, self.clip, torch.tensor(norm))
+        grad_norm = _gradient_norm(parameters)
+        if math.isfinite(grad_norm):
+            if 0 < self.max_grad_norm < grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, torch.tensor(grad_norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return grad_norm
 
-    def snapshot(self) -> Files:
+    def snapshot(self) -> FileWriters:
         if dist.is_initialized() and dist.get_rank() > 0:
             return {}
-        return {"state.pt": pickled({"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()})}
+        return {
+            "state.pt": torch_save_writer(
+                {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            )
+        }
 
-    def convert(self, folder: Path) -> None:
+    def to_universal(self, folder: Path) -> None:
         """Nothing to do: the state is the same for any number of workers."""
 
-    def load(self, folder: Path, same_world: bool) -> None:
+    def load(self, folder: Path, same_world_size: bool) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -170,117 +176,121 @@ class DeepSpeedEngine(Engine):
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        section: config.Training,
+        training_config: config.TrainingConfig,
         micro_batch: int,
-        accumulation: int,
+        accumulation_steps: int,
         device: torch.device,
     ) -> None:
         # Otherwise it tells on stdout that there is no GPU and no tensor parallelism.
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
-        _choose_accelerator(device)
+        _set_accelerator(device)
         import deepspeed
 
-        join_process_group(device)
-        self._settings: dict[str, Any] = {
+        ensure_process_group(device)
+        self._ds_config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation,
+            "gradient_accumulation_steps": accumulation_steps,
             # Always said: DeepSpeed's own default clips at 1.
-            "gradient_clipping": section.optimizer.gradient_clip,
-            "zero_optimization": {"stage": section.engine.zero_stage},
+            "gradient_clipping": training_config.optimizer.max_grad_norm,
+            "zero_optimization": {"stage": training_config.engine.zero_stage},
             # AdamW of PyTorch steps on the host too; DeepSpeed's own would have to be compiled on every machine.
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,
         }
-        if section.engine.offload_optimizer:
-            pinned = device.type == "cuda"
-            self._settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
-        self._stage = section.engine.zero_stage
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._settings)
+        if training_config.engine.offload_optimizer:
+            pin_memory = device.type == "cuda"
+            self._ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
+        self._zero_stage = training_config.engine.zero_stage
+        self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=self._ds_config)
         self.module = module
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self._engine(*inputs)
+        return self._ds_engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss)
+        self._ds_engine.backward(loss)
 
     def step(self, learning_rate: float) -> float | None:
-        for group in self._engine.optimizer.param_groups:
+        for group in self._ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        last = bool(self._engine.is_gradient_accumulation_boundary())
-        norm: float | None = None
-        if last and self._stage == 0:
+        is_last_micro_batch = bool(self._ds_engine.is_gradient_accumulation_boundary())
+        grad_norm: float | None = None
+        if is_last_micro_batch and self._zero_stage == 0:
             # Stage 0 does not tell its norm, nor does it stop at one that is not finite.
-            norm = _gradient_norm([p for p in self.module.parameters() if p.grad is not None])
-            if not math.isfinite(norm):
-                return norm
-        self._engine.step()
-        return norm if norm is not None or not last else float(self._engine.get_global_grad_norm())
+            grad_norm = _gradient_norm([p for p in self.module.parameters() if p.grad is not None])
+            if not math.isfinite(grad_norm):
+                return grad_norm
+        self._ds_engine.step()
+        return (
+            grad_norm
+            if grad_norm is not None or not is_last_micro_batch
+            else float(self._ds_engine.get_global_grad_norm())
+        )
 
-    def snapshot(self) -> Files:
+    def snapshot(self) -> FileWriters:
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-        files: Files = {}
+        files: FileWriters = {}
 
-        class Copying(TorchCheckpointEngine):
+        class CapturingCheckpointEngine(TorchCheckpointEngine):
             def save(self, state_dict: Any, path: str) -> None:
-                files[Path(path).relative_to(scratch).as_posix()] = pickled(state_dict)
+                files[Path(path).relative_to(scratch).as_posix()] = torch_save_writer(state_dict)
 
-        usual = self._engine.checkpoint_engine
+        original_engine = self._ds_engine.checkpoint_engine
         # DeepSpeed itself only puts small scripts there, for which there is no use here.
         with tempfile.TemporaryDirectory() as scratch:
-            self._engine.checkpoint_engine = Copying()
+            self._ds_engine.checkpoint_engine = CapturingCheckpointEngine()
             try:
-                self._engine.save_checkpoint(scratch, tag="state")
+                self._ds_engine.save_checkpoint(scratch, tag="state")
             finally:
-                self._engine.checkpoint_engine = usual
+                self._ds_engine.checkpoint_engine = original_engine
         return files
 
-    def convert(self, folder: Path) -> None:
-        if self._stage > 0:
-            _make_universal(folder / "state", folder / "universal")
+    def to_universal(self, folder: Path) -> None:
+        if self._zero_stage > 0:
+            _convert_to_universal(folder / "state", folder / "universal")
 
-    def load(self, folder: Path, same_world: bool) -> None:
-        universal = not same_world and self._stage > 0
-        self._engine._config.load_universal_checkpoint = universal
-        path, _ = self._engine.load_checkpoint(str(folder), tag="universal" if universal else "state")
+    def load(self, folder: Path, same_world_size: bool) -> None:
+        use_universal = not same_world_size and self._zero_stage > 0
+        self._ds_engine._config.load_universal_checkpoint = use_universal
+        path, _ = self._ds_engine.load_checkpoint(str(folder), tag="universal" if use_universal else "state")
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
 
     @contextmanager
-    def whole_parameters(self, change: bool = False) -> Iterator[None]:
-        if self._stage < 3:
+    def gathered_parameters(self, modify: bool = False) -> Iterator[None]:
+        if self._zero_stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if change else None):
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if modify else None):
             yield
 
 
-def _choose_accelerator(device: torch.device) -> None:
+def _set_accelerator(device: torch.device) -> None:
     """Has DeepSpeed compute where the module is; by itself it takes a GPU wherever there is one.
 
     Raises:
         ValueError: it already computes on something else in this process.
     """
-    given = "DS_ACCELERATOR" in os.environ
+    is_preset = "DS_ACCELERATOR" in os.environ
     # Read when DeepSpeed is imported. It does not stay, so that processes begun by this one choose for themselves.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     from deepspeed.accelerator import get_accelerator
 
-    chosen = get_accelerator().device_name()
-    if not given:
+    accelerator = get_accelerator().device_name()
+    if not is_preset:
         del os.environ["DS_ACCELERATOR"]
-    if chosen != device.type:
+    if accelerator != device.type:
         raise ValueError(
-            f"DeepSpeed computes on {chosen} in this process and cannot train on {device.type} too; begin another "
+            f"DeepSpeed computes on {accelerator} in this process and cannot train on {device.type} too; begin another "
             "process, or give training.engine.kind=ddp"
         )
 
 
-def join_process_group(device: torch.device) -> None:
+def ensure_process_group(device: torch.device) -> None:
     """Makes DeepSpeed use the process group that is there, or one of this process alone."""
     import deepspeed
 
@@ -310,13 +320,13 @@ def _gradient_norm(parameters: list[nn.Parameter]) -> float:
     return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
-def _make_universal(source: Path, target: Path) -> None:
+def _convert_to_universal(source: Path, target: Path) -> None:
     """Converts a checkpoint for another number of workers, in a process of its own."""
     import subprocess
 
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(source), "--output_folder", str(target), "--num_extract_workers", "1"]
     command += ["--num_merge_workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the checkpoint cannot be converted for another number of workers: {done.stderr[-500:]}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"the checkpoint cannot be converted for another number of workers: {process.stderr[-500:]}")

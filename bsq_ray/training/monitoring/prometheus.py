@@ -13,18 +13,20 @@ class Gauges:
         run: folder of the run.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, out_url: str) -> None:
+        self._out_url = out_url
         self._gauges: dict[str, Any] = {}
 
-    def show(self, record: dict[str, Any]) -> None:
+    def update(self, record: dict[str, Any]) -> None:
         """Sets the gauges of a record's numbers."""
         from ray.util.metrics import Gauge
 
         for name, value in record.items():
             if not isinstance(value, int | float):
                 continue
-            full = re.sub(r"\W", "_", f"bsq_{record['kind']}_{name}")
-            if full not in self._gauges:
-                self._gauges[full] = Gauge(full, f"{name} of the newest {record['kind']} record", tag_keys=("run",))
-            self._gauges[full].set(value, {"run": self._run})
+            metric_name = re.sub(r"\W", "_", f"bsq_{record['kind']}_{name}")
+            if metric_name not in self._gauges:
+                self._gauges[metric_name] = Gauge(
+                    metric_name, f"{name} of the newest {record['kind']} record", tag_keys=("run",)
+                )
+            self._gauges[metric_name].set(value, {"run": self._out_url})

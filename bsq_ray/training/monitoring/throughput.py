@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Clock:
+class StepTimer:
     """Runs from the first step of this part of a run.
 
     Args:
@@ -15,41 +15,41 @@ class Clock:
         now: gives the time in seconds.
     """
 
-    def __init__(self, before: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._before, self._now = before, now
-        self._began = now()
-        self._waited = self._aside = self._lap = 0.0
+    def __init__(self, elapsed_before: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._elapsed_before, self._now = elapsed_before, now
+        self._start_time = now()
+        self._data_wait_s = self._excluded_s = self._last_lap_s = 0.0
 
     @property
     def elapsed(self) -> float:
         """Seconds of all parts, evaluations included."""
-        return self._before + self._now() - self._began
+        return self._elapsed_before + self._now() - self._start_time
 
     @property
-    def stepping(self) -> float:
+    def step_seconds(self) -> float:
         """Seconds of this part without evaluations; above 0."""
-        return max(self._now() - self._began - self._aside, 1e-9)
+        return max(self._now() - self._start_time - self._excluded_s, 1e-9)
 
     @property
     def data_wait(self) -> float:
         """Share of `stepping` that was spent waiting for data, 0 to 1."""
-        return self._waited / self.stepping
+        return self._data_wait_s / self.step_seconds
 
     def lap(self) -> float:
         """Seconds since the last lap, without evaluations; above 0."""
-        before, self._lap = self._lap, self.stepping
-        return max(self._lap - before, 1e-9)
+        previous, self._last_lap_s = self._last_lap_s, self.step_seconds
+        return max(self._last_lap_s - previous, 1e-9)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def data_wait_timer(self) -> Iterator[None]:
         """Around waiting for data."""
-        began = self._now()
+        start = self._now()
         yield
-        self._waited += self._now() - began
+        self._data_wait_s += self._now() - start
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """Around what is no step: evaluations and pictures."""
-        began = self._now()
+        start = self._now()
         yield
-        self._aside += self._now() - began
+        self._excluded_s += self._now() - start

@@ -25,17 +25,17 @@ from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.training.stages.stage import Engines, Stage, compile_blocks
 
-_PICTURED = 8
+_NUM_SAMPLE_IMAGES = 8
 
 
 class MaskedLMStage(Stage):
     """Trains a `MaskedLM` on a token table."""
 
-    def __init__(self, run: config.MaskedLMConfig, source: TokenSource, device: torch.device) -> None:
-        self.run, self.device = run, device
+    def __init__(self, run_config: config.MaskedLMConfig, source: TokenSource, device: torch.device) -> None:
+        self.run_config, self.device = run_config, device
         self.tokenizer_url = source.tokenizer_url
-        model = MaskedLM(run.model).to(device)
-        if run.training.engine.compile:
+        model = MaskedLM(run_config.model).to(device)
+        if run_config.training.engine.compile:
             compile_blocks(model.blocks)
         self.modules: dict[str, nn.Module] = {"masked_lm": model}
         self._tokenizer: Tokenizer | None = None
@@ -45,18 +45,18 @@ class MaskedLMStage(Stage):
         return ["masked_lm"]
 
     def loss(
-        self, phase: str, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
+        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy, smoothed, at masked places."""
-        section, model = self.run.loss, self._model(engines)
+        loss_config, model = self.run_config.loss, self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
-        masked_BNS, dropped_B = self._hide(batch.keys, step, section.class_dropout)
+        masked_BNS, dropped_B = self._sample_masks(batch.keys, step, loss_config.class_dropout)
         # Still on the host, where checking them waits for nothing.
-        classes_BC = model.classes_of(batch.labels_B.masked_fill(dropped_B, model.any_class)).to(self.device)
-        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
-        loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, section.label_smoothing)
-        right_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
-        accuracy = right_BNS.sum() / masked_BNS.sum()
+        classes_BC = model.class_weights(batch.labels_B.masked_fill(dropped_B, model.null_class)).to(self.device)
+        logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
+        loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing)
+        correct_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
+        accuracy = correct_BNS.sum() / masked_BNS.sum()
         return loss, {"loss": loss.detach(), "accuracy": accuracy.detach()}
 
     @torch.no_grad()
@@ -67,23 +67,27 @@ class MaskedLMStage(Stage):
         """
         model = self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
-        masked_BNS, _ = self._hide(batch.keys, -1, 0.0)
-        classes_BC = model.classes_of(batch.labels_B).to(self.device)
-        logits_BNSV = engines["masked_lm"](tokens_BNS.masked_fill(masked_BNS, model.mask), classes_BC)
+        masked_BNS, _ = self._sample_masks(batch.keys, -1, 0.0)
+        classes_BC = model.class_weights(batch.labels_B).to(self.device)
+        logits_BNSV = engines["masked_lm"](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
         nats = float(masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, 0.0))
-        shown = slice(0, _PICTURED)
-        drawn_BNL = sample(
-            model, classes_BC[shown], self.run.sampling, self.run.training.seed, predict=engines["masked_lm"]
+        selected = slice(0, _NUM_SAMPLE_IMAGES)
+        sampled_BNL = sample(
+            model,
+            classes_BC[selected],
+            self.run_config.sampling,
+            self.run_config.training.seed,
+            predict=engines["masked_lm"],
         )
-        rows = [self._decode(bits_BNL) for bits_BNL in (model.join(tokens_BNS[shown]), drawn_BNL)]
-        picture = torch.cat([torch.cat(list(to_uint8(row)), dim=2) for row in rows], dim=1)
-        return {"bits_per_token": nats / log(2) * self.run.model.sub_tokens}, picture.cpu()
+        rows = [self._decode(bits_BNL) for bits_BNL in (model.join_bits(tokens_BNS[selected]), sampled_BNL)]
+        image = torch.cat([torch.cat(list(to_uint8(row)), dim=2) for row in rows], dim=1)
+        return {"bits_per_token": nats / log(2) * self.run_config.model.num_sub_tokens}, image.cpu()
 
-    def summarise(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Nothing is gathered."""
         return {}
 
-    def companions(self) -> dict[str, str]:
+    def bundled_models(self) -> dict[str, str]:
         """The tokenizer goes into the model's folder, so that the folder alone can make pixels."""
         return {"tokenizer": self.tokenizer_url}
 
@@ -91,31 +95,31 @@ class MaskedLMStage(Stage):
         return cast(MaskedLM, engines["masked_lm"].module)
 
     def _sub_tokens(self, model: MaskedLM, batch: Batch) -> Tensor:
-        section = self.run.model
-        bits_BNL = unpack_bits(batch.values_B.to(self.device), section.tokens * section.bits)
-        return model.split(bits_BNL.unflatten(1, (section.tokens, section.bits)))
+        model_config = self.run_config.model
+        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
+        return model.split_bits(bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits)))
 
-    def _hide(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
+    def _sample_masks(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
         """What is masked (B, N, S), and on the host whose class is hidden (B,).
 
         Drawn from (seed, step, key) of each sample, so that it does not depend on the number of workers.
         """
-        section = self.run.model
-        units = section.tokens * (1 if section.mask_by == "token" else section.sub_tokens)
+        model_config = self.run_config.model
+        num_units = model_config.num_tokens * (1 if model_config.mask_unit == "token" else model_config.num_sub_tokens)
         masks, dropped = [], []
         for key in keys:
             digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-            rng = np.random.default_rng((self.run.training.seed, step + 1, int.from_bytes(digest)))
-            share = np.cos(pi / 2 * rng.random())
-            order = rng.permutation(units)
-            masks.append(order < max(1, round(units * share)))
+            rng = np.random.default_rng((self.run_config.training.seed, step + 1, int.from_bytes(digest)))
+            mask_ratio = np.cos(pi / 2 * rng.random())
+            order = rng.permutation(num_units)
+            masks.append(order < max(1, round(num_units * mask_ratio)))
             dropped.append(rng.random() < class_dropout)
         masked_BU = torch.from_numpy(np.stack(masks)).to(self.device)
-        masked_BNS = masked_BU.view(len(keys), section.tokens, -1).expand(-1, -1, section.sub_tokens)
+        masked_BNS = masked_BU.view(len(keys), model_config.num_tokens, -1).expand(-1, -1, model_config.num_sub_tokens)
         return masked_BNS, torch.tensor(dropped)
 
     def _decode(self, bits_BNL: Tensor) -> Tensor:
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_pretrained(self.tokenizer_url).to(self.device)
-        images: Tensor = self._tokenizer.decode(Tokens(bits_BNL, self.run.model.grid))
+        images: Tensor = self._tokenizer.decode(Tokens(bits_BNL, self.run_config.model.grid))
         return images if images.ndim == 4 else images[:, :, 0]

@@ -46,7 +46,7 @@ class Stage(ABC):
 
     @abstractmethod
     def loss(
-        self, phase: str, batch: Batch, engines: Engines, carry: dict[str, Any], step: int
+        self, phase: str, batch: Batch, engines: Engines, context: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a phase on a micro batch.
 
@@ -63,9 +63,9 @@ class Stage(ABC):
         """Figures of a held-out batch, and a picture of it as uint8 (3, H, W); every worker calls it."""
 
     @abstractmethod
-    def summarise(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Figures gathered since the last call, such as code usage."""
 
-    def companions(self) -> dict[str, str]:
+    def bundled_models(self) -> dict[str, str]:
         """Model folders to be copied into the trained one, URL by name: what it cannot be used without."""
         return {}

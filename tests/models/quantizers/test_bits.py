@@ -16,7 +16,7 @@ def random_bits(length, seed, tokens=7):
 
 
 @given(lengths, seeds)
-def test_packing_is_undone_by_unpacking(length, seed):
+def test_pack_bits_roundtrip(length, seed):
     bits = random_bits(length, seed)
     packed = pack_bits(bits)
     assert packed.dtype == torch.uint8
@@ -25,7 +25,7 @@ def test_packing_is_undone_by_unpacking(length, seed):
 
 
 @given(lengths, seeds, st.integers(1, 62))
-def test_integers_are_undone_for_every_width(length, seed, sub_bits):
+def test_bits_to_integers_roundtrip_for_every_width(length, seed, sub_bits):
     bits = random_bits(length * sub_bits, seed, tokens=2)
     integers = bits_to_integers(bits, sub_bits)
     assert torch.equal(integers_to_bits(integers, sub_bits), bits)
@@ -33,20 +33,20 @@ def test_integers_are_undone_for_every_width(length, seed, sub_bits):
     assert integers.max() < 2**sub_bits
 
 
-def test_first_bit_is_the_least_significant():
+def test_bits_to_integers_first_bit_is_least_significant():
     bits = torch.tensor([[[True, False, False, True]]])
     assert bits_to_integers(bits, 4).item() == 9
     assert bits_to_integers(bits, 2).tolist() == [[[1, 2]]]
     assert pack_bits(bits).item() == 9
 
 
-def test_thirty_six_bits_are_exact_where_floats_are_not():
+def test_bits_to_integers_36_bits_are_exact():
     bits = random_bits(36, 3, tokens=1000)
     expected = [sum(int(b) << i for i, b in enumerate(token)) for token in bits[0].tolist()]
     assert bits_to_integers(bits, 36)[0, :, 0].tolist() == expected
 
 
-def test_widths_that_do_not_fit_are_refused():
+def test_bits_invalid_widths_raise():
     bits = random_bits(18, 0)
     with pytest.raises(ValueError, match="18 bits cannot be cut into sub-tokens of 5"):
         bits_to_integers(bits, 5)

@@ -9,35 +9,36 @@ import torch.nn.functional as F
 from bsq_ray import config
 from bsq_ray.models.quantizers import build_quantizer
 
-SECTIONS = {
-    "bsq": config.BSQ(bits=18),
-    "bsq grouped": config.BSQ(bits=18, entropy=config.Entropy(estimate="group", group_size=9)),
-    "lfq": config.LFQ(bits=10),
-    "fsq": config.FSQ(kind="fsq", levels=(8, 5, 5, 3, 2)),
-    "vq": config.VQ(kind="vq", codebook_size=64, code_width=6),
-    "vq plain": config.VQ(kind="vq", codebook_size=64, code_width=6, normalised=False),
+CONFIGS = {
+    "bsq": config.BSQConfig(bits=18),
+    "bsq grouped": config.BSQConfig(bits=18, entropy=config.EntropyConfig(estimate="group", group_size=9)),
+    "lfq": config.LFQConfig(bits=10),
+    "fsq": config.FSQConfig(kind="fsq", levels=(8, 5, 5, 3, 2)),
+    "vq": config.VQConfig(kind="vq", codebook_size=64, code_width=6),
+    "vq plain": config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=False),
 }
 
 
-def vectors(channels, tokens=64, seed=0):
+def random_vectors(channels, tokens=64, seed=0):
     return torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=SECTIONS, ids=str)
+@pytest.fixture(params=CONFIGS, ids=str)
 def quantizer(request):
     torch.manual_seed(0)
-    return build_quantizer(SECTIONS[request.param])
+    return build_quantizer(CONFIGS[request.param])
 
 
-def test_bits_name_exactly_the_codes_the_decoder_sees(quantizer):
-    result = quantizer(vectors(quantizer.channels))
+def test_dequantize_returns_the_forward_codes(quantizer):
+    result = quantizer(random_vectors(quantizer.channels))
     assert result.bits_BNL.dtype == torch.bool
     assert result.bits_BNL.shape == (2, 64, quantizer.bits)
     assert torch.equal(quantizer.codes(result.bits_BNL), result.codes_BNC)
 
 
-def test_gradient_reaches_the_vector_and_half_precision_input_changes_nothing_in_the_arithmetic(quantizer):
-    v_BNC = vectors(quantizer.channels).requires_grad_()
+def test_quantizer_gradient_flows_and_bf16_input_uses_fp32(quantizer):
+    """The gradient reaches the input vector, and a bf16 input is quantized in fp32."""
+    v_BNC = random_vectors(quantizer.channels).requires_grad_()
     result = quantizer(v_BNC)
     (result.codes_BNC.square().sum() + result.codes_BNC.sum() + result.loss).backward()
     assert v_BNC.grad.abs().sum() > 0
@@ -48,67 +49,68 @@ def test_gradient_reaches_the_vector_and_half_precision_input_changes_nothing_in
 
 
 @pytest.mark.parametrize("bits", [1, 2, 18, 36, 63, 128])
-def test_bsq_works_for_any_number_of_bits(bits):
-    quantizer = build_quantizer(config.BSQ(bits=bits))
-    result = quantizer(vectors(bits))
+def test_bsq_any_number_of_bits_gives_unit_codes(bits):
+    quantizer = build_quantizer(config.BSQConfig(bits=bits))
+    result = quantizer(random_vectors(bits))
     assert torch.allclose(result.codes_BNC.norm(dim=-1), torch.ones(2, 64))
-    assert torch.equal(quantizer.codes(result.bits_BNL), result.codes_BNC)
+    assert torch.equal(quantizer.dequantize(result.bits_BNL), result.codes_BNC)
 
 
-def test_bsq_sign_of_zero_is_plus():
-    result = build_quantizer(config.BSQ(bits=4))(torch.tensor([[[0.0, -1.0, 1.0, -0.0]]]))
+def test_bsq_sign_of_zero_is_positive():
+    result = build_quantizer(config.BSQConfig(bits=4))(torch.tensor([[[0.0, -1.0, 1.0, -0.0]]]))
     assert result.bits_BNL.tolist() == [[[True, False, True, True]]]
 
 
-def test_bsq_gradient_is_the_papers_straight_through():
+def test_bsq_gradient_matches_straight_through_formula():
     """1/sqrt(L) with respect to u, then the Jacobian of v / |v|."""
-    v = vectors(6, tokens=1)[:1].requires_grad_()
-    weight = vectors(6, tokens=1, seed=1)[:1]
-    (build_quantizer(config.BSQ(bits=6))(v).codes_BNC * weight).sum().backward()
+    v = random_vectors(6, tokens=1)[:1].requires_grad_()
+    weight = random_vectors(6, tokens=1, seed=1)[:1]
+    (build_quantizer(config.BSQConfig(bits=6))(v).codes_BNC * weight).sum().backward()
     u, norm = F.normalize(v.detach(), dim=-1), v.detach().norm()
     expected = (weight - u * (u * weight).sum()) / norm / sqrt(6)
     torch.testing.assert_close(v.grad, expected)
 
 
-def test_bsq_error_is_within_the_papers_bound():
-    u = F.normalize(vectors(18, tokens=2000), dim=-1)
-    error = (build_quantizer(config.BSQ(bits=18))(u).codes_BNC - u).norm(dim=-1)
+def test_bsq_quantization_error_is_within_paper_bound():
+    u = F.normalize(random_vectors(18, tokens=2000), dim=-1)
+    error = (build_quantizer(config.BSQConfig(bits=18))(u).codes_BNC - u).norm(dim=-1)
     assert error.mean() == pytest.approx(0.613, abs=0.005)
     assert error.max() < sqrt(2 - 2 / sqrt(18))
 
 
-def test_bsq_and_lfq_choose_the_same_signs_but_only_bsq_is_on_the_sphere():
-    v = vectors(10)
-    bsq, lfq = build_quantizer(config.BSQ(bits=10))(v), build_quantizer(config.LFQ(bits=10))(v)
+def test_bsq_and_lfq_share_bits_but_only_bsq_normalizes():
+    """BSQ and LFQ choose the same bits; LFQ codes have entries of ±1 instead of unit norm."""
+    v = random_vectors(10)
+    bsq, lfq = build_quantizer(config.BSQConfig(bits=10))(v), build_quantizer(config.LFQConfig(bits=10))(v)
     assert torch.equal(bsq.bits_BNL, lfq.bits_BNL)
     assert torch.equal(lfq.codes_BNC.abs(), torch.ones_like(v))
 
 
 def penalty(v, **entropy):
-    return build_quantizer(config.BSQ(bits=v.shape[-1], entropy=config.Entropy(**entropy)))(v).loss
+    return build_quantizer(config.BSQConfig(bits=v.shape[-1], entropy=config.EntropyConfig(**entropy)))(v).loss
 
 
-def test_penalty_is_lower_for_a_batch_that_uses_all_codes():
-    spread = F.normalize(torch.sign(vectors(12, tokens=500)), dim=-1)
+def test_entropy_penalty_diverse_batch_is_lower():
+    spread = F.normalize(torch.sign(random_vectors(12, tokens=500)), dim=-1)
     collapsed = spread[:1, :1].expand_as(spread)
     for sharp in (1.0, 100.0):
         assert penalty(spread, inverse_temperature=sharp) < penalty(collapsed, inverse_temperature=sharp) - 1e-3
 
 
-def test_penalty_is_lower_for_confident_tokens():
-    confident = F.normalize(torch.sign(vectors(12, tokens=500)), dim=-1)
-    wavering = F.normalize(vectors(12, tokens=500), dim=-1)
+def test_entropy_penalty_confident_tokens_are_lower():
+    confident = F.normalize(torch.sign(random_vectors(12, tokens=500)), dim=-1)
+    wavering = F.normalize(random_vectors(12, tokens=500), dim=-1)
     options = dict(dataset_weight=0.0, inverse_temperature=10.0)
     assert penalty(confident, **options) < penalty(wavering, **options)
 
 
-def test_penalty_has_the_scale_of_the_released_configurations():
+def test_entropy_penalty_random_vectors_match_formula():
     """At inverse temperature 1 the penalty of random unit vectors is about -(2/L)(1 - |E u|²), -0.11 nats at L = 18."""
-    assert penalty(vectors(18, tokens=5000)).item() == pytest.approx(-0.1093, abs=0.002)
+    assert penalty(random_vectors(18, tokens=5000)).item() == pytest.approx(-0.1093, abs=0.002)
 
 
-def test_every_option_of_the_penalty_changes_it():
-    v = vectors(18) + 0.3
+def test_entropy_penalty_every_option_has_an_effect():
+    v = random_vectors(18) + 0.3
     default = penalty(v)
     changes = [
         dict(inverse_temperature=2.0),
@@ -120,64 +122,67 @@ def test_every_option_of_the_penalty_changes_it():
     values = [penalty(v, **change) for change in changes]
     assert all(abs(value - default) > 1e-4 for value in values)
     assert penalty(v, weight=2.0) == pytest.approx(2 * default.item())
-    with_commit = build_quantizer(config.BSQ(bits=18, commit_weight=0.25))(v)
+    with_commit = build_quantizer(config.BSQConfig(bits=18, commit_weight=0.25))(v)
     assert with_commit.loss > default
     assert with_commit.stats["commit"] > 0
 
 
-def test_entropies_are_told_in_bits_between_their_bounds():
-    stats = build_quantizer(config.BSQ(bits=18))(vectors(18)).stats
+def test_quantizer_stats_entropies_are_in_bits():
+    stats = build_quantizer(config.BSQConfig(bits=18))(random_vectors(18)).stats
     assert 0 <= stats["per_sample_entropy"] <= 18
     assert 0 <= stats["codebook_entropy"] <= 18
 
 
-def test_groups_of_eighteen_bits_fit_in_memory():
+def test_grouped_entropy_of_18_bits_fits_in_memory():
     """2^18 codes for 2,048 tokens: the average is a matrix product of halves, not 0.5 G probabilities."""
-    section = config.BSQ(bits=18, entropy=config.Entropy(estimate="group", group_size=18, inverse_temperature=20.0))
-    result = build_quantizer(section)(vectors(18, tokens=1024))
+    section = config.BSQConfig(
+        bits=18, entropy=config.EntropyConfig(estimate="group", group_size=18, inverse_temperature=20.0)
+    )
+    result = build_quantizer(section)(random_vectors(18, tokens=1024))
     assert 8 < result.stats["codebook_entropy"] < log2(2**18)
 
 
-def test_fsq_reaches_every_level_and_no_other():
-    quantizer = build_quantizer(config.FSQ(kind="fsq", levels=(8, 5, 2)))
-    codes = quantizer(10 * vectors(3, tokens=4000)).codes_BNC
+def test_fsq_uses_exactly_its_levels():
+    quantizer = build_quantizer(config.FSQConfig(kind="fsq", levels=(8, 5, 2)))
+    codes = quantizer(10 * random_vectors(3, tokens=4000)).codes_BNC
     for channel, levels in enumerate((8, 5, 2)):
         assert len(codes[..., channel].unique()) == levels
     assert quantizer.bits == 3 + 3 + 1
 
 
-def test_fsq_bits_beyond_the_last_level_name_the_last_level():
-    quantizer = build_quantizer(config.FSQ(kind="fsq", levels=(5,)))
+def test_fsq_dequantize_clamps_to_last_level():
+    quantizer = build_quantizer(config.FSQConfig(kind="fsq", levels=(5,)))
     all_patterns = torch.tensor([[[bool(i >> j & 1) for j in range(3)] for i in range(8)]])
-    assert quantizer.codes(all_patterns).flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
+    assert quantizer.dequantize(all_patterns).flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_vq_takes_the_nearest_row(normalised, monkeypatch):
+def test_vq_selects_nearest_codebook_row(l2_normalize, monkeypatch):
     monkeypatch.setattr("bsq_ray.models.quantizers.vq._TILE", 64 * 10)
-    quantizer = build_quantizer(config.VQ(kind="vq", codebook_size=64, code_width=6, normalised=normalised))
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=64, code_width=6, normalised=l2_normalize))
     torch.nn.init.normal_(quantizer.codebook)
-    v = vectors(6)
-    rows = F.normalize(quantizer.codebook, dim=-1) if normalised else quantizer.codebook
-    target = F.normalize(v, dim=-1) if normalised else v
+    v = random_vectors(6)
+    rows = F.normalize(quantizer.codebook, dim=-1) if l2_normalize else quantizer.codebook
+    target = F.normalize(v, dim=-1) if l2_normalize else v
     expected = rows[torch.cdist(target, rows).argmin(-1)]
     torch.testing.assert_close(quantizer(v).codes_BNC, expected)
 
 
-def test_vq_commit_weight_pulls_the_vector_and_the_codebook_loss_pulls_the_row():
-    v = vectors(6).requires_grad_()
-    quantizer = build_quantizer(config.VQ(kind="vq", codebook_size=16, code_width=6, commit_weight=0.0))
+def test_vq_losses_train_vector_and_codebook_separately():
+    """The commitment loss moves the vector, and the codebook loss moves the codebook row."""
+    v = random_vectors(6).requires_grad_()
+    quantizer = build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=0.0))
     quantizer(v).loss.backward()
     assert v.grad.abs().max() == 0
     assert quantizer.codebook.grad.abs().sum() > 0
-    build_quantizer(config.VQ(kind="vq", codebook_size=16, code_width=6, commit_weight=1.0))(v).loss.backward()
+    build_quantizer(config.VQConfig(kind="vq", codebook_size=16, code_width=6, commit_weight=1.0))(v).loss.backward()
     assert v.grad.abs().sum() > 0
 
 
-def test_bsq_agrees_with_a_public_implementation():
+def test_bsq_matches_vector_quantize_pytorch():
     """The spherical option of vector-quantize-pytorch's LFQ quantises to the same points."""
     vector_quantize = pytest.importorskip("vector_quantize_pytorch")
     public = vector_quantize.LFQ(codebook_size=2**12, dim=12, spherical=True, force_quantization_f32=True)
-    v = vectors(12)
+    v = random_vectors(12)
     expected, _, _ = public.eval()(v)
-    torch.testing.assert_close(build_quantizer(config.BSQ(bits=12))(v).codes_BNC, expected)
+    torch.testing.assert_close(build_quantizer(config.BSQConfig(bits=12))(v).codes_BNC, expected)

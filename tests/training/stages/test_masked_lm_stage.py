@@ -10,7 +10,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import Generator
 from bsq_ray.config import load_config
-from bsq_ray.data.factory import open_source
+from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.training.launch import train
@@ -20,7 +20,7 @@ SMALL = [
     "model.grid=[1,4,4]",
     "model.bits=10",
     "model.sub_bits=5",
-    "model.classes=1",
+    "model.num_classes=1",
     "model.width=32",
     "model.layers=2",
     "model.heads=2",
@@ -29,7 +29,7 @@ SMALL = [
     "training.steps=8",
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.05",
+    "training.optimizer.base_learning_rate=0.05",
     "training.engine.precision=fp32",
     "training.ema_decay=0.5",
     "training.log_every=1",
@@ -41,7 +41,7 @@ SMALL = [
 def tokens(photo_shards, tmp_path_factory):
     model = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
     url = str(tmp_path_factory.mktemp("tokens"))
-    tokenize(model, photo_shards, url, workers=0, views=2)
+    tokenize(model, photo_shards, url, num_workers=0, num_crops=2)
     return url
 
 
@@ -52,7 +52,7 @@ def run(tokens, out, workers=0, *overrides, **options):
         tokens,
         str(out),
         workers,
-        show=records.append,
+        on_record=records.append,
         **options,
     )
     return [record for record in records if record["kind"] == "training"]
@@ -63,13 +63,14 @@ def weights(out):
 
 
 @pytest.fixture(scope="module")
-def trained(tokens, tmp_path_factory):
+def trained_run(tokens, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     return run(tokens, out), out
 
 
-def test_a_run_learns_and_leaves_a_generator_with_its_tokenizer(trained):
-    records, out = trained
+def test_masked_lm_run_learns_and_exports_generator(trained_run):
+    """A run lowers its loss and exports a generator with its tokenizer."""
+    records, out = trained_run
     assert records[-1]["loss"] < records[0]["loss"]
     images = Generator.from_pretrained(str(out / "model")).generate([0, 0], steps=3)
     assert images.shape == (2, 3, 32, 32)
@@ -78,7 +79,7 @@ def test_a_run_learns_and_leaves_a_generator_with_its_tokenizer(trained):
     assert all(r["bits_per_token"] > 0 for r in evaluations if r["kind"] == "evaluation")
 
 
-def test_two_workers_on_ray_train_what_one_process_trains(trained, tokens, tmp_path, ray_local):
+def test_masked_lm_two_workers_match_one_process(trained_run, tokens, tmp_path, ray_local):
     there = run(tokens, tmp_path, 2, "training.engine.kind=ddp")
     here = run(tokens, tmp_path / "alone", 0, "training.engine.kind=ddp")
     # Masked places of the two halves differ in number, so the mean of their means is not quite the whole's.
@@ -86,71 +87,77 @@ def test_two_workers_on_ray_train_what_one_process_trains(trained, tokens, tmp_p
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_zero_stages_train_alike(trained, tokens, tmp_path, stage):
+def test_masked_lm_zero_stages_match(trained_run, tokens, tmp_path, stage):
     records = run(tokens, tmp_path, 0, f"training.engine.zero_stage={stage}")
-    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in trained[0]], rel=1e-4)
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in trained_run[0]], rel=1e-4)
 
 
-def test_a_resumed_run_ends_bit_identical(trained, tokens, tmp_path):
-    run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final=1")
-    run(tokens, tmp_path, 0, "training.schedule.final=1", resume=True)
+def test_masked_lm_resumed_run_is_bit_identical(trained_run, tokens, tmp_path):
+    run(tokens, tmp_path, 0, "training.steps=4", "training.schedule.final_factor=1")
+    run(tokens, tmp_path, 0, "training.schedule.final_factor=1", resume=True)
     whole = tmp_path / "whole"
-    run(tokens, whole, 0, "training.schedule.final=1")
+    run(tokens, whole, 0, "training.schedule.final_factor=1")
     resumed, unbroken = weights(tmp_path), weights(whole)
     assert all((resumed[name] == unbroken[name]).all() for name in unbroken)
 
 
-def test_masks_depend_on_sample_and_step_alone(tokens):
-    config = load_config("masked-lm-demo", [*SMALL, "model.mask_by=sub_token", "loss.class_dropout=0.5"])
-    source = open_source(config, tokens)
+def test_sample_masks_depend_on_key_and_step_only(tokens):
+    """Masks depend on the sample's key and the step, not on the rest of the batch."""
+    config = load_config("masked-lm-demo", [*SMALL, "model.mask_unit=sub_token", "loss.class_dropout=0.5"])
+    source = build_source(config, tokens)
     stage = MaskedLMStage(config, source, torch.device("cpu"))
     [batch] = evaluation_batches(source, 40, limit=40)
-    masked, dropped = stage._hide(batch.keys, 3, 0.5)
-    alone, _ = stage._hide(batch.keys[5:6], 3, 0.5)
+    masked, dropped = stage._sample_masks(batch.keys, 3, 0.5)
+    alone, _ = stage._sample_masks(batch.keys[5:6], 3, 0.5)
     assert torch.equal(masked[5:6], alone)
-    assert not torch.equal(masked, stage._hide(batch.keys, 4, 0.5)[0])
+    assert not torch.equal(masked, stage._sample_masks(batch.keys, 4, 0.5)[0])
     assert 0.2 < dropped.float().mean() < 0.8
     # The mean of cos(π/2 · u) is 2/π; sub-tokens of one token may differ.
     assert masked.float().mean() == pytest.approx(2 / torch.pi, abs=0.1)
     assert not torch.equal(masked[..., 0], masked[..., 1])
 
 
-def test_options_of_the_loss_change_it(trained, tokens, tmp_path):
-    for number, override in enumerate(["loss.label_smoothing=0.5", "loss.class_dropout=1", "model.mask_by=sub_token"]):
+def test_loss_options_change_loss(trained_run, tokens, tmp_path):
+    for number, override in enumerate(
+        ["loss.label_smoothing=0.5", "loss.class_dropout=1", "model.mask_unit=sub_token"]
+    ):
         changed = run(tokens, tmp_path / str(number), 0, "training.steps=1", override)
-        assert changed[0]["loss"] != trained[0][0]["loss"], override
+        assert changed[0]["loss"] != trained_run[0][0]["loss"], override
 
 
-def test_clips_are_learnt_and_drawn_as_images_are(held_out_video_shards, tmp_path):
+def test_masked_lm_trains_and_generates_clips(held_out_video_shards, tmp_path):
+    """A masked language model trains on clips and generates clips."""
     model = save_tokenizer(tmp_path / "tokenizer", 0, frames=4)
-    tokenize(model, held_out_video_shards, str(tmp_path / "tokens"), workers=0)
+    tokenize(model, held_out_video_shards, str(tmp_path / "tokens"), num_workers=0)
     overrides = ["model.grid=[4,4,4]", "training.steps=2", "training.batch_size=2"]
     run(str(tmp_path / "tokens"), tmp_path / "run", 0, *overrides)
-    drawn = Generator.from_pretrained(str(tmp_path / "run" / "model")).generate([0], steps=2)
-    assert drawn.shape == (1, 3, 4, 32, 32)
+    generated = Generator.from_pretrained(str(tmp_path / "run" / "model")).generate([0], steps=2)
+    assert generated.shape == (1, 3, 4, 32, 32)
     assert list((tmp_path / "run" / "samples").glob("*.png"))
 
 
-def test_a_table_of_another_shape_is_refused_before_anything_starts(tokens, tmp_path):
+def test_token_table_of_other_shape_raises(tokens, tmp_path):
+    """A token table of another shape, or an incomplete one, is rejected before training starts."""
     with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
     with pytest.raises(ValueError, match="is not a whole token table"):
         train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
 
 
-def test_a_run_belongs_to_the_tokenizer_of_its_tokens(trained, photo_shards, tmp_path):
-    _, out = trained
-    theirs = save_tokenizer(tmp_path / "other", 1)
-    other = tokenize(theirs, photo_shards, str(tmp_path / "tokens"), workers=0, views=2).table
-    kept = load_config(str(out / "model" / "config.yaml")).model.tokenizer
-    assert kept == Generator.from_pretrained(str(out / "model")).tokenizer.model_id
-    with pytest.raises(ValueError, match=f"model.tokenizer was '{kept}' and is '{other.facts.tokenizer_id}'"):
+def test_run_rejects_tokens_of_other_tokenizer(trained_run, photo_shards, tmp_path):
+    """A run accepts only tokens of the tokenizer it started with."""
+    _, out = trained_run
+    other_tokenizer = save_tokenizer(tmp_path / "other", 1)
+    other = tokenize(other_tokenizer, photo_shards, str(tmp_path / "tokens"), num_workers=0, num_crops=2).table
+    tokenizer_id = load_config(str(out / "model" / "config.yaml")).model.tokenizer
+    assert tokenizer_id == Generator.from_pretrained(str(out / "model")).tokenizer.model_id
+    with pytest.raises(ValueError, match=f"model.tokenizer was '{tokenizer_id}' and is '{other.info.tokenizer_id}'"):
         run(other.url, out, 0, resume=True)
-    with pytest.raises(ValueError, match=f"the model reads those of {other.facts.tokenizer_id[:12]}"):
-        run(other.url, tmp_path / "mixed", 0, held_out_url=trained_on(out))
+    with pytest.raises(ValueError, match=f"the model reads those of {other.info.tokenizer_id[:12]}"):
+        run(other.url, tmp_path / "mixed", 0, held_out_url=training_table_url(out))
 
 
-def trained_on(out):
+def training_table_url(out):
     """The token table of a run, from its model card."""
     [line] = [line for line in (out / "model" / "README.md").read_text().splitlines() if "trained on" in line]
     return line.split("|")[2].split()[0]

@@ -20,7 +20,7 @@ SMALL = [
     "training.steps=20",
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
-    "training.optimizer.learning_rate_per_256=0.1",
+    "training.optimizer.base_learning_rate=0.1",
     "training.engine.precision=fp32",
     "training.ema_decay=0.5",
     "training.log_every=1",
@@ -31,36 +31,44 @@ SMALL = [
 def tokens(photo_shards, tmp_path_factory):
     model = save_tokenizer(tmp_path_factory.mktemp("tokenizer"), 0)
     url = str(tmp_path_factory.mktemp("tokens"))
-    tokenize(model, photo_shards, url, workers=0, views=2)
+    tokenize(model, photo_shards, url, num_workers=0, num_crops=2)
     return url
 
 
 def run(tokens, out, workers=0, *overrides, **options):
     records = []
-    train(load_config("prior-demo", SMALL + list(overrides)), tokens, str(out), workers, show=records.append, **options)
+    train(
+        load_config("prior-demo", SMALL + list(overrides)),
+        tokens,
+        str(out),
+        workers,
+        on_record=records.append,
+        **options,
+    )
     return [record for record in records if record["kind"] == "training"]
 
 
-def test_a_run_learns_and_leaves_a_codec_with_its_tokenizer(tokens, tmp_path, photos):
+def test_prior_run_learns_and_exports_codec(tokens, tmp_path, photos):
+    """A run lowers its loss and exports a codec with its tokenizer."""
     records = run(tokens, tmp_path)
     assert records[0]["bits_per_token"] == pytest.approx(10, abs=0.3), "nothing is known at first"
     assert records[-1]["bits_per_token"] < 8
     codec = Codec.from_pretrained(str(tmp_path / "model"))
-    coded = codec.compress(photos[0].resize((128, 128)))
+    encoded = codec.compress(photos[0].resize((128, 128)))
     # Sixteen tiles of 16 tokens, under a model that has learnt: cheaper than their raw bits.
-    assert coded.cross_entropy_bits < 0.9 * coded.raw_bits
-    assert codec.decompress(coded.data).size == (128, 128)
+    assert encoded.cross_entropy_bits < 0.9 * encoded.raw_bits
+    assert codec.decompress(encoded.data).size == (128, 128)
 
 
-def test_two_workers_on_ray_train_what_one_process_trains(tokens, tmp_path, ray_local):
+def test_prior_two_workers_match_one_process(tokens, tmp_path, ray_local):
     there = run(tokens, tmp_path / "two", 2)
     here = run(tokens, tmp_path / "one", 0)
     assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in here], rel=1e-4)
 
 
-def test_a_resumed_run_ends_bit_identical(tokens, tmp_path):
-    run(tokens, tmp_path / "a", 0, "training.steps=5", "training.schedule.final=1")
-    run(tokens, tmp_path / "a", 0, "training.schedule.final=1", resume=True)
-    run(tokens, tmp_path / "b", 0, "training.schedule.final=1")
+def test_prior_resumed_run_is_bit_identical(tokens, tmp_path):
+    run(tokens, tmp_path / "a", 0, "training.steps=5", "training.schedule.final_factor=1")
+    run(tokens, tmp_path / "a", 0, "training.schedule.final_factor=1", resume=True)
+    run(tokens, tmp_path / "b", 0, "training.schedule.final_factor=1")
     resumed, unbroken = (safetensors.numpy.load_file(tmp_path / r / "model" / "model.safetensors") for r in "ab")
     assert all((resumed[name] == unbroken[name]).all() for name in unbroken)

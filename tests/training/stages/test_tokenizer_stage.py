@@ -3,17 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from real_clips import street
+from real_clips import street_clip
 
 from bsq_ray import config
 from bsq_ray.config import load_config
 from bsq_ray.data.data_source import Batch
-from bsq_ray.data.image_source import PhotoSource
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import evaluation_batches
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.stages.tokenizer_stage import TokenizerStage, frames_of
+from bsq_ray.training.stages.tokenizer_stage import TokenizerStage, frames_time_major
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -24,7 +24,7 @@ SMALL = [
     "model.decoder.width=16",
     "model.decoder.layers=1",
     "model.decoder.heads=2",
-    "model.decoder.head_width=32",
+    "model.decoder.head_hidden_dim=32",
     "loss.perceptual_weight=0",
     "loss.adversarial.channel_base=256",
     "loss.adversarial.channel_max=8",
@@ -34,7 +34,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def batch(photo_shards):
-    return next(evaluation_batches(PhotoSource(read_manifest(photo_shards), config.Data(), 32), 8))
+    return next(evaluation_batches(ImageSource(read_manifest(photo_shards), config.DataConfig(), 32), 8))
 
 
 def build(*overrides):
@@ -51,15 +51,15 @@ def losses(batch, *overrides, step=0):
 
 
 def run_phases(stage, engines, batch, step):
-    carry, results = {}, {}
+    context, results = {}, {}
     for phase in stage.phases(step):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
-        results[phase] = stage.loss(phase, batch, engines, carry, step)
+        results[phase] = stage.loss(phase, batch, engines, context, step)
     return results
 
 
-def test_the_generator_minimises_the_weighted_sum_of_its_terms(batch):
+def test_generator_loss_is_weighted_sum_of_terms(batch):
     _, results = losses(batch, "loss.perceptual_weight=0.3", "loss.perceptual_network=alex")
     total, terms = results["generator"]
     # At step 0 the quantiser's weight of 0.1 is three times as large.
@@ -68,33 +68,35 @@ def test_the_generator_minimises_the_weighted_sum_of_its_terms(batch):
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("l1", F.l1_loss), ("l2", F.mse_loss)])
-def test_the_reconstruction_loss_is_the_configured_one(batch, kind, loss):
+def test_reconstruction_loss_follows_config(batch, kind, loss):
     stage, results = losses(batch, f"loss.reconstruction={kind}", "loss.reconstruction_weight=2")
     real = to_float(batch.values_B)
     with torch.no_grad():
-        rebuilt = stage.modules["generator"](real).images
+        reconstructed = stage.modules["generator"](real).images
     total, terms = results["generator"]
-    assert float(terms["reconstruction"]) == pytest.approx(float(loss(rebuilt, real)), rel=1e-6)
+    assert float(terms["reconstruction"]) == pytest.approx(float(loss(reconstructed, real)), rel=1e-6)
     rest = 0.1 * terms["generator"] + 0.3 * terms["quantizer"]
     assert float(total.detach()) == pytest.approx(float(2 * terms["reconstruction"] + rest), rel=1e-6)
 
 
 @pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan"])
 @pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
-def test_each_phase_has_gradients_for_its_own_module_alone(batch, discriminator, objective):
+def test_phase_gradients_reach_only_own_module(batch, discriminator, objective):
+    """Each phase produces gradients for its own module only."""
     stage, engines = build(f"loss.adversarial.discriminator={discriminator}", f"loss.adversarial.objective={objective}")
-    carry = {}
+    context = {}
     for phase in ("generator", "discriminator"):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
             module.zero_grad()
-        stage.loss(phase, batch, engines, carry, 0)[0].backward()
+        stage.loss(phase, batch, engines, context, 0)[0].backward()
         for name, module in stage.modules.items():
-            has = [parameter.grad is not None for parameter in module.parameters()]
-            assert all(has) if name == phase else not any(has), (phase, name)
+            has_grad = [parameter.grad is not None for parameter in module.parameters()]
+            assert all(has_grad) if name == phase else not any(has_grad), (phase, name)
 
 
-def test_the_penalty_joins_every_sixteenth_step_with_the_weight_of_sixteen(batch):
+def test_r1_penalty_applies_every_16_steps(batch):
+    """The R1 penalty is added at every sixteenth step, weighted by sixteen."""
     without = losses(batch, step=14)[1]["discriminator"]
     total, terms = losses(batch, step=15)[1]["discriminator"]
     assert "r1" not in without[1]
@@ -102,20 +104,22 @@ def test_the_penalty_joins_every_sixteenth_step_with_the_weight_of_sixteen(batch
     assert "r1" not in losses(batch, "loss.adversarial.r1_gamma=0", step=15)[1]["discriminator"][1]
 
 
-def test_the_adversary_waits_for_its_first_step(batch):
+def test_adversarial_loss_starts_at_start_step(batch):
+    """The discriminator is trained from its configured start step on."""
     stage, results = losses(batch, "loss.adversarial.start_step=5", step=4)
     assert stage.phases(4) == ["generator"]
     assert stage.phases(5) == ["generator", "discriminator"]
     assert "generator" not in results["generator"][1]
 
 
-def test_without_an_adversarial_weight_there_is_no_discriminator(batch):
+def test_zero_adversarial_weight_has_no_discriminator(batch):
     stage, results = losses(batch, "loss.adversarial.weight=0")
     assert list(stage.modules) == ["generator"]
     assert list(results) == ["generator"]
 
 
-def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer(batch):
+def test_adaptive_weight_balances_last_layer_gradients(batch):
+    """The adaptive weight balances the gradients of both losses at the last layer."""
     stage, engines = build("loss.adversarial.adaptive_weight=true", "loss.quantizer_weight=0")
     stage.modules["discriminator"].requires_grad_(False)
     total, terms = stage.loss("generator", batch, engines, {}, 0)
@@ -129,16 +133,17 @@ def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer(batch):
     assert float(terms["adaptive_weight"]) > 0
 
 
-def test_code_usage_is_counted_since_the_last_summary(batch):
+def test_pop_metrics_resets_code_usage(batch):
+    """Code usage covers the batches since the last call."""
     stage, _ = losses(batch)
-    summary = stage.summarise()
+    summary = stage.pop_metrics()
     assert 0 < summary["code_usage"] <= 1
     assert 0 < summary["bit_entropy"] <= 1
-    assert stage.summarise() == {}
+    assert stage.pop_metrics() == {}
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same_loss(batch):
+def test_compiled_blocks_match_eager_loss(batch):
     eager = losses(batch)[1]["generator"][0]
     compiled = losses(batch, "training.engine.compile=true")[1]["generator"][0]
     assert float(compiled.detach()) == pytest.approx(float(eager.detach()), rel=1e-4)
@@ -150,45 +155,47 @@ def test_compiled_blocks_compute_the_same_loss(batch):
 @pytest.fixture(scope="module")
 def clips():
     """Eight clips of four frames."""
-    values = torch.cat([street(4, 32, start=start) for start in range(0, 32, 4)])
+    values = torch.cat([street_clip(4, 32, start=start) for start in range(0, 32, 4)])
     return Batch(to_uint8(values), torch.zeros(8, dtype=torch.int64), [f"street@{n}" for n in range(8)])
 
 
 @pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "stylegan2-3d"])
-def test_clips_are_judged_by_frame_or_whole_and_each_phase_has_gradients_for_its_own_module(clips, discriminator):
+def test_clip_phase_gradients_reach_only_own_module(clips, discriminator):
+    """Clips enter the discriminator by frame or whole, and each phase has gradients for its own module only."""
     stage, engines = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
-    carry = {}
+    context = {}
     for phase in ("generator", "discriminator"):
         for name, module in stage.modules.items():
             module.requires_grad_(name == phase)
             module.zero_grad()
-        loss, terms = stage.loss(phase, clips, engines, carry, 15)
+        loss, terms = stage.loss(phase, clips, engines, context, 15)
         loss.backward()
         for name, module in stage.modules.items():
-            has = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters()]
-            assert all(has) if name == phase else not any(has), (phase, name)
+            has_grad = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters()]
+            assert all(has_grad) if name == phase else not any(has_grad), (phase, name)
     assert "r1" in terms
-    assert carry["real"].ndim == (5 if discriminator == "stylegan2-3d" else 4)
+    assert context["real"].ndim == (5 if discriminator == "stylegan2-3d" else 4)
 
 
-def test_the_terms_of_clips_are_means_over_their_frames(clips):
+def test_clip_loss_terms_are_frame_means(clips):
+    """The loss terms of clips are means over their frames."""
     overrides = ["model.frames=4", "loss.perceptual_weight=0.3", "loss.perceptual_network=alex"]
     stage, results = losses(clips, *overrides)
     real = to_float(clips.values_B)
     with torch.no_grad():
-        rebuilt = stage.modules["generator"](real).images
-        by_frame = [stage.perceptual(rebuilt[:, :, t].clamp(-1, 1), real[:, :, t]).mean() for t in range(4)]
+        reconstructed = stage.modules["generator"](real).images
+        by_frame = [stage.perceptual(reconstructed[:, :, t].clamp(-1, 1), real[:, :, t]).mean() for t in range(4)]
     terms = results["generator"][1]
     assert float(terms["perceptual"]) == pytest.approx(float(torch.stack(by_frame).mean()), rel=1e-4)
-    assert float(terms["reconstruction"]) == pytest.approx(float((rebuilt - real).abs().mean()), rel=1e-5)
+    assert float(terms["reconstruction"]) == pytest.approx(float((reconstructed - real).abs().mean()), rel=1e-5)
 
 
-def test_the_penalty_of_clips_is_that_of_their_frames_as_images(clips):
+def test_clip_r1_penalty_matches_frames_as_images(clips):
     """For a discriminator without batch statistics, which join images."""
     overrides = ["model.frames=4", "loss.adversarial.discriminator=patchgan"]
     stage, engines = build(*overrides)
     whole = run_phases(stage, engines, clips, 15)["discriminator"][1]
-    values = frames_of(clips.values_B)
+    values = frames_time_major(clips.values_B)
     frames = Batch(values, torch.zeros(len(values), dtype=torch.int64), ["x"] * len(values))
     alone = run_phases(stage, engines, frames, 15)["discriminator"][1]
     assert float(whole["r1"]) == pytest.approx(float(alone["r1"]), rel=1e-4)
@@ -196,27 +203,29 @@ def test_the_penalty_of_clips_is_that_of_their_frames_as_images(clips):
 
 
 @pytest.mark.parametrize("share", [slice(0, None, 2), slice(1, None, 2), slice(3, 4)])
-def test_a_workers_share_of_clips_is_judged_as_in_the_whole_batch(clips, share):
+def test_clip_logits_do_not_depend_on_batch_split(clips, share):
     """Every second clip, or one alone: the discriminator's groups are of frames of the same clips."""
     stage, _ = build("model.frames=4")
     discriminator = stage.modules["discriminator"]
     values = to_float(clips.values_B)
-    [whole] = discriminator(frames_of(values))
-    [part] = discriminator(frames_of(values[share]))
+    [whole] = discriminator(frames_time_major(values))
+    [part] = discriminator(frames_time_major(values[share]))
     torch.testing.assert_close(part.view(4, -1), whole.view(4, 8)[:, share], rtol=1e-4, atol=1e-5)
 
 
-def test_the_picture_of_clips_shows_frames_of_the_first_one_and_figures_are_by_frame(clips):
+def test_clip_evaluate_shows_first_clip_per_frame_psnr(clips):
+    """The sample image shows frames of the first clip, and the metrics are means over frames."""
     stage, engines = build("model.frames=4")
-    figures, picture = stage.evaluate(clips, engines)
-    assert picture.shape == (3, 64, 4 * 32)
-    assert torch.equal(picture[:, :32], torch.cat(list(clips.values_B[0].transpose(0, 1)), 2))
-    rebuilt = to_uint8(stage.modules["generator"](to_float(clips.values_B)).images.clamp(-1, 1))
-    error_BT = (rebuilt.float() - clips.values_B.float()).square().mean((1, 3, 4))
-    assert figures["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / error_BT)).mean()), abs=1e-3)
+    metrics, image = stage.evaluate(clips, engines)
+    assert image.shape == (3, 64, 4 * 32)
+    assert torch.equal(image[:, :32], torch.cat(list(clips.values_B[0].transpose(0, 1)), 2))
+    reconstructed = to_uint8(stage.modules["generator"](to_float(clips.values_B)).images.clamp(-1, 1))
+    error_BT = (reconstructed.float() - clips.values_B.float()).square().mean((1, 3, 4))
+    assert metrics["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / error_BT)).mean()), abs=1e-3)
 
 
-def test_a_stage_can_begin_with_an_image_model(clips, tmp_path):
+def test_stage_initializes_from_image_model(clips, tmp_path):
+    """A video stage can start from the weights of an image model."""
     image, _ = build()
     image.modules["generator"].save_pretrained(str(tmp_path))
     run = load_config("imagenet128-bsq18", [*SMALL, "model.frames=4"])
@@ -225,7 +234,8 @@ def test_a_stage_can_begin_with_an_image_model(clips, tmp_path):
     assert torch.equal(video(frame).images, image.modules["generator"](frame).images)
 
 
-def test_widths_that_compiled_kernels_cannot_take_are_refused():
+def test_compile_unsupported_width_raises():
+    """Widths that compiled kernels cannot handle are rejected."""
     narrow = ["model.encoder.width=18", "model.encoder.heads=3", "training.engine.compile=true"]
     with pytest.raises(ValueError, match="widths that are multiples of 4"):
         build(*narrow)
