@@ -26,11 +26,11 @@ class TanhQuantizer(Quantizer):
 
     def quantize(self, v_BNC: Tensor) -> Quantized:
         u_BNC = torch.tanh(v_BNC)
-        codes_BNC = self.codes(u_BNC >= 0)
+        codes_BNC = self.dequantize(u_BNC >= 0)
         penalty = 0.25 * (u_BNC - codes_BNC).square().mean()
         return Quantized(straight_through(codes_BNC, u_BNC), u_BNC >= 0, penalty, {})
 
-    def codes(self, bits_BNL: Tensor) -> Tensor:
+    def dequantize(self, bits_BNL: Tensor) -> Tensor:
         return bits_BNL.float() * 2 - 1
 
 

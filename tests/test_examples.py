@@ -25,14 +25,14 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     tokenizer = Tokenizer(
-        config.TokenizerModel(
+        config.TokenizerModelConfig(
             image_size=64,
-            encoder=config.Transformer(**SIZES),
-            decoder=config.Decoder(**SIZES, head_width=32),
-            quantizer=config.BSQ(bits=10),
+            encoder=config.TransformerConfig(**SIZES),
+            decoder=config.DecoderConfig(**SIZES, head_hidden_dim=32),
+            quantizer=config.BSQConfig(bits=10),
         )
     )
-    masked_lm = MaskedLM(config.MaskedLMModel(grid=[1, 8, 8], bits=10, sub_bits=5, classes=4, **SIZES))
+    masked_lm = MaskedLM(config.MaskedLMModelConfig(grid=[1, 8, 8], bits=10, sub_bits=5, num_classes=4, **SIZES))
     tokenizer.save_pretrained(str(folder / "tokenizer"))
     masked_lm.save_pretrained(str(folder / "masked_lm"))
     tokenizer.save_pretrained(str(folder / "masked_lm" / "tokenizer"))
