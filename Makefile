@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Tests in one process without Ray that take about a second at most.
-FAST := not slow and not ray and not integration and not benchmark and not gpu
+# Tests in one process that take about a second at most. Tests that need a GPU skip themselves.
+FAST := not slow and not ray and not integration and not benchmark
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-generate demo-compress test-fast test test-slow test-long test-gpu test-internals \
