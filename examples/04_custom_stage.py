@@ -17,7 +17,7 @@ from bsq_ray.data.factory import build_source
 from bsq_ray.data.stream import training_batches
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.stages.stage import Engines, Stage
+from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext
 
 
 class DenoisingStage(Stage):
@@ -29,11 +29,11 @@ class DenoisingStage(Stage):
     def phases(self, step: int) -> list[str]:
         return ["tokenizer"]
 
-    def loss(self, phase: str, batch: Batch, engines: Engines, context: dict, step: int) -> tuple[Tensor, dict]:
+    def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
         images_BCHW = to_float(batch.values_B)
         output_BCHW, quantized = engines[phase](images_BCHW + 0.2 * torch.randn_like(images_BCHW))
         loss = (output_BCHW - images_BCHW).abs().mean() + 0.02 * quantized.loss
-        return loss, {"loss": loss.detach()}
+        return PhaseOutput(loss, {"loss": loss.detach()})
 
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
         images_BCHW = to_float(batch.values_B)
@@ -51,8 +51,8 @@ if __name__ == "__main__":
     engine = build_engine(stage.modules["tokenizer"], run_config.training, 8, 1, torch.device("cpu"))
     batches = training_batches(build_source(run_config, url), run_config.data, 8, 0, 1, seed=0)
     for step, batch in zip(range(steps), batches, strict=False):
-        loss, scalars = stage.loss("tokenizer", batch, {"tokenizer": engine}, {}, step)
-        engine.backward(loss)
+        output = stage.loss("tokenizer", batch, {"tokenizer": engine}, None, step)
+        engine.backward(output.loss)
         engine.step(1e-3)
-        print(f"step {step + 1}: loss {float(scalars['loss']):.4f}")
+        print(f"step {step + 1}: loss {float(output.scalars['loss']):.4f}")
     print(stage.evaluate(batch, {})[0])

@@ -36,7 +36,7 @@ def main() -> None:
     save_row("generated.png", images_BCHW)
 
     # Tokens that are still masked are gray.
-    steps = list(generator.steps([arguments.label], seed=0, steps=arguments.steps))
+    steps = list(generator.iter_steps([arguments.label], seed=0, steps=arguments.steps))
     save_row("steps.png", torch.cat(steps))
 
     between_BCHW = generator.interpolate(

@@ -148,7 +148,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-# Files and folders whose tests train, decode real videos, run metric networks or try many cases; not in `make test-fast`.
+# Files and folders whose tests train, decode real videos or run metric networks; not in `make test-fast`.
 INTEGRATION = (
     "codec/test_files.py",
     "codec/test_image_codec.py",
