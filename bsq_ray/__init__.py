@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from bsq_ray.models.prior import Prior
     from bsq_ray.models.tokenizer import Tokenizer
 
-__all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer"]
+    __version__: str
+
+__all__ = ["Codec", "Generator", "MaskedLM", "Prior", "Tokenizer", "__version__"]
 
 _MODULES = {
     "Codec": "codec.codec",

@@ -1,4 +1,7 @@
-"""The README's commands and its Python run as printed, shrunk by overrides where they would take hours."""
+"""README, getting-started pages and guides: what they name exists, and their commands and their Python run as printed.
+
+Commands that would take hours are shortened by overrides; those that need a cluster, a bucket or a service are parsed only.
+"""
 
 import re
 import shlex
@@ -7,72 +10,139 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from bsq_ray import config
+from bsq_ray.cli.main import app
 
-_ROOT = Path(__file__).parent.parent
-_README = (_ROOT / "README.md").read_text()
-_SHRUNK = {
-    "imagenet256-bsq18": "demo",
-    "--workers 16": "--workers 0",
-    "--workers 2": "--workers 0",
-    "jobs/sweeps/demo.yaml": "sweep.yaml",
+ROOT = Path(__file__).parents[1]
+# In the order in which a reader meets them: each page uses what the pages before it have made.
+PAGES = [
+    "docs/getting-started/install.md",
+    "docs/getting-started/first-model-on-your-images.md",
+    "docs/getting-started/quickstart.md",
+    "README.md",
+    "docs/guides/train.md",
+    "docs/guides/generate.md",
+    "docs/guides/compress.md",
+    "docs/guides/video.md",
+    "docs/guides/sweep.md",
+    "docs/guides/plan.md",
+    "docs/guides/import-reference.md",
+    "docs/guides/serve.md",
+    "docs/guides/cluster.md",
+]
+PARSED_ONLY = ("bsq-ray quickstart", "bsq-ray serve", "import-reference", "--address", "s3://")
+SHORTENED = {"--workers 2": "--workers 0", "jobs/sweeps/demo.yaml": "sweep.yaml"}
+STEPS = {
+    "tokenizer": ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"],
+    "masked-lm": ["training.steps=2", "training.batch_size=4", "model.layers=1", "sampling.steps=2"],
+    "prior": ["training.steps=2", "training.batch_size=4", "model.layers=1"],
 }
-_STEPS = ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"]
-
-_LM_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1", "sampling.steps=2"]
-_PRIOR_STEPS = ["training.steps=2", "training.batch_size=4", "model.layers=1"]
 
 
-def code_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", _README, re.S)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.S | re.M)
 
 
-def readme_commands():
-    lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.startswith("bsq-ray ")]
+def commands(page):
+    """The commands of a page, one string each, without comments."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := re.sub(r"(?:^|\s+)# .*$", "", line).strip())]
 
 
-def test_readme_presets_and_links_exist():
-    """Every preset and file that the README names exists."""
-    for preset in re.findall(r"`(imagenet[\w-]+)`", _README):
+def own_commands(page):
+    """Arguments of `bsq-ray`, also where a job of `jobs/` calls it."""
+    jobs = {"pack": ["data", "pack"], "tokenize_images": ["tokenize"], "train_masked_lm": ["train", "masked-lm"]}
+    for command in commands(page):
+        words = shlex.split(command)
+        if words[0] == "bsq-ray":
+            yield words[1:]
+        elif job := re.search(r"python jobs/(\w+)\.py (.*)", command):
+            yield [*jobs.get(job[1], job[1].split("_")), *shlex.split(job[2])]
+
+
+def test_pages_are_complete():
+    pages = [*(ROOT / "docs/getting-started").glob("*.md"), *(ROOT / "docs/guides").glob("*.md"), ROOT / "README.md"]
+    assert {path.relative_to(ROOT).as_posix() for path in pages} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_names_presets_links_and_files_that_exist(page):
+    text = (ROOT / page).read_text()
+    for preset in re.findall(r"(?:`|--config )((?:imagenet|ucf)\w*-[\w-]+)", text):
         assert preset in config.preset_names(), preset
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", _README):
-        assert (_ROOT / path).exists(), path
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    for path in re.findall(r"\b((?:jobs|cluster|examples)/[\w./-]+\.(?:py|yaml|sh|md|ipynb))", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_names_configuration_keys_that_exist(page):
+    runs = [config.load_config(name, []).model_dump() for name in ("demo-video", "masked-lm-demo", "prior-demo")]
+    for key in re.findall(r"[` ]((?:training|data|loss|model|sampling)\.[a-z_0-9.]*[a-z_0-9])", (ROOT / page).read_text()):
+        assert any(_has(run, key.split(".")) for run in runs), key
+
+
+def _has(section, parts):
+    return not parts or (isinstance(section, dict) and parts[0] in section and _has(section[parts[0]], parts[1:]))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_commands_parse(page):
+    """Options and arguments are those of the command line."""
+    for words in own_commands(page):
+        command, context = typer.main.get_command(app), None
+        while hasattr(command, "commands") and words[0] in command.commands:
+            command, words = command.commands[words[0]], words[1:]
+        if words == ["--help"]:
+            continue
+        context = command.make_context("bsq-ray", words, parent=context)
+        assert context.params is not None
 
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(1800)
-def test_readme_commands_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
-    """In the order of the README, in one folder that holds photographs and clips."""
-    (tmp_path / "videos").symlink_to(video_folders[0])
-    (tmp_path / "held-out-videos").symlink_to(video_folders[1])
-    (tmp_path / "clip.mp4").symlink_to(video_folders[1] / "carphone_pristine.mp4")
-    (tmp_path / "photos").symlink_to(photo_folders[0])
-    (tmp_path / "held-out").symlink_to(photo_folders[1])
-    (tmp_path / "photo.png").symlink_to(photo_folders[1] / "coffee.png")
-    sweep = yaml.safe_load((_ROOT / "jobs/sweeps/demo.yaml").read_text())
+@pytest.mark.timeout(2400)
+def test_pages_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatch):
+    """In one folder that contains photos and clips, page after page."""
+    monkeypatch.chdir(tmp_path)
+    inputs = {
+        "photos": photo_folders[0],
+        "held-out": photo_folders[1],
+        "photo.png": photo_folders[1] / "coffee.png",
+        "videos": video_folders[0],
+        "held-out-videos": video_folders[1],
+        "clip.mp4": video_folders[1] / "carphone_pristine.mp4",
+        "jobs": ROOT / "jobs",
+        # What the quickstart would have left.
+        "quickstart/run/model": tmp_path / "runs/demo/model",
+    }
+    for name, target in inputs.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).symlink_to(target)
+    sweep = yaml.safe_load((ROOT / "jobs/sweeps/demo.yaml").read_text())
     sweep["space"] = {"model.quantizer.bits": {"values": [6]}}
     sweep["budget"] |= {"steps": 2}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    num_commands = 0
-    for command in readme_commands():
-        if any(word in command for word in ("quickstart", "--address", "import-reference", "s3://", "bsq-ray serve")):
-            continue
-        for long, short in _SHRUNK.items():
-            command = command.replace(long, short)
-        words = shlex.split(command)[1:]
-        if words[0] == "train":
-            words += {"tokenizer": _STEPS, "masked-lm": _LM_STEPS, "prior": _PRIOR_STEPS}[words[1]]
-        done = subprocess.run(
-            [sys.executable, "-c", "from bsq_ray.cli.main import main; main()", *words],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, (command, done.stderr[-2000:])
-        num_commands += 1
-    assert num_commands >= 12
-    monkeypatch.chdir(tmp_path)
-    [python] = code_blocks("python")
-    exec(compile(python, "README.md", "exec"), {})
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    num_run = 0
+    for page in PAGES:
+        for command in commands(page):
+            if command.startswith("bsq-ray ") and not any(words in command for words in PARSED_ONLY):
+                run_shortened(command)
+                num_run += 1
+        for number, python in enumerate(blocks(page, "python")):
+            exec(compile(python, f"{page}, block {number}", "exec"), {})
+    assert num_run >= 20
+
+
+def run_shortened(command):
+    for long, short in SHORTENED.items():
+        command = command.replace(long, short)
+    words = shlex.split(command)[1:]
+    if words[0] == "train":
+        words += STEPS[words[1]]
+    done = subprocess.run([sys.executable, "-m", "bsq_ray", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (command, done.stderr[-2000:])
