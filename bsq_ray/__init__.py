@@ -26,6 +26,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bsq-ray")
     # Imported on first use, so that `bsq-ray --help` does not load torch.
     if name in _MODULES:
         return getattr(import_module(f"bsq_ray.{_MODULES[name]}"), name)

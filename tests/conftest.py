@@ -205,6 +205,10 @@ INTEGRATION = (
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if "ray_local" in item.fixturenames:
+            item.add_marker(pytest.mark.ray)
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(INTEGRATION):
+            item.add_marker(pytest.mark.integration)
         # Keywords also contain the names of folders.
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a visible CUDA GPU, as in `make test-gpu`"))
