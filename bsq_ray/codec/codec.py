@@ -37,7 +37,8 @@ from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.tile_groups import EncodedGroup, decode_groups, encode_group, group_size, max_groups_per_pass
 from bsq_ray.codec.tiles import place_tiles, split_tiles
 from bsq_ray.media.color import SRGB, Color
-from bsq_ray.media.images import MAX_PIXELS, to_srgb
+from bsq_ray.media.images import to_srgb
+from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 
