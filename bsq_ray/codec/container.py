@@ -17,7 +17,7 @@ import numpy as np
 
 from bsq_ray.codec.rect import Rect
 from bsq_ray.media.color import Color
-from bsq_ray.media.images import MAX_PIXELS
+from bsq_ray.media.limits import MAX_PIXELS
 
 MAGIC, VERSION = b"BSQ1", 1
 KIND_IMAGE, KIND_CLIP = 0, 1

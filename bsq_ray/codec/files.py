@@ -25,7 +25,8 @@ from PIL import Image, UnidentifiedImageError
 from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile, ProgressCallback
 from bsq_ray.codec.container import VideoHeader, read_header
-from bsq_ray.media.images import DECODE_ERRORS, MAX_PIXELS, decode_error_text, to_srgb
+from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, to_srgb
+from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video
 from bsq_ray.media.video_writer import write_video
 from bsq_ray.model_folder import WeightsKind

@@ -14,8 +14,6 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from bsq_ray import storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Largest image or video frame that is read unless the caller sets another limit: 134 megapixels.
-MAX_PIXELS = 2**27
 # Errors that Pillow raises on damaged, truncated or hostile files.
 DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
 

@@ -15,14 +15,16 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import av
 import numpy as np
-from PIL import Image
 
 from bsq_ray.media.color import Color, frame_color, frame_to_rgb
-from bsq_ray.media.images import MAX_PIXELS
+from bsq_ray.media.limits import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2ts", ".mts", ".ts", ".vob", ".wmv", ".asf",
@@ -198,6 +200,9 @@ def read_frames(file: IO[bytes], video: VideoInfo, start: int, num_frames: int, 
     Raises:
         ValueError: the file is damaged, or not the one that `video` describes.
     """
+    # Imported here because the process that decodes each uploaded video must start fast.
+    from PIL import Image
+
     frame_indices = range(start, start + num_frames * stride, stride)
     key_index = bisect.bisect_right(video.key_frames, start) - 1
     num_yielded = 0
