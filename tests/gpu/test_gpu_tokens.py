@@ -140,7 +140,7 @@ def test_generate_and_inpaint_on_gpu_write_files(gpu, photos, tmp_path):
     photos[0].resize((48, 32)).save(tmp_path / "photo.png")
     Image.new("RGB", (48, 32), "white").save(tmp_path / "mask.png")
     inpaint_inputs = {"image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png")}
-    for name, more in (("drawn", {}), ("between", {"between": True}), ("filled", inpaint_inputs)):
+    for name, more in (("generated", {}), ("between", {"between": True}), ("filled", inpaint_inputs)):
         request = GenerateRequest(classes=[0, 2], count=2, sampling={"steps": 2}, **more)
         count = generate_files(str(tmp_path / "model"), str(tmp_path / name), request)
         assert count == len(list((tmp_path / name).glob("class*"))) > 0
