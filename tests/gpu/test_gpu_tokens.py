@@ -108,7 +108,7 @@ def test_resume_restores_gpu_rng_for_dropout(gpu, tokens, tmp_path):
 def small_generator(device, folder):
     torch.manual_seed(0)
     model_config = config.MaskedLMModelConfig(
-        grid=(1, 4, 4), bits=18, sub_bits=9, classes=3, width=64, layers=2, heads=4
+        grid=(1, 4, 4), bits=18, sub_bits=9, num_classes=3, width=64, layers=2, heads=4
     )
     MaskedLM(model_config).save_pretrained(str(folder))
     small_tokenizer().save_pretrained(f"{folder}/tokenizer")
