@@ -120,7 +120,7 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
         class_names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         rejected = sorted(name for name in class_names if not _is_expected(name))
         if rejected:
-            raise ValueError(f"{source} is rejected: it contains objects that would run or import {', '.join(rejected)}")
+            raise ValueError(f"{source} is rejected: it has objects that would run or import {', '.join(rejected)}")
         with torch.serialization.safe_globals([_placeholder_class(name) for name in class_names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:

@@ -265,8 +265,8 @@ def _masked_lm_card(run_config: config.MaskedLMConfig) -> tuple[str, list[str], 
         "images = generator.generate([0, 1, 2], seed=0)  # classes; floats in [-1, 1]",
     ]
     rows = {
-        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.num_sub_tokens} symbols of "
-        f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
+        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.num_sub_tokens} symbols "
+        f"of {model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
         "classes": str(model.num_classes),
     }
     return "image-generation", example, rows

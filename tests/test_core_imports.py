@@ -10,8 +10,8 @@ import pytest
 # Packages that only the extras install.
 EXTRAS = (
     "bjontegaard", "boto3", "botocore", "cv2", "deepspeed", "fastapi", "imagecodecs", "lpips", "matplotlib", "mlflow",
-    "optuna", "pyarrow", "pytorch_msssim", "ray", "s3fs", "scipy", "sklearn", "starlette", "tensorboardX", "torchvision",
-    "wandb", "webdataset",
+    "optuna", "pyarrow", "pytorch_msssim", "ray", "s3fs", "scipy", "sklearn", "starlette", "tensorboardX",
+    "torchvision", "wandb", "webdataset",
 )  # fmt: skip
 BLOCK_EXTRAS = f"""
 import sys

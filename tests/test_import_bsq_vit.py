@@ -325,7 +325,7 @@ def test_import_malicious_pickle_is_rejected_without_running(save, small_config,
         function, f"open({str(evidence)!r}, 'w')"
     )
     checkpoint = save(checkpoint_contents(args=MaliciousObject(function, argument)))
-    with pytest.raises(ValueError, match=f"is rejected: it contains objects that would run or import {name}"):
+    with pytest.raises(ValueError, match=f"is rejected: it has objects that would run or import {name}"):
         import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
     assert not evidence.exists()
 

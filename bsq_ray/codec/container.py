@@ -260,9 +260,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
     clip = None
     if kind == KIND_CLIP:
         if len(data) < _HEADER_STRUCT.size + _VIDEO_STRUCT.size:
-            raise ValueError(
-                f"the file is cut off: the header needs {_HEADER_STRUCT.size + _VIDEO_STRUCT.size} bytes, got {len(data)}"
-            )
+            header_size = _HEADER_STRUCT.size + _VIDEO_STRUCT.size
+            raise ValueError(f"the file is cut off: the header needs {header_size} bytes, got {len(data)}")
         frames, numerator, denominator, gop, *color = _VIDEO_STRUCT.unpack_from(data, _HEADER_STRUCT.size)
         if not (frames and numerator and denominator and gop):
             raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
@@ -298,6 +297,6 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
     rows, columns = header.tile_grid
     if rows * columns * header.tile**2 > _MAX_PADDED_PIXELS:
         raise ValueError(
-            f"{header.width} x {header.height} pixels need {rows} x {columns} tiles of {header.tile} pixels; the limit is "
-            f"{_MAX_PADDED_PIXELS} pixels in all tiles"
+            f"{header.width} x {header.height} pixels need {rows} x {columns} tiles of {header.tile} pixels; the limit "
+            f"is {_MAX_PADDED_PIXELS} pixels in all tiles"
         )

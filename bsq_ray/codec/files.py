@@ -128,8 +128,8 @@ def _summary(compressed: CompressedFile) -> str:
     if compressed.cross_entropy_bits:
         fraction = compressed.cross_entropy_bits / compressed.raw_bits
         prior_note = (
-            f"; tokens {compressed.raw_bits / 8:.0f} bytes raw, {compressed.cross_entropy_bits / 8:.0f} ({fraction:.1%}) with the "
-            f"prior, plus {compressed.side_info_bits / 8:.0f} of side information"
+            f"; tokens {compressed.raw_bits / 8:.0f} bytes raw, {compressed.cross_entropy_bits / 8:.0f} "
+            f"({fraction:.1%}) with the prior, plus {compressed.side_info_bits / 8:.0f} of side information"
         )
     timing_note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in compressed.timings_s.items())
     return f"in {len(compressed.data)} bytes, {compressed.bits_per_pixel:.4f} bits per pixel{prior_note}; {timing_note}"
@@ -149,7 +149,7 @@ def decompress_file(
     lossless) for a clip. The standard output receives PNG or MKV.
 
     Raises:
-        ValueError: the model or the file cannot be read, the file is damaged, or the extension does not fit its content.
+        ValueError: the model or the file cannot be read, the file is damaged, or the extension does not fit.
     """
     kind = "" if destination == "-" else destination.rsplit(".", 1)[-1].lower()
     if kind and kind not in _IMAGE_FORMATS | _VIDEO_CONTAINERS:

@@ -44,7 +44,7 @@ def probabilities_of_levels(levels: np.ndarray) -> np.ndarray:
 
 
 def round_logits(logits: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Round the encoder's logits; return levels (int64) and whether each is ambiguous, within the tolerance of a boundary.
+    """Round the encoder's logits; return levels (int64) and whether each is within the tolerance of a boundary.
 
     Args:
         logits: float64.

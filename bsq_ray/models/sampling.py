@@ -25,7 +25,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 
 
 def num_masked(step: int, steps: int, units: int) -> int:
-    """Return the number of units masked after `step` of `steps` steps: a cosine schedule, at least one fewer each step."""
+    """Return the units masked after `step` of `steps` steps: a cosine schedule, at least one fewer each step."""
     if step >= steps:
         return 0
     return max(0, min(int(units * cos(pi / 2 * step / steps)), units - step))

@@ -1,4 +1,4 @@
-"""Entropy coding: tokens come back exactly, on whatever machine, in the size that their cross entropy says."""
+"""Entropy coding: exact roundtrips on any machine, at the size given by the cross entropy."""
 
 import pytest
 import torch

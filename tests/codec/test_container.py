@@ -1,4 +1,4 @@
-"""The container: what is written is read, and headers that lie are refused before anything is made of them."""
+"""The container: roundtrips, and rejection of invalid headers before memory is allocated."""
 
 import tracemalloc
 import zlib

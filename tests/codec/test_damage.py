@@ -1,6 +1,6 @@
-"""Damaged and hostile files: a sentence, or exactly the picture of the file as it was; never another picture.
+"""Damaged and hostile files: ValueError, or exactly the pixels of the original file, never other pixels.
 
-The long test takes `--fuzz N` for more streams than its 100,000.
+The slow test takes `--fuzz N` for another number of files than 100,000.
 """
 
 import random

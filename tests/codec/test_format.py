@@ -1,4 +1,4 @@
-"""A second decoder, written from docs/reference/bsq-format.md without the codec's code: it reads what the codec writes."""
+"""A second decoder, written from docs/reference/bsq-format.md, decodes the files of the codec."""
 
 import math
 import re
@@ -88,7 +88,7 @@ def probability(x, choice):
 
 
 def decode_payload(payload, logit, tiles, tokens, sub_tokens, k):
-    """Bits (tile, token, bit) of a payload; `logit(bits so far, tile, token, sub-token, node)` asks the prior."""
+    """Bits (tile, token, bit) of a payload; `logit(bits so far, tile, token, sub-token, node)` evaluates the prior."""
     choices, length = read_side_info(payload)
     coder, number = RangeDecoder(payload[length:]), 0
     bits = np.zeros((tiles, tokens, sub_tokens * k), bool)

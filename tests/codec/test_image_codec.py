@@ -36,12 +36,13 @@ import sys, torch
 from bsq_ray import Codec
 folder, source, out, threads, batch = sys.argv[1:]
 torch.set_num_threads(int(threads))
-open(out, "wb").write(Codec.from_pretrained(folder, batch_size=int(batch)).decompress(open(source, "rb").read()).tobytes())
+codec = Codec.from_pretrained(folder, batch_size=int(batch))
+open(out, "wb").write(codec.decompress(open(source, "rb").read()).tobytes())
 """
 
 
 def test_decode_other_process_batch_and_threads_is_byte_exact(codec_folder, photos, tmp_path):
-    """Byte-exact pictures from other processes, on an image of many groups of tiles."""
+    """Other processes decode the same bytes, on an image of many groups of tiles."""
     photo = photos[0].resize((450, 300))
     eight = Codec.from_pretrained(codec_folder, batch_size=8)
     data = eight.compress(photo).data
@@ -100,7 +101,7 @@ def test_codec_any_image_mode_roundtrip(raw_codec, photo, mode):
 
 
 def test_compress_embedded_icc_profile_is_applied(raw_codec, photo, tmp_path):
-    """A profile whose red and green primaries are swapped: as sRGB, the photograph has them swapped back."""
+    """A profile whose red and green primaries are swapped: conversion to sRGB swaps them back."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = profile.replace(b"rXYZ", b"XXXX", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"XXXX", b"gXYZ", 1)
     red, green, blue = photo.split()
@@ -151,7 +152,7 @@ def test_preview_truncated_file_shows_available_tiles(codec, photos):
 
 
 def test_blend_tiles_has_no_visible_seams():
-    """Each window decodes to its own brightness; across a seam the picture changes by small steps."""
+    """Each window decodes to its own brightness; across a seam the image changes in small steps."""
     windows = []
 
     def decode(bits_BNL):

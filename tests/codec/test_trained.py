@@ -45,7 +45,7 @@ def border_step_ratio(pixels, tile):
 
 
 def test_blended_tile_borders_look_like_token_borders(trained_folder, photos, monkeypatch):
-    """Blending takes from every photograph's seams what tiles decoded apart have of them."""
+    """Blending removes the seams that tiles decoded separately have, on every photo."""
     codec = Codec.from_pretrained(f"{trained_folder}/tokenizer")
     files = [codec.compress(photo.resize((320, 256))).data for photo in photos[:6]]
     blended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]

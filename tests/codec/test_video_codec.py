@@ -182,7 +182,7 @@ def test_write_video_mp4_is_close_and_keeps_color_tags(frames, tmp_path, size, c
 
 
 def test_read_video_applies_rotation_matrix(tmp_path, frames):
-    """As telephones write it: the track's matrix says a quarter clockwise."""
+    """Write a video as phones do: the display matrix of the track rotates by a quarter turn clockwise."""
     path = tmp_path / "turned.mp4"
     write_video(str(path), "mp4", iter(frames), RATE, Color(1, 1, 1, 0))
     unrotated_frame = next(read_video(str(path)).frames)

@@ -35,7 +35,7 @@ def photo_batch(photos, size=SIZE):
 
 
 def pan(photo, frames, size=SIZE):
-    """A clip (1, 3, T, size, size) of a camera that pans over a photograph, eight pixels a frame."""
+    """A clip (1, 3, T, size, size) of a camera that pans over a photo by eight pixels per frame."""
     pixels = np.asarray(photo.resize((size + 8 * frames, size))).transpose(2, 0, 1)
     cuts = [pixels[:, :, 8 * t : 8 * t + size] for t in range(frames)]
     return to_float(torch.from_numpy(np.stack(cuts, 1)[None]))
@@ -57,7 +57,7 @@ def missing_weights_reason(*networks):
 
 
 def assert_close_to_cpu(actual, expected, tolerance, name=""):
-    """The difference is at most `tolerance` of the length of what the CPU says."""
+    """Assert that the norm of the difference is at most `tolerance` times the norm of the CPU result."""
     expected, actual = expected.detach().double(), actual.detach().cpu().double()
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all(), name

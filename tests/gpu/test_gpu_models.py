@@ -34,12 +34,12 @@ QUANTIZERS = {
     "lfq": config.LFQConfig(bits=18),
     "fsq": config.FSQConfig(kind="fsq", levels=(8, 8, 5, 5)),
     "vq": config.VQConfig(kind="vq", codebook_size=256),
-    "vq, not normalised": config.VQConfig(kind="vq", codebook_size=256, l2_normalize=False),
+    "vq, not normalized": config.VQConfig(kind="vq", codebook_size=256, l2_normalize=False),
 }
 
 
 def training_step(tokenizer, images):
-    """The output, after the gradients of a loss through decoder, quantiser and encoder."""
+    """The output, after the gradients of a loss through decoder, quantizer and encoder."""
     output = tokenizer(images)
     loss = (output.images - images).square().mean() + 0.1 * output.quantized.loss
     loss.backward()

@@ -108,7 +108,7 @@ def test_resume_restores_gpu_rng_for_dropout(gpu, tokens, tmp_path):
 def small_generator(device, folder):
     torch.manual_seed(0)
     model_config = config.MaskedLMModelConfig(
-        grid=(1, 4, 4), bits=18, sub_bits=9, classes=3, width=64, layers=2, heads=4
+        grid=(1, 4, 4), bits=18, sub_bits=9, num_classes=3, width=64, layers=2, heads=4
     )
     MaskedLM(model_config).save_pretrained(str(folder))
     small_tokenizer().save_pretrained(f"{folder}/tokenizer")
@@ -140,7 +140,7 @@ def test_generate_and_inpaint_on_gpu_write_files(gpu, photos, tmp_path):
     photos[0].resize((48, 32)).save(tmp_path / "photo.png")
     Image.new("RGB", (48, 32), "white").save(tmp_path / "mask.png")
     inpaint_inputs = {"image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png")}
-    for name, more in (("drawn", {}), ("between", {"between": True}), ("filled", inpaint_inputs)):
+    for name, more in (("generated", {}), ("between", {"between": True}), ("filled", inpaint_inputs)):
         request = GenerateRequest(classes=[0, 2], count=2, sampling={"steps": 2}, **more)
         count = generate_files(str(tmp_path / "model"), str(tmp_path / name), request)
         assert count == len(list((tmp_path / name).glob("class*"))) > 0

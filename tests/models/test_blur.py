@@ -70,7 +70,7 @@ def test_blur_without_triton_falls_back_and_warns(caplog, monkeypatch):
     monkeypatch.delitem(sys.modules, "bsq_ray.models.ops.blur_triton", raising=False)
     monkeypatch.delattr("bsq_ray.models.ops.blur_triton", raising=False)
     assert _load_kernels.__wrapped__(torch.device("cuda", 0)) is None
-    assert "no Triton kernel for the discriminator's filter on cuda:0, which makes the filter several times slower (import of triton halted" in caplog.text
+    assert "which makes the filter several times slower (import of triton halted" in caplog.text
 
 
 def test_blur_out_of_memory_does_not_disable_kernels(monkeypatch):

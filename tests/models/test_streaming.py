@@ -44,7 +44,7 @@ def token_chunks(tokens, cuts):
 
 
 def normalized_features(tokenizer, clips):
-    """What the signs of the tokens are taken of."""
+    """Compute the coordinates whose signs are the bits."""
     with torch.no_grad():
         return torch.nn.functional.normalize(tokenizer._features(clips), dim=-1)
 

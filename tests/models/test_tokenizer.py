@@ -1,4 +1,4 @@
-"""The tokenizer: sizes, exactness of the bit path, what it refuses."""
+"""The tokenizer: sizes, exactness of the bit path, and errors."""
 
 import pytest
 import torch

@@ -50,7 +50,7 @@ class EqualizedConv(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Convolve (B, C_in, H, W) to (B, C_out, H, W), or to half the size."""
-        # leaky_relu(g x) = g leaky_relu(x), so the gain is applied to weight and bias, which are smaller than the images.
+        # leaky_relu(g x) = g leaky_relu(x), so the gain is applied to the small weight and bias, not to the images.
         gain = self.gain if self.bias is None else self.gain * LEAKY_RELU_GAIN
         weight = self.weight * (self.scale * gain)
         bias = None if self.bias is None else self.bias * gain

@@ -1,6 +1,6 @@
 """Discriminator of whole clips: StyleGAN2's residual discriminator with convolutions over space and time.
 
-    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ]  …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
+    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ] …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
 
 Every block halves height and width. The last blocks also halve time, as often as the number of frames can be halved.
 Downsampling averages 2 x 2 (x 2) pixels, because StyleGAN2's longer filter is expensive in three dimensions.
@@ -41,7 +41,7 @@ class EqualizedConv3d(nn.Module):
         self.scale = gain / sqrt(in_channels * kernel_size**3)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        """Convolve (B, C_in, T, H, W) to (B, C_out, T, H, W); with `activate`, apply a leaky ReLU with a gain of sqrt(2)."""
+        """Convolve (B, C_in, T, H, W) to (B, C_out, T, H, W); `activate` adds a leaky ReLU with gain sqrt(2)."""
         if self.bias is None:
             return convolution(x_BCTHW, self.weight * self.scale, padding=self.kernel_size // 2)
         x_BCTHW = convolution(

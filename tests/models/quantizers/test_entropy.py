@@ -1,4 +1,4 @@
-"""Entropies of soft binary quantisation, against the explicit distribution over all 2^L codes."""
+"""Entropies of soft binary quantization, compared with the explicit distribution over all 2^L codes."""
 
 import itertools
 from math import log

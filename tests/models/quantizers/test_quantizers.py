@@ -1,4 +1,4 @@
-"""What holds for every quantiser, and what is particular to each."""
+"""Properties common to all quantizers, and properties of each."""
 
 from math import log2, sqrt
 

@@ -97,7 +97,7 @@ def test_convolution_unneeded_gradient_is_not_computed():
 
 
 def test_convolution_gradient_penalty_takes_five_convolutions():
-    """Forward, the images' gradient, its own derivative in both, and the way back from where it began."""
+    """Forward pass, gradient of the images, its derivative in both, and the backward pass from the start."""
     x, w, _ = inputs(*CASES[0][:2])
 
     def penalty():
