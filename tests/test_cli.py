@@ -98,7 +98,7 @@ def test_help_lists_expected_commands(run_cli):
         (["evaluate", "compression", "--model", "a", "--data", "b", "--out", "c", "--max-side", "0"], "'--max-side'"),
         (
             ["reconstruct", "--model", "a", "b.png", "b.xyz"],
-            "b.xyz must end in .png (of an image) or .mp4 (of a video)",
+            "b.xyz must end in .png (for an image) or .mp4 (for a video)",
         ),
         (["serve", "--model", "/none"], "/none is not a model folder"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
