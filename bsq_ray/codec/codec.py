@@ -36,7 +36,8 @@ from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, group_size
 from bsq_ray.media.color import SRGB, Color
-from bsq_ray.media.images import MAX_PIXELS, to_srgb
+from bsq_ray.media.images import to_srgb
+from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer

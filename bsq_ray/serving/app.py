@@ -60,11 +60,8 @@ def application(settings: Settings, token: str | None, loopback_only: bool) -> A
         }
         for name, url in settings.models.items()
     }
-    ingress = serve.deployment(
-        Ingress,
-        name="ingress",
-        **deployment_options(settings.ingress, settings.limits.max_ongoing_requests * 8, settings),
-    )
+    options = deployment_options(settings.ingress, settings.limits.max_ongoing_requests * 8, settings)
+    ingress = serve.deployment(name="ingress", **options)(Ingress)
     ingress_app: Application = ingress.bind(
         settings,
         token_hash=token and hash_token(token),
@@ -80,11 +77,8 @@ def _bind_deployment(role: str, name: str, *, url: str, settings: Settings) -> A
     # A replica with batches computes one batch while the next one fills. A codec computes one request while the file of
     # the next one is already there.
     max_ongoing_requests = 2 * role_config.max_batch_size if isinstance(role_config, Batching) else 2
-    deployment = serve.deployment(
-        REPLICA_CLASSES[role],
-        name=f"{role}-{name}",
-        **deployment_options(role_config, max_ongoing_requests, settings),
-    )
+    options = deployment_options(role_config, max_ongoing_requests, settings)
+    deployment = serve.deployment(name=f"{role}-{name}", **options)(REPLICA_CLASSES[role])
     bound_deployment: Application = deployment.bind(url, settings)
     return bound_deployment
 

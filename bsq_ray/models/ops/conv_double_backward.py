@@ -43,7 +43,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, _Grad, None, None]:
         (g,), (x, w) = gradients, ctx.saved_tensors
         # Without a bias there is no entry for it.
-        needs_x, needs_w, needs_bias = (*_needs_grad(ctx), False)[:3]
+        needs_x, needs_w, needs_bias = (*needs_input_grad_now(ctx), False)[:3]
         return (
             _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
             _ConvWeightGrad.apply(x, g, w.shape, ctx.stride, ctx.padding) if needs_w else None,
