@@ -25,6 +25,7 @@ import torch
 from bsq_ray import config
 from bsq_ray.data.data_source import Batch, DataSource, SampleBlock
 from bsq_ray.data.order import Order, worker_positions
+from bsq_ray.runtime._ray_internals import block_to_numpy
 
 Executor = Literal["ray", "local"]
 
@@ -228,7 +229,6 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
     idle between them. The first has a single chunk and the cluster to itself, so training starts soon.
     """
     import ray
-    from ray.data.block import BlockAccessor
 
     read_ref = ray.put(read)
     with ThreadPoolExecutor(_EXECUTIONS_AHEAD, thread_name_prefix="read-ahead") as pool:
@@ -238,7 +238,7 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
         pending = deque(islice(executions, _EXECUTIONS_AHEAD))
         while True:
             for block in blocks:
-                row = BlockAccessor.for_block(ray.get(block)).to_numpy()
+                row = block_to_numpy(ray.get(block))
                 keys, skipped, retries = (list(map(str, row[name][0])) for name in ("keys", "skipped", "retries"))
                 yield SampleBlock(row["values"][0], row["labels"][0], keys, skipped, retries)
             blocks = pending.popleft().result()

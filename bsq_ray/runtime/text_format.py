@@ -12,3 +12,8 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * length or (unit == "min" and seconds >= 90):
             return f"{seconds / length:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: 1 worker, 2 workers."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

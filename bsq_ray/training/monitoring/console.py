@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from bsq_ray.training.monitoring.formatting import format_duration, plural
+from bsq_ray.runtime.text_format import format_duration, plural
 
 _METRIC_LABELS = {
     "loss": "loss",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bsq_ray.training.monitoring.formatting import plural
+from bsq_ray.runtime.text_format import plural
 from bsq_ray.training.run_spec import RunResult
 
 RecordSink = Callable[[dict[str, Any]], None]
