@@ -52,19 +52,19 @@ class Table:
         return f"**{text}**" if is_best else text
 
 
-def select(items: list[dict[str, Any]], key: str, wanted: str | None, what: str) -> list[dict[str, Any]]:
+def select(items: list[dict[str, Any]], key: str, selector: str | None, what: str) -> list[dict[str, Any]]:
     """Return the items whose `key` is in the comma-separated list, in its order; all items without a list.
 
     Raises:
         ValueError: an item of the list does not exist.
     """
-    if wanted is None:
+    if selector is None:
         return items
     by_key = {item[key]: item for item in items}
-    missing = [name for name in wanted.split(",") if name not in by_key]
+    missing = [name for name in selector.split(",") if name not in by_key]
     if missing:
         raise ValueError(f"no {what} {', '.join(missing)}; choose from {', '.join(by_key)}")
-    return [by_key[name] for name in wanted.split(",")]
+    return [by_key[name] for name in selector.split(",")]
 
 
 def caption(benchmark: dict[str, Any]) -> str:

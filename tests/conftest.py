@@ -27,6 +27,7 @@ os.environ.pop("RAY_ADDRESS", None)
 import hypothesis
 import pytest
 import torch
+from integration_files import INTEGRATION
 
 torch.set_num_threads(2)
 # A busy machine exceeds any deadline per example.
@@ -150,57 +151,6 @@ def pytest_configure(config):
     # All other tests run without a GPU: DeepSpeed uses one kind of device per process.
     if not any("gpu" in argument for argument in (config.getoption("markexpr"), *config.args)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-# Files and folders whose tests train, decode real videos or run metric networks; not in `make test-fast`.
-INTEGRATION = (
-    "codec/test_files.py",
-    "codec/test_image_codec.py",
-    "codec/test_trained.py",
-    "codec/test_video_codec.py",
-    "data/test_clips.py",
-    "data/test_pack_videos.py",
-    "data/test_stream.py",
-    "data/test_wallpapers.py",
-    "evaluation/test_clip_reconstruction.py",
-    "evaluation/test_compression.py",
-    "evaluation/test_generation.py",
-    "evaluation/test_reconstruction.py",
-    "evaluation/test_single_clip.py",
-    "jobs/",
-    "losses/test_perceptual.py",
-    "media/test_video_reader.py",
-    "metrics/test_against_public_implementations.py",
-    "metrics/test_fvd.py",
-    "models/quantizers/test_entropy.py",
-    "models/test_blur.py",
-    "models/test_convolution.py",
-    "models/test_prior.py",
-    "models/test_sampling.py",
-    "models/test_streaming.py",
-    "planning/test_flops.py",
-    "planning/test_memory.py",
-    "planning/test_token_plans.py",
-    "runtime/test_internals.py",
-    "runtime/test_malloc.py",
-    "runtime/test_ray_internals.py",
-    "serving/test_api.py",
-    "serving/test_video_bodies.py",
-    "test_examples.py",
-    "test_object_storage.py",
-    "test_quickstart.py",
-    "training/stages/",
-    "training/test_damaged_samples.py",
-    "training/test_elastic.py",
-    "training/test_engine.py",
-    "training/test_golden.py",
-    "training/test_launch.py",
-    "training/test_ray_trainer.py",
-    "training/test_resume.py",
-    "training/test_training_on_clips.py",
-    "tuning/test_study.py",
-    "tuning/test_trial.py",
-)
 
 
 def pytest_collection_modifyitems(items):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import INTEGRATION
+from integration_files import INTEGRATION
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -110,7 +110,7 @@ def discriminator_tensors(seed=2):
 
 
 def discriminator_logits(tensors, images):
-    """What the reference's discriminator makes of a batch of at most four images."""
+    """Compute the reference discriminator's logits of at most four images."""
 
     def convolution(name, x, gain=2**0.5, **how):
         weight = tensors[f"{name}.weight"]

@@ -36,7 +36,6 @@ def test_check_text_dialect_is_found(line, expected):
         "retried when the connection is refused: ConnectionRefusedError",
         "offsets drawn uniformly from [0, 1)",
         "a foretold headroom in the mushroom",
-        "the model card of the repository",
         '<section aria-labelledby="compare">',
         "noise is raised with a promise, with emphasis on otherwise precise analysis",
     ],

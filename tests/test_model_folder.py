@@ -34,7 +34,7 @@ def folder(tmp_path):
     url = str(tmp_path / "small")
     raw_weights = small_tokenizer(seed=1).state_dict()
     small_tokenizer().save_pretrained(
-        url, raw_weights=raw_weights, metrics={"psnr": 21.5}, card_fields={"data": "12 photographs"}
+        url, raw_weights=raw_weights, metrics={"psnr": 21.5}, card_fields={"data": "12 photos"}
     )
     return url
 
@@ -101,7 +101,7 @@ def test_model_card_lists_size_rate_id_fields_and_metrics(folder, tmp_path):
     assert "16 x 16 pixels" in text
     assert "4 per image" in text
     assert "0.09375 bits per pixel" in text
-    assert "| data | 12 photographs |" in text
+    assert "| data | 12 photos |" in text
     assert "| psnr | 21.5 |" in text
 
 

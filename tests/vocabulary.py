@@ -65,7 +65,6 @@ WORDS = [
     Rule("photograph photographs photographed", "image; photo for the sample set", r"photographs/|\"photographs\""),
     Rule("answer answers answered answering", "response, respond, result", r"cluster answers at|no answer"),
     Rule("question questions", "request", r"Question"),
-    Rule("card cards", "GPU", r"(?i)model.?cards?|wild.?cards?|card_fields|_card\(|class=|\.card\b|README"),
     Rule("nobody whoever spelt learnt amongst whilst", "no one; written, learned, among, while"),
 ]
 PHRASES = [

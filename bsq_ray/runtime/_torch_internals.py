@@ -32,6 +32,6 @@ def needs_input_grad_now(ctx: Any) -> list[bool]:
         try:
             needed.append(node is not None and torch._C._will_engine_execute_node(node))
         except RuntimeError:
-            # PyTorch does not answer for a leaf that `torch.autograd.grad` was called with.
+            # PyTorch raises for a leaf that `torch.autograd.grad` was called with.
             needed.append(True)
     return needed

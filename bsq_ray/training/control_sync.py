@@ -14,7 +14,7 @@ from bsq_ray.training.worker_context import ControlSignal, WorkerContext
 
 
 class ControlState(NamedTuple):
-    """What all workers agreed on.
+    """Decision that all workers agreed on.
 
     Attributes:
         signal: the control signal of rank 0.

@@ -62,7 +62,7 @@ class WorkerContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files for all."""
+        """Return True on rank 0, which writes files for all."""
         return self.rank == 0
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ _TIMED_FROM_S3 = 6000
 
 @pytest.fixture(scope="module", params=[256, 512], ids=lambda side: f"{side} px")
 def shards(request, photos, tmp_path_factory):
-    """Return the side and the URL of 2,000 JPEGs, crops of real photographs, in eight shards."""
+    """Return the side and the URL of 2,000 JPEGs, crops of real photos, in eight shards."""
     side = request.param
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The commands: files, pipes, regions, and what a mistake is answered with."""
+"""Test the commands: files, pipes, regions, and messages for mistakes."""
 
 import io
 import subprocess

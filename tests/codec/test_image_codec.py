@@ -1,4 +1,4 @@
-"""Images: any size and kind, the same bytes whoever decodes, no seams, regions and previews."""
+"""Test images of any size and kind: the same bytes from every decoder, no seams, regions and previews."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What only trained models show, on held-out photographs: the size of files, and that tiles leave no seams."""
+"""Test properties that only trained models have, on held-out photos: file size, and no seams between tiles."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from bsq_ray.codec.container import read_container
 
 @pytest.fixture(scope="module")
 def trained_folder(tmp_path_factory, photo_folders):
-    photographs = [Image.open(path).convert("RGB") for path in sorted(photo_folders[0].iterdir())]
-    return save_trained(tmp_path_factory.mktemp("trained"), photographs)
+    photos = [Image.open(path).convert("RGB") for path in sorted(photo_folders[0].iterdir())]
+    return save_trained(tmp_path_factory.mktemp("trained"), photos)
 
 
 def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, photos):
@@ -25,13 +25,13 @@ def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, ph
         container = read_container(compressed.data)
         payload_bits = 8 * sum(len(container.payload(n)) for n in range(len(container.index_GE)))
         assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_info_bits, rel=0.005)
-        assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "it has learnt something"
+        assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "the prior has learned something"
         assert compressed.side_info_bits < 0.03 * compressed.cross_entropy_bits
     assert codec.decompress(compressed.data, (300, 200, 400, 300)).size == (100, 100)
 
 
 def border_step_ratio(pixels, tile):
-    """Mean absolute difference of neighbours across the borders of tiles, over that everywhere else."""
+    """Return the mean absolute difference of adjacent pixels across tile borders, relative to that elsewhere."""
     ratios = []
     for axis in (0, 1):
         step = np.abs(np.diff(pixels.astype(float), axis=axis)).mean(axis=(1 - axis, 2))

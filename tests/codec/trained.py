@@ -1,4 +1,4 @@
-"""A tokenizer and a prior that have learnt something of real photographs in seconds, for what only such ones show."""
+"""Train a tokenizer and a prior on real photos for seconds, for tests that need trained models."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ _SIZES = {"width": 64, "layers": 2, "heads": 2}
 
 
 def random_crops(photos, num_crops, rng):
-    """Floats (count, 3, 64, 64) from anywhere in photographs of 256 pixels."""
+    """Floats (count, 3, 64, 64) from anywhere in photos of 256 pixels."""
     images = []
     for _ in range(num_crops):
         photo = photos[rng.integers(len(photos))]

@@ -152,9 +152,9 @@ def test_pack_videos_variable_rate_keeps_playback_speed(photos, tmp_path):
     with ShardFiles(manifest, [(shard, 0)]).open(shard, 0) as file:
         made = list(read_frames(file, video, 0, 56, 1))
     for slot, image in enumerate(made):
-        shown = max(n for n, time in enumerate(times) if time <= 40 * slot)
-        difference = np.abs(np.asarray(image, float) - np.asarray(source[shown], float)).mean()
-        assert difference < 4, (slot, shown)
+        frame_index = max(n for n, time in enumerate(times) if time <= 40 * slot)
+        difference = np.abs(np.asarray(image, float) - np.asarray(source[frame_index], float)).mean()
+        assert difference < 4, (slot, frame_index)
 
 
 @pytest.mark.parametrize(

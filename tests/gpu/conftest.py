@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: the device, and photographs of packages that machines with one usually have."""
+"""Fixtures of the GPU tests: the device, and photos of packages that are usually installed on GPU nodes."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from bsq_ray.runtime.precision import enable_strict_fp32
 
-# The other tests' photographs come from more packages; scikit-image and scikit-learn bring these.
+# The other tests' photos come from more packages; scikit-image and scikit-learn bring these.
 _FOLDERS = {"skimage": "data", "sklearn": "datasets/images"}
 _TRAINING = {"astronaut.png", "color.png", "motorcycle_left.png", "rocket.jpg", "flower.jpg", "grass.png", "gravel.png"}
 _HELD_OUT = {"chelsea.png", "coffee.png", "china.jpg"}
@@ -17,19 +17,19 @@ _HELD_OUT = {"chelsea.png", "coffee.png", "china.jpg"}
 
 @pytest.fixture(scope="session")
 def gpu():
-    """Where these tests compute."""
+    """Return the device of these tests."""
     return torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def _strict_fp32():
-    """What is compared with the CPU multiplies as it does."""
+    """Multiply in full fp32 precision, as the CPU does."""
     enable_strict_fp32()
 
 
 @pytest.fixture(scope="session")
 def photo_folders(tmp_path_factory):
-    """(train, held_out): quarters of photographs, so that there are enough of them."""
+    """(train, held_out): quarters of photos, so that there are enough of them."""
     folders = tmp_path_factory.mktemp("train"), tmp_path_factory.mktemp("held_out")
     for package, inside in _FOLDERS.items():
         for path in sorted((Path(find_spec(package).submodule_search_locations[0]) / inside).iterdir()):

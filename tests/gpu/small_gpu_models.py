@@ -30,7 +30,7 @@ def small_tokenizer(quantizer=None, **changes):
 
 
 def photo_batch(photos, size=SIZE):
-    """Squares of real photographs, (B, 3, size, size) in [-1, 1]."""
+    """Square crops of real photos, (B, 3, size, size) in [-1, 1]."""
     return to_float(torch.from_numpy(np.stack([eval_transform(photo, size, "lanczos") for photo in photos])))
 
 
@@ -47,7 +47,7 @@ def cpu_and_gpu_copies(module, gpu):
 
 
 def missing_weights_reason(*networks):
-    """Why a test that looks through published networks cannot run here; empty if it can."""
+    """Return the reason why published networks are unavailable here; empty if they are available."""
     for network in networks:
         try:
             resolve_once(network)
@@ -66,7 +66,7 @@ def assert_close_to_cpu(actual, expected, tolerance, name=""):
 
 
 def assert_same_gradients(actual, reference, tolerance):
-    """Of all parameters; those whose gradient is nothing but rounding may differ by a thousandth of the longest."""
+    """Compare all gradients; a difference of a thousandth of the largest norm is allowed."""
     expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
     longest = max(float(gradient.norm()) for gradient in expected.values())
     for name, parameter in actual.named_parameters():

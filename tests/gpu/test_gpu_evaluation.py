@@ -54,7 +54,7 @@ def test_psnr_and_ssim_on_gpu_match_cpu(gpu, photos):
         torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_each_images_figures(model, photos, gpu, hide_gpu):
+def test_image_metrics_match_cpu(model, photos, gpu, hide_gpu):
     if reason := missing_weights_reason("lpips-alex", "lpips-vgg"):
         pytest.skip(reason)
     pixels = to_uint8(photo_batch(photos)).numpy()

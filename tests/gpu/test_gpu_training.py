@@ -1,4 +1,4 @@
-"""Training on a GPU: the losses of a CPU, the same steps by every engine, runs that stop and go on, also elsewhere."""
+"""Test training on a GPU: the losses of a CPU, the same steps by every engine, resuming on either device."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import PRESET, SMALL, STEPS, RecordingReporter, small_job
+from small_runs import PRESET, SMALL, STEPS, RecordingReporter, small_spec
 from test_engine import ENGINES, UNCOMPARED, assert_same_run
 
 from bsq_ray.training.checkpoints.writer import list_checkpoints
@@ -23,10 +23,10 @@ RELATIVE_TOLERANCE = 2e-3
 
 
 def train(device, shards, out, overrides=(), last=None):
-    """The records of the steps; those of the runs of one folder go on from each other."""
+    """Return the records of the steps; runs in one folder resume from each other."""
     listener = RecordingReporter(last)
     run_training(
-        small_job(shards, out, [*STABLE_OPTIMIZER, *overrides]), WorkerContext(0, 1, device, "local", listener)
+        small_spec(shards, out, [*STABLE_OPTIMIZER, *overrides]), WorkerContext(0, 1, device, "local", listener)
     )
     return listener.training_records
 

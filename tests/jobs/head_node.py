@@ -14,7 +14,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-TOKEN = "a-token-that-nobody-else-knows-" + "0" * 32
+TOKEN = "a-secret-token-of-this-test-" + "0" * 32
 
 
 class HeadNode:

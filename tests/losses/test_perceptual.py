@@ -1,4 +1,4 @@
-"""LPIPS with its published weights, on real photographs."""
+"""LPIPS with its published weights, on real photos."""
 
 import io
 

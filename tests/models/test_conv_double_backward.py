@@ -50,7 +50,7 @@ def test_convolution_gradgradcheck_passes(shape, weights, stride, padding):
 
 
 def test_convolution_third_derivatives_match_pytorch():
-    """Of each function of the three in turn."""
+    """Check each of the three functions in turn."""
     results = []
     for function in (convolution, pytorch_convolution):
         x, w, bias = inputs(*CASES[1][:2])

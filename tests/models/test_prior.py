@@ -65,7 +65,7 @@ def test_prior_is_causal():
 
 @pytest.mark.parametrize("grid", [(1, 2, 3), (4, 16, 16)])
 def test_incremental_decoder_matches_parallel_pass(grid):
-    """Of images, and of clips of 1,024 tokens."""
+    """Check images, and clips of 1,024 tokens."""
     prior = small_prior(grid=grid)
     with torch.no_grad():
         for tree in prior.trees:

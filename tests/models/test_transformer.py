@@ -15,7 +15,7 @@ def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
 
 
 def dense_attention(q, k, v, span):
-    """What `attend` computes, with the mask that it never makes."""
+    """Compute the same as `attend`, with an explicit mask."""
     earlier = k.shape[2] - q.shape[2]
     frame_M = torch.arange(k.shape[2]) // span
     mask_NM = frame_M[earlier:, None] >= frame_M[None, :]

@@ -67,7 +67,7 @@ def test_needs_input_grad_now_follows_requested_inputs():
             return gradient * w, gradient * x
 
     x, w = (torch.ones(2, requires_grad=True) for _ in range(2))
-    # Intermediate values, because PyTorch does not answer for leaves.
+    # Intermediate values, because PyTorch raises for leaves.
     hidden_x, hidden_w = x * 1, w * 1
     y = Product.apply(hidden_x, hidden_w).sum()
     torch.autograd.grad(y, x, retain_graph=True)

@@ -28,7 +28,7 @@ ASHA = {"kind": "asha", "grace_period": 20, "reduction_factor": 2}
 
 
 def free_resources():
-    """Return the free resources of the cluster, without object store memory, which varies by itself."""
+    """Return the free resources of the cluster, without object store memory, which varies over time."""
     import ray
 
     return {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU", "memory")}

@@ -180,7 +180,7 @@ def test_vq_losses_train_vector_and_codebook_separately():
 
 
 def test_bsq_matches_vector_quantize_pytorch():
-    """The spherical option of vector-quantize-pytorch's LFQ quantises to the same points."""
+    """The spherical option of vector-quantize-pytorch's LFQ quantizes to the same points."""
     vector_quantize = pytest.importorskip("vector_quantize_pytorch")
     public = vector_quantize.LFQ(codebook_size=2**12, dim=12, spherical=True, force_quantization_f32=True)
     v = random_vectors(12)
