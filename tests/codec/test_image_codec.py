@@ -80,7 +80,7 @@ def test_decompress_logits_beyond_tolerance_raises(codec_folder, data):
     codec.prior = NoisyPrior(codec.prior, 0.3)
     with pytest.raises(ValueError, match=r"this machine's logits differ from the encoder's by more than the 2\^-14"):
         codec.decompress(data)
-    codec.prior.amount = 2.0**-14 - 1e-6
+    codec.prior.noise = 2.0**-14 - 1e-6
     assert codec.decompress(data).size == (150, 100)
 
 
@@ -212,7 +212,7 @@ def test_codec_reports_progress_and_timings(codec, photo):
     calls = []
     coded = codec.compress(photo, lambda *done: calls.append(done))
     assert calls[-1] == (2, 2)
-    assert set(coded.seconds) == {"tokenizer", "prior", "coder"}
+    assert set(coded.timings_s) == {"tokenizer", "prior", "coder"}
     timings_s, calls = {}, []
     codec.decompress(coded.data, on_progress=lambda *done: calls.append(done), timings_s=timings_s)
     assert calls[-1] == (2, 2)

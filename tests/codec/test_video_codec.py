@@ -70,7 +70,7 @@ def test_compress_clip_roundtrip_keeps_rate_and_color(raw_clip_codec, frames, da
     assert [frame.shape for frame in decoded] == [(72, 88, 3)] * 11
     raw = raw_clip_codec.compress_clip(frames, RATE)
     assert read_container(raw.data).header.clip.color == SRGB
-    assert raw.frames == 11
+    assert raw.num_frames == 11
     assert raw.bits_per_pixel == 8 * len(raw.data) / (88 * 72 * 11)
     for here, there in zip(decoded, raw_clip_codec.decompress_clip(raw.data), strict=True):
         assert (here == there).all(), "with and without a prior the pixels agree"
@@ -132,7 +132,7 @@ def test_codec_distinguishes_images_and_clips(clip_codec, codec, data, frames):
     with pytest.raises(ValueError, match="contains an image"):
         clip_codec.decompress_clip(image.data)
     single = codec.compress_clip(frames[:3], 25)
-    assert read_container(single.data).header.clip.gop == 1, "a tokenizer of images takes frame after frame"
+    assert read_container(single.data).header.clip.gop_size == 1, "a tokenizer of images takes frame after frame"
     assert len(list(codec.decompress_clip(single.data))) == 3
 
 
