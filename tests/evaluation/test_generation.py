@@ -177,7 +177,7 @@ def test_invalid_inputs_raise(generation_setup, photo_shards, tmp_path):
         evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), workers=0, count=3)
     with pytest.raises(ValueError, match="^sampling: steps: Input should be greater than or equal to 1, got 0$"):
         evaluate_generation(generation_setup[0], generation_setup[1], str(tmp_path), workers=0, sampling={"steps": 0})
-    with pytest.raises(ValueError, match="is of the stage tokenizer"):
+    with pytest.raises(ValueError, match="has stage 'tokenizer'; expected stage 'masked-lm'"):
         evaluate_generation(f"{generation_setup[0]}/tokenizer", generation_setup[1], str(tmp_path), workers=0)
 
 

@@ -56,7 +56,7 @@ def test_reconstruct_clip_writes_originals_on_the_left(model, short_clip, tmp_pa
     path, frames = short_clip
     progress = []
     summary = reconstruct_clip(
-        model, path, tmp_path / "out.mp4", progress=lambda now, total: progress.append((now, total))
+        model, path, tmp_path / "out.mp4", on_progress=lambda now, total: progress.append((now, total))
     )
     side_by_side = read_video_frames(tmp_path / "out.mp4").astype(int)
     assert side_by_side.shape == (10, 32, 64, 3)

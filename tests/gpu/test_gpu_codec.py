@@ -41,9 +41,7 @@ def test_codec_image_bytes_match_across_devices(devices, gpu, folder, photos):
         data = writer.compress(photo).data
         read = np.asarray(reader.decompress(data))
         assert read.shape == (photo.height, photo.width, 3)
-        assert np.array_equal(read, np.asarray(own.decompress(data))), (
-            "decoded in batches of another size"
-        )
+        assert np.array_equal(read, np.asarray(own.decompress(data))), "decoded in batches of another size"
 
 
 @pytest.mark.parametrize("devices", DEVICE_PAIRS)

@@ -91,9 +91,11 @@ def evaluate_generation(
     sampling_config = validate_mapping(
         run.sampling.model_dump() | (sampling or {}), [], config.SamplingConfig, "sampling"
     )
+    if run.model.grid[0] > 1:
+        raise ValueError(f"{model_url} generates clips; this evaluation takes a model of images")
     manifest = read_manifest(data_url)
     total = manifest.num_samples if count is None else count
-    _check_inputs(run, manifest, total, model_url)
+    _check_inputs(run, manifest, total)
     tokenizer = config.require_stage(
         model_folder.load_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
     )
@@ -144,10 +146,8 @@ def evaluate_generation(
     return results
 
 
-def _check_inputs(run: config.MaskedLMConfig, manifest: Manifest, total: int, model_url: str) -> None:
-    """Raise ValueError unless the model generates images of the classes of the data."""
-    if run.model.grid[0] > 1:
-        raise ValueError(f"{model_url} generates clips; this evaluation takes a model of images")
+def _check_inputs(run: config.MaskedLMConfig, manifest: Manifest, total: int) -> None:
+    """Raise ValueError unless the model has the classes of the data and there are enough images."""
     if len(manifest.classes) != run.model.num_classes:
         raise ValueError(f"{manifest.url} has {len(manifest.classes)} classes, the model {run.model.num_classes}")
     if total < _MIN_IMAGES:
