@@ -51,7 +51,7 @@ def format_info(target: str) -> str:
 def _format_run(run: config.AnyConfig) -> str:
     training = run.training
     if isinstance(run, config.TokenizerConfig):
-        tokens = (run.model.image_size // run.model.patch_size) ** 2
+        tokens = run.model.grid_size**2
         lines = [
             f"{run.model.image_size} px images, {tokens} tokens of {run.model.quantizer.bits} bits "
             f"({run.model.quantizer.kind}), {run.model.quantizer.bits / run.model.patch_size**2:g} bits per pixel",

@@ -30,7 +30,7 @@ from bsq_ray.codec.container import (
     read_video_container,
     validate_header,
 )
-from bsq_ray.codec.frame_decoder import FrameDecoder, ProgressCallback
+from bsq_ray.codec.frame_decoder import FrameDecoder
 from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, build_file, iter_gops
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.rect import Rect
@@ -41,13 +41,10 @@ from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 Box = tuple[int, int, int, int]
 _TOLERANCE = 14
-
-
-def _no_progress(done: int, total: int) -> None:
-    pass
 
 
 class Codec:
@@ -107,7 +104,7 @@ class Codec:
         prior = Prior.from_pretrained(url, weights).to(device)
         return cls(Tokenizer.from_token_model(url, prior.config).to(device), prior, batch_size, decode_dtype)
 
-    def compress(self, image: Image.Image, on_progress: ProgressCallback = _no_progress) -> CompressedFile:
+    def compress(self, image: Image.Image, on_progress: ProgressCallback = no_progress) -> CompressedFile:
         """Compress an image after conversion to sRGB; transparent pixels are blended with white.
 
         Raises:
@@ -129,7 +126,7 @@ class Codec:
         frames: Iterable[np.ndarray],
         frame_rate: Fraction | int,
         color: Color = SRGB,
-        on_progress: ProgressCallback = _no_progress,
+        on_progress: ProgressCallback = no_progress,
     ) -> CompressedFile:
         """Compress a clip, one group of pictures at a time.
 
@@ -174,7 +171,7 @@ class Codec:
         data: bytes,
         region: Box | None = None,
         max_pixels: int = MAX_PIXELS,
-        on_progress: ProgressCallback = _no_progress,
+        on_progress: ProgressCallback = no_progress,
         timings_s: dict[str, float] | None = None,
     ) -> Image.Image:
         """Decompress an image, or a region of it.
@@ -200,7 +197,7 @@ class Codec:
         frames: range | None = None,
         region: Box | None = None,
         max_pixels: int = MAX_PIXELS,
-        on_progress: ProgressCallback = _no_progress,
+        on_progress: ProgressCallback = no_progress,
         timings_s: dict[str, float] | None = None,
     ) -> Iterator[np.ndarray]:
         """Decompress frames of a clip one by one, uint8 (H, W, 3).
@@ -230,7 +227,7 @@ class Codec:
             ValueError: the data ends before the end of the index, or is damaged.
         """
         container = read_image_container(data, False, max_pixels)
-        [pixels_HWC] = self._decode_frames(container, range(1), None, _no_progress, {})
+        [pixels_HWC] = self._decode_frames(container, range(1), None, no_progress, {})
         return Image.fromarray(pixels_HWC), container.num_complete_groups / len(container.index_GE)
 
     def preview_clip(self, data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Iterator[np.ndarray], int]:
@@ -244,7 +241,7 @@ class Codec:
         num_available = min(
             header.num_frames, -(-container.num_complete_groups // header.groups_per_gop) * header.gop_size
         )
-        return self._decode_frames(container, range(num_available), None, _no_progress, {}), num_available
+        return self._decode_frames(container, range(num_available), None, no_progress, {}), num_available
 
     def _make_header(self, width: int, height: int, clip: VideoHeader | None) -> Header:
         model_config = self.tokenizer.config

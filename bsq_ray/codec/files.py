@@ -23,13 +23,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
-from bsq_ray.codec.codec import Box, Codec, CompressedFile, ProgressCallback
+from bsq_ray.codec.codec import Box, Codec, CompressedFile
 from bsq_ray.codec.container import VideoHeader, read_header
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, to_srgb
 from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video
 from bsq_ray.media.video_writer import write_video
 from bsq_ray.model_folder import WeightsKind
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 _IMAGE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {"png": ("PNG", {}), "webp": ("WEBP", {"lossless": True})}
 _VIDEO_CONTAINERS = {"mp4": "mp4", "mkv": "matroska"}
@@ -81,7 +82,7 @@ def compress_file(
     source: str,
     destination: str,
     weights: WeightsKind = "ema",
-    on_progress: ProgressCallback = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> str:
     """Compress an image or video file; return one line with sizes and times.
 
@@ -141,7 +142,7 @@ def decompress_file(
     destination: str,
     selection: DecodeSelection = DecodeSelection(),
     weights: WeightsKind = "ema",
-    on_progress: ProgressCallback = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> str:
     """Decompress a .bsq file; return one line with sizes and times.
 

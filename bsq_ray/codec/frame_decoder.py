@@ -10,7 +10,7 @@ C colors, T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from bsq_ray.codec.tile_groups import decode_groups, max_groups_per_pass
 from bsq_ray.codec.tiles import place_tiles
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.models.prior import Prior
-
-ProgressCallback = Callable[[int, int], None]
+from bsq_ray.runtime.progress_callback import ProgressCallback
 
 
 class FrameDecoder:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from bsq_ray.codec.container import Header, write_container
-from bsq_ray.codec.frame_decoder import ProgressCallback
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.tile_groups import EncodedGroup, encode_group
 from bsq_ray.codec.tiles import split_tiles
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.models.prior import Prior
+from bsq_ray.runtime.progress_callback import ProgressCallback
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
 from bsq_ray.data.transcode import StoredFile, TooShortError, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
+from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512
@@ -31,7 +32,6 @@ _TAR_BLOCK_BYTES = 512
 _MIN_MAX_SIDE = 8
 
 # Called with the number of finished files and of all files.
-ProgressFn = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def pack_images(
     source: str,
     destination: str,
     options: PackOptions = PackOptions(),
-    on_progress: ProgressFn = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> PackReport:
     """Pack a folder of images, with class subfolders or without.
 
@@ -145,7 +145,7 @@ def pack_videos(
     source: str,
     destination: str,
     options: PackOptions = PackOptions(),
-    on_progress: ProgressFn = lambda done, total: None,
+    on_progress: ProgressCallback = no_progress,
 ) -> PackReport:
     """Pack a folder of videos, like `pack_images`.
 
@@ -177,7 +177,7 @@ def _pack(
     suffixes: tuple[str, ...],
     encode: _EncodeFn,
     options: PackOptions,
-    on_progress: ProgressFn,
+    on_progress: ProgressCallback,
 ) -> PackReport:
     if storage.exists(storage.join(destination, MANIFEST_FILE)):
         raise ValueError(f"{destination} already has a packed data set; choose another folder or remove it first")

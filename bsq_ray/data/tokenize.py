@@ -30,6 +30,7 @@ from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import pack_bits
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
@@ -83,7 +84,7 @@ def tokenize(
     run = run.model_copy(update={"data": data_config})
     source = build_pixel_source(run, manifest)
     frames = run.model.frames if manifest.kind == "videos" else 1
-    side = run.model.image_size // run.model.patch_size
+    side = run.model.grid_size
     dataset = f"{manifest.hash} scale {scale:g} flip {flip} seed {seed}" if num_crops > 1 else manifest.hash
     if manifest.kind == "videos":
         dataset += f" stride {run.data.frame_stride} clips {run.data.clips_per_video}"
@@ -137,7 +138,7 @@ class _TokenizeTask:
 class _PartWriter:
     def __init__(self, task: _TokenizeTask) -> None:
         self.task = task
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.tokenizer = Tokenizer.from_pretrained(task.model_url).to(self.device)
         self.source = task.source
 

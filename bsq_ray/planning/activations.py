@@ -43,7 +43,7 @@ def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -
 
     With gradient checkpointing each block saves its fp32 input, and one block at a time saves everything.
     """
-    tokens = model.frames * (model.image_size // model.patch_size) ** 2
+    tokens = model.frames * model.grid_size**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     operand_bytes = 2 if half else 4
     per_frame = model.causal and model.frames > 1

@@ -38,7 +38,7 @@ def _last_matmul_flops(transformer: config.TransformerConfig, tokens: int) -> in
 
 def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
     """Return the operations of encoder, projections and decoder for one clip, without a codebook search."""
-    frame_tokens = (model.image_size // model.patch_size) ** 2
+    frame_tokens = model.grid_size**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder, decoder = model.encoder, model.decoder
     per_token = (
@@ -64,7 +64,7 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
     """
     model, loss = run.model, run.loss
     forward = tokenizer_forward_flops(model)
-    frame_tokens = (model.image_size // model.patch_size) ** 2
+    frame_tokens = model.grid_size**2
     # The images need no gradient.
     input_gradient_flops = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
     recomputed_flops = sum(

@@ -74,7 +74,7 @@ def code_channels(quantizer: config.QuantizerConfig) -> int:
 
 def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
     """Return the parameters of encoder, code projections, codebook if any, decoder and its two-layer head."""
-    tokens = (model.image_size // model.patch_size) ** 2
+    tokens = model.grid_size**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder, decoder = model.encoder, model.decoder
     codebook = model.quantizer.codebook_size * channels if isinstance(model.quantizer, config.VQConfig) else 0

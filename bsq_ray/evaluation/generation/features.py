@@ -23,6 +23,7 @@ from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.models.pretrained_weights import cache_folder, resolve_once
 from bsq_ray.runtime.actor_pool import actor_map_ordered
+from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.precision import enable_strict_fp32
 
 _BATCH = 32
@@ -120,8 +121,3 @@ class FeatureExtractors:
         """Return features (B, 2048) and (B, 1280) of images in [-1, 1], (B, 3, H, W)."""
         images_BCHW = images_BCHW.to(default_device())
         return self.inception(images_BCHW).cpu().numpy(), self.classifier(images_BCHW).cpu().numpy()
-
-
-def default_device() -> str:
-    """Return the device on which an evaluation process computes."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

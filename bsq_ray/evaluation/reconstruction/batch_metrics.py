@@ -27,6 +27,7 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.precision import enable_strict_fp32
 
 ROWS = ("model", "mean color")
@@ -73,7 +74,7 @@ class ReconstructionMetrics(ABC):
 
     def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
         enable_strict_fp32()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
         self.baseline_codec = MeanColorCodec(model_config.patch_size, model_config.quantizer.bits)

@@ -81,7 +81,7 @@ def reconstruct_clip(
     run = config.require_stage(
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
     )
-    size, bits = run.model.image_size, run.model.quantizer.bits * (run.model.image_size // run.model.patch_size) ** 2
+    size, bits = run.model.image_size, run.model.quantizer.bits * run.model.grid_size**2
     with storage.open_url(clip_url) as file, tempfile.TemporaryDirectory() as scratch:
         try:
             video = read_video(file)

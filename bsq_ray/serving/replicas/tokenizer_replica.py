@@ -54,7 +54,7 @@ class TokenizerEngine:
         self._max_pixels, self._device = limits.max_pixels, device
         self.video = VideoEngine(self.tokenizer, self._resize_filter, limits=limits, device=device)
         model_config = self.tokenizer.config
-        self.grid_size = model_config.image_size // model_config.patch_size
+        self.grid_size = model_config.grid_size
         images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
         self._batched_encode = BatchInvariantRunner(self._features_and_bits, images_BCHW, num_cores=num_cores(device))
         bits_BNL = example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0

@@ -50,7 +50,7 @@ class VideoEngine:
     def __init__(self, tokenizer: Tokenizer, resize_filter: Any, *, limits: Limits, device: str) -> None:
         model_config = tokenizer.config
         self._tokenizer, self._resize_filter, self._limits, self._device = tokenizer, resize_filter, limits, device
-        self._image_size, self._grid_size = model_config.image_size, model_config.image_size // model_config.patch_size
+        self._image_size, self._grid_size = model_config.image_size, model_config.grid_size
         self._chunk_frames = frames_per_chunk(model_config)
 
     def encode(self, data: bytes, *, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
