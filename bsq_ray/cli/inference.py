@@ -14,20 +14,20 @@ from bsq_ray.cli.options import ProgressBar, WeightsOption, drop_none, parse_int
 def generate(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     out: Annotated[str, typer.Option(help="Folder for the images.")],
-    classes: Annotated[str, typer.Option(help="Class numbers, such as 1,2. Default: all.")] = "",
-    count: Annotated[int, typer.Option(min=1, help="Images of each class; steps, with --interpolate.")] = 8,
+    classes: Annotated[str, typer.Option(help="Comma-separated class indices, such as 1,2. Default: all.")] = "",
+    count: Annotated[int, typer.Option(min=1, help="Images per class; interpolation steps, with --interpolate.")] = 8,
     steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Temperature of the noise on confidences.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of the Gumbel noise on confidences.")] = None,
     seed: Annotated[int, typer.Option(help="Seed; the same seed gives the same images.")] = 0,
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Interpolate from the first of two classes to the second.")
     ] = False,
     image: Annotated[str | None, typer.Option(help="Image to inpaint.")] = None,
-    mask: Annotated[str | None, typer.Option(help="Mask of --image; white is generated.")] = None,
+    mask: Annotated[str | None, typer.Option(help="Mask for --image; white pixels are generated.")] = None,
     weights: WeightsOption = "ema",
 ) -> None:
-    """Generate images of classes, or inpaint a part of an image."""
+    """Generate class-conditional images, or inpaint part of an image."""
     from bsq_ray.evaluation.generation.sample import GenerateRequest, generate_files
 
     request = GenerateRequest(
@@ -40,13 +40,13 @@ def generate(
         mask=mask,
     )
     num_images = generate_files(model, out, request, weights=parse_weights(weights))
-    print(f"{num_images} images and sheet.png in {out}")
+    print(f"wrote {num_images} images and sheet.png to {out}")
 
 
 def reconstruct(
     model: Annotated[str, typer.Option(help="Model folder.")],
     source: Annotated[str, typer.Argument(metavar="IN", help="Image, or video of any length.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .png of an image, .mp4 of a video.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .png for an image, .mp4 for a video.")],
     weights: WeightsOption = "ema",
 ) -> None:
     """Encode and decode one image or video."""
@@ -82,14 +82,14 @@ def decompress(
     out: Annotated[
         str,
         typer.Argument(
-            metavar="OUT", help="Output file: .png or .webp; .mp4 or .mkv of a clip; - writes PNG or MKV to stdout."
+            metavar="OUT", help="Output file: .png or .webp; .mp4 or .mkv for a clip; - writes PNG or MKV to stdout."
         ),
     ],
-    region: Annotated[str | None, typer.Option(help="Decode only left,top,right,bottom, pixels.")] = None,
-    frame: Annotated[int | None, typer.Option(help="Decode only this frame of a clip, from 0.")] = None,
-    seek: Annotated[float | None, typer.Option(help="Decode only the frame of a clip at this time, s.")] = None,
+    region: Annotated[str | None, typer.Option(help="Decode only this box: left,top,right,bottom in pixels.")] = None,
+    frame: Annotated[int | None, typer.Option(help="Decode only the clip frame with this index, from 0.")] = None,
+    seek: Annotated[float | None, typer.Option(help="Decode only the clip frame at this time, in seconds.")] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Decode the available part of a truncated file.")] = False,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Reject images with more pixels.")] = 2**27,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Reject images with more pixels than this.")] = 2**27,
     weights: WeightsOption = "ema",
 ) -> None:
     """Decompress a .bsq file."""
@@ -118,7 +118,7 @@ def import_reference(
     from bsq_ray.import_bsq_vit import import_bsq_vit as convert
 
     imported_model = convert(checkpoint, config, out, weights=parse_weights(weights))
-    steps = f", {imported_model.iteration} steps" if imported_model.iteration is not None else ""
+    steps = f" ({imported_model.iteration} training steps)" if imported_model.iteration is not None else ""
     print(f"imported model {imported_model.model_id[:12]}{steps} to {out}")
 
 

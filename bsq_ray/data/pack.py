@@ -2,7 +2,7 @@
 
     folder ─list, shuffle─▶ plan of shards ─one task each: decode, check, write─▶ shard-000000.tar … ─▶ manifest.parquet
 
-The manifest is written last, so an interrupted run leaves no data set that looks complete.
+The manifest is written last, so an interrupted run never leaves a data set that looks complete.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import ray_session
 
 _TAR_BLOCK_BYTES = 512
-# Smallest `max_side`, pixels.
+# Minimum of `PackOptions.max_side`, in pixels.
 _MIN_MAX_SIDE = 8
-
-# Called with the number of finished files and of all files.
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,12 @@ class PackOptions:
 
     Attributes:
         shard_mb: size of a shard, millions of bytes.
-        max_side: images or videos with a longer side are shrunk to it (Lanczos); None keeps their size.
-        min_frames: videos with fewer frames are left out.
-        seed: seed of the shuffle over shards.
-        split_list: list of the files to pack, see `list_files`; None packs all.
-        num_workers: parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
-        address: Ray cluster; None starts a local one.
+        max_side: longest side, pixels. Larger images and videos are downscaled to it (Lanczos); None keeps the size.
+        min_frames: videos with fewer frames are skipped.
+        seed: seed of the shuffle that distributes files over shards.
+        split_list: text file that lists the files to pack, see `list_files`; None packs all files.
+        num_workers: number of parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
+        address: address of a Ray cluster; None starts Ray on this node.
     """
 
     shard_mb: float = 100.0
@@ -67,7 +65,7 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file to pack: its URL, its key in the data set, and its class."""
+    """A file to pack: its URL, its key in the data set, and its class index."""
 
     url: str
     key: str
@@ -82,8 +80,8 @@ class PackReport:
         manifest: the data set.
         damaged: "file: reason" of each file that could not be decoded.
         too_short: "file: reason" of each video with too few frames.
-        changed: "file: change" of each video of variable rate, which was stored at a constant one.
-        num_ignored: number of files whose suffix is not one of an image or video.
+        changed: "file: change" of each video whose variable frame rate was converted to a constant one.
+        num_ignored: number of files with other suffixes, which are not packed.
     """
 
     manifest: Manifest
@@ -93,13 +91,13 @@ class PackReport:
     num_ignored: int = 0
 
 
-# From a file and its suffix; raises ValueError if it cannot be decoded.
+# Maps the content of a file and its suffix to the stored file; raises ValueError if it cannot be decoded.
 _EncodeFn = Callable[[bytes, str], StoredFile]
 
 
 @dataclass
 class _ShardResult:
-    """A shard, None if it would be empty, and reports on its files."""
+    """Result of packing one shard: the shard, None if no file was usable, and a report on each problem."""
 
     num_files: int
     shard: Shard | None = None
@@ -123,7 +121,7 @@ def pack_images(
     options: PackOptions = PackOptions(),
     on_progress: ProgressCallback = no_progress,
 ) -> PackReport:
-    """Pack a folder of images, with class subfolders or without.
+    """Pack a folder of images, with or without class subfolders.
 
     The first folder level names the classes; without subfolders all images have the class "all". Files that cannot be
     decoded are listed in `damaged.txt` next to the shards; all others are packed.
@@ -131,11 +129,11 @@ def pack_images(
     Args:
         source, destination: folders, as paths or fsspec URLs.
         options: see `PackOptions`.
-        on_progress: called with the number of finished files and of all files.
+        on_progress: called with the number of finished files and the total number of files.
 
     Raises:
-        ValueError: the folder is missing or has no readable images, the destination has a data set already, or
-            storage fails.
+        ValueError: the folder is missing or has no readable images, the destination already contains a data set,
+            or storage fails.
     """
     encode = partial(_encode_image, max_side=options.max_side)
     return _pack(source, destination, "images", IMAGE_SUFFIXES, encode, options, on_progress)
@@ -149,15 +147,15 @@ def pack_videos(
 ) -> PackReport:
     """Pack a folder of videos, like `pack_images`.
 
-    Every video is decoded once. One that is damaged or too short is left out and listed in `damaged.txt` or
-    `too-short.txt`. One of variable rate is stored at a constant rate and listed in `changed.txt`.
+    Every video is decoded once. Damaged videos are skipped and listed in `damaged.txt`, short ones in `too-short.txt`.
+    Videos with a variable frame rate are stored at a constant one and listed in `changed.txt`.
 
     Args:
         source, destination, options, on_progress: as in `pack_images`.
 
     Raises:
-        ValueError: the folder is missing or has no usable videos, the destination has a data set already, or storage
-            fails.
+        ValueError: the folder is missing or has no usable videos, the destination already contains a data set,
+            or storage fails.
     """
     encode = partial(transcode_if_needed, max_side=options.max_side, min_frames=options.min_frames)
     return _pack(source, destination, "videos", VIDEO_SUFFIXES, encode, options, on_progress)
@@ -193,9 +191,9 @@ def _pack(
     too_short = sorted(line for result in results for line in result.too_short)
     changed = sorted(line for result in results for line in result.changed)
     if not shards:
-        problem = "can be decoded" if damaged else "is long enough"
+        requirement = "can be decoded" if damaged else "is long enough"
         raise ValueError(
-            f"none of the {total} {plan.kind} in {plan.source} {problem}; the first: {(damaged + too_short)[0]}"
+            f"none of the {total} {plan.kind} in {plan.source} {requirement}; first error: {(damaged + too_short)[0]}"
         )
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
@@ -209,15 +207,15 @@ def _make_plan(source: str, kind: str, suffixes: tuple[str, ...], options: PackO
     """Distribute the shuffled files of a folder over shards."""
     file_list = list_files(source, kind, suffixes, options.split_list)
     shards: list[list[FileSource]] = [[]]
-    filled_bytes = 0
-    for number in np.random.default_rng(options.seed).permutation(len(file_list.urls)):
-        url, size = file_list.urls[number], file_list.sizes[number]
-        if shards[-1] and filled_bytes + size > options.shard_mb * 1e6:
+    shard_bytes = 0
+    for index in np.random.default_rng(options.seed).permutation(len(file_list.urls)):
+        url, size = file_list.urls[index], file_list.sizes[index]
+        if shards[-1] and shard_bytes + size > options.shard_mb * 1e6:
             shards.append([])
-            filled_bytes = 0
+            shard_bytes = 0
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
-        shards[-1].append(FileSource(url, f"{number:08d}_{slug}", file_list.labels[number]))
-        filled_bytes += size
+        shards[-1].append(FileSource(url, f"{index:08d}_{slug}", file_list.labels[index]))
+        shard_bytes += size
     return _Plan(source, kind, shards, file_list.classes, file_list.num_ignored)
 
 
@@ -229,8 +227,8 @@ def _pack_shards(
         (f"shard-{number:06d}.tar", sources, destination, encode) for number, sources in enumerate(shards)
     ]
     if options.num_workers == 0:
-        for arguments in shard_arguments:
-            yield _pack_shard(*arguments)
+        for task_arguments in shard_arguments:
+            yield _pack_shard(*task_arguments)
         return
     with ray_session(options.address):
         import ray
@@ -247,7 +245,7 @@ def _pack_shards(
 
 
 def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: _EncodeFn) -> _ShardResult:
-    """Write one shard."""
+    """Encode the files of one shard and write it; damaged and short files are skipped."""
     result = _ShardResult(len(sources))
     archive = io.BytesIO()
     samples: list[tuple[FileSource, int, StoredFile]] = []

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-# Title, digits, and the function that selects the better value: min, max, or None if neither is better.
+# Title, number of decimals, and the function that selects the best value: min, max, or None to highlight no value.
 Column = tuple[str, int, Callable[[Iterable[float]], float] | None]
 
 
 def metric_table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, Column]) -> list[str]:
-    """Return the lines of a table, the better value of each column in bold; columns without values are omitted.
+    """Return the lines of a Markdown table with the best value of each column in bold.
+
+    Columns without values are omitted.
 
     Args:
-        rows: metrics by name, for each row's name.
-        columns: columns by the names of metrics, in their order.
+        rows: for each row name, its metrics by name.
+        columns: for each metric name, its column; the order is that of the table.
     """
     visible = {key: column for key, column in columns.items() if any(key in metrics for metrics in rows.values())}
     lines = ["| | " + " | ".join(title for title, _, _ in visible.values()) + " |", "|---" * (len(visible) + 1) + "|"]
     for name, metrics in rows.items():
         cells = []
-        for key, (_, digits, better) in visible.items():
-            values = [other[key] for other in rows.values() if key in other]
-            text = f"{metrics[key]:.{digits}f}" if key in metrics else "–"
-            best = better is not None and key in metrics and len(values) > 1 and metrics[key] == better(values)
-            cells.append(f"**{text}**" if best else text)
+        for key, (_, decimals, select_best) in visible.items():
+            values = [row[key] for row in rows.values() if key in row]
+            text = f"{metrics[key]:.{decimals}f}" if key in metrics else "–"
+            can_compare = key in metrics and len(values) > 1
+            is_best = can_compare and select_best is not None and metrics[key] == select_best(values)
+            cells.append(f"**{text}**" if is_best else text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines

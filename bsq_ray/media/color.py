@@ -1,4 +1,4 @@
-"""Color of video frames: what a file is marked with, and the conversion between its pixel formats and RGB."""
+"""Color metadata of video frames, and conversion between FFmpeg pixel formats and RGB."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
-# FFmpeg's default rounding makes every channel one level darker, and its default chroma is at half resolution.
+# FFmpeg's default rounding makes every channel one level darker, and it converts chroma at half resolution.
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
 class Color(NamedTuple):
-    """Code points of ITU-T H.273, and the value range: 1 for 0 to 255, 0 for 16 to 235."""
+    """Color description of a video, with the code points of ITU-T H.273.
+
+    Attributes:
+        primaries: color primaries.
+        transfer: transfer characteristics.
+        matrix: matrix coefficients.
+        full_range: 1 for values from 0 to 255, 0 for values from 16 to 235.
+    """
 
     primaries: int
     transfer: int
@@ -26,7 +33,7 @@ BT709 = Color(1, 1, 1, 0)
 
 
 def frame_color(frame: Any) -> Color:
-    """Return the color that a decoded frame is marked with."""
+    """Return the color description in the metadata of a decoded frame (`av.VideoFrame`)."""
     full_range = int(frame.color_range == 2)
     return Color(int(frame.color_primaries), int(frame.color_trc), int(frame.colorspace), full_range)
 
@@ -36,10 +43,10 @@ def frame_to_rgb(frame: Any, colorspace: int | None = None) -> np.ndarray:
 
     Args:
         frame: `av.VideoFrame` of any pixel format.
-        colorspace: matrix of the frame (`av.video.reformatter.Colorspace`); None takes the one it is marked with.
+        colorspace: matrix of the frame (`av.video.reformatter.Colorspace`); None uses the frame's metadata.
 
     Returns:
-        uint8 (H, W, 3), in the orientation in which the frame is stored.
+        uint8 (H, W, 3), in the stored orientation: rotation metadata is not applied.
     """
     pixels_HW3: np.ndarray = frame.reformat(
         format="rgb24", src_colorspace=colorspace, interpolation=_ACCURATE
@@ -50,15 +57,15 @@ def frame_to_rgb(frame: Any, colorspace: int | None = None) -> np.ndarray:
 def rgb_to_frame(
     pixels_HW3: np.ndarray, pixel_format: str, colorspace: int | None = None, color_range: int | None = None
 ) -> Any:
-    """Convert RGB pixels to a frame for an encoder.
+    """Convert RGB pixels to a frame that an encoder accepts.
 
     Args:
         pixels_HW3: uint8 (H, W, 3).
-        pixel_format: FFmpeg's name, such as "yuv420p".
-        colorspace, color_range: matrix and range of the result; None leaves FFmpeg's default (BT.601, 16 to 235).
+        pixel_format: FFmpeg pixel format, such as "yuv420p".
+        colorspace, color_range: matrix and range of the result; None uses FFmpeg's default (BT.601, 16 to 235).
 
     Returns:
-        an `av.VideoFrame` without a time stamp.
+        `av.VideoFrame` without a timestamp.
     """
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels_HW3), "rgb24")
     return frame.reformat(

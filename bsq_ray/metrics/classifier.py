@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 in plain torch with its published ImageNet weights: class features of images.
+"""EfficientNet-Lite0 in plain torch with its published ImageNet weights, as a feature extractor.
 
     image ─224 px─▶ stem ─▶ 16 inverted bottlenecks ─▶ head ─mean over positions─▶ features (1280) ─▶ logits (1000)
 
-Tan and Le (ICML 2019) without squeeze-and-excitation and with ReLU6. Padding is TensorFlow's "same", with an odd pixel
-at the right and the bottom.
+Tan and Le (ICML 2019) without squeeze-and-excitation and with ReLU6. Padding is TensorFlow's "same": an odd
+total adds the extra pixel at the right or the bottom.
 
 Shape suffixes: B images, D features, V classes.
 """
@@ -20,7 +20,7 @@ from bsq_ray.models.pretrained_weights import resolve_once
 
 NUM_FEATURES, NUM_CLASSES = 1280, 1000
 _INPUT_SIZE, _MEAN, _SCALE = 224, 127 / 255, 128 / 255
-# Number of blocks, kernel, stride of the first block, expansion, channels.
+# Number of blocks, kernel size, stride of the first block, expansion ratio, output channels.
 _STAGES = (
     (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
@@ -28,7 +28,7 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-    """Map images to the 1280 features of the last pooling layer; `logits` maps these to classes.
+    """Maps images to the 1280 features of the last pooling layer; `logits` maps features to class logits.
 
     Raises:
         ValueError: the published weights are not available.
@@ -38,22 +38,22 @@ class EfficientNetLite0(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [_SameConv(3, 32, 3, 2)]
         channels = 32
-        for blocks, kernel, stride, expansion, out in _STAGES:
-            for block in range(blocks):
-                layers.append(_Bottleneck(channels, out, kernel, 1 if block else stride, expansion))
-                channels = out
+        for num_blocks, kernel, stride, expansion, out_channels in _STAGES:
+            for block in range(num_blocks):
+                layers.append(_Bottleneck(channels, out_channels, kernel, 1 if block else stride, expansion))
+                channels = out_channels
         self.layers = nn.Sequential(*layers, _SameConv(channels, NUM_FEATURES, 1))
         self.top = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         weights = resolve_once("imagenet-classifier").tensors
         convs = [module for module in self.modules() if isinstance(module, _SameConv)]
         assert 5 * len(convs) + 2 == len(weights)
         with torch.no_grad():
-            for number, layer in enumerate(convs):
-                layer.conv.weight.copy_(weights[f"conv.{number}.weight"])
-                layer.norm.weight.copy_(weights[f"conv.{number}.gain"])
-                layer.norm.bias.copy_(weights[f"conv.{number}.bias"])
-                cast(Tensor, layer.norm.running_mean).copy_(weights[f"conv.{number}.mean"])
-                cast(Tensor, layer.norm.running_var).copy_(weights[f"conv.{number}.var"])
+            for index, layer in enumerate(convs):
+                layer.conv.weight.copy_(weights[f"conv.{index}.weight"])
+                layer.norm.weight.copy_(weights[f"conv.{index}.gain"])
+                layer.norm.bias.copy_(weights[f"conv.{index}.bias"])
+                cast(Tensor, layer.norm.running_mean).copy_(weights[f"conv.{index}.mean"])
+                cast(Tensor, layer.norm.running_var).copy_(weights[f"conv.{index}.var"])
             self.top.weight.copy_(weights["top.weight"])
             self.top.bias.copy_(weights["top.bias"])
         self.requires_grad_(False)
@@ -61,14 +61,14 @@ class EfficientNetLite0(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Map RGB in [-1, 1] of any size to fp32 features (B, 1280)."""
+        """Map RGB images in [-1, 1], of any size, to fp32 features (B, 1280)."""
         x_BCHW = F.interpolate(images_BCHW.float(), (_INPUT_SIZE, _INPUT_SIZE), mode="bicubic", antialias=True)
         x_BCHW = ((x_BCHW + 1) / 2 - _MEAN) / _SCALE
         return cast(Tensor, self.layers(x_BCHW).mean((2, 3)))
 
     @torch.no_grad()
     def logits(self, features_BD: Tensor) -> Tensor:
-        """Return the logits of ImageNet's classes, (B, 1000)."""
+        """Return the logits (B, 1000) of the ImageNet classes."""
         return cast(Tensor, self.top(features_BD))
 
 
@@ -93,14 +93,16 @@ class _SameConv(nn.Module):
 
 
 class _Bottleneck(nn.Module):
-    """Inverted bottleneck: expand, depthwise convolution, project; with a residual where shapes are equal."""
+    """Inverted bottleneck: expand, depthwise convolution, project; residual if both shapes are equal."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        inner = channels * expansion
-        expand = [_SameConv(channels, inner, 1)] if expansion > 1 else []
-        depthwise = _SameConv(inner, inner, kernel, stride, groups=inner)
-        self.layers = nn.Sequential(*expand, depthwise, _SameConv(inner, out_channels, 1, max_value=float("inf")))
+        hidden_channels = channels * expansion
+        expand = [_SameConv(channels, hidden_channels, 1)] if expansion > 1 else []
+        depthwise = _SameConv(hidden_channels, hidden_channels, kernel, stride, groups=hidden_channels)
+        self.layers = nn.Sequential(
+            *expand, depthwise, _SameConv(hidden_channels, out_channels, 1, max_value=float("inf"))
+        )
         self.has_residual = stride == 1 and channels == out_channels
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""LPIPS v0.1 (Zhang et al., CVPR 2018): the network behind the perceptual loss and the metric.
+"""LPIPS v0.1 (Zhang et al., CVPR 2018): the network of the perceptual loss and of the metric.
 
-    image ─shift, scale─▶ trunk (AlexNet or VGG16) ─▶ 5 feature maps ─unit length over channels─▶ features
+    image ─shift, scale─▶ trunk (AlexNet or VGG16) ─▶ 5 feature maps ─normalize over channels─▶ features
     features of two images ─squared difference─▶ mean over positions ─learned channel weights─▶ sum = distance
 
 Shape suffixes: B images, C channels, H and W pixels.
@@ -20,7 +20,7 @@ from bsq_ray.models.pretrained_weights import resolve_once
 NetworkName = Literal["alex", "vgg"]
 # Normalization of the published network, for images in [-1, 1].
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-# Convolutions of each of the five slices: output channels, kernel, stride, padding. A slice ends with a ReLU.
+# Convolutions of each of the five slices: output channels, kernel size, stride, padding. A slice ends with a ReLU.
 _SLICES: dict[NetworkName, tuple[tuple[tuple[int, int, int, int], ...], ...]] = {
     "alex": (((64, 11, 4, 2),), ((192, 5, 1, 2),), ((384, 3, 1, 1),), ((256, 3, 1, 1),), ((256, 3, 1, 1),)),
     "vgg": tuple(
@@ -28,7 +28,7 @@ _SLICES: dict[NetworkName, tuple[tuple[tuple[int, int, int, int], ...], ...]] = 
         for channels, depth in zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3), strict=True)
     ),
 }
-# Max pooling before a slice: kernel and the slices that have one; its stride is 2.
+# Max pooling with stride 2: kernel size, and the slices that start with it.
 _POOLS: dict[NetworkName, tuple[int, tuple[int, ...]]] = {"alex": (3, (1, 2)), "vgg": (2, (1, 2, 3, 4))}
 
 
@@ -53,14 +53,14 @@ class LPIPSNetwork(nn.Module):
         self.eval()
 
     def features(self, images_BCHW: Tensor) -> list[Tensor]:
-        """Return five fp32 feature maps (B, C, H, W) of images in [-1, 1], of unit length along the channels."""
+        """Return five fp32 feature maps (B, C, H, W) of images in [-1, 1], L2-normalized over the channels."""
         x_BCHW = (images_BCHW - self.get_buffer("shift")) / self.get_buffer("scale")
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         maps = []
-        for part in self.trunk:
-            x_BCHW = part(x_BCHW)
+        for trunk_slice in self.trunk:
+            x_BCHW = trunk_slice(x_BCHW)
             maps.append(x_BCHW)
-        # Half precision features are normalized in fp32: their squares overflow the mantissa.
+        # Normalize in fp32: the squares of half-precision features overflow or lose precision.
         return [_normalize(map_BCHW.float()) for map_BCHW in maps]
 
     def distance(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
@@ -104,14 +104,14 @@ def _build_trunk(name: NetworkName) -> nn.ModuleList:
 def _load_heads(name: NetworkName) -> list[Tensor]:
     """Read the learned channel weights (C,) of the five slices from the installed package `lpips`.
 
-    The package is not imported: it would import torchvision.
+    The package itself is not imported, because it imports torchvision.
 
     Raises:
         ValueError: the package is not installed.
     """
     spec = find_spec("lpips")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the package lpips, which contains the LPIPS weights, is not installed; `pip install lpips`")
+        raise ValueError("the package lpips, which provides the weights, is not installed; run `pip install lpips`")
     path = Path(spec.submodule_search_locations[0]) / "weights" / "v0.1" / f"{name}.pth"
     state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{index}.model.1.weight"].flatten() for index in range(5)]

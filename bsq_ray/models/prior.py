@@ -12,7 +12,7 @@ least significant bit first. The logit of a node gives the probability that its 
         0 / \ 1   0 / \ 1
         0    2     1    3         value of the sub-token
 
-The training loss is the sum over the nodes on the path, which is the code length of the sub-token.
+The training loss sums the cross-entropy of the nodes on the path, which is the code length of the sub-token.
 
 Shape suffixes: B images, N tokens, S sub-tokens of a token, K nodes of a tree, k bits of a sub-token, D width, H heads,
 E width of one head, L bits of a token.
@@ -81,7 +81,7 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor) -> Tensor:
-        """Return fp32 logits (B, N, S, K) of all nodes of every token, in one parallel pass.
+        """Return fp32 logits (B, N, S, K) of all nodes of every token, in one forward pass.
 
         N may be less than the model's number of tokens, for example the tokens of the first frames of a clip.
         """
@@ -103,7 +103,12 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         return cast(Tensor, self.trees[sub_token_index](self.head(h_BND))).float()
 
     def start_decoding(self, batch_size: int, num_tokens: int | None = None) -> IncrementalDecoder:
-        """Start decoding a batch token by token with cached keys and values; by default all tokens."""
+        """Return a decoder for a batch, token by token with a KV cache.
+
+        Args:
+            batch_size: number of images.
+            num_tokens: maximum number of tokens to decode; None stands for all tokens of the model.
+        """
         return IncrementalDecoder(self, batch_size, num_tokens or self.config.num_tokens)
 
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
@@ -112,7 +117,10 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
 
 
 class IncrementalDecoder:
-    """Decodes token by token: `next_features`, then `Prior.node_logits` for each sub-token, then `push`."""
+    """Decodes token by token with a KV cache.
+
+    For each token call `next_features`, then `Prior.node_logits` for each sub-token, then `push`.
+    """
 
     def __init__(self, prior: Prior, batch_size: int, num_tokens: int) -> None:
         self.prior = prior
@@ -128,13 +136,13 @@ class IncrementalDecoder:
         return cast(Tensor, self.prior.output_norm(x_B1D))
 
     def push(self, sub_tokens_BS: Tensor) -> None:
-        """Append the decoded token."""
+        """Append the decoded token, the input of the next `next_features`."""
         self._position += 1
         self._next_B1D = self.prior._embed(sub_tokens_BS[:, None])
 
 
 def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:
-    """Return the nodes on the path to each value and the bits chosen there, both (…, k).
+    """Return the nodes on the path to each sub-token and the bit taken at each node, both (…, k).
 
     Node 0 is the root. From node i, bit b leads to node 2 i + 1 + b. The least significant bit is first.
     """
@@ -146,7 +154,8 @@ def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor
 
 
 def code_length(logits_BNSK: Tensor, sub_tokens_BNS: Tensor, sub_bits: int) -> Tensor:
-    """Return the code length of the sub-tokens in nats, (B, N, S): the sum over the nodes on their paths."""
-    nodes, bits = binary_tree_nodes(sub_tokens_BNS, sub_bits)
-    chosen_logits = logits_BNSK.gather(-1, nodes)
-    return F.binary_cross_entropy_with_logits(chosen_logits, bits.to(chosen_logits.dtype), reduction="none").sum(-1)
+    """Return the code length (B, N, S) of the sub-tokens in nats, summed over the nodes on their paths."""
+    nodes_BNSk, bits_BNSk = binary_tree_nodes(sub_tokens_BNS, sub_bits)
+    path_logits_BNSk = logits_BNSK.gather(-1, nodes_BNSk)
+    targets_BNSk = bits_BNSk.to(path_logits_BNSk.dtype)
+    return F.binary_cross_entropy_with_logits(path_logits_BNSk, targets_BNSk, reduction="none").sum(-1)

@@ -1,13 +1,13 @@
-"""Clips of any length, chunk by chunk, in constant memory.
+"""Encode and decode clips of any length, chunk by chunk, in constant memory.
 
     chunk ─▶ patches ─▶ encoder ─▶ bits    (Tokenizer.encode_stream)
     bits ─▶ codes ─▶ decoder ─▶ pixels     (Tokenizer.decode_stream)
                         │
-          StreamingWindow: keys and values of the earlier frames, in every block
+          StreamingWindow: KV cache of the earlier frames, in every block
 
-Up to the T frames of the training clips, tokens and pixels equal those of one pass over the whole clip. There is no
-position embedding beyond T, so the window slides: its last `overlap` frames become frames 0 … overlap - 1 of a new
-window. Their keys and values are recomputed, and the clip continues after them. With T = 4 and overlap = 2:
+Training clips have T frames. For clips of up to T frames, tokens and pixels equal those of one pass over the clip.
+There is no position embedding beyond T, so longer clips use a sliding window. The last `overlap` frames of a window
+become frames 0 … overlap - 1 of the next one; their keys and values are recomputed. With T = 4 and overlap = 2:
 
     frames    0 1 2 3 4 5 6 7
     window 0  0 1 2 3             numbers: the position embedding of a frame
@@ -17,10 +17,10 @@ window. Their keys and values are recomputed, and the clip continues after them.
 Each frame is computed as in one pass over the T frames of its window, at a position used in training. It attends to at
 least `overlap` earlier frames. Beyond T a frame costs T / (T - overlap) times as much.
 
-`clip_encoder` and `clip_decoder` serve every kind of tokenizer: causal models stream frame by frame, image models take
-each frame alone, and other models take `frames_per_chunk` frames at once.
+`clip_encoder` and `clip_decoder` support every kind of tokenizer. Causal models stream frame by frame. Image models
+process each frame independently. Other models process chunks of `frames_per_chunk` frames.
 
-Shape suffixes: B clips, T frames of a chunk, H and W pixels, N tokens of a chunk, D width.
+Shape suffixes: B clips, T frames, H and W pixels, N tokens of a chunk, D width.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class StreamingWindow:
     """A causal transformer over frames that arrive in chunks.
 
     Args:
-        transformer: the transformer; its `frames` are the length of the window.
-        overlap: frames of a full window that the next window starts with; None means half of them.
+        transformer: causal or single-frame transformer; its `frames` attribute is the window length.
+        overlap: number of frames shared by consecutive windows; None stands for half a window.
 
     Raises:
-        ValueError: the transformer is not causal, or the overlap is not below its frames.
+        ValueError: the transformer is not causal, or the overlap is not less than the window length.
     """
 
     def __init__(self, transformer: VisionTransformer, overlap: int | None) -> None:
@@ -59,10 +59,10 @@ class StreamingWindow:
         if not transformer.causal and frames > 1:
             raise ValueError(
                 f"a model with model.causal=false needs whole clips of up to {frames} frames and cannot stream; "
-                "encode the clips one by one, or use a causal model"
+                "encode each clip in one pass, or use a causal model"
             )
         if overlap is not None and not 0 <= overlap < frames:
-            raise ValueError(f"overlap {overlap} must be 0 or more and below the model's {frames} frames")
+            raise ValueError(f"overlap {overlap} must be 0 or more and less than the model's {frames} frames")
         self.transformer = transformer
         self.overlap = frames // 2 if overlap is None else overlap
         self.caches = transformer.new_caches()
@@ -70,14 +70,14 @@ class StreamingWindow:
         self._recent_BND: Tensor | None = None
 
     def push(self, x_BND: Tensor) -> Tensor:
-        """Run the transformer on the next frames, any number of them; same shape out as in.
+        """Run the transformer on one or more further frames; return features of the same shape.
 
         Raises:
-            ValueError: the number of clips differs from that of the earlier frames.
+            ValueError: the batch size differs from that of earlier calls.
         """
         tokens_per_frame = len(self.transformer.spatial_position)
         if self._recent_BND is not None and len(self._recent_BND) != len(x_BND):
-            raise ValueError(f"this stream started with {len(self._recent_BND)} clips at once and now has {len(x_BND)}")
+            raise ValueError(f"the stream started with batch size {len(self._recent_BND)} but got {len(x_BND)}")
         parts = []
         while x_BND.shape[1]:
             if self._num_frames == self.transformer.frames:
@@ -86,7 +86,7 @@ class StreamingWindow:
             part_BND, x_BND = x_BND[:, :capacity], x_BND[:, capacity:]
             parts.append(self.transformer(part_BND, self.caches))
             self._num_frames += part_BND.shape[1] // tokens_per_frame
-            self._append(part_BND, self.overlap * tokens_per_frame)
+            self._keep_recent(part_BND, self.overlap * tokens_per_frame)
         return torch.cat(parts, 1)
 
     def _slide(self) -> None:
@@ -96,19 +96,19 @@ class StreamingWindow:
         if self.overlap:
             self.transformer(self._recent_BND, self.caches)
 
-    def _append(self, x_BND: Tensor, num_tokens: int) -> None:
+    def _keep_recent(self, x_BND: Tensor, num_tokens: int) -> None:
         recent_BND = x_BND if self._recent_BND is None else torch.cat([self._recent_BND, x_BND], 1)
         # A copy frees the memory of the older frames; a view would keep it.
         self._recent_BND = recent_BND[:, max(0, recent_BND.shape[1] - num_tokens) :].clone()
 
 
 def frames_per_chunk(model_config: config.TokenizerModelConfig) -> int:
-    """Return the number of frames of a chunk; the last chunk of a clip may be shorter."""
+    """Return the number of frames per chunk; the last chunk of a clip may be shorter."""
     return 1 if model_config.causal else model_config.frames
 
 
 def clip_encoder(tokenizer: Tokenizer) -> Callable[[Tensor], Tokens]:
-    """Return a function from chunks (B, 3, T, H, W) to tokens; call it with the chunks of one clip in order."""
+    """Return a stateful function from chunks (B, 3, T, H, W) to tokens; pass it the chunks of one clip in order."""
     if frames_per_chunk(tokenizer.config) > 1:
         return tokenizer.encode
     return _as_step_function(tokenizer.encode_stream)
@@ -127,7 +127,7 @@ def _decode_clip(tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
 
 
 def _as_step_function(stream: Callable[[Iterable[_InputT]], Iterator[_OutputT]]) -> Callable[[_InputT], _OutputT]:
-    """Turn a function over an iterable into a function of one item at a time."""
+    """Convert a generator function over an iterable to a function that maps one item per call."""
     pending: list[_InputT] = []
     outputs = stream(pending.pop() for _ in count())
 

@@ -1,40 +1,45 @@
-"""Communication of one training step: bytes that a worker sends, and the time for them."""
+"""Estimate the communication of one training step: bytes sent by each worker, and their transfer time."""
 
 from __future__ import annotations
 
 from bsq_ray import config
 
 
-def communication_bytes(parameters: int, engine: config.EngineConfig, workers: int, accumulation: int) -> float:
-    """Return the bytes that each of N workers sends per step, for P parameters with fp32 gradients and weights.
+def communication_bytes(
+    num_parameters: int, engine: config.EngineConfig, num_workers: int, accumulation_steps: int
+) -> float:
+    """Return the bytes sent per step by each of N workers, for P parameters with fp32 gradients and weights.
 
-    A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · 4 P for a reduce-scatter and as much for an
-    all-gather. By Rajbhandari et al., "ZeRO" (2020), section 7:
+    A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · 4 P bytes for a reduce-scatter, and the same
+    for an all-gather. By Rajbhandari et al., "ZeRO" (2020), section 7:
 
     - data parallelism and stage 0: one all-reduce of the gradients, which is a reduce-scatter and an all-gather;
-    - stage 1: gradients are reduced, then updated weights are gathered: the same volume;
-    - stage 2: gradients are reduced for every micro batch, weights are gathered once;
-    - stage 3: for every micro batch, weights are gathered for forward and backward pass, and gradients are reduced.
+    - stage 1: a reduce-scatter of the gradients, then an all-gather of the updated weights: the same volume;
+    - stage 2: a reduce-scatter of the gradients for every micro batch, and one all-gather of the weights;
+    - stage 3: for every micro batch, two all-gathers of the weights (forward, backward) and one reduce-scatter.
     """
-    ring = (workers - 1) / workers * 4 * parameters
+    ring_bytes = (num_workers - 1) / num_workers * 4 * num_parameters
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     if stage < 2:
-        return 2 * ring
-    return (accumulation + 1) * ring if stage == 2 else 3 * accumulation * ring
+        return 2 * ring_bytes
+    return (accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
 
 
 def communication_seconds(
-    num_bytes: float, workers: int, gpus_per_node: int, link_bandwidth: float, network_gbit: float
+    num_bytes: float, num_workers: int, gpus_per_node: int, link_bandwidth: float, network_gbit: float
 ) -> float:
-    """Return the seconds that a ring needs; its slowest hop limits it, between nodes one network port.
+    """Return the duration of ring collectives in seconds, limited by the slowest link of the ring.
+
+    Traffic between nodes uses one network port per node.
 
     Args:
         num_bytes: bytes that each worker sends.
-        workers: number of workers, one GPU each.
-        gpus_per_node: GPUs of a node.
-        link_bandwidth: between GPUs of a node, 1e9 bytes per second.
-        network_gbit: between nodes, 1e9 bits per second and direction.
+        num_workers: number of workers, one GPU each.
+        gpus_per_node: number of GPUs per node.
+        link_bandwidth: bandwidth between GPUs of a node, 1e9 bytes per second.
+        network_gbit: bandwidth between nodes in each direction, 1e9 bits per second.
     """
-    if workers == 1:
+    if num_workers == 1:
         return 0.0
-    return num_bytes / 1e9 / (link_bandwidth if workers <= gpus_per_node else min(link_bandwidth, network_gbit / 8))
+    is_one_node = num_workers <= gpus_per_node
+    return num_bytes / 1e9 / (link_bandwidth if is_one_node else min(link_bandwidth, network_gbit / 8))

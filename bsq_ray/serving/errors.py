@@ -1,19 +1,19 @@
-"""Errors of the HTTP API: a status and a message that may be shown to anyone."""
+"""Errors of the HTTP API: a status code and a message that is safe to return to clients."""
 
 from __future__ import annotations
 
 
 class ApiError(Exception):
-    """Failure of a request, reported to its client.
+    """Failure of a request, returned to the client as JSON with a status code.
 
     Args:
         status: HTTP status code.
-        message: a sentence without paths or internals.
-        retry_after: seconds after which the same request may succeed.
+        message: one sentence without file paths or internal details.
+        retry_after: value of the header Retry-After, seconds; None omits the header.
     """
 
     def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
-        # All arguments reach `args`, so the error survives pickling.
+        # Pass all arguments to `args`, so that the error can be pickled between Ray actors.
         super().__init__(status, message, retry_after)
         self.status, self.message, self.retry_after = status, message, retry_after
 
@@ -22,13 +22,13 @@ class ApiError(Exception):
 
 
 def too_many_requests() -> ApiError:
-    """Return the error for a request beyond the limit of concurrent requests or of their memory."""
+    """Return the error for a request that exceeds the limit on concurrent requests or on their memory."""
     return ApiError(429, "too many requests in progress; try again in a moment", 1)
 
 
 def response_memory_exhausted() -> ApiError:
-    """Return the error for a response beyond the memory limit for responses that clients are still reading."""
-    return ApiError(429, "clients are reading too many large responses; try again in a moment", 1)
+    """Return the error for a response that exceeds the memory limit of responses in progress."""
+    return ApiError(429, "too many large responses are still being sent; try again in a moment", 1)
 
 
 def model_loading(name: str) -> ApiError:

@@ -1,4 +1,4 @@
-"""Results of replicas: files and tokens, with their metadata."""
+"""Results that replicas return: files and tokens, with their metadata."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ BSQ_MEDIA_TYPE = "application/x-bsq"
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A file.
+    """An image or video file with its metadata.
 
     Attributes:
+        data: content of the file.
         media_type: value of the header Content-Type.
-        num_pixels: pixels of the image, or of all frames of the video.
-        num_frames: frames of a video; None for an image.
-        psnr: PSNR against the original in dB, mean over frames; None without an original.
+        num_pixels: number of pixels of the image, or of all frames of the video.
+        num_frames: number of frames of a video; None for an image.
+        psnr: PSNR with respect to the original in dB, mean over frames; None if there is no original.
     """
 
     data: bytes
@@ -31,8 +32,8 @@ class PackedTokens:
     """Tokens of an image or a video.
 
     Attributes:
-        grid: frames, rows, columns.
-        packed: ceil(bits / 8) bytes per token, bit 1 least significant, frames slowest.
+        grid: number of frames, rows and columns of tokens.
+        packed: ceil(bits / 8) bytes per token, first bit least significant; tokens in the order frame, row, column.
         rate: frames per second of a video, such as 25 or 30000/1001; None for an image.
     """
 

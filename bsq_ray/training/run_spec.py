@@ -1,4 +1,4 @@
-"""Input and result of a run, and the check that a checkpoint belongs to it."""
+"""Input and result of a training run, and the check that a checkpoint can resume it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class RunSpec:
 
     Attributes:
         config: configuration of the run.
-        data_url: packed training data.
-        out_url: folder of the run.
-        held_out_url: packed data for evaluations during training; None uses training data.
+        data_url: URL of the packed training data.
+        out_url: URL of the run folder.
+        held_out_url: URL of packed data for evaluations during training; None uses the training data.
         minutes: time limit for training and its evaluations; the schedule then follows the elapsed time. None trains
             all steps.
-        init_url: model folder that provides the initial weights of a new run; None starts from random weights.
+        init_url: URL of a model folder with the initial weights of a new run; None starts from random weights.
     """
 
     config: config.AnyConfig
@@ -40,19 +40,19 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run, or of one worker group of it.
+    """Result of a run, or of one of its worker groups.
 
     Attributes:
         step: number of completed steps.
-        finished: trained to its end, not ended by a stop or resize request.
-        seconds: time of training and its evaluations over all groups; `minutes` limits it.
-        images_per_second: throughput of this group, all workers together, without evaluations.
-        data_wait: fraction of that time spent waiting for data, 0 to 1.
+        finished: True if training is complete, False if a stop or resize request ended it.
+        seconds: duration of training and its evaluations over all worker groups, limited by `RunSpec.minutes`.
+        images_per_second: throughput of all workers of this group, without evaluations.
+        data_wait: fraction of the training time spent waiting for data, 0 to 1.
         num_checkpoints: number of checkpoints written.
-        checkpoint_blocking_seconds: time for which checkpoints blocked training.
-        skipped_samples: keys of samples that could not be read, over all workers.
-        metrics: metrics of the last evaluation, with the averaged weights if there are any.
-        restart_reasons: reason of each restart with another worker group.
+        checkpoint_blocking_seconds: time for which training was blocked by checkpoints.
+        skipped_samples: keys of samples that could not be read by any worker.
+        metrics: metrics of the last evaluation, with the EMA weights if the run has them.
+        restart_reasons: reason for each restart with a new worker group.
     """
 
     step: int
@@ -68,10 +68,10 @@ class RunResult:
 
 
 def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source: DataSource, out_url: str) -> None:
-    """Check that a checkpoint has the model, the data set and the data order of the run.
+    """Check that a checkpoint has the same model, data set and data order as the run.
 
     Raises:
-        ValueError: it does not; the message names each key that differs, with both values.
+        ValueError: the data set or a key differs; the message contains both values of each key.
     """
     checkpoint_values = _fixed_values(config.parse_config(progress.config, f"the checkpoint in {out_url}"))
     current_values = _fixed_values(run_config)
@@ -83,17 +83,17 @@ def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source:
     if differences:
         raise ValueError(
             f"{out_url} contains a run with another configuration: {'; '.join(differences)}; "
-            "give the same values, or another --out"
+            "use the same values, or another --out"
         )
     if progress.dataset != source.hash:
         raise ValueError(
             f"{out_url} was trained on another data set (hash {progress.dataset[:12]}, {source.url} has "
-            f"{source.hash[:12]}); give the same --data, or another --out"
+            f"{source.hash[:12]}); use the same --data, or another --out"
         )
 
 
 def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
-    """Return the dotted keys that cannot change within a run, with their values."""
+    """Return the values of the keys that cannot change within a run, by dotted key."""
     values = _flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model")
     if isinstance(run_config, config.TokenizerConfig):
         adversarial = run_config.loss.adversarial
@@ -110,7 +110,7 @@ def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
 
 
 def _flatten(values: dict[str, object], path: str) -> dict[str, object]:
-    """Return the leaves of nested dictionaries by their dotted keys below `path`."""
+    """Return the leaves of nested dictionaries by dotted key, prefixed with `path`."""
     flat: dict[str, object] = {}
     for key, value in values.items():
         flat |= _flatten(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}

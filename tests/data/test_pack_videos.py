@@ -129,7 +129,7 @@ def test_pack_videos_unusable_files_are_reported(folder, photos, tmp_path):
         assert (tmp_path / "out" / f"{name}.txt").read_text().splitlines() == lines
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "short.mkv").write_bytes((folder / "Archery" / "short.mkv").read_bytes())
-    with pytest.raises(ValueError, match="none of the 1 videos in .* is long enough; the first: .*short.mkv"):
+    with pytest.raises(ValueError, match="none of the 1 videos in .* is long enough; first error: .*short.mkv"):
         pack_videos(str(tmp_path / "few"), str(tmp_path / "none"), PackOptions(num_workers=0))
     assert (
         pack_videos(

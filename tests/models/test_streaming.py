@@ -186,7 +186,7 @@ def test_stream_wrong_chunk_shape_raises():
     tokenizer = video_tokenizer()
     with pytest.raises(ValueError, match="clips have 0 frames, but this model takes 1 or more"):
         list(tokenizer.encode_stream([torch.zeros(1, 3, 0, 32, 32)]))
-    with pytest.raises(ValueError, match="started with 1 clips at once and now has 2"):
+    with pytest.raises(ValueError, match="started with batch size 1 but got 2"):
         list(tokenizer.encode_stream([torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32)]))
     with pytest.raises(ValueError, match=r"grid \(2, 8, 8\), but this model takes \(1 or more, 4, 4\)"):
         list(tokenizer.decode_stream([Tokens(torch.zeros(1, 128, 10, dtype=torch.bool), (2, 8, 8))]))

@@ -6,4 +6,4 @@ import pytest
 @pytest.fixture
 def fused_attention(monkeypatch):
     """Use fused attention, which saves no scores: the formulas are for GPUs."""
-    monkeypatch.setattr("bsq_ray.models.layers.attention._EAGER_MAX_TOKENS", 0)
+    monkeypatch.setattr("bsq_ray.models.layers.attention._EAGER_MAX_KEYS", 0)

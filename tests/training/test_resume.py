@@ -155,7 +155,7 @@ def test_resume_other_model_raises(two_checkpoints, photo_shards):
     """A run cannot resume with another model configuration."""
     job = small_spec(photo_shards, two_checkpoints, ["model.encoder.layers=2", "training.batch_size=8"])
     with pytest.raises(
-        ValueError, match="model.encoder.layers was 1 and is 2; training.batch_size was 16 and is 8; give the same"
+        ValueError, match="model.encoder.layers was 1 and is 2; training.batch_size was 16 and is 8; use the same"
     ):
         run_training(job, local_worker(RecordingReporter()))
 

@@ -1,4 +1,4 @@
-"""Plot reconstructions and their originals, from the best over the median to the worst."""
+"""Plot reconstructions below their originals, in columns from the best to the worst LPIPS."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TILE, _GAP, _CAPTION = 192, 6, 30
 
 @dataclass(frozen=True)
 class Comparison:
-    """Original and two reconstructions of one image or clip.
+    """An original image or clip, the reconstruction of the model, and the mean-color baseline.
 
     Attributes:
         key: name of the sample.
-        pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W): original, model, mean colors.
-        lpips, psnr: values of the model and of the mean colors.
+        pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W), in the order original, model, baseline.
+        lpips, psnr: value of the model, then of the baseline.
     """
 
     key: str
@@ -31,7 +31,10 @@ class Comparison:
 
 
 def subsample(comparisons: list[Comparison]) -> list[Comparison]:
-    """Return the best, the worst, and a random subset: at most 66, the same ones for any number of workers."""
+    """Return the best, the worst and a random subset, at most 66 in total.
+
+    The subset depends only on the keys, so it is the same for any number of workers.
+    """
     if not comparisons:
         return comparisons
     num_kept = max(4, min(_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES // comparisons[0].pixels.nbytes))
@@ -44,11 +47,11 @@ def subsample(comparisons: list[Comparison]) -> list[Comparison]:
 
 
 def select_by_quantile(comparisons: list[Comparison], lpips_scores: list[float], columns: int) -> list[Comparison]:
-    """Return the comparisons nearest to evenly spaced quantiles of LPIPS, best first, each once.
+    """Return the comparisons nearest to evenly spaced LPIPS quantiles, best first, without duplicates.
 
     Args:
         comparisons: candidates.
-        lpips_scores: the model's LPIPS of all samples of the data set.
+        lpips_scores: LPIPS of the model for every sample of the data set.
         columns: number of quantiles.
     """
     quantiles = np.quantile(lpips_scores, np.linspace(0, 1, columns), method="nearest")
@@ -62,26 +65,25 @@ def _sort_key(comparison: Comparison) -> tuple[float, str]:
 
 
 def render_grid(comparisons: list[Comparison], lpips_scores: list[float], columns: int = 7) -> bytes:
-    """Return a PNG file: columns from the best to the worst; rows are original, model, and mean colors.
+    """Return a PNG file with one column per sample, from the best to the worst LPIPS.
 
-    With an odd number of columns the median is in the middle.
+    The rows are original, model and baseline. With an odd number of columns, the median is in the middle.
     """
     selected = select_by_quantile(comparisons, lpips_scores, columns)
     [median] = select_by_quantile(selected, [float(np.quantile(lpips_scores, 0.5, method="nearest"))], 1)
-    roles = {median.key: "median", selected[-1].key: "worst", selected[0].key: "best"}
+    rank_names = {median.key: "median", selected[-1].key: "worst", selected[0].key: "best"}
     width = len(selected) * (_TILE + _GAP) + _GAP
     height = 3 * (_TILE + _GAP) + _GAP + _CAPTION
     sheet = Image.new("RGB", (width, height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, comparison in enumerate(selected):
         left = _GAP + column * (_TILE + _GAP)
-        caption = (
-            f"{roles.get(comparison.key, '')} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
-        )
+        name = rank_names.get(comparison.key, "")
+        caption = f"{name} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
         canvas.text((left, 8), caption, fill="black", font=font)
         for row, pixels_CHW in enumerate(comparison.pixels):
             tile = image_from_pixels(pixels_CHW)
-            # Enlarged without smoothing, which would hide the artifacts of the codec.
+            # Upscale with nearest neighbor: smoothing would hide the artifacts of the codec.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS
             sheet.paste(tile.resize((_TILE, _TILE), method), (left, _CAPTION + _GAP + row * (_TILE + _GAP)))
     return encode_png(sheet)

@@ -22,12 +22,12 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def encode_animation(images: Sequence[Image.Image], frame_ms: int, quality: int | None = None) -> bytes:
-    """Return the images as an animated WebP file that repeats endlessly.
+    """Return the images as an animated WebP file that loops forever.
 
     Args:
-        images: the frames, all of one size.
+        images: the frames, all of the same size.
         frame_ms: duration of a frame, milliseconds.
-        quality: 0 to 100; None for lossless.
+        quality: WebP quality, 0 to 100; None encodes losslessly.
     """
     options = {"lossless": True} if quality is None else {"quality": quality}
     file = io.BytesIO()

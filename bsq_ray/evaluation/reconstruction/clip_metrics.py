@@ -1,4 +1,4 @@
-"""Metrics of reconstructed clips: PSNR, SSIM, LPIPS per frame, flicker per clip, rFVD of the set."""
+"""Metrics of reconstructed clips: PSNR, SSIM and LPIPS per frame, flicker per clip, rFVD of the data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bsq_ray.models.frame_layout import clips_from_batch_major, frames_batch_maj
 
 
 class ClipReconstructionMetrics(ReconstructionMetrics):
-    """Measure clips (B, 3, T, H, W)."""
+    """Computes reconstruction metrics of clips (B, 3, T, H, W)."""
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
@@ -27,11 +27,11 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
         self.i3d = I3D().to(self.device)
 
     def baseline(self, original: Tensor) -> Tensor:
-        """See `ReconstructionMetrics.baseline`; frames are coded independently."""
+        """Reconstruct every frame independently with the baseline codec."""
         return clips_from_batch_major(self.baseline_codec.reconstruct(frames_batch_major(original)), len(original))
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """See `ReconstructionMetrics.sample_metrics`."""
+        """Return metrics per frame (B, T), and "psnr_clip" and "flicker" per clip (B,)."""
         ssim = structural_similarity(frames_batch_major(original), frames_batch_major(reconstruction))
         return {
             **{name: value.unflatten(0, (len(original), -1)) for name, value in ssim.items()},
@@ -43,7 +43,7 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
         }
 
     def features(self, samples: Tensor) -> Tensor | None:
-        """Return I3D's logits (B, 400), or None for clips that are too short for the network."""
+        """Return the I3D logits (B, 400), or None if the clips are too short for I3D."""
         if samples.shape[2] < MIN_FRAMES:
             return None
         features_BD: Tensor = self.i3d(samples)
@@ -51,5 +51,5 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
 
     @staticmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """See `ReconstructionMetrics.distribution_metrics`."""
+        """Return rFVD, the Fréchet distance between the I3D logits of originals and reconstructions."""
         return {"rfvd": frechet_distance(original, reconstruction)}

@@ -1,8 +1,8 @@
-"""StyleGAN2's residual discriminator (Karras et al., CVPR 2020), written from its published description.
+"""StyleGAN2's residual discriminator (Karras et al., CVPR 2020), implemented from the paper.
 
     images ─fromrgb─▶ [ conv ─ blur ─ conv/2 ] + [ blur/2 ─ 1x1 ]  …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
 
-Shape suffixes: B images, C channels, H and W pixels, g members of a group, M groups.
+Shape suffixes: B images, C channels, H and W pixels, g images of a group, M groups.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _STDDEV_GROUP_SIZE = 4
 
 
 class EqualizedConv(nn.Module):
-    """Convolution whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time (Karras et al., 2018).
+    """Convolution with equalized learning rate (Karras et al., 2018).
+
+    The weights are initialized with N(0, 1) and scaled by 1/sqrt(fan-in) in every forward pass.
 
     Args:
-        downsample: halve the size by a [1, 3, 3, 1] low-pass filter and stride 2.
+        downsample: halve height and width with a [1, 3, 3, 1] low-pass filter and stride 2.
         activate: add a bias and apply a leaky ReLU with a gain of sqrt(2).
         gain: additional factor on the output.
     """
@@ -49,7 +51,7 @@ class EqualizedConv(nn.Module):
         self.gain = gain
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Convolve (B, C_in, H, W) to (B, C_out, H, W), or to half the size."""
+        """Map (B, C_in, H, W) to (B, C_out, H, W), or to (B, C_out, H/2, W/2) with `downsample`."""
         # leaky_relu(g x) = g leaky_relu(x), so the gain is applied to the small weight and bias, not to the images.
         gain = self.gain if self.bias is None else self.gain * LEAKY_RELU_GAIN
         weight = self.weight * (self.scale * gain)
@@ -64,7 +66,7 @@ class EqualizedConv(nn.Module):
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer with run-time weight scaling, optionally followed by the scaled leaky ReLU."""
+    """Linear layer with equalized learning rate, optionally followed by a leaky ReLU with a gain of sqrt(2)."""
 
     def __init__(self, in_features: int, out_features: int, activate: bool) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class EqualizedLinear(nn.Module):
 
 
 class StyleBlock(nn.Module):
-    """Residual block that halves the size; the sum has unit variance."""
+    """Residual block that halves height and width; a gain of sqrt(0.5) per branch preserves the variance."""
 
     def __init__(self, in_channels: int, out_channels: int, from_rgb: bool) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class StyleBlock(nn.Module):
 
 
 class StyleEpilogue(nn.Module):
-    """Maps 4 x 4 features and their minibatch standard deviation to one logit for each image."""
+    """Maps 4 x 4 features and their minibatch standard deviation to one logit per image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -111,11 +113,11 @@ class StyleEpilogue(nn.Module):
 
 
 class StyleDiscriminator(nn.Module):
-    """StyleGAN2's residual discriminator: one logit for each image.
+    """StyleGAN2's residual discriminator: one logit per image.
 
     Args:
         image_size: side of the images in pixels, a power of two.
-        channel_base, channel_max: the number of channels at resolution r is channel_base / r, at most channel_max.
+        channel_base, channel_max: the number of channels at resolution r is min(channel_base / r, channel_max).
     """
 
     def __init__(self, image_size: int, channel_base: int, channel_max: int) -> None:
@@ -135,8 +137,8 @@ class StyleDiscriminator(nn.Module):
         x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
         for name in self.block_names:
             x_BCHW = self.get_submodule(name)(x_BCHW)
-        with_stddev = [append_minibatch_stddev(part) for part in x_BCHW.split(batch_sizes)]
-        return tuple(self.b4(torch.cat(with_stddev)).float().split(batch_sizes))
+        features_with_stddev = [append_minibatch_stddev(features) for features in x_BCHW.split(batch_sizes)]
+        return tuple(self.b4(torch.cat(features_with_stddev)).float().split(batch_sizes))
 
 
 def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict[int, int]:
@@ -147,17 +149,18 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
     """
     if image_size < 8 or image_size & (image_size - 1):
         raise ValueError(
-            f"image_size {image_size} must be a power of two, at least 8, for the stylegan2 discriminators; change it, "
-            "or choose loss.adversarial.discriminator=patchgan"
+            f"image_size {image_size} must be a power of two, at least 8, for the stylegan2 discriminators; "
+            "choose another size, or loss.adversarial.discriminator=patchgan"
         )
     sizes = [2**power for power in range(int(log2(image_size)), 1, -1)]
     return {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
 
 
 def append_minibatch_stddev(x: Tensor) -> Tensor:
-    """Append a channel with the mean standard deviation in groups of images i, i + M, i + 2M, … (Karras et al., 2018).
+    """Append a channel with the minibatch standard deviation, averaged over channels and pixels (Karras et al., 2018).
 
-    Each of R ranks has every R-th image of the batch, so the groups are the same for any number of ranks.
+    Group i contains the images i, i + M, i + 2M, …. Each of R ranks has every R-th image of the batch, so the groups
+    are the same for any number of ranks.
 
     Args:
         x: images (B, C, H, W) or clips (B, C, T, H, W).
@@ -165,8 +168,8 @@ def append_minibatch_stddev(x: Tensor) -> Tensor:
     Returns:
         (B, C + 1, …)
     """
-    batch, channels, *sizes = x.shape
-    group_size = max(size for size in range(1, _STDDEV_GROUP_SIZE + 1) if batch % size == 0)
+    batch_size, channels, *sizes = x.shape
+    group_size = max(size for size in range(1, _STDDEV_GROUP_SIZE + 1) if batch_size % size == 0)
     grouped_gMC = x.float().reshape(group_size, -1, channels, *sizes)
     stddev_MC = (grouped_gMC.var(0, unbiased=False) + 1e-8).sqrt()
     stddev_B = stddev_MC.flatten(1).mean(1).repeat(group_size)

@@ -1,4 +1,4 @@
-"""Softmax attention by the fastest implementation.
+"""Scaled dot-product attention with the fastest implementation for the device.
 
     training in bf16 on a CPU ─▶ eager attention      the backward pass of fused attention is up to 5 times slower there
     everything else ─▶ fused attention
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Eager attention is faster up to this number of keys. It saves 6 bytes for each pair of query and key.
-_EAGER_MAX_TOKENS = 512
+# Eager attention is faster up to this number of keys. It stores 6 bytes per query-key pair for the backward pass.
+_EAGER_MAX_KEYS = 512
 
 
 def attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def causal_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
 
 
 def split_heads(qkv_BNF: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a joint projection, F = 3·H·E in the order query, key, value, into three tensors (B, H, N, E)."""
+    """Split a fused QKV projection (B, N, 3·H·E) into query, key and value, (B, H, N, E) each."""
     q_BHNE, k_BHNE, v_BHNE = qkv_BNF.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
     return q_BHNE, k_BHNE, v_BHNE
 
@@ -44,8 +44,8 @@ def merge_heads(y_BHNE: Tensor) -> Tensor:
 
 
 def _should_use_eager(q_BHNE: Tensor, k_BHME: Tensor) -> bool:
-    trains_on_cpu = q_BHNE.requires_grad and q_BHNE.device.type == "cpu"
-    return trains_on_cpu and q_BHNE.dtype == torch.bfloat16 and k_BHME.shape[2] <= _EAGER_MAX_TOKENS
+    is_training_on_cpu = q_BHNE.requires_grad and q_BHNE.device.type == "cpu"
+    return is_training_on_cpu and q_BHNE.dtype == torch.bfloat16 and k_BHME.shape[2] <= _EAGER_MAX_KEYS
 
 
 def _scores(q_BHNE: Tensor, k_BHME: Tensor) -> Tensor:

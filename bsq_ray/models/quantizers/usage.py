@@ -1,7 +1,7 @@
-"""Code usage: the fraction of a codebook that occurs, without materializing its 2^L codes.
+"""Code usage: the fraction of codes that are used, without materializing all 2^L codes.
 
 Tokens are split into sub-tokens of at most 18 bits, and the codes of each sub-token are counted. At 18 bits or fewer
-the sub-token is the whole token, and the value is the paper's code usage.
+the sub-token is the whole token, and the metric equals the paper's code usage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAX_SUB_BITS = 18
 
 
 class CodeUsage:
-    """Counts the codes of tokens.
+    """Accumulates statistics of code usage over batches.
 
     Args:
         bits: bits of a token (L).
@@ -30,12 +30,12 @@ class CodeUsage:
         self._num_tokens = 0
 
     def update(self, bits_BNL: Tensor) -> None:
-        """Count the tokens of a batch."""
+        """Add the tokens of a batch, bits (…, L) of 0 and 1."""
         tokens_NL = bits_BNL.detach().cpu().reshape(-1, self.bits)
-        for counts_K, code_N in zip(
+        for counts_K, codes_N in zip(
             self._counts_SK, bits_to_integers(tokens_NL, self.sub_bits).unbind(-1), strict=True
         ):
-            counts_K += torch.bincount(code_N, minlength=len(counts_K)).numpy()
+            counts_K += torch.bincount(codes_N, minlength=len(counts_K)).numpy()
         self._ones_L += tokens_NL.sum(0).numpy()
         self._num_tokens += len(tokens_NL)
 
@@ -43,10 +43,10 @@ class CodeUsage:
         """Return metrics over all counted tokens.
 
         Returns:
-            code_usage: fraction of the sub-token codes that occur, mean over sub-tokens, 0 to 1.
+            code_usage: fraction of the sub-token codes that are used, mean over sub-tokens, 0 to 1.
             code_perplexity: 2 to the entropy of the codes of a sub-token, mean over sub-tokens.
-            bit_entropy: mean entropy of a bit, 0 to 1.
-            bit_entropy_min: minimum entropy of a bit, 0 to 1.
+            bit_entropy: mean entropy per bit, 0 to 1.
+            bit_entropy_min: smallest entropy of any bit, 0 to 1.
             sub_token_bits: bits of a sub-token.
             tokens: number of counted tokens.
         """

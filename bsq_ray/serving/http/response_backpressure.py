@@ -1,9 +1,10 @@
-"""Response backpressure: bounded memory for responses that slow clients are still reading.
+"""Response backpressure: limit the memory held by responses to slow clients.
 
-    replica ─whole response─▶ memory left? ─chunk by chunk, each after the client has read the one before─▶ client
-                        429 ◀──┘                                             dropped on timeout ◀──┘
+    replica ─whole response─▶ within the memory limit? ─yes─▶ send chunk by chunk, at the speed of the client ─▶ client
+                                        └─no─▶ 429               └─timeout─▶ drop the rest
 
-It runs in Ray Serve's proxy, which holds the connections. The replica is free long before a slow client has read.
+The middleware runs in Ray Serve's proxy, which owns the client connections. The replica is free for other requests
+while a slow client reads its response.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, prefetche
 from bsq_ray.serving.service_config import MAX_RESPONSE_MB_VARIABLE, PREFETCH_BODIES_VARIABLE
 
 _MB = 1_000_000
-# Bytes passed to the connection at a time; the connection buffers as much before it blocks.
+# Bytes per `send`; the connection buffers the same amount before `send` blocks.
 _CHUNK_BYTES = 2**16
 
 
 class ResponseBackpressureMiddleware:
-    """Bounds the memory of all responses that clients are reading.
+    """Limits the memory of all responses that clients are reading.
 
     Args:
-        max_response_mb: MB of all responses in progress and the prefetched bodies of their requests. A single response
-            may be larger.
-        timeout_s: time for a client to read 64 KB; after it the rest of the response is dropped.
+        max_response_mb: maximum MB of all responses in progress and of the prefetched bodies of their requests. A
+            single response may be larger.
+        timeout_s: timeout for a client to read 64 KB. After a timeout the rest of the response is dropped.
     """
 
     def __init__(self, app: ASGIApp, max_response_mb: float, timeout_s: float = 30.0) -> None:
@@ -43,36 +44,36 @@ class ResponseBackpressureMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start: Message | None = None
-        is_closed, body_bytes = False, prefetched_bytes(scope)
+        start_message: Message | None = None
+        is_aborted, body_bytes = False, prefetched_bytes(scope)
 
         async def send_with_timeout(message: Message) -> None:
             async with timeout(self._timeout_s):
                 await send(message)
 
         async def send_in_chunks(message: Message) -> None:
-            nonlocal start, is_closed
-            if is_closed:
+            nonlocal start_message, is_aborted
+            if is_aborted:
                 return
             if message["type"] == "http.response.start":
-                # Deferred until the size of the first part is known, because the status may become 429.
-                start = message
+                # Deferred until the size of the first body part is known, because the status may become 429.
+                start_message = message
                 return
             num_bytes = len(message.get("body", b"")) + body_bytes
-            is_closed = self._buffered_bytes > 0 and self._buffered_bytes + num_bytes > self._max_bytes
+            is_aborted = self._buffered_bytes > 0 and self._buffered_bytes + num_bytes > self._max_bytes
             self._buffered_bytes += num_bytes
             try:
-                if is_closed and start is not None:
+                if is_aborted and start_message is not None:
                     await _error_response()(scope, receive, send_with_timeout)
-                if is_closed:
+                if is_aborted:
                     return
-                if start is not None:
-                    await send_with_timeout(start)
-                    start = None
+                if start_message is not None:
+                    await send_with_timeout(start_message)
+                    start_message = None
                 for chunk in _chunks(message):
                     await send_with_timeout(chunk)
             except TimeoutError:
-                is_closed = True
+                is_aborted = True
             finally:
                 self._buffered_bytes -= num_bytes
 
@@ -92,7 +93,7 @@ def _chunks(message: Message) -> Iterator[Message]:
 
 
 def middlewares() -> list[Middleware]:
-    """Return the middlewares of Ray Serve's proxies, which find this function by its name in an environment variable.
+    """Return the middlewares of Ray Serve's proxies, which import this function by a path in an environment variable.
 
     Raises:
         ValueError: the limit in the environment is not a number of MB above 0.

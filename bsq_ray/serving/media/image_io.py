@@ -1,6 +1,7 @@
-"""Untrusted image files: detection, size limits and decoding; and encoding of results.
+"""Decode untrusted image files with size limits, and encode result images.
 
-The format is detected from the file itself. Only formats that Pillow decodes without external programs are tried.
+The format is detected from the content of the file. Only formats that Pillow decodes without external programs are
+tried.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 
 def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
-    """Decode an image file to RGB.
+    """Decode an uploaded image file to RGB.
 
     Args:
-        max_pixels: an image with more pixels in its header is rejected before it is decoded.
-        short_side: size that the image is resized to later; a JPEG may be decoded at a fraction of its size.
+        data: content of the file.
+        max_pixels: maximum number of pixels; larger images are rejected by their header, before decoding.
+        short_side: short side that the caller will resize to; a JPEG may be decoded at a fraction of its size.
 
     Raises:
         ApiError: 415 not an image, 413 too many pixels, 422 damaged.
     """
     try:
-        # Pillow has a limit of its own, far above the usual `max_pixels`.
+        # `open` raises DecompressionBombError beyond Pillow's own limit, which is far above the usual `max_pixels`.
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except DECODE_ERRORS as error:
         if isinstance(error, Image.DecompressionBombError):
@@ -55,16 +57,16 @@ def png_from_pixels(pixels_CHW: np.ndarray) -> bytes:
 
 def webp_from_frames(pixels_CTHW: np.ndarray) -> bytes:
     """Encode uint8 frames (3, T, H, W) as an animated, lossless WebP."""
-    first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels_CTHW.transpose(1, 2, 3, 0))
+    first, *rest = (Image.fromarray(np.ascontiguousarray(frame)) for frame in pixels_CTHW.transpose(1, 2, 3, 0))
     file = io.BytesIO()
     first.save(
-        file, "WEBP", save_all=True, append_images=others, duration=_FRAME_DURATION_MS, loop=0, lossless=True, method=0
+        file, "WEBP", save_all=True, append_images=rest, duration=_FRAME_DURATION_MS, loop=0, lossless=True, method=0
     )
     return file.getvalue()
 
 
 def png_from_image(image: Image.Image) -> bytes:
-    """Encode an image as PNG, with fast compression."""
+    """Encode an image as PNG, at the fastest compression level."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,7 +1,7 @@
-"""Untrusted video files: detection, size limits and decoding frame by frame; and encoding of results.
+"""Decode untrusted video files frame by frame with size limits, and encode result videos.
 
-Only containers with a signature in their first bytes are opened, each with its own demuxer. FFmpeg never guesses a
-format, and none of these demuxers follows URLs in a file. Decoding runs in a subprocess.
+The container is detected by the signature in the first bytes, and opened with the demuxer of this container only.
+FFmpeg never probes formats, and none of these demuxers follows URLs in a file. Decoding runs in a subprocess.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_sandbox import read_video_sandboxed
 from bsq_ray.serving.service_config import Limits
 
-# Media types of responses, and their names in FFmpeg.
+# Media types of responses, and the FFmpeg format of each.
 MP4, MKV = "video/mp4", "video/x-matroska"
 _FFMPEG_FORMATS = {MP4: "mp4", MKV: "matroska"}
-# Supported formats, for messages.
+# Supported formats, for error messages.
 VIDEO_FORMAT_NAMES = "MP4, MOV, 3GP, MKV, WebM, AVI, Ogg and WMV"
-# Signatures of video containers: offset, bytes, name in FFmpeg.
+# Signatures of video containers: offset, bytes, name of the FFmpeg demuxer.
 _CONTAINER_SIGNATURES = (
     (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"), (0, b"OggS", "ogg"), (0, b"\x30\x26\xb2\x75", "asf"),
     (4, b"moov", "mov"), (4, b"mdat", "mov"), (4, b"wide", "mov"), (4, b"ftyp", "mov"),
 )  # fmt: skip
-# Brands of images that use the MP4 container.
+# `ftyp` brands of image formats that use the MP4 container (AVIF, HEIF).
 _IMAGE_BRANDS = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix")
 
 
 def is_video(data: bytes) -> bool:
-    """Return whether a body is a video file."""
+    """Return True if the content is a video file."""
     return _detect_container(data) is not None
 
 
 def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int = 1) -> VideoStream:
-    """Open a video, whose frames are decoded while they are iterated.
+    """Open an uploaded video; its frames are decoded lazily, during iteration.
 
     Args:
-        data: a file for which `is_video` is true.
-        min_pixels_per_frame: pixels that a frame counts as at least.
+        data: content of a file for which `is_video` is True.
+        min_pixels_per_frame: smaller frames count as this many pixels.
 
     Raises:
         ApiError: 413 too many pixels, 422 damaged; also while frames are iterated.
@@ -76,10 +76,13 @@ def check_total_pixels(num_frames: int, pixels_per_frame: int, limits: Limits) -
 def encode_video_file(
     frames: Iterable[np.ndarray], media_type: str, *, rate: Fraction, color: Color
 ) -> tuple[bytes, int]:
-    """Encode frames, uint8 (H, W, 3), as a video file; return it and the number of frames.
+    """Encode frames, uint8 (H, W, 3), as a video; return the content of the file and the number of frames.
 
     Args:
+        frames: RGB frames of the same size.
+        media_type: `MP4` or `MKV`.
         rate: frames per second.
+        color: color description of the encoded video.
 
     Raises:
         ApiError: 422 the frames cannot be encoded. Errors of `frames` propagate.
@@ -93,8 +96,8 @@ def encode_video_file(
 
 
 def negotiate_media_type(accept: str, default: str) -> str:
-    """Return the first supported media type of an Accept header, or the default."""
-    accepted = [kind for kind in _FFMPEG_FORMATS if kind in accept]
+    """Return the first supported media type in an Accept header, or the default."""
+    accepted = [media_type for media_type in _FFMPEG_FORMATS if media_type in accept]
     return min(accepted, key=accept.index) if accepted else default
 
 

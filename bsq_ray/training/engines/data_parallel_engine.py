@@ -1,4 +1,4 @@
-"""Data parallelism without partitioning: one all-reduce of all gradients per step."""
+"""Data parallelism without sharding: one all-reduce of all gradients per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bsq_ray.training.engines.engine import Engine, average_gradients, gradient_
 
 
 class DataParallelEngine(Engine):
-    """Every worker holds the whole module and optimizer state."""
+    """Replicates the module and the optimizer state on every worker."""
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation_steps: int

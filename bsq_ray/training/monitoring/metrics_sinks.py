@@ -1,4 +1,4 @@
-"""Destinations of a run's records besides its `metrics.jsonl`.
+"""Sinks for the metrics of a run: `metrics.jsonl` and experiment trackers.
 
 record ─▶ MetricsLog ─▶ JsonLinesSink (always)
                      └▶ TensorBoardSink, MLflowSink, WandbSink (training.trackers)
@@ -19,18 +19,18 @@ from typing import Any, Protocol
 
 from bsq_ray import config, storage
 
-# Python package of each tracker that is not installed with bsq_ray.
+# Python packages of trackers that are not dependencies of bsq_ray.
 _OPTIONAL_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
 
 
 class MetricsSink(Protocol):
-    """A destination of records; only rank 0 has sinks."""
+    """Destination of metrics records; only rank 0 has sinks."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Accept a record with `kind`, `step` and JSON values."""
+        """Log a record with `kind`, `step` and JSON values; it may be buffered until `flush`."""
 
     def flush(self) -> None:
-        """Make everything accepted so far visible.
+        """Write all buffered records to their destination.
 
         Raises:
             StorageUnavailableError: storage is unavailable; the data is kept for the next call.
@@ -44,13 +44,13 @@ def check_trackers(trackers: Sequence[str]) -> None:
     """Check that the packages of all trackers are installed.
 
     Raises:
-        ValueError: naming the missing package and the extra that installs it.
+        ValueError: a package is missing; the message names it and the extra that installs it.
     """
     for tracker in trackers:
         package = _OPTIONAL_PACKAGES.get(tracker)
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(
-                f"training.trackers names {tracker}, but the package {package} is not installed; install "
+                f"training.trackers contains {tracker}, but the package {package} is not installed; install "
                 f'"bsq-ray[trackers]", or remove {tracker} from training.trackers'
             )
 
@@ -58,11 +58,11 @@ def check_trackers(trackers: Sequence[str]) -> None:
 def build_trackers(
     trackers: Sequence[str], out_url: str, last_step: int, run_config: config.AnyConfig | None
 ) -> dict[str, MetricsSink]:
-    """Build the sinks of `training.trackers`, by name.
+    """Return the sinks of `training.trackers`, by name.
 
     Args:
-        last_step: step that the run resumes after; 0 for a new run.
-        run_config: recorded as the run's parameters; None records none.
+        last_step: last completed step of a resumed run; 0 for a new run.
+        run_config: logged as the hyperparameters of the run; None logs none.
     """
     parameters = _flatten(run_config.model_dump(mode="json")) if run_config is not None else {}
     sinks: dict[str, MetricsSink] = {}
@@ -77,9 +77,9 @@ def build_trackers(
 
 
 class JsonLinesSink:
-    """Appends records to `metrics.jsonl`; records after `last_step` from an interrupted attempt are dropped.
+    """Appends records to `metrics.jsonl`; drops records after `last_step`, which an interrupted run has written.
 
-    Local files are appended at every record. Object stores cannot append, so there `flush` rewrites the whole file.
+    A local file is appended to at every record. Object stores cannot append, so `flush` rewrites the whole object.
     """
 
     def __init__(self, out_url: str, last_step: int) -> None:
@@ -90,7 +90,7 @@ class JsonLinesSink:
         storage.write_bytes(self._url, "".join(self._previous_lines).encode())
 
     def write(self, record: dict[str, Any]) -> None:
-        """Accept a record.
+        """Log a record.
 
         Raises:
             StorageUnavailableError: storage is unavailable; the record is kept for the next call.
@@ -108,7 +108,7 @@ class JsonLinesSink:
         with storage.translate_errors(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
             end = file.tell()
             if file.write(data) < len(data):
-                # All or nothing, so that no line is truncated.
+                # Undo the partial write, so that no line is truncated.
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._pending_lines.clear()
@@ -126,7 +126,7 @@ class TensorBoardSink:
 
         self._out_url = out_url
         self._temp_dir = tempfile.TemporaryDirectory()
-        # Written to a local folder and copied: on a full disk the writer's thread dies and later calls block forever.
+        # Write to a local folder and copy from there: on a full disk the writer's thread exits and later calls block.
         # The step is part of the name, so that a run resumed within a second does not overwrite its own file.
         self._writer = SummaryWriter(
             self._temp_dir.name,
@@ -199,7 +199,7 @@ class MLflowSink:
 
 
 class WandbSink:
-    """Logs scalars to a Weights & Biases run; a resumed run continues the same one.
+    """Logs scalars to a Weights & Biases run; a resumed run continues the same W&B run.
 
     W&B reads `WANDB_PROJECT` (default "bsq_ray"), `WANDB_MODE` and the API key from the environment.
     """
@@ -207,17 +207,17 @@ class WandbSink:
     def __init__(self, out_url: str, parameters: dict[str, str]) -> None:
         import wandb
 
-        self._scratch = tempfile.TemporaryDirectory()
+        self._temp_dir = tempfile.TemporaryDirectory()
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "bsq_ray"),
             id=hashlib.sha256(out_url.encode()).hexdigest()[:16],
             name=out_url.rstrip("/").rpartition("/")[2],
             resume="allow",
             config=parameters,
-            # Offline runs stay where the user can upload them from.
-            dir=os.environ.get("WANDB_DIR") or (out_url if storage.is_local(out_url) else self._scratch.name),
+            # Keep offline runs in the run folder, from which `wandb sync` uploads them.
+            dir=os.environ.get("WANDB_DIR") or (out_url if storage.is_local(out_url) else self._temp_dir.name),
         )
-        # Records of several kinds share a step, and W&B rejects steps that go back after a resume.
+        # Records of several kinds share a step, and W&B rejects steps that decrease after a resume.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -231,11 +231,11 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
-        self._scratch.cleanup()
+        self._temp_dir.cleanup()
 
 
 def scalars_of(record: dict[str, Any]) -> dict[str, int | float]:
-    """Return the numbers of a record except its step, by "kind/name"."""
+    """Return the numeric values of a record except its step, by "kind/name"."""
     return {
         f"{record['kind']}/{name}": value
         for name, value in record.items()
@@ -252,7 +252,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _lines_up_to(url: str, step: int) -> list[str]:
-    """Return the complete lines of a log up to a step; a last line truncated by a crash is dropped."""
+    """Return the complete lines of a log up to a step; drop a last line that a crash has truncated."""
     lines = storage.read_text(url).splitlines(keepends=True) if storage.exists(url) else []
     complete_lines = [line.rstrip("\n") for line in lines if line.endswith("\n")]
     return [line for line in complete_lines if json.loads(line)["step"] <= step]

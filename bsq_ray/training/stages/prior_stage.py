@@ -37,18 +37,18 @@ class PriorStage(Stage):
         self._tokenizer: Tokenizer | None = None
 
     def phases(self, step: int) -> list[str]:
-        """Return the model, the only phase."""
+        """Return the prior, the only module to optimize."""
         return ["prior"]
 
     def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
-        """Compute the mean code length of a bit in nats; also recorded in bits per token."""
+        """Return the mean code length per bit in nats as the loss, and bits per token as a metric."""
         token_nats = self._token_nats(batch, engines)
         loss = token_nats / self.run_config.model.bits
         return PhaseOutput(loss, {"loss": loss.detach(), "bits_per_token": token_nats.detach() / log(2)})
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
-        """Compute the exact bits per token; the sample image shows the decoded tokens."""
+        """Return the exact bits per token, and a sample image with the decoded tokens of the first images."""
         metrics = {"bits_per_token": float(self._token_nats(batch, engines)) / log(2)}
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.from_pretrained(self.tokenizer_url).to(self.device)
@@ -57,11 +57,11 @@ class PriorStage(Stage):
         return metrics, torch.cat(list(to_uint8(images)), dim=2).cpu()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Return no metrics."""
+        """Return an empty dictionary, because no metric is accumulated between steps."""
         return {}
 
     def bundled_models(self) -> dict[str, str]:
-        """Return the tokenizer, which the codec needs."""
+        """Return the URL of the tokenizer, which the codec needs."""
         return {"tokenizer": self.tokenizer_url}
 
     def _bits(self, batch: Batch) -> Tensor:
