@@ -1,8 +1,8 @@
 """Model folders: a trained model in a local folder or at an fsspec URL.
 
 config.yaml               configuration of the run
-model.safetensors         weights; averaged (EMA) if the training averaged them
-model.plain.safetensors   raw weights, only if the main weights are averaged
+model.safetensors         weights: the EMA if training maintained one, otherwise the raw weights
+model.plain.safetensors   raw weights, only if model.safetensors contains the EMA
 README.md                 model card
 """
 
@@ -26,16 +26,16 @@ from bsq_ray import config, storage
 WeightsKind = Literal["ema", "raw"]
 
 _WEIGHTS_FILE, _RAW_WEIGHTS_FILE = "model.safetensors", "model.plain.safetensors"
-# Metadata of raw weights in a safetensors file; part of the file format.
+# Value of the metadata key "weights" for raw weights; part of the file format.
 _RAW_METADATA = "plain"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Content of a model folder.
+    """Contents of a model folder.
 
     Attributes:
-        config: configuration that the model was trained with.
+        config: training configuration of the model.
         weights: tensors by name, on the CPU.
         model_id: SHA-256 (hexadecimal) of the `model` part of the configuration and the weights.
     """
@@ -57,11 +57,11 @@ def write_model_folder(
 
     Args:
         url: path or fsspec URL of the folder.
-        config_text: configuration as YAML; all its keys are written to the folder.
-        weights: weights to use by default.
-        raw_weights: weights without averaging, if `weights` are averaged.
-        metrics: measured values for the model card, by name.
-        card_fields: further rows of the model card, for example the data set and its hash.
+        config_text: configuration as YAML; defaults are added before it is written.
+        weights: main weights, loaded by default.
+        raw_weights: raw weights, if `weights` are an EMA; None if `weights` are raw.
+        metrics: metrics for the model card, by name.
+        card_fields: additional rows of the model card, for example the data set and its hash.
 
     Returns:
         The id of the model.
@@ -89,10 +89,10 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     """Read a model folder from a path, an fsspec URL, or a model hub id such as `someone/bsq-18`.
 
     Args:
-        weights: "ema" for the main weights of the folder, "raw" for the weights without averaging.
+        weights: "ema" for the main weights of the folder, "raw" for the weights without EMA.
 
     Raises:
-        ValueError: the folder does not exist, a part is missing or damaged, or weights and configuration do not match.
+        ValueError: the folder does not exist, a file is missing or damaged, or weights and configuration do not match.
     """
     folder = _resolve_folder(url)
     text = storage.read_text(storage.join(folder, "config.yaml"))
@@ -102,7 +102,7 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     tensors, header = _read_weights(path)
     if weights == "raw" and header["weights"] != _RAW_METADATA:
         raise ValueError(
-            f"{url} contains no raw weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} contains averaged ones"
+            f"{url} contains no raw weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} contains the EMA"
         )
     model_id = _model_id(text, tensors)
     if model_id != header["id"]:
@@ -124,10 +124,15 @@ def load_model_folder_config(url: str) -> config.AnyConfig:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load all tensors of a module, or none of them.
+    """Load weights into a module after checking all keys and shapes.
+
+    Args:
+        module: the module, unchanged if an error is raised.
+        weights: tensors by name.
+        source: origin of the weights, for the error message.
 
     Raises:
-        ValueError: keys are missing or unexpected, or shapes differ; the message contains the keys and `source`.
+        ValueError: keys are missing or unexpected, or shapes differ.
     """
     expected = module.state_dict()
     shapes = [
@@ -147,10 +152,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
 
 
 def _resolve_folder(url: str) -> str:
-    """Return the folder to read: `url`, or the local copy of a model from a model hub."""
+    """Return `url` if it is a model folder, or the local copy of a model from a model hub."""
     model_url = storage.join(url, "model")
     if storage.exists(storage.join(model_url, _WEIGHTS_FILE)) and not storage.exists(storage.join(url, _WEIGHTS_FILE)):
-        raise ValueError(f"{url} is the folder of a run; use its model folder {model_url}")
+        raise ValueError(f"{url} is a run folder; use its model folder {model_url}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
     parent_exists = "/" in url and storage.exists(url.rpartition("/")[0])
@@ -160,13 +165,13 @@ def _resolve_folder(url: str) -> str:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"there is no model folder {url}; install huggingface_hub to read it as a model hub id"
+            f"model folder {url} does not exist; to load it from the model hub, install huggingface_hub"
         ) from None
     try:
         return str(snapshot_download(url, allow_patterns=["config.yaml", _WEIGHTS_FILE, _RAW_WEIGHTS_FILE]))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"there is no model folder {url}, and the model hub has none either: {' '.join(str(error).split())}"
+            f"model folder {url} does not exist, and the model hub returned an error: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -190,7 +195,7 @@ def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of everything that determines the tokens: the `model` configuration and all tensors."""
+    """Return the SHA-256 of all tensors and of the `model` options that affect the tokens."""
     model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
     model.pop("gradient_checkpointing", None)
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
@@ -208,7 +213,7 @@ def _truncate(keys: list[str], max_keys: int = 5) -> str:
 def _model_card(
     run_config: config.AnyConfig, model_id: str, metrics: Mapping[str, float], card_fields: Mapping[str, str]
 ) -> str:
-    """Render the model card: front matter for model hubs, example, description and measured values."""
+    """Render the model card: front matter for model hubs, description, example, properties and metrics."""
     if isinstance(run_config, config.TokenizerConfig):
         tags, example, model_rows = _tokenizer_card(run_config)
     else:
@@ -218,7 +223,12 @@ def _model_card(
     rows = {"model id": f"`{model_id}`", **model_rows, **card_fields}
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     if metrics:
-        table += ["", "| measured | |", "|---|---|", *(f"| {name} | {value:.5g} |" for name, value in metrics.items())]
+        table += [
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),
+        ]
     heading = [
         "---",
         "library_name: bsq_ray",
@@ -249,7 +259,7 @@ def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str],
     rows = {
         "input": f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{model.grid_size**2} per {unit}, one for {model.patch_size} x "
+        "tokens": f"{model.grid_size**2} per {unit}, one per {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }
@@ -265,7 +275,7 @@ def _masked_lm_card(run_config: config.MaskedLMConfig) -> tuple[str, list[str], 
         "images = generator.generate([0, 1, 2], seed=0)  # classes; floats in [-1, 1]",
     ]
     rows = {
-        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, as {model.num_sub_tokens} symbols "
+        "output": f"{' x '.join(map(str, model.grid))} tokens of {model.bits} bits, {model.num_sub_tokens} sub-tokens "
         f"of {model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
         "classes": str(model.num_classes),
     }
@@ -282,7 +292,7 @@ def _prior_card(run_config: config.PriorConfig) -> tuple[str, list[str], dict[st
         "image = codec.decompress(data)",
     ]
     rows = {
-        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, as {model.num_sub_tokens} symbols of "
+        "tokens": f"{' x '.join(map(str, model.grid))} of {model.bits} bits, {model.num_sub_tokens} sub-tokens of "
         f"{model.sub_bits} bits each; the tokenizer is in `tokenizer/`",
     }
     return "image-compression", example, rows

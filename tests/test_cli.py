@@ -216,7 +216,7 @@ def test_cli_data_pack_inspect_and_info(run_cli, photo_folders, tmp_path):
     (tmp_path / "set" / "shard-000000.tar").write_bytes(b"")
     status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 1
-    assert "error: shard-000000.tar is not the file that was packed" in out
+    assert "error: shard-000000.tar does not match the manifest" in out
 
 
 def test_cli_help_imports_no_heavy_packages():

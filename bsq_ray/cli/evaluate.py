@@ -14,19 +14,19 @@ def evaluate_reconstruction(
     model: Annotated[str, typer.Option(help="Model folder of a tokenizer.")],
     data: Annotated[str, typer.Option(help="Packed images or videos.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation workers. 0 evaluates without Ray.")] = 1,
     weights: WeightsOption = "ema",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples of a batch. Default: 32 images or 2 clips.")
+        int | None, typer.Option(min=1, help="Samples per batch. Default: 32 images or 2 clips.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only the first samples, this many.")] = None,
-    max_skipped_samples: Annotated[int, typer.Option(min=0, help="Unreadable samples that may be skipped.")] = 0,
-    published: Annotated[bool, typer.Option("--published", help="Add rows of published results.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of samples to evaluate. Default: all.")] = None,
+    max_skipped_samples: Annotated[int, typer.Option(min=0, help="Maximum number of unreadable samples to skip.")] = 0,
+    published: Annotated[bool, typer.Option("--published", help="Add published results to the output.")] = False,
     address: AddressOption = None,
 ) -> None:
     """Evaluate reconstructions against a baseline at the same bit rate.
 
-    Metrics: PSNR, SSIM, LPIPS, code usage; rFID and KID of images; rFVD and flicker of clips.
+    Metrics: PSNR, SSIM, LPIPS, code usage; rFID and KID for images; rFVD and flicker for clips.
     """
     require_extra("evaluate reconstruction", "eval", *(("ray",) if workers else ()))
     weights_kind = parse_weights(weights)
@@ -55,16 +55,16 @@ def evaluate_generation(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     data: Annotated[str, typer.Option(help="Packed real images.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
-    count: Annotated[int | None, typer.Option(help="Images to generate. Default: the number of real images.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the generated images.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation workers. 0 evaluates without Ray.")] = 1,
+    count: Annotated[int | None, typer.Option(help="Images to generate. Default: as many as real images.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Forward passes per image.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     reference_data: Annotated[
-        str | None, typer.Option(help="Packed labeled images that the 5-NN class accuracy compares with.")
+        str | None, typer.Option(help="Packed labeled images, the reference set of the class accuracy (5-NN).")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Token table; adds a baseline of its per-position frequencies.")
+        str | None, typer.Option(help="Token table; adds a baseline that samples from its per-position frequencies.")
     ] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,
@@ -95,18 +95,18 @@ def evaluate_generation(
 
 
 def evaluate_compression(
-    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
+    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (no entropy coding).")],
     data: Annotated[str, typer.Option(help="Folder of images or clips: Kodak, MCL-JCV, UVG or your own.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
-    workers: Annotated[int, typer.Option(min=0, help="Evaluation processes. 0 evaluates without Ray.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Evaluation workers. 0 evaluates without Ray.")] = 1,
     frames: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first frames of each clip, this many.")
+        int | None, typer.Option(min=1, help="Number of frames to use from the start of each clip. Default: all.")
     ] = None,
-    max_side: Annotated[int | None, typer.Option(min=8, help="Shrink images or clips to this longer side.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=8, help="Longer side to downscale to, in pixels.")] = None,
     weights: WeightsOption = "ema",
     address: AddressOption = None,
 ) -> None:
-    """Compare rate and distortion with standard codecs.
+    """Compare rate and distortion of a model with those of standard codecs.
 
     Images: JPEG, JPEG 2000, WebP, AVIF, JPEG XL. Clips: H.264, HEVC, AV1.
     """

@@ -1,10 +1,10 @@
-"""Check of the optional packages that a command needs."""
+"""Check that the optional packages of a command are installed."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Extra of the installation → modules that all of its commands import.
+# Name of the pip extra → modules that every command of the extra imports.
 EXTRA_MODULES = {
     "train": ("pyarrow", "webdataset"),
     "eval": ("pyarrow", "lpips", "pytorch_msssim", "imagecodecs", "scipy", "sklearn", "matplotlib", "jinja2"),
@@ -12,7 +12,7 @@ EXTRA_MODULES = {
     "serve": ("ray", "fastapi"),
     "all": ("ray", "pyarrow", "webdataset", "lpips", "pytorch_msssim", "scipy", "matplotlib", "jinja2"),
 }
-# Modules that only some calls of the commands import.
+# Module → extra, for modules that are imported only with some options.
 _OTHER_EXTRAS = {"ray": "train", "deepspeed": "train", "tensorboardX": "train", "bjontegaard": "eval"}
 _DISPLAY_NAMES = {
     "ray": "Ray",
@@ -36,9 +36,9 @@ def require_extra(command: str, extra: str, *modules: str) -> None:
     """Check that the modules of an extra are installed.
 
     Args:
-        command: name in the message, such as "data pack".
+        command: name of the command for the message, such as "data pack".
         extra: name of the extra, a key of `EXTRA_MODULES`.
-        modules: modules beyond those of the table that this call needs.
+        modules: additional modules that this call needs.
 
     Raises:
         MissingExtraError: a module is missing; the message contains the pip command.
@@ -49,7 +49,7 @@ def require_extra(command: str, extra: str, *modules: str) -> None:
 
 
 def missing_extra_message(error: ImportError) -> str:
-    """Return the message for a failed import of an optional package; empty for any other import."""
+    """Return the message for a failed import of an optional package, or "" for any other module."""
     module = (error.name or "").partition(".")[0]
     extras = [extra for extra, modules in EXTRA_MODULES.items() if module in modules]
     extra = _OTHER_EXTRAS.get(module) or (extras[0] if extras else "")

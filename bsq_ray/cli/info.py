@@ -13,32 +13,36 @@ def format_info(target: str) -> str:
     """Describe a model folder, run folder, packed data set, token table or preset in a few lines.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: `target` is none of these.
     """
     if target in config.preset_names():
         return f"preset {target}\n{_format_run(config.load_config(target))}"
     if storage.exists(storage.join(target, "model.safetensors")):
         folder = model_folder.load_model_folder(target)
-        parameters = sum(tensor.numel() for tensor in folder.weights.values())
-        return f"model folder {target}\nid {folder.model_id}\n{parameters:,} parameters\n{_format_run(folder.config)}"
+        num_parameters = sum(tensor.numel() for tensor in folder.weights.values())
+        return (
+            f"model folder {target}\nid {folder.model_id}\n{num_parameters:,} parameters\n{_format_run(folder.config)}"
+        )
     if storage.exists(storage.join(target, MANIFEST_FILE)):
         manifest = read_manifest(target)
-        size = sum(shard.bytes for shard in manifest.shards) / 1e6
+        size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
         return (
             f"packed data set {target}\n{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, "
-            f"{size:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
+            f"{size_mb:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
         )
     if storage.exists(storage.join(target, "checkpoints")):
         checkpoints = list_checkpoints(target)
-        run = config.load_config(storage.join(target, "config.yaml"))
-        return f"run folder {target}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_format_run(run)}"
+        run_config = config.load_config(storage.join(target, "config.yaml"))
+        return (
+            f"run folder {target}\n{len(checkpoints)} checkpoints: {', '.join(checkpoints)}\n{_format_run(run_config)}"
+        )
     if storage.exists(storage.join(target, TABLE_FILE)):
         table = read_table(target)
         table_info = table.info
         grid = " x ".join(map(str, table_info.grid))
         return (
             f"token table {target}\n"
-            f"{table.num_rows} rows, {table_info.views} of each image or clip, {len(table_info.classes)} classes\n"
+            f"{table.num_rows} rows, {table_info.views} views per image or clip, {len(table_info.classes)} classes\n"
             f"{grid} tokens of {table_info.bits} bits, tokenizer {table_info.tokenizer_id}\n"
             f"hash {table.hash}"
         )
@@ -48,22 +52,25 @@ def format_info(target: str) -> str:
     )
 
 
-def _format_run(run: config.AnyConfig) -> str:
-    training = run.training
-    if isinstance(run, config.TokenizerConfig):
-        tokens = run.model.grid_size**2
+def _format_run(run_config: config.AnyConfig) -> str:
+    training = run_config.training
+    if isinstance(run_config, config.TokenizerConfig):
+        model = run_config.model
+        num_tokens = model.grid_size**2
         lines = [
-            f"{run.model.image_size} px images, {tokens} tokens of {run.model.quantizer.bits} bits "
-            f"({run.model.quantizer.kind}), {run.model.quantizer.bits / run.model.patch_size**2:g} bits per pixel",
-            f"encoder {run.model.encoder.layers} x {run.model.encoder.width}, "
-            f"decoder {run.model.decoder.layers} x {run.model.decoder.width}",
+            f"{model.image_size} px images, {num_tokens} tokens of {model.quantizer.bits} bits "
+            f"({model.quantizer.kind}), {model.quantizer.bits / model.patch_size**2:g} bits per pixel",
+            f"encoder {model.encoder.layers} x {model.encoder.width}, "
+            f"decoder {model.decoder.layers} x {model.decoder.width}",
         ]
     else:
+        token_model = run_config.model
+        classes = f", {run_config.model.num_classes} classes" if isinstance(run_config, config.MaskedLMConfig) else ""
         lines = [
-            f"{run.model.num_tokens} tokens of {run.model.bits} bits as {run.model.num_sub_tokens} symbols each"
-            + (f", {run.model.num_classes} classes" if isinstance(run, config.MaskedLMConfig) else ""),
-            f"Transformer {run.model.layers} x {run.model.width}",
+            f"{token_model.num_tokens} tokens of {token_model.bits} bits, "
+            f"{token_model.num_sub_tokens} sub-tokens per token{classes}",
+            f"Transformer {token_model.layers} x {token_model.width}",
         ]
     engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"
     lines.append(f"{training.steps} steps of {training.batch_size} samples, {engine}")
-    return "\n".join([f"{run.name}: {run.description}", *lines])
+    return "\n".join([f"{run_config.name}: {run_config.description}", *lines])

@@ -1,6 +1,7 @@
-"""The `.bsq` file: header, index of groups of tiles, payloads. docs/reference/bsq-format.md specifies it byte by byte.
+"""The `.bsq` container: header, index of tile groups, payloads.
 
-Every field is checked before memory is allocated for it, so a hostile file costs one error.
+docs/reference/bsq-format.md specifies the format. Every field is checked before memory is allocated for it, so a
+malicious file only raises an error.
 
 Shape suffixes: G groups, E 32-bit words of an index entry.
 """
@@ -25,7 +26,7 @@ CODING_RAW, CODING_PRIOR = 0, 1
 _HEADER_STRUCT = struct.Struct("<4s4BIIH3B8s8s")
 _VIDEO_STRUCT = struct.Struct("<IIIH4B")
 _CRC_STRUCT = struct.Struct("<I")
-# Tiles are padded, so an image one pixel high may be a hundred times larger inside. No caller can raise this limit.
+# Tiles are padded, so an image one pixel high can decode to a hundred times its pixels. Callers cannot change this.
 _MAX_PADDED_PIXELS = 2**28
 _MAX_GROUP_SIZE = 4
 
@@ -36,7 +37,7 @@ class VideoHeader:
 
     Attributes:
         num_frames: number of frames of the clip.
-        gop_size: frames coded together (group of pictures); the last group is padded to this size.
+        gop_size: number of frames per group of pictures (GOP); the last GOP is padded to this size.
         frame_rate: frames per second.
         color: color space of the source; images are always sRGB.
     """
@@ -52,13 +53,13 @@ class Header:
     """Header of a file.
 
     Attributes:
-        coding: RAW (uncoded bits) or PRIOR.
-        tolerance: the decoder's logits may differ from the encoder's by 2^-tolerance.
+        coding: `CODING_RAW` (no entropy coding) or `CODING_PRIOR`.
+        tolerance: the decoder's logits may differ from the encoder's by up to 2^-tolerance.
         width, height: size of the image in pixels.
-        tile, patch: sides of a tile and of a token's patch in pixels.
-        bits: bits of a token.
-        group: tiles of a group in each direction.
-        tokenizer, prior: first 8 bytes of the models' ids; zeros for the prior of a RAW file.
+        tile, patch: side of a tile and of a token's patch in pixels.
+        bits: number of bits per token.
+        group: side of a group in tiles.
+        tokenizer, prior: first 8 bytes of the models' ids; the prior's are zero with `CODING_RAW`.
         clip: timing and color of a clip; None for an image.
     """
 
@@ -81,7 +82,7 @@ class Header:
 
     @property
     def tokens_per_frame(self) -> int:
-        """Number of tokens of one frame of a tile."""
+        """Number of tokens per frame of a tile."""
         side = self.tile // self.patch
         return side * side
 
@@ -92,7 +93,7 @@ class Header:
 
     @property
     def gop_size(self) -> int:
-        """Number of frames coded together; 1 for an image."""
+        """Number of frames per group of pictures; 1 for an image."""
         return self.clip.gop_size if self.clip else 1
 
     @property
@@ -102,12 +103,12 @@ class Header:
 
     @property
     def groups_per_gop(self) -> int:
-        """Number of groups of tiles in one group of pictures."""
+        """Number of tile groups per group of pictures."""
         rows, columns = self.tile_grid
         return -(-rows // self.group) * -(-columns // self.group)
 
     def iter_groups(self, tiles: Rect | None = None) -> Iterator[tuple[int, Rect]]:
-        """Yield the groups that overlap these tiles: index within the group of pictures, and the group's tiles."""
+        """Yield the tile groups that overlap `tiles`: index within the group of pictures, and the group's tiles."""
         all_tiles = Rect(0, 0, *self.tile_grid)
         groups_per_row = -(-all_tiles.right // self.group)
         for block in (tiles or all_tiles).cover(self.group).blocks(1):
@@ -128,18 +129,18 @@ class Header:
         return packed + _VIDEO_STRUCT.pack(*timing, *self.clip.color)
 
     def header_bound_crc(self, token_crc: int) -> int:
-        """Combine the checksum of tokens with this header, so that the tokens are invalid under another header."""
+        """Extend a checksum of tokens over this header, so that it does not match with any other header."""
         return zlib.crc32(self.pack(), token_crc)
 
 
 @dataclass(frozen=True)
 class Container:
-    """A parsed file.
+    """A parsed `.bsq` file.
 
     Attributes:
         header: the header.
         data: the whole file.
-        index_GE: int64; size, payload checksum and token checksum of each frame, for each group.
+        index_GE: int64; for each group the payload size, the payload checksum, and one token checksum per frame.
         offsets_G: int64; byte offset of each group's payload.
     """
 
@@ -149,10 +150,10 @@ class Container:
     offsets_G: np.ndarray
 
     def payload(self, group_index: int) -> bytes | None:
-        """Return the bytes of a group, or None if the file ends before them.
+        """Return the payload of a group, or None if the file is truncated before its end.
 
         Raises:
-            ValueError: the bytes are damaged.
+            ValueError: the payload does not match its checksum.
         """
         start, size = int(self.offsets_G[group_index]), int(self.index_GE[group_index, 0])
         if start + size > len(self.data):
@@ -173,11 +174,12 @@ class Container:
 
 
 def write_container(header: Header, payloads: list[bytes], token_crcs: list[list[int]]) -> bytes:
-    """Serialize a file.
+    """Serialize a `.bsq` file.
 
     Args:
-        payloads: bytes of each group; groups of pictures slowest, rows of groups before columns.
-        token_crcs: checksums of the tokens of each frame of each group, not yet bound to the header.
+        header: the header.
+        payloads: bytes of each group, ordered by group of pictures, then row, then column.
+        token_crcs: token checksums by group and frame, without the header.
     """
     assert len(payloads) == len(token_crcs) == header.num_gops * header.groups_per_gop
     index = b"".join(
@@ -191,14 +193,15 @@ def write_container(header: Header, payloads: list[bytes], token_crcs: list[list
 
 
 def read_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """Parse a file.
+    """Parse a `.bsq` file.
 
     Args:
-        require_complete: reject a truncated file; otherwise the payloads of its missing groups are None.
+        data: the whole file.
+        require_complete: reject a truncated file; if False, the payloads of missing groups are None.
         max_pixels: larger frames are rejected before memory is allocated.
 
     Raises:
-        ValueError: the data is not a .bsq file, or of a newer version, damaged, truncated or too large.
+        ValueError: the data is not a .bsq file, has an unsupported version, or is damaged, truncated or too large.
     """
     header = read_header(data, max_pixels)
     num_groups, words_per_entry, start = (
@@ -208,7 +211,9 @@ def read_container(data: bytes, require_complete: bool = True, max_pixels: int =
     )
     end = start + num_groups * words_per_entry * 4
     if len(data) < end + _CRC_STRUCT.size:
-        raise ValueError(f"the file is cut off: header and index need {end + _CRC_STRUCT.size} bytes, got {len(data)}")
+        raise ValueError(
+            f"the file is truncated: header and index need {end + _CRC_STRUCT.size} bytes, got {len(data)}"
+        )
     (crc,) = _CRC_STRUCT.unpack_from(data, end)
     if crc != zlib.crc32(memoryview(data)[:end]):
         raise ValueError("the file is damaged: header and index do not match their checksum")
@@ -222,12 +227,12 @@ def read_container(data: bytes, require_complete: bool = True, max_pixels: int =
     if len(data) > expected_size:
         raise ValueError(f"the file is damaged: {len(data) - expected_size} bytes follow its end")
     if require_complete and len(data) < expected_size:
-        raise ValueError(f"the file is cut off: got {len(data)} of {expected_size} bytes")
+        raise ValueError(f"the file is truncated: got {len(data)} of {expected_size} bytes")
     return Container(header, data, index_GE, ends_G - index_GE[:, 0])
 
 
 def read_image_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """Parse the file of an image; as `read_container`, and raise ValueError for a clip."""
+    """Parse an image file like `read_container`; raise ValueError for a clip."""
     container = read_container(data, require_complete, max_pixels)
     if container.header.clip is not None:
         raise ValueError(f"the file contains a clip of {container.header.num_frames} frames, not an image")
@@ -235,7 +240,7 @@ def read_image_container(data: bytes, require_complete: bool = True, max_pixels:
 
 
 def read_video_container(data: bytes, require_complete: bool = True, max_pixels: int = MAX_PIXELS) -> Container:
-    """Parse the file of a clip; as `read_container`, and raise ValueError for an image."""
+    """Parse a clip file like `read_container`; raise ValueError for an image."""
     container = read_container(data, require_complete, max_pixels)
     if container.header.clip is None:
         raise ValueError("the file contains an image, not a clip")
@@ -243,25 +248,25 @@ def read_video_container(data: bytes, require_complete: bool = True, max_pixels:
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Parse the header only.
+    """Parse only the header.
 
     Raises:
-        ValueError: the header is invalid, see `read_container`.
+        ValueError: the header is invalid; see `read_container`.
     """
     if data[:4] != MAGIC:
         raise ValueError("not a .bsq file: it does not start with BSQ1")
     if len(data) < _HEADER_STRUCT.size:
-        raise ValueError(f"the file is cut off: the header needs {_HEADER_STRUCT.size} bytes, got {len(data)}")
+        raise ValueError(f"the file is truncated: the header needs {_HEADER_STRUCT.size} bytes, got {len(data)}")
     _, version, kind, *fields = _HEADER_STRUCT.unpack_from(data)
     if version != VERSION:
-        raise ValueError(f"the file has format version {version}; this program reads version {VERSION}")
+        raise ValueError(f"the file has format version {version}; this version of bsq_ray reads version {VERSION}")
     if kind not in (KIND_IMAGE, KIND_CLIP):
         raise ValueError("the file is damaged: it is neither an image nor a clip")
     clip = None
     if kind == KIND_CLIP:
         if len(data) < _HEADER_STRUCT.size + _VIDEO_STRUCT.size:
             header_size = _HEADER_STRUCT.size + _VIDEO_STRUCT.size
-            raise ValueError(f"the file is cut off: the header needs {header_size} bytes, got {len(data)}")
+            raise ValueError(f"the file is truncated: the header needs {header_size} bytes, got {len(data)}")
         frames, numerator, denominator, gop, *color = _VIDEO_STRUCT.unpack_from(data, _HEADER_STRUCT.size)
         if not (frames and numerator and denominator and gop):
             raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
@@ -277,7 +282,7 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
     """Check the ranges of all fields and the memory that decoding needs.
 
     Raises:
-        ValueError: a field is out of range, or the image is too large.
+        ValueError: a field is out of range, or the image or clip is too large.
     """
     if not header.width or not header.height or header.width * header.height > max_pixels:
         raise ValueError(

@@ -177,7 +177,7 @@ class _GroupBitstream:
     def __init__(self, data: bytes, num_tiles: int, num_nodes: int) -> None:
         self._positions, self._round_up, side_info_bytes = read_side_info(data, num_nodes)
         if (len(data) - side_info_bytes) % 4:
-            raise BitstreamError("the coded tokens are cut off")
+            raise BitstreamError("the coded tokens are truncated")
         self._coder = constriction.stream.queue.RangeDecoder(
             np.frombuffer(data[side_info_bytes:], "<u4").astype(np.uint32)
         )

@@ -218,7 +218,7 @@ def _decompress_video(
     if selection.preview:
         frames, num_available = codec.preview_clip(data, selection.max_pixels)
         if not num_available:
-            raise ValueError("the file is cut off before the end of its first frame")
+            raise ValueError("the file is truncated before the end of its first frame")
         availability_note = f", {num_available} of {clip.num_frames} frames available"
     else:
         frames, availability_note = (

@@ -38,7 +38,7 @@ def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int
     """
     num_positions, start = read_varint(data, 0)
     if start >= len(data):
-        raise ValueError("the side information is cut off")
+        raise ValueError("the side information is truncated")
     rice_parameter = data[start]
     # Each position takes at least two bits, so a wrong count is found before memory is allocated for it.
     available = (len(data) - start - 1) * 8
@@ -55,10 +55,10 @@ def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int
         try:
             end = bits.index(0, bit_offset)
         except ValueError:
-            raise ValueError("the side information is cut off") from None
+            raise ValueError("the side information is truncated") from None
         remainder_bits = bits[end + 1 : end + 1 + rice_parameter]
         if end + 1 + rice_parameter >= len(bits):
-            raise ValueError("the side information is cut off")
+            raise ValueError("the side information is truncated")
         gap = end - bit_offset << rice_parameter | int("".join(map(str, remainder_bits)) or "0", 2)
         position += gap + 1
         if position >= limit:
@@ -87,7 +87,7 @@ def read_varint(data: bytes, offset: int) -> tuple[int, int]:
     value = 0
     for n in range(9):
         if offset + n >= len(data):
-            raise ValueError("the side information is cut off")
+            raise ValueError("the side information is truncated")
         value |= (data[offset + n] & 127) << 7 * n
         if data[offset + n] < 128:
             return value, offset + n + 1

@@ -1,4 +1,4 @@
-"""The part of the configuration that all stages share: order of the data, optimizer, schedule, engine, run.
+"""Configuration shared by all stages: data order, optimizer, schedule, engine, training.
 
 Each key has its type, range, default and description here; `docs/reference/config.md` is generated from them.
 """
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictModel(BaseModel):
-    """A frozen section of the configuration that rejects unknown keys."""
+    """A frozen configuration model that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -25,9 +25,9 @@ class StrictModel(BaseModel):
 
 
 class TransformerConfig(StrictModel):
-    """Sizes of a Transformer: the encoder or the decoder of a tokenizer (paper section 3.1)."""
+    """Sizes of a Transformer, such as the encoder or decoder of a tokenizer (paper section 3.1)."""
 
-    width: int = Field(768, ge=8, description="Features of a token.")
+    width: int = Field(768, ge=8, description="Embedding dimension.")
     layers: int = Field(12, ge=1, description="Transformer blocks.")
     heads: int = Field(12, ge=1, description="Attention heads; must divide the width.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, as a multiple of the width.")
@@ -40,36 +40,38 @@ class TransformerConfig(StrictModel):
 
 
 class DataOrderConfig(StrictModel):
-    """Order in which samples are read, and the limit of skipped samples."""
+    """Order in which samples are read, and the maximum number of skipped samples."""
 
     interleave: int = Field(
-        16, ge=1, description="Positions of the data order read at the same time; workers should divide it."
+        16,
+        ge=1,
+        description="Contiguous parts of the epoch that are read in turn; should be a multiple of the worker count.",
     )
-    shuffle_block_size: int = Field(512, ge=1, description="Samples shuffled together inside a lane.")
-    prefetch_batches: int = Field(4, ge=1, description="Decoded batches kept ready.")
+    shuffle_block_size: int = Field(512, ge=1, description="Samples shuffled together inside one of these parts.")
+    prefetch_batches: int = Field(4, ge=1, description="Batches decoded ahead of the training step.")
     max_skipped_samples: int = Field(
-        100, ge=0, description="Samples that may fail to decode before the run stops; they are skipped and logged."
+        100, ge=0, description="Undecodable samples that are skipped and logged before the run fails."
     )
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW of the generator and of the discriminator."""
+    """AdamW, for the trained model and for its discriminator."""
 
     base_learning_rate: float = Field(
-        1.024e-4, gt=0, description="Learning rate per 256 images; scales linearly with the global batch size."
+        1.024e-4, gt=0, description="Learning rate at batch size 256; scales linearly with the global batch size."
     )
-    betas: tuple[float, float] = Field((0.9, 0.99), description="Decay of the first and second moment.")
-    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of every parameter.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    max_grad_norm: float = Field(0.0, ge=0, description="Largest gradient norm; 0 does not clip.")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Decay rates of the first and second moments.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay, applied to every parameter.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator for numerical stability.")
+    max_grad_norm: float = Field(0.0, ge=0, description="Maximum gradient norm; 0 disables clipping.")
 
 
 class ScheduleConfig(StrictModel):
-    """Factors on the learning rate: linear warm-up from `warmup_start_factor` to 1, half cosine to `final_factor`."""
+    """Learning rate schedule: linear warm-up from `warmup_start_factor` to 1, then cosine decay to `final_factor`."""
 
-    warmup_steps: int = Field(5000, ge=0, description="Steps of the linear warm-up.")
-    warmup_start_factor: float = Field(0.1, ge=0, le=1, description="Factor at step 0.")
-    final_factor: float = Field(0.0, ge=0, le=1, description="Factor at the last step.")
+    warmup_steps: int = Field(5000, ge=0, description="Number of steps of the linear warm-up.")
+    warmup_start_factor: float = Field(0.1, ge=0, le=1, description="Learning rate factor at step 0.")
+    final_factor: float = Field(0.0, ge=0, le=1, description="Learning rate factor at the last step.")
 
 
 class EngineConfig(StrictModel):
@@ -77,13 +79,14 @@ class EngineConfig(StrictModel):
 
     kind: Literal["deepspeed", "ddp"] = Field("deepspeed", description="Distributed training engine.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="DeepSpeed partitions nothing (0), optimizer state (1), also gradients (2), also weights (3)."
+        1, description="ZeRO stage; partitions nothing (0), optimizer state (1), + gradients (2), + parameters (3)."
     )
     offload_optimizer: bool = Field(
-        False, description="Keep the optimizer state in host memory: slower, 12 bytes of GPU memory per parameter less."
+        False, description="Keep optimizer state in host memory: slower, saves 12 bytes of GPU memory per parameter."
     )
     precision: Literal["bf16", "fp32", "auto"] = Field(
-        "bf16", description="bf16 autocast with fp32 weights, fp32 without TF32, or bf16 where the hardware has it."
+        "bf16",
+        description="bf16 autocast with fp32 weights, fp32 without TF32, or auto: bf16 if the hardware supports it.",
     )
     compile: bool = Field(False, description="Apply torch.compile to the transformer blocks.")
 
@@ -93,38 +96,41 @@ class EngineConfig(StrictModel):
             raise ValueError("offload_optimizer needs DeepSpeed; use kind deepspeed with zero_stage 1, 2 or 3")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
-                "offload_optimizer moves the optimizer state that ZeRO partitions, and zero_stage 0 partitions none; "
+                "offload_optimizer needs optimizer state partitioned by ZeRO, and zero_stage 0 partitions none; "
                 "use zero_stage 1, 2 or 3"
             )
         return self
 
 
 class TrainingConfig(StrictModel):
-    """The run: steps, batch size, optimizer, and the intervals of logs, samples, evaluations and checkpoints."""
+    """Training run: steps, batch size, optimizer, and intervals of logs, samples, evaluations and checkpoints."""
 
-    steps: int = Field(1_000_000, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(256, ge=1, description="Samples per step over all workers.")
+    steps: int = Field(1_000_000, ge=1, description="Number of optimizer steps.")
+    batch_size: int = Field(256, ge=1, description="Global batch size: samples per optimizer step over all workers.")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Samples in one forward pass of a worker; null: the worker's whole share of the batch."
+        None, ge=1, description="Samples per forward pass of a worker; null disables gradient accumulation."
     )
-    seed: int = Field(0, ge=0, description="Seed of initial weights, data order and random transforms.")
+    seed: int = Field(0, ge=0, description="Seed for initial weights, data order and random transforms.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Factors on the learning rate.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate schedule.")
     engine: EngineConfig = Field(EngineConfig(), description="Distribution of parameters and optimizer state.")
     ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="Decay of the moving average of the weights that is exported; 0 keeps none."
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay of the exponential moving average (EMA) of the exported weights; 0 disables it.",
     )
-    log_every: int = Field(50, ge=1, description="Steps between training records.")
+    log_every: int = Field(50, ge=1, description="Steps between logged training metrics.")
     sample_every: int = Field(5000, ge=1, description="Steps between logged sample images.")
     eval_every: int = Field(20_000, ge=1, description="Steps between evaluations on held-out data.")
-    eval_batches: int = Field(2, ge=1, description="Batches of an evaluation.")
+    eval_batches: int = Field(2, ge=1, description="Batches per evaluation.")
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept.")
+    keep_checkpoints: int = Field(3, ge=1, description="Number of most recent checkpoints to keep.")
     storage_timeout_s: float = Field(
-        600.0, ge=0, description="Seconds for which transient storage errors are retried before the run fails."
+        600.0, ge=0, description="Seconds to retry transient storage errors before the run fails."
     )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
-        ("tensorboard",), description="Where metrics go besides metrics.jsonl, which is always written."
+        ("tensorboard",), description="Experiment trackers; metrics.jsonl is always written as well."
     )
 
     @model_validator(mode="after")

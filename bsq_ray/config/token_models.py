@@ -1,4 +1,4 @@
-"""Configuration of the models of tokens: the masked language model and the autoregressive prior.
+"""Configuration of the token models: the masked language model and the autoregressive prior.
 
 Each key has its type, range, default and description here; `docs/reference/config.md` is generated from them.
 """
@@ -21,21 +21,21 @@ from bsq_ray.config.base import (
 
 
 class TokenModelConfig(StrictModel):
-    """Shape of the tokens and sizes of the Transformer of any model of tokens."""
+    """Shape of the tokens and sizes of the Transformer, for every token model."""
 
     tokenizer: str | None = Field(
-        None, description="Id of the tokenizer; null: the tokenizer of the token table in training."
+        None, description="Model id of the tokenizer; null: the tokenizer of the training token table."
     )
     grid: tuple[int, int, int] = Field(
-        (1, 16, 16), description="Frames, rows and columns of tokens; must be those of the token table."
+        (1, 16, 16), description="Frames, rows and columns of tokens; must match the token table."
     )
-    bits: int = Field(18, ge=1, le=128, description="Bits of a token; must be those of the tokenizer.")
-    sub_bits: int = Field(9, ge=1, le=14, description="Bits predicted as one sub-token; must divide bits.")
-    width: int = Field(768, ge=8, description="Features of a token.")
+    bits: int = Field(18, ge=1, le=128, description="Bits per token; must match the tokenizer.")
+    sub_bits: int = Field(9, ge=1, le=14, description="Bits per sub-token, the unit of prediction; must divide bits.")
+    width: int = Field(768, ge=8, description="Embedding dimension.")
     layers: int = Field(24, ge=1, description="Transformer blocks.")
     heads: int = Field(8, ge=1, description="Attention heads; must divide the width.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, as a multiple of the width.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout after attention and MLP in training.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout after attention and after MLP, in training.")
 
     @model_validator(mode="after")
     def _check_sizes(self) -> TokenModelConfig:
@@ -49,13 +49,13 @@ class TokenModelConfig(StrictModel):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image or clip (N)."""
+        """Number of tokens per image or clip (N)."""
         frames, rows, columns = self.grid
         return frames * rows * columns
 
     @property
     def num_sub_tokens(self) -> int:
-        """Sub-tokens of a token (S)."""
+        """Number of sub-tokens per token (S)."""
         return self.bits // self.sub_bits
 
     @property
@@ -67,31 +67,31 @@ class TokenModelConfig(StrictModel):
 class MaskedLMModelConfig(TokenModelConfig):
     """Bidirectional Transformer that predicts masked tokens (paper section 4.1; MaskGIT, Chang et al., CVPR 2022)."""
 
-    num_classes: int = Field(1000, ge=1, description="Classes of the token table.")
-    mask_unit: Literal["token", "sub_token"] = Field("token", description="Unit that is masked and unmasked.")
+    num_classes: int = Field(1000, ge=1, description="Number of classes; must match the token table.")
+    mask_unit: Literal["token", "sub_token"] = Field("token", description="Unit of masking.")
 
 
 class MaskedLMLossConfig(StrictModel):
     """Cross entropy at masked positions."""
 
-    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Probability spread over all values.")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of the cross entropy.")
     class_dropout: float = Field(
-        0.2, ge=0, le=1, description='Fraction of classes replaced by "any class"; guidance needs it.'
+        0.2, ge=0, le=1, description="Probability of dropping the class label; needed by classifier-free guidance."
     )
 
 
 class SamplingConfig(StrictModel):
-    """Sampling of images from a masked language model."""
+    """Image sampling from a masked language model."""
 
-    steps: int = Field(12, ge=1, description="Forward passes of an image.")
+    steps: int = Field(12, ge=1, description="Forward passes per image.")
     temperature: float = Field(
-        15.0, ge=0, description="Temperature of the noise on confidences; falls to 0 over the steps."
+        15.0, ge=0, description="Temperature of the noise added to confidences; decreases to 0 over the steps."
     )
     guidance_scale: float = Field(
-        0.5, ge=0, description="Classifier-free guidance: conditional + guidance_scale (conditional - unconditional)."
+        0.5, ge=0, description="Classifier-free guidance: conditional + guidance_scale * (conditional - unconditional)."
     )
     guidance_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="constant, or linear from 0 to guidance_scale over the steps."
+        "constant", description="Guidance over the steps: constant, or linear from 0 to guidance_scale."
     )
 
 
@@ -100,15 +100,15 @@ _TOKEN_ORDER = DataOrderConfig(interleave=16, shuffle_block_size=4096)
 
 
 class MaskedLMConfig(StrictModel):
-    """Configuration of a masked language model's training run."""
+    """Configuration of a training run of a masked language model."""
 
-    stage: Literal["masked-lm"] = Field("masked-lm", description="The trained model.")
+    stage: Literal["masked-lm"] = Field("masked-lm", description="Kind of model to train.")
     name: str = Field(min_length=1, description="Name of the run and of the model folder.")
     description: str = Field("", description="First line of the model card.")
-    model: MaskedLMModelConfig = Field(MaskedLMModelConfig(), description="The network.")
+    model: MaskedLMModelConfig = Field(MaskedLMModelConfig(), description="Model architecture.")
     loss: MaskedLMLossConfig = Field(MaskedLMLossConfig(), description="Cross entropy at masked positions.")
     sampling: SamplingConfig = Field(
-        SamplingConfig(), description="Sampling during training, and the default of every later use."
+        SamplingConfig(), description="Sampling during training; also the defaults at inference."
     )
     data: DataOrderConfig = Field(_TOKEN_ORDER, description="Order of the token table's rows.")
     training: TrainingConfig = Field(
@@ -119,7 +119,7 @@ class MaskedLMConfig(StrictModel):
             engine=EngineConfig(),
             ema_decay=0.9999,
         ),
-        description="The run.",
+        description="Training run.",
     )
 
 
@@ -128,12 +128,12 @@ class PriorModelConfig(TokenModelConfig):
 
 
 class PriorConfig(StrictModel):
-    """Configuration of a prior's training run."""
+    """Configuration of a training run of a prior."""
 
-    stage: Literal["prior"] = Field("prior", description="The trained model.")
+    stage: Literal["prior"] = Field("prior", description="Kind of model to train.")
     name: str = Field(min_length=1, description="Name of the run and of the model folder.")
     description: str = Field("", description="First line of the model card.")
-    model: PriorModelConfig = Field(PriorModelConfig(dropout=0.0), description="The network.")
+    model: PriorModelConfig = Field(PriorModelConfig(dropout=0.0), description="Model architecture.")
     data: DataOrderConfig = Field(_TOKEN_ORDER, description="Order of the token table's rows.")
     training: TrainingConfig = Field(
         TrainingConfig(
@@ -142,5 +142,5 @@ class PriorConfig(StrictModel):
             schedule=ScheduleConfig(warmup_steps=5000, warmup_start_factor=0.0),
             ema_decay=0.9999,
         ),
-        description="The run.",
+        description="Training run.",
     )

@@ -1,4 +1,4 @@
-"""Configuration of a tokenizer's training run: network, losses, data.
+"""Configuration of a training run of a tokenizer: network, losses, data.
 
 Each key has its type, range, default and description here; `docs/reference/config.md` is generated from them.
 """
@@ -195,9 +195,9 @@ class DataConfig(DataOrderConfig):
 
 
 class TokenizerConfig(StrictModel):
-    """Configuration of a tokenizer's training run."""
+    """Configuration of a training run of a tokenizer."""
 
-    stage: Literal["tokenizer"] = Field("tokenizer", description="The trained model.")
+    stage: Literal["tokenizer"] = Field("tokenizer", description="Kind of model to train.")
     name: str = Field(min_length=1, description="Name of the run and of the model folder.")
     description: str = Field("", description="First line of the model card.")
     model: TokenizerModelConfig = Field(
@@ -205,7 +205,7 @@ class TokenizerConfig(StrictModel):
     )
     loss: TokenizerLossConfig = Field(TokenizerLossConfig(), description="The objective of the generator.")
     data: DataConfig = Field(DataConfig(), description="Order of the samples and transforms to training images.")
-    training: TrainingConfig = Field(TrainingConfig(), description="The run.")
+    training: TrainingConfig = Field(TrainingConfig(), description="Training run.")
 
     @model_validator(mode="after")
     def _check_3d_discriminator_has_frames(self) -> TokenizerConfig:

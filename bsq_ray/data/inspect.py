@@ -18,24 +18,24 @@ from bsq_ray.media.images import encode_png
 from bsq_ray.media.video_reader import read_frames
 
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_TILE, _SHEET_GAP = 8, 4, 96, 4
-# Largest number of samples that are opened, spread over the data set.
+# Maximum number of samples to decode, evenly spaced over the data set.
 _MAX_MEASURED = 1000
-# Files in memory at once.
+# Files fetched together.
 _BATCH_SIZE = 32
 
 
 @dataclass
 class Inspection:
-    """Contents and errors of a data set.
+    """Statistics and errors of a data set.
 
     Attributes:
-        manifest: the data set.
+        manifest: manifest of the data set.
         class_counts: number of images or videos of each class, by name.
-        widths, heights: minimum, median and maximum of the measured images, pixels.
-        num_measured: number of images or videos that were opened.
-        frame_counts: minimum, median and maximum number of frames of all videos.
-        total_duration_s: duration of all videos, seconds.
-        frame_rates: frame rates of the videos, as text.
+        widths, heights: minimum, median and maximum over the decoded images, in pixels.
+        num_measured: number of images or videos that were decoded.
+        frame_counts: minimum, median and maximum number of frames over all videos.
+        total_duration_s: total duration of all videos in seconds.
+        frame_rates: most common frame rates with their counts, as text.
         errors: messages about damaged shards, images or videos.
     """
 
@@ -51,7 +51,7 @@ class Inspection:
 
 
 def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
-    """Read the manifest, compare every shard with it, measure images, and write a contact sheet.
+    """Verify every shard against the manifest, measure images, and write a contact sheet.
 
     Args:
         url: folder of the shards.
@@ -71,8 +71,12 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
             continue
         if hashlib.sha256(content).hexdigest() != shard.sha256:
             result.errors.append(
-                f"{shard.name} is not the file that was packed: it has {len(content)} bytes, the manifest lists "
-                f"{shard.bytes}" + ("" if len(content) != shard.bytes else " but another checksum")
+                f"{shard.name} does not match the manifest: "
+                + (
+                    "its checksum differs"
+                    if len(content) == shard.bytes
+                    else f"it has {len(content)} bytes instead of {shard.bytes}"
+                )
             )
     samples = np.unique(np.linspace(0, manifest.num_samples - 1, _MAX_MEASURED).astype(int)).tolist()
     sizes, tiles = [], []
@@ -97,13 +101,13 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
         rates = Counter(f"{video.fps:.4g}" for video in videos)
         result.frame_rates = ", ".join(f"{rate} frames/s ({count})" for rate, count in rates.most_common(4))
     if sheet_url is not None and tiles:
-        storage.write_bytes(sheet_url, _contact_sheet(tiles))
+        storage.write_bytes(sheet_url, _encode_contact_sheet(tiles))
     return result
 
 
 def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
-    """Yield images, or the middle frames of videos; an error message replaces one that cannot be read."""
-    read = _read_images if manifest.kind == "images" else _middle_frames
+    """Yield images, or the middle frames of videos; yield an error message for each unreadable file."""
+    read = _read_images if manifest.kind == "images" else _read_middle_frames
     for first in range(0, len(samples), _BATCH_SIZE):
         yield from read(manifest, samples[first : first + _BATCH_SIZE])
 
@@ -117,7 +121,7 @@ def _read_images(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.I
             yield f"{shard.name}: {shard.keys[index]}: {error}"
 
 
-def _middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
+def _read_middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
     locations = [manifest.locate(sample) for sample in samples]
     files = ShardFiles(manifest, locations)
     for shard, index in locations:
@@ -133,8 +137,8 @@ def _min_median_max(values: np.ndarray) -> tuple[int, int, int]:
     return int(values.min()), int(np.median(values)), int(values.max())
 
 
-def _contact_sheet(tiles: list[np.ndarray]) -> bytes:
-    """Encode a PNG of square tiles (3, S, S) on white."""
+def _encode_contact_sheet(tiles: list[np.ndarray]) -> bytes:
+    """Return a PNG of square tiles (3, S, S) on a white background."""
     columns = min(_SHEET_COLUMNS, len(tiles))
     rows = -(-len(tiles) // columns)
     pitch = _SHEET_TILE + _SHEET_GAP

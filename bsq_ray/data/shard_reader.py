@@ -1,4 +1,4 @@
-"""Fetch the files of samples from shards, by ranged reads, and decode images."""
+"""Fetch sample files from shards with range reads, and decode images."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
-# Largest remote file that is fetched whole, bytes.
-_SMALL = 4 * 2**20
+# Remote files up to this size are fetched whole.
+_SMALL_FILE_BYTES = 4 * 2**20
 _SampleLocation = tuple[Shard, int]
-_HEADER = tarfile.BLOCKSIZE
+_HEADER_BYTES = tarfile.BLOCKSIZE
 _Value = TypeVar("_Value")
 
 
 def fetch_encoded(
     manifest: Manifest, samples: Iterable[int], timeout_s: float = 0.0, on_retry: Callable[[str], None] = lambda _: None
 ) -> list[bytes | Exception]:
-    """Return the files of samples; an exception takes the place of one that could not be read.
+    """Return the files of samples; for each unreadable file, return an exception in its position.
 
     Args:
-        manifest: the data set.
-        samples: numbers of the samples through all shards.
+        manifest: manifest of the data set.
+        samples: indices of the samples in the data set.
         timeout_s: seconds to retry unavailable remote storage.
         on_retry: called with a message before each retry.
     """
@@ -39,7 +39,7 @@ def fetch_encoded(
     blobs: list[bytes | Exception] = [storage.StorageUnavailableError()] * len(locations)
 
     def fetch_missing() -> None:
-        """Fetch the files that are still missing."""
+        """Fetch the missing files; raise a transient error for a retry."""
         missing = [p for p, blob in enumerate(blobs) if isinstance(blob, Exception) and storage.is_transient(blob)]
         for p, blob in zip(missing, _fetch_remote(manifest.url, [locations[p] for p in missing]), strict=True):
             blobs[p] = blob
@@ -49,7 +49,7 @@ def fetch_encoded(
                 with storage.translate_errors(storage.join(manifest.url, locations[p][0].name), "read"):
                     raise blob
 
-    # Files that are still missing then count as damaged.
+    # After the timeout, files that are still missing are returned as exceptions.
     with suppress(storage.StorageUnavailableError):
         storage.retry_while_unavailable(fetch_missing, timeout_s, on_retry)
     return blobs
@@ -58,7 +58,7 @@ def fetch_encoded(
 def _fetch_remote(url: str, locations: list[_SampleLocation]) -> list[bytes | Exception]:
     fs, root = storage.filesystem(url)
     paths = [storage.join(root, shard.name) for shard, _ in locations]
-    starts = [shard.offsets[index] - _HEADER for shard, index in locations]
+    starts = [shard.offsets[index] - _HEADER_BYTES for shard, index in locations]
     ends = [shard.offsets[index] + shard.sizes[index] for shard, index in locations]
     blobs = fs.cat_ranges(paths, starts, ends, on_error="return")
     return [_strip_header(blob, *location) for blob, location in zip(blobs, locations, strict=True)]
@@ -75,8 +75,8 @@ def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exc
             with open(storage.join(root, name), "rb", buffering=0) as file:
                 for position in sorted(shard_positions, key=lambda p: locations[p][0].offsets[locations[p][1]]):
                     shard, index = locations[position]
-                    file.seek(shard.offsets[index] - _HEADER)
-                    blobs[position] = _strip_header(file.read(_HEADER + shard.sizes[index]) or b"", shard, index)
+                    file.seek(shard.offsets[index] - _HEADER_BYTES)
+                    blobs[position] = _strip_header(file.read(_HEADER_BYTES + shard.sizes[index]) or b"", shard, index)
         except OSError as error:
             for position in shard_positions:
                 blobs[position] = error
@@ -84,30 +84,30 @@ def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exc
 
 
 def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
-    """Return the file after its tar header; the header detects another file in a changed shard."""
-    if isinstance(data, Exception) or len(data) <= _HEADER:
+    """Return the file without its tar header; return an error if the header does not match the manifest."""
+    if isinstance(data, Exception) or len(data) <= _HEADER_BYTES:
         return data if isinstance(data, Exception) else b""
     try:
-        header = tarfile.TarInfo.frombuf(data[:_HEADER], "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(data[:_HEADER_BYTES], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        return ValueError("its shard is not the one in the manifest")
-    # Names that do not fit into the header are stored elsewhere.
+        return ValueError("the shard does not match the manifest")
+    # Names that do not fit into the header are stored in an extension record.
     is_full_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
     key = posixpath.basename(header.name).partition(".")[0]
     if header.size != shard.sizes[index] or (is_full_name and key != shard.keys[index]):
-        return ValueError(f"the shard has {header.name} at its offset")
-    return data[_HEADER:]
+        return ValueError(f"the shard contains {header.name} at this offset")
+    return data[_HEADER_BYTES:]
 
 
 class ShardFiles:
-    """Files of some samples, to be opened one at a time.
+    """Files of a batch of samples, opened one at a time.
 
-    Small remote files are fetched together in one request. Of local and of large files only the requested bytes are
-    read.
+    Small remote files are fetched together in one request. Local and large files are read on demand, only the
+    requested bytes.
 
     Args:
-        manifest: the data set.
-        locations: shard, and index in it, of each sample.
+        manifest: manifest of the data set.
+        locations: shard and index in the shard, for each sample.
         timeout_s, on_retry: see `fetch_encoded`.
     """
 
@@ -125,7 +125,7 @@ class ShardFiles:
         shard_starts = {
             shard.name: int(start) for shard, start in zip(manifest.shards, manifest.shard_starts[:-1], strict=True)
         }
-        small = {(shard.name, index) for shard, index in locations if shard.sizes[index] <= _SMALL}
+        small = {(shard.name, index) for shard, index in locations if shard.sizes[index] <= _SMALL_FILE_BYTES}
         samples = {(name, index): shard_starts[name] + index for name, index in sorted(small)}
         self._blobs = dict(zip(samples, fetch_encoded(manifest, samples.values(), timeout_s, on_retry), strict=True))
 
@@ -145,7 +145,7 @@ class ShardFiles:
             file = self._retry(url, lambda: stack.enter_context(storage.open_url(url)))
             num_available = self._retry(url, lambda: file.seek(0, io.SEEK_END)) - shard.offsets[index]
             if num_available < size:
-                raise ValueError(f"the shard ends after {max(0, num_available)} of its {size} bytes")
+                raise ValueError(f"the shard ends after {max(0, num_available)} of the {size} bytes of this file")
 
             def read(offset: int, count: int) -> bytes:
                 file.seek(shard.offsets[index] + offset)
@@ -163,7 +163,7 @@ class ShardFiles:
 
 
 class _RangeReader(io.RawIOBase):
-    """A part of a file as a file; `read_range(offset, count)` returns bytes of the part."""
+    """Read-only file over a byte range of a shard; `read_range(offset, count)` returns bytes of the range."""
 
     def __init__(self, size: int, read_range: Callable[[int, int], bytes]) -> None:
         self.size, self.read_range, self.position = size, read_range, 0
@@ -189,11 +189,11 @@ class _RangeReader(io.RawIOBase):
 
 
 def check_length(blob: bytes | Exception, size: int) -> bytes:
-    """Return a fetched file if it has the size in the manifest.
+    """Return a fetched file after checking its size.
 
     Args:
-        blob: the content, or the error that fetching it raised.
-        size: bytes in the manifest.
+        blob: content of the file, or the error raised by the fetch.
+        size: size in bytes, from the manifest.
 
     Raises:
         ValueError: the file could not be fetched, or is truncated.
@@ -201,7 +201,7 @@ def check_length(blob: bytes | Exception, size: int) -> bytes:
     if isinstance(blob, Exception):
         raise ValueError(f"cannot be read: {' '.join(str(blob).split())}")
     if len(blob) != size:
-        raise ValueError(f"the shard ends after {len(blob)} of its {size} bytes")
+        raise ValueError(f"the shard ends after {len(blob)} of the {size} bytes of this file")
     return blob
 
 

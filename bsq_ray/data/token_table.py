@@ -1,10 +1,10 @@
 """Token tables: the tokens of a data set as Parquet, written once by `tokenize` and read by the token models.
 
-tokens.json             facts about the table; written last, so a table that has it is complete
-part-000000.parquet     one part per shard: key, label, view, shape (t, h, w), bits (all bits of an image, packed)
+tokens.json             metadata of the table; written last, so a table with this file is complete
+part-000000.parquet     one part per shard: key, label, view, shape (t, h, w), bits (packed bits of all tokens)
 tokenizer/              model folder of the tokenizer, which decodes the tokens
 
-Shape suffixes: P rows, N tokens of an image, L bits of a token.
+Shape suffixes: P rows, N tokens of a row, L bits of a token, B bytes of a row.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from bsq_ray.data.data_source import DataSource, SampleBlock
 
 TABLE_FILE, TOKENIZER_FOLDER = "tokens.json", "tokenizer"
 _VERSION = 1
-# Rows that are read together; an image of 256 tokens of 18 bits has 576 bytes.
+# Rows read together. A row with 256 tokens of 18 bits has 576 bytes.
 _ROW_GROUP_SIZE = 1024
 _ROW_GROUP_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class TokenTableInfo:
-    """Facts that all parts of a table share.
+    """Metadata shared by all parts of a table.
 
     Attributes:
         tokenizer_id: identifier of the tokenizer's model folder.
-        bits: bits of a token (L).
+        bits: number of bits per token (L).
         grid: frames, rows and columns of tokens.
         classes: names of the labels.
-        views: rows of each image: its center crop, then random crops.
-        dataset: hash of the images, and the options that select crops and clips.
+        views: number of rows per image or clip: the center crop, then random crops.
+        dataset: hash of the data set and of the options that select crops and clips.
     """
 
     tokenizer_id: str
@@ -54,18 +54,18 @@ class TokenTableInfo:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of an image (N)."""
+        """Number of tokens per row (N)."""
         return int(np.prod(self.grid))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of an image's packed bits."""
+        """Number of bytes of the packed bits of a row."""
         return -(-self.num_tokens * self.bits // 8)
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A complete table; `parts` are (name, rows, SHA-256)."""
+    """A complete table; each part is (name, number of rows, SHA-256)."""
 
     url: str
     info: TokenTableInfo
@@ -73,12 +73,12 @@ class TokenTable:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all parts."""
+        """Number of rows over all parts."""
         return sum(rows for _, rows, _ in self.parts)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of tokenizer and parts, by which runs identify the data set."""
+        """SHA-256 of tokenizer and parts, stored in runs to identify their data set."""
         text = json.dumps([self.info.tokenizer_id, [[name, digest] for name, _, digest in self.parts]])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -86,14 +86,14 @@ class TokenTable:
 def write_part(
     url: str, info: TokenTableInfo, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
 ) -> None:
-    """Write one part in one step.
+    """Write one part atomically.
 
     Args:
         url: file of the part.
-        info: facts of the table.
-        keys: names of the rows.
-        labels_P, views_P: class and crop number of each row.
-        packed_PB: packed bits, uint8 (P, bytes).
+        info: metadata of the table.
+        keys: sample keys of the rows.
+        labels_P, views_P: class and view index of each row.
+        packed_PB: packed bits, uint8.
     """
     shape = pa.array([list(info.grid)] * len(keys), pa.list_(pa.int32(), 3))
     columns = {
@@ -111,7 +111,7 @@ def write_part(
 
 
 def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
-    """Return rows and SHA-256 of an existing part with the same facts; None if it has to be written."""
+    """Return the number of rows and SHA-256 of an intact part with the same metadata, or None without one."""
     if not storage.exists(url):
         return None
     content = storage.read_bytes(url)
@@ -124,13 +124,13 @@ def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
 
 
 def write_table(table: TokenTable) -> None:
-    """Write `tokens.json`; all parts must exist already."""
+    """Write `tokens.json`; call it after all parts are written."""
     record = {"version": _VERSION, **json.loads(_to_json(table.info)), "parts": table.parts}
     storage.write_bytes(storage.join(table.url, TABLE_FILE), json.dumps(record, indent=1).encode())
 
 
 def read_table(url: str) -> TokenTable:
-    """Read the facts of a table.
+    """Read the metadata of a table.
 
     Raises:
         ValueError: the table is missing, incomplete, damaged, or was written by a newer version.
@@ -148,7 +148,7 @@ def read_table(url: str) -> TokenTable:
         parts = tuple((str(name), int(rows), str(digest)) for name, rows, digest in record.pop("parts"))
         info = TokenTableInfo(**{**record, "grid": tuple(record["grid"]), "classes": tuple(record["classes"])})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        # The format of a newer version may be unreadable here.
+        # A newer version may use another format, so a parse error is not damage.
         if not is_newer:
             raise ValueError(f"{path} is damaged: {error}") from error
     if is_newer:
@@ -157,25 +157,25 @@ def read_table(url: str) -> TokenTable:
 
 
 class TokenSource(DataSource):
-    """Rows of a token table; `values_P` are packed bits (P, bytes)."""
+    """Data source of the rows of a token table; `values_P` contains packed bits (P, bytes)."""
 
     def __init__(self, table: TokenTable, model: config.TokenModelConfig, timeout_s: float = 0.0) -> None:
         """Open a table for a model.
 
         Args:
-            table: as `read_table` returns it.
+            table: the table, from `read_table`.
             model: configuration of the model that reads the tokens.
             timeout_s: seconds to retry unavailable storage.
 
         Raises:
-            ValueError: the tokens are from another tokenizer, or bits, grid or classes differ; the message gives the
-                overrides that match.
+            ValueError: tokenizer, bits, grid or classes do not match the model; the message contains the overrides
+                that match.
         """
         info = table.info
         if model.tokenizer not in (None, info.tokenizer_id):
             raise ValueError(
-                f"the tokens in {table.url} are those of the tokenizer {info.tokenizer_id[:12]}, "
-                f"the model reads those of {str(model.tokenizer)[:12]}; use a table of the same tokenizer"
+                f"the tokens in {table.url} were written by tokenizer {info.tokenizer_id[:12]}, "
+                f"but the model requires tokenizer {str(model.tokenizer)[:12]}; use a table of that tokenizer"
             )
         mismatches = [
             f"model.{name}={json.dumps(table_value)}"
@@ -187,7 +187,7 @@ class TokenSource(DataSource):
             if model_value is not None and table_value != model_value
         ]
         if mismatches:
-            raise ValueError(f"the tokens in {table.url} do not match the model; give {' '.join(mismatches)}")
+            raise ValueError(f"the tokens in {table.url} do not match the model; set {' '.join(mismatches)}")
         self.table, self.timeout_s = table, timeout_s
         self.url, self.hash = table.url, table.hash
         self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
@@ -200,7 +200,7 @@ class TokenSource(DataSource):
         return storage.join(self.url, TOKENIZER_FOLDER)
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Read rows; nothing about them is random."""
+        """Read rows; epochs and seed are ignored, because tables contain fixed crops."""
         values_P = np.empty((len(samples_P), self.sample_bytes), np.uint8)
         labels_P = np.empty(len(samples_P), np.int64)
         keys, retries = [""] * len(samples_P), list[str]()
@@ -230,8 +230,8 @@ class TokenSource(DataSource):
 
 @lru_cache(_ROW_GROUP_CACHE_SIZE)
 def _read_row_group(url: str, group: int, digest: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return keys, labels and packed bits of a row group; the digest distinguishes a rewritten table in the cache."""
-    # pyarrow raises OSError for damaged content, which looks like a storage error; local disks seldom have those.
+    """Return keys, labels and packed bits of a row group; `digest` is only a cache key, it detects rewritten parts."""
+    # pyarrow raises OSError for damaged content too. On local disks it counts as damage, elsewhere as a storage error.
     error_context = nullcontext() if storage.is_local(url) else storage.translate_errors(url, "read")
     try:
         with storage.open_url(url) as file, error_context:

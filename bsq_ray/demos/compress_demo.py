@@ -1,6 +1,6 @@
-"""The compression demo.
+"""Compression demo.
 
-photos ─▶ tokenizer ─▶ token tables ─▶ prior ─▶ rate and distortion on unseen images
+images ─▶ tokenizer ─▶ token tables ─▶ prior ─▶ rate and distortion on held-out images
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train a tokenizer and a prior, and compare them with standard codecs.
 
-    Returns the results of `evaluate_compression`.
-
     Args:
         images: folder of images to compress; None collects 24 wallpapers from packages.
         out: output folder.
-        minutes: training time of both models together.
-        train_images: class folders of training photos; None collects photos from packages.
-        tokenizer_overrides, prior_overrides: changes of the presets `demo` and `prior-demo`.
+        minutes: total training time of both models.
+        train_images: folder with one subfolder of training images per class; None collects photos from packages.
+        tokenizer_overrides, prior_overrides: `key=value` overrides of the presets `demo` and `prior-demo`.
+
+    Returns:
+        The results of `evaluate_compression`.
 
     Raises:
-        ValueError: there are too few photos.
+        ValueError: there are too few training images.
     """
     from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression
     from bsq_ray.runtime.ray_session import ray_session
 
-    demo = TokenPipeline(train_images, out, minutes)
+    pipeline = TokenPipeline(train_images, out, minutes)
     if images is None:
         from bsq_ray.samples.wallpapers import collect_wallpapers
 
         images = collect_wallpapers(out / "wallpapers", out / "packages")
     with ray_session():
-        demo.prepare(tokenizer_overrides)
-        prior = demo.train(config.load_config("prior-demo", (UNLIMITED_STEPS, *prior_overrides)), "prior", demo.tables)
+        pipeline.prepare(tokenizer_overrides)
+        prior_config = config.load_config("prior-demo", (UNLIMITED_STEPS, *prior_overrides))
+        prior = pipeline.train(prior_config, "prior", pipeline.tables)
         log(f"compressing {images} with every codec")
         return evaluate_compression(prior, str(images), str(out / "evaluation"), workers=WORKERS)

@@ -10,7 +10,7 @@ from typing import Any
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.models.pretrained_weights import resolve_once
 
-# The bias of FID of fewer images is larger than the differences between models.
+# With fewer images, the bias of FID exceeds the differences between models.
 _MIN_FID_SAMPLES = 2048
 
 
@@ -23,18 +23,18 @@ def collect_provenance(
     networks: Sequence[str],
     num_generated: int | None = None,
 ) -> dict[str, Any]:
-    """Return the conditions of a measurement as plain data.
+    """Return the provenance of a measurement as a JSON-compatible dict.
 
     Args:
-        manifest: the data set.
+        manifest: manifest of the data set.
         num_samples: number of images or clips that were measured.
-        size: side of the images or frames, pixels.
+        size: side of the images or frames in pixels.
         resize_filter: interpolation of the resize.
-        networks: names of the metric networks whose weights were used.
-        num_generated: number of generated images they were compared with; None for their own reconstructions.
+        networks: names of the metric networks.
+        num_generated: number of generated images; None if the samples were compared with their reconstructions.
     """
     weights = {name: resolve_once(name) for name in networks}
-    conditions: dict[str, Any] = {
+    provenance: dict[str, Any] = {
         "data": manifest.url,
         "data_hash": manifest.hash,
         "kind": manifest.kind,
@@ -52,19 +52,19 @@ def collect_provenance(
     smaller_count = num_samples if num_generated is None else min(num_samples, num_generated)
     if "fid-inception" in networks and smaller_count < _MIN_FID_SAMPLES:
         name = "rFID" if num_generated is None else "FID"
-        conditions["warning"] = (
-            f"{name} of {smaller_count} images is biased upwards; compare it only with {name} of the same images, "
+        provenance["warning"] = (
+            f"{name} of {smaller_count} images is biased upward; compare it only with {name} of the same images, "
             "or use KID"
         )
     if "fvd-i3d" in networks and num_samples < _MIN_FID_SAMPLES:
-        conditions["warning"] = (
-            f"rFVD of {num_samples} clips is biased upwards; compare it only with rFVD of the same clips"
+        provenance["warning"] = (
+            f"rFVD of {num_samples} clips is biased upward; compare it only with rFVD of the same clips"
         )
-    return conditions
+    return provenance
 
 
 def _version(package: str) -> str:
-    """Return the version of a package that may be absent, such as Ray, or bsq_ray itself in a checkout."""
+    """Return the version of a package, or "not installed": Ray is optional, and a checkout has no metadata."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Published results on ImageNet and UCF-101, for comparison with measured ones; none of them was measured here.
+"""Published results on ImageNet, COCO and UCF-101, copied from papers and not reproduced with this code.
 
-PSNR changes by more than 2 dB with the resize filter: compare rows of one filter only. The row of ViT-VQGAN is copied
-from its own report. A later paper reports an rFID of 2.85 on COCO for the 18-bit BSQ-ViT instead of 5.81.
+PSNR depends on the resize filter by more than 2 dB, so compare only rows with the same filter. The ViT-VQGAN row is
+copied from the ViT-VQGAN paper. For 18-bit BSQ-ViT on COCO, a later paper reports an rFID of 2.85.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """A row of a published table; a missing value is None."""
+    """Row of a published table; None marks a value that was not reported."""
 
     method: str
     data: str
@@ -49,7 +49,7 @@ IMAGE_ROWS = (
 
 @dataclass(frozen=True)
 class PublishedVideoResult:
-    """A row of the published table on UCF-101, clips of 16 frames at 128 px; a missing value is None."""
+    """Row of the published UCF-101 table (16-frame clips at 128 px); None marks a value that was not reported."""
 
     method: str
     split: str
@@ -80,17 +80,17 @@ VIDEO_ROWS = (
 def published_markdown(kind: str = "images") -> str:
     """Return the rows for "images" or "videos" as a Markdown table."""
     if kind == "videos":
-        return _table(
+        return _format_table(
             ("published", "UCF-101 split", "bits", "PSNR", "SSIM", "LPIPS", "rFVD"),
             [(row.method, row.split, row.bits, row.psnr, row.ssim, row.lpips, row.rfvd) for row in VIDEO_ROWS],
         )
-    return _table(
+    return _format_table(
         ("published", "data", "filter", "bits", "PSNR", "SSIM", "LPIPS", "rFID"),
         [(r.method, r.data, r.resize_filter, r.bits, r.psnr, r.ssim, r.lpips, r.rfid) for r in IMAGE_ROWS],
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str | float | None, ...]]) -> str:
+def _format_table(header: tuple[str, ...], rows: list[tuple[str | float | None, ...]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         cells = ("–" if cell is None else cell if isinstance(cell, str) else f"{cell:g}" for cell in row)

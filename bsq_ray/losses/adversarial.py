@@ -1,6 +1,6 @@
-"""Generator and discriminator losses, the R1 penalty, and the adaptive weight.
+"""Generator and discriminator losses, R1 penalty, and adaptive weight of the adversarial loss.
 
-Logits have any shape; positive means real. All losses are scalars.
+Logits may have any shape; positive logits mean real. All losses are scalars.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def generator_loss(fake: Tensor, objective: Objective) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, objective: Objective) -> Tensor:
-    """Return half the sum of the losses on real and on reconstructed images."""
+    """Return the mean of the losses on real and on reconstructed (fake) images."""
     if objective == "non_saturating":
         return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def r1_penalty(real: Tensor, images_B: Tensor) -> Tensor:
-    """Return the mean squared gradient norm of D at real images (Mescheder et al., 2018), without the factor gamma / 2.
+    """Return the mean of ‖∇D‖² at real images (Mescheder et al., 2018), without the factor gamma / 2.
 
     Args:
         real: logits (B, …) of `images_B`.
@@ -38,7 +38,7 @@ def r1_penalty(real: Tensor, images_B: Tensor) -> Tensor:
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Return the ratio of the losses' gradient norms at the last layer, 0 to 1e4, detached (Esser et al., 2021)."""
+    """Return ‖∇ reconstruction‖ / ‖∇ adversarial‖ at the last layer (Esser et al., 2021), in [0, 1e4], detached."""
     [reconstruction_gradient] = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     [adversarial_gradient] = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()

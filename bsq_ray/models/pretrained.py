@@ -66,7 +66,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         Args:
             url: path or fsspec URL of the folder.
             run_config: configuration of the training run; by default this model with default training options.
-            raw_weights: weights without averaging, if this module contains averaged ones.
+            raw_weights: raw weights, if this module contains the EMA.
             metrics: measured values for the model card, by name.
             card_fields: further rows of the model card, see `model_folder.write_model_folder`.
         """

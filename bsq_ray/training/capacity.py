@@ -1,7 +1,7 @@
-"""Cluster capacity for a number of workers: wait for it, and watch for more while a smaller group trains.
+"""Cluster capacity for workers: wait for it before a start, and monitor it to scale up a smaller group.
 
-A pending placement group is the query: it becomes ready when its bundles fit, and an autoscaler sees it as demand.
-Each one includes a CPU for the data tasks.
+Capacity is queried with a pending placement group. It becomes ready when its bundles fit, and the autoscaler counts it
+as demand. Each placement group includes one CPU for the data tasks.
 
     ScaleUpMonitor:   ┌────────┐ delay passed  ┌──────────┐ ready   ┌───────────┐
                       │ waiting│──────────────▶│ reserving│────────▶│ available │
@@ -28,10 +28,10 @@ class CapacityTimeouts:
     """Timeouts of an elastic run, in seconds.
 
     Attributes:
-        max_size_s: wait for the maximum number of workers before fewer are tried.
-        smaller_size_s: wait for each smaller number.
-        scale_up_delay_s: a smaller group trains this long before more workers are requested.
-        scale_up_s: wait for each larger number before the next one is tried.
+        max_size_s: timeout for the maximum number of workers, before fewer workers are tried.
+        smaller_size_s: timeout for each smaller number of workers.
+        scale_up_delay_s: training time of a smaller group before more workers are requested.
+        scale_up_s: timeout for each larger number of workers, before the next number is tried.
     """
 
     max_size_s: float = 10.0
@@ -46,12 +46,13 @@ def wait_for_capacity(
     should_stop: Callable[[], bool],
     timeouts: CapacityTimeouts = CapacityTimeouts(),
 ) -> int | None:
-    """Wait until the cluster has capacity for any of the sizes; return the largest that fits.
+    """Wait until the cluster has capacity for a valid number of workers, trying the largest number first.
 
     Args:
         world_sizes: valid numbers of workers, ascending.
-        resources_per_worker: resources of each worker, in Ray's names.
+        resources_per_worker: resources per worker by Ray resource name.
         should_stop: polled while waiting; True ends the wait.
+        timeouts: timeouts per number of workers.
 
     Returns:
         The number of workers, or None if `should_stop` ended the wait.
@@ -72,12 +73,13 @@ def wait_for_capacity(
 
 
 class ScaleUpMonitor:
-    """Watches for capacity for more workers than the group has.
+    """Polls for capacity to scale up a worker group.
 
     Args:
-        world_size: workers of the group.
+        world_size: current number of workers of the group.
         world_sizes: valid numbers of workers, ascending.
-        resources_per_worker: resources of each worker, in Ray's names.
+        resources_per_worker: resources per worker by Ray resource name.
+        timeouts: delay and timeouts of the requests.
     """
 
     def __init__(
@@ -87,25 +89,25 @@ class ScaleUpMonitor:
         resources_per_worker: Resources,
         timeouts: CapacityTimeouts = CapacityTimeouts(),
     ) -> None:
-        self._extra_workers = [larger - world_size for larger in world_sizes if larger > world_size]
+        self._extra_worker_counts = [larger - world_size for larger in world_sizes if larger > world_size]
         self._resources_per_worker = resources_per_worker
         self._timeouts = timeouts
         self._placement_group: Any = None
         self._deadline = time.monotonic() + timeouts.scale_up_delay_s
 
     def poll(self) -> bool:
-        """Advance the state machine; return True once there is capacity, with the reservation released."""
-        if not self._extra_workers:
+        """Advance the state machine; if there is capacity, release the reservation and return True."""
+        if not self._extra_worker_counts:
             return False
         if self._placement_group is not None and self._placement_group.wait(0):
-            # The larger group needs the reserved resources.
+            # Release the resources, because the larger group needs them.
             self.close()
             return True
         if time.monotonic() > self._deadline:
             self.close()
-            # Largest size first, then the smaller ones in turn.
-            num_extra = self._extra_workers.pop()
-            self._extra_workers.insert(0, num_extra)
+            # Largest number first, then the smaller ones, then the largest again.
+            num_extra = self._extra_worker_counts.pop()
+            self._extra_worker_counts.insert(0, num_extra)
             self._placement_group = _reserve(num_extra, self._resources_per_worker)
             self._deadline = time.monotonic() + self._timeouts.scale_up_s
         return False

@@ -1,4 +1,4 @@
-"""Actor between the workers of a Ray run and the driver: records one way, control signals the other.
+"""Ray actor that forwards records from the workers to the driver, and control signals from the driver to the workers.
 
 driver ◀──drain──── RunCoordinator (actor) ◀──record, report_failure── rank 0 … rank N-1
        ──request──▶                        ──control_signal──────────▶
@@ -18,9 +18,9 @@ class Failure:
     """First error of a worker group.
 
     Attributes:
-        error: the error, in a form that another process can unpickle.
-        step: step of the run at that time.
-        is_fatal: not retryable.
+        error: the error; it can be unpickled in another process.
+        step: last recorded step of the group when the error was reported.
+        is_fatal: True if the error is not retryable.
     """
 
     error: Exception
@@ -34,7 +34,7 @@ class WorkerGroupEvents:
 
     Attributes:
         records: run records since the last `drain`.
-        node_ids: node of each worker that has started, by rank.
+        node_ids: node id of each started worker, by rank.
         failure: first error of the group; None if there is none.
     """
 
@@ -44,7 +44,7 @@ class WorkerGroupEvents:
 
 
 class RunCoordinator:
-    """Actor shared by all worker groups of a run, one group at a time."""
+    """Ray actor that outlives the worker groups of a run and serves one group at a time."""
 
     def __init__(self) -> None:
         self._events = WorkerGroupEvents()
@@ -52,13 +52,13 @@ class RunCoordinator:
         self._step = 0
 
     def reset_for_group(self) -> None:
-        """Prepare for a new worker group; a stop request stays in force, a resize request does not."""
+        """Reset for a new worker group: keep pending records and a stop request, drop a resize request."""
         self._events = WorkerGroupEvents(self._events.records)
         self._step = 0
         self._signal = ControlSignal.STOP if self._signal is ControlSignal.STOP else ControlSignal.CONTINUE
 
     def register(self, rank: int, node_id: str) -> None:
-        """Register a worker that has started."""
+        """Register a started worker."""
         self._events.node_ids[rank] = node_id
 
     def record(self, record: dict[str, Any]) -> None:
@@ -67,18 +67,18 @@ class RunCoordinator:
         self._step = max(self._step, record.get("step", 0))
 
     def report_failure(self, error: Exception, is_fatal: bool) -> None:
-        """Store the error of a worker; only the first of a group counts, because the others follow from it."""
+        """Store the first error of the group; later errors are usually its consequences."""
         if self._events.failure is None:
             self._events.failure = Failure(error, self._step, is_fatal)
 
     def drain(self) -> WorkerGroupEvents:
-        """Return all events so far and forget the records, so that each record is returned once."""
+        """Return all events and clear the records, so that each record is returned once."""
         events = self._events
         self._events = WorkerGroupEvents([], dict(events.node_ids), events.failure)
         return events
 
     def request(self, signal: ControlSignal) -> None:
-        """Set the workers' control signal; a stronger signal that was set before stays."""
+        """Set the workers' control signal, unless a stronger one is already set."""
         self._signal = max(self._signal, signal)
 
     def control_signal(self) -> ControlSignal:
@@ -87,11 +87,11 @@ class RunCoordinator:
 
 
 class RayReporter:
-    """Reporter of rank 0: sends records to the coordinator without waiting for it, and to Prometheus.
+    """Reporter of rank 0: sends records to the coordinator asynchronously, and metrics to Prometheus.
 
     Args:
         coordinator: handle of the `RunCoordinator` actor.
-        out_url: folder of the run, the label of its Prometheus metrics.
+        out_url: run folder, used as the label of the Prometheus metrics.
     """
 
     def __init__(self, coordinator: Any, out_url: str) -> None:
@@ -101,12 +101,12 @@ class RayReporter:
         self._signal = ControlSignal.CONTINUE
 
     def record(self, record: dict[str, Any]) -> None:
-        """Send a record to the coordinator and its numbers to the node's Prometheus endpoint."""
+        """Send a record to the coordinator, and its metrics to the Prometheus endpoint of the node."""
         self._coordinator.record.remote(record)
         self._gauges.update(record)
 
     def control_signal(self) -> ControlSignal:
-        """Return the newest signal that has arrived, without waiting, and request the next one."""
+        """Return the last received signal without blocking, and request the next one."""
         import ray
 
         if self._pending is None:

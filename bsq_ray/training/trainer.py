@@ -1,6 +1,6 @@
-"""The training loop, which is the same for all stages.
+"""Training loop, shared by all stages.
 
-    batch ─▶ for each micro batch and phase: freeze the other modules ─▶ loss ─▶ engine.backward ─▶ engine.step
+    batch ─▶ for each micro-batch and phase: freeze the other modules ─▶ loss ─▶ engine.backward ─▶ engine.step
           ─▶ EMA ─▶ ControlSync ─▶ RunRecorder, CheckpointWriter, EvalLoop
 
 Independent of Ray: `WorkerContext` provides ranks and collectives, and its reporter receives the records.
@@ -45,15 +45,17 @@ def run_training(spec: RunSpec, worker: WorkerContext) -> RunResult:
     Always writes a checkpoint, and a model folder except after a resize signal.
 
     Raises:
-        ValueError: batch size and workers do not fit, the data set is missing, or the checkpoint is of another run.
-        NonFiniteLossError: naming step, term and samples; raised on all workers together.
+        ValueError: the batch size is not divisible by the number of workers, the data set is missing, or the checkpoint
+            belongs to another run.
+        NonFiniteLossError: a loss or gradient is not finite; raised on all workers. The message contains step, loss
+            term and samples.
         RuntimeError: too many samples cannot be read.
     """
     return Trainer(spec, worker).train()
 
 
 class Trainer:
-    """Builds a run from its specification, resumes it and trains it."""
+    """Builds a run from its specification, and resumes and trains it."""
 
     def __init__(self, spec: RunSpec, worker: WorkerContext) -> None:
         self.spec, self.worker = spec, worker
@@ -66,7 +68,7 @@ class Trainer:
         self.autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         enable_strict_fp32()
         torch.manual_seed(self.training_config.seed)
-        # A resumed run takes its weights from the checkpoint.
+        # A resumed run loads its weights from the checkpoint, not from the initial model.
         has_checkpoint = bool(spec.init_url and self.recorder.retry(lambda: newest_progress(spec.out_url)))
         init_url = None if has_checkpoint else spec.init_url
         self.stage: Stage = build_stage(spec.config, self.source, worker.device, init_url)
@@ -114,13 +116,13 @@ class Trainer:
         self.skipped = SkippedSamples(spec.config.data.max_skipped_samples)
 
     def train(self) -> RunResult:
-        """Train to the end; see `run_training`."""
+        """Run the training loop; see `run_training`."""
         training_config = self.training_config
         peak_lr = learning_rate(training_config.optimizer, training_config.batch_size)
         self._record_start(peak_lr)
         batches = self._train_batches()
         if self.step == 0:
-            # Find failures of the evaluation, its networks and the storage now rather than after an hour.
+            # Fail early if evaluation, metric networks or storage do not work.
             self.metrics = self.eval_loop.evaluate("raw")
         scalar_history: ScalarHistory = defaultdict(list)
         first_step = logged_step = self.step
@@ -175,10 +177,10 @@ class Trainer:
         )
 
     def train_step(self, batch: Batch, lr: float, scalar_history: ScalarHistory) -> None:
-        """Take one optimizer step of every engine whose phase it is, and append its scalars to `scalar_history`.
+        """Take one optimizer step per phase of this step, and append the scalars to `scalar_history`.
 
         Raises:
-            NonFiniteLossError: before weights change; raised on all workers together.
+            NonFiniteLossError: a loss or gradient is not finite; raised on all workers, before weights change.
         """
         losses: dict[str, list[PhaseLoss]] = defaultdict(list)
         for micro_index, micro_batch in enumerate(micro_batches(batch, self.accumulation_steps)):
@@ -206,7 +208,7 @@ class Trainer:
                 self.ema.update(self.stage.modules[self.main_name])
 
     def _raise_if_nonfinite(self, nonfinite: tuple[str, list[str]] | None) -> None:
-        """Finish the checkpoint being written and raise the error, on all workers at the same step."""
+        """Wait for the checkpoint being written and raise the error, on all workers at the same step."""
         if nonfinite:
             self.checkpoints.wait()
             raise nonfinite_error(*nonfinite, self.step + 1, self.spec.out_url, self.worker)
@@ -246,7 +248,7 @@ class Trainer:
             self.recorder.warn(note)
 
     def _save_checkpoint(self) -> None:
-        """Start a checkpoint; blocks for the copy to host memory, and until the previous checkpoint is complete."""
+        """Save a checkpoint asynchronously; block only for the previous checkpoint and the copy to host memory."""
         progress = RunProgress(
             self.step,
             self.step * self.training_config.batch_size,
@@ -261,8 +263,8 @@ class Trainer:
         self.blocking_seconds = time.monotonic() - start
 
     def _record_checkpoint_warnings(self) -> None:
-        for text in self.checkpoints.drain_warnings():
-            self.recorder.warn(text)
+        for message in self.checkpoints.drain_warnings():
+            self.recorder.warn(message)
 
     def _on_checkpoint_published(self, step: int, seconds: float) -> None:
         self._record_checkpoint_warnings()
@@ -272,18 +274,18 @@ class Trainer:
         self.recorder.flush()
 
     def _export(self) -> None:
-        """Evaluate the published weights and write the model folder."""
+        """Evaluate the final weights (EMA if enabled) and write the model folder."""
         states = gather_weights(self.engines)
-        raw = published = states.pop(self.main_name)
+        raw = exported = states.pop(self.main_name)
         if self.ema is not None:
-            published = {key: self.ema.average[key].to(value) for key, value in raw.items()}
-            # Training is over, so the engine's module can take the averaged weights.
+            exported = {key: self.ema.average[key].to(value) for key, value in raw.items()}
+            # Training has ended, so the EMA weights can replace the raw weights in the module.
             with self.engines[self.main_name].gathered_parameters(modify=True):
-                self.stage.modules[self.main_name].load_state_dict(published)
+                self.stage.modules[self.main_name].load_state_dict(exported)
         self.metrics = self.eval_loop.evaluate("raw" if self.ema is None else "ema")
         if self.worker.is_main:
             card_fields = {"trained on": f"{self.spec.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
-            weights = published, raw if self.ema else None
+            weights = exported, raw if self.ema else None
             bundled_models = self.stage.bundled_models()
             self.recorder.retry(
                 lambda: write_model(
@@ -301,7 +303,8 @@ class Trainer:
 def micro_batches(batch: Batch, num_micro_batches: int) -> Iterator[Batch]:
     """Split a batch with stride `num_micro_batches`.
 
-    Workers split the global batch in the same way, so the discriminator's groups stay the same.
+    Workers split the global batch by stride too. So with equal micro-batch size, each micro-batch has the same samples
+    for any number of workers, and the discriminator's minibatch-stddev groups are the same.
     """
     for offset in range(num_micro_batches):
         yield batch.subset(slice(offset, None, num_micro_batches))

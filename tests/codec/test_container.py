@@ -57,7 +57,7 @@ def test_header_bound_crc_depends_on_header():
 
 def test_read_container_truncated_file_needs_opt_in():
     data = write_container(IMAGE, [b"first", b"second"], [[1], [2]])
-    with pytest.raises(ValueError, match=f"cut off: got {len(data) - 1} of {len(data)} bytes"):
+    with pytest.raises(ValueError, match=f"truncated: got {len(data) - 1} of {len(data)} bytes"):
         read_container(data[:-1])
     part = read_container(data[:-1], require_complete=False)
     assert part.payload(0) == b"first"
@@ -103,7 +103,7 @@ def test_read_container_invalid_header_raises_without_allocating(changes, messag
 
 def test_read_container_invalid_lengths_raise():
     forged_data = forge_file(IMAGE, (2**32 - 1).to_bytes(4, "little") * 6) + b"payload"
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match="truncated"):
         read_container(forged_data)
     assert read_container(forged_data, require_complete=False).payload(0) is None
 
@@ -112,7 +112,7 @@ def test_read_header_foreign_or_damaged_file_raises():
     data = write_container(IMAGE, [b"", b""], [[1], [2]])
     with pytest.raises(ValueError, match="not a .bsq file"):
         read_header(b"\x89PNG" + data[4:])
-    with pytest.raises(ValueError, match=r"format version 2; this program reads version 1"):
+    with pytest.raises(ValueError, match=r"format version 2; this version of bsq_ray reads version 1"):
         read_header(data[:4] + b"\x02" + data[5:])
     with pytest.raises(ValueError, match="neither an image nor a clip"):
         read_header(data[:5] + b"\x07" + data[6:])

@@ -46,7 +46,7 @@ def test_files_truncated_previews_and_animation_raises(model, photo, tmp_path):
     coded = str(tmp_path / "a.bsq")
     compress_file(model, photo, coded)
     (tmp_path / "cut.bsq").write_bytes((tmp_path / "a.bsq").read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"cut.bsq: the file is cut off"):
+    with pytest.raises(ValueError, match=r"cut.bsq: the file is truncated"):
         decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"))
     summary = decompress_file(model, str(tmp_path / "cut.bsq"), str(tmp_path / "x.png"), DecodeSelection(preview=True))
     assert "90 x 60 px, 0% of it available" in summary

@@ -238,7 +238,7 @@ def test_inspect_shards_counts_and_detects_changes(folder, tmp_path):
     assert Image.open(tmp_path / "sheet.png").size == (604, 104)
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-30000])
-    assert any("not the file that was packed" in fault for fault in inspect_shards(url).errors)
+    assert any("does not match the manifest" in fault for fault in inspect_shards(url).errors)
 
 
 @pytest.mark.parametrize("kind", ["photo_shards", "video_shards"])

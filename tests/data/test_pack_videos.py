@@ -198,7 +198,7 @@ def test_inspect_shards_of_videos_counts_frames(folder, tmp_path):
     shard = tmp_path / "out" / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:200_000])
     faults = inspect_shards(url).errors
-    assert any("not the file that was packed" in fault for fault in faults)
+    assert any("does not match the manifest" in fault for fault in faults)
     assert any("the shard ends after" in fault for fault in faults)
 
 

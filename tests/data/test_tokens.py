@@ -174,10 +174,10 @@ def test_tokenize_damaged_image_is_skipped(model, photo_folders, tmp_path):
 
 def test_token_table_mismatch_raises(table, model, photo_shards, tmp_path):
     """A table that does not match the model, and a damaged table, raise an error."""
-    with pytest.raises(ValueError, match=r"give model.bits=10 model.grid=\[1, 4, 4\] model.num_classes=1"):
+    with pytest.raises(ValueError, match=r"set model.bits=10 model.grid=\[1, 4, 4\] model.num_classes=1"):
         TokenSource(table, config.MaskedLMModelConfig())
     foreign = MODEL.model_copy(update={"tokenizer": "f" * 64})
-    with pytest.raises(ValueError, match="the model reads those of ffffffffffff; use a table of the same tokenizer"):
+    with pytest.raises(ValueError, match="the model requires tokenizer ffffffffffff; use a table of that tokenizer"):
         TokenSource(table, foreign)
     other = save_tokenizer(tmp_path / "other", 1)
     with pytest.raises(ValueError, match="has tokens of another tokenizer"):

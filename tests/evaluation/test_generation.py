@@ -159,7 +159,7 @@ def test_baseline_table_of_other_tokenizer_raises(generation_setup, tmp_path):
     other = MODEL_CONFIG.model_copy(update={"tokenizer": "0" * 64})
     MaskedLM(other).save_pretrained(str(tmp_path / "model"))
     storage.copy_folder(f"{model}/tokenizer", str(tmp_path / "model" / "tokenizer"))
-    with pytest.raises(ValueError, match="the model reads those of 000000000000"):
+    with pytest.raises(ValueError, match="the model requires tokenizer 000000000000"):
         evaluate_generation(str(tmp_path / "model"), shards, str(tmp_path), workers=0, baseline_url=tokens)
 
 

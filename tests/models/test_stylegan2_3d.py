@@ -58,7 +58,7 @@ def test_clip_block_gradgradcheck_passes():
 
 def test_discriminator3d_wrong_length_or_size_raises():
     """Clips of another length and image sizes that are not a power of two are rejected."""
-    with pytest.raises(ValueError, match="clips have 2 frames, but this stylegan2-3d discriminator takes 4"):
+    with pytest.raises(ValueError, match="clips have 2 frames, but this stylegan2-3d discriminator expects 4"):
         small_discriminator()(clips(1, 2))
     with pytest.raises(ValueError, match="power of two.*patchgan"):
         ClipDiscriminator(96, 4, 512, 32)

@@ -166,7 +166,7 @@ def with_claimed_width(file, width):
         ("encode?model=other", lambda photo, _: encode_image(photo), 404, "unknown model other"),
         ("encode?model=generator", lambda photo, _: encode_image(photo), 422, "generator cannot encode"),
         ("decompress", b"no file", 415, "not a .bsq file"),
-        ("decompress", lambda _, file: file[:60], 422, "cut off"),
+        ("decompress", lambda _, file: file[:60], 422, "truncated"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
         ("decompress", lambda _, file: with_claimed_width(file, 2**31), 422, "claims"),
         ("decompress", lambda _, file: file[:21] + bytes(8) + file[29:], 422, "not served here"),

@@ -295,7 +295,7 @@ def with_claimed_frames(file, frames):
         ("compress?model=video-generator", lambda clip, _: clip, 422, "video-generator cannot compress"),
         ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than 200000 pixels"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
-        ("decompress", lambda _, file: file[: len(file) // 2], 422, "cut off"),
+        ("decompress", lambda _, file: file[: len(file) // 2], 422, "truncated"),
         ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "per frame 16 tokens of 2 bytes"),
         ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
         ("decode", {"grid": [-1, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),

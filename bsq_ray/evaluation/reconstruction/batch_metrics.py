@@ -1,7 +1,7 @@
-"""Measure reconstructions batch by batch, and accumulate the results of many workers.
+"""Compute reconstruction metrics per batch, and accumulate the results of many workers.
 
     images or clips ─tokenizer─▶ reconstructions ─▶ `BatchMetrics`: metrics, features ─▶ `MetricAccumulator`
-                    ─mean colors─▶ the baseline at the same bit rate, as a second row
+                    ─mean colors─▶ baseline at the same bit rate, the second row of the results
 
 A worker has no state between batches, so a lost worker is replaced without losing results. Metrics of images are in
 `image_metrics.py`, those of clips in `clip_metrics.py`.
@@ -31,20 +31,20 @@ from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.precision import enable_strict_fp32
 
 ROWS = ("model", "mean color")
-# Examples that workers return, of samples selected by their keys.
+# Approximate number of example images per evaluation, selected by a hash of the sample keys.
 _MAX_EXAMPLES = 256
 
 
 @dataclass
 class BatchMetrics:
-    """Measurements of a batch of N images or clips.
+    """Metrics of a batch of N images or clips.
 
     Attributes:
-        keys: names of the samples.
-        skipped: samples that could not be read.
-        metrics: values (N,), or (N, T) for each frame of clips, by row and name of the metric.
-        features: features (N, D) of the originals (row "original") and of each row, if the samples have any.
-        packed_bits: bits of the tokens, packed, (N, tokens, bytes).
+        keys: keys of the samples.
+        skipped: keys of the samples that could not be read.
+        metrics: values (N,), or (N, T) per frame of clips, by row and metric name.
+        features: features (N, D) of the originals (row "original") and of each row; empty if the samples have none.
+        packed_bits: packed bits of the tokens, uint8 (N, tokens, bytes).
         comparisons: examples for the plots.
         seconds: duration of encoding and decoding.
     """
@@ -59,12 +59,12 @@ class BatchMetrics:
 
 
 class ReconstructionMetrics(ABC):
-    """Reconstruct samples with the tokenizer of a model folder and measure them.
+    """Callable for Ray Data that reconstructs a batch with a tokenizer and computes metrics.
 
     Args:
         model_url: model folder of a tokenizer.
-        weights: "ema" or "raw" weights of the folder.
-        total: number of samples of the data set; determines the fraction returned as examples.
+        weights: weights of the folder to use, "ema" or "raw".
+        total: number of samples of the data set; determines the fraction of samples returned as examples.
 
     Attributes:
         networks: names of the metric networks.
@@ -82,23 +82,23 @@ class ReconstructionMetrics(ABC):
 
     @abstractmethod
     def baseline(self, original: Tensor) -> Tensor:
-        """Return the reconstructions of the baseline codec, of the same shape."""
+        """Return the reconstructions of the baseline codec, in the same shape."""
 
     @abstractmethod
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Return metrics of each sample, (B,), or of each of its frames, (B, T), by name."""
+        """Return metrics by name: (B,) per sample, or (B, T) per frame."""
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor | None:
-        """Return the features (B, D) whose distributions are compared, or None if the samples have none."""
+        """Return features (B, D) for the distribution metrics, or None if the samples have none."""
 
     @staticmethod
     @abstractmethod
     def distribution_metrics(original: FeatureStatistics, reconstruction: FeatureStatistics) -> dict[str, float]:
-        """Return distances between two distributions of features, by name."""
+        """Return distances between two feature distributions, by name."""
 
     def __call__(self, samples: SampleBlock) -> BatchMetrics:
-        """Measure one batch; pixels are rounded to 8 bits first."""
+        """Compute the metrics of one batch, on pixels rounded to 8 bits."""
         result = BatchMetrics(samples.keys, samples.skipped)
         if not samples.keys:
             return result
@@ -135,24 +135,24 @@ class ReconstructionMetrics(ABC):
         return next(values), next(values)
 
     def _select_examples(self, result: BatchMetrics) -> list[int]:
-        """Return the indices of the best and the worst sample and of a fraction that depends on the keys only."""
+        """Return the indices of the samples with the best and worst LPIPS, and of a subset selected by key."""
         score_B = lpips_per_sample(result)
         sampled = np.flatnonzero(sampling_ranks(result.keys) <= self.example_fraction * (2.0**64 - 1))
         return sorted({int(score_B.argmin()), int(score_B.argmax()), *sampled.tolist()})
 
 
-def lpips_per_sample(part: BatchMetrics) -> np.ndarray:
-    """Return the model's LPIPS of each sample, (N,)."""
-    lpips = part.metrics["model"]["lpips"]
+def lpips_per_sample(batch: BatchMetrics) -> np.ndarray:
+    """Return the LPIPS of the model's reconstruction of each sample, (N,)."""
+    lpips = batch.metrics["model"]["lpips"]
     return lpips.reshape(len(lpips), -1).mean(1)
 
 
 class MetricAccumulator:
-    """Sums over batches; memory grows with the number of samples only by one score for each.
+    """Accumulates metrics over batches; per sample, it stores only one LPIPS value.
 
     Args:
-        bits: bits of a token (L).
-        metrics_type: class that measured the batches.
+        bits: number of bits per token (L).
+        metrics_type: class that computed the batch metrics.
     """
 
     def __init__(self, bits: int, metrics_type: type[ReconstructionMetrics]) -> None:
@@ -165,7 +165,7 @@ class MetricAccumulator:
         self._features: dict[str, FeatureStatistics] = {}
 
     def update(self, part: BatchMetrics) -> None:
-        """Add the measurements of a batch."""
+        """Add the metrics of a batch."""
         self.skipped += part.skipped
         if part.packed_bits is None:
             return
@@ -181,7 +181,7 @@ class MetricAccumulator:
         self._seconds += part.seconds
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Return metrics by row and name; `samples_per_second` is the rate of one worker."""
+        """Return metrics by row and name; `samples_per_second` is the throughput of one worker."""
         metrics = {row: {name: float(value.mean()) for name, value in self._means(row).items()} for row in ROWS}
         if self._features:
             for row in ROWS:
@@ -190,7 +190,7 @@ class MetricAccumulator:
         return metrics
 
     def per_frame(self) -> dict[str, dict[str, list[float]]]:
-        """Return the mean metrics of the first, second, … frame of clips, by row and name."""
+        """Return the mean metrics at each frame index of clips, by row and name."""
         return {row: {name: v.tolist() for name, v in self._means(row).items() if v.ndim} for row in ROWS}
 
     def _means(self, row: str) -> dict[str, np.ndarray]:

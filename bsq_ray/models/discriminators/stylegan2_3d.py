@@ -1,9 +1,9 @@
-"""Discriminator of whole clips: StyleGAN2's residual discriminator with convolutions over space and time.
+"""Clip discriminator: StyleGAN2's residual discriminator with convolutions over space and time.
 
-    clips ─fromrgb─▶ [ conv ─ mean/2 ─ conv ] + [ mean/2 ─ 1x1x1 ] …until 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
+    clips ─fromrgb─▶ [ conv ─ pool ─ conv ] + [ pool ─ 1x1x1 ] … to 4 x 4 ─▶ minibatch stddev ─ conv ─ fc ─▶ logit
 
-Every block halves height and width. The last blocks also halve time, as often as the number of frames can be halved.
-Downsampling averages 2 x 2 (x 2) pixels, because StyleGAN2's longer filter is expensive in three dimensions.
+Every block halves height and width. The last blocks also halve the number of frames, until it is odd. Downsampling is
+average pooling, because StyleGAN2's longer filter is expensive in three dimensions.
 
 Shape suffixes: B clips, C channels, T frames, H and W pixels.
 """
@@ -29,7 +29,7 @@ from bsq_ray.models.ops.conv_double_backward import convolution
 
 
 class EqualizedConv3d(nn.Module):
-    """Convolution over time, height and width whose N(0, 1) weights are scaled by 1/sqrt(fan in) at run time."""
+    """3-D convolution with equalized learning rate: N(0, 1) weights, scaled by 1/sqrt(fan_in) in the forward pass."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, activate: bool = True, gain: float = 1.0
@@ -54,7 +54,7 @@ class EqualizedConv3d(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Residual block that halves height and width, and time if `downsample_time`; the sum has unit variance."""
+    """Residual block that halves height and width, and the number of frames if `downsample_time`."""
 
     def __init__(self, in_channels: int, out_channels: int, downsample_time: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ClipBlock(nn.Module):
 
 
 class ClipDiscriminator(nn.Module):
-    """StyleGAN2's discriminator for clips: one logit for each clip.
+    """StyleGAN2 discriminator for clips, with one logit per clip.
 
     Args:
         image_size: side of the frames in pixels, a power of two.
@@ -103,7 +103,7 @@ class ClipDiscriminator(nn.Module):
         x_BCTHW = torch.cat(batches_BCTHW)
         if x_BCTHW.shape[2] != self.frames:
             raise ValueError(
-                f"clips have {x_BCTHW.shape[2]} frames, but this stylegan2-3d discriminator takes {self.frames}"
+                f"clips have {x_BCTHW.shape[2]} frames, but this stylegan2-3d discriminator expects {self.frames}"
             )
         x_BCTHW = self.fromrgb(x_BCTHW.contiguous(memory_format=torch.channels_last_3d))
         for block in self.blocks:
@@ -114,7 +114,7 @@ class ClipDiscriminator(nn.Module):
 
 
 def temporal_downsampling(frames: int, num_blocks: int) -> list[bool]:
-    """Return for each block whether it halves time: the last ones do, as often as `frames` can be halved."""
+    """Return for each block whether it halves the frames: the last blocks do, until the number is odd."""
     num_halvings = 0
     while num_halvings < num_blocks and frames % 2 ** (num_halvings + 1) == 0:
         num_halvings += 1

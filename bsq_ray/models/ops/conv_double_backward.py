@@ -2,12 +2,12 @@
 
     convolution      x, w ─▶ y          <g, convolution(x, w)> is linear in x, w and g,
     input gradient   g, w ─▶ like x     so the derivatives of each of the three functions
-    weight gradient  x, g ─▶ like w     are the two others.
+    weight gradient  x, g ─▶ like w     are the other two.
 
-PyTorch's double backward computes the gradient of the weights as a convolution with a kernel as large as the image.
-GPUs have only slow kernels for it, which would take most of the time of a step with the R1 penalty.
+PyTorch's double backward computes the weight gradient as a convolution with a kernel as large as the image. GPU
+libraries are slow at this, and it would dominate the time of a step with the R1 penalty.
 
-Shapes: x (B, I, …), w (O, I, k, …), y and g (B, O, …), with two or three sizes.
+Shapes: x (B, I, …), w (O, I, k, …), y and g (B, O, …), with two or three trailing dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Grad = Tensor | None
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-    """Convolve images (B, I, H, W) or clips (B, I, T, H, W) to (B, O, …), in the precision of autocast."""
+    """Convolve images (B, I, H, W) or clips (B, I, T, H, W) to (B, O, …), in the autocast dtype if enabled."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -42,7 +42,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[_Grad, _Grad, _Grad, None, None]:
         (g,), (x, w) = gradients, ctx.saved_tensors
-        # Without a bias there is no entry for it.
+        # The list has no entry for the bias if it is None, so append False.
         needs_x, needs_w, needs_bias = (*needs_input_grad_now(ctx), False)[:3]
         return (
             _ConvInputGrad.apply(g, w, x.shape, ctx.stride, ctx.padding) if needs_x else None,
@@ -82,11 +82,11 @@ class _ConvWeightGrad(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, g: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, g)
         ctx.stride, ctx.padding = stride, padding
-        sizes = x.dim() - 2
-        # Only the shape of the weights is used.
+        num_spatial_dims = x.dim() - 2
+        # The weight argument is used only for its shape.
         weight_grad: Tensor = torch.ops.aten.convolution_backward(
-            g, x, x.new_empty(shape), None, [stride] * sizes, [padding] * sizes, [1] * sizes, False, [0] * sizes, 1,
-            [False, True, False],
+            g, x, x.new_empty(shape), None, [stride] * num_spatial_dims, [padding] * num_spatial_dims,
+            [1] * num_spatial_dims, False, [0] * num_spatial_dims, 1, [False, True, False],
         )[1]  # fmt: skip
         return weight_grad
 
@@ -106,10 +106,10 @@ class _ConvWeightGrad(torch.autograd.Function):
 def _conv(
     x: Tensor, w: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: list[int] | None = None
 ) -> Tensor:
-    """Compute the convolution, or with `output_padding` the transposed one, outside of autocast."""
-    sizes = x.dim() - 2
+    """Compute a convolution, or a transposed convolution if `output_padding` is given, with autocast disabled."""
+    num_spatial_dims = x.dim() - 2
     with torch.autocast(x.device.type, enabled=False):
         return torch.convolution(
-            x, w, bias, [stride] * sizes, [padding] * sizes, [1] * sizes, output_padding is not None,
-            output_padding or [0] * sizes, 1,
+            x, w, bias, [stride] * num_spatial_dims, [padding] * num_spatial_dims, [1] * num_spatial_dims,
+            output_padding is not None, output_padding or [0] * num_spatial_dims, 1,
         )  # fmt: skip

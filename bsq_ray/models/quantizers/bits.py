@@ -1,6 +1,7 @@
-"""Conversion of bits to bytes and integers, in integer arithmetic only: a float sum is wrong above 24 bits.
+"""Conversion of bits to bytes and integers.
 
-The first bit of a token is the least significant one, in integers and in bytes.
+All arithmetic is on integers, because a float32 sum is inexact above 24 bits. The first bit of a token is the least
+significant one, in integers and in bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def unpack_bits(packed: Tensor, length: int) -> Tensor:
 
 
 def bits_to_integers(bits_BNL: Tensor, sub_bits: int) -> Tensor:
-    """Convert booleans (…, L) to int64 sub-tokens (…, S) of `sub_bits` consecutive bits each.
+    """Convert booleans (…, L) to int64 sub-tokens (…, S), each of `sub_bits` consecutive bits.
 
     Raises:
         ValueError: L is not a multiple of `sub_bits`, or `sub_bits` is not in 1 to 62.
@@ -41,7 +42,11 @@ def bits_to_integers(bits_BNL: Tensor, sub_bits: int) -> Tensor:
 
 
 def integers_to_bits(integers_BNS: Tensor, sub_bits: int) -> Tensor:
-    """Invert `bits_to_integers`: int64 (…, S) to booleans (…, S · sub_bits)."""
+    """Invert `bits_to_integers`: int64 (…, S) to booleans (…, S * sub_bits).
+
+    Raises:
+        ValueError: `sub_bits` is not in 1 to 62.
+    """
     _check_sub_bits(integers_BNS.shape[-1] * sub_bits, sub_bits)
     return (integers_BNS.unsqueeze(-1) >> _bit_shifts(sub_bits, integers_BNS) & 1).flatten(-2).bool()
 
@@ -52,6 +57,6 @@ def _bit_shifts(num_bits: int, like: Tensor) -> Tensor:
 
 def _check_sub_bits(length: int, sub_bits: int) -> None:
     if not 1 <= sub_bits <= 62:
-        raise ValueError(f"sub-tokens of {sub_bits} bits do not fit an integer; use 1 to 62")
+        raise ValueError(f"sub-tokens of {sub_bits} bits do not fit into an int64; use 1 to 62")
     if length % sub_bits:
         raise ValueError(f"tokens of {length} bits cannot be split into sub-tokens of {sub_bits} bits")

@@ -1,9 +1,9 @@
-"""Tokenizer replica: images and videos to tokens and back.
+"""Tokenizer replica: encodes images and videos to tokens, and decodes them.
 
-    image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      batches of images
-    video file ─▶ VideoEngine: a few frames at a time, between these batches
+    image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      in batches
+    video file ─▶ VideoEngine: a few frames at a time, between image batches
 
-Image files are decoded in the event loop's thread pool. PyTorch computes in the replica's model thread only.
+Image files are decoded in the event loop's thread pool. PyTorch runs only in the replica's model thread.
 
 Shape suffixes: B batch, N tokens, P values of a patch, C channels, L bits of a token, H and W pixels.
 """
@@ -35,7 +35,7 @@ from bsq_ray.serving.replicas.model_thread import ModelThread, example_values, n
 from bsq_ray.serving.replicas.video_engine import VideoEngine
 from bsq_ray.serving.service_config import Limits, Settings
 
-# Videos that one replica processes at a time, a few frames of each in turn.
+# Videos that one replica processes concurrently, a few frames of each in turn.
 _MAX_CONCURRENT_VIDEOS = 4
 
 
@@ -43,8 +43,8 @@ class TokenizerEngine:
     """Converts images to tokens and back; the result of an image does not depend on its batch.
 
     Attributes:
-        video: the same for videos, one at a time.
-        grid_size: rows and columns of tokens.
+        video: engine for videos, one at a time.
+        grid_size: number of rows, and of columns, of tokens.
     """
 
     def __init__(self, url: str, device: str, *, max_batch_size: int, limits: Limits) -> None:
@@ -61,7 +61,7 @@ class TokenizerEngine:
         self._batched_decode = BatchInvariantRunner(self._decode_bits, bits_BNL, num_cores=num_cores(device))
 
     def metadata(self) -> dict[str, Any]:
-        """Return the fields of this model in `GET /v1/models`."""
+        """Return the entry of this model in the response of `GET /v1/models`."""
         model_config, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
         return {
             "tokenizer_id": self.tokenizer.model_id,
@@ -72,7 +72,7 @@ class TokenizerEngine:
         }
 
     def prepare(self, data: bytes) -> np.ndarray:
-        """Decode, resize and crop an image file as in the evaluation; return uint8 pixels (3, H, W), a square.
+        """Decode, resize and crop an image file as in evaluation; return square uint8 pixels (3, H, W).
 
         Raises:
             ApiError: see `read_uploaded_image`.
@@ -81,36 +81,36 @@ class TokenizerEngine:
         return eval_transform(read_uploaded_image(data, self._max_pixels, size), size, self._resize_filter)
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """Convert pixels (3, H, W) to packed bits (N, ceil(L / 8)), uint8."""
+        """Encode pixels (3, H, W) to packed bits (N, ceil(L / 8)), uint8."""
         images_BCHW = to_float(torch.from_numpy(np.stack(images)))
         bits_BNL = self._batched_encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
         return list(pack_bits(bits_BNL).cpu().numpy())
 
     def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
-        """Convert packed bits to pixels, the inverse of `encode`."""
+        """Decode packed bits (N, ceil(L / 8)) to uint8 pixels (3, H, W)."""
         bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
         images_BCHW = to_uint8(self._batched_decode(bits_BNL))
         return list(images_BCHW.cpu().numpy())
 
     def parse_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
-        """Return the tokens of a request, of an image or of all frames of a video, as `decode` expects them.
+        """Convert the tokens of a request to packed bits (frames * N, ceil(L / 8)), uint8.
 
         Raises:
-            ApiError: 422 the tokens do not fit this model.
+            ApiError: 422, the tokens do not match this model.
         """
         num_tokens, bytes_per_token = self.grid_size**2, -(-self.tokenizer.quantizer.bits // 8)
-        has_grid = grid[0] >= 1 and grid[1:] == [self.grid_size, self.grid_size]
-        if not has_grid or len(packed) != grid[0] * num_tokens * bytes_per_token:
+        is_valid_grid = grid[0] >= 1 and grid[1:] == [self.grid_size, self.grid_size]
+        if not is_valid_grid or len(packed) != grid[0] * num_tokens * bytes_per_token:
             raise ApiError(
                 422,
-                f"the tokens do not fit this model; it expects grid [frames, {self.grid_size}, {self.grid_size}] and "
+                f"the tokens do not match this model; it expects grid [frames, {self.grid_size}, {self.grid_size}] and "
                 f"per frame {num_tokens} tokens of {bytes_per_token} bytes",
             )
         return np.frombuffer(packed, np.uint8).reshape(-1, bytes_per_token)
 
     @torch.no_grad()
     def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
-        """Return (B, N, C + L): features, in which every difference shows, and their bits."""
+        """Return features and bits, (B, N, C + L); calibration needs the features, because bits hide differences."""
         patches_BNP = patchify(images_BCHW.to(self._device).unsqueeze(2), self.tokenizer.config.patch_size)
         v_BNC = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
         return torch.cat([v_BNC, self.tokenizer.quantizer(v_BNC).bits_BNL.to(v_BNC.dtype)], -1)
@@ -120,7 +120,7 @@ class TokenizerEngine:
 
 
 class TokenizerReplica:
-    """Ray Serve deployment that encodes and decodes images and videos of the tokenizer's size."""
+    """Ray Serve deployment that encodes and decodes images and videos with one tokenizer."""
 
     def __init__(self, url: str, settings: Settings) -> None:
         replica_config = settings.tokenizer
@@ -132,11 +132,11 @@ class TokenizerReplica:
         self._decode = self._model_thread.make_batcher(self._engine.decode, replica_config)
 
     async def metadata(self) -> dict[str, Any]:
-        """See the engine."""
+        """Return the entry of this model in the response of `GET /v1/models`."""
         return self._engine.metadata()
 
     async def encode(self, data: bytes) -> PackedTokens:
-        """Convert an image or video file to tokens."""
+        """Encode an image or video file to tokens."""
         if is_video(data):
             tokens: PackedTokens = await self._run_on_video(self._engine.video.encode, data)
             return tokens
@@ -144,7 +144,7 @@ class TokenizerReplica:
         return PackedTokens([1, self._engine.grid_size, self._engine.grid_size], packed.tobytes())
 
     async def decode(self, tokens: PackedTokens, media_type: str) -> MediaFile:
-        """Convert tokens to a PNG, or those of a video to a video of this media type."""
+        """Decode tokens of an image to a PNG, or tokens of a video to a video of this media type."""
         packed = self._engine.parse_tokens(tokens.grid, tokens.packed)
         if tokens.rate is None:
             return self._png_file(await self._decode(packed))
@@ -159,7 +159,7 @@ class TokenizerReplica:
             return video
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
-        # In NumPy and not by `metrics.psnr`: PyTorch would wake its threads here, outside the model thread.
+        # NumPy instead of `metrics.psnr`, because PyTorch must not run outside the model thread.
         mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
         return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
 
@@ -167,7 +167,7 @@ class TokenizerReplica:
         return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
 
     async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the video engine in a thread of its own, which enters the model thread for a few frames at a time."""
+        """Call a video engine method in a separate thread, which runs a few frames at a time in the model thread."""
         loop = asyncio.get_running_loop()
         with deadline_after(self._timeout_s) as deadline:
             call = partial(function, *arguments, run_in_model_thread=self._model_thread.run_blocking, deadline=deadline)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO stages 0 to 3, with fp32 weights and bf16 by autocast."""
+"""DeepSpeed ZeRO stages 0 to 3, with fp32 weights and bf16 autocast."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from bsq_ray.training.engines.engine import Engine, gradient_norm
 
 
 class DeepSpeedEngine(Engine):
-    """A DeepSpeed engine around a module.
+    """Training engine that wraps a module in DeepSpeed.
 
     Raises:
-        ValueError: DeepSpeed already uses another device type in this process.
+        ValueError: DeepSpeed was already imported with another device type in this process.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DeepSpeedEngine(Engine):
         accumulation_steps: int,
         device: torch.device,
     ) -> None:
-        # Otherwise DeepSpeed prints to stdout that there is no GPU and no tensor parallelism.
+        # Suppress DeepSpeed's messages on stdout that there is no GPU and no tensor parallelism.
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
         _select_accelerator(device)
         import deepspeed
@@ -52,10 +52,10 @@ class DeepSpeedEngine(Engine):
         ds_config = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation_steps,
-            # Always set, because DeepSpeed's default clips at 1.
+            # Always set, because DeepSpeed clips at norm 1 by default.
             "gradient_clipping": training_config.optimizer.max_grad_norm,
             "zero_optimization": zero_config,
-            # PyTorch's AdamW also runs on the host; DeepSpeed's own would have to be compiled on every node.
+            # PyTorch's AdamW also runs on the host; DeepSpeed's CPU Adam would have to be compiled on every node.
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,
@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
         is_last_micro_batch = bool(self._ds_engine.is_gradient_accumulation_boundary())
         grad_norm: float | None = None
         if is_last_micro_batch and self._zero_stage == 0:
-            # Stage 0 neither returns its norm nor skips a step whose norm is not finite.
+            # Stage 0 neither returns the gradient norm nor skips a step with a non-finite norm.
             grad_norm = gradient_norm([p for p in self.module.parameters() if p.grad is not None])
             if not math.isfinite(grad_norm):
                 return grad_norm
@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
 
     def snapshot(self) -> FileWriters:
         files: FileWriters = {}
-        # DeepSpeed itself writes only small helper scripts there, which are not needed.
+        # DeepSpeed itself writes only small helper scripts to this folder; they are not needed.
         with tempfile.TemporaryDirectory() as scratch:
 
             def capture(state: Any, path: str) -> None:
@@ -119,10 +119,10 @@ class DeepSpeedEngine(Engine):
 
 
 def run_forward_in_autocast(module: nn.Module, device: torch.device) -> None:
-    """Run the module's forward pass in bf16 autocast, by hooks that enter and leave the context.
+    """Register hooks that run the module's forward pass in bf16 autocast.
 
-    DeepSpeed disables an outer autocast around the forward passes of its engines, so it must be entered inside. Hooks
-    keep the parameter names and `module.forward`, unlike a wrapper module.
+    DeepSpeed disables an outer autocast around the forward passes of its engines, so autocast must start inside. Unlike
+    a wrapper module, hooks keep parameter names and `module.forward` unchanged.
     """
     contexts: list[torch.autocast] = []
 
@@ -134,12 +134,12 @@ def run_forward_in_autocast(module: nn.Module, device: torch.device) -> None:
         contexts.pop().__exit__(None, None, None)
 
     module.register_forward_pre_hook(enter)
-    # Also after a forward pass that raises.
+    # `always_call` leaves the context even if the forward pass raises.
     module.register_forward_hook(leave, always_call=True)
 
 
 def ensure_process_group(device: torch.device) -> None:
-    """Make DeepSpeed use the existing process group, or a new one with this process alone."""
+    """Initialize DeepSpeed with the existing process group, or with a new one of world size 1."""
     import deepspeed
 
     if not dist.is_initialized():
@@ -153,22 +153,22 @@ def ensure_process_group(device: torch.device) -> None:
 
 
 def _select_accelerator(device: torch.device) -> None:
-    """Make DeepSpeed use the module's device type; by default it takes a GPU if there is one.
+    """Make DeepSpeed use this device type; by default it uses a GPU if there is one.
 
     Raises:
-        ValueError: DeepSpeed already uses another device type in this process.
+        ValueError: DeepSpeed was already imported with another device type in this process.
     """
-    is_preset = "DS_ACCELERATOR" in os.environ
-    # Read at DeepSpeed's import. Removed afterwards, so that child processes choose for themselves.
+    is_set_by_user = "DS_ACCELERATOR" in os.environ
+    # DeepSpeed reads the variable at import. It is removed afterward, so that child processes do not inherit it.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator().device_name()
-    if not is_preset:
+    if not is_set_by_user:
         del os.environ["DS_ACCELERATOR"]
     if accelerator != device.type:
         raise ValueError(
-            f"DeepSpeed already uses {accelerator} in this process and cannot train on {device.type}; start another "
+            f"DeepSpeed already uses {accelerator} in this process and cannot train on {device.type}; use a new "
             "process, or set training.engine.kind=ddp"
         )
 

@@ -160,7 +160,7 @@ def test_masked_lm_trains_and_generates_clips(held_out_video_shards, tmp_path):
 
 def test_token_table_of_other_shape_raises(tokens, tmp_path):
     """A token table of another shape, or an incomplete one, is rejected before training starts."""
-    with pytest.raises(ValueError, match=r"give model.grid=\[1, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"set model.grid=\[1, 4, 4\]"):
         train(load_config("masked-lm-demo", [*SMALL, "model.grid=[1,2,2]"]), tokens, str(tmp_path / "x"), 0)
     with pytest.raises(ValueError, match="is not a complete token table"):
         train(load_config("masked-lm-demo", SMALL), str(tmp_path), str(tmp_path / "x"), 0)
@@ -175,7 +175,7 @@ def test_run_rejects_tokens_of_other_tokenizer(trained_run, photo_shards, tmp_pa
     assert tokenizer_id == Generator.from_pretrained(str(out / "model")).tokenizer.model_id
     with pytest.raises(ValueError, match=f"model.tokenizer was '{tokenizer_id}' and is '{other.info.tokenizer_id}'"):
         run(other.url, out, 0, resume=True)
-    with pytest.raises(ValueError, match=f"the model reads those of {other.info.tokenizer_id[:12]}"):
+    with pytest.raises(ValueError, match=f"the model requires tokenizer {other.info.tokenizer_id[:12]}"):
         run(other.url, tmp_path / "mixed", 0, held_out_url=training_table_url(out))
 
 
