@@ -32,7 +32,7 @@ class Generator:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer.eval(), sampling
 
     @classmethod
-    def from_pretrained(cls, url: str, weights: WeightsKind = "ema", device: str = "cpu") -> Generator:
+    def from_pretrained(cls, url: str, weights: WeightsKind = "ema", device: torch.device | str = "cpu") -> Generator:
         """Load the model folder of a masked language model, which contains its tokenizer in `tokenizer/`.
 
         Raises:
