@@ -87,7 +87,7 @@ def test_parameter_counts_match_released_code(name, generator, discriminator):
 
 @pytest.mark.parametrize("network", ["vgg", "alex"])
 def test_perceptual_network_parameter_count_is_exact(network):
-    num_planned = sum(layer.parameters for layers in perceptual_layers(network, 64) for layer in layers)
+    num_planned = sum(layer.num_parameters for layers in perceptual_layers(network, 64) for layer in layers)
     assert num_planned == count_parameters(PerceptualLoss(network).lpips.trunk)
 
 
