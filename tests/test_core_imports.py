@@ -46,6 +46,8 @@ codec = bsq_ray.Codec.from_pretrained(folder)
 image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
 assert codec.decompress(codec.compress(image).data).size == (30, 20)
 import bsq_ray.codec.files
+from bsq_ray.cli.info import format_info
+assert "16 px images" in format_info(folder)
 """
 
 

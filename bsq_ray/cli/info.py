@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from bsq_ray import config, model_folder, storage
+from bsq_ray.cli.extras import require_extra
 from bsq_ray.config.loader import suggest
-from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
-from bsq_ray.data.token_table import TABLE_FILE, read_table
-from bsq_ray.training.checkpoints.writer import list_checkpoints
 
 
 def format_info(target: str) -> str:
@@ -23,6 +21,13 @@ def format_info(target: str) -> str:
         return (
             f"model folder {target}\nid {folder.model_id}\n{num_parameters:,} parameters\n{_format_run(folder.config)}"
         )
+    # Model folders and presets are described without the packages of the extras.
+    require_extra("info", "train")
+
+    from bsq_ray.data.manifest import MANIFEST_FILE, read_manifest
+    from bsq_ray.data.token_table import TABLE_FILE, read_table
+    from bsq_ray.training.checkpoints.writer import list_checkpoints
+
     if storage.exists(storage.join(target, MANIFEST_FILE)):
         manifest = read_manifest(target)
         size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
