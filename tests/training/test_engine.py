@@ -129,7 +129,7 @@ def test_offload_optimizer_enables_deepspeed_offload(stage):
     ("overrides", "reason"),
     [
         (["zero_stage=0"], "zero_stage 0 partitions none; use zero_stage 1, 2 or 3"),
-        (["kind=ddp"], "offload_optimizer is done by DeepSpeed"),
+        (["kind=ddp"], "offload_optimizer needs DeepSpeed"),
     ],
 )
 def test_offload_optimizer_unsupported_raises(overrides, reason):
