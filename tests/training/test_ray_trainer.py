@@ -113,7 +113,7 @@ def test_metrics_are_exported_to_prometheus(photo_shards, tmp_path, ray_local):
     stop, values, records = threading.Event(), [], []
 
     def poll():
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not values and time.monotonic() < deadline:
             time.sleep(0.5)
             text = urllib.request.urlopen(url, timeout=10).read().decode()
