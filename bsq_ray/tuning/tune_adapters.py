@@ -7,7 +7,7 @@ Study ──next_trial──▶ StudySearcher ──config──▶ Tune
 
 from __future__ import annotations
 
-import sys
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -133,8 +133,9 @@ def build_scheduler(study: Study, max_steps: int, request_stop: Callable[[int], 
             mode=mode,
             grace_period=scheduler_config.grace_period,
             min_samples_required=scheduler_config.min_samples_required,
-            # Otherwise it pauses trials that are ahead, and a paused trial keeps its workers.
-            min_time_slice=sys.maxsize,
+            # Otherwise it pauses trials that are ahead, and a paused trial keeps its workers. Tune compares the value with
+            # an infinite time since the first pause, so that no integer is large enough.
+            min_time_slice=math.inf,  # type: ignore[arg-type]
         )
     return GracefulStopScheduler(inner_scheduler, request_stop, study)
 

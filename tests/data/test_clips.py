@@ -183,7 +183,7 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
 @pytest.mark.parametrize("small", [2**30, 1])
 def test_clips_from_object_store_whole_or_by_range(video_folders, bucket, monkeypatch, small):
     """Clips are read from an object store as whole files or by byte range."""
-    monkeypatch.setattr(shard_reader, "_SMALL", small)
+    monkeypatch.setattr(shard_reader, "_SMALL_FILE_BYTES", small)
     pack_videos(str(video_folders[1]), f"{bucket}/set", PackOptions(max_side=64, num_workers=0))
     source = make_source(f"{bucket}/set", clips_per_video=2)
     assert source.read_eval(range(4)).values_P.std() > 10

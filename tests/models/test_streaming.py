@@ -178,7 +178,7 @@ def test_stream_non_causal_model_raises():
 
 @pytest.mark.parametrize("overlap", [-1, 6])
 def test_stream_invalid_overlap_raises(overlap):
-    with pytest.raises(ValueError, match=f"overlap {overlap} must be 0 or more and below the model's 6 frames"):
+    with pytest.raises(ValueError, match=f"overlap {overlap} must be 0 or more and less than the model's 6 frames"):
         video_tokenizer().encode_stream([], overlap)
 
 
