@@ -26,13 +26,13 @@ def main() -> None:
     parser.add_argument("model", help="model folder, URL or hub id of a masked language model")
     parser.add_argument("--label", type=int, default=0)
     parser.add_argument("--to", type=int, default=1, help="class at the end of the interpolation")
-    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--num-images", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     generator = Generator.from_pretrained(arguments.model, device=arguments.device)
 
-    images_BCHW = generator.generate([arguments.label] * arguments.count, seed=0, steps=arguments.steps)
+    images_BCHW = generator.generate([arguments.label] * arguments.num_images, seed=0, steps=arguments.steps)
     save_row("generated.png", images_BCHW)
 
     # Tokens that are still masked are gray.
@@ -40,7 +40,7 @@ def main() -> None:
     save_row("steps.png", torch.cat(steps))
 
     between_BCHW = generator.interpolate(
-        [arguments.label, arguments.to], arguments.count, seed=0, steps=arguments.steps
+        [arguments.label, arguments.to], arguments.num_images, seed=0, steps=arguments.steps
     )
     save_row("interpolation.png", between_BCHW)
 

@@ -132,7 +132,7 @@ def _wait_until_healthy(url):
 
 
 def test_generate_writes_images(models, tmp_path):
-    run("06_generate.py", models[1], "--count", 2, "--steps", 2, cwd=tmp_path)
+    run("06_generate.py", models[1], "--num-images", 2, "--steps", 2, cwd=tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == {"generated.png", "steps.png", "interpolation.png"}
 
 

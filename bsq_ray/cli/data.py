@@ -49,12 +49,12 @@ def data_pack(
         report = pack(src, dest, options, on_progress)
     manifest = report.manifest
     print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
-    if report.damaged:
-        print(f"skipped {len(report.damaged)} that cannot be decoded, listed in {dest}/damaged.txt")
-    if report.too_short:
-        print(f"skipped {len(report.too_short)} that are too short, listed in {dest}/too-short.txt")
-    if report.changed:
-        print(f"converted {len(report.changed)} to a constant frame rate, listed in {dest}/changed.txt")
+    if report.damaged_files:
+        print(f"skipped {len(report.damaged_files)} that cannot be decoded, listed in {dest}/damaged.txt")
+    if report.too_short_files:
+        print(f"skipped {len(report.too_short_files)} that are too short, listed in {dest}/too-short.txt")
+    if report.changed_files:
+        print(f"converted {len(report.changed_files)} to a constant frame rate, listed in {dest}/changed.txt")
     if report.num_ignored:
         print(f"ignored {report.num_ignored} files that are not {kind}")
 

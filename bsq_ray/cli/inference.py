@@ -15,7 +15,9 @@ def generate(
     model: Annotated[str, typer.Option(help="Model folder of a masked language model.")],
     out: Annotated[str, typer.Option(help="Folder for the images.")],
     classes: Annotated[str, typer.Option(help="Comma-separated class indices, such as 1,2. Default: all.")] = "",
-    count: Annotated[int, typer.Option(min=1, help="Images per class; interpolation steps, with --interpolate.")] = 8,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Images per class; interpolation steps, with --interpolate.")
+    ] = 8,
     steps: Annotated[int | None, typer.Option(help="Forward passes of an image.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Temperature of the Gumbel noise on confidences.")] = None,
@@ -32,7 +34,7 @@ def generate(
 
     request = GenerateRequest(
         classes=parse_ints(classes, "--classes"),
-        count=count,
+        count=num_images,
         seed=seed,
         sampling=drop_none(steps=steps, guidance_scale=guidance_scale, temperature=temperature),
         interpolate=interpolate,

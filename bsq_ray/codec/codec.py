@@ -35,7 +35,7 @@ from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, build_file
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, group_size
-from bsq_ray.media.color import SRGB, Color
+from bsq_ray.media.color import SRGB, ColorDescription
 from bsq_ray.media.images import to_srgb
 from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.model_folder import WeightsKind
@@ -125,7 +125,7 @@ class Codec:
         self,
         frames: Iterable[np.ndarray],
         frame_rate: Fraction | int,
-        color: Color = SRGB,
+        color: ColorDescription = SRGB,
         on_progress: ProgressCallback = no_progress,
     ) -> CompressedFile:
         """Compress a clip, one group of pictures at a time.
@@ -250,10 +250,10 @@ class Codec:
             tolerance=_TOLERANCE,
             width=width,
             height=height,
-            tile=model_config.image_size,
-            patch=model_config.patch_size,
+            tile_size=model_config.image_size,
+            patch_size=model_config.patch_size,
             bits=self.tokenizer.quantizer.bits,
-            group=group_size(self.prior),
+            group_size=group_size(self.prior),
             tokenizer=self._tokenizer_id,
             prior=self._prior_id,
             clip=clip,
@@ -304,12 +304,12 @@ class Codec:
                 raise ValueError(
                     f"the file was written with {name} {file_id.hex()}, but this is {model_id.hex()}; load that model"
                 )
-        matches = (header.tile, header.patch, header.bits) == (
+        matches = (header.tile_size, header.patch_size, header.bits) == (
             model_config.image_size, model_config.patch_size, self.tokenizer.quantizer.bits
         )  # fmt: skip
         matches = matches and (header.clip is None or header.gop_size == model_config.frames)
         matches = matches and (header.clip is not None or model_config.frames == 1 or model_config.causal)
-        if not matches or header.group > group_size(self.prior):
+        if not matches or header.group_size > group_size(self.prior):
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
 
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from bsq_ray.codec.rect import Rect
-from bsq_ray.media.color import Color
+from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.limits import MAX_PIXELS
 
 MAGIC, VERSION = b"BSQ1", 1
@@ -45,7 +45,7 @@ class VideoHeader:
     num_frames: int
     gop_size: int
     frame_rate: Fraction
-    color: Color
+    color: ColorDescription
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Header:
         coding: `CODING_RAW` (no entropy coding) or `CODING_PRIOR`.
         tolerance: the decoder's logits may differ from the encoder's by up to 2^-tolerance.
         width, height: size of the image in pixels.
-        tile, patch: side of a tile and of a token's patch in pixels.
+        tile_size, patch_size: side of a tile and of a token's patch in pixels.
         bits: number of bits per token.
-        group: side of a group in tiles.
+        group_size: side of a group in tiles.
         tokenizer, prior: first 8 bytes of the models' ids; the prior's are zero with `CODING_RAW`.
         clip: timing and color of a clip; None for an image.
     """
@@ -67,10 +67,10 @@ class Header:
     tolerance: int
     width: int
     height: int
-    tile: int
-    patch: int
+    tile_size: int
+    patch_size: int
     bits: int
-    group: int
+    group_size: int
     tokenizer: bytes
     prior: bytes
     clip: VideoHeader | None = field(default=None, kw_only=True)
@@ -78,12 +78,12 @@ class Header:
     @property
     def tile_grid(self) -> tuple[int, int]:
         """Number of rows and columns of tiles."""
-        return -(-self.height // self.tile), -(-self.width // self.tile)
+        return -(-self.height // self.tile_size), -(-self.width // self.tile_size)
 
     @property
     def tokens_per_frame(self) -> int:
         """Number of tokens per frame of a tile."""
-        side = self.tile // self.patch
+        side = self.tile_size // self.patch_size
         return side * side
 
     @property
@@ -105,22 +105,22 @@ class Header:
     def groups_per_gop(self) -> int:
         """Number of tile groups per group of pictures."""
         rows, columns = self.tile_grid
-        return -(-rows // self.group) * -(-columns // self.group)
+        return -(-rows // self.group_size) * -(-columns // self.group_size)
 
     def iter_groups(self, tiles: Rect | None = None) -> Iterator[tuple[int, Rect]]:
         """Yield the tile groups that overlap `tiles`: index within the group of pictures, and the group's tiles."""
         all_tiles = Rect(0, 0, *self.tile_grid)
-        groups_per_row = -(-all_tiles.right // self.group)
-        for block in (tiles or all_tiles).cover(self.group).blocks(1):
-            group_tiles = block.scale(self.group).intersect(all_tiles)
+        groups_per_row = -(-all_tiles.right // self.group_size)
+        for block in (tiles or all_tiles).cover(self.group_size).blocks(1):
+            group_tiles = block.scale(self.group_size).intersect(all_tiles)
             yield block.top * groups_per_row + block.left, group_tiles
 
     def pack(self) -> bytes:
         """Serialize the header."""
         kind = KIND_CLIP if self.clip else KIND_IMAGE
         packed = _HEADER_STRUCT.pack(
-            MAGIC, VERSION, kind, self.coding, self.tolerance, self.width, self.height, self.tile, self.patch,
-            self.bits, self.group, self.tokenizer, self.prior,
+            MAGIC, VERSION, kind, self.coding, self.tolerance, self.width, self.height, self.tile_size, self.patch_size,
+            self.bits, self.group_size, self.tokenizer, self.prior,
         )  # fmt: skip
         if self.clip is None:
             return packed
@@ -270,7 +270,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         frames, numerator, denominator, gop, *color = _VIDEO_STRUCT.unpack_from(data, _HEADER_STRUCT.size)
         if not (frames and numerator and denominator and gop):
             raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
-        clip = VideoHeader(frames, gop, Fraction(numerator, denominator), Color(*color))
+        clip = VideoHeader(frames, gop, Fraction(numerator, denominator), ColorDescription(*color))
         if (clip.frame_rate.numerator, clip.frame_rate.denominator) != (numerator, denominator):
             raise ValueError("the file is damaged: its frame rate is not in lowest terms")
     header = Header(*fields, clip=clip)
@@ -291,17 +291,17 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
     is_valid = (
         header.coding in (CODING_RAW, CODING_PRIOR)
         and header.tolerance <= 63
-        and header.patch
-        and header.tile >= header.patch
-        and header.tile % header.patch == 0
+        and header.patch_size
+        and header.tile_size >= header.patch_size
+        and header.tile_size % header.patch_size == 0
         and 1 <= header.bits <= 128
-        and 1 <= header.group <= _MAX_GROUP_SIZE
+        and 1 <= header.group_size <= _MAX_GROUP_SIZE
     )
     if not is_valid:
         raise ValueError("the file is damaged: its header has invalid tiles, tokens or coding")
     rows, columns = header.tile_grid
-    if rows * columns * header.tile**2 > _MAX_PADDED_PIXELS:
+    if rows * columns * header.tile_size**2 > _MAX_PADDED_PIXELS:
         raise ValueError(
-            f"{header.width} x {header.height} pixels need {rows} x {columns} tiles of {header.tile} pixels; the limit "
-            f"is {_MAX_PADDED_PIXELS} pixels in all tiles"
+            f"{header.width} x {header.height} pixels need {rows} x {columns} tiles of {header.tile_size} pixels; the "
+            f"limit is {_MAX_PADDED_PIXELS} pixels in all tiles"
         )

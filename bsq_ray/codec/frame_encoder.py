@@ -68,7 +68,7 @@ class FrameEncoder:
     ) -> list[EncodedGroup]:
         """Encode one group of pictures."""
         with add_elapsed(timings_s, "tokenizer"):
-            tiles = split_tiles(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2), header.tile)
+            tiles = split_tiles(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2), header.tile_size)
             bits_BNL = self._pixel_codec.encode(tiles.flatten(0, 1), lambda: on_progress(0, header.groups_per_gop))
             bits_RCNL = bits_BNL.unflatten(0, tiles.shape[:2])
         groups = []

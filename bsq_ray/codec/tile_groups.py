@@ -47,7 +47,7 @@ def group_size(prior: Prior | None) -> int:
 
 def max_groups_per_pass(prior: Prior | None, header: Header) -> int:
     """Return how many groups to decode together, limited by the memory of their keys and values."""
-    return 1 if prior is None else max(1, _MAX_CACHE_BYTES // (_cache_bytes_per_tile(prior) * header.group**2))
+    return 1 if prior is None else max(1, _MAX_CACHE_BYTES // (_cache_bytes_per_tile(prior) * header.group_size**2))
 
 
 def encode_group(

@@ -78,16 +78,16 @@ class PackReport:
 
     Attributes:
         manifest: the data set.
-        damaged: "file: reason" of each file that could not be decoded.
-        too_short: "file: reason" of each video with too few frames.
-        changed: "file: change" of each video whose variable frame rate was converted to a constant one.
+        damaged_files: "file: reason" of each file that could not be decoded.
+        too_short_files: "file: reason" of each video with too few frames.
+        changed_files: "file: change" of each video whose variable frame rate was converted to a constant one.
         num_ignored: number of files with other suffixes, which are not packed.
     """
 
     manifest: Manifest
-    damaged: list[str] = field(default_factory=list)
-    too_short: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
+    too_short_files: list[str] = field(default_factory=list)
+    changed_files: list[str] = field(default_factory=list)
     num_ignored: int = 0
 
 
@@ -101,9 +101,9 @@ class _ShardResult:
 
     num_files: int
     shard: Shard | None = None
-    damaged: list[str] = field(default_factory=list)
-    too_short: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
+    damaged_files: list[str] = field(default_factory=list)
+    too_short_files: list[str] = field(default_factory=list)
+    changed_files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ def _pack(
         done += result.num_files
         on_progress(done, total)
     shards = sorted((result.shard for result in results if result.shard is not None), key=lambda shard: shard.name)
-    damaged = sorted(line for result in results for line in result.damaged)
-    too_short = sorted(line for result in results for line in result.too_short)
-    changed = sorted(line for result in results for line in result.changed)
+    damaged = sorted(line for result in results for line in result.damaged_files)
+    too_short = sorted(line for result in results for line in result.too_short_files)
+    changed = sorted(line for result in results for line in result.changed_files)
     if not shards:
         requirement = "can be decoded" if damaged else "is long enough"
         raise ValueError(
@@ -254,16 +254,16 @@ def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: 
             try:
                 encoded = encode(storage.read_bytes(source.url), posixpath.splitext(source.url)[1][1:].lower())
             except TooShortError as error:
-                result.too_short.append(f"{source.url}: {error}")
+                result.too_short_files.append(f"{source.url}: {error}")
                 continue
             except storage.StorageUnavailableError:
                 # The file may be intact, so a data set without it would be incomplete.
                 raise
             except ValueError as error:
-                result.damaged.append(f"{source.url}: {error}")
+                result.damaged_files.append(f"{source.url}: {error}")
                 continue
             if encoded.change:
-                result.changed.append(f"{source.url}: {encoded.change}")
+                result.changed_files.append(f"{source.url}: {encoded.change}")
             samples.append((source, archive.tell() + _TAR_BLOCK_BYTES, encoded))
             _add_member(tar, f"{source.key}.{encoded.suffix}", encoded.data)
             _add_member(tar, f"{source.key}.cls", str(source.label).encode())

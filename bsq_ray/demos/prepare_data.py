@@ -58,7 +58,7 @@ def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> 
         pack = pack_images if sample_set is PHOTOS else pack_videos
         report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
         log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
-        for line in report.damaged + report.too_short:
+        for line in report.damaged_files + report.too_short_files:
             log(f"skipped {line}")
     return str(dest)
 

@@ -50,7 +50,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         curves=[curve for spec in _CURVES if (curve := _training_curve(records, *spec))],
         metrics=results["rows"]["model"],
         summary=summary,
-        duration=format_duration(summary["seconds"]),
+        duration=format_duration(summary["duration_s"]),
         run_url=run_url,
         provenance_text=json.dumps(results["provenance"], indent=2),
     )

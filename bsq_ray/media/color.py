@@ -12,7 +12,7 @@ from av.video.reformatter import Interpolation
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
-class Color(NamedTuple):
+class ColorDescription(NamedTuple):
     """Color description of a video, with the code points of ITU-T H.273.
 
     Attributes:
@@ -28,14 +28,14 @@ class Color(NamedTuple):
     full_range: int
 
 
-SRGB = Color(1, 13, 0, 1)
-BT709 = Color(1, 1, 1, 0)
+SRGB = ColorDescription(1, 13, 0, 1)
+BT709 = ColorDescription(1, 1, 1, 0)
 
 
-def frame_color(frame: Any) -> Color:
+def frame_color(frame: Any) -> ColorDescription:
     """Return the color description in the metadata of a decoded frame (`av.VideoFrame`)."""
     full_range = int(frame.color_range == 2)
-    return Color(int(frame.color_primaries), int(frame.color_trc), int(frame.colorspace), full_range)
+    return ColorDescription(int(frame.color_primaries), int(frame.color_trc), int(frame.colorspace), full_range)
 
 
 def frame_to_rgb(frame: Any, colorspace: int | None = None) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import av
 import numpy as np
 
-from bsq_ray.media.color import Color, frame_color, frame_to_rgb
+from bsq_ray.media.color import ColorDescription, frame_color, frame_to_rgb
 from bsq_ray.media.limits import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class VideoStream:
     frame_rate: Fraction
     num_frames: int
     size: tuple[int, int]
-    color: Color
+    color: ColorDescription
     has_audio: bool
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from bsq_ray.media.color import BT709, Color, rgb_to_frame
+from bsq_ray.media.color import BT709, ColorDescription, rgb_to_frame
 from bsq_ray.media.video_reader import ffmpeg_error_text
 
 # Matrices that FFmpeg's scaler computes with; any other is written as BT.709.
@@ -42,7 +42,7 @@ def write_video(
     container_format: str,
     frames: Iterable[np.ndarray],
     frame_rate: Fraction,
-    color: Color,
+    color: ColorDescription,
     encoder: VideoEncoder | None = None,
 ) -> int:
     """Encode frames to a video file.
@@ -85,7 +85,7 @@ def even_size(width: int, height: int, max_side: int) -> tuple[int, int]:
     return max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
 
 
-def _configure_stream(stream: Any, shape: tuple[int, ...], color: Color, is_lossless: bool) -> None:
+def _configure_stream(stream: Any, shape: tuple[int, ...], color: ColorDescription, is_lossless: bool) -> None:
     stream.height, stream.width = shape[:2]
     context = stream.codec_context
     context.color_primaries, context.color_trc = color.primaries, color.transfer

@@ -21,6 +21,7 @@ from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
 from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.monitoring.console import ProgressLine
+from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.summary import RunSummary
 from bsq_ray.training.ray_trainer import run_on_ray
 from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable
@@ -110,7 +111,7 @@ def train(
             raise Interrupted("stopped before the workers started; nothing is lost")
         result = summary.complete(result)
         _write_summary(result, num_workers, spec, record_sink)
-    if not result.finished:
+    if not result.is_finished:
         raise Interrupted(f"stopped after step {result.step}; checkpoint and model are saved in {out_url}")
     return result
 
@@ -145,6 +146,7 @@ def _validate(spec: RunSpec, resume: bool) -> None:
     """
     if spec.minutes is not None and spec.minutes <= 0:
         raise ValueError(f"minutes {spec.minutes} must be positive")
+    check_trackers(spec.config.training.trackers)
     source = build_source(spec.config, spec.data_url)
     for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
         if not data_source.num_samples:

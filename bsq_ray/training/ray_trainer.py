@@ -283,7 +283,7 @@ class WorkerGroupRun:
     def _outcome(self, resize_reason: str, stop_requested: bool) -> Outcome:
         """Return the outcome of a group that has ended."""
         if self._result is not None:
-            if self._result.finished or stop_requested:
+            if self._result.is_finished or stop_requested:
                 return Finished(self._result)
             return Resized(resize_reason)
         if not self._started and any(is_startup_timeout(error) for error in self._fit_errors):

@@ -44,10 +44,10 @@ class RunResult:
 
     Attributes:
         step: number of completed steps.
-        finished: True if training is complete, False if a stop or resize request ended it.
-        seconds: duration of training and its evaluations over all worker groups, limited by `RunSpec.minutes`.
+        is_finished: True if training is complete, False if a stop or resize request ended it.
+        duration_s: duration of training and its evaluations over all worker groups, limited by `RunSpec.minutes`.
         images_per_second: throughput of all workers of this group, without evaluations.
-        data_wait: fraction of the training time spent waiting for data, 0 to 1.
+        data_wait_fraction: fraction of the training time spent waiting for data, 0 to 1.
         num_checkpoints: number of checkpoints written.
         checkpoint_blocking_seconds: time for which training was blocked by checkpoints.
         skipped_samples: keys of samples that could not be read by any worker.
@@ -56,10 +56,10 @@ class RunResult:
     """
 
     step: int
-    finished: bool
-    seconds: float
+    is_finished: bool
+    duration_s: float
     images_per_second: float
-    data_wait: float
+    data_wait_fraction: float
     num_checkpoints: int = 0
     checkpoint_blocking_seconds: float = 0.0
     skipped_samples: list[str] = field(default_factory=list)

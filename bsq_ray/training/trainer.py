@@ -168,10 +168,10 @@ class Trainer:
         self.recorder.close()
         return RunResult(
             step=self.step,
-            finished=control.progress >= 1,
-            seconds=self.elapsed,
+            is_finished=control.progress >= 1,
+            duration_s=self.elapsed,
             images_per_second=training_config.batch_size * (self.step - first_step) / step_seconds,
-            data_wait=data_wait,
+            data_wait_fraction=data_wait,
             skipped_samples=list(self.skipped.samples),
             metrics=dict(self.metrics),
         )

@@ -194,7 +194,7 @@ class SweepTrainable(tune.Trainable):
         except Interrupted:
             # `cleanup` sets the event without a reason; its outcome is never read.
             return TrialOutcome(self._stop_reason or "interrupted", "", {})
-        run_metrics = {"steps": float(result.step), "train_seconds": result.seconds}
+        run_metrics = {"steps": float(result.step), "train_seconds": result.duration_s}
         return TrialOutcome("finished", "", {**result.metrics, **run_metrics, **self._evaluate(run_config)})
 
     def _evaluate(self, run_config: config.AnyConfig) -> dict[str, float]:

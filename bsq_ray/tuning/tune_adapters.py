@@ -133,8 +133,7 @@ def build_scheduler(study: Study, max_steps: int, request_stop: Callable[[int], 
             mode=mode,
             grace_period=scheduler_config.grace_period,
             min_samples_required=scheduler_config.min_samples_required,
-            # Otherwise it pauses trials that are ahead, and a paused trial keeps its workers. Tune compares the value with
-            # an infinite time since the first pause, so that no integer is large enough.
+            # A paused trial would keep its workers. Tune takes the time since a pause that never was as infinite.
             min_time_slice=math.inf,  # type: ignore[arg-type]
         )
     return GracefulStopScheduler(inner_scheduler, request_stop, study)

@@ -12,7 +12,7 @@ from small_codecs import save_clip_codec
 from bsq_ray import Codec
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
-from bsq_ray.media.color import SRGB, Color
+from bsq_ray.media.color import SRGB, ColorDescription
 from bsq_ray.media.video_reader import read_video
 from bsq_ray.media.video_writer import write_video
 
@@ -50,7 +50,7 @@ def frames(carphone):
 
 @pytest.fixture(scope="module")
 def data(clip_codec, frames):
-    return clip_codec.compress_clip(frames, RATE, Color(1, 1, 1, 0)).data
+    return clip_codec.compress_clip(frames, RATE, ColorDescription(1, 1, 1, 0)).data
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,9 @@ def test_write_video_lossless_roundtrip(decoded, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(88, 72), (87, 71)])
-@pytest.mark.parametrize("color", [Color(1, 1, 1, 0), Color(9, 16, 9, 0), Color(1, 13, 0, 1)])
+@pytest.mark.parametrize(
+    "color", [ColorDescription(1, 1, 1, 0), ColorDescription(9, 16, 9, 0), ColorDescription(1, 13, 0, 1)]
+)
 def test_write_video_mp4_is_close_and_keeps_color_tags(frames, tmp_path, size, color):
     """An MP4 is close to the frames and carries their color tags."""
     path = str(tmp_path / "a.mp4")
@@ -184,7 +186,7 @@ def test_write_video_mp4_is_close_and_keeps_color_tags(frames, tmp_path, size, c
 def test_read_video_applies_rotation_matrix(tmp_path, frames):
     """Write a video as phones do: the display matrix of the track rotates by a quarter turn clockwise."""
     path = tmp_path / "turned.mp4"
-    write_video(str(path), "mp4", iter(frames), RATE, Color(1, 1, 1, 0))
+    write_video(str(path), "mp4", iter(frames), RATE, ColorDescription(1, 1, 1, 0))
     unrotated_frame = next(read_video(str(path)).frames)
     content = path.read_bytes()
     identity_matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 2**30)

@@ -74,7 +74,7 @@ def test_pack_images_undecodable_files_are_reported(folder, tmp_path):
     report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert report.manifest.num_samples == 6
     assert report.num_ignored == 1
-    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["text.jpg", "half.jpg"]
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged_files] == ["text.jpg", "half.jpg"]
     assert "text.jpg" in (tmp_path / "out" / "damaged.txt").read_text()
 
 

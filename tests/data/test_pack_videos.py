@@ -122,10 +122,14 @@ def test_pack_videos_unusable_files_are_reported(folder, photos, tmp_path):
     report = pack_videos(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert report.manifest.num_samples == 4
     assert report.num_ignored == 1
-    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged] == ["cut.mp4", "text.avi"]
-    assert [line.rsplit("/", 1)[1] for line in report.too_short] == ["short.mkv: has 10 frames, fewer than 16"]
-    assert [line.rsplit("/", 1)[1] for line in report.changed] == ["uneven.mkv: variable rate, now 25 fps"]
-    for name, lines in {"damaged": report.damaged, "too-short": report.too_short, "changed": report.changed}.items():
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged_files] == ["cut.mp4", "text.avi"]
+    assert [line.rsplit("/", 1)[1] for line in report.too_short_files] == ["short.mkv: has 10 frames, fewer than 16"]
+    assert [line.rsplit("/", 1)[1] for line in report.changed_files] == ["uneven.mkv: variable rate, now 25 fps"]
+    for name, lines in {
+        "damaged": report.damaged_files,
+        "too-short": report.too_short_files,
+        "changed": report.changed_files,
+    }.items():
         assert (tmp_path / "out" / f"{name}.txt").read_text().splitlines() == lines
     (tmp_path / "few").mkdir()
     (tmp_path / "few" / "short.mkv").write_bytes((folder / "Archery" / "short.mkv").read_bytes())

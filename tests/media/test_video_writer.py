@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bsq_ray.media.color import BT709, SRGB, Color
+from bsq_ray.media.color import BT709, SRGB, ColorDescription
 from bsq_ray.media.video_reader import TooLargeError, probe, read_frames, read_video
 from bsq_ray.media.video_writer import VideoEncoder, even_size, write_video
 
@@ -47,7 +47,7 @@ def test_write_video_matroska_is_lossless(frames):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (63, 95)])
-@pytest.mark.parametrize("color", [BT709, Color(9, 16, 9, 0), SRGB])
+@pytest.mark.parametrize("color", [BT709, ColorDescription(9, 16, 9, 0), SRGB])
 def test_write_video_mp4_keeps_size_color_and_pixels(frames, size, color):
     """An MP4 of even or odd size is close to the frames and carries their color tags."""
     cropped = [frame[: size[0], : size[1]] for frame in frames]

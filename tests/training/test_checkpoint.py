@@ -154,7 +154,7 @@ def test_checkpoint_transient_storage_error_is_retried(photo_shards, flaky_stora
     FlakyFileSystem.failing_path, FlakyFileSystem.num_failures = failing_path, 2
     listener = RecordingReporter()
     result = run_training(small_spec(photo_shards, flaky_storage, AT_HALF), local_worker(listener))
-    assert result.finished
+    assert result.is_finished
     assert FlakyFileSystem.num_failures == 0
     warnings = [record["text"] for record in listener.records if record["kind"] == "warning"]
     assert len(warnings) == 2

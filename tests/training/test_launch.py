@@ -128,8 +128,8 @@ def test_time_limit_ends_run_and_schedule(photo_shards, tmp_path):
     """A time limit ends the run, with the schedule at its end."""
     overrides = ["training.steps=1000000", "training.engine.kind=ddp"]
     result, reporter = launch(photo_shards, tmp_path / "run", 0, overrides, minutes=0.05)
-    assert result.finished
-    assert result.seconds >= 3
+    assert result.is_finished
+    assert result.duration_s >= 3
     records = reporter.training_records
     assert records[-1]["progress"] == 1
     for before, record in pairwise(records):
@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_run_resumes(photo_shards, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
     Tokenizer.from_pretrained(str(tmp_path / "model"))
     result, reporter = launch(photo_shards, tmp_path, 0, ["training.steps=6"], resume=True)
-    assert result.finished
+    assert result.is_finished
     assert [record["step"] for record in reporter.training_records] == [4, 5, 6]
 
 
@@ -172,7 +172,7 @@ def test_nonfinite_loss_stops_and_names_samples(photo_shards, tmp_path):
 def test_ray_worker_matches_local_process(local_run, photo_shards, held_out_shards, tmp_path, ray_local):
     """A Ray worker takes the same steps as training in this process."""
     result, reporter = launch(photo_shards, tmp_path, 1, held_out_url=held_out_shards)
-    assert result.finished
+    assert result.is_finished
     for record, expected in zip(reporter.training_records, local_run[2].training_records, strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
@@ -198,7 +198,7 @@ def test_killed_worker_is_replaced_run_is_identical(photo_shards, tmp_path, ray_
             os.kill(killed[0], signal.SIGKILL)
 
     result, _ = launch(photo_shards, tmp_path / "disturbed", 2, LONG, on_record=kill_one)
-    assert result.finished
+    assert result.is_finished
     assert killed
     assert len(restarts) == 1
     assert restarts[0].startswith("workers were lost (")

@@ -180,7 +180,7 @@ def test_resume_finished_run_only_rewrites_model(two_checkpoints, photo_shards):
     before = load_weights(two_checkpoints.parent, two_checkpoints.name)
     listener = RecordingReporter()
     result = run_training(job, local_worker(listener))
-    assert result.finished
+    assert result.is_finished
     assert result.metrics
     assert not listener.training_records
     assert_identical(load_weights(two_checkpoints.parent, two_checkpoints.name), before)
@@ -192,7 +192,7 @@ def test_checkpoints_on_s3_resume(photo_shards, bucket):
     run_training(small_spec(photo_shards, bucket, overrides), local_worker(RecordingReporter(HALF)))
     listener = RecordingReporter()
     result = run_training(small_spec(photo_shards, bucket, overrides), local_worker(listener))
-    assert result.finished
+    assert result.is_finished
     assert [record["step"] for record in listener.training_records] == [3, 4]
     lines = storage.read_bytes(f"{bucket}/metrics.jsonl").decode().splitlines()
     assert [record["step"] for record in map(json.loads, lines) if record["kind"] == "training"] == [1, 2, 3, 4]

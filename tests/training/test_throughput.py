@@ -34,10 +34,10 @@ def test_step_timer_excludes_evaluations_from_speed(photo_shards, tmp_path, monk
     monkeypatch.setattr(trainer, "training_batches", slow_batches)
     listener = RecordingReporter()
     result = trainer.run_training(small_spec(photo_shards, tmp_path, ["training.eval_every=1"]), local_worker(listener))
-    assert result.seconds == 4 * STEP + 3 * EVALUATION
+    assert result.duration_s == 4 * STEP + 3 * EVALUATION
     assert [record["seconds"] for record in listener.training_records] == [
         n * STEP + (n - 1) * EVALUATION for n in (1, 2, 3, 4)
     ]
     assert result.images_per_second == pytest.approx(16 / STEP)
     assert [record["images_per_second"] for record in listener.training_records] == [pytest.approx(16 / STEP)] * 4
-    assert result.data_wait == pytest.approx(WAIT / STEP)
+    assert result.data_wait_fraction == pytest.approx(WAIT / STEP)

@@ -36,7 +36,7 @@ class LocalHandle:
 
 
 def result(finished):
-    return RunResult(step=3, finished=finished, seconds=1.0, images_per_second=1.0, data_wait=0.0)
+    return RunResult(step=3, is_finished=finished, duration_s=1.0, images_per_second=1.0, data_wait_fraction=0.0)
 
 
 def wait_for_signal(coordinator, signal):

@@ -81,7 +81,7 @@ class EqualizedLinear(nn.Module):
         return F.leaky_relu(x, LEAKY_RELU_SLOPE) * LEAKY_RELU_GAIN if self.activate else x
 
 
-class StyleBlock(nn.Module):
+class StyleGAN2Block(nn.Module):
     """Residual block that halves height and width; a gain of sqrt(0.5) per branch preserves the variance."""
 
     def __init__(self, in_channels: int, out_channels: int, from_rgb: bool) -> None:
@@ -98,7 +98,7 @@ class StyleBlock(nn.Module):
         return cast(Tensor, self.skip(x_BCHW) + self.conv1(self.conv0(x_BCHW)))
 
 
-class StyleEpilogue(nn.Module):
+class StyleGAN2Epilogue(nn.Module):
     """Maps 4 x 4 features and their minibatch standard deviation to one logit per image."""
 
     def __init__(self, channels: int) -> None:
@@ -127,9 +127,9 @@ class StyleDiscriminator(nn.Module):
         self.image_size = image_size
         self.block_names = [f"b{size}" for size in sizes[:-1]]
         for size in sizes[:-1]:
-            block = StyleBlock(channels[size], channels[size // 2], from_rgb=size == image_size)
+            block = StyleGAN2Block(channels[size], channels[size // 2], from_rgb=size == image_size)
             self.add_module(f"b{size}", block)
-        self.b4 = StyleEpilogue(channels[4])
+        self.b4 = StyleGAN2Epilogue(channels[4])
 
     def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Return fp32 logits (B, 1) for each batch of images (B, 3, H, W) in [-1, 1]."""

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from bsq_ray.media.color import Color
+from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.video_reader import TooLargeError, VideoStream
 from bsq_ray.media.video_writer import write_video
 from bsq_ray.serving.errors import ApiError
@@ -74,7 +74,7 @@ def check_total_pixels(num_frames: int, pixels_per_frame: int, limits: Limits) -
 
 
 def encode_video_file(
-    frames: Iterable[np.ndarray], media_type: str, *, rate: Fraction, color: Color
+    frames: Iterable[np.ndarray], media_type: str, *, rate: Fraction, color: ColorDescription
 ) -> tuple[bytes, int]:
     """Encode frames, uint8 (H, W, 3), as a video; return the content of the file and the number of frames.
 

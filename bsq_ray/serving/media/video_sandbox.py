@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from bsq_ray.media.color import Color
+from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.video_reader import TooLargeError, VideoStream, read_video
 
 # Memory limit of the subprocess: a constant, and a part per pixel of the largest frame; decoders keep many frames.
@@ -52,7 +52,7 @@ def read_video_sandboxed(data: bytes, container: str, *, max_pixels: int, timeou
         Fraction(header["rate"]),
         header["count"],
         tuple(header["size"]),
-        Color(*header["color"]),
+        ColorDescription(*header["color"]),
         header["has_sound"],
     )
 

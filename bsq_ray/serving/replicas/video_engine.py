@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
-from bsq_ray.media.color import Color
+from bsq_ray.media.color import ColorDescription
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
@@ -36,7 +36,7 @@ from bsq_ray.serving.service_config import Limits
 # Calls a function in the model thread and returns its result.
 RunInModelThread = Callable[..., Any]
 # BT.709, as in most videos: tokens do not contain the color space of their source.
-_DEFAULT_COLOR = Color(1, 1, 1, 0)
+_DEFAULT_COLOR = ColorDescription(1, 1, 1, 0)
 
 
 class VideoEngine:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from bsq_ray.runtime.text_format import plural
 from bsq_ray.training.run_spec import RunResult
+from bsq_ray.training.worker_context import RecordSink
 
-RecordSink = Callable[[dict[str, Any]], None]
 _MAX_LISTED_SAMPLES = 10
 
 
@@ -54,8 +53,8 @@ def format_summary(result: RunResult, out_url: str) -> list[str]:
     metrics_text = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     lines = [
         f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {metrics_text}",
-        f"{100 * result.data_wait:.1f} % of the time waiting for data, {result.checkpoint_blocking_seconds:.2f} s for "
-        f"{plural(result.num_checkpoints, 'checkpoint')}",
+        f"{100 * result.data_wait_fraction:.1f} % of the time waiting for data, "
+        f"{result.checkpoint_blocking_seconds:.2f} s for {plural(result.num_checkpoints, 'checkpoint')}",
     ]
     if result.restart_reasons:
         lines += [f"restarts: {len(result.restart_reasons)}", *(f"  {reason}" for reason in result.restart_reasons)]
