@@ -48,8 +48,12 @@ if __name__ == "__main__":
     url, steps = sys.argv[1], int(sys.argv[2])
     run_config = config.load_config("demo", ["model.encoder.layers=2", "training.engine.kind=ddp"])
     stage = DenoisingStage(run_config)
-    engine = build_engine(stage.modules["tokenizer"], run_config.training, 8, 1, torch.device("cpu"))
-    batches = training_batches(build_source(run_config, url), run_config.data, 8, 0, 1, seed=0)
+    engine = build_engine(
+        stage.modules["tokenizer"], run_config.training, micro_batch=8, accumulation_steps=1, device=torch.device("cpu")
+    )
+    batches = training_batches(
+        build_source(run_config, url), run_config.data, batch_size=8, rank=0, world_size=1, seed=0
+    )
     for step, batch in zip(range(steps), batches, strict=False):
         output = stage.loss("tokenizer", batch, {"tokenizer": engine}, None, step)
         engine.backward(output.loss)

@@ -69,6 +69,7 @@ class SkippedSamples:
 def training_batches(
     source: DataSource,
     data_config: config.DataOrderConfig,
+    *,
     batch_size: int,
     rank: int,
     world_size: int,

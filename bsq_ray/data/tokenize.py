@@ -47,6 +47,7 @@ def tokenize(
     model_url: str,
     data_url: str,
     out_url: str,
+    *,
     num_workers: int = 2,
     address: str | None = None,
     num_crops: int = 1,

@@ -64,7 +64,7 @@ class TokenPipeline:
                 tokenizer,
                 self.shards[name],
                 self.tables[name],
-                WORKERS,
+                num_workers=WORKERS,
                 num_crops=num_crops,
                 scale=_MAX_CROP_SCALE,
                 flip=True,

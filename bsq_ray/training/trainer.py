@@ -77,10 +77,10 @@ class Trainer:
             name: build_engine(
                 module,
                 self.training_config,
-                self.micro_batch,
-                self.accumulation_steps,
-                worker.device,
-                self.precision == "bf16",
+                micro_batch=self.micro_batch,
+                accumulation_steps=self.accumulation_steps,
+                device=worker.device,
+                use_bf16=self.precision == "bf16",
             )
             for name, module in self.stage.modules.items()
         }
@@ -92,9 +92,9 @@ class Trainer:
         self.checkpoints = CheckpointWriter(
             spec.out_url,
             worker,
-            self.training_config.keep_checkpoints,
-            self.training_config.storage_timeout_s,
-            self._on_checkpoint_published,
+            num_to_keep=self.training_config.keep_checkpoints,
+            timeout_s=self.training_config.storage_timeout_s,
+            on_published=self._on_checkpoint_published,
         )
         self.control = ControlSync(spec, worker, self.checkpoints)
         self.eval_loop = EvalLoop(
@@ -221,10 +221,10 @@ class Trainer:
         return training_batches(
             self.source,
             self.spec.config.data,
-            self.training_config.batch_size,
-            self.worker.rank,
-            self.worker.world_size,
-            self.training_config.seed,
+            batch_size=self.training_config.batch_size,
+            rank=self.worker.rank,
+            world_size=self.worker.world_size,
+            seed=self.training_config.seed,
             position=self.step * self.training_config.batch_size,
             executor=self.worker.executor,
             skipped=self.skipped,

@@ -52,7 +52,13 @@ def measure_rate(batches, timed=_TIMED):
 def bsq_ray_loader(manifest, executor):
     data_config = config.DataConfig()
     stream = training_batches(
-        ImageSource(manifest, data_config, _CROP), data_config, _BATCH, 0, 1, seed=0, executor=executor
+        ImageSource(manifest, data_config, _CROP),
+        data_config,
+        batch_size=_BATCH,
+        rank=0,
+        world_size=1,
+        seed=0,
+        executor=executor,
     )
     for batch in stream:
         yield batch.values_B

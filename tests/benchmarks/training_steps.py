@@ -41,7 +41,14 @@ class TrainingSteps:
         self.half = run.training.engine.precision == "bf16"
         training_config = run.training
         self.engines = {
-            name: build_engine(module, training_config, training_config.batch_size, 1, device, self.half)
+            name: build_engine(
+                module,
+                training_config,
+                micro_batch=training_config.batch_size,
+                accumulation_steps=1,
+                device=device,
+                use_bf16=self.half,
+            )
             for name, module in self.stage.modules.items()
         }
         self.main = next(iter(self.stage.modules.values()))

@@ -115,7 +115,9 @@ def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local)
     )
 
     def take(count, rank, world_size, executor):
-        batches = training_batches(source, data_config, 4, rank, world_size, seed=3, position=8, executor=executor)
+        batches = training_batches(
+            source, data_config, batch_size=4, rank=rank, world_size=world_size, seed=3, position=8, executor=executor
+        )
         return [next(batches) for _ in range(count)]
 
     alone = take(3, 0, 1, "local")
@@ -153,7 +155,7 @@ def test_chunk_bytes_are_bounded_for_any_clip_length(video_shards, monkeypatch):
             return samples
 
         monkeypatch.setattr(source, "read", read_and_measure)
-        batches = training_batches(source, config.DataConfig(interleave=2), 2, 0, 1, seed=0)
+        batches = training_batches(source, config.DataConfig(interleave=2), batch_size=2, rank=0, world_size=1, seed=0)
         for _ in range(6):
             next(batches)
         batches.close()
@@ -170,7 +172,11 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
     path.write_bytes(content)
     source = make_source(str(tmp_path))
     skipped = SkippedSamples(1)
-    batch = next(training_batches(source, config.DataConfig(interleave=1), 2, 0, 1, seed=0, skipped=skipped))
+    batch = next(
+        training_batches(
+            source, config.DataConfig(interleave=1), batch_size=2, rank=0, world_size=1, seed=0, skipped=skipped
+        )
+    )
     assert {key.split("@")[0] for key in batch.keys} == {shard.keys[0]}
     assert [report.split(": ")[1] for report in skipped.samples] == [shard.keys[1]]
     eval_batches = list(evaluation_batches(source, 2, skipped=SkippedSamples(1)))

@@ -35,9 +35,9 @@ def batches(
     stream = training_batches(
         ImageSource(manifest, data_config, 32),
         data_config,
-        batch_size,
-        rank,
-        world_size,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
         seed=3,
         position=position,
         executor=executor,
@@ -71,7 +71,9 @@ def test_training_batches_prefetch_the_first_batch(manifest, monkeypatch):
     started = threading.Event()
     read = ImageSource.read
     monkeypatch.setattr(ImageSource, "read", lambda *arguments: started.set() or read(*arguments))
-    stream = training_batches(ImageSource(manifest, DATA_CONFIG, 32), DATA_CONFIG, 8, 0, 1, seed=3)
+    stream = training_batches(
+        ImageSource(manifest, DATA_CONFIG, 32), DATA_CONFIG, batch_size=8, rank=0, world_size=1, seed=3
+    )
     assert started.wait(30)
     assert_equal([next(stream)], batches(manifest, 1))
 

@@ -98,7 +98,9 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
 def test_token_source_epoch_has_each_row_once(table):
     """Every row is read exactly once per epoch, in shuffled order."""
     source = TokenSource(table, MODEL)
-    stream = training_batches(source, config.DataOrderConfig(interleave=2, shuffle_block_size=8), 2, 0, 1, seed=1)
+    stream = training_batches(
+        source, config.DataOrderConfig(interleave=2, shuffle_block_size=8), batch_size=2, rank=0, world_size=1, seed=1
+    )
     batches = [next(stream) for _ in range(table.num_rows // 2)]
     read = [(key, row.tobytes()) for b in batches for key, row in zip(b.keys, b.values_B.numpy(), strict=True)]
     block = source.read_eval(range(source.num_samples))

@@ -137,7 +137,10 @@ def test_training_step_flops_are_within_two_percent(overrides):
         "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
     )
     stage = TokenizerStage(run, CPU)
-    engines = {name: build_engine(module, run.training, 4, 1, CPU) for name, module in stage.modules.items()}
+    engines = {
+        name: build_engine(module, run.training, micro_batch=4, accumulation_steps=1, device=CPU)
+        for name, module in stage.modules.items()
+    }
     shape = (4, 3, 64, 64) if run.model.frames == 1 else (4, 3, run.model.frames, 64, 64)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     batch = Batch(images, torch.zeros(4, dtype=torch.long), list("abcd"))

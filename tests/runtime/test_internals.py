@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def engine():
     training_config = load_config("demo", ["training.engine.zero_stage=1"]).training
-    return build_engine(torch.nn.Linear(4, 4), training_config, 1, 1, CPU)
+    return build_engine(torch.nn.Linear(4, 4), training_config, micro_batch=1, accumulation_steps=1, device=CPU)
 
 
 def test_capture_checkpoint_writes_no_state(engine, tmp_path):

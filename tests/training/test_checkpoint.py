@@ -240,7 +240,9 @@ def write_to_full_disk(path):
 
 def write_checkpoint_with(out, write):
     """Write a checkpoint with one file that `write` produces."""
-    writer = CheckpointWriter(str(out), local_worker(RecordingReporter()), 1, 0.0, print)
+    writer = CheckpointWriter(
+        str(out), local_worker(RecordingReporter()), num_to_keep=1, timeout_s=0.0, on_published=print
+    )
     writer.save(RunProgress(3, 48, 1.0, 1, "", ""), {"state/weights": write})
     writer.wait()
 

@@ -121,7 +121,9 @@ def test_offload_optimizer_enables_deepspeed_offload(stage):
         changed = training_config.model_copy(
             update={"engine": training_config.engine.model_copy(update={"offload_optimizer": offload})}
         )
-        engine = build_engine(torch.nn.Linear(4, 4), changed, 4, 1, torch.device("cpu"))
+        engine = build_engine(
+            torch.nn.Linear(4, 4), changed, micro_batch=4, accumulation_steps=1, device=torch.device("cpu")
+        )
         assert bool(engine._ds_engine.zero_offload_optimizer()) is offload
 
 
@@ -168,7 +170,7 @@ def test_nonfinite_gradient_is_returned_without_step(engine):
     """A nonfinite gradient norm is returned and the weights stay unchanged."""
     module = torch.nn.Linear(2, 1, bias=False)
     training_config = load_config("demo", ENGINES[engine]).training
-    built = build_engine(module, training_config, 1, 1, torch.device("cpu"))
+    built = build_engine(module, training_config, micro_batch=1, accumulation_steps=1, device=torch.device("cpu"))
     built.backward(built(torch.ones(1, 2)).sum())
     assert np.isfinite(built.step(1e-3))
     with built.gathered_parameters():
@@ -219,6 +221,6 @@ def test_zero_flat_buffer_parameters_are_aligned(stage):
     run_config = load_config(PRESET, [*SMALL, f"training.engine.zero_stage={stage}"])
     tokenizer = Tokenizer(run_config.model)
     assert any(parameter.numel() % 4 for parameter in tokenizer.parameters())
-    build_engine(tokenizer, run_config.training, 4, 1, torch.device("cpu"))
+    build_engine(tokenizer, run_config.training, micro_batch=4, accumulation_steps=1, device=torch.device("cpu"))
     offsets = {name: p.data_ptr() % 16 for name, p in tokenizer.named_parameters() if p.numel() % 4 == 0}
     assert set(offsets.values()) == {0}, offsets

@@ -72,6 +72,7 @@ class CheckpointWriter:
         self,
         out_url: str,
         worker: WorkerContext,
+        *,
         num_to_keep: int,
         timeout_s: float,
         on_published: Callable[[int, float], None],

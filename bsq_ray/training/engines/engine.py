@@ -84,6 +84,7 @@ class Engine(ABC):
 def build_engine(
     module: nn.Module,
     training_config: config.TrainingConfig,
+    *,
     micro_batch: int,
     accumulation_steps: int,
     device: torch.device,

@@ -43,7 +43,10 @@ def build(*overrides):
     run = load_config("imagenet128-bsq18", [*SMALL, *overrides])
     torch.manual_seed(0)
     stage = TokenizerStage(run, CPU)
-    return stage, {name: build_engine(module, run.training, 8, 1, CPU) for name, module in stage.modules.items()}
+    return stage, {
+        name: build_engine(module, run.training, micro_batch=8, accumulation_steps=1, device=CPU)
+        for name, module in stage.modules.items()
+    }
 
 
 def losses(batch, *overrides, step=0):
