@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 
-from bsq_ray.serving.errors import deadline_exceeded
+from bsq_ray.serving.errors import deadline_exceeded_error
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Deadline:
             ApiError: 503 the deadline passed or the request was canceled.
         """
         if self.cancelled.is_set() or time.monotonic() > self.expires_at:
-            raise deadline_exceeded(self.timeout_s)
+            raise deadline_exceeded_error(self.timeout_s)
 
 
 @contextmanager

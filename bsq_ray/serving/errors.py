@@ -21,21 +21,21 @@ class ApiError(Exception):
         return self.message
 
 
-def too_many_requests() -> ApiError:
+def too_many_requests_error() -> ApiError:
     """Return the error for a request that exceeds the limit on concurrent requests or on their memory."""
     return ApiError(429, "too many requests in progress; try again in a moment", 1)
 
 
-def response_memory_exhausted() -> ApiError:
+def response_memory_error() -> ApiError:
     """Return the error for a response that exceeds the memory limit of responses in progress."""
     return ApiError(429, "too many large responses are still being sent; try again in a moment", 1)
 
 
-def model_loading(name: str) -> ApiError:
+def model_loading_error(name: str) -> ApiError:
     """Return the error for a model that has no running replica."""
     return ApiError(503, f"{name} is loading; try again in a moment", 2)
 
 
-def deadline_exceeded(timeout_s: float) -> ApiError:
+def deadline_exceeded_error(timeout_s: float) -> ApiError:
     """Return the error for a request that exceeds its timeout."""
     return ApiError(503, f"the request took longer than {timeout_s:g} s; try a smaller image or a shorter video", 10)

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from bsq_ray.serving.errors import ApiError, deadline_exceeded
+from bsq_ray.serving.errors import ApiError, deadline_exceeded_error
 from bsq_ray.serving.http.admission import AdmissionControl
 from bsq_ray.serving.http.schemas import GenerateBody
 from bsq_ray.serving.registry import ModelKind, ModelRegistry
@@ -36,7 +36,7 @@ async def generate_images(
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise deadline_exceeded(timeout_s) from None
+                raise deadline_exceeded_error(timeout_s) from None
             yield image
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from bsq_ray import config
 from bsq_ray.codec.container import read_header
-from bsq_ray.serving.errors import ApiError, model_loading
+from bsq_ray.serving.errors import ApiError, model_loading_error
 from bsq_ray.serving.media.video_io import is_video
 
 # Capabilities of each role. Each is the last part of a path /v1/… and a method of the role's replicas.
@@ -77,7 +77,7 @@ class ServedModel:
             ApiError: 503 they are not loaded yet.
         """
         if not self.metadata:
-            raise model_loading(f"the model {self.name}")
+            raise model_loading_error(f"the model {self.name}")
         return next(replicas for role, replicas in self.replicas.items() if capability in CAPABILITIES[role])
 
 
@@ -151,7 +151,7 @@ class ModelRegistry:
                 if tokenizer and (tokenizer[:16], prior and prior[:16]) == required_ids:
                     return model
         if self.loading:
-            raise model_loading(f"the model {self.loading[0]}")
+            raise model_loading_error(f"the model {self.loading[0]}")
         raise ApiError(422, f"the file needs the model {required_ids[1] or required_ids[0]}, which is not served here")
 
     def to_json(self) -> list[dict[str, Any]]:

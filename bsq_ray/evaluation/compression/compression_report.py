@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.evaluation.compression.rate_distortion import METRICS, Curves
-from bsq_ray.evaluation.plots.save import encode_png
+from bsq_ray.evaluation.plots.image_encoding import encode_png
 
 _DIGITS = {"bits_per_pixel": 4, "psnr": 2, "ms_ssim": 4, "lpips": 4, "encode_seconds": 2, "decode_seconds": 2}
 _TITLES = {"psnr": "PSNR, dB (higher is better)", "ms_ssim": "MS-SSIM (higher)", "lpips": "LPIPS, alex (lower)"}

@@ -19,7 +19,7 @@ from bsq_ray.config.validation_error import format_first_error
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.generation.features import default_device
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
-from bsq_ray.evaluation.plots.save import encode_animation, encode_png, image_from_pixels
+from bsq_ray.evaluation.plots.image_encoding import encode_animation, encode_png, image_from_pixels
 from bsq_ray.media.images import read_image
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator

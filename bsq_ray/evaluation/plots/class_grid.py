@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bsq_ray.evaluation.plots.save import encode_png, image_from_pixels
+from bsq_ray.evaluation.plots.image_encoding import encode_png, image_from_pixels
 
 _TILE, _GAP, _LABEL = 96, 4, 150
 

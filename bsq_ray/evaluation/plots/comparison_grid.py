@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bsq_ray.evaluation.plots.save import encode_png, image_from_pixels
+from bsq_ray.evaluation.plots.image_encoding import encode_png, image_from_pixels
 from bsq_ray.metrics.fid import sampling_ranks
 
 _MAX_EXAMPLES, _MAX_EXAMPLE_BYTES = 64, 256 * 2**20

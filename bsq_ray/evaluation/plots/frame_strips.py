@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bsq_ray.evaluation.plots.comparison_grid import Comparison, select_by_quantile
-from bsq_ray.evaluation.plots.save import encode_animation, encode_png, image_from_pixels
+from bsq_ray.evaluation.plots.image_encoding import encode_animation, encode_png, image_from_pixels
 
 _ROWS = ("original", "tokenizer", "mean colors")
 _TILE, _GAP, _LABEL, _CAPTION = 128, 4, 110, 24

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
-from bsq_ray.evaluation.plots.save import encode_png
+from bsq_ray.evaluation.plots.image_encoding import encode_png
 from bsq_ray.media.images import read_image
 from bsq_ray.media.video_reader import read_video
 from bsq_ray.media.video_writer import write_video

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
-from bsq_ray.serving.errors import ApiError, too_many_requests
+from bsq_ray.serving.errors import ApiError, too_many_requests_error
 from bsq_ray.serving.service_config import Limits
 
 _MB = 1_000_000
@@ -73,7 +73,7 @@ class AdmissionControl:
             ApiError: 429 all slots are occupied.
         """
         if self._num_active >= self._limits.max_ongoing_requests:
-            raise too_many_requests()
+            raise too_many_requests_error()
         self._num_active += 1
         try:
             yield
@@ -99,7 +99,7 @@ class AdmissionControl:
                     if len(body) + len(chunk) > limits.max_body_mb * _MB:
                         raise too_large
                     if self._buffered_bytes + len(chunk) > limits.max_total_body_mb * _MB:
-                        raise too_many_requests()
+                        raise too_many_requests_error()
                     self._buffered_bytes += len(chunk)
                     body += chunk
             yield bytes(body)

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 
-from bsq_ray.serving.errors import ApiError, deadline_exceeded
+from bsq_ray.serving.errors import ApiError, deadline_exceeded_error
 from bsq_ray.serving.generation import GENERATED_MEDIA_TYPES, generate_images, generated_media_type, ndjson_lines
 from bsq_ray.serving.http.admission import AdmissionControl
 from bsq_ray.serving.http.openapi import error_responses, file_content, json_content, request_body, success
@@ -206,7 +206,7 @@ async def with_timeout(timeout_s: float, awaitable: Awaitable[Any]) -> Any:
     try:
         return await asyncio.wait_for(awaitable, timeout_s)
     except TimeoutError:
-        raise deadline_exceeded(timeout_s) from None
+        raise deadline_exceeded_error(timeout_s) from None
 
 
 def _video_media_type(request: Request, default: str) -> str:

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from bsq_ray.serving.errors import ApiError, model_loading, too_many_requests
+from bsq_ray.serving.errors import ApiError, model_loading_error, too_many_requests_error
 
 _REPLICA_DIED = (RayActorError, ReplicaUnavailableError)
 
@@ -44,7 +44,7 @@ class ReplicaClient:
                 await self._backoff(attempt)
             except Exception as error:
                 raise _to_api_error(error) from None
-        raise model_loading("the model")
+        raise model_loading_error("the model")
 
     async def stream(self, method: str, *arguments: Any) -> AsyncIterator[Any]:
         """See `Replicas`; a repeated call skips the results that were already yielded.
@@ -67,7 +67,7 @@ class ReplicaClient:
                 await self._backoff(attempt)
             except Exception as error:
                 raise _to_api_error(error) from None
-        raise model_loading("the model")
+        raise model_loading_error("the model")
 
     async def _backoff(self, attempt: int) -> None:
         """Wait until Ray Serve has noticed that the replica died: 0.05 s, 0.2 s, 0.8 s …"""
@@ -80,7 +80,7 @@ def _to_api_error(error: Exception) -> Exception:
     if isinstance(cause, ApiError):
         return ApiError(*cause.args)
     if isinstance(error, BackPressureError):
-        return too_many_requests()
+        return too_many_requests_error()
     if isinstance(error, DeploymentUnavailableError):
-        return model_loading("the model")
+        return model_loading_error("the model")
     return error

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.serving.errors import response_memory_exhausted
+from bsq_ray.serving.errors import response_memory_error
 from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, prefetched_bytes
 from bsq_ray.serving.service_config import MAX_RESPONSE_MB_VARIABLE, PREFETCH_BODIES_VARIABLE
 
@@ -81,7 +81,7 @@ class ResponseBackpressureMiddleware:
 
 
 def _error_response() -> JSONResponse:
-    error = response_memory_exhausted()
+    error = response_memory_error()
     return JSONResponse({"error": error.message}, error.status, {"Retry-After": str(error.retry_after)})
 
 
