@@ -36,6 +36,7 @@ INTEGRATION = (
     "runtime/test_precision.py",
     "runtime/test_ray_internals.py",
     "serving/test_api.py",
+    "serving/test_api_limits.py",
     "serving/test_page.py",
     "serving/test_video_requests.py",
     "test_examples.py",

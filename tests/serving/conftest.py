@@ -1,8 +1,13 @@
-"""The application in this process, for test modules with a fixture `settings`."""
+"""A photo, and the application in this process for test modules with a fixture `settings`."""
 
 import pytest
 from local_service import make_app, make_replicas, wait_until_loaded
 from starlette.testclient import TestClient
+
+
+@pytest.fixture(scope="module")
+def photo(photos):
+    return photos[0].resize((160, 120))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The service without Ray: the application and its replicas in one process."""
 
+import io
 import time
 
 import torch
@@ -104,6 +105,13 @@ def make_app(settings, replicas, token_hash=None):
     return create_app(
         ModelRegistry(models), settings.limits, token_hash=token_hash, loopback_only=True, collect_metrics=metrics
     )
+
+
+def encode_image(image, image_format="PNG", **options):
+    """Return the image as a file of this format."""
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
 
 
 def wait_until_loaded(client):
