@@ -78,10 +78,10 @@ def write_model_folder(
         storage.remove(storage.join(url, _RAW_WEIGHTS_FILE))
     else:
         _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, _RAW_METADATA)
-    storage.write_bytes(
-        storage.join(url, "README.md"), _model_card(run_config, model_id, metrics or {}, card_fields or {}).encode()
+    storage.write_text(
+        storage.join(url, "README.md"), _model_card(run_config, model_id, metrics or {}, card_fields or {})
     )
-    storage.write_bytes(storage.join(url, "config.yaml"), text.encode())
+    storage.write_text(storage.join(url, "config.yaml"), text)
     return model_id
 
 

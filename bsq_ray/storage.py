@@ -1,17 +1,25 @@
 """Open, write and remove files by path or URL: local, `s3://` and every other file system of fsspec.
 
+Only a name that starts with `scheme://` is a URL; every other name is a local path, such as `a::b` or `file:x`.
 Every error is a `ValueError` with one sentence for the user. `StorageUnavailableError` marks those worth a retry.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
+import io
 import os
 import posixpath
 import random
+import re
+import secrets
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -28,6 +36,18 @@ _PERMANENT_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsA
 _PERMANENT_ERROR_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL"}
 _REQUEST_TIMEOUT, _TOO_MANY_REQUESTS = 408, 429
 _INITIAL_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
+# Scheme, and the bucket or host, of a URL.
+_URL_PATTERN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/]*")
+_LOCAL_SCHEMES = ("file", "local")
+# Temporary name of a local file that is being written; short, because a file name has at most 255 bytes.
+_PARTIAL_PATTERN = re.compile(r"\.[0-9a-f]{16}\.partial")
+# Names of the open files of this process.
+_DESCRIPTOR_PATTERN = re.compile(r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/self/fd/(?P<proc_fd>\d+)")
+_STANDARD_DESCRIPTORS = {"in": 0, "out": 1, "err": 2}
+_MAX_LINKS = 40
+# Errors of an atomic replacement where writing into the existing file may work: a read-only folder, a mounted file.
+_IN_PLACE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+_COPY_BUFFER_BYTES = 2**24
 
 
 class StorageUnavailableError(ValueError):
@@ -114,14 +134,24 @@ def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a URL, and the path inside it.
+    """Return the fsspec file system of a path or URL, and the absolute path inside it.
 
     Raises:
-        ValueError: the URL's scheme is unknown or needs a package that is not installed.
+        ValueError: the path is empty, or the URL's scheme is unknown or needs a package that is not installed.
     """
+    if not url:
+        raise ValueError("a path is empty; name a file or folder")
+    match = _URL_PATTERN.match(url)
+    if match is None or match[1].lower() in _LOCAL_SCHEMES:
+        path = url if match is None else url.partition("://")[2]
+        # `~name` is a file name; shells have replaced the home folders of other users already.
+        path = os.path.expanduser(path) if path == "~" or path.startswith("~/") else path
+        return fsspec.filesystem("file"), os.path.abspath(path)
     try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
+        # fsspec would take "::" in the rest of the URL for a chain of file systems.
+        fs, _ = url_to_fs(match[0])
+        return fs, fs._strip_protocol(url)
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"cannot use {url}: {error}") from error
 
 
@@ -130,15 +160,20 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(url.rstrip("/") or "/", *parts)
 
 
+def is_url(text: str) -> bool:
+    """Return True if the text starts with a scheme, as in `s3://bucket/key`; otherwise it is a local path."""
+    return _URL_PATTERN.match(text) is not None
+
+
 def is_local(url: str) -> bool:
-    """Return True if the URL is a path on this node."""
-    protocol = filesystem(url)[0].protocol
-    return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+    """Return True if the path or URL is a path on this node."""
+    match = _URL_PATTERN.match(url)
+    return match is None or match[1].lower() in _LOCAL_SCHEMES
 
 
 def absolute(url: str) -> str:
     """Return a name of the same file that is valid in a process with another working folder."""
-    return os.path.abspath(filesystem(url)[1]) if is_local(url) else url
+    return str(filesystem(url)[1]) if is_local(url) else url
 
 
 def exists(url: str) -> bool:
@@ -149,26 +184,31 @@ def exists(url: str) -> bool:
 
 
 @contextmanager
-def open_url(url: str, mode: str = "rb") -> Iterator[IO[Any]]:
-    """Open a file for reading ("r", "rb") or writing ("w", "wb"; missing folders are created)."""
-    action = "write" if "w" in mode else "read"
-    with translate_errors(url, action):
+def open_url(url: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading with random access; a local pipe or device is read into memory first."""
+    with translate_errors(url, "read"):
         fs, path = filesystem(url)
-        if action == "write":
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        handle = fsspec.open(url, mode).open()
+        handle: IO[bytes] = _open_local(path) if is_local(url) else fs.open(path, "rb")
     try:
         yield handle
     finally:
-        with translate_errors(url, action):
+        with translate_errors(url, "read"):
             handle.close()
+
+
+def _open_local(path: str) -> IO[bytes]:
+    file = open(path, "rb")  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    with file:
+        return io.BytesIO(file.read())
 
 
 def read_bytes(url: str) -> bytes:
     """Read a whole file."""
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
-        return bytes(fs.cat_file(path))
+        return Path(path).read_bytes() if is_local(url) else bytes(fs.cat_file(path))
 
 
 def read_text(url: str) -> str:
@@ -184,18 +224,79 @@ def read_text(url: str) -> str:
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file under a temporary name, then rename it: readers never see a part of it."""
+    """Write a whole file; readers of a regular file never see a part of it.
+
+    A link is followed. Pipes, devices such as /dev/null, and the open files of this process are written to.
+    """
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if is_local(url):
-            if fs.isdir(path):
-                # Renaming would move the file into the folder.
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-            fs.pipe_file(path + ".partial", data)
-            fs.mv(path + ".partial", path)
+            _write_local(path, lambda file: file.write(data))
         else:
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.pipe_file(path, data)
+
+
+def write_text(url: str, text: str) -> None:
+    """Write a whole text file like `write_bytes`, as UTF-8; bytes of file names that are not UTF-8 become `\\udcXX`."""
+    write_bytes(url, text.encode("utf-8", "backslashreplace"))
+
+
+def _write_local(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Replace a regular file atomically; write into anything else that exists at the path."""
+    target = _follow_links(path)
+    if descriptor := _DESCRIPTOR_PATTERN.fullmatch(target):
+        named_fd = descriptor["fd"] or descriptor["proc_fd"]
+        fd = int(named_fd) if named_fd else _STANDARD_DESCRIPTORS[descriptor["name"]]
+        # A duplicate continues at the position of the open file, as a shell expects; opening it again would not.
+        with open(os.dup(fd), "wb") as file:
+            write(file)
+        return
+    try:
+        is_special = not stat.S_ISREG(os.stat(target).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_special = False
+        os.makedirs(posixpath.dirname(target), exist_ok=True)
+    if is_special:
+        # Raises IsADirectoryError for a folder.
+        with open(target, "wb") as file:
+            write(file)
+        return
+    try:
+        _replace_file(target, write)
+    except OSError as error:
+        if error.errno not in _IN_PLACE_ERRNOS or not os.path.isfile(target):
+            raise
+        with open(target, "wb") as file:
+            write(file)
+
+
+def _follow_links(path: str) -> str:
+    """Return the path at the end of a chain of links; open files of this process are not resolved further."""
+    for _ in range(_MAX_LINKS):
+        if _DESCRIPTOR_PATTERN.fullmatch(path) or not os.path.islink(path):
+            return path
+        path = os.path.join(os.path.realpath(posixpath.dirname(path)), os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+
+
+def _replace_file(path: str, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a temporary file in the same folder and rename it."""
+    # A random name, because a task that Ray repeats may run at the same time as its first attempt.
+    partial = posixpath.join(posixpath.dirname(path), f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            write(file)
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(partial)
+        if isinstance(error, OSError):
+            # Messages name the file that the user knows.
+            error.filename = path
+        raise
 
 
 def list_folder(url: str) -> list[str]:
@@ -205,7 +306,19 @@ def list_folder(url: str) -> list[str]:
         if not fs.exists(path):
             return []
         fs.invalidate_cache(path)
-        return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+        names = (posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
+        return sorted(name for name in names if not _PARTIAL_PATTERN.fullmatch(name))
+
+
+def file_sizes(url: str) -> dict[str, int]:
+    """Return the size in bytes of each file of a folder by its name, from one listing; empty if it does not exist."""
+    fs, path = filesystem(url)
+    with translate_errors(url, "list"):
+        if not fs.exists(path):
+            return {}
+        fs.invalidate_cache(path)
+        entries = [entry for entry in fs.ls(path, detail=True) if entry["type"] != "directory"]
+        return {posixpath.basename(entry["name"]): int(entry["size"] or 0) for entry in entries}
 
 
 def remove(url: str) -> None:
@@ -217,11 +330,15 @@ def remove(url: str) -> None:
 
 
 def upload(local_path: str, url: str) -> None:
-    """Copy a local file to a URL."""
+    """Copy a local file to a path or URL, as `write_bytes` does."""
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
-        fs.put_file(local_path, path)
+        if is_local(url):
+            with open(local_path, "rb") as source:
+                _write_local(path, lambda file: shutil.copyfileobj(source, file, _COPY_BUFFER_BYTES))
+        else:
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            fs.put_file(local_path, path)
 
 
 def download(url: str, local_path: str) -> None:
@@ -247,6 +364,8 @@ def download(url: str, local_path: str) -> None:
 def remove_folder(url: str) -> None:
     """Remove a folder and its content; a missing folder is no error."""
     fs, path = filesystem(url)
+    # Object stores expand patterns in the names of folders to remove.
+    pattern = path if is_local(url) else glob.escape(path)
     with translate_errors(url, "remove"):
         for attempt in range(_MAX_REMOVE_ATTEMPTS):
             # Another process may be removing parts of the folder; growing pauses leave it to the others.
@@ -254,9 +373,9 @@ def remove_folder(url: str) -> None:
             with suppress(FileNotFoundError):
                 if not fs.exists(path):
                     return
-                fs.rm(path, recursive=True)
+                fs.rm(pattern, recursive=True)
         if fs.exists(path):
-            fs.rm(path, recursive=True)
+            fs.rm(pattern, recursive=True)
 
 
 def copy_folder(source: str, destination: str) -> None:

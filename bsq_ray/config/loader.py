@@ -149,9 +149,9 @@ def _is_file(source: str) -> bool:
 
 def resolve_relative_base(base: str, source: str) -> str:
     """Resolve a relative path of a base against the file that names it."""
-    if not _is_file(base) or "://" in base or posixpath.isabs(base):
+    if not _is_file(base) or storage.is_url(base) or posixpath.isabs(base):
         return base
-    scheme, separator, path = source.rpartition("://")
+    scheme, separator, path = source.partition("://") if storage.is_url(source) else ("", "", source)
     return scheme + separator + posixpath.normpath(posixpath.join(posixpath.dirname(path), base))
 
 

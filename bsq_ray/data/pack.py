@@ -197,7 +197,7 @@ def _pack(
         )
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
-            storage.write_bytes(storage.join(destination, f"{name}.txt"), "\n".join(lines).encode() + b"\n")
+            storage.write_text(storage.join(destination, f"{name}.txt"), "\n".join(lines) + "\n")
     manifest = Manifest(destination, tuple(shards), plan.classes, plan.kind)
     write_manifest(manifest)
     return PackReport(manifest, damaged, too_short, changed, plan.num_ignored)

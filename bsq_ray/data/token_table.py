@@ -126,7 +126,7 @@ def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
 def write_table(table: TokenTable) -> None:
     """Write `tokens.json`; call it after all parts are written."""
     record = {"version": _VERSION, **json.loads(_to_json(table.info)), "parts": table.parts}
-    storage.write_bytes(storage.join(table.url, TABLE_FILE), json.dumps(record, indent=1).encode())
+    storage.write_text(storage.join(table.url, TABLE_FILE), json.dumps(record, indent=1))
 
 
 def read_table(url: str) -> TokenTable:

@@ -108,7 +108,7 @@ def _evaluate(
     best = min(results["guidance"], key=lambda g: results["guidance"][g]["kid"])
     results["best"] = best
     shutil.copy(out / "evaluation" / f"guidance-{best}" / "samples.png", out / "samples.png")
-    storage.write_bytes(str(out / "results.json"), json.dumps(results, indent=1).encode())
+    storage.write_text(str(out / "results.json"), json.dumps(results, indent=1))
     return results
 
 

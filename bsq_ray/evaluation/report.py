@@ -54,7 +54,7 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         run_url=run_url,
         provenance_text=json.dumps(results["provenance"], indent=2),
     )
-    storage.write_bytes(out_url, html.encode())
+    storage.write_text(out_url, html)
 
 
 def _data_url(evaluation_url: str, suffix: str) -> str:

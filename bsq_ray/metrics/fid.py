@@ -21,7 +21,13 @@ KID_SUBSET_SIZE = 2000
 
 def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
     """Return a hash of each key, uint64 (N,); the keys with the smallest hashes are a random subset."""
-    return np.array([int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) for key in keys], np.uint64)
+    return np.array(
+        [
+            int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest())
+            for key in keys
+        ],
+        np.uint64,
+    )
 
 
 class FeatureStatistics:

@@ -84,7 +84,7 @@ def train(
         run_config.training, num_workers if min_workers is None else min_workers, num_workers
     )
     _validate(spec, resume)
-    storage.write_bytes(storage.join(out_url, "config.yaml"), config.dump_config(run_config).encode())
+    storage.write_text(storage.join(out_url, "config.yaml"), config.dump_config(run_config))
     summary = RunSummary()
     with _console(on_record) as console:
         record_sink = summary.tracking(console)
@@ -132,7 +132,7 @@ def _write_summary(result: RunResult, num_workers: int, spec: RunSpec, on_record
     }
     url = storage.join(spec.out_url, "summary.json")
     storage.retry_while_unavailable(
-        lambda: storage.write_bytes(url, json.dumps(fields, indent=1).encode()),
+        lambda: storage.write_text(url, json.dumps(fields, indent=1)),
         spec.config.training.storage_timeout_s,
         lambda text: on_record({"kind": "warning", "step": 0, "text": text}),
     )

@@ -66,9 +66,7 @@ def nonfinite_error(
     suspect_keys = [key for part in worker.all_gather_object(sample_keys) for key in part]
     url = storage.join(out_url, "nonfinite.json")
     if worker.is_main:
-        storage.write_bytes(
-            url, json.dumps({"step": step, "what": description, "keys": suspect_keys}, indent=1).encode()
-        )
+        storage.write_text(url, json.dumps({"step": step, "what": description, "keys": suspect_keys}, indent=1))
     key_list = ", ".join(suspect_keys[:4]) + (f" and {len(suspect_keys) - 4} more" if len(suspect_keys) > 4 else "")
     return NonFiniteLossError(
         f"step {step}: {description} is not finite; the batch was {key_list} (all in {url}). The weights are "

@@ -30,7 +30,7 @@ def write_results(study: Study) -> None:
     out_url, best = study.out_url, study.best_trial()
     storage.write_bytes(storage.join(out_url, "results.parquet"), _to_parquet(study))
     if best is not None:
-        storage.write_bytes(storage.join(out_url, "best.yaml"), _best_preset(study, best).encode())
+        storage.write_text(storage.join(out_url, "best.yaml"), _best_preset(study, best))
     metric, _ = study.sweep.first_metric
     intermediate_metrics = INTERMEDIATE_METRICS[study.sweep.stage]
     curve_metric = metric if metric in intermediate_metrics else intermediate_metrics[0]
@@ -44,7 +44,7 @@ def write_results(study: Study) -> None:
     for name, png in plot_files.items():
         storage.write_bytes(storage.join(out_url, name), png)
     text = _readme(study, best, list(plot_files))
-    storage.write_bytes(storage.join(out_url, "README.md"), text.encode())
+    storage.write_text(storage.join(out_url, "README.md"), text)
 
 
 def markdown_table(study: Study) -> str:

@@ -107,13 +107,13 @@ class Study:
                 record = TrialRecord(number, {name: params[name] for name in self.sweep.space})
                 self.records = sorted([*self.records, record], key=lambda each: each.number)
                 url = self.preset_url(record)
-                storage.write_bytes(url, self.to_preset(record, f"{self.sweep.name}-{number:03}").encode())
+                storage.write_text(url, self.to_preset(record, f"{self.sweep.name}-{number:03}"))
             else:
                 return None
             self._save(record)
             try:
                 run_config = load_config(self.preset_url(record))
-                storage.write_bytes(config_url(self.trial_url(record)), config.dump_config(run_config).encode())
+                storage.write_text(config_url(self.trial_url(record)), config.dump_config(run_config))
                 return record
             except ValueError as error:
                 self.end(record, "invalid", str(error).removeprefix(f"{self.preset_url(record)}: "))
@@ -216,7 +216,7 @@ class Study:
 
     def _save(self, record: TrialRecord) -> None:
         url = storage.join(self.trial_url(record), "trial.json")
-        storage.write_bytes(url, json.dumps(asdict(record), indent=1).encode())
+        storage.write_text(url, json.dumps(asdict(record), indent=1))
 
     def _next_number(self) -> int:
         """Return the smallest unused number, so that a trial whose folder was removed runs again."""

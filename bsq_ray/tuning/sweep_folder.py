@@ -39,7 +39,7 @@ def claim_folder(sweep: SweepConfig, data_url: str, held_out_url: str, out_url: 
             raise ValueError(f"{out_url} already contains this sweep; resume it with --resume, or choose another --out")
     elif storage.list_folder(out_url):
         raise ValueError(f"{out_url} is not empty and contains no sweep; choose another --out")
-    storage.write_bytes(url, yaml.safe_dump(current, sort_keys=False).encode())
+    storage.write_text(url, yaml.safe_dump(current, sort_keys=False))
 
 
 def _read_sweep_file(url: str) -> dict[str, Any]:

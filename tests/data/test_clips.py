@@ -232,8 +232,8 @@ def test_large_video_read_retries_after_storage_error(video_shards, monkeypatch)
     open_url = storage.open_url
 
     @contextmanager
-    def open_failing(url, mode="rb"):
-        with open_url(url, mode) as file:
+    def open_failing(url):
+        with open_url(url) as file:
             yield FailsOnceFile(file)
 
     monkeypatch.setattr(storage, "open_url", open_failing)

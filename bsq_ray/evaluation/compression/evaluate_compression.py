@@ -116,8 +116,8 @@ def evaluate_compression(
         "prior_savings": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in item_points] for name, item_points in points.items()},
     }
-    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
-    storage.write_bytes(storage.join(out_url, "results.md"), (compression_markdown(results) + "\n").encode())
+    storage.write_text(storage.join(out_url, "results.json"), json.dumps(results, indent=1))
+    storage.write_text(storage.join(out_url, "results.md"), compression_markdown(results) + "\n")
     storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
     storage.write_bytes(storage.join(out_url, "comparison.png"), render_examples(examples))
     return results

@@ -140,8 +140,8 @@ def evaluate_generation(
             num_generated=total,
         ),
     }
-    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
-    storage.write_bytes(storage.join(out_url, "results.md"), (generation_markdown(results) + "\n").encode())
+    storage.write_text(storage.join(out_url, "results.json"), json.dumps(results, indent=1))
+    storage.write_text(storage.join(out_url, "results.md"), generation_markdown(results) + "\n")
     storage.write_bytes(storage.join(out_url, "samples.png"), sheets["model"].png())
     return results
 

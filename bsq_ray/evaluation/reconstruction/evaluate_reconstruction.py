@@ -174,11 +174,11 @@ def _write_results(
     }
     if is_video:
         results["per_frame"] = accumulator.per_frame()
-    storage.write_bytes(storage.join(out_url, "results.json"), json.dumps(results, indent=1).encode())
+    storage.write_text(storage.join(out_url, "results.json"), json.dumps(results, indent=1))
     table = reconstruction_markdown(results) + "\n"
     if show_published:
         table += "\n" + published_results.published_markdown(task.manifest.kind) + "\n"
-    storage.write_bytes(storage.join(out_url, "results.md"), table.encode())
+    storage.write_text(storage.join(out_url, "results.md"), table)
     for name, content in _render_plots(accumulator, is_video).items():
         storage.write_bytes(storage.join(out_url, name), content)
     return results

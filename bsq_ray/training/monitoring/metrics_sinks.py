@@ -87,7 +87,7 @@ class JsonLinesSink:
         self._url = storage.join(out_url, "metrics.jsonl")
         self._previous_lines = [f"{line}\n" for line in _lines_up_to(self._url, last_step)]
         self._pending_lines: list[str] = []
-        storage.write_bytes(self._url, "".join(self._previous_lines).encode())
+        storage.write_text(self._url, "".join(self._previous_lines))
 
     def write(self, record: dict[str, Any]) -> None:
         """Log a record.
@@ -102,7 +102,7 @@ class JsonLinesSink:
     def flush(self) -> None:
         """Write all records; see `MetricsSink.flush`."""
         if not self._is_local:
-            storage.write_bytes(self._url, "".join(self._previous_lines + self._pending_lines).encode())
+            storage.write_text(self._url, "".join(self._previous_lines + self._pending_lines))
             return
         data = "".join(self._pending_lines).encode()
         with storage.translate_errors(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
@@ -210,7 +210,7 @@ class WandbSink:
         self._temp_dir = tempfile.TemporaryDirectory()
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "bsq_ray"),
-            id=hashlib.sha256(out_url.encode()).hexdigest()[:16],
+            id=hashlib.sha256(out_url.encode("utf-8", "surrogateescape")).hexdigest()[:16],
             name=out_url.rstrip("/").rpartition("/")[2],
             resume="allow",
             config=parameters,

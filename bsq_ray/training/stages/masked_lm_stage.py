@@ -107,7 +107,7 @@ class MaskedLMStage(Stage):
         num_units = model_config.num_tokens * (1 if model_config.mask_unit == "token" else model_config.num_sub_tokens)
         masks, dropped = [], []
         for key in keys:
-            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             rng = np.random.default_rng((self.run_config.training.seed, step + 1, int.from_bytes(digest)))
             mask_ratio = np.cos(pi / 2 * rng.random())
             order = rng.permutation(num_units)
