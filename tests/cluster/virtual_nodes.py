@@ -230,5 +230,5 @@ def virtual_nodes(count, delay=0.0, loss=0.0):
     finally:
         for node in booted_nodes:
             node.cut_power()
-        switch.end()
+        switch.stop()
         shutil.rmtree(folder, ignore_errors=True)
