@@ -9,6 +9,9 @@ from torch import Tensor
 
 from bsq_ray.models.lpips_network import LPIPSNetwork, NetworkName
 
+# Smallest height and width of an image: its last feature map then has one pixel.
+MIN_SIDE: dict[NetworkName, int] = {"alex": 31, "vgg": 16}
+
 
 @torch.no_grad()
 def lpips(original_BCHW: Tensor, reconstruction_BCHW: Tensor, network: NetworkName = "alex") -> Tensor:

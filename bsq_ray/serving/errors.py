@@ -10,12 +10,15 @@ class ApiError(Exception):
         status: HTTP status code.
         message: one sentence without file paths or internal details.
         retry_after: value of the header Retry-After, seconds; None omits the header.
+        headers: further headers of the response.
     """
 
-    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, retry_after: int | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         # Pass all arguments to `args`, so that the error can be pickled between Ray actors.
-        super().__init__(status, message, retry_after)
-        self.status, self.message, self.retry_after = status, message, retry_after
+        super().__init__(status, message, retry_after, headers)
+        self.status, self.message, self.retry_after, self.headers = status, message, retry_after, headers or {}
 
     def __str__(self) -> str:
         return self.message

@@ -12,10 +12,12 @@ from typing_extensions import TypedDict
 
 from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
-from bsq_ray.metrics.lpips import lpips
+from bsq_ray.metrics.lpips import MIN_SIDE, lpips
 from bsq_ray.metrics.psnr import psnr
 
 _BASELINE_CODECS = ("JPEG", "WebP")
+# Largest width and height that their encoders accept.
+_MAX_SIDES = {"JPEG": 65500, "WebP": 16383}
 # Encoder qualities that are compared; a finer scale would cost more passes through the LPIPS network.
 _QUALITIES = (1, 2, 3, 5, 8, 12, 18, 26, 36, 48, 62, 78, 95)
 
@@ -34,8 +36,9 @@ class EqualQualityFile(TypedDict):
 class QualityReport(TypedDict):
     """Rate and quality of a compressed image.
 
+    `lpips` is null for an image whose width or height is below 31 pixels, because its network has no output for it.
     `equal` maps metric (`psnr`, `lpips`) and codec (`JPEG`, `WebP`) to a file of equal quality, or to null if not even
-    the highest encoder quality is as good.
+    the highest encoder quality is as good or the codec has no files of this size. A metric that is null has no entry.
     """
 
     width: int
@@ -43,7 +46,7 @@ class QualityReport(TypedDict):
     bytes: int
     bits_per_pixel: float
     psnr: float
-    lpips: float
+    lpips: float | None
     equal: dict[str, dict[str, EqualQualityFile | None]]
 
 
@@ -59,7 +62,9 @@ def measure_quality(
         ValueError: the weights of the LPIPS network are not on this node.
     """
     original_BCHW = _to_tensor(original)
-    metrics = {"psnr": psnr, "lpips": lpips}
+    metrics: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"psnr": psnr}
+    if min(original.size) >= MIN_SIDE["alex"]:
+        metrics["lpips"] = lpips
     metric_values = {name: float(metric(original_BCHW, _to_tensor(decoded))) for name, metric in metrics.items()}
     codecs = standard_codecs()
     equal: dict[str, dict[str, EqualQualityFile | None]] = {}
@@ -76,11 +81,14 @@ def measure_quality(
                 data = codecs[codec].encode(original, quality)
                 return len(data), sign * float(metric(original_BCHW, _to_tensor(codecs[codec].decode(data))))
 
-            equal[name][codec] = _smallest_quality_reaching(encode_at_quality, sign * metric_values[name])
+            can_encode = max(original.size) <= _MAX_SIDES[codec]
+            equal[name][codec] = (
+                _smallest_quality_reaching(encode_at_quality, sign * metric_values[name]) if can_encode else None
+            )
     bits_per_pixel = 8 * num_bytes / (original.width * original.height)
     return {
         "width": original.width, "height": original.height, "bytes": num_bytes, "bits_per_pixel": bits_per_pixel,
-        "psnr": metric_values["psnr"], "lpips": metric_values["lpips"], "equal": equal,
+        "psnr": metric_values["psnr"], "lpips": metric_values.get("lpips"), "equal": equal,
     }  # fmt: skip
 
 

@@ -194,10 +194,27 @@ def test_authentication_leaves_page_and_health_public(settings, replicas, photo)
     [
         *((host, 200) for host in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.8.0.1:80", "[::1]", "[::1]:8000")),
         *(
+            (host, 200)
+            for host in ("localhost.", "Localhost.:80", "127.1", "127.0.0.1.", "[::ffff:127.0.0.1]", "a.localhost:1")
+        ),
+        *(
             (host, 403)
             for host in ("attacker.example:8000", "localhost.attacker.example", "127.0.0.1.attacker.example")
         ),
-        *((host, 403) for host in ("192.168.1.5:8000", "attacker@example", "[::1", "[::2]", "")),
+        *(
+            (host, 403)
+            for host in (
+                "192.168.1.5:8000",
+                "attacker@example",
+                "[::1",
+                "[::2]",
+                "",
+                ".",
+                "10.1",
+                "localhost..",
+                "xlocalhost",
+            )
+        ),
     ],
 )
 def test_no_token_foreign_host_header_returns_403(client, photo, host, status):

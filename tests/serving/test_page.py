@@ -7,6 +7,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
@@ -35,17 +36,14 @@ def settings(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def serve(settings, replicas):
-    """Return a function that starts the application on loopback, with or without a token, and returns its URL."""
+def start_server():
+    """Return a function that starts an ASGI application on loopback, and returns its URL."""
     servers = []
 
-    def start(token=None, **loading_replicas):
+    def start(app):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        models = settings.models | dict.fromkeys(loading_replicas, settings.models["small"])
-        served_settings = settings.model_copy(update={"models": models})
-        app = make_app(served_settings, replicas | loading_replicas, token and hash_token(token))
         server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
         threading.Thread(target=server.run, daemon=True).start()
         servers.append(server)
@@ -55,6 +53,18 @@ def serve(settings, replicas):
     yield start
     for server in servers:
         server.should_exit = True
+
+
+@pytest.fixture(scope="module")
+def serve(settings, replicas, start_server):
+    """Return a function that starts the service, with or without a token, and returns its URL."""
+
+    def start(token=None, **loading_replicas):
+        models = settings.models | dict.fromkeys(loading_replicas, settings.models["small"])
+        served_settings = settings.model_copy(update={"models": models})
+        return start_server(make_app(served_settings, replicas | loading_replicas, token and hash_token(token)))
+
+    return start
 
 
 def wait_for(condition, timeout_s=60):
@@ -310,3 +320,73 @@ def test_page_requires_token(browser, serve, photo):
     page.wait_shown("compress")
     page.find("file").send_keys(str(photo))
     page.wait_shown("sizes")
+
+
+@pytest.fixture(scope="module")
+def proxied(serve, start_server):
+    """Return a function that starts a reverse proxy below a path prefix, and returns the URL of the page."""
+    prefix = "/user/me/proxy/8000"
+
+    def start(headers=(), **options):
+        target = serve(**options)
+
+        async def proxy(scope, receive, send):
+            if scope["type"] != "http":
+                return
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+            path = scope["path"]
+            status, response_headers, content = 404, [], b"outside of the prefix"
+            if path.startswith(prefix):
+                url = target + path.removeprefix(prefix).lstrip("/") + "?" + scope["query_string"].decode()
+                sent = [(name, value) for name, value in scope["headers"] if name != b"host"]
+                async with httpx.AsyncClient(timeout=120) as client:
+                    response = await client.request(
+                        scope["method"], url, content=body, headers=[*sent, *headers], follow_redirects=False
+                    )
+                status, content = response.status_code, response.content
+                response_headers = [
+                    (name.lower(), value) for name, value in response.headers.raw if name.lower() != b"content-length"
+                ]
+            await send({"type": "http.response.start", "status": status, "headers": response_headers})
+            await send({"type": "http.response.body", "body": content})
+
+        return start_server(proxy).rstrip("/") + prefix
+
+    return start
+
+
+@pytest.mark.parametrize("address", ["/", "", "/docs/"])
+def test_page_works_behind_path_prefix(browser, proxied, photo, address):
+    """The page compresses and generates behind a reverse proxy that adds a prefix to its path."""
+    forwarded = [(b"x-forwarded-prefix", b"/user/me/proxy/8000")] if address == "" else []
+    url = proxied(forwarded)
+    page = open_page(browser, url + address)
+    if address == "/docs/":
+        assert browser.current_url == f"{url}/docs"
+        browser.find_element("link text", "openapi.json")
+        assert page.run("return getComputedStyle(document.body).maxWidth") != "none"
+        return
+    page.wait_shown("compress")
+    page.find("file").send_keys(str(photo))
+    page.wait_shown("sizes")
+    page.find("steps").clear()
+    page.find("steps").send_keys("2")
+    page.find("start").click()
+    wait_for(lambda: page.text("generate-status").startswith("Generated in 2 steps"))
+    loaded = page.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert all(name.startswith((url, "data:", "blob:")) for name in loaded)
+    page.run("document.querySelector('nav a').click()")
+    wait_for(lambda: browser.current_url == f"{url}/docs")
+
+
+def test_page_small_image_omits_missing_metrics(page, photos, tmp_path):
+    """An image too small for LPIPS is compressed and compared by PSNR alone."""
+    photos[0].resize((20, 30)).save(tmp_path / "small.png")
+    page.find("file").send_keys(str(tmp_path / "small.png"))
+    page.wait_shown("sizes")
+    assert "PSNR" in page.text("metrics")
+    assert "LPIPS" not in page.text("metrics")
+    assert len(page.text("size-rows").splitlines()) == 3

@@ -39,7 +39,9 @@ def test_parse_settings_names_models(model):
 @pytest.mark.parametrize(
     ("host", "loopback"),
     [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
-     ("10.0.0.1", False), ("example.org", False)],
+     ("10.0.0.1", False), ("example.org", False), ("LOCALHOST", True), ("localhost.", True), ("127.1", True),
+     ("0x7f.1", True), ("2130706433", True), ("::ffff:127.0.0.1", True), ("10.1", False), ("::ffff:10.0.0.1", False),
+     ("999", False), ("999.1.1.1.", False), ("127.0.0.1.example.org", False), ("", False), (".", False)],
 )  # fmt: skip
 def test_parse_settings_public_host_requires_token(model, host, loopback):
     """A host that others can reach requires a token unless the option overrides it."""

@@ -23,6 +23,7 @@ from bsq_ray.serving.http.admission import AdmissionControl
 from bsq_ray.serving.http.body_prefetch import PrefetchedBodyMiddleware
 from bsq_ray.serving.http.inference_routes import InferenceEndpoints
 from bsq_ray.serving.http.openapi import error_responses
+from bsq_ray.serving.http.path_prefix import HeadMiddleware, RelativeRedirectMiddleware
 from bsq_ray.serving.http.schemas import HealthResponse, ModelsResponse
 from bsq_ray.serving.registry import ModelRegistry, ServedModel
 from bsq_ray.serving.service_config import Limits
@@ -57,7 +58,13 @@ def create_app(
         for task in tasks:
             task.cancel()
 
-    app = FastAPI(title="bsq_ray", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="bsq_ray", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+        # Relative to the address of openapi.json.
+        servers=[{"url": "."}],
+    )  # fmt: skip
+    app.add_middleware(RelativeRedirectMiddleware)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(PrefetchedBodyMiddleware, skip_receive=prefetch_bodies)
     app.add_exception_handler(ApiError, _handle_api_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
@@ -102,7 +109,9 @@ def _add_status_routes(
 
 async def _handle_api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    headers = dict(error.headers)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):

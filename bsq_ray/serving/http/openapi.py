@@ -51,7 +51,7 @@ _ERROR_DESCRIPTIONS = {
     403: "the service has no token, and the request names another host than this node",
     404: "unknown model",
     413: "too many bytes, or too many pixels in all frames",
-    415: "another kind of file than expected",
+    415: "another kind of file than expected, or an unsupported Content-Encoding",
     422: "damaged file or invalid value",
     429: "too many requests in progress, or too many responses being read; retry after Retry-After seconds",
     503: "models are loading, or the request timed out",
@@ -61,7 +61,7 @@ _ERROR_DESCRIPTIONS = {
 # Swagger UI is not used: FastAPI loads its scripts from a CDN, which the content security policy blocks, and no package
 # of this project's dependencies contains them. This page needs no scripts.
 def render_docs(schema: dict[str, Any]) -> str:
-    """Render an OpenAPI schema as an HTML page."""
+    """Render an OpenAPI schema as an HTML page, whose links are relative."""
     sections = "".join(
         _render_route(method, path, route)
         for path, routes in schema["paths"].items()
@@ -69,8 +69,8 @@ def render_docs(schema: dict[str, Any]) -> str:
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        '<title>bsq_ray: HTTP API</title><link rel="stylesheet" href="/page/style.css"></head><body class="docs">'
-        '<main><h1>HTTP API</h1><p>Machine-readable: <a href="/openapi.json">openapi.json</a>. Files are sent as raw '
+        '<title>bsq_ray: HTTP API</title><link rel="stylesheet" href="page/style.css"></head><body class="docs">'
+        '<main><h1>HTTP API</h1><p>Machine-readable: <a href="openapi.json">openapi.json</a>. Files are sent as raw '
         f"request bodies.</p>{sections}</main></body></html>"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from importlib import resources
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -9,20 +10,21 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.http.openapi import render_docs
+from bsq_ray.serving.http.path_prefix import base_address
 
 _MEDIA_TYPES = {"style.css": "text/css", "script.js": "text/javascript"}
 # Scripts, styles and images load from this server or from the page itself only.
 _CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; img-src 'self' blob: data:; media-src blob:; base-uri 'none'; frame-ancestors 'none'; "
+    "default-src 'self'; img-src 'self' blob: data:; media-src blob:; base-uri 'self'; frame-ancestors 'none'; "
     "form-action 'none'"
 )
 router = APIRouter(include_in_schema=False)
 
 
 @router.get("/")
-async def page() -> Response:
+async def page(request: Request) -> Response:
     """Return the web page."""
-    return _html_response(_read_page_file("index.html"))
+    return _html_response(request, _read_page_file("index.html").decode())
 
 
 @router.get("/page/{name}")
@@ -44,11 +46,15 @@ async def openapi(request: Request) -> Response:
 async def docs(request: Request) -> Response:
     """Return the API documentation."""
     app: FastAPI = request.app
-    return _html_response(render_docs(app.openapi()).encode())
+    return _html_response(request, render_docs(app.openapi()))
 
 
-def _html_response(html: bytes) -> Response:
-    return HTMLResponse(html, headers={"Content-Security-Policy": _CONTENT_SECURITY_POLICY})
+def _html_response(request: Request, html: str) -> Response:
+    base = base_address(request)
+    if base is not None:
+        html = html.replace("<head>", f'<head><base href="{escape(base)}">', 1)
+    headers = {"Content-Security-Policy": _CONTENT_SECURITY_POLICY, "Vary": "X-Forwarded-Prefix"}
+    return HTMLResponse(html, headers=headers)
 
 
 def _read_page_file(name: str) -> bytes:

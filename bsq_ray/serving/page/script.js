@@ -31,7 +31,7 @@ let models = [];
 
 async function loadModels() {
   try {
-    ({ models } = await (await request("/v1/models")).json());
+    ({ models } = await (await request("v1/models")).json());
   } catch (error) {
     byId("access").hidden = error.status !== 401;
     if (error.status === 401) byId("token").focus();
@@ -85,10 +85,17 @@ function showMetrics(entries) {
   }));
 }
 
+// A canvas would keep the first frame of an animation only. The service decides whether such a file is one.
+async function mayBeAnimated(file) {
+  const start = new TextDecoder("latin1").decode(await file.slice(0, 2 ** 16).arrayBuffer());
+  const marker = { GIF8: "", RIFF: "ANIM", "\x89PNG": "acTL" }[start.slice(0, 4)];
+  return marker === undefined ? start.slice(4, 12) === "ftypavis" : start.includes(marker);
+}
+
 async function prepareUpload(file) {
   const bitmap = await createImageBitmap(file).catch(() => null);
   // The service detects the format itself; the browser guesses a type from the name, which can be wrong.
-  if (!bitmap) return { blob: new Blob([file]), isScaled: false, isVisible: false };
+  if (!bitmap || await mayBeAnimated(file)) return { blob: new Blob([file]), isScaled: false, isVisible: bitmap !== null };
   const factor = MAX_SIDE / Math.max(bitmap.width, bitmap.height);
   const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(bitmap.width * Math.min(1, factor)));
@@ -118,7 +125,7 @@ async function openUpload(file) {
 }
 
 // Browsers cannot play the default video format. An image is a PNG.
-const decompress = (file) => request("/v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
+const decompress = (file) => request("v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
 
 async function openBsqFile(file, requestId) {
   setStatus("compress-status", "Decompressing …");
@@ -133,7 +140,7 @@ async function openOriginal(file, requestId) {
   setStatus("compress-status", file.type.startsWith("video/") ? "Compressing … videos take longer than images." : "Compressing …");
   const { blob, isScaled, isVisible, size } = await prepareUpload(file);
   const selected = byId("codec").value;
-  const response = await request(`/v1/compress${selected && `?model=${encodeURIComponent(selected)}`}`, { method: "POST", body: blob });
+  const response = await request(`v1/compress${selected && `?model=${encodeURIComponent(selected)}`}`, { method: "POST", body: blob });
   const compressed = await response.blob();
   const isVideo = response.headers.has("X-Frames");
   if (isVideo && requestId === latestRequest) setStatus("compress-status", "Decompressing …");
@@ -148,9 +155,9 @@ async function openOriginal(file, requestId) {
     return;
   }
   setStatus("compress-status", `${isScaled ? `Downscaled to ${size} pixels. ` : ""}Measuring …`);
-  const report = await (await request(`/v1/measure?model=${encodeURIComponent(model)}`, { method: "POST", body: blob })).json();
+  const report = await (await request(`v1/measure?model=${encodeURIComponent(model)}`, { method: "POST", body: blob })).json();
   if (requestId !== latestRequest) return;
-  showMetrics([...rateEntries(compressed, response.headers), ["PSNR", `${report.psnr.toFixed(2)} dB`], ["LPIPS", report.lpips.toFixed(3)]]);
+  showMetrics([...rateEntries(compressed, response.headers), ["PSNR", `${report.psnr.toFixed(2)} dB`], ...(report.lpips === null ? [] : [["LPIPS", report.lpips.toFixed(3)]])]);
   compareSizes(report);
   setStatus("compress-status", isScaled ? `Downscaled to ${size} pixels.` : "Done.");
 }
@@ -216,7 +223,7 @@ function compareSizes({ equal, bytes: bsqBytes }) {
   };
   const rows = [makeRow(["this .bsq file", formatBytes(bsqBytes), ""])];
   for (const [metric, name] of [["lpips", "LPIPS"], ["psnr", "PSNR"]]) {
-    for (const [codec, match] of Object.entries(equal[metric])) {
+    for (const [codec, match] of Object.entries(equal[metric] ?? {})) {
       const label = `${codec} of equal ${name}`;
       if (match === null) rows.push(makeRow([label, "–", "worse at its highest quality"]));
       else {
@@ -269,7 +276,7 @@ async function generate() {
   const number = (id) => (byId(id).value === "" ? undefined : Number(byId(id).value));
   const body = { model: byId("generator").value, class: number("class"), steps: number("steps"), guidance_scale: number("guidance"), seed: number("seed") };
   try {
-    const response = await request("/v1/generate", { method: "POST", body: JSON.stringify(body), signal: generationAbort.signal });
+    const response = await request("v1/generate", { method: "POST", body: JSON.stringify(body), signal: generationAbort.signal });
     let last = null;
     for await (const line of ndjsonLines(response.body)) {
       if (line.error) throw new ApiError(0, line.error);
