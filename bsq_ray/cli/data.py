@@ -55,19 +55,42 @@ def data_pack(
         print(f"skipped {len(report.too_short_files)} that are too short, listed in {dest}/too-short.txt")
     if report.changed_files:
         print(f"converted {len(report.changed_files)} to a constant frame rate, listed in {dest}/changed.txt")
-    if report.num_ignored:
-        print(f"ignored {report.num_ignored} files that are not {kind}")
+    for line in report.ignored.describe():
+        print(f"ignored {line}")
 
 
-def data_index(url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")]) -> None:
+def data_index(
+    url: Annotated[str, typer.Argument(help="Folder or URL of WebDataset .tar shards.")],
+    key_until: Annotated[
+        str, typer.Option(help="End of the key in the name of a file: first-dot, as in webdataset, or last-dot.")
+    ] = "first-dot",
+    label_field: Annotated[
+        str | None, typer.Option(help="Field of the .json files with the label. Default: label, class, cls, …")
+    ] = None,
+    class_list: Annotated[
+        str | None, typer.Option(help="Text file of the classes, one per line. Default: the labels that occur.")
+    ] = None,
+) -> None:
     """Write the manifest of WebDataset shards that another program made."""
+    if key_until not in ("first-dot", "last-dot"):
+        raise ValueError(f"unknown --key-until {key_until}; choose first-dot or last-dot")
     require_extra("data index", "train")
 
-    from bsq_ray.data.index import index_shards
+    from bsq_ray.data.index import IndexOptions, index_shards
 
     with ProgressBar("indexing") as on_progress:
-        manifest = index_shards(url, on_progress)
-    print(f"{manifest.num_samples} {manifest.kind} in {len(manifest.shards)} shards; wrote {url}/manifest.parquet")
+        report = index_shards(url, IndexOptions(key_until, label_field, class_list), on_progress)  # type: ignore[arg-type]
+    manifest = report.manifest
+    counts = f"{manifest.num_samples} {manifest.kind}, shards {len(manifest.shards)}, classes {len(manifest.classes)}"
+    print(f"{counts}; wrote {url}/manifest.parquet")
+    if report.class_rule:
+        print(report.class_rule)
+    if report.unused:
+        print(f"not used {report.unused.total()} of {report.num_members} files in the shards:")
+        for line in report.describe_unused():
+            print(f"  {line}")
+    for note in report.notes:
+        print(f"note: {note}")
 
 
 def data_inspect(

@@ -6,12 +6,38 @@ the list (`1 Class` per line) numbers the classes. Without it they are numbered 
 
 from __future__ import annotations
 
-import posixpath
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
-from bsq_ray import storage
+from bsq_ray.data.folder_listing import (
+    FolderListing,
+    FoundFile,
+    count_suffixes,
+    describe_other_files,
+    printable,
+    walk_files,
+)
+from bsq_ray.data.split_list import read_class_order, read_split_list
 
-_CLASS_INDEX_FILE = "classInd.txt"
+
+@dataclass(frozen=True)
+class IgnoredFiles:
+    """Entries of a folder that are not packed.
+
+    Attributes:
+        kind: "images" or "videos".
+        other_suffixes: number of files of other types, by suffix.
+        listing: leftovers of systems and tools, broken links, loops.
+    """
+
+    kind: str
+    other_suffixes: Counter[str] = field(default_factory=Counter)
+    listing: FolderListing = field(default_factory=FolderListing)
+
+    def describe(self) -> list[str]:
+        """Return a line for each kind of ignored entry, with counts and examples."""
+        lines = [describe_other_files(self.other_suffixes, self.kind)] if self.other_suffixes else []
+        return lines + self.listing.describe()
 
 
 @dataclass(frozen=True)
@@ -21,14 +47,14 @@ class FileList:
     Attributes:
         urls, labels, sizes: URL, class and size in bytes of each file.
         classes: names of the labels.
-        num_ignored: number of files with another suffix.
+        ignored: everything else in the folder.
     """
 
     urls: list[str]
     labels: list[int]
     sizes: list[int]
     classes: tuple[str, ...]
-    num_ignored: int
+    ignored: IgnoredFiles
 
 
 def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None = None) -> FileList:
@@ -45,68 +71,48 @@ def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: st
         ValueError: the folder is missing, has no such files, mixes files with class folders, or the split list names
             missing files.
     """
-    fs, root = storage.filesystem(source)
-    with storage.translate_errors(source, "read"):
-        if not fs.isdir(root):
-            raise ValueError(f"{source} is not a folder" if fs.exists(root) else f"{source} does not exist")
-        sizes = {path: info["size"] or 0 for path, info in sorted(fs.find(root, detail=True).items())}
-    paths = {posixpath.relpath(path, root): path for path in sizes if path.lower().endswith(suffixes)}
-    if not paths:
-        raise ValueError(f"{source} contains no {kind} (looked for {', '.join(suffixes)})")
-    folders = {name: name.split("/")[0] if "/" in name else "" for name in paths}
+    files, ignored = find_files(source, kind, suffixes)
+    if not files:
+        reasons = "".join(f"; it has {line}" for line in ignored.describe())
+        raise ValueError(f"{source} contains no {kind} (looked for {', '.join(suffixes)}){reasons}")
+    by_name = {file.name: file for file in files}
+    folders = {name: name.split("/")[0] if "/" in name else "" for name in by_name}
     class_names = set(folders.values()) - {""}
     if "" in folders.values() and class_names:
         stray = next(name for name, folder in folders.items() if not folder)
         raise ValueError(
-            f"{source} has {kind} both in class folders ({min(class_names)}, …) and outside of them ({stray}, …); "
-            "move them into class folders"
+            f"{source} has {kind} both in class folders ({printable(min(class_names))}, …) and outside of them "
+            f"({printable(stray)}, …); move them into class folders"
         )
     classes = tuple(sorted(class_names)) or ("all",)
-    names = list(paths)
+    names = list(by_name)
     if split_list is not None:
         if class_names:
             # UCF-101 sorts its classes case-insensitively.
-            classes = _read_class_order(split_list, class_names) or tuple(sorted(class_names, key=str.casefold))
-        names = _read_split(split_list, source, paths, classes)
-    local = storage.is_local(source)
+            classes = read_class_order(split_list, class_names) or tuple(sorted(class_names, key=str.casefold))
+        names = read_split_list(split_list, source, by_name, classes)
+    label_of = {name: label for label, name in enumerate(classes)}
     return FileList(
-        [paths[name] if local else fs.unstrip_protocol(paths[name]) for name in names],
-        [classes.index(folders[name] or "all") for name in names],
-        [sizes[paths[name]] for name in names],
+        [by_name[name].path for name in names],
+        [label_of[folders[name] or "all"] for name in names],
+        [by_name[name].size for name in names],
         classes,
-        len(sizes) - len(paths),
+        ignored,
     )
 
 
-def _read_split(url: str, source: str, paths: dict[str, str], classes: tuple[str, ...]) -> list[str]:
-    names: dict[str, None] = {}
-    for number, line in enumerate(storage.read_bytes(url).decode("utf-8", "replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().partition(" ")
-        if name not in paths:
-            raise ValueError(f"{url} line {number}: {source} has no {name}")
-        expected_number = classes.index(name.split("/")[0]) + 1 if "/" in name else 1
-        if label and label.strip() != str(expected_number):
-            raise ValueError(
-                f"{url} line {number}: {name} has the class number {label.strip()}, but its class is number "
-                f"{expected_number} of {len(classes)}; copy the list's {_CLASS_INDEX_FILE} next to it"
-            )
-        names[name] = None
-    if not names:
-        raise ValueError(f"{url} lists no files")
-    return list(names)
+def find_files(source: str, kind: str, suffixes: tuple[str, ...]) -> tuple[list[FoundFile], IgnoredFiles]:
+    """Return the files of a folder with one of the suffixes, sorted by name, and what else it contains.
 
-
-def _read_class_order(split_list: str, class_names: set[str]) -> tuple[str, ...]:
-    """Return the class names in the order of `classInd.txt` next to the list; empty without that file."""
-    url = storage.join(posixpath.dirname(split_list) or ".", _CLASS_INDEX_FILE)
-    if not storage.exists(url):
-        return ()
-    rows = [line.split() for line in storage.read_bytes(url).decode("utf-8", "replace").splitlines() if line.strip()]
-    if [row[0] for row in rows] != [str(n) for n in range(1, len(rows) + 1)] or any(len(row) != 2 for row in rows):
-        raise ValueError(f"{url} must number the classes from 1, one `1 Class` per line")
-    classes = tuple(row[1] for row in rows)
-    if missing := class_names - set(classes):
-        raise ValueError(f"{url} does not number the class {min(missing)}")
-    return classes
+    Raises:
+        ValueError: the folder is missing or cannot be read.
+    """
+    listing = FolderListing()
+    files, other_names = [], []
+    for file in walk_files(source, listing):
+        if file.name.lower().endswith(suffixes):
+            files.append(file)
+        else:
+            other_names.append(file.name)
+    files.sort(key=lambda file: file.name)
+    return files, IgnoredFiles(kind, count_suffixes(other_names), listing)

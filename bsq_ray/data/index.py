@@ -1,107 +1,185 @@
-"""Write the manifest of WebDataset shards that another program made."""
+"""Write the manifest of WebDataset shards that another program made.
+
+shards ─members─▶ samples and labels ─number the classes─▶ manifest ─read a sample of each shard back─▶ written
+                  └▶ counted and named: everything that is not used
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import posixpath
 import tarfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from bsq_ray import storage
-from bsq_ray.data.manifest import Manifest, Shard, write_manifest
-from bsq_ray.media.images import IMAGE_SUFFIXES
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES, probe
+from bsq_ray.data.folder_listing import FolderListing, FoundFile, format_counts, format_names, printable, walk_files
+from bsq_ray.data.index_shard import IndexedShard, IndexOptions, index_shard
+from bsq_ray.data.manifest import Manifest, write_manifest
+from bsq_ray.data.sample_labels import (
+    number_classes,
+)
+from bsq_ray.data.shard_reader import decode_blob, fetch_encoded
+from bsq_ray.data.tar_members import compressed_format, is_tar_name
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 
-def index_shards(url: str, on_progress: ProgressCallback = no_progress) -> Manifest:
-    """Write the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, each with `{key}.cls`.
+@dataclass
+class IndexReport:
+    """The result of indexing a folder of shards.
 
-    Without any `.cls` all samples have one class.
+    Attributes:
+        manifest: the data set.
+        num_members: number of files and links in the shards.
+        num_used: number of members that are an image, a video or the label of one.
+        unused: number of other members by the reason; `num_members - num_used` in all.
+        examples: a member for each reason.
+        class_rule: text that explains how the classes are numbered; empty where a class is its label.
+        notes: what in the folder is not indexed, and first samples that cannot be decoded.
+    """
+
+    manifest: Manifest
+    num_members: int = 0
+    num_used: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    class_rule: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def describe_unused(self) -> list[str]:
+        """Return a line with count and example for each reason why members are not used."""
+        ordered = sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))
+        return [f"{count} {reason}, such as {printable(self.examples[reason])}" for reason, count in ordered]
+
+
+def index_shards(
+    url: str, options: IndexOptions = IndexOptions(), on_progress: ProgressCallback = no_progress
+) -> IndexReport:
+    """Write the manifest of shards with `{key}.jpg|png|webp…` or `{key}.mp4|avi|…`, and a label for each.
+
+    Labels are numbers or names in `{key}.cls`, or a field of `{key}.json`. Without labels all samples have one class.
 
     Args:
         url: folder of the shards.
+        options: see `IndexOptions`.
         on_progress: called with the number of finished shards and of all shards.
 
     Raises:
-        ValueError: there are no tar files, a tar file or video is damaged, a shard has neither images nor videos, or
-            only some samples have a class.
+        ValueError: there are no tar files, a tar file or video is damaged, a shard has neither images nor videos, only
+            some samples have a class, or a label is not one.
     """
-    names = [name for name in storage.list_folder(url) if name.endswith(".tar")]
-    if not names:
-        raise ValueError(f"{url} contains no .tar shards to index")
-    shards, unlabeled = [], []
+    names, notes = _find_shards(url)
+    contents = []
     for number, name in enumerate(names, 1):
-        shard, shard_unlabeled = _index_shard(
-            name, storage.read_bytes(storage.join(url, name)), storage.join(url, name)
-        )
-        shards.append(shard)
-        unlabeled += [f"{name}: {key}" for key in shard_unlabeled]
+        content = storage.read_bytes(storage.join(url, name))
+        contents.append(index_shard(name, content, storage.join(url, name), options))
         on_progress(number, len(names))
-    num_samples = sum(len(shard.keys) for shard in shards)
-    if 0 < len(unlabeled) < num_samples:
-        raise ValueError(
-            f"{len(unlabeled)} of {num_samples} samples in {url} have no class, such as {unlabeled[0]}; "
-            "give each a .cls, or none of them"
-        )
-    num_classes = 1 + max(max(shard.labels) for shard in shards)
-    kinds = {"videos" if shard.videos else "images": shard.name for shard in shards}
+    report = IndexReport(Manifest(url, (), ()), notes=notes)
+    for shard in contents:
+        report.num_members += shard.num_members
+        report.num_used += shard.num_used
+        report.unused += shard.unused
+        report.examples = shard.examples | report.examples
+    classes_by_shard, class_names, report.class_rule = _number_shard_classes(url, contents, options)
+    kinds = {"videos" if shard.shard.videos else "images": shard.shard.name for shard in contents}
     if len(kinds) > 1:
         raise ValueError(
             f"{url} contains images ({kinds['images']}) and videos ({kinds['videos']}); put them in separate folders"
         )
-    manifest = Manifest(url, tuple(shards), tuple(str(label) for label in range(num_classes)), next(iter(kinds)))
-    write_manifest(manifest)
-    return manifest
+    shards = [replace(each.shard, labels=labels) for each, labels in zip(contents, classes_by_shard, strict=True)]
+    report.manifest = Manifest(url, tuple(shards), class_names, next(iter(kinds)))
+    report.notes += _read_back(report.manifest)
+    write_manifest(report.manifest)
+    return report
 
 
-def _index_shard(name: str, content: bytes, url: str) -> tuple[Shard, list[str]]:
-    """Return the manifest entry of a shard, and the keys of samples without a class."""
-    spans: dict[str, tuple[int, int]] = {}
-    classes: dict[str, int] = {}
-    suffixes: set[str] = set()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            for member in tar:
-                # Files with the same name in two folders are two samples.
-                folder, name_inside = posixpath.split(member.name)
-                stem, _, suffix = name_inside.partition(".")
-                key = posixpath.join(folder, stem)
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-                    spans[key] = (member.offset_data, member.size)
-                    suffixes.add(f".{suffix.lower()}")
-                elif suffix == "cls":
-                    classes[key] = int(content[member.offset_data : member.offset_data + member.size])
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ValueError(f"{url} is damaged: {error}") from error
-    if any(label < 0 for label in classes.values()):
-        raise ValueError(f"{url} has the class {min(classes.values())}; classes are numbers from 0")
-    if not spans:
-        raise ValueError(
-            f"{url} contains no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
+def _find_shards(url: str) -> tuple[list[str], list[str]]:
+    """Return the names of the shards of a folder, and notes about files that look like shards and are none."""
+    listing = FolderListing()
+    tars = [file for file in walk_files(url, listing) if is_tar_name(file.name)] if storage.exists(url) else []
+    shards: list[str] = []
+    compressed: list[tuple[FoundFile, str]] = []
+    nested = Counter(posixpath.dirname(file.name) for file in tars if "/" in file.name)
+    for file in tars:
+        if "/" in file.name:
+            continue
+        compression = compressed_format(_read_head(file), file.name)
+        if compression is None:
+            shards.append(file.name)
+        elif file.name.lower().endswith(".tar"):
+            raise ValueError(f"{file.path} is not a plain tar file: it is {compression}")
+        else:
+            compressed.append((file, compression))
+    notes = listing.describe()
+    if compressed:
+        names = format_names([file.name for file, _ in compressed])
+        notes.append(f"{len(compressed)} shards are compressed, so that no sample can be read alone: {names}; "
+                     f"the first is {compressed[0][1]}")  # fmt: skip
+    if nested:
+        notes.append(
+            f"{nested.total()} shards are in subfolders: {format_counts(nested)}; index each folder on its own"
         )
-    videos = []
-    if not suffixes.isdisjoint(VIDEO_SUFFIXES):
-        if not suffixes.isdisjoint(IMAGE_SUFFIXES):
-            raise ValueError(
-                f"{url} contains images and videos ({', '.join(sorted(suffixes))}); a data set has one kind"
-            )
-        for key, (offset, size) in spans.items():
+    if not shards:
+        raise ValueError("; ".join([f"{url} contains no .tar shards to index", *notes]))
+    return shards, notes
+
+
+def _read_head(file: FoundFile) -> bytes:
+    with storage.open_url(file.path) as stream:
+        return bytes(stream.read(tarfile.BLOCKSIZE))
+
+
+def _number_shard_classes(
+    url: str, shards: list[IndexedShard], options: IndexOptions
+) -> tuple[list[tuple[int, ...]], tuple[str, ...], str]:
+    """Return the classes of the samples of each shard, the names of the classes, and the rule of their numbers."""
+    labels = [label for shard in shards for label in shard.labels if label is not None]
+    num_samples = sum(len(shard.labels) for shard in shards)
+    if not labels:
+        return [(0,) * len(shard.labels) for shard in shards], ("0",), ""
+    if len(labels) < num_samples:
+        unlabeled = next(
+            f"{shard.shard.name}: {key}"
+            for shard in shards
+            for key, label in zip(shard.shard.keys, shard.labels, strict=True)
+            if label is None
+        )
+        raise ValueError(
+            f"{num_samples - len(labels)} of {num_samples} samples in {url} have no class, such as {unlabeled}; "
+            "give each a .cls, or none of them"
+        )
+    json_fields = {name: member for shard in reversed(shards) for name, member in shard.json_fields.items()}
+    if len(json_fields) > 1:
+        fields = ", ".join(f"{name} ({member})" for name, member in sorted(json_fields.items()))
+        raise ValueError(f"the labels in {url} are in several fields: {fields}; choose one with --label-field")
+    classes = number_classes(labels, options.class_list)
+    indices = iter(classes.indices)
+    return [tuple(islice(indices, len(shard.labels))) for shard in shards], classes.names, classes.rule
+
+
+def _read_back(manifest: Manifest) -> list[str]:
+    """Read the first sample of each shard as training does, or the next one that can be decoded.
+
+    Returns:
+        A note for each sample before it.
+
+    Raises:
+        ValueError: no sample of a shard can be read.
+    """
+    if manifest.kind == "videos":
+        # The index has decoded each of them.
+        return []
+    notes = []
+    for start, shard in zip(manifest.shard_starts.tolist(), manifest.shards, strict=False):
+        reasons: list[str] = []
+        for index, key in enumerate(shard.keys):
+            [blob] = fetch_encoded(manifest, [start + index])
             try:
-                videos.append(probe(io.BytesIO(content[offset : offset + size])).video)
+                decode_blob(blob, shard.sizes[index], None)
+                break
             except ValueError as error:
-                raise ValueError(
-                    f"{url}: {key}: {error}; remove it from the shard, or pack the videos again"
-                ) from error
-    keys = tuple(spans)
-    shard = Shard(
-        name,
-        len(content),
-        hashlib.sha256(content).hexdigest(),
-        keys,
-        tuple(classes.get(key, 0) for key in keys),
-        tuple(spans[key][0] for key in keys),
-        tuple(spans[key][1] for key in keys),
-        tuple(videos),
-    )
-    return shard, [key for key in keys if key not in classes]
+                reasons.append(f"{shard.name}: {key}: {error}")
+        else:
+            raise ValueError(f"no image of {storage.join(manifest.url, shard.name)} can be read; first: {reasons[0]}")
+        notes += reasons
+    return notes

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from bsq_ray import storage
-from bsq_ray.data.file_list import list_files
+from bsq_ray.data.file_list import IgnoredFiles, list_files
 from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
 from bsq_ray.data.transcode import StoredFile, TooShortError, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
@@ -81,14 +81,14 @@ class PackReport:
         damaged_files: "file: reason" of each file that could not be decoded.
         too_short_files: "file: reason" of each video with too few frames.
         changed_files: "file: change" of each video whose variable frame rate was converted to a constant one.
-        num_ignored: number of files with other suffixes, which are not packed.
+        ignored: what else the folder contains: files of other types, leftovers, broken links.
     """
 
     manifest: Manifest
     damaged_files: list[str] = field(default_factory=list)
     too_short_files: list[str] = field(default_factory=list)
     changed_files: list[str] = field(default_factory=list)
-    num_ignored: int = 0
+    ignored: IgnoredFiles = field(default_factory=lambda: IgnoredFiles("images"))
 
 
 # Maps the content of a file and its suffix to the stored file; raises ValueError if it cannot be decoded.
@@ -112,7 +112,7 @@ class _Plan:
     kind: str
     shards: list[list[FileSource]]
     classes: tuple[str, ...]
-    num_ignored: int
+    ignored: IgnoredFiles
 
 
 def pack_images(
@@ -200,7 +200,7 @@ def _pack(
             storage.write_text(storage.join(destination, f"{name}.txt"), "\n".join(lines) + "\n")
     manifest = Manifest(destination, tuple(shards), plan.classes, plan.kind)
     write_manifest(manifest)
-    return PackReport(manifest, damaged, too_short, changed, plan.num_ignored)
+    return PackReport(manifest, damaged, too_short, changed, plan.ignored)
 
 
 def _make_plan(source: str, kind: str, suffixes: tuple[str, ...], options: PackOptions) -> _Plan:
@@ -216,7 +216,7 @@ def _make_plan(source: str, kind: str, suffixes: tuple[str, ...], options: PackO
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
         shards[-1].append(FileSource(url, f"{index:08d}_{slug}", file_list.labels[index]))
         shard_bytes += size
-    return _Plan(source, kind, shards, file_list.classes, file_list.num_ignored)
+    return _Plan(source, kind, shards, file_list.classes, file_list.ignored)
 
 
 def _pack_shards(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +12,7 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, Shard
+from bsq_ray.data.tar_members import is_member_of
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
 # Remote files up to this size are fetched whole.
@@ -91,12 +91,33 @@ def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | 
         header = tarfile.TarInfo.frombuf(data[:_HEADER_BYTES], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return ValueError("the shard does not match the manifest")
-    # Names that do not fit into the header are stored in an extension record.
-    is_full_name = len(header.name) < tarfile.LENGTH_NAME and header.name.isascii() and "?" not in header.name
-    key = posixpath.basename(header.name).partition(".")[0]
-    if header.size != shard.sizes[index] or (is_full_name and key != shard.keys[index]):
+    if header.size != shard.sizes[index] or not _can_have_name(header.name, shard, index):
         return ValueError(f"the shard contains {header.name} at this offset")
     return data[_HEADER_BYTES:]
+
+
+def _can_have_name(name: str, shard: Shard, index: int) -> bool:
+    """Return True if a name in a tar header can be that of a sample, or of the sample that it is a link to."""
+    key = shard.keys[index]
+    # Names that do not fit into the header are stored in an extension record.
+    if is_member_of(name, key) or len(name) >= tarfile.LENGTH_NAME or not key.isascii():
+        return True
+    same_data = (key for key, offset in zip(shard.keys, shard.offsets, strict=True) if offset == shard.offsets[index])
+    return any(not other.isascii() or is_member_of(name, other) for other in same_data)
+
+
+def check_shard(shard: Shard, content: bytes, url: str) -> None:
+    """Check every sample of a new manifest entry as it will be checked when it is read.
+
+    Raises:
+        ValueError: a sample cannot be read at its offset.
+    """
+    view = memoryview(content)
+    for index, key in enumerate(shard.keys):
+        header = bytes(view[shard.offsets[index] - _HEADER_BYTES : shard.offsets[index] + 1])
+        blob = _strip_header(header, shard, index)
+        if isinstance(blob, Exception):
+            raise ValueError(f"{url}: {key} cannot be read back: {blob}; write the shard again")
 
 
 class ShardFiles:

@@ -126,16 +126,18 @@ def _previous_source(source_file: Path) -> str:
 
 def _collect_files(source: Path | None, out: Path, sample_set: SampleSet) -> tuple[Path, Path]:
     """Return the folders of training and of held-out files; no file is in both."""
+    from bsq_ray.data.file_list import find_files
     from bsq_ray.media.images import IMAGE_SUFFIXES
     from bsq_ray.media.video_reader import VIDEO_SUFFIXES
     from bsq_ray.samples.photos import collect_photos, collect_videos
 
     if source is None:
         return collect_photos(out / sample_set.name) if sample_set is PHOTOS else collect_videos(out / sample_set.name)
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a folder" if source.exists() else f"{source} does not exist")
     suffixes = IMAGE_SUFFIXES if sample_set is PHOTOS else VIDEO_SUFFIXES
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
+    found, ignored = find_files(str(source), sample_set.kind, suffixes)
+    files = [Path(file.path) for file in found]
+    for line in ignored.describe():
+        log(f"ignored {line}")
     if len(files) < sample_set.min_files:
         raise ValueError(
             f"{source} contains {len(files)} {sample_set.kind}; the quickstart needs at least {sample_set.min_files}"

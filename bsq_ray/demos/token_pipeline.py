@@ -100,16 +100,16 @@ def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
 
         train, held_out = collect_labeled_photos(out / "photos", out / "packages")
         return {"train": train, "held_out": held_out}
+    from bsq_ray.data.file_list import list_files
     from bsq_ray.media.images import IMAGE_SUFFIXES
 
-    if not images.is_dir():
-        raise ValueError(f"{images} is not a folder" if images.exists() else f"{images} does not exist")
     folders = {name: out / "photos" / name for name in ("train", "held_out")}
-    files_by_class = {
-        folder.name: sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        for folder in sorted(images.iterdir())
-        if folder.is_dir()
-    }
+    file_list = list_files(str(images), "images", IMAGE_SUFFIXES)
+    for line in file_list.ignored.describe():
+        log(f"ignored {line}")
+    files_by_class: dict[str, list[Path]] = {name: [] for name in file_list.classes}
+    for url, label in zip(file_list.urls, file_list.labels, strict=True):
+        files_by_class[file_list.classes[label]].append(Path(url))
     small_classes = [
         f"{name} ({len(paths)})" for name, paths in files_by_class.items() if len(paths) < _MIN_PHOTOS_PER_CLASS
     ]

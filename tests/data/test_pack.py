@@ -73,7 +73,7 @@ def test_pack_images_undecodable_files_are_reported(folder, tmp_path):
     (folder / "notes.txt").write_text("not counted as damaged")
     report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert report.manifest.num_samples == 6
-    assert report.num_ignored == 1
+    assert report.ignored.other_suffixes == {".txt": 1}
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged_files] == ["text.jpg", "half.jpg"]
     assert "text.jpg" in (tmp_path / "out" / "damaged.txt").read_text()
 
@@ -158,7 +158,7 @@ def test_index_shards_indexes_external_shards(photos, tmp_path):
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, photo in enumerate(photos[:3]):
             writer.write({"__key__": f"n{number}", "jpg": photo, "cls": number})
-    manifest = index_shards(str(tmp_path))
+    manifest = index_shards(str(tmp_path)).manifest
     assert manifest.num_samples == 3
     assert manifest.shards[0].labels == (0, 1, 2)
     assert all(Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(manifest, range(3)))
@@ -184,9 +184,9 @@ def test_index_shards_partly_unlabeled_raises(photos, tmp_path):
     shard("apart", 1)
     with pytest.raises(ValueError, match="2 of 3 samples in .*apart have no class, such as other-2.tar: n0"):
         index_shards(shard("apart", None, None))
-    with pytest.raises(ValueError, match="other-1.tar has the class -1; classes are numbers from 0"):
+    with pytest.raises(ValueError, match=r"other-1.tar: n0.cls has the class -1; classes are numbers from 0"):
         index_shards(shard("negative", -1))
-    assert index_shards(shard("without", None, None)).classes == ("0",)
+    assert index_shards(shard("without", None, None)).manifest.classes == ("0",)
 
 
 def test_index_shards_keeps_folders_in_keys(photos, tmp_path):
@@ -194,7 +194,7 @@ def test_index_shards_keeps_folders_in_keys(photos, tmp_path):
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, photo in enumerate(photos[:2]):
             writer.write({"__key__": f"class{number}/same", "jpg": photo, "cls": number})
-    [shard] = index_shards(str(tmp_path)).shards
+    [shard] = index_shards(str(tmp_path)).manifest.shards
     assert shard.keys == ("class0/same", "class1/same")
     assert shard.labels == (0, 1)
 

@@ -121,7 +121,7 @@ def test_pack_videos_unusable_files_are_reported(folder, photos, tmp_path):
     (folder / "Archery" / "notes.txt").write_text("not counted as damaged")
     report = pack_videos(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
     assert report.manifest.num_samples == 4
-    assert report.num_ignored == 1
+    assert report.ignored.other_suffixes == {".txt": 1}
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in report.damaged_files] == ["cut.mp4", "text.avi"]
     assert [line.rsplit("/", 1)[1] for line in report.too_short_files] == ["short.mkv: has 10 frames, fewer than 16"]
     assert [line.rsplit("/", 1)[1] for line in report.changed_files] == ["uneven.mkv: variable rate, now 25 fps"]
@@ -211,7 +211,7 @@ def test_index_shards_indexes_external_video_shards(folder, tmp_path):
     with webdataset.TarWriter(str(tmp_path / "other-0.tar")) as writer:
         for number, path in enumerate(sorted(folder.rglob("*.m*"))):
             writer.write({"__key__": f"n{number}", path.suffix[1:]: path.read_bytes(), "cls": number})
-    manifest = index_shards(str(tmp_path))
+    manifest = index_shards(str(tmp_path)).manifest
     assert (manifest.kind, manifest.shards[0].labels) == ("videos", (0, 1, 2))
     assert sorted(video.frames for video in manifest.shards[0].videos) == [120, 190, 250]
     with tarfile.open(tmp_path / "other-0.tar", "a") as tar:

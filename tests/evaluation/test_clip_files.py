@@ -73,6 +73,25 @@ def test_read_video_clip_of_frame_folder(clip, tmp_path):
         read_video_clip(str(tmp_path))
 
 
+@pytest.mark.parametrize("pattern", ["{}.png", "frame{}.jpg", "im{}-small.png", "{:04}.webp", "shot 1 ({}).png"])
+def test_read_video_clip_frames_are_in_the_order_of_numbers(tmp_path, pattern):
+    """Numbers in the names of frames are compared as numbers, and files that are no frames are ignored."""
+    for number in range(1, 13):
+        Image.new("L", (16, 16), 20 * number).save(tmp_path / pattern.format(number))
+    for name in ("Thumbs.db", ".DS_Store", "._1.png", "frames.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".thumbnails").mkdir()
+    frames_THW3 = read_video_clip(str(tmp_path)).frames_THW3
+    assert np.round(frames_THW3.mean((1, 2, 3)) / 20).tolist() == list(range(1, 13))
+
+
+def test_read_video_clip_frame_without_a_file_raises(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to("gone.png")
+    with pytest.raises(ValueError, match=r"2\.png is a link to a file that does not exist"):
+        read_video_clip(str(tmp_path))
+
+
 def test_read_video_clip_max_side_gives_even_sides(carphone):
     """Frames above `max_side` are shrunk to even sides."""
     assert read_video_clip(carphone, 2, max_side=100).frames_THW3.shape == (2, 82, 100, 3)

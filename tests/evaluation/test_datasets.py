@@ -70,3 +70,16 @@ def test_find_dataset_invalid_folder_raises(tmp_path, names, message):
         find_dataset(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is not a folder"):
         find_dataset(str(tmp_path / names[0]))
+
+
+def test_find_dataset_follows_links_and_names_what_it_ignores(tmp_path):
+    """Linked folders are followed; leftovers and broken links are ignored and named."""
+    make_files(tmp_path, ["store/a.jpg", "set/b.png", "set/._b.png", "set/.thumbnails/b.png", "set/notes.txt"])
+    (tmp_path / "set" / "linked").symlink_to("../store")
+    (tmp_path / "set" / "gone.png").symlink_to("nowhere.png")
+    dataset = find_dataset(str(tmp_path / "set"))
+    assert list(dataset.items) == ["b.png", "linked/a.jpg"]
+    text = "\n".join(dataset.ignored)
+    assert "1 files of other types: .txt (1)" in text
+    assert "2 leftovers of systems and tools" in text
+    assert "1 broken links: gone.png" in text

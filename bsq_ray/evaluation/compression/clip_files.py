@@ -22,8 +22,9 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from bsq_ray import storage
+from bsq_ray.data.folder_listing import FolderListing, natural_key, walk_files
 from bsq_ray.media.color import frame_to_rgb
-from bsq_ray.media.images import DECODE_ERRORS, decode_image
+from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, read_video
 from bsq_ray.media.video_writer import even_size
 
@@ -117,7 +118,13 @@ def _open_frame_folder(url: str) -> Generator[_Frames, None, None]:
 
 
 def _read_frame_files(url: str) -> Iterator[np.ndarray]:
-    for name in storage.list_folder(url):
+    """Yield the images of a folder, their numbers in order: 1, 2, 10."""
+    listing = FolderListing()
+    names = [file.name for file in walk_files(url, listing) if "/" not in file.name]
+    if listing.broken_links:
+        raise ValueError(f"{listing.broken_links[0]} is a link to a file that does not exist")
+    image_names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    for name in sorted(image_names or names, key=natural_key):
         try:
             yield np.asarray(decode_image(storage.read_bytes(storage.join(url, name))))
         except DECODE_ERRORS as error:

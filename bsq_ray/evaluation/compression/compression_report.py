@@ -41,6 +41,7 @@ def compression_markdown(results: dict[str, Any]) -> str:
     ]
     if results["prior_savings"] is not None:
         lines.append(f"The prior saves {results['prior_savings']:.1%} of the raw files.")
+    lines += [f"Ignored: {line}." for line in results.get("ignored", ())]
     return "\n".join(lines)
 
 

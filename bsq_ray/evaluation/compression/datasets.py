@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsq_ray import storage
+from bsq_ray.data.file_list import find_files
 from bsq_ray.evaluation.compression.clip_files import CLIP_SUFFIXES
 from bsq_ray.media.images import IMAGE_SUFFIXES
 
@@ -36,11 +37,13 @@ class BenchmarkDataset:
         name: "Kodak", "MCL-JCV" or "UVG", with the number of items if some are missing; else the URL of the folder.
         kind: "images" or "clips".
         items: URL of each item by its name; for a clip stored as frames, the URL of its folder.
+        ignored: a line for each kind of other entries in the folder, with counts.
     """
 
     name: str
     kind: Literal["images", "clips"]
     items: dict[str, str]
+    ignored: tuple[str, ...] = ()
 
 
 def find_dataset(url: str) -> BenchmarkDataset:
@@ -49,11 +52,8 @@ def find_dataset(url: str) -> BenchmarkDataset:
     Raises:
         ValueError: the folder does not exist, or contains neither images nor clips, or both.
     """
-    fs, root = storage.filesystem(url)
-    with storage.translate_errors(url, "read"):
-        if not fs.isdir(root):
-            raise ValueError(f"{url} is not a folder" if fs.exists(root) else f"{url} does not exist")
-        paths = sorted(posixpath.relpath(path, root) for path in fs.find(root))
+    files, ignored = find_files(url, "images", IMAGE_SUFFIXES + CLIP_SUFFIXES)
+    paths = [file.name for file in files]
     frames = [
         path for path in paths if _has_suffix(path, IMAGE_SUFFIXES) and _match_dataset(posixpath.dirname(path), "clips")
     ]
@@ -64,12 +64,11 @@ def find_dataset(url: str) -> BenchmarkDataset:
     if images and clips:
         raise ValueError(f"{url} contains images ({images[0]}, …) and clips ({clips[0]}, …); pass a folder of one kind")
     if not images and not clips:
-        raise ValueError(f"{url} contains no images and no clips")
+        raise ValueError("; ".join([f"{url} contains no images and no clips", *ignored.describe()]))
     kind: Literal["images", "clips"] = "clips" if clips else "images"
     item_paths = clips or images
-    return BenchmarkDataset(
-        _dataset_name(url, item_paths, kind), kind, {path: storage.join(url, path) for path in item_paths}
-    )
+    items = {path: storage.join(url, path) for path in item_paths}
+    return BenchmarkDataset(_dataset_name(url, item_paths, kind), kind, items, tuple(ignored.describe()))
 
 
 def _dataset_name(url: str, paths: list[str], kind: Literal["images", "clips"]) -> str:

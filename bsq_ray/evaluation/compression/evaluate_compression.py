@@ -106,6 +106,7 @@ def evaluate_compression(
         "dataset": dataset.name,
         "kind": dataset.kind,
         "num_items": len(points),
+        "ignored": dataset.ignored,
         "max_frames": max_frames,
         "max_side": max_side,
         "workers": workers,

@@ -1,0 +1,182 @@
+"""Read one WebDataset shard for the index: its samples, their labels, and what else it contains."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from bsq_ray.data.folder_listing import printable
+from bsq_ray.data.manifest import Shard
+from bsq_ray.data.sample_labels import (
+    JSON_SUFFIX,
+    LABEL_FIELDS,
+    TEXT_LABEL_SUFFIXES,
+    SampleLabel,
+    parse_json_label,
+    parse_label,
+)
+from bsq_ray.data.shard_reader import check_shard
+from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
+from bsq_ray.media.images import IMAGE_SUFFIXES
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo, probe
+
+_SAMPLE_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """Options of `index_shards`.
+
+    Attributes:
+        key_until: end of a member's key: the first or the last dot of its base name.
+        label_field: field of the JSON files that contains the label, with dots between levels; None looks for the usual
+            names.
+        class_list: text file with a class per line; None takes the classes from the labels.
+    """
+
+    key_until: KeyUntil = "first-dot"
+    label_field: str | None = None
+    class_list: str | None = None
+
+
+@dataclass
+class IndexedShard:
+    """A shard, the labels of its samples, and counts of its members.
+
+    Attributes:
+        shard: manifest entry; its labels are not numbered yet.
+        labels: label of each sample; None for samples without one.
+        json_fields: fields from which labels were read, each with a member.
+        num_members, num_used, unused, examples: as in `IndexReport`.
+    """
+
+    shard: Shard
+    labels: list[SampleLabel | None]
+    json_fields: dict[str, str] = field(default_factory=dict)
+    num_members: int = 0
+    num_used: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, member: Member, reason: str, detail: str = "") -> None:
+        """Count a member that is not used."""
+        self.unused[reason] += 1
+        self.examples.setdefault(reason, f"{self.shard.name}: {member.name}{detail}")
+
+
+def index_shard(name: str, content: bytes, url: str, options: IndexOptions) -> IndexedShard:
+    """Return the manifest entry of a shard, the labels of its samples, and counts of its members.
+
+    Args:
+        name, content, url: file name, content and URL of the shard.
+        options: see `IndexOptions`.
+
+    Raises:
+        ValueError: the shard or a video is damaged, it has neither images nor videos, or a label is not one.
+    """
+    result = IndexedShard(Shard(name, len(content), hashlib.sha256(content).hexdigest(), (), (), (), ()), [])
+    samples: dict[str, tuple[Member, str]] = {}
+    label_members: dict[str, dict[str, Member]] = {}
+    try:
+        members = list(iter_members(content))
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise ValueError(f"{url} is damaged: {error}") from error
+    for member in members:
+        parts = split_member_name(member.name, options.key_until)
+        if member.reason:
+            result.leave_out(member, member.reason)
+        elif parts is None:
+            result.leave_out(member, "files without a suffix, or with a name that starts with a dot")
+        elif parts[1] in (*TEXT_LABEL_SUFFIXES, JSON_SUFFIX):
+            by_suffix = label_members.setdefault(parts[0], {})
+            if parts[1] in by_suffix:
+                result.leave_out(member, "labels whose key occurs earlier in the shard")
+            else:
+                by_suffix[parts[1]] = member
+        elif not parts[1].endswith(_SAMPLE_SUFFIXES):
+            result.leave_out(member, f"{printable(parts[1])} files")
+        elif parts[1] not in _SAMPLE_SUFFIXES:
+            detail = f" (key {parts[0]}, suffix {parts[1]}); index with --key-until last-dot to use such names"
+            result.leave_out(member, "files whose key ends at the first dot of the name", detail)
+        elif not member.size:
+            result.leave_out(member, "empty images or videos")
+        elif parts[0] in samples:
+            result.leave_out(member, "images or videos whose key occurs earlier in the shard")
+        else:
+            samples[parts[0]] = (member, parts[1])
+    result.num_members = len(members)
+    if not samples:
+        unused = "; ".join(
+            f"{count} {reason}, such as {result.examples[reason]}" for reason, count in result.unused.items()
+        )
+        raise ValueError(
+            f"{url} contains no images ({', '.join(IMAGE_SUFFIXES)}) and no videos ({', '.join(VIDEO_SUFFIXES)})"
+            + (f"; it has {unused}" if unused else "")
+        )
+    _read_labels(result, samples, label_members, content, options)
+    keys = tuple(samples)
+    result.shard = replace(
+        result.shard,
+        keys=keys,
+        labels=(0,) * len(keys),
+        offsets=tuple(member.offset for member, _ in samples.values()),
+        sizes=tuple(member.size for member, _ in samples.values()),
+        videos=tuple(_probe_videos(samples, content, url)),
+    )
+    result.num_used += len(keys)
+    check_shard(result.shard, content, url)
+    return result
+
+
+def _read_labels(
+    result: IndexedShard,
+    samples: Iterable[str],
+    label_members: dict[str, dict[str, Member]],
+    content: bytes,
+    options: IndexOptions,
+) -> None:
+    """Read the label of each sample from the first of its label files, and count those that are not used."""
+    order = (JSON_SUFFIX, *TEXT_LABEL_SUFFIXES) if options.label_field else (*TEXT_LABEL_SUFFIXES, JSON_SUFFIX)
+    for key in samples:
+        label = None
+        by_suffix = label_members.pop(key, {})
+        for suffix in sorted(by_suffix, key=order.index):
+            member = by_suffix[suffix]
+            data, where = content[member.offset : member.offset + member.size], f"{result.shard.name}: {member.name}"
+            if label is not None:
+                result.leave_out(member, f"{suffix} files of samples with another label")
+                continue
+            if suffix != JSON_SUFFIX:
+                label = parse_label(data, where)
+            elif (json_label := parse_json_label(data, where, options.label_field)) is not None:
+                label, json_field = json_label
+                result.json_fields.setdefault(json_field, where)
+            else:
+                fields = ", ".join(LABEL_FIELDS[:4])
+                result.leave_out(member, f".json files without a label field ({fields}, …; choose with --label-field)")
+                continue
+            result.num_used += 1
+        result.labels.append(label)
+    for by_suffix in label_members.values():
+        for member in by_suffix.values():
+            result.leave_out(member, "labels without an image or video of their key")
+
+
+def _probe_videos(samples: dict[str, tuple[Member, str]], content: bytes, url: str) -> list[VideoInfo]:
+    """Return the facts about each video; none if the samples are images."""
+    suffixes = {suffix for _, suffix in samples.values()}
+    if suffixes.isdisjoint(VIDEO_SUFFIXES):
+        return []
+    if not suffixes.isdisjoint(IMAGE_SUFFIXES):
+        raise ValueError(f"{url} contains images and videos ({', '.join(sorted(suffixes))}); a data set has one kind")
+    videos = []
+    for key, (member, _) in samples.items():
+        try:
+            videos.append(probe(io.BytesIO(content[member.offset : member.offset + member.size])).video)
+        except ValueError as error:
+            raise ValueError(f"{url}: {key}: {error}; remove it from the shard, or pack the videos again") from error
+    return videos
