@@ -68,7 +68,7 @@ def test_base_preset_lists_every_schema_key():
         return {
             (name, *below)
             for name, value in values.items()
-            for below in (yaml_paths(value) if isinstance(value, dict) else [()])
+            for below in (yaml_paths(value) if isinstance(value, dict) and value else [()])
         }
 
     expected = schema_paths(config.TokenizerConfig) - {("model", "quantizer")}
@@ -282,6 +282,7 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
         (["model.quantizer.kind=vq", "model.quantizer.codebook_size=1000"], "codebook_size 1000 is not a power of two"),
         (["model.quantizer.kind=fsq", "model.quantizer.levels=[8, 1]"], "model.quantizer.levels.1: Input should be gr"),
         (["model.quantizer.kind=fsq", "model.quantizer.bits=8"], "unknown key model.quantizer.bits; valid keys are k"),
+        (["training.stage_options.noise=0.1"], "stage_options are arguments of stage_class; set stage_class too"),
         (["loss.adversarial.discriminator=stylegan2-3d"], "stylegan2-3d scores whole clips; set model.frames above 1"),
         (
             ["training.engine.zero_stage=3", "training.micro_batch_size=4"],

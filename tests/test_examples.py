@@ -86,8 +86,14 @@ def test_custom_quantizer_trains_next_to_bsq(photo_folders, tmp_path):
 
 
 def test_custom_stage_trains(photo_shards, tmp_path):
-    printed = run("04_custom_stage.py", photo_shards, 2, cwd=tmp_path)
-    assert "step 2" in printed
+    command = [sys.executable, "-m", "bsq_ray", "train", "tokenizer", "--config", "demo", "--workers", "0"]
+    command += ["--data", photo_shards, "--out", "run", "training.steps=2", "training.engine.kind=ddp"]
+    command += ["training.stage_class=04_custom_stage:DenoisingStage", "training.stage_options.noise=0.3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "trained 2 steps" in done.stdout
+    Tokenizer.from_pretrained(str(tmp_path / "run" / "model"))
 
 
 @pytest.mark.slow

@@ -129,9 +129,22 @@ class TrainingConfig(StrictModel):
     storage_timeout_s: float = Field(
         600.0, ge=0, description="Seconds to retry transient storage errors before the run fails."
     )
+    stage_class: str | None = Field(
+        None,
+        description="Training stage of your own as module:Class, importable on every node; null: that of the model.",
+    )
+    stage_options: dict[str, bool | int | float | str] = Field(
+        {}, description="Keyword arguments of stage_class, such as training.stage_options.noise=0.2."
+    )
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",), description="Experiment trackers; metrics.jsonl is always written as well."
     )
+
+    @model_validator(mode="after")
+    def _check_stage_options_have_class(self) -> TrainingConfig:
+        if self.stage_options and self.stage_class is None:
+            raise ValueError("stage_options are arguments of stage_class; set stage_class too")
+        return self
 
     @model_validator(mode="after")
     def _check_micro_batch_divides_batch(self) -> TrainingConfig:

@@ -25,6 +25,7 @@ from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.summary import RunSummary
 from bsq_ray.training.ray_trainer import run_on_ray
 from bsq_ray.training.run_spec import RunResult, RunSpec, check_resumable
+from bsq_ray.training.stages import find_stage_class
 from bsq_ray.training.trainer import run_training
 from bsq_ray.training.worker_context import ControlSignal, Device, RecordSink, WorkerContext, local_device
 from bsq_ray.training.worker_resources import ResourceBudget
@@ -147,6 +148,7 @@ def _validate(spec: RunSpec, resume: bool) -> None:
     if spec.minutes is not None and spec.minutes <= 0:
         raise ValueError(f"minutes {spec.minutes} must be positive")
     check_trackers(spec.config.training.trackers)
+    find_stage_class(spec.config)
     source = build_source(spec.config, spec.data_url)
     for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
         if not data_source.num_samples:

@@ -10,7 +10,7 @@ from bsq_ray.training.checkpoints.writer import RunProgress
 
 # Keys that cannot change when a run resumes; every other key, such as the number of steps, may change.
 _FIXED_ON_RESUME = {
-    "training": ("batch_size", "seed"),
+    "training": ("batch_size", "seed", "stage_class"),
     "data": ("interleave", "shuffle_block_size"),
     "engine": ("kind", "zero_stage"),
 }

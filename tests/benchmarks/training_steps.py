@@ -1,16 +1,15 @@
 """Training steps without the surrounding loop, on any device, and a naive baseline of the tokenizer's step."""
 
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import torch
 import torch.nn.functional as F
 
 from bsq_ray.data.data_source import Batch
+from bsq_ray.data.token_table import TokenSource
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.stages import Stage
-from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
-from bsq_ray.training.stages.prior_stage import PriorStage
+from bsq_ray.training.stages import Stage, build_stage
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 
@@ -27,10 +26,8 @@ def random_batch(run):
 
 def build_stage_for(run, device) -> Stage:
     """Return the stage of a configuration; stages of token models get no table."""
-    tokens = SimpleNamespace(tokenizer_url="")
-    if run.stage == "tokenizer":
-        return TokenizerStage(run, device)
-    return MaskedLMStage(run, tokens, device) if run.stage == "masked-lm" else PriorStage(run, tokens, device)
+    source = None if run.stage == "tokenizer" else Mock(spec=TokenSource, tokenizer_url="")
+    return build_stage(run, source, device)
 
 
 class TrainingSteps:
@@ -100,7 +97,7 @@ class NaiveTrainingSteps:
     """
 
     def __init__(self, run, device):
-        stage = TokenizerStage(run, device)
+        stage = TokenizerStage(run, None, device)
         self.generator, self.discriminator = stage.modules["generator"], stage.modules["discriminator"]
         for module in list(self.discriminator.modules()):
             for name, child in list(module.named_children()):

@@ -136,7 +136,7 @@ def test_training_step_flops_are_within_two_percent(overrides):
     run = load_config(
         "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
     )
-    stage = TokenizerStage(run, CPU)
+    stage = TokenizerStage(run, None, CPU)
     engines = {
         name: build_engine(module, run.training, micro_batch=4, accumulation_steps=1, device=CPU)
         for name, module in stage.modules.items()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.data.data_source import Batch
+from bsq_ray.data.data_source import Batch, DataSource
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, code_length
@@ -27,8 +27,9 @@ _NUM_SAMPLE_IMAGES = 8
 class PriorStage(Stage):
     """Trains a `Prior` on a token table."""
 
-    def __init__(self, run_config: config.PriorConfig, source: TokenSource, device: torch.device) -> None:
+    def __init__(self, run_config: config.PriorConfig, source: DataSource, device: torch.device) -> None:
         self.run_config, self.device = run_config, device
+        assert isinstance(source, TokenSource)
         self.tokenizer_url = source.tokenizer_url
         model = Prior(run_config.model).to(device)
         if run_config.training.engine.compile:

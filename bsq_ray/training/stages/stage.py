@@ -40,6 +40,10 @@ class PhaseOutput:
 class Stage(ABC):
     """Modules of a model and their losses; everything else is done by the training loop.
 
+    `training.stage_class` names a subclass outside this package. It is constructed as
+    `StageClass(run_config, source, device, **training.stage_options)` on every worker, after the seed is set:
+    the configuration, the opened training data, and the device that `modules` are created on.
+
     Attributes:
         modules: modules to optimize, by name; each gets an engine. The first one is averaged and published.
     """

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bsq_ray import config
-from bsq_ray.data.data_source import Batch
+from bsq_ray.data.data_source import Batch, DataSource
 from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
 from bsq_ray.losses.perceptual import PerceptualLoss
@@ -28,7 +28,6 @@ from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
-from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -52,12 +51,10 @@ class TokenizerStepContext(StepContext):
 class TokenizerStage(Stage):
     """Trains a `Tokenizer`, with a discriminator unless its weight is zero."""
 
-    def __init__(self, run_config: config.TokenizerConfig, device: torch.device, init_url: str | None = None) -> None:
+    def __init__(self, run_config: config.TokenizerConfig, source: DataSource, device: torch.device) -> None:
         self.loss_config = run_config.loss
         self.device = device
         tokenizer = Tokenizer(run_config.model).to(device)
-        if init_url:
-            tokenizer.load_state_dict(initial_weights(run_config.model, init_url))
         if run_config.training.engine.compile:
             compile_blocks(tokenizer.blocks)
         self.modules: dict[str, nn.Module] = {"generator": tokenizer}

@@ -15,6 +15,7 @@ from bsq_ray.data.transforms import to_float, to_uint8
 from bsq_ray.losses.adversarial import discriminator_loss, generator_loss
 from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.training.engines.engine import build_engine
+from bsq_ray.training.stages import build_stage
 from bsq_ray.training.stages.tokenizer_stage import TokenizerStage
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def batch(photo_shards):
 def build(*overrides):
     run = load_config("imagenet128-bsq18", [*SMALL, *overrides])
     torch.manual_seed(0)
-    stage = TokenizerStage(run, CPU)
+    stage = TokenizerStage(run, None, CPU)
     return stage, {
         name: build_engine(module, run.training, micro_batch=8, accumulation_steps=1, device=CPU)
         for name, module in stage.modules.items()
@@ -269,7 +270,7 @@ def test_stage_initializes_from_image_model(clips, tmp_path):
     image, _ = build()
     image.modules["generator"].save_pretrained(str(tmp_path))
     run = load_config("imagenet128-bsq18", [*SMALL, "model.frames=4"])
-    video = TokenizerStage(run, CPU, str(tmp_path)).modules["generator"]
+    video = build_stage(run, None, CPU, str(tmp_path)).modules["generator"]
     frame = to_float(clips.values_B[:, :, 0])
     assert torch.equal(video(frame).images, image.modules["generator"](frame).images)
 
