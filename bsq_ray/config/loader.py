@@ -118,6 +118,14 @@ def dump_config(config: AnyConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by dotted key, each key with the prefix."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _read_with_base(source: str, base_chain: KeyPath) -> tuple[RawConfig, Origins]:
     """Return the keys of a file merged over those of its `base`, and the origin of each key."""
     if source in base_chain:

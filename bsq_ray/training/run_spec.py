@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bsq_ray import config
+from bsq_ray.config.loader import flatten
 from bsq_ray.data.data_source import DataSource
 from bsq_ray.training.checkpoints.writer import RunProgress
 
@@ -94,7 +95,7 @@ def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source:
 
 def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
     """Return the values of the keys that cannot change within a run, by dotted key."""
-    values = _flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model")
+    values: dict[str, object] = flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model.")
     if isinstance(run_config, config.TokenizerConfig):
         adversarial = run_config.loss.adversarial
         values["loss.adversarial"] = adversarial.weight > 0
@@ -107,11 +108,3 @@ def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
         path = "training.engine" if name == "engine" else name
         values |= {f"{path}.{key}": getattr(part_configs[name], key) for key in keys}
     return values
-
-
-def _flatten(values: dict[str, object], path: str) -> dict[str, object]:
-    """Return the leaves of nested dictionaries by dotted key, prefixed with `path`."""
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{path}.{key}") if isinstance(value, dict) else {f"{path}.{key}": value}
-    return flat

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bsq_ray import config, storage
+from bsq_ray.config.loader import flatten
 
 # Python packages of trackers that are not dependencies of bsq_ray.
 _OPTIONAL_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
@@ -64,7 +65,8 @@ def build_trackers(
         last_step: last completed step of a resumed run; 0 for a new run.
         run_config: logged as the hyperparameters of the run; None logs none.
     """
-    parameters = _flatten(run_config.model_dump(mode="json")) if run_config is not None else {}
+    values = flatten(run_config.model_dump(mode="json")) if run_config is not None else {}
+    parameters = {key: str(value) for key, value in values.items()}
     sinks: dict[str, MetricsSink] = {}
     for tracker in trackers:
         if tracker == "tensorboard":
@@ -241,14 +243,6 @@ def scalars_of(record: dict[str, Any]) -> dict[str, int | float]:
         for name, value in record.items()
         if isinstance(value, int | float) and name != "step"
     }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, dict) else {name: str(value)}
-    return flat
 
 
 def _lines_up_to(url: str, step: int) -> list[str]:
