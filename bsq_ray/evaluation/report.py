@@ -35,7 +35,9 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     text = storage.read_text(storage.join(run_url, "config.yaml"))
     summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
     is_video = results["provenance"]["kind"] == "videos"
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     html = environment.get_template("report.html").render(
         run=config.parse_config(text, storage.join(run_url, "config.yaml")),
         config_text=text,
