@@ -24,7 +24,8 @@ set -euo pipefail
 export PATH=${BIN_FOLDER:-/opt/bsq_ray/.venv/bin}:$PATH
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 export NCCL_SOCKET_IFNAME=${NETWORK_INTERFACE:-eth0} GLOO_SOCKET_IFNAME=${NETWORK_INTERFACE:-eth0}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 nodes=$SLURM_JOB_NUM_NODES
 
 # On the head's node it runs the command; on the others it waits until the head stops.

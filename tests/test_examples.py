@@ -87,7 +87,16 @@ def test_custom_quantizer_trains_next_to_bsq(photo_folders, tmp_path):
 
 def test_custom_stage_trains(photo_shards, tmp_path):
     command = [sys.executable, "-m", "bsq_ray", "train", "tokenizer", "--config", "demo", "--workers", "0"]
-    command += ["--data", photo_shards, "--out", "run", "training.steps=2", "training.engine.kind=ddp"]
+    command += [
+        "--data",
+        photo_shards,
+        "--out",
+        "run",
+        "training.steps=2",
+        "training.batch_size=8",
+        "training.engine.kind=ddp",
+    ]
+    command += ["model.encoder.layers=1", "model.decoder.layers=1", "training.eval_batches=1"]
     command += ["training.stage_class=04_custom_stage:DenoisingStage", "training.stage_options.noise=0.3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
