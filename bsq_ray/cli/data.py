@@ -48,7 +48,7 @@ def data_pack(
     with ProgressBar("packing") as on_progress:
         report = pack(src, dest, options, on_progress)
     manifest = report.manifest
-    print(f"{kind} {manifest.num_samples}, shards {len(manifest.shards)}, classes {len(manifest.classes)}, in {dest}")
+    print(f"{kind} {manifest.num_samples}, shards {manifest.num_shards}, classes {len(manifest.classes)}, in {dest}")
     if report.damaged_files:
         print(f"skipped {len(report.damaged_files)} that cannot be decoded, listed in {dest}/damaged.txt")
     if report.too_short_files:
@@ -81,7 +81,7 @@ def data_index(
     with ProgressBar("indexing") as on_progress:
         report = index_shards(url, IndexOptions(key_until, label_field, class_list), on_progress)  # type: ignore[arg-type]
     manifest = report.manifest
-    counts = f"{manifest.num_samples} {manifest.kind}, shards {len(manifest.shards)}, classes {len(manifest.classes)}"
+    counts = f"{manifest.num_samples} {manifest.kind}, shards {manifest.num_shards}, classes {len(manifest.classes)}"
     print(f"{counts}; wrote {url}/manifest.parquet")
     if report.class_rule:
         print(report.class_rule)
@@ -104,8 +104,8 @@ def data_inspect(
 
     inspection = inspect_shards(dest, sheet)
     manifest = inspection.manifest
-    size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
-    num_shards = len(manifest.shards)
+    size_mb = manifest.num_bytes / 1e6
+    num_shards = manifest.num_shards
     print(f"{manifest.num_samples} {manifest.kind}, {num_shards} shards, {size_mb:.1f} MB, hash {manifest.hash[:12]}")
     for name, count in sorted(inspection.class_counts.items(), key=lambda item: -item[1])[:_MAX_LISTED_CLASSES]:
         print(f"  {name}: {count}")

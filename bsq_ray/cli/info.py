@@ -30,9 +30,9 @@ def format_info(target: str) -> str:
 
     if storage.exists(storage.join(target, MANIFEST_FILE)):
         manifest = read_manifest(target)
-        size_mb = sum(shard.bytes for shard in manifest.shards) / 1e6
+        size_mb = manifest.num_bytes / 1e6
         return (
-            f"packed data set {target}\n{manifest.num_samples} {manifest.kind}, {len(manifest.shards)} shards, "
+            f"packed data set {target}\n{manifest.num_samples} {manifest.kind}, {manifest.num_shards} shards, "
             f"{size_mb:.1f} MB, {len(manifest.classes)} classes\nhash {manifest.hash}"
         )
     if storage.exists(storage.join(target, "checkpoints")):

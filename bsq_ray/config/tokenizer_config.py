@@ -171,6 +171,17 @@ class TokenizerLossConfig(StrictModel):
     )
 
 
+class ShardCacheConfig(StrictModel):
+    """Copies of remote shards on the local disk, shared by the processes of a node."""
+
+    folder: str | None = Field(
+        None, description="Local folder of the copies; null reads byte ranges of the remote shards, one per sample."
+    )
+    size_gb: float = Field(
+        100.0, gt=0, description="Maximum size of the copies in GB; the least recently used go first."
+    )
+
+
 class DataConfig(DataOrderConfig):
     """Samples read from the shards, their order, and the transforms to training images and clips."""
 
@@ -185,6 +196,7 @@ class DataConfig(DataOrderConfig):
     clips_per_video: int = Field(
         1, ge=1, description="Most clips of a video in an epoch and in an evaluation; short videos give fewer."
     )
+    cache: ShardCacheConfig = Field(ShardCacheConfig(), description="Copies of remote shards on the local disk.")
 
     @model_validator(mode="after")
     def _check_resize_range(self) -> DataConfig:

@@ -11,19 +11,66 @@ Shape suffixes: P clips, T frames, H and W pixels.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from PIL import Image
 
 from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
-from bsq_ray.data.manifest import Manifest, Shard
-from bsq_ray.data.shard_reader import ShardFiles
+from bsq_ray.data.file_cache import open_shard_cache
+from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.shard_index import Shard
+from bsq_ray.data.shard_reader import ShardFiles, locate_samples
 from bsq_ray.data.transforms import eval_transform, sample_crop
 from bsq_ray.media.video_reader import read_frames
+
+
+@dataclass(frozen=True, eq=False)
+class ClipLayout:
+    """The clips of all videos, numbered through the shards.
+
+    Args:
+        num_frames: frames of each video, int (videos,).
+        shard_starts: number of videos before each shard, and the total last.
+        span: frames that a clip spans.
+        clips_per_video: largest number of clips of a video.
+    """
+
+    num_frames: np.ndarray
+    shard_starts: np.ndarray
+    span: int
+    clips_per_video: int
+
+    @cached_property
+    def clip_starts(self) -> np.ndarray:
+        """Number of clips before each video, and the total last; int64 (videos + 1,)."""
+        return np.concatenate([[0], np.cumsum(np.minimum(self.clips_per_video, self.num_frames // self.span))])
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Clips of each shard, int64 (shards,)."""
+        return np.diff(self.clip_starts[self.shard_starts])
+
+    def shard_of(self, clip: int) -> tuple[int, int]:
+        """Return the first clip of the shard that contains a clip, and the number of clips of this shard."""
+        ends = self.clip_starts[self.shard_starts]
+        shard = int(np.searchsorted(ends, clip, side="right")) - 1
+        return int(ends[shard]), int(ends[shard + 1] - ends[shard])
+
+    def locate(self, clip: int) -> tuple[int, range]:
+        """Return the video of a clip (numbered through all shards), and the possible start frames of the clip."""
+        video = int(np.searchsorted(self.clip_starts, clip, side="right")) - 1
+        num_frames, part = int(self.num_frames[video]), clip - int(self.clip_starts[video])
+        num_parts = int(self.clip_starts[video + 1] - self.clip_starts[video])
+        return video, range(part * num_frames // num_parts, (part + 1) * num_frames // num_parts - self.span + 1)
+
+
+@lru_cache(8)
+def _clip_layout(manifest: Manifest, span: int, clips_per_video: int) -> ClipLayout:
+    return ClipLayout(manifest.num_frames, manifest.shard_starts, span, clips_per_video)
 
 
 class ClipSource(DataSource):
@@ -48,23 +95,29 @@ class ClipSource(DataSource):
     ) -> None:
         self.manifest, self.data_config, self.size, self.num_frames = manifest, data_config, size, num_frames
         self.timeout_s = timeout_s
-        self.url, self.hash = manifest.url, manifest.hash
+        self.url, self.hash, self.cache = manifest.url, manifest.hash, open_shard_cache(data_config)
         self.span = (num_frames - 1) * data_config.frame_stride + 1
-        lengths = [[video.frames for video in shard.videos] for shard in manifest.shards]
-        # Number of clips before each video of a shard, and of the whole shard last.
-        self._clip_starts = [[0, *accumulate(self._num_clips(length) for length in shard)] for shard in lengths]
-        self.shard_sizes = tuple(starts[-1] for starts in self._clip_starts)
-        self._shard_starts = [0, *accumulate(self.shard_sizes)]
         self.sample_bytes = 3 * num_frames * size**2
-        short_lengths = [length for shard in lengths for length in shard if length < self.span]
+        num_short = int(np.count_nonzero(manifest.num_frames < self.span))
         clip_text = (
             f"{self.span} frames of a clip (model.frames {num_frames}, data.frame_stride {data_config.frame_stride})"
         )
         if not self.num_samples:
-            raise ValueError(f"no video of {self.url} has the {clip_text}; the longest has {max(short_lengths)}")
-        if short_lengths:
-            num_short = f"{len(short_lengths)} of {manifest.num_samples} videos of {self.url}"
-            self.notes = (f"{num_short} are shorter than the {clip_text}",)
+            longest = manifest.num_frames.max(initial=0)
+            raise ValueError(f"no video of {self.url} has the {clip_text}; the longest has {longest}")
+        if num_short:
+            self.notes = (
+                f"{num_short} of {manifest.num_samples} videos of {self.url} are shorter than the {clip_text}",
+            )
+
+    @property
+    def _layout(self) -> ClipLayout:
+        return _clip_layout(self.manifest, self.span, self.data_config.clips_per_video)
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Clips of each shard."""
+        return self._layout.shard_sizes
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
         """Read clips with a random start and a random crop, uint8 (P, 3, T, size, size)."""
@@ -87,34 +140,28 @@ class ClipSource(DataSource):
         clips, labels = [], []
         for sample in samples:
             shard, index, starts = self.locate(sample)
-            start = (starts.start + starts.stop - 1) // 2
+            entry, start = shard.entry(index), (starts.start + starts.stop - 1) // 2
             try:
                 clips.append(self._read_clip(shard, index, start, files, self._center))
             except ValueError as error:
-                block.skipped.append(f"{shard.name}: {shard.keys[index]}: {error}")
+                block.skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
-            labels.append(shard.labels[index])
-            block.keys.append(f"{shard.keys[index]}@{start}")
+            labels.append(entry.label)
+            block.keys.append(f"{entry.key}@{start}")
         if clips:
             block.values_P, block.labels_P = np.stack(clips), np.array(labels, np.int64)
         return block
 
     def locate(self, sample: int) -> tuple[Shard, int, range]:
         """Return the shard and the video of a clip (numbered through all shards), and its possible start frames."""
-        shard_index = bisect_right(self._shard_starts, sample) - 1
-        shard, starts = self.manifest.shards[shard_index], self._clip_starts[shard_index]
-        clip_index = sample - self._shard_starts[shard_index]
-        index = bisect_right(starts, clip_index) - 1
-        length = shard.videos[index].frames
-        part, num_parts = clip_index - starts[index], starts[index + 1] - starts[index]
-        return shard, index, range(part * length // num_parts, (part + 1) * length // num_parts - self.span + 1)
+        video, starts = self._layout.locate(sample)
+        return *self.manifest.locate(video), starts
 
-    def _num_clips(self, length: int) -> int:
-        return min(self.data_config.clips_per_video, length // self.span)
-
-    def _shard_files(self, samples: Sequence[int], block: SampleBlock) -> ShardFiles:
-        locations = [self.locate(sample)[:2] for sample in samples]
-        return ShardFiles(self.manifest, locations, self.timeout_s, block.retries.append)
+    def _shard_files(self, samples: Iterable[int], block: SampleBlock) -> ShardFiles:
+        videos = [self._layout.locate(sample)[0] for sample in samples]
+        on_retry = block.retries.append
+        locations = locate_samples(self.manifest, videos, self.timeout_s, on_retry)
+        return ShardFiles(self.url, locations, self.timeout_s, on_retry, self.cache)
 
     def _center(self, image: Image.Image) -> np.ndarray:
         return eval_transform(image, self.size, self.data_config.eval_interpolation)
@@ -123,22 +170,21 @@ class ClipSource(DataSource):
         self, sample: int, files: ShardFiles, rng: np.random.Generator, skipped: list[str]
     ) -> SampleBlock:
         """Return the clip, or the next readable one of its shard, so that batches stay full for any reader."""
-        shard_index = bisect_right(self._shard_starts, sample) - 1
-        first, num_clips = self._shard_starts[shard_index], self.shard_sizes[shard_index]
+        first, num_clips = self._layout.shard_of(sample)
         data_config = self.data_config
         for step in range(num_clips):
             shard, index, starts = self.locate(first + (sample - first + step) % num_clips)
-            video, start = shard.videos[index], int(rng.integers(starts.start, starts.stop))
+            entry, video, start = shard.entry(index), shard.video(index), int(rng.integers(starts.start, starts.stop))
             crop = sample_crop(
                 (video.width, video.height), self.size, data_config.resize_range, data_config.random_flip, rng
             )
             try:
                 clip = self._read_clip(shard, index, start, files, crop)
             except ValueError as error:
-                skipped.append(f"{shard.name}: {shard.keys[index]}: {error}")
+                skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
-            return SampleBlock(clip[None], np.array([shard.labels[index]]), [f"{shard.keys[index]}@{start}"])
-        url = storage.join(self.url, self.manifest.shards[shard_index].name)
+            return SampleBlock(clip[None], np.array([entry.label]), [f"{entry.key}@{start}"])
+        url = storage.join(self.url, shard.name)
         raise RuntimeError(f"no video of {url} can be read; first: {skipped[0]}")
 
     def _read_clip(
@@ -146,7 +192,7 @@ class ClipSource(DataSource):
     ) -> np.ndarray:
         clip_3THW = np.empty((3, self.num_frames, self.size, self.size), np.uint8)
         with files.open(shard, index) as file:
-            images = read_frames(file, shard.videos[index], start, self.num_frames, self.data_config.frame_stride)
+            images = read_frames(file, shard.video(index), start, self.num_frames, self.data_config.frame_stride)
             for number, image in enumerate(images):
                 clip_3THW[:, number] = transform(image)
         return clip_3THW

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from bsq_ray import config
+from bsq_ray.data.order import Order
+
 
 @dataclass
 class SampleBlock:
@@ -50,21 +53,29 @@ class DataSource(ABC):
     Attributes:
         url: folder of the data set.
         hash: SHA-256 of its content.
-        shard_sizes: samples of each shard.
+        shard_sizes: samples of each shard, int64 (shards,).
         sample_bytes: size of one sample's values.
         notes: warnings to show to the user.
     """
 
     url: str
     hash: str
-    shard_sizes: tuple[int, ...]
     sample_bytes: int
     notes: tuple[str, ...] = ()
 
     @property
+    @abstractmethod
+    def shard_sizes(self) -> np.ndarray:
+        """Samples of each shard."""
+
+    @property
     def num_samples(self) -> int:
         """Samples of all shards together."""
-        return sum(self.shard_sizes)
+        return int(self.shard_sizes.sum())
+
+    def order(self, seed: int, data_config: config.DataOrderConfig) -> Order:
+        """Return the order in which training reads the data set."""
+        return Order(self.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
 
     @abstractmethod
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:

@@ -7,13 +7,17 @@ Shape suffixes: P samples, H and W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
 from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
+from bsq_ray.data.file_cache import open_shard_cache
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.shard_reader import decode_blob, fetch_encoded
+from bsq_ray.data.shard_index import SampleEntry
+from bsq_ray.data.shard_reader import SampleLocation, decode_blob, fetch_located, locate_samples
 from bsq_ray.data.transforms import eval_transform, train_transform
 
 
@@ -29,9 +33,13 @@ class ImageSource(DataSource):
 
     def __init__(self, manifest: Manifest, data_config: config.DataConfig, size: int, timeout_s: float = 0.0) -> None:
         self.manifest, self.data_config, self.size, self.timeout_s = manifest, data_config, size, timeout_s
-        self.url, self.hash = manifest.url, manifest.hash
-        self.shard_sizes = tuple(len(shard.keys) for shard in manifest.shards)
+        self.url, self.hash, self.cache = manifest.url, manifest.hash, open_shard_cache(data_config)
         self.sample_bytes = 3 * size**2
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Images of each shard."""
+        return self.manifest.shard_sizes
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
         """Read random crops, uint8 (P, 3, size, size).
@@ -41,31 +49,39 @@ class ImageSource(DataSource):
         block = SampleBlock(np.empty(0, np.uint8), np.empty(0, np.int64), [])
         crops, labels = [], []
         samples = samples_P.tolist()
-        blobs = fetch_encoded(self.manifest, samples, self.timeout_s, block.retries.append)
-        for sample, epoch, blob in zip(samples, epochs_P.tolist(), blobs, strict=True):
-            shard, index = self.manifest.locate(sample)
-            image, index = self._first_readable(sample, blob, block.skipped)
+        locations, blobs = self._fetch(samples, block)
+        for sample, epoch, location, blob in zip(samples, epochs_P.tolist(), locations, blobs, strict=True):
+            image, entry = self._first_readable(location, blob, block.skipped)
             rng = np.random.default_rng((seed, epoch, sample))
             resize_range, random_flip = self.data_config.resize_range, self.data_config.random_flip
             crops.append(train_transform(image, self.size, resize_range, random_flip, rng))
-            labels.append(shard.labels[index])
-            block.keys.append(shard.keys[index])
+            labels.append(entry.label)
+            block.keys.append(entry.key)
         block.values_P, block.labels_P = np.stack(crops), np.array(labels, np.int64)
         return block
 
-    def _first_readable(self, sample: int, blob: bytes | Exception, skipped: list[str]) -> tuple[Image.Image, int]:
-        """Decode a sample, or the next readable one of its shard; return the image and its index in the shard."""
-        shard, index = self.manifest.locate(sample)
-        shard_start = sample - index
+    def _fetch(
+        self, samples: Iterable[int], block: SampleBlock
+    ) -> tuple[list[SampleLocation], list[bytes | Exception]]:
+        on_retry = block.retries.append
+        locations = locate_samples(self.manifest, samples, self.timeout_s, on_retry)
+        return locations, fetch_located(self.url, locations, self.timeout_s, on_retry, self.cache)
+
+    def _first_readable(
+        self, location: SampleLocation, blob: bytes | Exception, skipped: list[str]
+    ) -> tuple[Image.Image, SampleEntry]:
+        """Decode a sample, or the next readable one of its shard."""
+        shard, index = location
         max_short_side = round(self.size * self.data_config.resize_range[1])
-        for step in range(len(shard.keys)):
-            candidate = (index + step) % len(shard.keys)
+        for step in range(shard.num_samples):
+            candidate = (index + step) % shard.num_samples
             if step:
-                [blob] = fetch_encoded(self.manifest, [shard_start + candidate])
+                [blob] = fetch_located(self.url, [(shard, candidate)], cache=self.cache)
+            entry = shard.entry(candidate)
             try:
-                return decode_blob(blob, shard.sizes[candidate], max_short_side), candidate
+                return decode_blob(blob, entry.size, max_short_side), entry
             except ValueError as error:
-                skipped.append(f"{shard.name}: {shard.keys[candidate]}: {error}")
+                skipped.append(f"{shard.name}: {entry.key}: {error}")
         raise RuntimeError(f"no sample of {storage.join(self.url, shard.name)} can be read; first: {skipped[0]}")
 
     def read_eval(self, samples: range) -> SampleBlock:
@@ -73,16 +89,15 @@ class ImageSource(DataSource):
         size, interpolation = self.size, self.data_config.eval_interpolation
         block = SampleBlock(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
         images, labels = [], []
-        blobs = fetch_encoded(self.manifest, samples, self.timeout_s, block.retries.append)
-        for sample, blob in zip(samples, blobs, strict=True):
-            shard, index = self.manifest.locate(sample)
+        for (shard, index), blob in zip(*self._fetch(samples, block), strict=True):
+            entry = shard.entry(index)
             try:
-                images.append(eval_transform(decode_blob(blob, shard.sizes[index], None), size, interpolation))
+                images.append(eval_transform(decode_blob(blob, entry.size, None), size, interpolation))
             except ValueError as error:
-                block.skipped.append(f"{shard.name}: {shard.keys[index]}: {error}")
+                block.skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
-            labels.append(shard.labels[index])
-            block.keys.append(shard.keys[index])
+            labels.append(entry.label)
+            block.keys.append(entry.key)
         if images:
             block.values_P, block.labels_P = np.stack(images), np.array(labels, np.int64)
         return block

@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from bsq_ray import storage
@@ -19,7 +19,8 @@ from bsq_ray.data.manifest import Manifest, write_manifest
 from bsq_ray.data.sample_labels import (
     number_classes,
 )
-from bsq_ray.data.shard_reader import decode_blob, fetch_encoded
+from bsq_ray.data.shard_index import Shard, shard_row, with_labels, write_index
+from bsq_ray.data.shard_reader import decode_blob, fetch_located
 from bsq_ray.data.tar_members import compressed_format, is_tar_name
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
@@ -74,22 +75,23 @@ def index_shards(
         content = storage.read_bytes(storage.join(url, name))
         contents.append(index_shard(name, content, storage.join(url, name), options))
         on_progress(number, len(names))
-    report = IndexReport(Manifest(url, (), ()), notes=notes)
-    for shard in contents:
-        report.num_members += shard.num_members
-        report.num_used += shard.num_used
-        report.unused += shard.unused
-        report.examples = shard.examples | report.examples
-    classes_by_shard, class_names, report.class_rule = _number_shard_classes(url, contents, options)
+    classes_by_shard, class_names, class_rule = _number_shard_classes(url, contents, options)
     kinds = {"videos" if shard.shard.videos else "images": shard.shard.name for shard in contents}
     if len(kinds) > 1:
         raise ValueError(
             f"{url} contains images ({kinds['images']}) and videos ({kinds['videos']}); put them in separate folders"
         )
-    shards = [replace(each.shard, labels=labels) for each, labels in zip(contents, classes_by_shard, strict=True)]
-    report.manifest = Manifest(url, tuple(shards), class_names, next(iter(kinds)))
-    report.notes += _read_back(report.manifest)
-    write_manifest(report.manifest)
+    shards = [with_labels(each.shard, labels) for each, labels in zip(contents, classes_by_shard, strict=True)]
+    kind = next(iter(kinds))
+    notes += [] if kind == "videos" else [note for shard in shards for note in _read_back(url, shard)]
+    rows = [shard_row(shard, write_index(url, shard)) for shard in shards]
+    manifest = write_manifest(url, rows, class_names, kind, has_content_digests=True)
+    report = IndexReport(manifest, class_rule=class_rule, notes=notes)
+    for indexed in contents:
+        report.num_members += indexed.num_members
+        report.num_used += indexed.num_used
+        report.unused += indexed.unused
+        report.examples = indexed.examples | report.examples
     return report
 
 
@@ -157,29 +159,22 @@ def _number_shard_classes(
     return [tuple(islice(indices, len(shard.labels))) for shard in shards], classes.names, classes.rule
 
 
-def _read_back(manifest: Manifest) -> list[str]:
-    """Read the first sample of each shard as training does, or the next one that can be decoded.
+def _read_back(url: str, shard: Shard) -> list[str]:
+    """Read the first image of a shard as training does, or the next one that can be decoded.
 
     Returns:
-        A note for each sample before it.
+        A note for each image before it.
 
     Raises:
-        ValueError: no sample of a shard can be read.
+        ValueError: no image of the shard can be read.
     """
-    if manifest.kind == "videos":
-        # The index has decoded each of them.
-        return []
-    notes = []
-    for start, shard in zip(manifest.shard_starts.tolist(), manifest.shards, strict=False):
-        reasons: list[str] = []
-        for index, key in enumerate(shard.keys):
-            [blob] = fetch_encoded(manifest, [start + index])
-            try:
-                decode_blob(blob, shard.sizes[index], None)
-                break
-            except ValueError as error:
-                reasons.append(f"{shard.name}: {key}: {error}")
-        else:
-            raise ValueError(f"no image of {storage.join(manifest.url, shard.name)} can be read; first: {reasons[0]}")
-        notes += reasons
-    return notes
+    notes: list[str] = []
+    for index in range(shard.num_samples):
+        entry = shard.entry(index)
+        [blob] = fetch_located(url, [(shard, index)])
+        try:
+            decode_blob(blob, entry.size, None)
+            return notes
+        except ValueError as error:
+            notes.append(f"{shard.name}: {entry.key}: {error}")
+    raise ValueError(f"no image of {storage.join(url, shard.name)} can be read; first: {notes[0]}")

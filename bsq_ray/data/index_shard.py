@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from bsq_ray.data.folder_listing import printable
-from bsq_ray.data.manifest import Shard
 from bsq_ray.data.sample_labels import (
     JSON_SUFFIX,
     LABEL_FIELDS,
@@ -19,6 +18,7 @@ from bsq_ray.data.sample_labels import (
     parse_json_label,
     parse_label,
 )
+from bsq_ray.data.shard_index import SampleEntry, Shard, index_rows
 from bsq_ray.data.shard_reader import check_shard
 from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
 from bsq_ray.media.images import IMAGE_SUFFIXES
@@ -78,7 +78,7 @@ def index_shard(name: str, content: bytes, url: str, options: IndexOptions) -> I
     Raises:
         ValueError: the shard or a video is damaged, it has neither images nor videos, or a label is not one.
     """
-    result = IndexedShard(Shard(name, len(content), hashlib.sha256(content).hexdigest(), (), (), (), ()), [])
+    result = IndexedShard(Shard(name, len(content), hashlib.sha256(content).hexdigest(), index_rows([])), [])
     samples: dict[str, tuple[Member, str]] = {}
     label_members: dict[str, dict[str, Member]] = {}
     try:
@@ -118,16 +118,10 @@ def index_shard(name: str, content: bytes, url: str, options: IndexOptions) -> I
             + (f"; it has {unused}" if unused else "")
         )
     _read_labels(result, samples, label_members, content, options)
-    keys = tuple(samples)
-    result.shard = replace(
-        result.shard,
-        keys=keys,
-        labels=(0,) * len(keys),
-        offsets=tuple(member.offset for member, _ in samples.values()),
-        sizes=tuple(member.size for member, _ in samples.values()),
-        videos=tuple(_probe_videos(samples, content, url)),
-    )
-    result.num_used += len(keys)
+    entries = [SampleEntry(key, 0, member.offset, member.size) for key, (member, _) in samples.items()]
+    videos = _probe_videos(samples, content, url)
+    result.shard = replace(result.shard, rows=index_rows(entries, videos or None))
+    result.num_used += len(entries)
     check_shard(result.shard, content, url)
     return result
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_encoded
+from bsq_ray.data.shard_index import ShardRow
+from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_located, locate_samples
 from bsq_ray.data.transforms import eval_transform
 from bsq_ray.media.images import encode_png
 from bsq_ray.media.video_reader import read_frames
@@ -61,23 +62,16 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
         ValueError: the folder is not a packed data set.
     """
     manifest = read_manifest(url)
-    labels = Counter(label for shard in manifest.shards for label in shard.labels)
-    result = Inspection(manifest, {manifest.classes[label]: labels[label] for label in sorted(labels)})
-    for shard in manifest.shards:
+    counts_C = np.zeros(len(manifest.classes), np.int64)
+    result = Inspection(manifest, {})
+    for number in range(manifest.num_shards):
+        row = manifest.shard_row(number)
         try:
-            content = storage.read_bytes(storage.join(url, shard.name))
+            counts_C += np.bincount(manifest.shard(number).rows.column("label").to_numpy(), minlength=len(counts_C))
+            result.errors += _check_shard(url, row, manifest.has_content_digests)
         except ValueError as error:
             result.errors.append(str(error))
-            continue
-        if hashlib.sha256(content).hexdigest() != shard.sha256:
-            result.errors.append(
-                f"{shard.name} does not match the manifest: "
-                + (
-                    "its checksum differs"
-                    if len(content) == shard.bytes
-                    else f"it has {len(content)} bytes instead of {shard.bytes}"
-                )
-            )
+    result.class_counts = {manifest.classes[label]: int(counts_C[label]) for label in np.flatnonzero(counts_C)}
     samples = np.unique(np.linspace(0, manifest.num_samples - 1, _MAX_MEASURED).astype(int)).tolist()
     sizes, tiles = [], []
     sheet_positions = set(
@@ -94,15 +88,28 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
         widths, heights = np.array(sizes).T
         result.widths, result.heights = _min_median_max(widths), _min_median_max(heights)
         result.num_measured = len(sizes)
-    videos = [video for shard in manifest.shards for video in shard.videos]
-    if videos:
-        result.frame_counts = _min_median_max(np.array([video.frames for video in videos]))
-        result.total_duration_s = sum(video.frames / video.fps for video in videos)
-        rates = Counter(f"{video.fps:.4g}" for video in videos)
+    if manifest.kind == "videos":
+        result.frame_counts = _min_median_max(manifest.num_frames)
+        rates = Counter[str]()
+        for shard in manifest.shards:
+            videos = shard.rows.column("video")
+            frames_P, fps_P = videos.field("frames").to_numpy(), videos.field("fps").to_numpy()
+            result.total_duration_s += float((frames_P / fps_P).sum())
+            rates.update(f"{fps:.4g}" for fps in fps_P)
         result.frame_rates = ", ".join(f"{rate} frames/s ({count})" for rate, count in rates.most_common(4))
     if sheet_url is not None and tiles:
         storage.write_bytes(sheet_url, _encode_contact_sheet(tiles))
     return result
+
+
+def _check_shard(url: str, row: ShardRow, has_content_digest: bool) -> list[str]:
+    """Return an error message if the content of a shard is not that of the manifest."""
+    content = storage.read_bytes(storage.join(url, row.name))
+    if len(content) != row.bytes:
+        return [f"{row.name} does not match the manifest: it has {len(content)} bytes instead of {row.bytes}"]
+    if has_content_digest and hashlib.sha256(content).hexdigest() != row.digest:
+        return [f"{row.name} does not match the manifest: its checksum differs"]
+    return []
 
 
 def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
@@ -113,24 +120,25 @@ def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image
 
 
 def _read_images(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
-    for sample, blob in zip(samples, fetch_encoded(manifest, samples), strict=True):
-        shard, index = manifest.locate(sample)
+    locations = locate_samples(manifest, samples)
+    for (shard, index), blob in zip(locations, fetch_located(manifest.url, locations), strict=True):
+        entry = shard.entry(index)
         try:
-            yield decode_blob(blob, shard.sizes[index], None)
+            yield decode_blob(blob, entry.size, None)
         except ValueError as error:
-            yield f"{shard.name}: {shard.keys[index]}: {error}"
+            yield f"{shard.name}: {entry.key}: {error}"
 
 
 def _read_middle_frames(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
-    locations = [manifest.locate(sample) for sample in samples]
-    files = ShardFiles(manifest, locations)
+    locations = locate_samples(manifest, samples)
+    files = ShardFiles(manifest.url, locations)
     for shard, index in locations:
-        video = shard.videos[index]
+        video = shard.video(index)
         try:
             with files.open(shard, index) as file:
                 yield from read_frames(file, video, video.frames // 2, 1, 1)
         except ValueError as error:
-            yield f"{shard.name}: {shard.keys[index]}: {error}"
+            yield f"{shard.name}: {shard.key(index)}: {error}"
 
 
 def _min_median_max(values: np.ndarray) -> tuple[int, int, int]:

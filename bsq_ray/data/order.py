@@ -20,32 +20,41 @@ Shape suffixes: P positions.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """The endless order of a data set.
 
+    The cost of a position does not depend on the number of shards, except for the first position of an epoch.
+
     Args:
-        shard_sizes: samples of each shard.
+        shard_sizes: samples of each shard; a sequence or int64 (shards,).
         seed: seed of the run.
         interleave: number of lanes.
         shuffle_block_size: samples shuffled together inside a lane.
     """
 
-    shard_sizes: tuple[int, ...]
+    shard_sizes: Sequence[int] | np.ndarray
     seed: int
     interleave: int
     shuffle_block_size: int
 
+    @cached_property
+    def _shard_starts(self) -> np.ndarray:
+        """Number of samples before each shard in manifest order, and T last; int64 (shards + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
+
     @property
     def num_samples(self) -> int:
         """Samples of an epoch (T)."""
-        return sum(self.shard_sizes)
+        return int(self._shard_starts[-1])
 
     def at(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch and the sample at each position.
@@ -95,14 +104,34 @@ class Order:
 
     def _to_manifest_order(self, epoch: int, sequence_P: np.ndarray) -> np.ndarray:
         """Convert positions in the sequence of permuted shards to samples in manifest order."""
-        sizes = np.array(self.shard_sizes, np.int64)
-        shard_order = _permutation(len(sizes), (self.seed, epoch))
-        ends = np.cumsum(sizes[shard_order])
-        slot_P = np.searchsorted(ends, sequence_P, side="right")
-        shard_P = shard_order[slot_P]
-        index_in_shard_P = sequence_P - (ends[slot_P] - sizes[shard_P])
-        shard_starts = np.cumsum(sizes) - sizes
-        return shard_starts[shard_P] + index_in_shard_P
+        permuted = self._permuted_shards(epoch)
+        slot_P = np.searchsorted(permuted.starts, sequence_P, side="right") - 1
+        index_in_shard_P = sequence_P - permuted.starts[slot_P]
+        return self._shard_starts[permuted.shards[slot_P]] + index_in_shard_P
+
+    def _permuted_shards(self, epoch: int) -> _PermutedShards:
+        """Return the shards of an epoch. Reading ahead alternates between two epochs, which are kept."""
+        for permuted in tuple(self._epochs):
+            if permuted.epoch == epoch:
+                return permuted
+        sizes = np.diff(self._shard_starts)
+        shards = np.random.default_rng((self.seed, epoch)).permutation(len(sizes))
+        permuted = _PermutedShards(epoch, shards, np.concatenate([[0], np.cumsum(sizes[shards])]))
+        self._epochs.append(permuted)
+        return permuted
+
+    @cached_property
+    def _epochs(self) -> deque[_PermutedShards]:
+        return deque(maxlen=2)
+
+
+@dataclass(frozen=True)
+class _PermutedShards:
+    """The shards of an epoch in their order, and the number of samples before each and of all."""
+
+    epoch: int
+    shards: np.ndarray
+    starts: np.ndarray
 
 
 def worker_positions(first: int, stop: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

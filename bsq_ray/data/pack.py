@@ -20,7 +20,8 @@ import numpy as np
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import IgnoredFiles, list_files
-from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, Shard, write_manifest
+from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, write_manifest
+from bsq_ray.data.shard_index import SampleEntry, Shard, ShardRow, index_rows, shard_row, write_index
 from bsq_ray.data.transcode import StoredFile, TooShortError, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
@@ -100,7 +101,7 @@ class _ShardResult:
     """Result of packing one shard: the shard, None if no file was usable, and a report on each problem."""
 
     num_files: int
-    shard: Shard | None = None
+    shard: ShardRow | None = None
     damaged_files: list[str] = field(default_factory=list)
     too_short_files: list[str] = field(default_factory=list)
     changed_files: list[str] = field(default_factory=list)
@@ -198,8 +199,7 @@ def _pack(
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
             storage.write_text(storage.join(destination, f"{name}.txt"), "\n".join(lines) + "\n")
-    manifest = Manifest(destination, tuple(shards), plan.classes, plan.kind)
-    write_manifest(manifest)
+    manifest = write_manifest(destination, shards, plan.classes, plan.kind, has_content_digests=True)
     return PackReport(manifest, damaged, too_short, changed, plan.ignored)
 
 
@@ -270,16 +270,13 @@ def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: 
     if samples:
         content = archive.getvalue()
         storage.write_bytes(storage.join(destination, name), content)
-        result.shard = Shard(
-            name,
-            len(content),
-            hashlib.sha256(content).hexdigest(),
-            tuple(source.key for source, _, _ in samples),
-            tuple(source.label for source, _, _ in samples),
-            tuple(offset for _, offset, _ in samples),
-            tuple(len(encoded.data) for _, _, encoded in samples),
-            tuple(encoded.video for _, _, encoded in samples if encoded.video is not None),
-        )
+        entries = [
+            SampleEntry(source.key, source.label, offset, len(encoded.data)) for source, offset, encoded in samples
+        ]
+        videos = [encoded.video for _, _, encoded in samples if encoded.video is not None]
+        rows = index_rows(entries, videos or None)
+        shard = Shard(name, len(content), hashlib.sha256(content).hexdigest(), rows)
+        result.shard = shard_row(shard, write_index(destination, shard))
     return result
 
 

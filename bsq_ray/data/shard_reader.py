@@ -5,25 +5,65 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import IO, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
+from typing import IO, Any, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.manifest import Manifest, Shard
+from bsq_ray.data.file_cache import FileCache
+from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.shard_index import SampleEntry, Shard
 from bsq_ray.data.tar_members import is_member_of
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 
 # Remote files up to this size are fetched whole.
 _SMALL_FILE_BYTES = 4 * 2**20
-_SampleLocation = tuple[Shard, int]
+# Threads that open remote shards or their indexes; each waits for the storage.
+_MAX_OPEN_THREADS = 16
 _HEADER_BYTES = tarfile.BLOCKSIZE
+SampleLocation = tuple[Shard, int]
 _Value = TypeVar("_Value")
+_OnRetry = Callable[[str], None]
+
+
+def _ignore_retry(_: str) -> None:
+    pass
+
+
+def locate_samples(
+    manifest: Manifest, samples: Iterable[int], timeout_s: float = 0.0, on_retry: _OnRetry = _ignore_retry
+) -> list[SampleLocation]:
+    """Return the shard of each sample and its index in the shard; only these shards' indexes are opened.
+
+    Args:
+        manifest, samples, timeout_s, on_retry: see `fetch_encoded`.
+
+    Raises:
+        StorageUnavailableError: an index is still unavailable after `timeout_s` seconds.
+        ValueError: an index is missing or damaged.
+    """
+    samples_P = np.fromiter(samples, np.int64)
+    numbers_P = manifest.shard_numbers(samples_P)
+    indices = (samples_P - manifest.shard_starts[numbers_P]).tolist()
+
+    def open_shard(number: int) -> Shard:
+        return storage.retry_while_unavailable(lambda: manifest.shard(number), timeout_s, on_retry)
+
+    numbers = np.unique(numbers_P).tolist()
+    shards = dict(zip(numbers, _map_remote(open_shard, numbers, manifest.url), strict=True))
+    return [(shards[number], index) for number, index in zip(numbers_P.tolist(), indices, strict=True)]
 
 
 def fetch_encoded(
-    manifest: Manifest, samples: Iterable[int], timeout_s: float = 0.0, on_retry: Callable[[str], None] = lambda _: None
+    manifest: Manifest,
+    samples: Iterable[int],
+    timeout_s: float = 0.0,
+    on_retry: _OnRetry = _ignore_retry,
+    cache: FileCache | None = None,
 ) -> list[bytes | Exception]:
     """Return the files of samples; for each unreadable file, return an exception in its position.
 
@@ -32,21 +72,34 @@ def fetch_encoded(
         samples: indices of the samples in the data set.
         timeout_s: seconds to retry unavailable remote storage.
         on_retry: called with a message before each retry.
+        cache: local copies of remote shards; None reads byte ranges of the remote shards.
     """
-    locations = [manifest.locate(sample) for sample in samples]
-    if storage.is_local(manifest.url):
-        return _fetch_local(manifest.url, locations)
+    locations = locate_samples(manifest, samples, timeout_s, on_retry)
+    return fetch_located(manifest.url, locations, timeout_s, on_retry, cache)
+
+
+def fetch_located(
+    url: str,
+    locations: Sequence[SampleLocation],
+    timeout_s: float = 0.0,
+    on_retry: _OnRetry = _ignore_retry,
+    cache: FileCache | None = None,
+) -> list[bytes | Exception]:
+    """Return the files at locations from `locate_samples` in the data set at `url`; see `fetch_encoded`."""
+    if storage.is_local(url):
+        return _fetch_from_files(url, locations, partial(_open_local, url))
     blobs: list[bytes | Exception] = [storage.StorageUnavailableError()] * len(locations)
 
     def fetch_missing() -> None:
         """Fetch the missing files; raise a transient error for a retry."""
         missing = [p for p, blob in enumerate(blobs) if isinstance(blob, Exception) and storage.is_transient(blob)]
-        for p, blob in zip(missing, _fetch_remote(manifest.url, [locations[p] for p in missing]), strict=True):
+        missing_locations = [locations[p] for p in missing]
+        for p, blob in zip(missing, _fetch_remote(url, missing_locations, cache), strict=True):
             blobs[p] = blob
         for p in missing:
             blob = blobs[p]
             if isinstance(blob, Exception) and storage.is_transient(blob):
-                with storage.translate_errors(storage.join(manifest.url, locations[p][0].name), "read"):
+                with storage.translate_errors(storage.join(url, locations[p][0].name), "read"):
                     raise blob
 
     # After the timeout, files that are still missing are returned as exceptions.
@@ -55,35 +108,81 @@ def fetch_encoded(
     return blobs
 
 
-def _fetch_remote(url: str, locations: list[_SampleLocation]) -> list[bytes | Exception]:
+def _fetch_remote(url: str, locations: list[SampleLocation], cache: FileCache | None) -> list[bytes | Exception]:
+    if cache is None:
+        return _fetch_ranges(url, locations)
+    cached = [p for p, (shard, _) in enumerate(locations) if cache.can_hold(shard.bytes)]
+    others = [p for p, (shard, _) in enumerate(locations) if not cache.can_hold(shard.bytes)]
+    blobs: list[bytes | Exception] = [b""] * len(locations)
+    parts = (
+        (cached, _fetch_from_files(url, [locations[p] for p in cached], partial(_open_cached, url, cache))),
+        (others, _fetch_ranges(url, [locations[p] for p in others])),
+    )
+    for positions, part in parts:
+        for p, blob in zip(positions, part, strict=True):
+            blobs[p] = blob
+    return blobs
+
+
+def _fetch_ranges(url: str, locations: list[SampleLocation]) -> list[bytes | Exception]:
+    if not locations:
+        return []
     fs, root = storage.filesystem(url)
+    entries = [shard.entry(index) for shard, index in locations]
     paths = [storage.join(root, shard.name) for shard, _ in locations]
-    starts = [shard.offsets[index] - _HEADER_BYTES for shard, index in locations]
-    ends = [shard.offsets[index] + shard.sizes[index] for shard, index in locations]
+    starts = [entry.offset - _HEADER_BYTES for entry in entries]
+    ends = [entry.offset + entry.size for entry in entries]
     blobs = fs.cat_ranges(paths, starts, ends, on_error="return")
-    return [_strip_header(blob, *location) for blob, location in zip(blobs, locations, strict=True)]
+    return [_strip_header(blob, shard, entry) for blob, (shard, _), entry in zip(blobs, locations, entries, strict=True)]
 
 
-def _fetch_local(url: str, locations: list[_SampleLocation]) -> list[bytes | Exception]:
-    _, root = storage.filesystem(url)
+def _fetch_from_files(
+    url: str, locations: Sequence[SampleLocation], open_shard: Callable[[Shard], IO[bytes]]
+) -> list[bytes | Exception]:
+    """Read files from local files of shards, each opened once and read from front to back."""
     blobs: list[bytes | Exception] = [b""] * len(locations)
     by_shard: dict[str, list[int]] = {}
     for position, (shard, _) in enumerate(locations):
         by_shard.setdefault(shard.name, []).append(position)
-    for name, shard_positions in by_shard.items():
+
+    def read_shard(positions: list[int]) -> None:
+        shard = locations[positions[0]][0]
+        entries = {position: shard.entry(locations[position][1]) for position in positions}
         try:
-            with open(storage.join(root, name), "rb", buffering=0) as file:
-                for position in sorted(shard_positions, key=lambda p: locations[p][0].offsets[locations[p][1]]):
-                    shard, index = locations[position]
-                    file.seek(shard.offsets[index] - _HEADER_BYTES)
-                    blobs[position] = _strip_header(file.read(_HEADER_BYTES + shard.sizes[index]) or b"", shard, index)
-        except OSError as error:
-            for position in shard_positions:
+            with open_shard(shard) as file:
+                for position in sorted(positions, key=lambda p: entries[p].offset):
+                    entry = entries[position]
+                    file.seek(entry.offset - _HEADER_BYTES)
+                    blobs[position] = _strip_header(file.read(_HEADER_BYTES + entry.size) or b"", shard, entry)
+        except (OSError, ValueError) as error:
+            for position in positions:
                 blobs[position] = error
+
+    _map_remote(read_shard, list(by_shard.values()), url)
     return blobs
 
 
-def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | Exception:
+def _map_remote(function: Callable[[Any], _Value], items: list[Any], url: str) -> list[_Value]:
+    """Apply a function to each item, with threads if it waits for remote storage."""
+    if storage.is_local(url) or len(items) < 2:
+        return list(map(function, items))
+    with ThreadPoolExecutor(min(_MAX_OPEN_THREADS, len(items)), thread_name_prefix="open-shards") as pool:
+        return list(pool.map(function, items))
+
+
+def _open_local(url: str, shard: Shard) -> IO[bytes]:
+    _, root = storage.filesystem(url)
+    return open(storage.join(root, shard.name), "rb", buffering=0)
+
+
+def _open_cached(url: str, cache: FileCache, shard: Shard) -> IO[bytes]:
+    def open_local(path: str) -> IO[bytes]:
+        return open(path, "rb", buffering=0)
+
+    return cache.open(storage.join(url, shard.name), shard.digest, shard.bytes, open_local)
+
+
+def _strip_header(data: bytes | Exception, shard: Shard, entry: SampleEntry) -> bytes | Exception:
     """Return the file without its tar header; return an error if the header does not match the manifest."""
     if isinstance(data, Exception) or len(data) <= _HEADER_BYTES:
         return data if isinstance(data, Exception) else b""
@@ -91,19 +190,17 @@ def _strip_header(data: bytes | Exception, shard: Shard, index: int) -> bytes | 
         header = tarfile.TarInfo.frombuf(data[:_HEADER_BYTES], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return ValueError("the shard does not match the manifest")
-    if header.size != shard.sizes[index] or not _can_have_name(header.name, shard, index):
+    if header.size != entry.size or not _can_have_name(header.name, shard, entry):
         return ValueError(f"the shard contains {header.name} at this offset")
     return data[_HEADER_BYTES:]
 
 
-def _can_have_name(name: str, shard: Shard, index: int) -> bool:
+def _can_have_name(name: str, shard: Shard, entry: SampleEntry) -> bool:
     """Return True if a name in a tar header can be that of a sample, or of the sample that it is a link to."""
-    key = shard.keys[index]
     # Names that do not fit into the header are stored in an extension record.
-    if is_member_of(name, key) or len(name) >= tarfile.LENGTH_NAME or not key.isascii():
+    if is_member_of(name, entry.key) or len(name) >= tarfile.LENGTH_NAME or not entry.key.isascii():
         return True
-    same_data = (key for key, offset in zip(shard.keys, shard.offsets, strict=True) if offset == shard.offsets[index])
-    return any(not other.isascii() or is_member_of(name, other) for other in same_data)
+    return any(not other.isascii() or is_member_of(name, other) for other in shard.keys_at(entry.offset))
 
 
 def check_shard(shard: Shard, content: bytes, url: str) -> None:
@@ -113,11 +210,12 @@ def check_shard(shard: Shard, content: bytes, url: str) -> None:
         ValueError: a sample cannot be read at its offset.
     """
     view = memoryview(content)
-    for index, key in enumerate(shard.keys):
-        header = bytes(view[shard.offsets[index] - _HEADER_BYTES : shard.offsets[index] + 1])
-        blob = _strip_header(header, shard, index)
+    for index in range(shard.num_samples):
+        entry = shard.entry(index)
+        header = bytes(view[entry.offset - _HEADER_BYTES : entry.offset + 1])
+        blob = _strip_header(header, shard, entry)
         if isinstance(blob, Exception):
-            raise ValueError(f"{url}: {key} cannot be read back: {blob}; write the shard again")
+            raise ValueError(f"{url}: {entry.key} cannot be read back: {blob}; write the shard again")
 
 
 class ShardFiles:
@@ -127,28 +225,32 @@ class ShardFiles:
     requested bytes.
 
     Args:
-        manifest: manifest of the data set.
-        locations: shard and index in the shard, for each sample.
-        timeout_s, on_retry: see `fetch_encoded`.
+        url: folder of the data set.
+        locations: from `locate_samples`.
+        timeout_s, on_retry, cache: see `fetch_encoded`.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        locations: Sequence[_SampleLocation],
+        url: str,
+        locations: Sequence[SampleLocation],
         timeout_s: float = 0.0,
-        on_retry: Callable[[str], None] = lambda _: None,
+        on_retry: _OnRetry = _ignore_retry,
+        cache: FileCache | None = None,
     ) -> None:
-        self.url, self._timeout_s, self._on_retry = manifest.url, timeout_s, on_retry
+        self.url, self._timeout_s, self._on_retry, self._cache = url, timeout_s, on_retry, cache
         self._blobs: dict[tuple[str, int], bytes | Exception] = {}
-        if storage.is_local(manifest.url):
+        if storage.is_local(url):
             return
-        shard_starts = {
-            shard.name: int(start) for shard, start in zip(manifest.shards, manifest.shard_starts[:-1], strict=True)
+        small = {
+            (shard.name, index): (shard, index)
+            for shard, index in locations
+            if shard.entry(index).size <= _SMALL_FILE_BYTES and not self._is_cached(shard)
         }
-        small = {(shard.name, index) for shard, index in locations if shard.sizes[index] <= _SMALL_FILE_BYTES}
-        samples = {(name, index): shard_starts[name] + index for name, index in sorted(small)}
-        self._blobs = dict(zip(samples, fetch_encoded(manifest, samples.values(), timeout_s, on_retry), strict=True))
+        self._blobs = dict(zip(small, fetch_located(url, list(small.values()), timeout_s, on_retry), strict=True))
+
+    def _is_cached(self, shard: Shard) -> bool:
+        return self._cache is not None and self._cache.can_hold(shard.bytes)
 
     @contextmanager
     def open(self, shard: Shard, index: int) -> Iterator[IO[bytes]]:
@@ -157,23 +259,28 @@ class ShardFiles:
         Raises:
             ValueError: the file cannot be fetched, or the shard is truncated; the message gives the reason.
         """
-        blob, size = self._blobs.get((shard.name, index)), shard.sizes[index]
+        blob, entry = self._blobs.get((shard.name, index)), shard.entry(index)
         if blob is not None:
-            yield io.BytesIO(check_length(blob, size))
+            yield io.BytesIO(check_length(blob, entry.size))
             return
         url = storage.join(self.url, shard.name)
         with ExitStack() as stack:
-            file = self._retry(url, lambda: stack.enter_context(storage.open_url(url)))
-            num_available = self._retry(url, lambda: file.seek(0, io.SEEK_END)) - shard.offsets[index]
-            if num_available < size:
-                raise ValueError(f"the shard ends after {max(0, num_available)} of the {size} bytes of this file")
+            file = self._retry(url, lambda: stack.enter_context(self._open_shard(url, shard)))
+            num_available = self._retry(url, lambda: file.seek(0, io.SEEK_END)) - entry.offset
+            if num_available < entry.size:
+                raise ValueError(f"the shard ends after {max(0, num_available)} of the {entry.size} bytes of this file")
 
             def read(offset: int, count: int) -> bytes:
-                file.seek(shard.offsets[index] + offset)
+                file.seek(entry.offset + offset)
                 return bytes(file.read(count))
 
-            reader = _RangeReader(size, lambda offset, count: self._retry(url, lambda: read(offset, count)))
+            reader = _RangeReader(entry.size, lambda offset, count: self._retry(url, lambda: read(offset, count)))
             yield io.BufferedReader(reader)
+
+    def _open_shard(self, url: str, shard: Shard) -> AbstractContextManager[IO[bytes]]:
+        if self._cache is not None and self._is_cached(shard) and not storage.is_local(url):
+            return _open_cached(self.url, self._cache, shard)
+        return storage.open_url(url)
 
     def _retry(self, url: str, operation: Callable[[], _Value]) -> _Value:
         def attempt() -> _Value:

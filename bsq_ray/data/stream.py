@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import count, islice
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ class SkippedSamples:
     limit: int
     samples: list[str] = field(default_factory=list)
     retries: list[str] = field(default_factory=list)
+    _known: set[str] = field(default_factory=set, repr=False)
 
     def add(self, reports: list[str]) -> None:
         """Count skipped samples.
@@ -58,7 +60,9 @@ class SkippedSamples:
         Raises:
             RuntimeError: there are more than the limit; the message names the last one.
         """
-        self.samples.extend(report for report in dict.fromkeys(reports) if report not in self.samples)
+        new_reports = [report for report in dict.fromkeys(reports) if report not in self._known]
+        self.samples.extend(new_reports)
+        self._known.update(new_reports)
         if len(self.samples) > self.limit:
             raise RuntimeError(
                 f"{len(self.samples)} damaged samples are more than data.max_skipped_samples = {self.limit}; "
@@ -97,9 +101,8 @@ def training_batches(
     skipped = skipped or SkippedSamples(data_config.max_skipped_samples)
     local_batch_size = batch_size // world_size
     chunk_size = local_batch_size * max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
-    order = Order(source.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
     worker_positions(position, position, batch_size, rank, world_size)  # raises before anything starts
-    read = _ChunkReader(source, order, position, chunk_size, batch_size, rank, world_size)
+    read = _ChunkReader(source, data_config, seed, position, chunk_size, batch_size, rank, world_size)
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))
     if executor == "ray":
         blocks = _ray_blocks(read, _num_read_tasks(world_size))
@@ -168,7 +171,7 @@ def evaluation_dataset(source: DataSource, batch_size: int, limit: int | None = 
 
     def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
         block = np.empty(1, object)
-        block[0] = ray.get(source_ref).read_eval(range(int(rows["first"][0]), int(rows["last"][0])))
+        block[0] = _get_once(source_ref).read_eval(range(int(rows["first"][0]), int(rows["last"][0])))
         return {"block": block}
 
     source_ref = ray.put(source)
@@ -187,7 +190,8 @@ class _ChunkReader:
     """Reads the `chunk`-th range of a worker's samples after the start position."""
 
     source: DataSource
-    order: Order
+    data_config: config.DataOrderConfig
+    seed: int
     start: int
     chunk_size: int
     batch_size: int
@@ -199,8 +203,13 @@ class _ChunkReader:
         global_size = self.chunk_size * self.world_size
         first = self.start + chunk * global_size
         positions_P = worker_positions(first, first + global_size, self.batch_size, self.rank, self.world_size)
-        epochs_P, samples_P = self.order.at(positions_P)
-        return self.source.read(samples_P, epochs_P, self.order.seed)
+        epochs_P, samples_P = self._order.at(positions_P)
+        return self.source.read(samples_P, epochs_P, self.seed)
+
+    @cached_property
+    def _order(self) -> Order:
+        # Computed in the process that reads: the sizes of all shards are not sent to it.
+        return self.source.order(self.seed, self.data_config)
 
 
 def _local_blocks(
@@ -246,13 +255,21 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
             pending.extend(islice(executions, 1))
 
 
+@lru_cache(4)
+def _get_once(ref: Any) -> Any:
+    """Return an object of Ray's object store; a process receives it once and keeps what it has opened."""
+    import ray
+
+    return ray.get(ref)
+
+
 def _execute(read_ref: Any, chunks: range, num_tasks: int) -> list[Any]:
     """Run one Ray Data execution to its end; return references to its blocks, one per chunk, in order."""
     import ray
     from ray.data import TaskPoolStrategy
 
     def run(rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        block = ray.get(read_ref)(int(rows["id"][0]))
+        block = _get_once(read_ref)(int(rows["id"][0]))
         # One row per chunk avoids per-sample overhead.
         return {
             "values": block.values_P[None],

@@ -190,9 +190,13 @@ class TokenSource(DataSource):
             raise ValueError(f"the tokens in {table.url} do not match the model; set {' '.join(mismatches)}")
         self.table, self.timeout_s = table, timeout_s
         self.url, self.hash = table.url, table.hash
-        self.shard_sizes = tuple(rows for _, rows, _ in table.parts)
         self.sample_bytes = info.row_bytes
-        self.part_starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.part_starts = np.cumsum([0, *(rows for _, rows, _ in table.parts)])
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Rows of each part."""
+        return np.diff(self.part_starts)
 
     @property
     def tokenizer_url(self) -> str:

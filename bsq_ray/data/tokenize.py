@@ -93,7 +93,7 @@ def tokenize(
         folder.model_id, run.model.quantizer.bits, (frames, side, side), manifest.classes, num_crops, dataset
     )
     _bundle_tokenizer(folder.model_id, model_url, out_url)
-    names = [f"part-{number:06}.parquet" for number in range(len(manifest.shards))]
+    names = [f"part-{number:06}.parquet" for number in range(manifest.num_shards)]
     missing = [n for n, name in enumerate(names) if completed_part(storage.join(out_url, name), info) is None]
     task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
     skipped: list[str] = []
@@ -145,8 +145,8 @@ class _PartWriter:
 
     def __call__(self, part: int) -> list[str]:
         """Write a part; return reports on the images or videos of its shard that could not be read."""
-        first = sum(self.source.shard_sizes[:part])
-        last = first + self.source.shard_sizes[part]
+        last = int(self.source.shard_sizes[: part + 1].sum())
+        first = last - int(self.source.shard_sizes[part])
         keys: list[str] = []
         skipped: list[str] = []
         packed = [np.empty((0, self.task.info.row_bytes), np.uint8)]
@@ -163,7 +163,7 @@ class _PartWriter:
                 views.append(np.full(len(samples.keys), view))
                 keys += samples.keys
         if skipped and not keys:
-            raise RuntimeError(f"nothing in {self.task.manifest.shards[part].name} can be read: {skipped[0]}")
+            raise RuntimeError(f"nothing in {self.task.manifest.shard_name(part)} can be read: {skipped[0]}")
         url = storage.join(self.task.out_url, f"part-{part:06}.parquet")
         columns = (np.concatenate(labels), np.concatenate(views), np.concatenate(packed))
         write_part(url, self.task.info, keys, *columns)
@@ -182,6 +182,6 @@ class _PartWriter:
         """Return True if the key is that of this image, or of a clip of this video."""
         if isinstance(self.source, ClipSource):
             shard, index, _ = self.source.locate(sample)
-            return key.rpartition("@")[0] == shard.keys[index]
+            return key.rpartition("@")[0] == shard.key(index)
         shard, index = self.task.manifest.locate(sample)
-        return key == shard.keys[index]
+        return key == shard.key(index)

@@ -11,13 +11,13 @@ from PIL import Image
 
 from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
-from bsq_ray.data.clip_source import ClipSource
+from bsq_ray.data.clip_source import ClipLayout, ClipSource
 from bsq_ray.data.factory import build_pixel_source, build_source
-from bsq_ray.data.manifest import Manifest, Shard, read_manifest
+from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import PackOptions, pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
-from bsq_ray.media.video_reader import VideoInfo, decode_frames, open_video, upright_rgb
+from bsq_ray.media.video_reader import decode_frames, open_video, upright_rgb
 
 
 def make_source(url, num_frames=4, **overrides):
@@ -25,7 +25,7 @@ def make_source(url, num_frames=4, **overrides):
 
 
 def decode_all_frames(manifest, shard, index):
-    with shard_reader.ShardFiles(manifest, [(shard, index)]).open(shard, index) as file:
+    with shard_reader.ShardFiles(manifest.url, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
         return [Image.fromarray(upright_rgb(frame)) for frame in decode_frames(container, stream)]
@@ -85,26 +85,28 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
 )
 def test_locate_returns_disjoint_clips_of_every_video(lengths, frames, stride, max_clips):
     """Clips of one video share no frame, and no possible clip is missing."""
-    videos = tuple(VideoInfo(length, 25.0, 64, 64, (0,), (0,)) for length in lengths)
-    keys = tuple(str(n) for n in range(len(lengths)))
-    shard = Shard("s", 1, "", keys, (0,) * len(keys), (0,) * len(keys), (1,) * len(keys), videos)
-    data_config, span = config.DataConfig(frame_stride=stride, clips_per_video=max_clips), (frames - 1) * stride + 1
+    span = (frames - 1) * stride + 1
     expected = [min(max_clips, length // span) for length in lengths]
-    manifest = Manifest("x", (shard, shard), ("all",), "videos")
-    if not sum(expected):
-        with pytest.raises(ValueError, match=f"no video of x has the {span} frames"):
-            ClipSource(manifest, data_config, 8, frames)
-        return
-    source = ClipSource(manifest, data_config, 8, frames)
-    assert source.shard_sizes == (sum(expected),) * 2
-    assert len(source.notes) == any(length < span for length in lengths)
-    ends = dict.fromkeys(keys, 0)
-    for sample in range(source.shard_sizes[0]):
-        _, index, starts = source.locate(sample)
+    layout = ClipLayout(np.array(lengths * 2), np.array([0, len(lengths), 2 * len(lengths)]), span, max_clips)
+    assert layout.shard_sizes.tolist() == [sum(expected)] * 2
+    ends = dict.fromkeys(range(len(lengths)), 0)
+    for clip in range(sum(expected)):
+        video, starts = layout.locate(clip)
         assert starts
-        assert starts[0] >= ends[keys[index]]
-        ends[keys[index]] = starts[-1] + span
-        assert ends[keys[index]] <= lengths[index]
+        assert starts[0] >= ends[video]
+        ends[video] = starts[-1] + span
+        assert ends[video] <= lengths[video]
+        assert layout.shard_of(clip) == (0, sum(expected))
+        assert layout.shard_of(sum(expected) + clip) == (sum(expected), sum(expected))
+
+
+def test_clip_source_reports_short_videos(held_out_video_shards):
+    """Videos shorter than a clip are counted; a data set without any clip raises an error."""
+    shortest = min(read_manifest(held_out_video_shards).num_frames)
+    [note] = make_source(held_out_video_shards, num_frames=int(shortest) + 1).notes
+    assert note.startswith("1 of 2 videos")
+    with pytest.raises(ValueError, match="has the 5000 frames of a clip .*; the longest has"):
+        make_source(held_out_video_shards, num_frames=5000)
 
 
 def test_training_batches_ray_and_threads_are_identical(video_shards, ray_local):

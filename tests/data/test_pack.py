@@ -134,13 +134,17 @@ def test_read_manifest_missing_or_invalid_raises(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda table: table.drop_columns(["sha256"]), "damaged or not a manifest of bsq_ray: 'sha256'"),
+        (lambda table: table.drop_columns(["sha256"]), "damaged or not a manifest of bsq_ray: it has no column sha256"),
         (lambda table: table.replace_schema_metadata({"bsq_ray": "[]"}), "damaged or not a manifest"),
         (lambda table: table.replace_schema_metadata({"bsq_ray": "{}"}), "damaged or not a manifest"),
         (lambda table: table.replace_schema_metadata({"other": "{}"}), "damaged or not a manifest"),
         (
             lambda table: table.replace_schema_metadata({"bsq_ray": '{"version": 9}'}),
             "newer version",
+        ),
+        (
+            lambda table: table.replace_schema_metadata({"bsq_ray": '{"version": 1}'}),
+            "older version of bsq_ray; run `bsq-ray data index",
         ),
     ],
 )
@@ -249,15 +253,15 @@ def test_inspect_shards_reads_files_in_small_batches(kind, request, tmp_path, mo
     def count_reads(name):
         function = getattr(inspect, name)
 
-        def counting(manifest, locations, *more):
+        def counting(url, locations):
             read.append(len(locations))
-            return function(manifest, locations, *more)
+            return function(url, locations)
 
         monkeypatch.setattr(inspect, name, counting)
 
     whole = inspect.inspect_shards(url, str(tmp_path / "whole.png"))
     monkeypatch.setattr(inspect, "_BATCH_SIZE", 2)
-    count_reads("fetch_encoded")
+    count_reads("fetch_located")
     count_reads("ShardFiles")
     parts = inspect.inspect_shards(url, str(tmp_path / "parts.png"))
     assert max(read) == 2

@@ -44,7 +44,7 @@ def test_pack_videos_stores_originals_and_video_info(folder, tmp_path):
     assert classes_by_name(manifest) == {"bikes": "JumpRope", "carphone_pristine": "JumpingJack", "cityCC0": "Archery"}
     originals = {path.read_bytes() for path in folder.rglob("*.m*")}
     for shard in manifest.shards:
-        files = ShardFiles(manifest, [(shard, n) for n in range(len(shard.keys))])
+        files = ShardFiles(manifest.url, [(shard, n) for n in range(len(shard.keys))])
         for index, video in enumerate(shard.videos):
             with files.open(shard, index) as file:
                 content = file.read()
@@ -153,7 +153,7 @@ def test_pack_videos_variable_rate_keeps_playback_speed(photos, tmp_path):
     video = shard.videos[0]
     assert (video.frames, video.fps) == (56, pytest.approx(25))
     source = list(read_frames(io.BytesIO(make_video(photos[0], times)), _probe_video(photos[0], times), 0, 28, 1))
-    with ShardFiles(manifest, [(shard, 0)]).open(shard, 0) as file:
+    with ShardFiles(manifest.url, [(shard, 0)]).open(shard, 0) as file:
         made = list(read_frames(file, video, 0, 56, 1))
     for slot, image in enumerate(made):
         frame_index = max(n for n, time in enumerate(times) if time <= 40 * slot)

@@ -133,7 +133,7 @@ def test_unreadable_real_images_raise_and_are_not_cached(generation_setup, cache
     shard.write_bytes(shard.read_bytes()[:-20_000])
     manifest = read_manifest(str(tmp_path / "shards"))
     # The hash differs from that of the complete data set, whose features are in the cache.
-    damaged = replace(manifest, shards=(replace(manifest.shards[0], sha256="0" * 64),))
+    damaged = replace(manifest, hash="0" * 64)
     cached = set(cache.rglob("*.npz"))
     with pytest.raises(RuntimeError, match=r"shards has an image that cannot be read: shard-000000\.tar: .*shard ends"):
         real_features(damaged, run, 0)

@@ -17,7 +17,8 @@ class RunSummary:
 
     def __init__(self) -> None:
         self._restart_reasons: list[str] = []
-        self._skipped_samples: list[str] = []
+        # Keys of a dictionary are unique and keep their order.
+        self._skipped_samples: dict[str, None] = {}
         self._blocking_seconds: list[float] = []
 
     def tracking(self, on_record: RecordSink) -> RecordSink:
@@ -27,9 +28,7 @@ class RunSummary:
             if record["kind"] == "restart":
                 self._restart_reasons.append(record["reason"])
             elif record["kind"] == "skipped_samples":
-                self._skipped_samples.extend(
-                    sample for sample in record["samples"] if sample not in self._skipped_samples
-                )
+                self._skipped_samples.update(dict.fromkeys(record["samples"]))
             elif record["kind"] == "checkpoint":
                 self._blocking_seconds.append(record["blocking_seconds"])
             on_record(record)
@@ -38,11 +37,11 @@ class RunSummary:
 
     def complete(self, result: RunResult) -> RunResult:
         """Return the last worker group's result, completed with what was collected from all groups."""
-        new_skips = [sample for sample in result.skipped_samples if sample not in self._skipped_samples]
+        self._skipped_samples.update(dict.fromkeys(result.skipped_samples))
         return replace(
             result,
             restart_reasons=self._restart_reasons,
-            skipped_samples=[*self._skipped_samples, *new_skips],
+            skipped_samples=list(self._skipped_samples),
             num_checkpoints=len(self._blocking_seconds),
             checkpoint_blocking_seconds=sum(self._blocking_seconds),
         )
