@@ -7,19 +7,27 @@ from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.data_source import DataSource
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import Manifest, read_manifest
+from bsq_ray.data.mixture import MixtureSource, is_mixture, read_mixture
 from bsq_ray.data.token_table import TokenSource, read_table
 
 
 def build_source(run: config.AnyConfig, url: str) -> DataSource:
-    """Open the training data of a run: packed images or videos, or a token table.
+    """Open the training data of a run: packed images or videos, a token table, or a mixture of them.
 
     Args:
         run: configuration of the run; its stage decides the kind of data.
-        url: folder of the data set.
+        url: folder of the data set, or YAML file of a mixture.
 
     Raises:
         ValueError: the data set is missing, damaged, or of another kind.
     """
+    if is_mixture(url):
+        datasets = read_mixture(url).datasets
+        sources = [build_source(run, dataset.url) for dataset in datasets]
+        if empty := [source.url for source in sources if not source.num_samples]:
+            raise ValueError(f"{empty[0]} contains no samples; remove it from {url}")
+        weights = [dataset.weight for dataset in datasets if dataset.weight is not None]
+        return MixtureSource(url, sources, weights or None)
     if not isinstance(run, config.TokenizerConfig):
         return TokenSource(read_table(url), run.model, run.training.storage_timeout_s)
     manifest = read_manifest(url)
@@ -56,5 +64,7 @@ def resolve_tokenizer(run: config.AnyConfig, url: str) -> config.AnyConfig:
     """
     if isinstance(run, config.TokenizerConfig) or run.model.tokenizer is not None:
         return run
+    if is_mixture(url):
+        url = read_mixture(url).datasets[0].url
     tokenizer = read_table(url).info.tokenizer_id
     return run.model_copy(update={"model": run.model.model_copy(update={"tokenizer": tokenizer})})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class FileCache:
         for _ in range(_MAX_OPEN_ATTEMPTS):
             with suppress(FileNotFoundError):
                 # The modification time of a copy is the time of its last use.
-                os.utime(copy)
+                now_ns = time.time_ns()
+                os.utime(copy, ns=(now_ns, now_ns))
                 return open_local(copy)
             with self._translate_folder_errors(), self._lock(name):
                 if not os.path.exists(copy):
@@ -92,9 +94,12 @@ class FileCache:
             actual_bytes = os.path.getsize(partial)
             if actual_bytes != num_bytes:
                 raise ValueError(f"{url} has {actual_bytes} bytes, but the manifest requires {num_bytes}")
-            os.replace(partial, copy)
+            # Under the lock, an eviction counts either the partial file or the copy.
+            with self._lock("eviction"):
+                os.replace(partial, copy)
         finally:
-            Path(partial).unlink(missing_ok=True)
+            with self._lock("eviction"):
+                Path(partial).unlink(missing_ok=True)
 
     def _evict(self, num_bytes: int) -> None:
         """Remove the least recently used copies until a file of `num_bytes` fits."""

@@ -10,12 +10,13 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.config.batch_split import valid_world_sizes
 from bsq_ray.data.factory import build_source, resolve_tokenizer
+from bsq_ray.data.mixture import is_mixture, store_mixture
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
@@ -85,6 +86,7 @@ def train(
         run_config.training, num_workers if min_workers is None else min_workers, num_workers
     )
     _validate(spec, resume)
+    spec = _store_mixtures(spec)
     storage.write_text(storage.join(out_url, "config.yaml"), config.dump_config(run_config))
     summary = RunSummary()
     with _console(on_record) as console:
@@ -115,6 +117,16 @@ def train(
     if not result.is_finished:
         raise Interrupted(f"stopped after step {result.step}; checkpoint and model are saved in {out_url}")
     return result
+
+
+def _store_mixtures(spec: RunSpec) -> RunSpec:
+    """Store the files of mixtures in the run folder, where all workers can read them."""
+    data_url, held_out_url = spec.data_url, spec.held_out_url
+    if is_mixture(data_url):
+        data_url = store_mixture(data_url, storage.join(spec.out_url, "data.yaml"))
+    if held_out_url is not None and is_mixture(held_out_url):
+        held_out_url = store_mixture(held_out_url, storage.join(spec.out_url, "held-out.yaml"))
+    return replace(spec, data_url=data_url, held_out_url=held_out_url)
 
 
 def _train_locally(spec: RunSpec, device: Device, on_record: RecordSink, stop_event: threading.Event) -> RunResult:

@@ -1,0 +1,107 @@
+"""Growth of opening and reading a data set with its number of samples: the same images behind 2 to 100,000 shards."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import ray
+from linked_shards import link_shards
+
+from bsq_ray import config
+from bsq_ray.data.image_source import ImageSource
+from bsq_ray.data.manifest import read_manifest
+from bsq_ray.data.order import Order
+from bsq_ray.data.pack import PackOptions, pack_images
+from bsq_ray.data.stream import training_batches
+
+pytestmark = pytest.mark.benchmark
+_CROP, _BATCH, _SHARD_SAMPLES = 64, 32, 1000
+_NUM_SHARDS = {"2 k": 2, "1.28 M": 1281, "12.8 M": 12_810, "100 M": 100_000}
+_WARM_UP, _TIMED, _ROUNDS = 3000, 9000, 3
+_MEMORY_CODE = """
+import sys
+import psutil
+from bsq_ray.data.manifest import read_manifest
+before = psutil.Process().memory_info().rss
+manifest = read_manifest(sys.argv[1])
+manifest.locate(manifest.num_samples - 1)
+print((psutil.Process().memory_info().rss - before) / 2**20)
+"""
+
+
+@pytest.fixture(scope="module")
+def manifests(photos, tmp_path_factory):
+    """Manifests of data sets of each size, by name."""
+    folder, url = tmp_path_factory.mktemp("images"), str(tmp_path_factory.mktemp("shard"))
+    for number in range(_SHARD_SAMPLES):
+        photos[number % len(photos)].resize((96, 80)).save(folder / f"{number}.jpg")
+    pack_images(str(folder), url, PackOptions(shard_mb=10_000, num_workers=0))
+    return {name: link_shards(url, tmp_path_factory.mktemp("linked"), count) for name, count in _NUM_SHARDS.items()}
+
+
+def loader(manifest, executor):
+    data_config = config.DataConfig()
+    return training_batches(ImageSource(manifest, data_config, _CROP), data_config, _BATCH, 0, 1, 0, executor=executor)
+
+
+def images_per_s(manifest, executor):
+    """Return the rate in steady state, and the seconds before the first batch."""
+    start = time.perf_counter()
+    batches = loader(manifest, executor)
+    next(batches)
+    first_batch_s = time.perf_counter() - start
+    for _ in range(_WARM_UP // _BATCH):
+        next(batches)
+    start = time.perf_counter()
+    for _ in range(_TIMED // _BATCH):
+        next(batches)
+    rate = _TIMED / (time.perf_counter() - start)
+    batches.close()
+    return rate, first_batch_s
+
+
+def test_growth_of_reading(manifests, ray_local, record):
+    # The workers of Ray start before anything is measured.
+    ray.get([ray.remote(time.sleep).remote(0.2) for _ in range(8)])
+    images_per_s(manifests["2 k"], "ray")
+    rates = {name: {"local": [], "ray": []} for name in manifests}
+    first_batch_s = {name: [] for name in manifests}
+    # Sizes alternate and the best round counts, because the load of a shared node changes.
+    for _ in range(_ROUNDS):
+        for executor in ("local", "ray"):
+            for name, manifest in manifests.items():
+                rate, wait_s = images_per_s(manifest, executor)
+                rates[name][executor].append(rate)
+                if executor == "ray":
+                    first_batch_s[name].append(wait_s)
+    for name, manifest in manifests.items():
+        best = {executor: max(values) for executor, values in rates[name].items()}
+        start = time.perf_counter()
+        read_manifest(manifest.url)
+        open_s = time.perf_counter() - start
+        memory = subprocess.run(
+            [sys.executable, "-c", _MEMORY_CODE, manifest.url], capture_output=True, text=True, env=os.environ
+        )
+        order = Order(manifest.shard_sizes, 0, 16, 512)
+        positions_P = np.arange(5000, 5256)
+        order.at(positions_P)
+        start = time.perf_counter()
+        for _ in range(20):
+            order.at(positions_P)
+        record(
+            "growth-data-cpu",
+            name,
+            open_s=open_s,
+            memory_mb=float(memory.stdout),
+            pickled_bytes=len(pickle.dumps(ImageSource(manifest, config.DataConfig(), _CROP))),
+            order_ms=(time.perf_counter() - start) / 20 * 1e3,
+            first_batch_s=min(first_batch_s[name]),
+            threads_ratio=best["local"] / max(rates["2 k"]["local"]),
+            ray_ratio=best["ray"] / max(rates["2 k"]["ray"]),
+            threads_images_per_s=round(best["local"]),
+            ray_images_per_s=round(best["ray"]),
+        )
