@@ -18,7 +18,7 @@ from bsq_ray.data.file_cache import open_shard_cache
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.shard_index import SampleEntry
 from bsq_ray.data.shard_reader import SampleLocation, decode_blob, fetch_located, locate_samples
-from bsq_ray.data.transforms import eval_transform, train_transform
+from bsq_ray.data.transforms import eval_transform
 
 
 class ImageSource(DataSource):
@@ -52,9 +52,7 @@ class ImageSource(DataSource):
         locations, blobs = self._fetch(samples, block)
         for sample, epoch, location, blob in zip(samples, epochs_P.tolist(), locations, blobs, strict=True):
             image, entry = self._first_readable(location, blob, block.skipped)
-            rng = np.random.default_rng((seed, epoch, sample))
-            resize_range, random_flip = self.data_config.resize_range, self.data_config.random_flip
-            crops.append(train_transform(image, self.size, resize_range, random_flip, rng))
+            crops.append(self._random_crop(image, sample, epoch, seed))
             labels.append(entry.label)
             block.keys.append(entry.key)
         block.values_P, block.labels_P = np.stack(crops), np.array(labels, np.int64)
@@ -86,18 +84,42 @@ class ImageSource(DataSource):
 
     def read_eval(self, samples: range) -> SampleBlock:
         """Read center crops of the resized images, uint8 (P, 3, size, size)."""
-        size, interpolation = self.size, self.data_config.eval_interpolation
-        block = SampleBlock(np.empty((0, 3, size, size), np.uint8), np.empty(0, np.int64), [])
-        images, labels = [], []
-        for (shard, index), blob in zip(*self._fetch(samples, block), strict=True):
+        return self.read_views(samples, 1, 0)[0]
+
+    def read_views(self, samples: range, num_views: int, seed: int) -> list[SampleBlock]:
+        """Read several crops of each image, which is decoded once; unreadable images are left out.
+
+        Args:
+            samples: numbers of the samples.
+            num_views: number of crops: the center crop, then random crops.
+            seed: seed of the random crops.
+
+        Returns:
+            a block of each view, uint8 (P, 3, size, size).
+        """
+        size, reports = self.size, SampleBlock(np.empty(0, np.uint8), np.empty(0, np.int64), [])
+        views: list[list[np.ndarray]] = [[] for _ in range(num_views)]
+        labels, keys = [], []
+        for sample, (shard, index), blob in zip(samples, *self._fetch(samples, reports), strict=True):
             entry = shard.entry(index)
             try:
-                images.append(eval_transform(decode_blob(blob, entry.size, None), size, interpolation))
+                image = decode_blob(blob, entry.size, None)
             except ValueError as error:
-                block.skipped.append(f"{shard.name}: {entry.key}: {error}")
+                reports.skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
+            views[0].append(eval_transform(image, size, self.data_config.eval_interpolation))
+            # The number of a random crop takes the place of an epoch.
+            for view in range(1, num_views):
+                views[view].append(self._random_crop(image, sample, view, seed))
             labels.append(entry.label)
-            block.keys.append(entry.key)
-        if images:
-            block.values_P, block.labels_P = np.stack(images), np.array(labels, np.int64)
-        return block
+            keys.append(entry.key)
+        return [
+            SampleBlock(
+                np.stack(crops) if crops else np.empty((0, 3, size, size), np.uint8),
+                np.array(labels, np.int64),
+                list(keys),
+                list(reports.skipped),
+                list(reports.retries),
+            )
+            for crops in views
+        ]

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -30,6 +31,9 @@ _VERSION = 1
 # Rows read together. A row with 256 tokens of 18 bits has 576 bytes.
 _ROW_GROUP_SIZE = 1024
 _ROW_GROUP_CACHE_SIZE = 64
+# Bytes at the end of a part that contain its footer, unless it has very many row groups.
+_FOOTER_BYTES = 2**16
+_MAX_FOOTER_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class TokenTableInfo:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A complete table; each part is (name, number of rows, SHA-256)."""
+    """A complete table; each part is (name, number of rows, SHA-256 of the rows)."""
 
     url: str
     info: TokenTableInfo
@@ -85,8 +89,8 @@ class TokenTable:
 
 def write_part(
     url: str, info: TokenTableInfo, keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray
-) -> None:
-    """Write one part atomically.
+) -> str:
+    """Write one part atomically; return the SHA-256 of its rows.
 
     Args:
         url: file of the part.
@@ -103,24 +107,51 @@ def write_part(
         "shape": shape,
         "bits": pa.array([row.tobytes() for row in packed_PB], pa.binary(info.row_bytes)),
     }
-    metadata = {"bsq_ray": _to_json(info), "tokenizer_id": info.tokenizer_id}
+    digest = _rows_digest(keys, labels_P, views_P, packed_PB)
+    metadata = {"bsq_ray": _to_json(info), "tokenizer_id": info.tokenizer_id, "rows_sha256": digest}
     buffer = io.BytesIO()
     table = pa.table(columns).replace_schema_metadata(metadata)
     pq.write_table(table, buffer, row_group_size=_ROW_GROUP_SIZE, compression="zstd")
     storage.write_bytes(url, buffer.getvalue())
+    return digest
+
+
+def _rows_digest(keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray) -> str:
+    digest = hashlib.sha256("\n".join(keys).encode())
+    for column in (labels_P.astype("<i8"), views_P.astype("<i2"), packed_PB):
+        digest.update(np.ascontiguousarray(column))
+    return digest.hexdigest()
+
+
+def completed_parts(url: str, names: list[str], info: TokenTableInfo) -> dict[str, tuple[int, str]]:
+    """Return the number of rows and SHA-256 of the parts that exist with the same metadata, by name.
+
+    Only the footers of the files are read, with one request each to an object store.
+    """
+    existing = set(storage.list_folder(url))
+    candidates = [name for name in names if name in existing]
+    with ThreadPoolExecutor(_MAX_FOOTER_THREADS, thread_name_prefix="read-footers") as pool:
+        parts = pool.map(lambda name: completed_part(storage.join(url, name), info), candidates)
+        return {name: part for name, part in zip(candidates, parts, strict=True) if part is not None}
 
 
 def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
-    """Return the number of rows and SHA-256 of an intact part with the same metadata, or None without one."""
-    if not storage.exists(url):
-        return None
-    content = storage.read_bytes(url)
+    """Return the number of rows and SHA-256 of a complete part, from its footer; None if its metadata differ."""
     try:
-        file = pq.ParquetFile(io.BytesIO(content))
-        part_metadata = (file.schema_arrow.metadata or {}).get(b"bsq_ray", b"").decode()
-    except pa.ArrowException:
+        footer = pq.read_metadata(io.BytesIO(_read_footer(url)))
+    except (pa.ArrowException, OSError):
         return None
-    return (file.metadata.num_rows, hashlib.sha256(content).hexdigest()) if part_metadata == _to_json(info) else None
+    metadata = footer.metadata or {}
+    if metadata.get(b"bsq_ray", b"").decode() != _to_json(info) or b"rows_sha256" not in metadata:
+        return None
+    return footer.num_rows, metadata[b"rows_sha256"].decode()
+
+
+def _read_footer(url: str) -> bytes:
+    """Return the end of a Parquet file: the footer, its length in four bytes, and the magic number."""
+    tail = storage.read_tail(url, _FOOTER_BYTES)
+    footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+    return tail if footer_bytes <= len(tail) else storage.read_tail(url, footer_bytes)
 
 
 def write_table(table: TokenTable) -> None:

@@ -7,8 +7,12 @@ Existing parts of the same tokenizer and data are kept, so an interrupted run re
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,12 +21,13 @@ from bsq_ray import config, model_folder, storage
 from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.factory import build_pixel_source
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.token_table import (
     TOKENIZER_FOLDER,
     TokenTable,
     TokenTableInfo,
-    completed_part,
+    completed_parts,
     write_part,
     write_table,
 )
@@ -94,20 +99,16 @@ def tokenize(
     )
     _bundle_tokenizer(folder.model_id, model_url, out_url)
     names = [f"part-{number:06}.parquet" for number in range(manifest.num_shards)]
-    missing = [n for n, name in enumerate(names) if completed_part(storage.join(out_url, name), info) is None]
+    parts = completed_parts(out_url, names, info)
+    missing = [number for number, name in enumerate(names) if name not in parts]
     task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
     skipped: list[str] = []
     results = actor_map_ordered(missing, partial(_PartWriter, task), num_workers, address)
-    for done, part_skipped in enumerate(results, len(names) - len(missing) + 1):
-        skipped += part_skipped
-        on_progress(done, len(names))
-    parts = []
-    for name in names:
-        part = completed_part(storage.join(out_url, name), info)
-        if part is None:
-            raise RuntimeError(f"{storage.join(out_url, name)} was written but cannot be read again")
-        parts.append((name, *part))
-    table = TokenTable(out_url, info, tuple(parts))
+    for number, result in zip(missing, results, strict=True):
+        parts[names[number]] = (result.num_rows, result.digest)
+        skipped += result.skipped
+        on_progress(len(parts), len(names))
+    table = TokenTable(out_url, info, tuple((name, *parts[name]) for name in names))
     write_table(table)
     return TokenizeResult(table, len(missing), skipped)
 
@@ -136,6 +137,15 @@ class _TokenizeTask:
     seed: int
 
 
+@dataclass(frozen=True)
+class _PartResult:
+    """Rows of a part, the SHA-256 of its rows, and reports on images or videos that could not be read."""
+
+    num_rows: int
+    digest: str
+    skipped: list[str]
+
+
 class _PartWriter:
     def __init__(self, task: _TokenizeTask) -> None:
         self.task = task
@@ -143,45 +153,68 @@ class _PartWriter:
         self.tokenizer = Tokenizer.from_pretrained(task.model_url).to(self.device)
         self.source = task.source
 
-    def __call__(self, part: int) -> list[str]:
-        """Write a part; return reports on the images or videos of its shard that could not be read."""
-        last = int(self.source.shard_sizes[: part + 1].sum())
+    def __call__(self, part: int) -> _PartResult:
+        """Write the rows of a shard, view by view."""
+        info, last = self.task.info, int(self.source.shard_sizes[: part + 1].sum())
         first = last - int(self.source.shard_sizes[part])
-        keys: list[str] = []
-        skipped: list[str] = []
-        packed = [np.empty((0, self.task.info.row_bytes), np.uint8)]
-        labels, views = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for view in range(self.task.info.views):
-            for start in range(first, last, self.task.batch_size):
-                samples = self._read(range(start, min(start + self.task.batch_size, last)), view)
-                skipped += [line for line in samples.skipped if line not in skipped]
-                if not samples.keys:
-                    continue
-                tokens = self.tokenizer.encode(to_float(torch.from_numpy(samples.values_P).to(self.device)))
-                packed.append(pack_bits(tokens.bits_BNL.flatten(1)).cpu().numpy())
-                labels.append(samples.labels_P)
-                views.append(np.full(len(samples.keys), view))
-                keys += samples.keys
-        if skipped and not keys:
-            raise RuntimeError(f"nothing in {self.task.manifest.shard_name(part)} can be read: {skipped[0]}")
+        chunks = [
+            range(start, min(start + self.task.batch_size, last)) for start in range(first, last, self.task.batch_size)
+        ]
+        keys: list[list[str]] = [[] for _ in range(info.views)]
+        labels: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in range(info.views)]
+        packed: list[list[np.ndarray]] = [[np.empty((0, info.row_bytes), np.uint8)] for _ in range(info.views)]
+        skipped: dict[str, None] = {}
+        for blocks in _read_ahead(self._read_views, chunks):
+            for view, block in enumerate(blocks):
+                skipped.update(dict.fromkeys(block.skipped))
+                if block.keys:
+                    keys[view] += block.keys
+                    labels[view].append(block.labels_P)
+                    packed[view].append(self._encode(block.values_P))
+        if skipped and not any(keys):
+            raise RuntimeError(f"nothing in {self.task.manifest.shard_name(part)} can be read: {next(iter(skipped))}")
+        views_P = np.repeat(np.arange(info.views), [len(view_keys) for view_keys in keys])
+        labels_P, packed_PB = (np.concatenate([row for view in rows for row in view]) for rows in (labels, packed))
+        all_keys = [key for view_keys in keys for key in view_keys]
         url = storage.join(self.task.out_url, f"part-{part:06}.parquet")
-        columns = (np.concatenate(labels), np.concatenate(views), np.concatenate(packed))
-        write_part(url, self.task.info, keys, *columns)
-        return skipped
+        digest = write_part(url, info, all_keys, labels_P, views_P, packed_PB)
+        return _PartResult(len(all_keys), digest, list(skipped))
 
-    def _read(self, samples: range, view: int) -> SampleBlock:
-        if view == 0:
-            return self.source.read_eval(samples)
-        # Each crop number takes the place of an epoch. Replacements of damaged samples are left out.
+    def _encode(self, values_P: np.ndarray) -> np.ndarray:
+        tokens = self.tokenizer.encode(to_float(torch.from_numpy(values_P).to(self.device)))
+        return pack_bits(tokens.bits_BNL.flatten(1)).cpu().numpy()
+
+    def _read_views(self, samples: range) -> list[SampleBlock]:
+        num_views = self.task.info.views
+        if isinstance(self.source, ImageSource):
+            return self.source.read_views(samples, num_views, self.task.seed)
+        # The views of a video are different clips of it.
+        return [
+            self.source.read_eval(samples),
+            *(self._read_random_clips(samples, view) for view in range(1, num_views)),
+        ]
+
+    def _read_random_clips(self, samples: range, view: int) -> SampleBlock:
+        # The number of a view takes the place of an epoch. Replacements of damaged videos are left out.
         block = self.source.read(np.asarray(samples), np.full(len(samples), view), self.task.seed)
-        rows = [p for p, key in enumerate(block.keys) if self._matches(key, samples[p])]
+        rows = [p for p, key in enumerate(block.keys) if self._is_clip_of(key, samples[p])]
         keys = [block.keys[p] for p in rows]
         return SampleBlock(block.values_P[rows], block.labels_P[rows], keys, block.skipped)
 
-    def _matches(self, key: str, sample: int) -> bool:
-        """Return True if the key is that of this image, or of a clip of this video."""
-        if isinstance(self.source, ClipSource):
-            shard, index, _ = self.source.locate(sample)
-            return key.rpartition("@")[0] == shard.key(index)
-        shard, index = self.task.manifest.locate(sample)
-        return key == shard.key(index)
+    def _is_clip_of(self, key: str, sample: int) -> bool:
+        assert isinstance(self.source, ClipSource)
+        shard, index, _ = self.source.locate(sample)
+        return key.rpartition("@")[0] == shard.key(index)
+
+
+def _read_ahead(
+    read: Callable[[range], list[SampleBlock]], chunks: Sequence[range], num_ahead: int = 2
+) -> Iterator[list[SampleBlock]]:
+    """Yield the result of each chunk; threads read the next ones while the model computes."""
+    with ThreadPoolExecutor(num_ahead, thread_name_prefix="read-ahead") as pool:
+        remaining = iter(chunks)
+        pending = deque(pool.submit(read, chunk) for chunk in islice(remaining, num_ahead))
+        while pending:
+            blocks = pending.popleft().result()
+            pending.extend(pool.submit(read, chunk) for chunk in islice(remaining, 1))
+            yield blocks

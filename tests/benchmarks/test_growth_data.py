@@ -45,7 +45,8 @@ def manifests(photos, tmp_path_factory):
 
 def loader(manifest, executor):
     data_config = config.DataConfig()
-    return training_batches(ImageSource(manifest, data_config, _CROP), data_config, _BATCH, 0, 1, 0, executor=executor)
+    source = ImageSource(manifest, data_config, _CROP)
+    return training_batches(source, data_config, batch_size=_BATCH, rank=0, world_size=1, seed=0, executor=executor)
 
 
 def images_per_s(manifest, executor):

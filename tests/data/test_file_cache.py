@@ -153,7 +153,7 @@ def test_training_batches_with_cache_get_each_shard_once(photo_folders, bucket, 
         data_config = config.DataConfig(interleave=2, cache=cache)
         for rank in range(2):
             source = ImageSource(manifest, data_config, 32)
-            stream = training_batches(source, data_config, 4, rank, 2, seed=0)
+            stream = training_batches(source, data_config, batch_size=4, rank=rank, world_size=2, seed=0)
             yield [next(stream).values_B.numpy().tobytes() for _ in range(manifest.num_samples)]
             stream.close()
 

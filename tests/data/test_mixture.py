@@ -75,7 +75,9 @@ def mixture_file(photo_shards, held_out_shards, tmp_path):
 
 
 def keys_of(source, count, rank=0, world_size=1, position=0):
-    stream = training_batches(source, RUN.data, 8, rank, world_size, seed=1, position=position)
+    stream = training_batches(
+        source, RUN.data, batch_size=8, rank=rank, world_size=world_size, seed=1, position=position
+    )
     return [batch.keys for batch in islice(stream, count)]
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_models import save_tokenizer
 
-from bsq_ray import Tokenizer, config
+from bsq_ray import Tokenizer, config, storage
+from bsq_ray.data import image_source
 from bsq_ray.data.factory import build_pixel_source
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
@@ -93,6 +94,32 @@ def test_tokenize_with_ray_is_identical_and_resumes(table, model, photo_shards, 
     assert again.table == done.table
     # Another number of crops is another table, so every part is rewritten.
     assert tokenize(*arguments, num_workers=0, num_crops=1).num_written == len(table.parts)
+
+
+def test_tokenize_decodes_each_image_once(model, held_out_shards, tmp_path, monkeypatch):
+    """However many crops an image has, it is decoded once."""
+    decoded, decode = [], image_source.decode_blob
+
+    def record(blob, size, short_side):
+        decoded.append(size)
+        return decode(blob, size, short_side)
+
+    monkeypatch.setattr(image_source, "decode_blob", record)
+    tokenize(model, held_out_shards, str(tmp_path), num_workers=0, num_crops=4)
+    assert len(decoded) == read_manifest(held_out_shards).num_samples
+
+
+def test_tokenize_resume_reads_footers_only(model, photo_shards, bucket, monkeypatch):
+    """A table with nothing left to do is checked with one small request for each part."""
+    table = tokenize(model, photo_shards, bucket, num_workers=0).table
+    whole_reads, tails = [], []
+    read_bytes, read_tail = storage.read_bytes, storage.read_tail
+    monkeypatch.setattr(storage, "read_bytes", lambda url: whole_reads.append(url) or read_bytes(url))
+    monkeypatch.setattr(storage, "read_tail", lambda url, size: tails.append(size) or read_tail(url, size))
+    again = tokenize(model, photo_shards, bucket, num_workers=0)
+    assert (again.num_written, again.table) == (0, table)
+    assert tails == [2**16] * len(table.parts)
+    assert not [url for url in whole_reads if url.endswith(".parquet") and "/part-" in url]
 
 
 def test_token_source_epoch_has_each_row_once(table):
