@@ -133,7 +133,9 @@ def _fetch_ranges(url: str, locations: list[SampleLocation]) -> list[bytes | Exc
     starts = [entry.offset - _HEADER_BYTES for entry in entries]
     ends = [entry.offset + entry.size for entry in entries]
     blobs = fs.cat_ranges(paths, starts, ends, on_error="return")
-    return [_strip_header(blob, shard, entry) for blob, (shard, _), entry in zip(blobs, locations, entries, strict=True)]
+    return [
+        _strip_header(blob, shard, entry) for blob, (shard, _), entry in zip(blobs, locations, entries, strict=True)
+    ]
 
 
 def _fetch_from_files(
