@@ -211,6 +211,13 @@ def read_bytes(url: str) -> bytes:
         return Path(path).read_bytes() if is_local(url) else bytes(fs.cat_file(path))
 
 
+def read_range(url: str, offset: int, num_bytes: int) -> bytes:
+    """Read bytes of a file; one request to an object store."""
+    with translate_errors(url, "read"):
+        fs, path = filesystem(url)
+        return bytes(fs.cat_file(path, start=offset, end=offset + num_bytes))
+
+
 def read_tail(url: str, num_bytes: int) -> bytes:
     """Read the last bytes of a file, or the whole file if it is shorter; one request to an object store."""
     with translate_errors(url, "read"):

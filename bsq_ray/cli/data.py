@@ -13,11 +13,18 @@ _MAX_LISTED_CLASSES = 20
 
 
 def data_pack(
-    src: Annotated[str, typer.Argument(help="Folder or URL of files; its subfolders are the classes.")],
+    src: Annotated[
+        str,
+        typer.Argument(help="Folder of files; its subfolders are the classes. Or tars or Parquet files of images."),
+    ],
     dest: Annotated[str, typer.Argument(help="Folder or URL of the shards.")],
     kind: Annotated[str, typer.Option(help="images or videos.")] = "images",
     split_list: Annotated[
         str | None, typer.Option("--list", help="UCF-101 split list; only its files are packed.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Text file with a class per image, or a file name and its class per line."),
     ] = None,
     shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
     max_side: Annotated[int | None, typer.Option(help="Shrink images or videos to this longer side, pixels.")] = None,
@@ -26,9 +33,11 @@ def data_pack(
     workers: Annotated[int | None, typer.Option(min=0, help="Concurrent tasks. 0 packs without Ray.")] = None,
     address: AddressOption = None,
 ) -> None:
-    """Pack a folder of images or videos into WebDataset shards with a manifest."""
+    """Pack images or videos into WebDataset shards with a manifest. Finished shards are not repeated."""
     if kind not in ("images", "videos"):
         raise ValueError(f"unknown --kind {kind}; choose images or videos")
+    if kind == "videos" and labels is not None:
+        raise ValueError("--labels is for images; the folders or the split list name the classes of videos")
     if kind == "images" and min_frames is not None:
         raise ValueError("--min-frames is for videos; add --kind videos")
     require_extra("data pack", "train", *(() if workers == 0 else ("ray",)))
@@ -40,6 +49,7 @@ def data_pack(
         max_side=max_side,
         seed=seed,
         split_list=split_list,
+        label_file=labels,
         num_workers=workers,
         address=address,
         **drop_none(min_frames=min_frames),
@@ -49,6 +59,8 @@ def data_pack(
         report = pack(src, dest, options, on_progress)
     manifest = report.manifest
     print(f"{kind} {manifest.num_samples}, shards {manifest.num_shards}, classes {len(manifest.classes)}, in {dest}")
+    if report.num_reused_shards:
+        print(f"kept {report.num_reused_shards} shards of an interrupted run")
     if report.damaged_files:
         print(f"skipped {len(report.damaged_files)} that cannot be decoded, listed in {dest}/damaged.txt")
     if report.too_short_files:
@@ -70,16 +82,20 @@ def data_index(
     class_list: Annotated[
         str | None, typer.Option(help="Text file of the classes, one per line. Default: the labels that occur.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Concurrent Ray tasks. 0 indexes without Ray.")] = 0,
+    address: AddressOption = None,
 ) -> None:
     """Write the manifest of WebDataset shards that another program made."""
     if key_until not in ("first-dot", "last-dot"):
         raise ValueError(f"unknown --key-until {key_until}; choose first-dot or last-dot")
-    require_extra("data index", "train")
+    require_extra("data index", "train", *(("ray",) if workers else ()))
 
-    from bsq_ray.data.index import IndexOptions, index_shards
+    from bsq_ray.data.index import index_shards
+    from bsq_ray.data.index_shard import IndexOptions
 
+    options = IndexOptions(key_until, label_field, class_list, workers, address)  # type: ignore[arg-type]
     with ProgressBar("indexing") as on_progress:
-        report = index_shards(url, IndexOptions(key_until, label_field, class_list), on_progress)  # type: ignore[arg-type]
+        report = index_shards(url, options, on_progress)
     manifest = report.manifest
     counts = f"{manifest.num_samples} {manifest.kind}, shards {manifest.num_shards}, classes {len(manifest.classes)}"
     print(f"{counts}; wrote {url}/manifest.parquet")

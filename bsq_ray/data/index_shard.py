@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -18,6 +17,7 @@ from bsq_ray.data.sample_labels import (
     parse_json_label,
     parse_label,
 )
+from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.shard_index import SampleEntry, Shard, index_rows
 from bsq_ray.data.shard_reader import check_shard
 from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
@@ -36,11 +36,17 @@ class IndexOptions:
         label_field: field of the JSON files that contains the label, with dots between levels; None looks for the usual
             names.
         class_list: text file with a class per line; None takes the classes from the labels.
+        num_workers: number of parallel Ray tasks; 0 indexes in this process, None uses all CPUs of the cluster.
+        address: address of a Ray cluster; None starts Ray on this node.
+        storage_timeout_s: seconds to retry unavailable storage before indexing fails.
     """
 
     key_until: KeyUntil = "first-dot"
     label_field: str | None = None
     class_list: str | None = None
+    num_workers: int | None = 0
+    address: str | None = None
+    storage_timeout_s: float = 600.0
 
 
 @dataclass
@@ -48,7 +54,7 @@ class IndexedShard:
     """A shard, the labels of its samples, and counts of its members.
 
     Attributes:
-        shard: manifest entry; its labels are not numbered yet.
+        shard: manifest entry, without digest; its labels are not numbered yet.
         labels: label of each sample; None for samples without one.
         json_fields: fields from which labels were read, each with a member.
         num_members, num_used, unused, examples: as in `IndexReport`.
@@ -68,7 +74,7 @@ class IndexedShard:
         self.examples.setdefault(reason, f"{self.shard.name}: {member.name}{detail}")
 
 
-def index_shard(name: str, content: bytes, url: str, options: IndexOptions) -> IndexedShard:
+def index_shard(name: str, content: ShardContent, url: str, options: IndexOptions) -> IndexedShard:
     """Return the manifest entry of a shard, the labels of its samples, and counts of its members.
 
     Args:
@@ -78,7 +84,7 @@ def index_shard(name: str, content: bytes, url: str, options: IndexOptions) -> I
     Raises:
         ValueError: the shard or a video is damaged, it has neither images nor videos, or a label is not one.
     """
-    result = IndexedShard(Shard(name, len(content), hashlib.sha256(content).hexdigest(), index_rows([])), [])
+    result = IndexedShard(Shard(name, content.num_bytes, "", index_rows([])), [])
     samples: dict[str, tuple[Member, str]] = {}
     label_members: dict[str, dict[str, Member]] = {}
     try:
@@ -130,7 +136,7 @@ def _read_labels(
     result: IndexedShard,
     samples: Iterable[str],
     label_members: dict[str, dict[str, Member]],
-    content: bytes,
+    content: ShardContent,
     options: IndexOptions,
 ) -> None:
     """Read the label of each sample from the first of its label files, and count those that are not used."""
@@ -140,7 +146,7 @@ def _read_labels(
         by_suffix = label_members.pop(key, {})
         for suffix in sorted(by_suffix, key=order.index):
             member = by_suffix[suffix]
-            data, where = content[member.offset : member.offset + member.size], f"{result.shard.name}: {member.name}"
+            data, where = content.read(member.offset, member.size), f"{result.shard.name}: {member.name}"
             if label is not None:
                 result.leave_out(member, f"{suffix} files of samples with another label")
                 continue
@@ -160,7 +166,7 @@ def _read_labels(
             result.leave_out(member, "labels without an image or video of their key")
 
 
-def _probe_videos(samples: dict[str, tuple[Member, str]], content: bytes, url: str) -> list[VideoInfo]:
+def _probe_videos(samples: dict[str, tuple[Member, str]], content: ShardContent, url: str) -> list[VideoInfo]:
     """Return the facts about each video; none if the samples are images."""
     suffixes = {suffix for _, suffix in samples.values()}
     if suffixes.isdisjoint(VIDEO_SUFFIXES):
@@ -170,7 +176,7 @@ def _probe_videos(samples: dict[str, tuple[Member, str]], content: bytes, url: s
     videos = []
     for key, (member, _) in samples.items():
         try:
-            videos.append(probe(io.BytesIO(content[member.offset : member.offset + member.size])).video)
+            videos.append(probe(io.BytesIO(content.read(member.offset, member.size))).video)
         except ValueError as error:
             raise ValueError(f"{url}: {key}: {error}; remove it from the shard, or pack the videos again") from error
     return videos

@@ -1,34 +1,33 @@
-"""Pack a folder of images or videos into WebDataset shards with a manifest, in parallel.
+"""Pack images or videos into WebDataset shards with a manifest, in parallel.
 
-    folder ─list, shuffle─▶ plan of shards ─one task each: decode, check, write─▶ shard-000000.tar … ─▶ manifest.parquet
+    folder, tars, Parquet ─list, shuffle─▶ plan of shards ─one task each: decode, check, write─▶ shard-000000.tar …
+                                                                                          all ─▶ manifest.parquet
 
-The manifest is written last, so an interrupted run never leaves a data set that looks complete.
+The manifest is written last, so an interrupted run never leaves a data set that looks complete. The same command
+resumes it: finished shards are kept.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import posixpath
-import re
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import pyarrow as pa
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import IgnoredFiles, list_files
 from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, write_manifest
-from bsq_ray.data.shard_index import SampleEntry, Shard, ShardRow, index_rows, shard_row, write_index
-from bsq_ray.data.transcode import StoredFile, TooShortError, reencode_image, transcode_if_needed
+from bsq_ray.data.pack_containers import find_containers, label_names, list_containers, number_labels
+from bsq_ray.data.pack_shard import EncodeFn, ShardPacker
+from bsq_ray.data.pack_source import FileSource, SourceFiles
+from bsq_ray.data.transcode import StoredFile, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
-from bsq_ray.runtime.ray_session import ray_session
+from bsq_ray.runtime.task_map import task_map
 
-_TAR_BLOCK_BYTES = 512
 # Minimum of `PackOptions.max_side`, in pixels.
 _MIN_MAX_SIDE = 8
 
@@ -43,8 +42,10 @@ class PackOptions:
         min_frames: videos with fewer frames are skipped.
         seed: seed of the shuffle that distributes files over shards.
         split_list: text file that lists the files to pack, see `list_files`; None packs all files.
+        label_file: text file with the class of each image, see `label_names`; None takes folders or stored labels.
         num_workers: number of parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
         address: address of a Ray cluster; None starts Ray on this node.
+        storage_timeout_s: seconds to retry unavailable storage before packing fails.
     """
 
     shard_mb: float = 100.0
@@ -52,8 +53,10 @@ class PackOptions:
     min_frames: int = 16
     seed: int = 0
     split_list: str | None = None
+    label_file: str | None = None
     num_workers: int | None = None
     address: str | None = None
+    storage_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.shard_mb <= 0:
@@ -62,15 +65,6 @@ class PackOptions:
             raise ValueError(f"longest side {self.max_side} is too small; use at least {_MIN_MAX_SIDE} pixels")
         if self.min_frames < 1:
             raise ValueError(f"min_frames {self.min_frames} must be 1 or more")
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """A file to pack: its URL, its key in the data set, and its class index."""
-
-    url: str
-    key: str
-    label: int
 
 
 @dataclass
@@ -83,6 +77,8 @@ class PackReport:
         too_short_files: "file: reason" of each video with too few frames.
         changed_files: "file: change" of each video whose variable frame rate was converted to a constant one.
         ignored: what else the folder contains: files of other types, leftovers, broken links.
+        retries: messages of storage errors before a retry succeeded.
+        num_reused_shards: number of shards that an interrupted run had packed.
     """
 
     manifest: Manifest
@@ -90,30 +86,8 @@ class PackReport:
     too_short_files: list[str] = field(default_factory=list)
     changed_files: list[str] = field(default_factory=list)
     ignored: IgnoredFiles = field(default_factory=lambda: IgnoredFiles("images"))
-
-
-# Maps the content of a file and its suffix to the stored file; raises ValueError if it cannot be decoded.
-_EncodeFn = Callable[[bytes, str], StoredFile]
-
-
-@dataclass
-class _ShardResult:
-    """Result of packing one shard: the shard, None if no file was usable, and a report on each problem."""
-
-    num_files: int
-    shard: ShardRow | None = None
-    damaged_files: list[str] = field(default_factory=list)
-    too_short_files: list[str] = field(default_factory=list)
-    changed_files: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    source: str
-    kind: str
-    shards: list[list[FileSource]]
-    classes: tuple[str, ...]
-    ignored: IgnoredFiles
+    retries: list[str] = field(default_factory=list)
+    num_reused_shards: int = 0
 
 
 def pack_images(
@@ -122,13 +96,14 @@ def pack_images(
     options: PackOptions = PackOptions(),
     on_progress: ProgressCallback = no_progress,
 ) -> PackReport:
-    """Pack a folder of images, with or without class subfolders.
+    """Pack a folder of images, with or without class subfolders, or images in tars or Parquet files.
 
     The first folder level names the classes; without subfolders all images have the class "all". Files that cannot be
     decoded are listed in `damaged.txt` next to the shards; all others are packed.
 
     Args:
-        source, destination: folders, as paths or fsspec URLs.
+        source: folder, tar, Parquet file or pattern with `*`, as path or fsspec URL; see `pack_containers`.
+        destination: folder of the shards.
         options: see `PackOptions`.
         on_progress: called with the number of finished files and the total number of files.
 
@@ -174,113 +149,66 @@ def _pack(
     destination: str,
     kind: str,
     suffixes: tuple[str, ...],
-    encode: _EncodeFn,
+    encode: EncodeFn,
     options: PackOptions,
     on_progress: ProgressCallback,
 ) -> PackReport:
     if storage.exists(storage.join(destination, MANIFEST_FILE)):
         raise ValueError(f"{destination} already has a packed data set; choose another folder or remove it first")
-    plan = _make_plan(source, kind, suffixes, options)
-    total, done = sum(map(len, plan.shards)), 0
-    results: list[_ShardResult] = []
-    for result in _pack_shards(plan.shards, destination, encode, options):
+    files, ignored = _list_sources(source, kind, suffixes, options)
+    options_key = f"max_side {options.max_side} min_frames {options.min_frames}"
+    pack_shard = ShardPacker(destination, encode, options_key, kind, options.storage_timeout_s)
+    results, done = [], 0
+    for result in task_map(pack_shard, _iter_shards(files, options), options.num_workers, options.address):
         results.append(result)
         done += result.num_files
-        on_progress(done, total)
-    shards = sorted((result.shard for result in results if result.shard is not None), key=lambda shard: shard.name)
+        on_progress(done, len(files))
     damaged = sorted(line for result in results for line in result.damaged_files)
     too_short = sorted(line for result in results for line in result.too_short_files)
     changed = sorted(line for result in results for line in result.changed_files)
-    if not shards:
+    rows = sorted((result.row for result in results if result.row is not None), key=lambda row: row.name)
+    if not rows:
         requirement = "can be decoded" if damaged else "is long enough"
-        raise ValueError(
-            f"none of the {total} {plan.kind} in {plan.source} {requirement}; first error: {(damaged + too_short)[0]}"
-        )
+        first_error = (damaged + too_short)[0]
+        raise ValueError(f"none of the {len(files)} {kind} in {source} {requirement}; first error: {first_error}")
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
             storage.write_text(storage.join(destination, f"{name}.txt"), "\n".join(lines) + "\n")
-    manifest = write_manifest(destination, shards, plan.classes, plan.kind, has_content_digests=True)
-    return PackReport(manifest, damaged, too_short, changed, plan.ignored)
+    manifest = write_manifest(destination, rows, files.classes, kind, has_content_digests=True)
+    retries = [line for result in results for line in result.retries]
+    num_reused = sum(result.is_reused for result in results)
+    return PackReport(manifest, damaged, too_short, changed, ignored, retries, num_reused)
 
 
-def _make_plan(source: str, kind: str, suffixes: tuple[str, ...], options: PackOptions) -> _Plan:
-    """Distribute the shuffled files of a folder over shards."""
+def _list_sources(
+    source: str, kind: str, suffixes: tuple[str, ...], options: PackOptions
+) -> tuple[SourceFiles, IgnoredFiles]:
+    """Return the files of a folder, of tars or of Parquet files, and what else a folder contains."""
+    containers = find_containers(source) if kind == "images" else []
+    if containers:
+        if options.split_list is not None:
+            raise ValueError("a split list names files of a folder; it cannot be used with tars or Parquet files")
+        return list_containers(containers, suffixes, options.label_file), IgnoredFiles(kind)
     file_list = list_files(source, kind, suffixes, options.split_list)
-    shards: list[list[FileSource]] = [[]]
-    shard_bytes = 0
-    for index in np.random.default_rng(options.seed).permutation(len(file_list.urls)):
-        url, size = file_list.urls[index], file_list.sizes[index]
-        if shards[-1] and shard_bytes + size > options.shard_mb * 1e6:
-            shards.append([])
-            shard_bytes = 0
-        slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(url))[0])[:40]
-        shards[-1].append(FileSource(url, f"{index:08d}_{slug}", file_list.labels[index]))
+    labels_F, classes = np.array(file_list.labels, np.int32), file_list.classes
+    if options.label_file is not None:
+        labels_F, classes = number_labels(label_names(options.label_file, file_list.urls))
+    names = pa.array(file_list.urls, pa.large_string())
+    return SourceFiles(names, labels_F, np.array(file_list.sizes, np.int64), classes), file_list.ignored
+
+
+def _iter_shards(files: SourceFiles, options: PackOptions) -> Iterator[tuple[str, list[FileSource]]]:
+    """Yield the name and the files of each shard; the files are shuffled over the shards."""
+    order_F = files.shuffled(options.seed)
+    sizes_F = files.sizes_F[order_F]
+    first, shard_bytes, number = 0, 0, 0
+    for position, size in enumerate(sizes_F.tolist()):
+        if position > first and shard_bytes + size > options.shard_mb * 1e6:
+            yield _shard_name(number), [files.file(n) for n in order_F[first:position].tolist()]
+            first, shard_bytes, number = position, 0, number + 1
         shard_bytes += size
-    return _Plan(source, kind, shards, file_list.classes, file_list.ignored)
+    yield _shard_name(number), [files.file(n) for n in order_F[first:].tolist()]
 
 
-def _pack_shards(
-    shards: list[list[FileSource]], destination: str, encode: _EncodeFn, options: PackOptions
-) -> Iterator[_ShardResult]:
-    """Pack every shard, in this process or by Ray tasks, and yield each result when it is ready."""
-    shard_arguments = [
-        (f"shard-{number:06d}.tar", sources, destination, encode) for number, sources in enumerate(shards)
-    ]
-    if options.num_workers == 0:
-        for task_arguments in shard_arguments:
-            yield _pack_shard(*task_arguments)
-        return
-    with ray_session(options.address):
-        import ray
-
-        max_in_flight = options.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        task = ray.remote(num_cpus=1)(_pack_shard)
-        pending = list(reversed(shard_arguments))
-        running = [task.remote(*pending.pop()) for _ in range(min(max_in_flight, len(shard_arguments)))]
-        while running:
-            [ready], running = ray.wait(running, num_returns=1)
-            if pending:
-                running.append(task.remote(*pending.pop()))
-            yield ray.get(ready)
-
-
-def _pack_shard(name: str, sources: list[FileSource], destination: str, encode: _EncodeFn) -> _ShardResult:
-    """Encode the files of one shard and write it; damaged and short files are skipped."""
-    result = _ShardResult(len(sources))
-    archive = io.BytesIO()
-    samples: list[tuple[FileSource, int, StoredFile]] = []
-    with tarfile.open(fileobj=archive, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for source in sources:
-            try:
-                encoded = encode(storage.read_bytes(source.url), posixpath.splitext(source.url)[1][1:].lower())
-            except TooShortError as error:
-                result.too_short_files.append(f"{source.url}: {error}")
-                continue
-            except storage.StorageUnavailableError:
-                # The file may be intact, so a data set without it would be incomplete.
-                raise
-            except ValueError as error:
-                result.damaged_files.append(f"{source.url}: {error}")
-                continue
-            if encoded.change:
-                result.changed_files.append(f"{source.url}: {encoded.change}")
-            samples.append((source, archive.tell() + _TAR_BLOCK_BYTES, encoded))
-            _add_member(tar, f"{source.key}.{encoded.suffix}", encoded.data)
-            _add_member(tar, f"{source.key}.cls", str(source.label).encode())
-    if samples:
-        content = archive.getvalue()
-        storage.write_bytes(storage.join(destination, name), content)
-        entries = [
-            SampleEntry(source.key, source.label, offset, len(encoded.data)) for source, offset, encoded in samples
-        ]
-        videos = [encoded.video for _, _, encoded in samples if encoded.video is not None]
-        rows = index_rows(entries, videos or None)
-        shard = Shard(name, len(content), hashlib.sha256(content).hexdigest(), rows)
-        result.shard = shard_row(shard, write_index(destination, shard))
-    return result
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"

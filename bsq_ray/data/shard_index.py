@@ -170,6 +170,11 @@ def with_labels(shard: Shard, labels: Sequence[int]) -> Shard:
     return replace(shard, rows=shard.rows.set_column(column, "label", pa.array(labels, pa.int64())))
 
 
+def with_digest(shard: Shard, digest: str) -> Shard:
+    """Return the shard with a digest."""
+    return replace(shard, digest=digest)
+
+
 def shard_row(shard: Shard, index_bytes: int) -> ShardRow:
     """Return the row of a shard in the manifest."""
     num_frames = np.empty(0, np.int32)

@@ -16,6 +16,7 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.file_cache import FileCache
 from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.shard_index import SampleEntry, Shard
 from bsq_ray.data.tar_members import is_member_of
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
@@ -205,17 +206,15 @@ def _can_have_name(name: str, shard: Shard, entry: SampleEntry) -> bool:
     return any(not other.isascii() or is_member_of(name, other) for other in shard.keys_at(entry.offset))
 
 
-def check_shard(shard: Shard, content: bytes, url: str) -> None:
+def check_shard(shard: Shard, content: ShardContent, url: str) -> None:
     """Check every sample of a new manifest entry as it will be checked when it is read.
 
     Raises:
         ValueError: a sample cannot be read at its offset.
     """
-    view = memoryview(content)
     for index in range(shard.num_samples):
         entry = shard.entry(index)
-        header = bytes(view[entry.offset - _HEADER_BYTES : entry.offset + 1])
-        blob = _strip_header(header, shard, entry)
+        blob = _strip_header(content.read(entry.offset - _HEADER_BYTES, _HEADER_BYTES + 1), shard, entry)
         if isinstance(blob, Exception):
             raise ValueError(f"{url}: {entry.key} cannot be read back: {blob}; write the shard again")
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import posixpath
 import tarfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bsq_ray.data.folder_listing import leftover_name
+from bsq_ray.data.shard_content import ShardContent
 
 KeyUntil = Literal["first-dot", "last-dot"]
 """The end of a member's key: the first dot of its base name, as in the package `webdataset`, or the last one."""
@@ -103,7 +103,7 @@ def normal_name(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def iter_members(content: bytes) -> Iterator[Member]:
+def iter_members(content: ShardContent) -> Iterator[Member]:
     """Yield every file and link of a tar, in its order; folders are no members.
 
     Raises:
@@ -124,24 +124,25 @@ def iter_members(content: bytes) -> Iterator[Member]:
             yield Member(name, reason="devices and pipes")
         elif target.issparse():
             yield Member(name, reason="sparse files; archive them without --sparse")
-        elif target.offset_data + target.size > len(content):
+        elif target.offset_data + target.size > content.num_bytes:
             raise EOFError(f"it ends inside {name}")
         else:
             yield Member(name, target.offset_data, target.size)
 
 
-def _read_entries(content: bytes) -> list[tarfile.TarInfo]:
+def _read_entries(content: ShardContent) -> list[tarfile.TarInfo]:
     """Return the headers of a tar, and of tars that were appended to it with `cat`."""
-    file, entries = io.BytesIO(content), list[tarfile.TarInfo]()
+    entries = list[tarfile.TarInfo]()
+    content.file.seek(0)
     while True:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=content.file, mode="r:") as tar:
             entries += tar
             end = tar.offset
         # Zeros end a tar.
-        remainder = content[end:].lstrip(b"\0")
-        if not remainder:
+        next_tar = content.find_nonzero(end)
+        if next_tar is None:
             return entries
-        file.seek((len(content) - len(remainder)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+        content.file.seek(next_tar // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
 
 
 def _follow_links(entry: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | str:

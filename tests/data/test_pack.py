@@ -214,7 +214,7 @@ def test_pack_images_storage_error_leaves_no_manifest(folder, tmp_path, monkeypa
 
     monkeypatch.setattr(storage, "read_bytes", failing)
     with pytest.raises(storage.StorageUnavailableError, match=r"photo\.4\.jpg: no answer"):
-        pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
+        pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0, storage_timeout_s=0))
     assert not (tmp_path / "out" / "manifest.parquet").exists()
 
 
