@@ -14,7 +14,7 @@ def train(
     context: typer.Context,
     stage: Annotated[str, typer.Argument(help="Model to train: tokenizer, masked-lm or prior.")],
     config: Annotated[str, typer.Option(help="Preset name or YAML file.")],
-    data: Annotated[str, typer.Option(help="Packed training images or videos, or a token table.")],
+    data: Annotated[str, typer.Option(help="Packed images or videos, a token table, or a YAML file of several.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the run.")],
     workers: Annotated[
         str, typer.Option(help="Training processes, or a range such as 8-16. 0 trains without Ray.")

@@ -6,8 +6,13 @@ the list (`1 Class` per line) numbers the classes. Without it they are numbered 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bsq_ray.data.folder_listing import (
     FolderListing,
@@ -18,6 +23,9 @@ from bsq_ray.data.folder_listing import (
     walk_files,
 )
 from bsq_ray.data.split_list import read_class_order, read_split_list
+
+# Names that are collected before they move into a column.
+_CHUNK_FILES = 100_000
 
 
 @dataclass(frozen=True)
@@ -42,19 +50,42 @@ class IgnoredFiles:
 
 @dataclass(frozen=True)
 class FileList:
-    """The files to pack.
+    """The files to pack, as columns: about 20 bytes a file beyond its name.
 
     Attributes:
-        urls, labels, sizes: URL, class and size in bytes of each file.
+        prefix: what comes before the name of a file in its URL.
+        names: paths relative to the folder, as bytes, because they need not be UTF-8.
+        labels_F, sizes_F: class, and size in bytes of each file.
         classes: names of the labels.
         ignored: everything else in the folder.
     """
 
-    urls: list[str]
-    labels: list[int]
-    sizes: list[int]
+    prefix: str
+    names: pa.Array
+    labels_F: np.ndarray
+    sizes_F: np.ndarray
     classes: tuple[str, ...]
     ignored: IgnoredFiles
+
+    @property
+    def urls(self) -> list[str]:
+        """URL of each file."""
+        return [self.prefix + decode_name(name) for name in self.names.to_pylist()]
+
+    @property
+    def labels(self) -> list[int]:
+        """Class of each file."""
+        return [int(label) for label in self.labels_F]
+
+
+def encode_name(name: str) -> bytes:
+    """Return a file name as bytes; names of local files may contain bytes that are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode_name(name: bytes) -> str:
+    """Return the file name of `encode_name`."""
+    return name.decode("utf-8", "surrogateescape")
 
 
 def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: str | None = None) -> FileList:
@@ -71,34 +102,70 @@ def list_files(source: str, kind: str, suffixes: tuple[str, ...], split_list: st
         ValueError: the folder is missing, has no such files, mixes files with class folders, or the split list names
             missing files.
     """
-    files, ignored = find_files(source, kind, suffixes)
-    if not files:
+    columns = _FileColumns()
+    listing, other_suffixes = FolderListing(), Counter[str]()
+    for file in walk_files(source, listing):
+        if file.name.lower().endswith(suffixes):
+            columns.add(file)
+        else:
+            other_suffixes.update(count_suffixes([file.name]))
+    ignored = IgnoredFiles(kind, other_suffixes, listing)
+    if not columns.sizes:
         reasons = "".join(f"; it has {line}" for line in ignored.describe())
         raise ValueError(f"{source} contains no {kind} (looked for {', '.join(suffixes)}){reasons}")
-    by_name = {file.name: file for file in files}
-    folders = {name: name.split("/")[0] if "/" in name else "" for name in by_name}
-    class_names = set(folders.values()) - {""}
-    if "" in folders.values() and class_names:
-        stray = next(name for name, folder in folders.items() if not folder)
+    class_names = set(columns.folder_numbers) - {""}
+    if columns.file_outside_folders and class_names:
         raise ValueError(
             f"{source} has {kind} both in class folders ({printable(min(class_names))}, …) and outside of them "
-            f"({printable(stray)}, …); move them into class folders"
+            f"({printable(columns.file_outside_folders)}, …); move them into class folders"
         )
     classes = tuple(sorted(class_names)) or ("all",)
-    names = list(by_name)
+    names, folders_F, sizes_F = columns.sorted_by_name()
     if split_list is not None:
         if class_names:
             # UCF-101 sorts its classes case-insensitively.
             classes = read_class_order(split_list, class_names) or tuple(sorted(class_names, key=str.casefold))
-        names = read_split_list(split_list, source, by_name, classes)
+        all_names = {decode_name(name): index for index, name in enumerate(names.to_pylist())}
+        rows = [all_names[name] for name in read_split_list(split_list, source, all_names, classes)]
+        names, folders_F, sizes_F = names.take(pa.array(rows)), folders_F[rows], sizes_F[rows]
     label_of = {name: label for label, name in enumerate(classes)}
-    return FileList(
-        [by_name[name].path for name in names],
-        [label_of[folders[name] or "all"] for name in names],
-        [by_name[name].size for name in names],
-        classes,
-        ignored,
-    )
+    labels = np.array([label_of[folder or "all"] for folder in columns.folder_numbers], np.int32)
+    return FileList(columns.prefix, names, labels[folders_F], sizes_F, classes, ignored)
+
+
+class _FileColumns:
+    """Columns that grow by one file at a time."""
+
+    def __init__(self) -> None:
+        self.prefix, self.file_outside_folders = "", ""
+        # Number of each class folder; "" for files outside of them.
+        self.folder_numbers: dict[str, int] = {}
+        self.sizes = array("q")
+        self._folders = array("i")
+        self._names: list[bytes] = []
+        self._chunks: list[pa.Array] = []
+
+    def add(self, file: FoundFile) -> None:
+        self.prefix = self.prefix or file.path.removesuffix(file.name)
+        folder = file.name.split("/")[0] if "/" in file.name else ""
+        if not folder:
+            self.file_outside_folders = min(self.file_outside_folders or file.name, file.name)
+        self._folders.append(self.folder_numbers.setdefault(folder, len(self.folder_numbers)))
+        self.sizes.append(file.size)
+        self._names.append(encode_name(file.name))
+        if len(self._names) == _CHUNK_FILES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._chunks.append(pa.array(self._names, pa.large_binary()))
+        self._names = []
+
+    def sorted_by_name(self) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+        """Return names, numbers of the class folders and sizes, in the order of the names."""
+        self._flush()
+        names = pa.concat_arrays(self._chunks)
+        order_F = pc.sort_indices(names).to_numpy()
+        return names.take(pa.array(order_F)), np.array(self._folders)[order_F], np.array(self.sizes)[order_F]
 
 
 def find_files(source: str, kind: str, suffixes: tuple[str, ...]) -> tuple[list[FoundFile], IgnoredFiles]:

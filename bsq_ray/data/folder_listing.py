@@ -122,14 +122,16 @@ def walk_files(url: str, listing: FolderListing | None = None) -> Iterator[Found
         if storage.is_local(url):
             yield from _walk_local(root, "", (), listing)
             return
-        entries = sorted(fs.find(root, detail=True).items())
-    for path, info in entries:
-        name = posixpath.relpath(path, root)
-        leftover = leftover_name(name)
-        if leftover is not None:
-            listing.leftovers[_leftover_group(leftover)] += 1
-        else:
-            yield FoundFile(name, fs.unstrip_protocol(path), info["size"] or 0)
+        for folder, _, files in fs.walk(root, detail=True):
+            # Otherwise the file system keeps an object for every file.
+            fs.invalidate_cache(folder)
+            for _, info in sorted(files.items()):
+                name = posixpath.relpath(info["name"], root)
+                leftover = leftover_name(name)
+                if leftover is not None:
+                    listing.leftovers[_leftover_group(leftover)] += 1
+                elif not info["name"].endswith("/") and info["name"].strip("/") != folder.strip("/"):
+                    yield FoundFile(name, fs.unstrip_protocol(info["name"]), info["size"] or 0)
 
 
 def _walk_local(

@@ -58,6 +58,10 @@ class ImageSource(DataSource):
         block.values_P, block.labels_P = np.stack(crops), np.array(labels, np.int64)
         return block
 
+    def _random_crop(self, image: Image.Image, sample: int, epoch: int, seed: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, epoch, sample))
+        return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
+
     def _fetch(
         self, samples: Iterable[int], block: SampleBlock
     ) -> tuple[list[SampleLocation], list[bytes | Exception]]:

@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-import pyarrow as pa
-
 from bsq_ray import storage
 from bsq_ray.data.file_list import IgnoredFiles, list_files
 from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, write_manifest
@@ -189,12 +186,11 @@ def _list_sources(
         if options.split_list is not None:
             raise ValueError("a split list names files of a folder; it cannot be used with tars or Parquet files")
         return list_containers(containers, suffixes, options.label_file), IgnoredFiles(kind)
-    file_list = list_files(source, kind, suffixes, options.split_list)
-    labels_F, classes = np.array(file_list.labels, np.int32), file_list.classes
+    listed = list_files(source, kind, suffixes, options.split_list)
+    labels_F, classes = listed.labels_F, listed.classes
     if options.label_file is not None:
-        labels_F, classes = number_labels(label_names(options.label_file, file_list.urls))
-    names = pa.array(file_list.urls, pa.large_string())
-    return SourceFiles(names, labels_F, np.array(file_list.sizes, np.int64), classes), file_list.ignored
+        labels_F, classes = number_labels(label_names(options.label_file, listed.urls))
+    return SourceFiles(listed.names, labels_F, listed.sizes_F, classes, prefix=listed.prefix), listed.ignored
 
 
 def _iter_shards(files: SourceFiles, options: PackOptions) -> Iterator[tuple[str, list[FileSource]]]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
+from bsq_ray.data.file_list import encode_name
 from bsq_ray.data.pack_source import SourceFiles
 from bsq_ray.media.images import IMAGE_SUFFIXES
 
@@ -117,7 +118,7 @@ def _list_tars(urls: list[str], suffixes: tuple[str, ...], label_file: str | Non
         raise ValueError(f"{len(missing)} of {len(labels)} files in {urls[0]} and others have no class")
     labels_F, classes = number_labels(labels)
     return SourceFiles(
-        pa.array([name for content in contents for name in content.names], pa.large_string()),
+        pa.array([encode_name(name) for content in contents for name in content.names], pa.large_binary()),
         labels_F,
         np.array([size for content in contents for size in content.sizes], np.int64),
         classes,
@@ -232,10 +233,10 @@ def _list_parquet(urls: list[str]) -> SourceFiles:
     group_F = np.concatenate([np.repeat(np.arange(len(each.rows)), each.rows) for each in contents]).astype(np.int32)
     if not len(row_F):
         raise ValueError(f"{urls[0]} has no rows")
-    names = [f"row {number}" for each in contents for number in range(sum(each.rows))]
+    names = [b"row %d" % number for each in contents for number in range(sum(each.rows))]
     labels_F, classes = _parquet_labels(contents, urls)
     return SourceFiles(
-        pa.array(names, pa.large_string()),
+        pa.array(names, pa.large_binary()),
         labels_F,
         np.repeat([size for each in contents for size in each.sizes], rows).astype(np.int64),
         classes,

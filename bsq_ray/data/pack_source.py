@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
+from bsq_ray.data.file_list import decode_name
 
 # Row groups that a reading process keeps decoded. The files of one follow each other in the plan.
 _MAX_ROW_GROUPS = 2
@@ -55,7 +56,7 @@ class SourceFiles:
     """All files to pack, without a Python object for each.
 
     Attributes:
-        names: URLs of files, or names inside of containers.
+        names: URLs of files without `prefix`, or names inside of containers; as bytes, see `FileList`.
         labels_F: class of each file, int32 (F,).
         sizes_F: bytes, int64 (F,); estimated in Parquet files.
         classes: names of the labels.
@@ -64,6 +65,7 @@ class SourceFiles:
         offsets_F: position in the tar, or number of the row in its row group, int64 (F,).
         row_group_F: row group, int32 (F,); empty if there are none.
         column: column of the images in Parquet files.
+        prefix: what comes before each name in its URL.
     """
 
     names: pa.Array
@@ -75,6 +77,7 @@ class SourceFiles:
     offsets_F: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     row_group_F: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     column: str = ""
+    prefix: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,7 +94,7 @@ class SourceFiles:
 
     def file(self, number: int) -> FileSource:
         """Return one file."""
-        name = self.names[number].as_py()
+        name = self.prefix + decode_name(self.names[number].as_py())
         slug = re.sub(r"[^A-Za-z0-9_-]+", "_", posixpath.splitext(posixpath.basename(name))[0])[:40]
         key, label, size = f"{number:08d}_{slug}", int(self.labels_F[number]), int(self.sizes_F[number])
         if not self.containers:

@@ -119,7 +119,7 @@ def write_part(
 def _rows_digest(keys: list[str], labels_P: np.ndarray, views_P: np.ndarray, packed_PB: np.ndarray) -> str:
     digest = hashlib.sha256("\n".join(keys).encode())
     for column in (labels_P.astype("<i8"), views_P.astype("<i2"), packed_PB):
-        digest.update(np.ascontiguousarray(column))
+        digest.update(column.tobytes())
     return digest.hexdigest()
 
 

@@ -2,12 +2,15 @@
 
 import pickle
 import time
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from linked_shards import link_shards
 
 from bsq_ray import config
+from bsq_ray.data.file_list import list_files
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.order import Order
@@ -76,6 +79,22 @@ def test_index_cache_keeps_few_indexes_open(linked):
     shards = [cache.get(manifest.url, manifest.shard_row(number)) for number in (0, 1, 2, 0, 3)]
     assert cache.get(manifest.url, manifest.shard_row(0)) is shards[0]
     assert cache.get(manifest.url, manifest.shard_row(1)) is not shards[1]
+
+
+def test_list_files_takes_little_memory_per_file(tmp_path):
+    """A listing holds its files as columns: under 200 bytes a file, and so does the plan of a packing."""
+    for number in range(20):
+        (tmp_path / f"class-{number}").mkdir()
+        for name in range(200):
+            (tmp_path / f"class-{number}" / f"{name:012}.jpg").touch()
+    tracemalloc.start()
+    before_bytes, arrow_bytes = tracemalloc.get_traced_memory()[0], pa.total_allocated_bytes()
+    listed = list_files(str(tmp_path), "images", (".jpg",))
+    held_bytes = tracemalloc.get_traced_memory()[0] - before_bytes + pa.total_allocated_bytes() - arrow_bytes
+    tracemalloc.stop()
+    assert len(listed.names) == 4000
+    assert held_bytes < 200 * 4000
+    assert listed.urls == sorted(str(path) for path in tmp_path.rglob("*.jpg"))
 
 
 def test_open_reference_changed_data_set_raises(photo_shards, tmp_path):
