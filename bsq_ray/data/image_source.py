@@ -18,7 +18,7 @@ from bsq_ray.data.file_cache import open_shard_cache
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.shard_index import SampleEntry
 from bsq_ray.data.shard_reader import SampleLocation, decode_blob, fetch_located, locate_samples
-from bsq_ray.data.transforms import eval_transform
+from bsq_ray.data.transforms import eval_transform, train_transform
 
 
 class ImageSource(DataSource):
