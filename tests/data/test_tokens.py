@@ -11,7 +11,7 @@ from small_models import save_tokenizer
 
 from bsq_ray import Tokenizer, config, storage
 from bsq_ray.data import image_source
-from bsq_ray.data.factory import build_pixel_source
+from bsq_ray.data.factory import build_pixel_source, build_source, resolve_tokenizer
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import training_batches
@@ -20,6 +20,7 @@ from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.tokenizer import Tokens
+from bsq_ray.training.stages import build_stage
 
 MODEL = config.MaskedLMModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, num_classes=1, width=32, layers=1, heads=2)
 
@@ -133,6 +134,20 @@ def test_token_source_epoch_has_each_row_once(table):
     block = source.read_eval(range(source.num_samples))
     assert sorted(read) == sorted(zip(block.keys, map(np.ndarray.tobytes, block.values_P), strict=True))
     assert [key for key, _ in read] != block.keys
+
+
+def test_mixture_of_token_tables_belongs_to_one_tokenizer(table, model, held_out_shards, tmp_path):
+    """Several tables of one tokenizer train one model; the run takes the tokenizer from them."""
+    other = tokenize(model, held_out_shards, str(tmp_path / "other"), num_workers=0).table
+    url = str(tmp_path / "tables.yaml")
+    storage.write_text(url, f"datasets: [{{url: {table.url}, weight: 1}}, {{url: {other.url}, weight: 1}}]\n")
+    run = resolve_tokenizer(config.MaskedLMConfig(name="mixture", model=MODEL), url)
+    source = build_source(run, url)
+    assert source.num_samples == table.num_rows + other.num_rows
+    assert build_stage(run, source, torch.device("cpu")).tokenizer_url == f"{table.url}/tokenizer"
+    keys = [key for shard in read_manifest(held_out_shards).shards for key in shard.keys]
+    batch = next(training_batches(source, config.DataOrderConfig(), batch_size=64, rank=0, world_size=1, seed=0))
+    assert 0.2 < np.isin(batch.keys, keys).mean() < 0.8
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.data.data_source import Batch, DataSource
+from bsq_ray.data.mixture import MixtureSource
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
@@ -33,7 +34,7 @@ class MaskedLMStage(Stage):
 
     def __init__(self, run_config: config.MaskedLMConfig, source: DataSource, device: torch.device) -> None:
         self.run_config, self.device = run_config, device
-        assert isinstance(source, TokenSource)
+        assert isinstance(source, TokenSource | MixtureSource)
         self.tokenizer_url = source.tokenizer_url
         model = MaskedLM(run_config.model).to(device)
         if run_config.training.engine.compile:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.data.data_source import Batch, DataSource
+from bsq_ray.data.mixture import MixtureSource
 from bsq_ray.data.token_table import TokenSource
 from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, code_length
@@ -29,7 +30,7 @@ class PriorStage(Stage):
 
     def __init__(self, run_config: config.PriorConfig, source: DataSource, device: torch.device) -> None:
         self.run_config, self.device = run_config, device
-        assert isinstance(source, TokenSource)
+        assert isinstance(source, TokenSource | MixtureSource)
         self.tokenizer_url = source.tokenizer_url
         model = Prior(run_config.model).to(device)
         if run_config.training.engine.compile:
