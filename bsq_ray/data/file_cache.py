@@ -8,9 +8,11 @@ Locks are released when a process ends, so a crash blocks no one. A partial down
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,10 @@ _NUM_LOCKS = 256
 # Attempts to open a copy that other processes remove again.
 _MAX_OPEN_ATTEMPTS = 10
 _COPY, _PARTIAL = ".copy", ".partial"
+
+
+class CacheUnavailableError(ValueError):
+    """The folder of a cache cannot be written; its files can still be read from their storage."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class FileCache:
             open_local: called with the path of the copy; an open file stays readable when its copy is removed.
 
         Raises:
-            StorageUnavailableError: the storage is unavailable, or the folder cannot be written.
+            CacheUnavailableError: the folder cannot be written, or its disk is full.
+            StorageUnavailableError: the storage is unavailable.
             ValueError: the file does not exist or has another size.
         """
         assert num_bytes <= self.max_bytes, "the caller reads larger files without the cache"
@@ -66,7 +73,7 @@ class FileCache:
             with self._translate_folder_errors(), self._lock(name):
                 if not os.path.exists(copy):
                     self._download(url, num_bytes, copy)
-        raise storage.StorageUnavailableError(
+        raise CacheUnavailableError(
             f"the copy of {url} is removed from {self.folder} before it is read; set a larger data.cache.size_gb"
         )
 
@@ -74,20 +81,14 @@ class FileCache:
         """Return True if a file of this size fits."""
         return num_bytes <= self.max_bytes
 
-    def is_writable(self) -> bool:
-        """Return True if the folder exists or can be created, and files can be written into it."""
-        try:
-            os.makedirs(os.path.join(self.folder, "locks"), exist_ok=True)
-        except OSError:
-            return False
-        return os.access(self.folder, os.W_OK)
-
     def _download(self, url: str, num_bytes: int, copy: str) -> None:
         partial = copy.removesuffix(_COPY) + _PARTIAL
         with self._lock("eviction"):
             # A previous attempt may have left it.
             Path(partial).unlink(missing_ok=True)
             self._evict(num_bytes)
+            if shutil.disk_usage(self.folder).free < num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.folder)
             Path(partial).touch()
         try:
             storage.download(url, partial)
@@ -146,7 +147,7 @@ class FileCache:
         try:
             yield
         except OSError as error:
-            raise storage.StorageUnavailableError(
+            raise CacheUnavailableError(
                 f"cannot write to the cache folder {self.folder}: {error.strerror or error}"
             ) from error
 

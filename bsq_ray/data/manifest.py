@@ -37,6 +37,8 @@ _COLUMNS = {
 _FRAMES_TYPE = pa.list_(pa.int32())
 # Manifests that a process keeps open for the data sets it was sent.
 _MAX_OPEN_MANIFESTS = 16
+# Seconds for which a process that was sent a data set retries unavailable storage.
+_OPEN_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +165,7 @@ class _ShardSequence(Sequence[Shard]):
 @lru_cache(_MAX_OPEN_MANIFESTS)
 def _open_reference(url: str, expected_hash: str) -> Manifest:
     """Open the manifest that another process sent to this one."""
-    manifest = read_manifest(url)
+    manifest = storage.retry_while_unavailable(lambda: read_manifest(url), _OPEN_TIMEOUT_S, lambda _: None)
     if manifest.hash != expected_hash:
         raise ValueError(
             f"{url} changed while it was used (hash {expected_hash[:12]}, now {manifest.hash[:12]}); "

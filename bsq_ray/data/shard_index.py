@@ -13,6 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from bsq_ray import storage
-from bsq_ray.data.file_cache import FileCache
+from bsq_ray.data.file_cache import CacheUnavailableError, FileCache
 from bsq_ray.media.video_reader import VideoInfo
 from bsq_ray.models.pretrained_weights import cache_folder
 
@@ -288,6 +289,8 @@ def _open_index(url: str, row: ShardRow) -> tuple[Shard, dict[str, Any]]:
         _, path = storage.filesystem(url)
         return _parse_index(pa.memory_map(path))
     cache = FileCache(str(cache_folder("indexes")), _INDEX_CACHE_BYTES)
-    if cache.can_hold(row.index_bytes) and cache.is_writable():
-        return _parse_index(cache.open(url, row.digest, row.index_bytes, pa.memory_map))
+    if cache.can_hold(row.index_bytes):
+        # Without a writable folder the index is read into memory.
+        with suppress(CacheUnavailableError):
+            return _parse_index(cache.open(url, row.digest, row.index_bytes, pa.memory_map))
     return _parse_index(pa.BufferReader(storage.read_bytes(url)))

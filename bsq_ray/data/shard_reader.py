@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray import storage
-from bsq_ray.data.file_cache import FileCache
+from bsq_ray.data.file_cache import CacheUnavailableError, FileCache
 from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.shard_index import SampleEntry, Shard
@@ -112,16 +112,15 @@ def fetch_located(
 def _fetch_remote(url: str, locations: list[SampleLocation], cache: FileCache | None) -> list[bytes | Exception]:
     if cache is None:
         return _fetch_ranges(url, locations)
+    blobs: list[bytes | Exception] = [CacheUnavailableError()] * len(locations)
     cached = [p for p, (shard, _) in enumerate(locations) if cache.can_hold(shard.bytes)]
-    others = [p for p, (shard, _) in enumerate(locations) if not cache.can_hold(shard.bytes)]
-    blobs: list[bytes | Exception] = [b""] * len(locations)
-    parts = (
-        (cached, _fetch_from_files(url, [locations[p] for p in cached], partial(_open_cached, url, cache))),
-        (others, _fetch_ranges(url, [locations[p] for p in others])),
-    )
-    for positions, part in parts:
-        for p, blob in zip(positions, part, strict=True):
-            blobs[p] = blob
+    copies = _fetch_from_files(url, [locations[p] for p in cached], partial(_open_cached, url, cache))
+    for p, blob in zip(cached, copies, strict=True):
+        blobs[p] = blob
+    # Shards larger than the cache, and all of them while its disk is full.
+    others = [p for p, blob in enumerate(blobs) if isinstance(blob, CacheUnavailableError)]
+    for p, blob in zip(others, _fetch_ranges(url, [locations[p] for p in others]), strict=True):
+        blobs[p] = blob
     return blobs
 
 
@@ -280,7 +279,8 @@ class ShardFiles:
 
     def _open_shard(self, url: str, shard: Shard) -> AbstractContextManager[IO[bytes]]:
         if self._cache is not None and self._is_cached(shard) and not storage.is_local(url):
-            return _open_cached(self.url, self._cache, shard)
+            with suppress(CacheUnavailableError):
+                return _open_cached(self.url, self._cache, shard)
         return storage.open_url(url)
 
     def _retry(self, url: str, operation: Callable[[], _Value]) -> _Value:

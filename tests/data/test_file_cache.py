@@ -4,15 +4,18 @@ import multiprocessing
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiobotocore.client
 import pytest
 
 from bsq_ray import config, storage
+from bsq_ray.data import file_cache
 from bsq_ray.data.file_cache import FileCache
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import PackOptions, pack_images
+from bsq_ray.data.shard_reader import fetch_encoded
 from bsq_ray.data.stream import training_batches
 
 
@@ -84,6 +87,18 @@ def test_open_wrong_size_raises_and_leaves_nothing(remote, tmp_path):
     with pytest.raises(ValueError, match=r"/a has 100 bytes, but the manifest requires 90"):
         FileCache(str(tmp_path / "cache"), 1000).open(remote("a", 100), "", 90, read_all)
     assert not list((tmp_path / "cache").glob("*.*"))
+
+
+def test_fetch_with_full_disk_reads_byte_ranges(photo_folders, bucket, tmp_path, monkeypatch):
+    """A cache folder that cannot be written is no reason to stop: samples are read by byte ranges."""
+    monkeypatch.setenv("BSQ_RAY_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("in the way of the folder of indexes")
+    manifest = pack_images(str(photo_folders[1]), f"{bucket}/set", PackOptions(max_side=64, num_workers=0)).manifest
+    expected = fetch_encoded(manifest, range(3))
+    monkeypatch.setattr(file_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert fetch_encoded(manifest, range(3), cache=FileCache(str(tmp_path / "cache"), 10**9)) == expected
+    assert all(isinstance(blob, bytes) for blob in expected)
+    assert copies(tmp_path / "cache") == []
 
 
 def crash_during_download(url, folder):

@@ -11,6 +11,7 @@ import sys
 import tarfile
 
 import pytest
+import webdataset
 from foreign_shards import Link, image_bytes, samples, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -379,3 +380,16 @@ def test_data_index_command_prints_what_is_not_used(tmp_path):
     assert "6 images, shards 1, classes 3; wrote" in output
     assert "not used 2 of 14 files in the shards:\n  2 files whose key ends at the first dot" in output
     assert "note: 1 shards are compressed" in output
+
+
+def test_index_shards_with_ray_gives_the_same_data_set(tmp_path, photos, ray_local):
+    """Tasks write the indexes that this process writes, and leave nothing else behind."""
+    for number, photo in enumerate(photos[:6]):
+        with webdataset.TarWriter(str(tmp_path / f"s-{number}.tar")) as writer:
+            writer.write(
+                {"__key__": f"n{number}", "jpg": photo.resize((32, 32)), "cls": f"class {number % 4}".encode()}
+            )
+    here = index_shards(str(tmp_path)).manifest
+    there = index_shards(str(tmp_path), IndexOptions(num_workers=2)).manifest
+    assert (there, list(there.shards)) == (here, list(here.shards))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".tar", ".arrow", ".parquet"}
