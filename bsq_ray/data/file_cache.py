@@ -1,7 +1,7 @@
 """Keep copies of remote files in a folder of bounded size, shared by all processes of a node.
 
-    open ─┬─ copy exists ───────────────────────────────────────────────────────────▶ open the copy
-          └─ lock the file ─▶ remove the least recently used ─▶ download ─▶ rename ─▶ open the copy
+    open ─┬─ copy exists ──────────────────────────────────────────────────────────────────▶ open the copy
+          └─ lock the file ─▶ remove the least recently used ones ─▶ download ─▶ rename ─▶ open the copy
 
 Locks are released when a process ends, so a crash blocks no one. A partial download never has the name of a copy.
 """
@@ -26,8 +26,6 @@ Opened = TypeVar("Opened")
 
 # Number of lock files. Two files that share a lock are downloaded one after the other.
 _NUM_LOCKS = 256
-# Attempts to open a copy that other processes remove again.
-_MAX_OPEN_ATTEMPTS = 10
 _COPY, _PARTIAL = ".copy", ".partial"
 
 
@@ -64,24 +62,20 @@ class FileCache:
         assert num_bytes <= self.max_bytes, "the caller reads larger files without the cache"
         name = hashlib.sha256(f"{url} {version}".encode()).hexdigest()
         copy = os.path.join(self.folder, f"{name}.{num_bytes}{_COPY}")
-        for _ in range(_MAX_OPEN_ATTEMPTS):
+        with self._translate_folder_errors():
             with suppress(FileNotFoundError):
-                # The modification time of a copy is the time of its last use.
-                now_ns = time.time_ns()
-                os.utime(copy, ns=(now_ns, now_ns))
-                return open_local(copy)
-            with self._translate_folder_errors(), self._lock(name):
-                if not os.path.exists(copy):
-                    self._download(url, num_bytes, copy)
-        raise CacheUnavailableError(
-            f"the copy of {url} is removed from {self.folder} before it is read; set a larger data.cache.size_gb"
-        )
+                return _open_copy(copy, open_local)
+            with self._lock(name):
+                # Another process may have downloaded the file. Under the lock, no eviction removes the copy.
+                with suppress(FileNotFoundError), self._lock("eviction"):
+                    return _open_copy(copy, open_local)
+                return self._download(url, num_bytes, copy, open_local)
 
     def can_hold(self, num_bytes: int) -> bool:
         """Return True if a file of this size fits."""
         return num_bytes <= self.max_bytes
 
-    def _download(self, url: str, num_bytes: int, copy: str) -> None:
+    def _download(self, url: str, num_bytes: int, copy: str, open_local: Callable[[str], Opened]) -> Opened:
         partial = copy.removesuffix(_COPY) + _PARTIAL
         with self._lock("eviction"):
             # A previous attempt may have left it.
@@ -98,6 +92,7 @@ class FileCache:
             # Under the lock, an eviction counts either the partial file or the copy.
             with self._lock("eviction"):
                 os.replace(partial, copy)
+                return _open_copy(copy, open_local)
         finally:
             with self._lock("eviction"):
                 Path(partial).unlink(missing_ok=True)
@@ -150,6 +145,13 @@ class FileCache:
             raise CacheUnavailableError(
                 f"cannot write to the cache folder {self.folder}: {error.strerror or error}"
             ) from error
+
+
+def _open_copy(copy: str, open_local: Callable[[str], Opened]) -> Opened:
+    """Open a copy; its modification time becomes the time of its last use."""
+    now_ns = time.time_ns()
+    os.utime(copy, ns=(now_ns, now_ns))
+    return open_local(copy)
 
 
 def open_shard_cache(data_config: config.DataConfig) -> FileCache | None:
