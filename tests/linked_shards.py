@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bsq_ray.data.manifest import read_manifest, write_manifest
-from bsq_ray.data.shard_index import ShardRow
+from bsq_ray.data.sample_index import ShardRow
 
 
 def link_shards(url, folder, num_shards):

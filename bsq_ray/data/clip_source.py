@@ -22,7 +22,7 @@ from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.file_cache import open_shard_cache
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.shard_index import Shard
+from bsq_ray.data.sample_index import Shard
 from bsq_ray.data.shard_reader import ShardFiles, locate_samples
 from bsq_ray.data.transforms import eval_transform, sample_crop
 from bsq_ray.media.video_reader import read_frames

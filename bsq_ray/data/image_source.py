@@ -16,7 +16,7 @@ from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.file_cache import open_shard_cache
 from bsq_ray.data.manifest import Manifest
-from bsq_ray.data.shard_index import SampleEntry
+from bsq_ray.data.sample_index import SampleEntry
 from bsq_ray.data.shard_reader import SampleLocation, decode_blob, fetch_located, locate_samples
 from bsq_ray.data.transforms import eval_transform, train_transform
 

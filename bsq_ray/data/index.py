@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from bsq_ray.data.tar_members import compressed_format, is_tar_name
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.task_map import task_map
+
+# Threads that read the first bytes of the shards.
+_MAX_HEAD_THREADS = 32
 
 
 @dataclass
@@ -116,10 +120,11 @@ def _find_shards(url: str) -> tuple[list[str], list[str]]:
     shards: list[str] = []
     compressed: list[tuple[FoundFile, str]] = []
     nested = Counter(posixpath.dirname(file.name) for file in tars if "/" in file.name)
-    for file in tars:
-        if "/" in file.name:
-            continue
-        compression = compressed_format(_read_head(file), file.name)
+    candidates = [file for file in tars if "/" not in file.name]
+    with ThreadPoolExecutor(_MAX_HEAD_THREADS, thread_name_prefix="read-heads") as pool:
+        heads = list(pool.map(_read_head, candidates))
+    for file, head in zip(candidates, heads, strict=True):
+        compression = compressed_format(head, file.name)
         if compression is None:
             shards.append(file.name)
         elif file.name.lower().endswith(".tar"):
@@ -141,5 +146,4 @@ def _find_shards(url: str) -> tuple[list[str], list[str]]:
 
 
 def _read_head(file: FoundFile) -> bytes:
-    with storage.open_url(file.path) as stream:
-        return bytes(stream.read(tarfile.BLOCKSIZE))
+    return storage.read_range(file.path, 0, min(file.size, tarfile.BLOCKSIZE)) if file.size else b""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from bsq_ray.data.folder_listing import printable
+from bsq_ray.data.sample_index import SampleEntry, Shard, index_rows
 from bsq_ray.data.sample_labels import (
     JSON_SUFFIX,
     LABEL_FIELDS,
@@ -18,7 +19,6 @@ from bsq_ray.data.sample_labels import (
     parse_label,
 )
 from bsq_ray.data.shard_content import ShardContent
-from bsq_ray.data.shard_index import SampleEntry, Shard, index_rows
 from bsq_ray.data.shard_reader import check_shard
 from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
 from bsq_ray.media.images import IMAGE_SUFFIXES

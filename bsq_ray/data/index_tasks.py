@@ -15,9 +15,7 @@ import numpy as np
 
 from bsq_ray import storage
 from bsq_ray.data.index_shard import IndexedShard, IndexOptions, index_shard
-from bsq_ray.data.sample_labels import Label, SampleLabel, number_classes
-from bsq_ray.data.shard_content import open_content
-from bsq_ray.data.shard_index import (
+from bsq_ray.data.sample_index import (
     Shard,
     ShardRow,
     index_digest,
@@ -27,6 +25,8 @@ from bsq_ray.data.shard_index import (
     with_labels,
     write_index,
 )
+from bsq_ray.data.sample_labels import Label, SampleLabel, number_classes
+from bsq_ray.data.shard_content import open_content
 from bsq_ray.data.shard_reader import decode_blob, fetch_located
 
 # Listings of folders skip it, should a run be killed.

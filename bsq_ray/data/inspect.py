@@ -12,7 +12,7 @@ from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.manifest import Manifest, read_manifest
-from bsq_ray.data.shard_index import ShardRow
+from bsq_ray.data.sample_index import ShardRow
 from bsq_ray.data.shard_reader import ShardFiles, decode_blob, fetch_located, locate_samples
 from bsq_ray.data.transforms import eval_transform
 from bsq_ray.media.images import encode_png

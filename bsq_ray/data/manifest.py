@@ -1,7 +1,7 @@
 """The manifest of a packed data set: one row per shard, in `manifest.parquet`.
 
     manifest.parquet      name, bytes, SHA-256 and number of samples of each shard; a few MB for 100,000 shards
-    shard-000000.arrow    the samples of a shard, see `shard_index`; opened when one of them is read
+    shard-000000.arrow    the samples of a shard, see `sample_index`; opened when one of them is read
     shard-000000.tar      their content
 
 No Python object per sample or per shard is kept. A pickled manifest is its URL and its hash: a process that receives
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.data.shard_index import OPEN_INDEXES, Shard, ShardRow
+from bsq_ray.data.sample_index import OPEN_INDEXES, Shard, ShardRow
 
 MANIFEST_FILE = "manifest.parquet"
 _VERSION = 2

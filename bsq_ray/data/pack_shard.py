@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from bsq_ray import storage
 from bsq_ray.data.pack_source import FileSource, read_source
-from bsq_ray.data.shard_index import SampleEntry, Shard, ShardRow, index_rows, read_index, shard_row, write_index
+from bsq_ray.data.sample_index import SampleEntry, Shard, ShardRow, index_rows, read_index, shard_row, write_index
 from bsq_ray.data.transcode import StoredFile, TooShortError
 from bsq_ray.media.video_reader import VideoInfo
 

@@ -16,8 +16,8 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.file_cache import CacheUnavailableError, FileCache
 from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.sample_index import SampleEntry, Shard
 from bsq_ray.data.shard_content import ShardContent
-from bsq_ray.data.shard_index import SampleEntry, Shard
 from bsq_ray.data.tar_members import is_member_of
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
 

@@ -14,7 +14,7 @@ from bsq_ray.data.file_list import list_files
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.order import Order
-from bsq_ray.data.shard_index import IndexCache
+from bsq_ray.data.sample_index import IndexCache
 
 
 def fastest_s(function, rounds=7):

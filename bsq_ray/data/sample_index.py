@@ -24,7 +24,6 @@ import pyarrow as pa
 from bsq_ray import storage
 from bsq_ray.data.file_cache import CacheUnavailableError, FileCache
 from bsq_ray.media.video_reader import VideoInfo
-from bsq_ray.models.pretrained_weights import cache_folder
 
 _VIDEO_TYPE = pa.struct(
     {
@@ -288,6 +287,9 @@ def _open_index(url: str, row: ShardRow) -> tuple[Shard, dict[str, Any]]:
     if storage.is_local(url):
         _, path = storage.filesystem(url)
         return _parse_index(pa.memory_map(path))
+    # Imported here because commands that only describe a data set start without torch.
+    from bsq_ray.models.pretrained_weights import cache_folder
+
     cache = FileCache(str(cache_folder("indexes")), _INDEX_CACHE_BYTES)
     if cache.can_hold(row.index_bytes):
         # Without a writable folder the index is read into memory.
