@@ -212,17 +212,25 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_range(url: str, offset: int, num_bytes: int) -> bytes:
-    """Read bytes of a file; one request to an object store."""
+    """Read bytes of a file, fewer at its end; one request to an object store."""
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
-        return bytes(fs.cat_file(path, start=offset, end=offset + num_bytes))
+        if not is_local(url):
+            return bytes(fs.cat_file(path, start=offset, end=offset + num_bytes))
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(num_bytes)
 
 
 def read_tail(url: str, num_bytes: int) -> bytes:
     """Read the last bytes of a file, or the whole file if it is shorter; one request to an object store."""
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
-        return bytes(fs.cat_file(path, start=-num_bytes))
+        if not is_local(url):
+            return bytes(fs.cat_file(path, start=-num_bytes))
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+            return file.read()
 
 
 def read_text(url: str) -> str:
