@@ -92,15 +92,3 @@ def test_retry_while_unavailable_raises_the_error_itself(error, timeout_s, min_c
         retry_while_unavailable(operation, timeout_s, lambda message: None)
     assert raised.value is error
     assert len(calls) == min_calls
-
-
-@pytest.mark.parametrize("where", ["local", "s3"])
-def test_read_range_and_tail_return_parts(where, tmp_path, request):
-    """Parts of a file are read alike from a disk and from an object store; a part may end behind the file."""
-    url = f"{tmp_path if where == 'local' else request.getfixturevalue('bucket')}/digits"
-    storage.write_bytes(url, b"0123456789")
-    assert storage.read_range(url, 2, 3) == b"234"
-    assert storage.read_range(url, 8, 10) == b"89"
-    assert (storage.read_tail(url, 4), storage.read_tail(url, 100)) == (b"6789", b"0123456789")
-    with pytest.raises(ValueError, match="does not exist"):
-        storage.read_range(f"{url}-missing", 0, 1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bsq_ray import storage
+from bsq_ray.data.file_ranges import read_range
 from bsq_ray.data.folder_listing import FolderListing, FoundFile, format_counts, format_names, printable, walk_files
 from bsq_ray.data.index_shard import IndexOptions
 from bsq_ray.data.index_tasks import SCAN_FOLDER, LabelSummary, ScannedShard, finish_shard, scan_shard
@@ -146,4 +147,4 @@ def _find_shards(url: str) -> tuple[list[str], list[str]]:
 
 
 def _read_head(file: FoundFile) -> bytes:
-    return storage.read_range(file.path, 0, min(file.size, tarfile.BLOCKSIZE)) if file.size else b""
+    return read_range(file.path, 0, min(file.size, tarfile.BLOCKSIZE)) if file.size else b""

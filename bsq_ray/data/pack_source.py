@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from bsq_ray import storage
 from bsq_ray.data.file_list import decode_name
+from bsq_ray.data.file_ranges import read_range
 
 # Row groups that a reading process keeps decoded. The files of one follow each other in the plan.
 _MAX_ROW_GROUPS = 2
@@ -122,7 +123,7 @@ def read_source(source: FileSource) -> bytes:
             raise ValueError("the row has no image")
         return bytes(value)
     if source.offset is not None:
-        return storage.read_range(source.url, source.offset, source.size)
+        return read_range(source.url, source.offset, source.size)
     return storage.read_bytes(source.url)
 
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
+from bsq_ray.data.file_ranges import read_tail
 
 TABLE_FILE, TOKENIZER_FOLDER = "tokens.json", "tokenizer"
 _VERSION = 1
@@ -149,9 +150,9 @@ def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
 
 def _read_footer(url: str) -> bytes:
     """Return the end of a Parquet file: the footer, its length in four bytes, and the magic number."""
-    tail = storage.read_tail(url, _FOOTER_BYTES)
+    tail = read_tail(url, _FOOTER_BYTES)
     footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
-    return tail if footer_bytes <= len(tail) else storage.read_tail(url, footer_bytes)
+    return tail if footer_bytes <= len(tail) else read_tail(url, footer_bytes)
 
 
 def write_table(table: TokenTable) -> None:

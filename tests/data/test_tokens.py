@@ -10,7 +10,7 @@ import torch
 from small_models import save_tokenizer
 
 from bsq_ray import Tokenizer, config, storage
-from bsq_ray.data import image_source
+from bsq_ray.data import image_source, token_table
 from bsq_ray.data.factory import build_pixel_source, build_source, resolve_tokenizer
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
@@ -114,9 +114,9 @@ def test_tokenize_resume_reads_footers_only(model, photo_shards, bucket, monkeyp
     """A table with nothing left to do is checked with one small request for each part."""
     table = tokenize(model, photo_shards, bucket, num_workers=0).table
     whole_reads, tails = [], []
-    read_bytes, read_tail = storage.read_bytes, storage.read_tail
+    read_bytes, read_tail = storage.read_bytes, token_table.read_tail
     monkeypatch.setattr(storage, "read_bytes", lambda url: whole_reads.append(url) or read_bytes(url))
-    monkeypatch.setattr(storage, "read_tail", lambda url, size: tails.append(size) or read_tail(url, size))
+    monkeypatch.setattr(token_table, "read_tail", lambda url, size: tails.append(size) or read_tail(url, size))
     again = tokenize(model, photo_shards, bucket, num_workers=0)
     assert (again.num_written, again.table) == (0, table)
     assert tails == [2**16] * len(table.parts)
