@@ -1,6 +1,5 @@
 """Growth of opening and reading a data set with its number of samples: the same images behind 2 to 100,000 shards."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import time
 
 import numpy as np
 import pytest
-import ray
 from linked_shards import link_shards
 
 from bsq_ray import config
@@ -21,7 +19,7 @@ from bsq_ray.data.stream import training_batches
 pytestmark = pytest.mark.benchmark
 _CROP, _BATCH, _SHARD_SAMPLES = 64, 32, 1000
 _NUM_SHARDS = {"2 k": 2, "1.28 M": 1281, "12.8 M": 12_810, "100 M": 100_000}
-_WARM_UP, _TIMED, _ROUNDS = 3000, 9000, 3
+_WARM_UP, _TIMED, _ROUNDS = 2000, 5000, 2
 _MEMORY_CODE = """
 import sys
 import psutil
@@ -49,48 +47,35 @@ def loader(manifest, executor):
     return training_batches(source, data_config, batch_size=_BATCH, rank=0, world_size=1, seed=0, executor=executor)
 
 
-def images_per_s(manifest, executor):
-    """Return the rate in steady state, and the seconds before the first batch."""
-    start = time.perf_counter()
-    batches = loader(manifest, executor)
-    next(batches)
-    first_batch_s = time.perf_counter() - start
+def measure(batches, clock):
+    """Return images per second of a clock in steady state."""
     for _ in range(_WARM_UP // _BATCH):
         next(batches)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(_TIMED // _BATCH):
         next(batches)
-    rate = _TIMED / (time.perf_counter() - start)
+    rate = _TIMED / (clock() - start)
     batches.close()
-    return rate, first_batch_s
+    return rate
 
 
-def test_growth_of_reading(manifests, ray_local, record):
-    # The workers of Ray start before anything is measured.
-    ray.get([ray.remote(time.sleep).remote(0.2) for _ in range(8)])
-    images_per_s(manifests["2 k"], "ray")
-    rates = {name: {"local": [], "ray": []} for name in manifests}
-    first_batch_s = {name: [] for name in manifests}
-    # Sizes alternate and the best round counts, because the load of a shared node changes.
-    for _ in range(_ROUNDS):
-        for executor in ("local", "ray"):
-            for name, manifest in manifests.items():
-                rate, wait_s = images_per_s(manifest, executor)
-                rates[name][executor].append(rate)
-                if executor == "ray":
-                    first_batch_s[name].append(wait_s)
+def best_rates(manifests, executor, clock):
+    """Return the best rate of each size. Sizes take turns, because the load of a shared node changes."""
+    rounds = [
+        {name: measure(loader(each, executor), clock) for name, each in manifests.items()} for _ in range(_ROUNDS)
+    ]
+    return {name: max(rates[name] for rates in rounds) for name in manifests}
+
+
+def test_growth_of_opening_and_order(manifests, record):
     for name, manifest in manifests.items():
-        best = {executor: max(values) for executor, values in rates[name].items()}
         start = time.perf_counter()
         read_manifest(manifest.url)
         open_s = time.perf_counter() - start
-        memory = subprocess.run(
-            [sys.executable, "-c", _MEMORY_CODE, manifest.url], capture_output=True, text=True, env=os.environ
-        )
-        order = Order(manifest.shard_sizes, 0, 16, 512)
-        positions_P = np.arange(5000, 5256)
+        memory = subprocess.run([sys.executable, "-c", _MEMORY_CODE, manifest.url], capture_output=True, text=True)
+        order, positions_P = Order(manifest.shard_sizes, 0, 16, 512), np.arange(5000, 5256)
         order.at(positions_P)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(20):
             order.at(positions_P)
         record(
@@ -99,10 +84,25 @@ def test_growth_of_reading(manifests, ray_local, record):
             open_s=open_s,
             memory_mb=float(memory.stdout),
             pickled_bytes=len(pickle.dumps(ImageSource(manifest, config.DataConfig(), _CROP))),
-            order_ms=(time.perf_counter() - start) / 20 * 1e3,
-            first_batch_s=min(first_batch_s[name]),
-            threads_ratio=best["local"] / max(rates["2 k"]["local"]),
-            ray_ratio=best["ray"] / max(rates["2 k"]["ray"]),
-            threads_images_per_s=round(best["local"]),
-            ray_images_per_s=round(best["ray"]),
+            order_ms=(time.process_time() - start) / 20 * 1e3,
         )
+
+
+def test_growth_of_reading_with_threads(manifests, record):
+    rates = best_rates(manifests, "local", time.process_time)
+    for name, rate in rates.items():
+        record("growth-data-cpu", name, threads_images_per_s=round(rate), threads_ratio=rate / rates["2 k"])
+
+
+def test_growth_of_reading_with_ray_data(manifests, ray_local, record):
+    # The workers of Ray start before anything is measured.
+    measure(loader(manifests["2 k"], "ray"), time.perf_counter)
+    for name, manifest in manifests.items():
+        start = time.perf_counter()
+        batches = loader(manifest, "ray")
+        next(batches)
+        record("growth-data-cpu", name, first_batch_s=time.perf_counter() - start)
+        batches.close()
+    rates = best_rates(manifests, "ray", time.perf_counter)
+    for name, rate in rates.items():
+        record("growth-data-cpu", name, ray_images_per_s=round(rate), ray_ratio=rate / rates["2 k"])
