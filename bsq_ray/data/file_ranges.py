@@ -1,7 +1,7 @@
 """Read parts of files: samples of a tar, the head of a shard, the footer of a Parquet file.
 
 local     opened and read at the position
-remote    one ranged request, without asking for the size of the file first
+remote    one ranged request, without another one to learn the size
 """
 
 from __future__ import annotations
