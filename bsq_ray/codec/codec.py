@@ -20,18 +20,11 @@ import torch
 from PIL import Image
 
 from bsq_ray import config, model_folder
-from bsq_ray.codec.container import (
-    CODING_PRIOR,
-    CODING_RAW,
-    Container,
-    Header,
-    VideoHeader,
-    read_image_container,
-    read_video_container,
-    validate_header,
-)
+from bsq_ray.codec.container import Container, read_image_container, read_video_container
+from bsq_ray.codec.entropy_coding import TokenEncoder
 from bsq_ray.codec.frame_decoder import FrameDecoder
 from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, build_file, iter_gops
+from bsq_ray.codec.header import CODING_PRIOR, CODING_RAW, Header, TokenFormat, VideoHeader, validate_header
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, group_size
@@ -44,7 +37,6 @@ from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 Box = tuple[int, int, int, int]
-_TOLERANCE = 14
 
 
 class Codec:
@@ -81,8 +73,14 @@ class Codec:
         self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
         self.batch_size = batch_size
         self._pixel_codec = PixelCodec(self.tokenizer, decode_dtype, batch_size)
-        self._encoder = FrameEncoder(self.prior, self._pixel_codec, batch_size)
-        self._tokenizer_id, self._prior_id = _short_id(tokenizer), _short_id(prior) if prior else bytes(8)
+        self._encoder = FrameEncoder(TokenEncoder(self.prior, batch_size) if self.prior else None, self._pixel_codec)
+        self.token_format = TokenFormat(
+            model_config.image_size,
+            model_config.patch_size,
+            tokenizer.quantizer.bits,
+            _model_id(tokenizer),
+            _model_id(prior) if prior else b"",
+        )
 
     @classmethod
     def from_pretrained(
@@ -118,8 +116,8 @@ class Codec:
         pixels_THWC = np.array(to_srgb(image))[None]
         header = self._make_header(pixels_THWC.shape[2], pixels_THWC.shape[1], None)
         timings_s: dict[str, float] = {}
-        groups = self._encoder.encode_gop(header, 0, pixels_THWC, timings_s, on_progress)
-        return build_file(header, groups, timings_s)
+        groups = self._encoder.encode_gop(header, pixels_THWC, timings_s, on_progress)
+        return build_file(header, self.token_format, groups, timings_s)
 
     def compress_clip(
         self,
@@ -146,7 +144,7 @@ class Codec:
         groups: list[EncodedGroup] = []
         num_frames, gop_size = 0, self.tokenizer.config.frames
         header: Header | None = None
-        for gop_index, pixels_THWC in enumerate(iter_gops(frames, gop_size)):
+        for pixels_THWC in iter_gops(frames, gop_size):
             num_frames += len(pixels_THWC)
             if header is None:
                 clip = VideoHeader(1, gop_size, frame_rate, color)
@@ -157,14 +155,14 @@ class Codec:
             padded_THWC = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], gop_size - len(pixels_THWC), 0)])
             frames_before = num_frames - len(pixels_THWC)
             groups += self._encoder.encode_gop(
-                header, gop_index, padded_THWC, timings_s, lambda *_, done=frames_before: on_progress(done, 0)
+                header, padded_THWC, timings_s, lambda *_, done=frames_before: on_progress(done, 0)
             )
             on_progress(num_frames, 0)
         if header is None:
             raise ValueError("the clip has no frames")
         assert header.clip is not None
         header = replace(header, clip=replace(header.clip, num_frames=num_frames))
-        return build_file(header, groups, timings_s)
+        return build_file(header, self.token_format, groups, timings_s)
 
     def decompress(
         self,
@@ -177,7 +175,8 @@ class Codec:
         """Decompress an image, or a region of it.
 
         Args:
-            region: left, top, right and bottom edge in pixels; only the groups that overlap it are decoded.
+            region: left, top, right and bottom edge in pixels. The tiles that overlap it and those next to them, which
+                take part in blending its seams, are decoded together with the rest of their groups.
             max_pixels: larger images are rejected.
             on_progress: called with groups done and their number; an exception raised by it stops the decoding.
             timings_s: the seconds of "tokenizer", "prior" and "coder" are added to it.
@@ -185,7 +184,7 @@ class Codec:
         Raises:
             ValueError: the file is damaged, of other models, of a newer version or a clip, or the region is outside.
         """
-        container = read_image_container(data, True, max_pixels)
+        container = read_image_container(data, self.token_format, True, max_pixels)
         [pixels_HWC] = self._decode_frames(
             container, range(1), region, on_progress, {} if timings_s is None else timings_s
         )
@@ -211,7 +210,7 @@ class Codec:
         Raises:
             ValueError: as `decompress`, or the clip does not have these frames.
         """
-        container = read_video_container(data, True, max_pixels)
+        container = read_video_container(data, self.token_format, True, max_pixels)
         num_frames = container.header.num_frames
         frame_range = range(num_frames) if frames is None else frames
         if not (0 <= frame_range.start < frame_range.stop <= num_frames and frame_range.step == 1):
@@ -226,9 +225,15 @@ class Codec:
         Raises:
             ValueError: the data ends before the end of the index, or is damaged.
         """
-        container = read_image_container(data, False, max_pixels)
-        [pixels_HWC] = self._decode_frames(container, range(1), None, no_progress, {})
-        return Image.fromarray(pixels_HWC), container.num_complete_groups / len(container.index_GE)
+        container = read_image_container(data, self.token_format, False, max_pixels)
+        fraction = 0.0
+
+        def record_fraction(done: int, total: int) -> None:
+            nonlocal fraction
+            fraction = done / total
+
+        [pixels_HWC] = self._decode_frames(container, range(1), None, record_fraction, {})
+        return Image.fromarray(pixels_HWC), fraction
 
     def preview_clip(self, data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Iterator[np.ndarray], int]:
         """Decode the first part of a clip file, gray where data is missing; also return the number of frames.
@@ -236,7 +241,7 @@ class Codec:
         Raises:
             ValueError: the data ends before the end of the index, or is damaged.
         """
-        container = read_video_container(data, False, max_pixels)
+        container = read_video_container(data, self.token_format, False, max_pixels)
         header = container.header
         num_available = min(
             header.num_frames, -(-container.num_complete_groups // header.groups_per_gop) * header.gop_size
@@ -244,18 +249,15 @@ class Codec:
         return self._decode_frames(container, range(num_available), None, no_progress, {}), num_available
 
     def _make_header(self, width: int, height: int, clip: VideoHeader | None) -> Header:
-        model_config = self.tokenizer.config
         header = Header(
-            coding=CODING_PRIOR if self.prior else CODING_RAW,
-            tolerance=_TOLERANCE,
-            width=width,
-            height=height,
-            tile_size=model_config.image_size,
-            patch_size=model_config.patch_size,
-            bits=self.tokenizer.quantizer.bits,
-            group_size=group_size(self.prior),
-            tokenizer=self._tokenizer_id,
-            prior=self._prior_id,
+            width,
+            height,
+            CODING_PRIOR if self.prior else CODING_RAW,
+            group_size(self.prior),
+            self.token_format.model_key,
+            tile_size=self.token_format.tile_size,
+            patch_size=self.token_format.patch_size,
+            bits=self.token_format.bits,
             clip=clip,
         )
         validate_header(header)
@@ -271,7 +273,7 @@ class Codec:
     ) -> Iterator[np.ndarray]:
         """Check the models and the region, then return an iterator over the frames."""
         header = container.header
-        self._check_models(header)
+        self._check_frames(header)
         image = Rect(0, 0, header.height, header.width)
         left, top, right, bottom = region or (0, 0, header.width, header.height)
         if not image.contains(Rect(top, left, bottom, right)):
@@ -290,32 +292,19 @@ class Codec:
             timings_s,
         ).decode()
 
-    def _check_models(self, header: Header) -> None:
+    def _check_frames(self, header: Header) -> None:
         model_config = self.tokenizer.config
-        if header.coding == CODING_PRIOR and self.prior is None:
-            raise ValueError(f"the file was written with prior {header.prior.hex()}; load that model")
-        if header.coding == CODING_RAW and self.prior is not None:
-            raise ValueError("the file was written without a prior; load the tokenizer's model folder")
-        for name, file_id, model_id in (
-            ("tokenizer", header.tokenizer, self._tokenizer_id),
-            ("prior", header.prior, self._prior_id),
-        ):
-            if file_id != model_id:
-                raise ValueError(
-                    f"the file was written with {name} {file_id.hex()}, but this is {model_id.hex()}; load that model"
-                )
-        matches = (header.tile_size, header.patch_size, header.bits) == (
-            model_config.image_size, model_config.patch_size, self.tokenizer.quantizer.bits
-        )  # fmt: skip
-        matches = matches and (header.clip is None or header.gop_size == model_config.frames)
-        matches = matches and (header.clip is not None or model_config.frames == 1 or model_config.causal)
+        if header.clip is None:
+            matches = model_config.frames == 1 or model_config.causal
+        else:
+            matches = header.gop_size == model_config.frames
         if not matches or header.group_size > group_size(self.prior):
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
 
 
-def _short_id(model: Tokenizer | Prior) -> bytes:
+def _model_id(model: Tokenizer | Prior) -> bytes:
     if model.model_id is None:
         raise ValueError(
             "the models have no id; load them from a model folder, because files contain the ids of their models"
         )
-    return bytes.fromhex(model.model_id)[:8]
+    return bytes.fromhex(model.model_id)

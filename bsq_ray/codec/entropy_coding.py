@@ -1,10 +1,12 @@
 """Entropy coding of tokens with the prior's probabilities and a range coder (constriction).
 
-    encode: logits in one pass ─▶ integer probabilities of the nodes on the paths ─▶ range coder
-    decode: token by token with cached keys and values, all tiles of several groups at once
+    encode: logits in one pass, in fp32 and fp64 ─▶ integer probabilities of the nodes on the paths ─▶ range coder
+    decode: token by token with cached keys and values, all tiles of several groups at once, in fp32
 
-Both visit the nodes in the same order: token, sub-token, depth, tile. The bytes of a group are the side information,
-which contains its own length, and the range coder's 32-bit words, little-endian.
+Both visit the nodes in the same order: token, sub-token, depth, tile. `bitstream.py` specifies the bytes of a group.
+
+The encoder's logits are those of fp64. Their difference from fp32 is the error that a decoder makes, so the encoder
+chooses a tolerance of at least four times the largest difference in the group.
 
 Shape suffixes: B tiles, N tokens, S sub-tokens of a token, k bits of a sub-token (depths of its tree), K nodes of a
 tree, L bits.
@@ -12,37 +14,22 @@ tree, L bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-import constriction
 import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.codec import probabilities
-from bsq_ray.codec.side_info import read_side_info, write_side_info
+from bsq_ray.codec.bitstream import EncodedTokens, GroupBitstream, encode_nodes
+from bsq_ray.codec.side_info import MAX_TOLERANCE_EXPONENT, choose_method
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.models.prior import Prior, binary_tree_nodes
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
-_BERNOULLI = constriction.stream.model.Bernoulli(perfect=False)
 # Tokens in one pass if the caller does not set the batch size.
 _TOKENS_PER_PASS = 8192
-
-
-@dataclass(frozen=True)
-class EncodedTokens:
-    """Bytes of a group, the cross entropy of its tokens, and the size of its side information in bits."""
-
-    data: bytes
-    cross_entropy_bits: float
-    side_info_bits: int
-
-
-class BitstreamError(ValueError):
-    """The bytes cannot come from an encoder with these probabilities."""
 
 
 @contextmanager
@@ -57,50 +44,52 @@ def deterministic_fp32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(previous_precision)
 
 
-def encode_tokens(
-    prior: Prior,
-    bits_BNL: Tensor,
-    tolerance: float,
-    batch_size: int | None = None,
-    timings_s: dict[str, float] | None = None,
-) -> EncodedTokens:
-    """Encode the tokens of a group of tiles.
+class TokenEncoder:
+    """Encodes the tokens of groups of tiles.
 
     Args:
-        bits_BNL: bool; N may be less than the prior's tokens (the first frames).
-        tolerance: maximum difference between the logits of encoder and decoder, see `probabilities`.
-        batch_size: tiles in one pass through the prior.
-        timings_s: the seconds of "prior" and "coder" are added to it.
+        prior: in fp32. The first group makes a copy in fp64.
+        batch_size: tiles in one pass through the prior; None chooses by the number of tokens.
+        max_exponent: the tolerance is at least 2^-max_exponent, at most 14.
     """
-    timings_s = {} if timings_s is None else timings_s
-    with add_elapsed(timings_s, "prior"):
-        logits_NSkB, chosen_NSkB = _path_logits(prior, bits_BNL, batch_size)
-    with add_elapsed(timings_s, "coder"):
-        levels, is_ambiguous = probabilities.round_logits(logits_NSkB, tolerance)
-        positions = np.flatnonzero(is_ambiguous)
-        side_info = write_side_info(
-            positions, probabilities.rounded_up(logits_NSkB.ravel()[positions], levels.ravel()[positions])
-        )
-        coder = constriction.stream.queue.RangeEncoder()
-        coder.encode(chosen_NSkB.ravel(), _BERNOULLI, probabilities.probabilities_of_levels(levels).ravel())
-        words = coder.get_compressed().astype("<u4").tobytes()
-    signed = np.where(chosen_NSkB, -logits_NSkB, logits_NSkB)
-    return EncodedTokens(side_info + words, float(np.logaddexp(0, signed).sum() / np.log(2)), 8 * len(side_info))
 
+    def __init__(self, prior: Prior, batch_size: int | None = None, max_exponent: int = MAX_TOLERANCE_EXPONENT) -> None:
+        self._prior, self._batch_size, self._max_exponent = prior, batch_size, max_exponent
+        self._reference_prior: Prior | None = None
 
-def _path_logits(prior: Prior, bits_BNL: Tensor, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits (float64) and the chosen bits (int32) of the nodes on the paths, (N, S, k, B) each."""
-    sub_bits, device = prior.config.sub_bits, prior.start.device
-    batch_size = batch_size or max(1, _TOKENS_PER_PASS // bits_BNL.shape[1])
-    logits, chosen = [], []
-    with deterministic_fp32(device):
-        for part_BNL in bits_BNL.split(batch_size):
-            sub_tokens_BNS = bits_to_integers(part_BNL.to(device), sub_bits)
-            nodes_BNSk, chosen_BNSk = binary_tree_nodes(sub_tokens_BNS, sub_bits)
-            logits.append(prior(sub_tokens_BNS).gather(-1, nodes_BNSk).double().cpu().numpy())
-            chosen.append(chosen_BNSk.to(torch.int32).cpu().numpy())
-    logits_NSkB, chosen_NSkB = (np.concatenate(parts).transpose(1, 2, 3, 0) for parts in (logits, chosen))
-    return logits_NSkB, chosen_NSkB
+    def encode(self, bits_BNL: Tensor, timings_s: dict[str, float] | None = None) -> EncodedTokens:
+        """Encode a group.
+
+        Args:
+            bits_BNL: bool; N may be less than the prior's tokens (the first frames).
+            timings_s: the seconds of "prior" and "coder" are added to it.
+        """
+        timings_s = {} if timings_s is None else timings_s
+        with add_elapsed(timings_s, "prior"):
+            logits_NSkB, chosen_NSkB, error = self._path_logits(bits_BNL)
+        with add_elapsed(timings_s, "coder"):
+            return encode_nodes(logits_NSkB, chosen_NSkB, choose_method(error, self._max_exponent))
+
+    def _path_logits(self, bits_BNL: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return logits (float64) and chosen bits (int32) of the path nodes, (N, S, k, B), and the error of fp32."""
+        if self._reference_prior is None:
+            self._reference_prior = copy.deepcopy(self._prior).double()
+        sub_bits, device = self._prior.config.sub_bits, self._prior.start.device
+        batch_size = self._batch_size or max(1, _TOKENS_PER_PASS // bits_BNL.shape[1])
+        logits, chosen, error = [], [], 0.0
+        with deterministic_fp32(device):
+            for part_BNL in bits_BNL.split(batch_size):
+                sub_tokens_BNS = bits_to_integers(part_BNL.to(device), sub_bits)
+                nodes_BNSk, chosen_BNSk = binary_tree_nodes(sub_tokens_BNS, sub_bits)
+                logits_BNSk, fp32_logits_BNSk = (
+                    prior(sub_tokens_BNS).gather(-1, nodes_BNSk).double().cpu().numpy()
+                    for prior in (self._reference_prior, self._prior)
+                )
+                error = max(error, float(np.abs(logits_BNSk - fp32_logits_BNSk).max()))
+                logits.append(logits_BNSk)
+                chosen.append(chosen_BNSk.to(torch.int32).cpu().numpy())
+        logits_NSkB, chosen_NSkB = (np.concatenate(parts).transpose(1, 2, 3, 0) for parts in (logits, chosen))
+        return logits_NSkB, chosen_NSkB, error
 
 
 def decode_tokens(
@@ -112,6 +101,7 @@ def decode_tokens(
     batch_size: int | None = None,
     timings_s: dict[str, float] | None = None,
     check_deadline: Callable[[], None] = lambda: None,
+    bitstream_type: type[GroupBitstream] = GroupBitstream,
 ) -> list[Tensor]:
     """Decode several groups together, token by token; return the bits (B, N, L) of each.
 
@@ -125,6 +115,7 @@ def decode_tokens(
         batch_size: tiles in one pass through the prior.
         timings_s: the seconds of "prior" and "coder" are added to it.
         check_deadline: called before each token; an exception raised by it stops the decoding.
+        bitstream_type: the version of the payloads.
 
     Raises:
         ValueError: the bytes cannot belong to such groups.
@@ -132,7 +123,7 @@ def decode_tokens(
     timings_s = {} if timings_s is None else timings_s
     model_config, device = prior.config, prior.start.device
     bitstreams = [
-        _GroupBitstream(data, count, count * num_coded_tokens * model_config.bits)
+        bitstream_type(data, count, count * num_coded_tokens * model_config.bits)
         for data, count in zip(payloads, tile_counts, strict=True)
     ]
     num_tiles = sum(tile_counts)
@@ -169,39 +160,3 @@ def decode_tokens(
             for decoder, part_BS in zip(decoders, tokens_BNS[:, n].to(device).split(batch_sizes), strict=True):
                 decoder.push(part_BS)
     return list(integers_to_bits(tokens_BNS, model_config.sub_bits).split(list(tile_counts)))
-
-
-class _GroupBitstream:
-    """Bytes of one group, decoded one bit of each tile at a time."""
-
-    def __init__(self, data: bytes, num_tiles: int, num_nodes: int) -> None:
-        self._positions, self._round_up, side_info_bytes = read_side_info(data, num_nodes)
-        if (len(data) - side_info_bytes) % 4:
-            raise BitstreamError("the coded tokens are truncated")
-        self._coder = constriction.stream.queue.RangeDecoder(
-            np.frombuffer(data[side_info_bytes:], "<u4").astype(np.uint32)
-        )
-        self._num_tiles = num_tiles
-        self._num_visited = self._next_position = 0
-
-    def next_bits(self, logits_B: np.ndarray) -> np.ndarray:
-        """Decode the next bit of each tile, given the logits (B,) of their nodes."""
-        levels_B, _ = probabilities.round_logits(logits_B, 0.0)
-        end = self._next_position
-        while end < len(self._positions) and self._positions[end] < self._num_visited + self._num_tiles:
-            end += 1
-        if end > self._next_position:
-            tile = self._positions[self._next_position : end] - self._num_visited
-            levels_B[tile] = probabilities.round_with_side_info(
-                logits_B[tile], self._round_up[self._next_position : end]
-            )
-            self._next_position = end
-        self._num_visited += self._num_tiles
-        try:
-            bits_B: np.ndarray = self._coder.decode(_BERNOULLI, probabilities.probabilities_of_levels(levels_B)).astype(
-                np.int64
-            )
-        except AssertionError as error:
-            # constriction raises AssertionError for bytes that its encoder cannot write.
-            raise BitstreamError(str(error)) from error
-        return bits_B

@@ -24,7 +24,8 @@ from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile
-from bsq_ray.codec.container import VideoHeader, read_header
+from bsq_ray.codec.container import read_header
+from bsq_ray.codec.header import VideoHeader
 from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, to_srgb
 from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video

@@ -8,18 +8,21 @@ T frames, H and W pixels, C colors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bsq_ray.codec.container import Header, write_container
+from bsq_ray.codec.container import write_container
+from bsq_ray.codec.entropy_coding import TokenEncoder
+from bsq_ray.codec.header import Header, TokenFormat
 from bsq_ray.codec.pixel_codec import PixelCodec
+from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, encode_group
 from bsq_ray.codec.tiles import split_tiles
 from bsq_ray.codec.timing import add_elapsed
-from bsq_ray.models.prior import Prior
 from bsq_ray.runtime.progress_callback import ProgressCallback
 
 
@@ -50,43 +53,49 @@ class FrameEncoder:
     """Encodes groups of pictures.
 
     Args:
-        prior: None to store the tokens as raw bits.
+        token_encoder: None to store the tokens as raw bits.
         pixel_codec: the tokenizer.
-        batch_size: tiles in one pass through a model; None chooses by the number of tokens.
     """
 
-    def __init__(self, prior: Prior | None, pixel_codec: PixelCodec, batch_size: int | None) -> None:
-        self._prior, self._pixel_codec, self._batch_size = prior, pixel_codec, batch_size
+    def __init__(self, token_encoder: TokenEncoder | None, pixel_codec: PixelCodec) -> None:
+        self._token_encoder, self._pixel_codec = token_encoder, pixel_codec
 
     def encode_gop(
         self,
         header: Header,
-        gop_index: int,
         pixels_THWC: np.ndarray,
         timings_s: dict[str, float],
         on_progress: ProgressCallback,
     ) -> list[EncodedGroup]:
         """Encode one group of pictures."""
-        with add_elapsed(timings_s, "tokenizer"):
-            tiles = split_tiles(torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2), header.tile_size)
-            bits_BNL = self._pixel_codec.encode(tiles.flatten(0, 1), lambda: on_progress(0, header.groups_per_gop))
-            bits_RCNL = bits_BNL.unflatten(0, tiles.shape[:2])
-        groups = []
-        for group_in_gop, group_tiles in header.iter_groups():
-            group_BNL = bits_RCNL[group_tiles.slices()].flatten(0, 1)
-            group_index = gop_index * header.groups_per_gop + group_in_gop
-            groups.append(
-                encode_group(
-                    self._prior, group_index, group_BNL, header.gop_size, header.tolerance, self._batch_size, timings_s
-                )
-            )
-            on_progress(group_in_gop + 1, header.groups_per_gop)
+        num_groups = header.groups_per_gop
+        groups: list[EncodedGroup] = []
+        rows, columns = header.tile_grid
+        pixels_CTHW = torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)
+        # One row of groups at a time bounds the memory of tiles and tokens.
+        for top in range(0, rows, header.group_size):
+            strip = Rect(top, 0, min(top + header.group_size, rows), columns)
+            strip_CTHW = pixels_CTHW[:, :, strip.top * header.tile_size : strip.bottom * header.tile_size]
+            with add_elapsed(timings_s, "tokenizer"):
+                bits_RCNL = self._encode_tiles(strip_CTHW, header, lambda: on_progress(len(groups), num_groups))
+            for _, group_tiles in header.iter_groups(strip):
+                group_BNL = bits_RCNL[group_tiles.relative_to(strip).slices()].flatten(0, 1)
+                groups.append(encode_group(self._token_encoder, group_BNL, header.gop_size, timings_s))
+                on_progress(len(groups), num_groups)
         return groups
 
+    def _encode_tiles(self, pixels_CTHW: Tensor, header: Header, check_deadline: Callable[[], None]) -> Tensor:
+        """Return the tokens (R, C, N, L) of the tiles of uint8 pixels."""
+        tiles = split_tiles(pixels_CTHW, header.tile_size)
+        return self._pixel_codec.encode(tiles.flatten(0, 1), check_deadline).unflatten(0, tiles.shape[:2])
 
-def build_file(header: Header, groups: list[EncodedGroup], timings_s: dict[str, float]) -> CompressedFile:
+
+def build_file(
+    header: Header, token_format: TokenFormat, groups: list[EncodedGroup], timings_s: dict[str, float]
+) -> CompressedFile:
     """Assemble a file from all groups."""
-    data = write_container(header, [group.payload for group in groups], [group.token_crcs for group in groups])
+    payloads, bits_crcs = [group.payload for group in groups], [group.bits_crcs for group in groups]
+    data = write_container(header, token_format, payloads, bits_crcs)
     rows, columns = header.tile_grid
     return CompressedFile(
         data,

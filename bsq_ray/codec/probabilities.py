@@ -1,10 +1,10 @@
 """Integer probabilities that are equal in encoder and decoder although their logits differ in the last digits.
 
-    logit ─▶ nearest level, a multiple of 1/4 ─▶ table of integers ─▶ probability of a 1
+    logit ─▶ nearest level of a grid with step 1/4 ─▶ table of integers ─▶ probability of a 1
 
 The logits of encoder and decoder differ by up to a tolerance ε. Where a logit lies within ε of the boundary between two
-levels, the encoder stores its choice; everywhere else both round to the same level. The choices are stored as a sorted
-list of positions, see `side_info.py`.
+levels, the encoder stores its choice; everywhere else both round to the same level. The encoder shifts the grid so that
+few logits are near a boundary. The choices are stored as a sorted list of positions, see `side_info.py`.
 """
 
 from __future__ import annotations
@@ -19,67 +19,99 @@ LOGIT_STEP = 0.25
 MAX_LOGIT_LEVEL = 40
 # Probabilities are multiples of 2^-16.
 PROB_BITS = 16
+# The grid can be shifted by multiples of 1/256 of a step.
+_SHIFT_BITS = 8
+NUM_SHIFTS = 2**_SHIFT_BITS
+
+
+def shift_fraction(shift: int) -> int:
+    """Return the grid shift with this index in 1/256 of a step: its eight bits in reverse order.
+
+    The first indices are therefore far apart: 0, 128, 64, 192, 32 …
+    """
+    return int(f"{shift:0{_SHIFT_BITS}b}"[::-1], 2)
 
 
 @cache
-def probability_table() -> np.ndarray:
+def probability_table(shift: int = 0) -> np.ndarray:
     """Return the probability of a 1 at each level as a multiple of 2^-16, uint32 (2 · MAX_LOGIT_LEVEL + 1,).
 
     round(2^16 / (1 + e^-x)) is computed in decimal arithmetic of 50 digits, so every machine gets the same integers.
+
+    Args:
+        shift: index of the grid shift.
     """
     with localcontext() as context:
         context.prec = 50
-        one = Decimal(1)
+        one, offset = Decimal(1), Decimal(shift_fraction(shift)) / NUM_SHIFTS
         level_probabilities = [
-            one / (one + (-Decimal(n) * Decimal(str(LOGIT_STEP))).exp())
+            one / (one + (-(Decimal(n) + offset) * Decimal(str(LOGIT_STEP))).exp())
             for n in range(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL + 1)
         ]
         return np.array([int((p * 2**PROB_BITS).to_integral_value()) for p in level_probabilities], np.uint32)
 
 
-def probabilities_of_levels(levels: np.ndarray) -> np.ndarray:
+def probabilities_of_levels(levels: np.ndarray, shift: int = 0) -> np.ndarray:
     """Return the probability of a 1 for each level, float64; exact, because it is a multiple of 2^-16."""
-    result: np.ndarray = probability_table()[levels + MAX_LOGIT_LEVEL] / 2.0**PROB_BITS
+    result: np.ndarray = probability_table(shift)[levels + MAX_LOGIT_LEVEL] / 2.0**PROB_BITS
     return result
 
 
-def round_logits(logits: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+def round_logits(logits: np.ndarray, tolerance: float, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Round the encoder's logits; return levels (int64) and whether each is within the tolerance of a boundary.
 
     Args:
         logits: float64.
         tolerance: maximum difference between the logits of encoder and decoder.
+        shift: index of the grid shift.
     """
-    scaled = np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)
+    scaled = _scale(logits, shift)
     # Distance to the boundary between floor and floor + 1; clipped logits have no boundary.
     to_boundary = np.abs(scaled - np.floor(scaled) - 0.5)
     inside = np.abs(scaled) < MAX_LOGIT_LEVEL
-    return _nearest_level(scaled), (to_boundary <= tolerance / LOGIT_STEP) & inside
+    nearest: np.ndarray = np.floor(scaled + 0.5).astype(np.int64).clip(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)
+    return nearest, (to_boundary <= tolerance / LOGIT_STEP) & inside
 
 
-def round_with_side_info(logits: np.ndarray, round_up: np.ndarray) -> np.ndarray:
+def count_ambiguous(logits: np.ndarray, tolerance: float) -> np.ndarray:
+    """Return how many logits are near a boundary for each grid shift, int64 (NUM_SHIFTS,)."""
+    scaled = logits.ravel() / LOGIT_STEP
+    # Boundaries of shift k lie at multiples of 1/256 of a step.
+    position = (scaled - 0.5) % 1.0 * NUM_SHIFTS
+    radius = tolerance / LOGIT_STEP * NUM_SHIFTS
+    position = position[np.abs(scaled) < MAX_LOGIT_LEVEL]
+    counts = np.zeros(NUM_SHIFTS, np.int64)
+    for distance in range(-int(radius) - 1, int(radius) + 2):
+        nearest = np.rint(position) + distance
+        is_near = np.abs(position - nearest) <= radius
+        counts += np.bincount(nearest[is_near].astype(np.int64) % NUM_SHIFTS, minlength=NUM_SHIFTS)
+    return counts[[shift_fraction(shift) for shift in range(NUM_SHIFTS)]]
+
+
+def round_with_side_info(logits: np.ndarray, round_up: np.ndarray, shift: int = 0) -> np.ndarray:
     """Round the decoder's logits at the ambiguous positions to the level above or below the nearest boundary.
 
     Args:
         logits: float64, at the ambiguous positions only.
         round_up: True where the encoder chose the level above.
+        shift: index of the grid shift.
     """
-    boundary = np.floor(np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)).clip(
-        -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL - 1
-    )
-    levels: np.ndarray = boundary.astype(np.int64) + round_up.astype(np.int64)
+    levels: np.ndarray = _level_below(logits, shift) + round_up.astype(np.int64)
     return levels
 
 
-def rounded_up(logits: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def rounded_up(logits: np.ndarray, levels: np.ndarray, shift: int = 0) -> np.ndarray:
     """Return whether the chosen level is above the boundary nearest to the logit."""
-    boundary = np.floor(np.clip(logits / LOGIT_STEP, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)).clip(
-        -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL - 1
-    )
-    round_up: np.ndarray = levels > boundary
+    round_up: np.ndarray = levels > _level_below(logits, shift)
     return round_up
 
 
-def _nearest_level(scaled: np.ndarray) -> np.ndarray:
-    nearest: np.ndarray = np.floor(scaled + 0.5).astype(np.int64).clip(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)
-    return nearest
+def _level_below(logits: np.ndarray, shift: int) -> np.ndarray:
+    below: np.ndarray = np.floor(_scale(logits, shift)).clip(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL - 1).astype(np.int64)
+    return below
+
+
+def _scale(logits: np.ndarray, shift: int) -> np.ndarray:
+    """Return logits in steps of the grid, clipped to its levels."""
+    scaled: np.ndarray = logits / LOGIT_STEP - shift_fraction(shift) / NUM_SHIFTS
+    return np.clip(scaled, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)

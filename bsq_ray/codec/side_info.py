@@ -1,94 +1,149 @@
-"""Side information: the positions where the rounding of a logit is ambiguous, and the encoder's choices.
+"""Side information of a group: how logits are rounded, and the nodes whose rounding is ambiguous.
 
-    count (varint) · Rice parameter (1 byte) · for each position: Rice-coded gap to the previous one, and one choice bit
+    method · grid shift · number of positions · for each position: gap to the previous one, and the rounding direction
 
-Bits are packed most significant first; the last byte is padded with zeros.
+All parts are bits that the range coder codes with probability 1/2 before the nodes, so that nothing is byte-aligned.
+Integers are Exp-Golomb codes of order 0: n + 1 in binary, after one zero less than it has digits. Gaps are Rice codes
+whose parameter follows from the method.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import log2
 
 import numpy as np
 
-_MAX_RICE_PARAMETER = 30
+from bsq_ray.codec import probabilities
+
+# Method m < RAW_METHOD allows logits to differ by 2^-(14 - m); with RAW_METHOD every bit has probability 1/2.
+MIN_TOLERANCE_EXPONENT, MAX_TOLERANCE_EXPONENT = 4, 14
+RAW_METHOD = MAX_TOLERANCE_EXPONENT - MIN_TOLERANCE_EXPONENT + 1
 
 
-def write_side_info(positions: np.ndarray, round_up: np.ndarray) -> bytes:
-    """Serialize positions (ascending, int64) and choices (bool)."""
-    gaps = np.diff(positions, prepend=-1) - 1
-    mean = float(gaps.mean()) if len(gaps) else 0.0
-    rice_parameter = min(_MAX_RICE_PARAMETER, max(0, round(log2(mean * 0.7 + 1e-9)))) if mean else 0
-    bits: list[int] = []
-    for gap, choice in zip(gaps.tolist(), round_up.tolist(), strict=True):
-        bits += [1] * (gap >> rice_parameter) + [0]
-        bits += [gap >> n & 1 for n in range(rice_parameter - 1, -1, -1)]
-        bits.append(int(choice))
-    return write_varint(len(positions)) + bytes([rice_parameter]) + np.packbits(np.array(bits, np.uint8)).tobytes()
+@dataclass(frozen=True)
+class SideInfo:
+    """Side information of a group.
+
+    Attributes:
+        method: see `RAW_METHOD`.
+        shift: index of the grid shift, see `probabilities`.
+        positions: int64, ascending; indices of the ambiguous nodes in coding order.
+        round_up: bool; rounding direction at each position.
+    """
+
+    method: int
+    shift: int
+    positions: np.ndarray
+    round_up: np.ndarray
 
 
-def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Parse positions, choices, and the number of bytes read.
+class SideInfoError(ValueError):
+    """The bits cannot be side information."""
+
+
+def choose_method(max_logit_error: float, max_exponent: int) -> int:
+    """Return the method whose tolerance is at least four times the error of a logit in fp32.
 
     Args:
-        limit: exclusive upper bound of the positions.
+        max_logit_error: largest difference between a logit in fp32 and its true value.
+        max_exponent: the tolerance is at least 2^-max_exponent.
+    """
+    exponent = max_exponent if max_logit_error == 0 else min(max_exponent, int(np.floor(-log2(4 * max_logit_error))))
+    return MAX_TOLERANCE_EXPONENT - exponent if exponent >= MIN_TOLERANCE_EXPONENT else RAW_METHOD
+
+
+def tolerance_of_method(method: int) -> float:
+    """Return the largest allowed difference between the logits of encoder and decoder."""
+    return 2.0 ** (method - MAX_TOLERANCE_EXPONENT)
+
+
+def choose_shift(logits: np.ndarray, method: int) -> int:
+    """Return the index of the grid shift with the smallest side information.
+
+    Args:
+        logits: float64, of all nodes.
+    """
+    counts = probabilities.count_ambiguous(logits, tolerance_of_method(method))
+    bits_per_position = _rice_parameter(method) + 2.5
+    costs = [_golomb_length(k) + _golomb_length(int(n)) + n * bits_per_position for k, n in enumerate(counts)]
+    return int(np.argmin(costs))
+
+
+def side_info_bits(side_info: SideInfo) -> list[int]:
+    """Serialize side information."""
+    bits = _golomb_bits(side_info.method)
+    if side_info.method == RAW_METHOD:
+        return bits
+    bits += _golomb_bits(side_info.shift) + _golomb_bits(len(side_info.positions))
+    rice_parameter = _rice_parameter(side_info.method)
+    gaps = np.diff(side_info.positions, prepend=-1) - 1
+    for gap, direction in zip(gaps.tolist(), side_info.round_up.tolist(), strict=True):
+        bits += [1] * (gap >> rice_parameter) + [0]
+        bits += [gap >> n & 1 for n in range(rice_parameter - 1, -1, -1)]
+        bits.append(int(direction))
+    return bits
+
+
+def read_side_info(next_bit: Callable[[], int], num_nodes: int, max_bits: int) -> SideInfo:
+    """Parse side information.
+
+    Args:
+        next_bit: returns the next bit of the range coder at probability 1/2.
+        num_nodes: exclusive upper bound of the positions.
+        max_bits: number of bits that the payload can contain.
 
     Raises:
-        ValueError: the bytes end too early or contain positions out of range.
+        SideInfoError: a value is out of range.
     """
-    num_positions, start = read_varint(data, 0)
-    if start >= len(data):
-        raise ValueError("the side information is truncated")
-    rice_parameter = data[start]
-    # Each position takes at least two bits, so a wrong count is found before memory is allocated for it.
-    available = (len(data) - start - 1) * 8
-    if (
-        rice_parameter > _MAX_RICE_PARAMETER
-        or num_positions * (2 + rice_parameter) > available
-        or num_positions > limit
-    ):
-        raise ValueError("the side information is damaged")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start + 1)).tolist()
-    positions, round_up = np.empty(num_positions, np.int64), np.empty(num_positions, bool)
-    bit_offset, position = 0, -1
+    method = _read_golomb(next_bit, RAW_METHOD)
+    if method == RAW_METHOD:
+        return SideInfo(method, 0, np.empty(0, np.int64), np.empty(0, bool))
+    shift = _read_golomb(next_bit, probabilities.NUM_SHIFTS - 1)
+    num_positions, rice_parameter = _read_golomb(next_bit, num_nodes), _rice_parameter(method)
+    # Each bit takes one bit of the payload, so a wrong count is found before the positions are read.
+    if num_positions * (rice_parameter + 2) > max_bits:
+        raise SideInfoError("the side information is damaged: it has too many positions")
+    positions, round_up, position = np.empty(num_positions, np.int64), np.empty(num_positions, bool), -1
     for n in range(num_positions):
-        try:
-            end = bits.index(0, bit_offset)
-        except ValueError:
-            raise ValueError("the side information is truncated") from None
-        remainder_bits = bits[end + 1 : end + 1 + rice_parameter]
-        if end + 1 + rice_parameter >= len(bits):
-            raise ValueError("the side information is truncated")
-        gap = end - bit_offset << rice_parameter | int("".join(map(str, remainder_bits)) or "0", 2)
+        gap = 0
+        while next_bit():
+            gap += 1
+            if position + (gap << rice_parameter) >= num_nodes:
+                raise SideInfoError("the side information is damaged: it contains a position out of range")
+        for _ in range(rice_parameter):
+            gap = gap << 1 | next_bit()
         position += gap + 1
-        if position >= limit:
-            raise ValueError("the side information is damaged: it contains a position out of range")
-        positions[n], round_up[n] = position, bool(bits[end + 1 + rice_parameter])
-        bit_offset = end + 2 + rice_parameter
-    return positions, round_up, start + 1 + -(-bit_offset // 8)
+        if position >= num_nodes:
+            raise SideInfoError("the side information is damaged: it contains a position out of range")
+        positions[n], round_up[n] = position, bool(next_bit())
+    return SideInfo(method, shift, positions, round_up)
 
 
-def write_varint(value: int) -> bytes:
-    """Serialize an integer in groups of seven bits, least significant first; the highest bit marks a continuation."""
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
+def _rice_parameter(method: int) -> int:
+    # On average one node in 2^(e - 3) is ambiguous, for a tolerance of 2^-e.
+    return max(0, MAX_TOLERANCE_EXPONENT - method - 4)
 
 
-def read_varint(data: bytes, offset: int) -> tuple[int, int]:
-    """Return the value at an offset, and the offset after it.
+def _golomb_bits(value: int) -> list[int]:
+    digits = [int(digit) for digit in f"{value + 1:b}"]
+    return [0] * (len(digits) - 1) + digits
 
-    Raises:
-        ValueError: the bytes end inside the value, or it has more than 63 bits.
-    """
-    value = 0
-    for n in range(9):
-        if offset + n >= len(data):
-            raise ValueError("the side information is truncated")
-        value |= (data[offset + n] & 127) << 7 * n
-        if data[offset + n] < 128:
-            return value, offset + n + 1
-    raise ValueError("the side information is damaged: a number is too long")
+
+def _golomb_length(value: int) -> int:
+    return 2 * (value + 1).bit_length() - 1
+
+
+def _read_golomb(next_bit: Callable[[], int], maximum: int) -> int:
+    num_zeros = 0
+    while not next_bit():
+        num_zeros += 1
+        if num_zeros > maximum.bit_length():
+            raise SideInfoError("the side information is damaged: a number is too large")
+    value = 1
+    for _ in range(num_zeros):
+        value = value << 1 | next_bit()
+    if value - 1 > maximum:
+        raise SideInfoError("the side information is damaged: a number is too large")
+    return value - 1

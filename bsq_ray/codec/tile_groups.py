@@ -1,14 +1,13 @@
 """Groups of tiles: tokens to payloads with checksums, and back.
 
     tokens (tile, token, bit) ─raw, or entropy coded with the prior─▶ payload
-                             └▶ checksum of each frame, bound to the header when the file is written
+                             └▶ checksum of each frame, bound to header and models when the file is written
 
 Shape suffixes: B tiles of a group, N tokens of a tile (frames slowest), L bits of a token.
 """
 
 from __future__ import annotations
 
-import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bsq_ray.codec.container import Container, Header
-from bsq_ray.codec.entropy_coding import BitstreamError, decode_tokens, encode_tokens
+from bsq_ray.codec.bitstream import BitstreamError, GroupBitstream, GroupBitstreamV1
+from bsq_ray.codec.container import Container
+from bsq_ray.codec.entropy_coding import TokenEncoder, decode_tokens
+from bsq_ray.codec.header import CODING_PRIOR, Header
+from bsq_ray.codec.side_info import SideInfoError
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 
@@ -29,10 +31,10 @@ _MAX_GROUP_SIZE = 4
 
 @dataclass(frozen=True)
 class EncodedGroup:
-    """Payload of a group, token checksum of each frame, and statistics in bits."""
+    """Payload of a group, CRC32 of the packed bits of each frame, and statistics in bits."""
 
     payload: bytes
-    token_crcs: list[int]
+    bits_crcs: list[int]
     cross_entropy_bits: float
     side_info_bits: int
 
@@ -51,20 +53,14 @@ def max_groups_per_pass(prior: Prior | None, header: Header) -> int:
 
 
 def encode_group(
-    prior: Prior | None,
-    group_index: int,
-    bits_BNL: Tensor,
-    num_frames: int,
-    tolerance: int,
-    batch_size: int | None,
-    timings_s: dict[str, float],
+    encoder: TokenEncoder | None, bits_BNL: Tensor, num_frames: int, timings_s: dict[str, float]
 ) -> EncodedGroup:
-    """Encode the tokens of the group with this index in the file."""
-    token_crcs = [_token_crc(group_index, frame, part) for frame, part in enumerate(bits_BNL.chunk(num_frames, 1))]
-    if prior is None:
-        return EncodedGroup(pack_bits(bits_BNL.flatten()).numpy().tobytes(), token_crcs, 0.0, 0)
-    encoded = encode_tokens(prior, bits_BNL, 2.0**-tolerance, batch_size, timings_s)
-    return EncodedGroup(encoded.data, token_crcs, encoded.cross_entropy_bits, encoded.side_info_bits)
+    """Encode the tokens of a group; without an encoder as raw bits."""
+    bits_crcs = [zlib.crc32(_pack(part)) for part in bits_BNL.chunk(num_frames, 1)]
+    if encoder is None:
+        return EncodedGroup(_pack(bits_BNL), bits_crcs, 0.0, 0)
+    encoded = encoder.encode(bits_BNL, timings_s)
+    return EncodedGroup(encoded.data, bits_crcs, encoded.cross_entropy_bits, encoded.side_info_bits)
 
 
 def decode_groups(
@@ -86,10 +82,7 @@ def decode_groups(
     Raises:
         ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than the tolerance.
     """
-    header = container.header
-    groups_per_pass = max_groups_per_pass(prior, header)
-    for start in range(0, len(groups), groups_per_pass):
-        indices = range(start, min(start + groups_per_pass, len(groups)))
+    for indices in _passes(prior, container, groups):
         payloads, tile_counts, available = [], [], []
         for index in indices:
             payload = container.payload(groups[index][0])
@@ -99,50 +92,82 @@ def decode_groups(
                 available.append(index)
         if not available:
             continue
-        num_coded_tokens, num_tokens = (count * header.tokens_per_frame for count in (header.gop_size, num_frames))
-        if prior is None:
-            decoded = [_unpack(payloads[0], tile_counts[0], num_coded_tokens, header.bits)[:, :num_tokens]]
-        else:
-            try:
-                decoded = decode_tokens(
-                    prior, payloads, tile_counts, num_coded_tokens, num_tokens, batch_size, timings_s, check_deadline
-                )
-            except BitstreamError as error:
-                raise ValueError(_mismatch_message(header.tolerance)) from error
-        for index, bits_BNL in zip(available, decoded, strict=True):
-            _verify_token_crcs(container, groups[index][0], bits_BNL, num_frames, prior is not None)
-            yield index, bits_BNL
+        num_tokens = num_frames * container.header.tokens_per_frame
+        group_indices = [groups[index][0] for index in available]
+        try:
+            decoded = _decode_payloads(
+                prior, container.header, payloads, tile_counts, num_tokens, batch_size, timings_s, check_deadline,
+                group_indices[0],
+            )  # fmt: skip
+            for group_index, bits_BNL in zip(group_indices, decoded, strict=True):
+                for frame, part in enumerate(bits_BNL.chunk(num_frames, 1)):
+                    if not container.has_tokens(group_index, frame, _pack(part)):
+                        raise ValueError(_mismatch_message(container.header, group_index))
+        except ValueError:
+            if container.may_be_truncated(group_indices[0]):
+                continue
+            raise
+        yield from zip(available, decoded, strict=True)
 
 
-def _verify_token_crcs(
-    container: Container, group_index: int, bits_BNL: Tensor, num_frames: int, uses_prior: bool
-) -> None:
-    for frame, part in enumerate(bits_BNL.chunk(num_frames, 1)):
-        if container.header.header_bound_crc(_token_crc(group_index, frame, part)) != container.token_crc(
-            group_index, frame
-        ):
-            message = "the file is damaged: its tokens do not match their checksum"
-            raise ValueError(_mismatch_message(container.header.tolerance) if uses_prior else message)
+def _passes(prior: Prior | None, container: Container, groups: Sequence[tuple[int, int]]) -> Iterator[range]:
+    """Yield indices in `groups` to decode together; a group that may be truncated is decoded alone."""
+    groups_per_pass = max_groups_per_pass(prior, container.header)
+    num_whole = len(groups) - (bool(groups) and container.may_be_truncated(groups[-1][0]))
+    for start in range(0, num_whole, groups_per_pass):
+        yield range(start, min(start + groups_per_pass, num_whole))
+    if num_whole < len(groups):
+        yield range(num_whole, len(groups))
 
 
-def _mismatch_message(tolerance: int) -> str:
-    return (
-        "the decoded tokens do not match their checksum, but the payload does: this machine's logits differ from the "
-        f"encoder's by more than the 2^-{tolerance} that the file allows, or the file was manipulated"
-    )
+def _decode_payloads(
+    prior: Prior | None,
+    header: Header,
+    payloads: Sequence[bytes],
+    tile_counts: Sequence[int],
+    num_tokens: int,
+    batch_size: int | None,
+    timings_s: dict[str, float],
+    check_deadline: Callable[[], None],
+    first_group: int,
+) -> list[Tensor]:
+    """Return the bits (B, N, L) of the first tokens of each group."""
+    num_coded_tokens = header.gop_size * header.tokens_per_frame
+    if prior is None:
+        return [_unpack(payloads[0], tile_counts[0], num_coded_tokens, header.bits)[:, :num_tokens]]
+    bitstream_type = GroupBitstreamV1 if header.version == 1 else GroupBitstream
+    try:
+        return decode_tokens(
+            prior, payloads, tile_counts, num_coded_tokens, num_tokens, batch_size, timings_s, check_deadline,
+            bitstream_type,
+        )  # fmt: skip
+    except (BitstreamError, SideInfoError) as error:
+        raise ValueError(_mismatch_message(header, first_group)) from error
+
+
+def _mismatch_message(header: Header, group_index: int) -> str:
+    message = f"group {group_index} does not match its checksum: the file is damaged"
+    if header.version > 1:
+        message += " or truncated"
+    if header.coding == CODING_PRIOR:
+        message += ", or this machine's logits differ from the encoder's by more than the file allows"
+    return message
 
 
 def _unpack(payload: bytes, num_tiles: int, num_tokens: int, bits: int) -> Tensor:
     num_bits = num_tiles * num_tokens * bits
     if len(payload) != -(-num_bits // 8):
-        raise ValueError(f"the file is damaged: a group has {len(payload)} bytes, its tokens need {-(-num_bits // 8)}")
+        problem = "truncated" if len(payload) < -(-num_bits // 8) else "damaged"
+        raise ValueError(
+            f"the file is {problem}: a group has {len(payload)} bytes, its tokens need {-(-num_bits // 8)}"
+        )
     packed = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
     return unpack_bits(packed, num_bits).view(num_tiles, num_tokens, bits)
 
 
-def _token_crc(group_index: int, frame: int, bits_BNL: Tensor) -> int:
-    packed = pack_bits(bits_BNL.flatten()).numpy().tobytes()
-    return zlib.crc32(struct.pack("<IH", group_index, frame), zlib.crc32(packed))
+def _pack(bits: Tensor) -> bytes:
+    packed: bytes = pack_bits(bits.flatten()).numpy().tobytes()
+    return packed
 
 
 def _cache_bytes_per_tile(prior: Prior) -> int:

@@ -144,15 +144,14 @@ class ModelRegistry:
             header = read_header(data)
         except ValueError as error:
             raise ApiError(422, str(error)) from None
-        required_ids = header.tokenizer.hex(), header.prior.hex() if any(header.prior) else None
         for model in self:
             if "codec" in model.replicas:
                 tokenizer, prior = (model.metadata.get(key) for key in ("tokenizer_id", "prior_id"))
-                if tokenizer and (tokenizer[:16], prior and prior[:16]) == required_ids:
+                if tokenizer and header.is_written_with(bytes.fromhex(tokenizer), bytes.fromhex(prior or "")):
                     return model
         if self.loading:
             raise model_loading_error(f"the model {self.loading[0]}")
-        raise ApiError(422, f"the file needs the model {required_ids[1] or required_ids[0]}, which is not served here")
+        raise ApiError(422, f"the file needs {header.models_text}, which this service does not have")
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the models of `GET /v1/models`."""

@@ -4,9 +4,8 @@ import pytest
 import torch
 from small_codecs import NoisyPrior
 
-from bsq_ray.codec.entropy_coding import decode_tokens, encode_tokens
-
-TOLERANCE = 2.0**-14
+from bsq_ray import Prior, config
+from bsq_ray.codec.entropy_coding import TokenEncoder, decode_tokens
 
 
 def random_bits(num_tiles, seed=0):
@@ -19,36 +18,68 @@ def decode(prior, data, num_tiles, num_tokens=16, **options):
 
 @pytest.mark.parametrize("tiles", [1, 3, 16])
 def test_decode_tokens_roundtrip(codec, tiles):
-    coded = encode_tokens(codec.prior, random_bits(tiles), TOLERANCE)
+    coded = TokenEncoder(codec.prior).encode(random_bits(tiles))
     assert torch.equal(decode(codec.prior, coded.data, tiles), random_bits(tiles))
 
 
 def test_decode_tokens_batch_size_does_not_matter(codec):
     for encoder_batch, decoder_batch in ((8, 1), (1, 8), (3, 16), (16, 5)):
-        coded = encode_tokens(codec.prior, random_bits(16), TOLERANCE, encoder_batch)
+        coded = TokenEncoder(codec.prior, encoder_batch).encode(random_bits(16))
         assert torch.equal(decode(codec.prior, coded.data, 16, batch_size=decoder_batch), random_bits(16))
 
 
 def test_decode_tokens_several_groups_together(codec):
     groups = [random_bits(3, 1), random_bits(1, 2), random_bits(7, 3)]
-    data = [encode_tokens(codec.prior, group, TOLERANCE).data for group in groups]
+    data = [TokenEncoder(codec.prior).encode(group).data for group in groups]
     decoded_groups = decode_tokens(codec.prior, data, [3, 1, 7], 16, 16)
     assert all(torch.equal(there, here) for there, here in zip(groups, decoded_groups, strict=True))
 
 
 def test_decode_tokens_prefix_only(codec):
-    coded = encode_tokens(codec.prior, random_bits(4), TOLERANCE)
+    coded = TokenEncoder(codec.prior).encode(random_bits(4))
     assert torch.equal(decode(codec.prior, coded.data, 4, 5), random_bits(4)[:, :5])
 
 
 def test_decode_tokens_noisy_logits_within_tolerance(codec):
     """A decoder whose logits differ by less than the tolerance decodes the same tokens."""
     for seed in range(10):
-        coded = encode_tokens(codec.prior, random_bits(16, seed), 2.0**-8)
+        coded = TokenEncoder(codec.prior, max_exponent=8).encode(random_bits(16, seed))
         assert torch.equal(decode(NoisyPrior(codec.prior, 2.0**-8 - 1e-4), coded.data, 16), random_bits(16, seed))
 
 
 def test_encoded_size_equals_cross_entropy_plus_side_info(codec):
-    coded = encode_tokens(codec.prior, random_bits(400), TOLERANCE)
+    coded = TokenEncoder(codec.prior).encode(random_bits(400))
     # What the range coder rounds up to, and the grid of probabilities.
     assert 8 * len(coded.data) == pytest.approx(coded.cross_entropy_bits + coded.side_info_bits, rel=0.005)
+
+
+def sharp_prior(factor):
+    torch.manual_seed(0)
+    prior = Prior(config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=2, heads=2, dropout=0))
+    with torch.no_grad():
+        for tree in prior.trees:
+            tree.weight.mul_(factor)
+    return prior.eval()
+
+
+@pytest.mark.parametrize("factor", [1, 300, 3e3, 1e5, 1e6, 1e8])
+def test_encoder_allows_for_the_error_of_its_model(factor):
+    """A model with large logits, whose fp32 errors exceed 2^-14, gets a larger tolerance, and finally raw bits."""
+    prior = sharp_prior(factor)
+    coded = TokenEncoder(prior).encode(random_bits(16))
+    for batch_size in (1, 5, 16):
+        assert torch.equal(decode(prior, coded.data, 16, batch_size=batch_size), random_bits(16))
+    noise = float(torch.finfo(torch.float32).eps) * factor / 4
+    assert torch.equal(decode(NoisyPrior(prior, noise), coded.data, 16), random_bits(16))
+    if factor >= 1e6:
+        assert len(coded.data) <= 16 * 16 * 10 // 8 + 2
+
+
+def test_encoded_bytes_are_as_few_as_possible(codec):
+    """The range coder ends on a byte: less than one byte above cross entropy and side information."""
+    excess = []
+    for seed in range(20):
+        coded = TokenEncoder(codec.prior).encode(random_bits(1, seed))
+        excess.append(8 * len(coded.data) - coded.cross_entropy_bits - coded.side_info_bits)
+    assert sum(excess) / len(excess) < 8
+    assert max(excess) < 16

@@ -17,11 +17,9 @@ from small_codecs import save_minimal_codecs
 
 from bsq_ray import Codec
 from bsq_ray.codec.container import read_container
+from bsq_ray.codec.varint import write_varint
 
 _EXTREMES = (0, 1, 2, 7, 127, 128, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
-# Offset and size of every field of the header after the magic; the last eight are a clip's.
-_FIELDS = [(4, 1), (5, 1), (6, 1), (7, 1), (8, 4), (12, 4), (16, 2), (18, 1), (19, 1), (20, 1), (21, 8), (29, 8)]
-_CLIP_FIELDS = [(37, 4), (41, 4), (45, 4), (49, 2), (51, 1), (52, 1), (53, 1), (54, 1)]
 
 
 class Target:
@@ -29,12 +27,11 @@ class Target:
 
     def __init__(self, codec, data):
         self.codec, self.data = codec, data
-        container = read_container(data)
-        self.header_bytes = len(container.header.pack())
-        self.index_GE, self.payloads = (
-            container.index_GE,
-            [container.payload(n) for n in range(len(container.index_GE))],
-        )
+        container = read_container(data, codec.token_format)
+        self.header = container.header.pack()
+        gop_size, num_groups = container.header.gop_size, container.header.num_groups
+        self.payloads = [container.payload(n) for n in range(num_groups)]
+        self.checks = [data[start - 4 * gop_size : start] for start in map(int, container.offsets_G)]
         self.clip = container.header.clip is not None
         self.expected_bytes = self.decode(data)
 
@@ -70,18 +67,29 @@ def corrupt_bytes(target, rng):
     return bytes(data)
 
 
+def assemble(header, payloads, checks, sizes=None):
+    """A file whose header and sizes match their checksum."""
+    start = header
+    if len(payloads) > 1:
+        start += b"".join(map(write_varint, sizes or [len(payload) for payload in payloads[:-1]]))
+        start += struct.pack("<I", zlib.crc32(start))
+    return start + b"".join(check + payload for check, payload in zip(checks, payloads, strict=True))
+
+
 def corrupt_structure(target, rng):
-    """A field, an index entry or a payload is another, and the checksums of header, index and payload fit again."""
-    header_bytes = bytearray(target.data[: target.header_bytes])
-    index_GE, payloads = target.index_GE.copy(), list(target.payloads)
-    kind = rng.choice(["field", "fields", "size", "payload", "payloads", "checks"])
+    """A part of the file is another, and the checksum of header and sizes matches."""
+    header, payloads, checks, sizes = bytearray(target.header), list(target.payloads), list(target.checks), None
+    kind = rng.choice(["header", "headers", "size", "payload", "payloads", "checks"])
     group = rng.randrange(len(payloads))
-    if kind in ("field", "fields"):
-        for _ in range(1 if kind == "field" else 3):
-            offset, size = rng.choice(_FIELDS + _CLIP_FIELDS * target.clip)
-            old = int.from_bytes(header_bytes[offset : offset + size], "little")
-            value = rng.choice([*_EXTREMES, old + 1, old - 1, rng.getrandbits(8 * size)]) % 256**size
-            header_bytes[offset : offset + size] = value.to_bytes(size, "little")
+    if kind in ("header", "headers"):
+        for _ in range(1 if kind == "header" else 3):
+            offset = rng.randrange(4, len(header))
+            header[offset] = rng.choice(
+                [0, 1, 127, 128, 255, header[offset] ^ 1 << rng.randrange(8), rng.randrange(256)]
+            )
+        if rng.random() < 0.3:
+            offset = rng.randrange(5, len(header))
+            header[offset : offset + 1] = write_varint(rng.choice(_EXTREMES))
     if kind == "payload":
         changed = bytearray(payloads[group]) or bytearray(1)
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
@@ -89,13 +97,13 @@ def corrupt_structure(target, rng):
     if kind == "payloads":
         payloads[group] = rng.choice([b"", rng.randbytes(rng.randrange(60)), rng.choice(payloads)])
     if kind == "checks":
-        index_GE[group, 2:] = rng.choice([index_GE[rng.randrange(len(index_GE)), 2:], rng.getrandbits(32)])
-    for n, payload in enumerate(payloads):
-        index_GE[n, :2] = len(payload), zlib.crc32(payload)
+        checks[group] = rng.choice([rng.choice(checks), rng.randbytes(len(checks[group]))])
     if kind == "size":
-        index_GE[group, 0] = rng.choice([*_EXTREMES, index_GE[group, 0] + 1])
-    header_and_index = bytes(header_bytes) + index_GE.astype("<u4").tobytes()
-    return header_and_index + struct.pack("<I", zlib.crc32(header_and_index)) + b"".join(payloads)
+        sizes = [len(payload) for payload in payloads[:-1]] or None
+        if sizes:
+            size = rng.randrange(len(sizes))
+            sizes[size] = rng.choice([*_EXTREMES, sizes[size] + 1, 2**62])
+    return assemble(bytes(header), payloads, checks, sizes)
 
 
 def fuzz(targets, num_files, seed=0):
@@ -107,7 +115,7 @@ def fuzz(targets, num_files, seed=0):
         target = rng.choice(targets)
         corrupt = corrupt_structure if rng.random() < 0.4 else corrupt_bytes
         while (corrupted := corrupt(target, rng)) == target.data:
-            pass
+            corrupt = rng.choice([corrupt_structure, corrupt_bytes])
         start_time = time.perf_counter()
         try:
             decoded = target.decode(corrupted)
@@ -149,11 +157,8 @@ def test_decode_forged_tokens_fail_token_checksum(targets):
     """Other tokens under the same checksums, in a file that is sound otherwise."""
     raw = targets[1]
     payload = bytes([raw.payloads[0][0] ^ 1]) + raw.payloads[0][1:]
-    index_GE = raw.index_GE.copy()
-    index_GE[0, 1] = zlib.crc32(payload)
-    header_and_index = raw.data[: raw.header_bytes] + index_GE.astype("<u4").tobytes()
-    forged = header_and_index + struct.pack("<I", zlib.crc32(header_and_index)) + payload + b"".join(raw.payloads[1:])
-    with pytest.raises(ValueError, match="its tokens do not match their checksum"):
+    forged = assemble(raw.header, [payload, *raw.payloads[1:]], raw.checks)
+    with pytest.raises(ValueError, match="group 0 does not match its checksum"):
         raw.codec.decompress(forged)
 
 

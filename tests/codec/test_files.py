@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from small_models import save_tokenizer
 
-from bsq_ray.codec.container import VideoHeader
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
+from bsq_ray.codec.header import VideoHeader
 from bsq_ray.media.color import SRGB
 from bsq_ray.media.video_reader import read_video
 from bsq_ray.media.video_writer import write_video

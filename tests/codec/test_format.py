@@ -1,5 +1,6 @@
 """A second decoder, written from docs/reference/bsq-format.md, decodes the files of the codec."""
 
+import hashlib
 import math
 import re
 import struct
@@ -12,6 +13,10 @@ import torch
 from small_codecs import save_clip_codec
 
 from bsq_ray import Codec, Prior, Tokenizer
+from bsq_ray.codec import probabilities
+from bsq_ray.codec.bitstream import encode_nodes
+from bsq_ray.codec.container import read_container
+from bsq_ray.codec.header import TokenFormat
 from bsq_ray.models.tokenizer import Tokens
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "bsq-format.md").read_text()
@@ -33,30 +38,40 @@ class BitReader:
         return value
 
 
-def read_side_info(data):
-    """Places with choices, and the bytes they took."""
-    count = offset = 0
-    while True:
-        count |= (data[offset] & 127) << 7 * offset
-        offset += 1
-        if data[offset - 1] < 128:
-            break
-    parameter = data[offset]
-    bits, position, choices = BitReader(data[offset + 1 :], True), -1, {}
+def read_golomb(next_bit):
+    zeros = 0
+    while not next_bit():
+        zeros += 1
+    value = 1
+    for _ in range(zeros):
+        value = 2 * value + next_bit()
+    return value - 1
+
+
+def read_side_info(next_bit):
+    """Method, shift of the grid in levels, and choices by position."""
+    method = read_golomb(next_bit)
+    if method == 11:
+        return method, 0, {}
+    index, count, parameter = read_golomb(next_bit), read_golomb(next_bit), max(0, 10 - method)
+    shift = sum((index >> n & 1) / 2 ** (n + 1) for n in range(8))
+    position, choices = -1, {}
     for _ in range(count):
-        ones = 0
-        while bits.read():
-            ones += 1
-        position += 1 + (ones << parameter | bits.read(parameter))
-        choices[position] = bits.read()
-    return choices, offset + 1 + -(-bits.position // 8)
+        gap = 0
+        while next_bit():
+            gap += 1
+        for _ in range(parameter):
+            gap = 2 * gap + next_bit()
+        position += 1 + gap
+        choices[position] = next_bit()
+    return method, shift, choices
 
 
 class RangeDecoder:
     """The page's pseudo code."""
 
     def __init__(self, data):
-        self.words = list(struct.unpack(f"<{len(data) // 4}I", data))
+        self.words = list(struct.unpack(f">{-(-len(data) // 4)}I", data + bytes(-len(data) % 4)))
         self.lower, self.range = 0, 2**64 - 1
         self.point = self.next_word() << 32 | self.next_word()
 
@@ -78,26 +93,25 @@ class RangeDecoder:
         return int(bit)
 
 
-def probability(x, choice):
+def probability(x, choice, shift=0):
     """P of the page."""
-    if choice is None:
-        step = min(40, max(-40, math.floor(4 * x + 0.5)))
-    else:
-        step = min(39, max(-40, math.floor(4 * x))) + choice
-    return round(2**16 / (1 + math.exp(-step / 4)))
+    y = min(40, max(-40, 4 * x - shift))
+    level = math.floor(y + 0.5) if choice is None else min(39, math.floor(y)) + choice
+    return round(2**16 / (1 + math.exp(-(level + shift) / 4)))
 
 
 def decode_payload(payload, logit, tiles, tokens, sub_tokens, k):
     """Bits (tile, token, bit) of a payload; `logit(bits so far, tile, token, sub-token, node)` evaluates the prior."""
-    choices, length = read_side_info(payload)
-    coder, number = RangeDecoder(payload[length:]), 0
+    coder, number = RangeDecoder(payload), 0
+    method, shift, choices = read_side_info(lambda: coder.decode_bit(2**15))
     bits = np.zeros((tiles, tokens, sub_tokens * k), bool)
     for n in range(tokens):
         for s in range(sub_tokens):
             node = [0] * tiles
             for depth in range(k):
                 for tile in range(tiles):
-                    p = probability(logit(bits, tile, n, s, node[tile]), choices.get(number))
+                    x = logit(bits, tile, n, s, node[tile])
+                    p = 2**15 if method == 11 else probability(x, choices.get(number), shift)
                     bit = coder.decode_bit(p)
                     bits[tile, n, s * k + depth] = bit
                     node[tile] = 2 * node[tile] + 1 + bit
@@ -109,45 +123,71 @@ def pack(bits):
     return np.packbits(bits.ravel(), bitorder="little").tobytes()
 
 
-def read_file(data, prior):
+def read_varint(data, offset):
+    value = shift = 0
+    while True:
+        value |= (data[offset] & 127) << shift
+        shift, offset = shift + 7, offset + 1
+        if data[offset - 1] < 128:
+            return value, offset
+
+
+def read_file(data, token_format, prior):
     """Header fields, and the bits (GOP, row, column of tiles, token, bit)."""
-    assert data[:5] == b"BSQ1\x01"
-    kind, coding, _, width, height, tile, patch, size, group = struct.unpack_from("<BBBIIHBBB", data, 5)
-    frames, t, header_size = (
-        (*struct.unpack_from("<I", data, 37), *struct.unpack_from("<H", data, 49), 55)[:3] if kind else (1, 1, 37)
-    )
+    tile, patch, size, tokenizer_id, prior_id = token_format
+    assert data[:4] == b"BSQ1"
+    assert data[4] & 7 == 2
+    is_clip, coding, group = data[4] >> 3 & 1, data[4] >> 4 & 3, 2 ** (data[4] >> 6)
+    width, offset = read_varint(data, 5)
+    height, offset = read_varint(data, offset)
+    width, height, frames, t = width + 1, height + 1, 1, 1
+    if is_clip:
+        frames, offset = read_varint(data, offset)
+        t, offset = read_varint(data, offset)
+        for _ in range(2):
+            _, offset = read_varint(data, offset)
+        offset += 4
+    assert data[offset : offset + 2] == hashlib.sha256(tokenizer_id + prior_id).digest()[:2]
+    header, offset = data[: offset + 2], offset + 2
     rows, columns, gops = -(-height // tile), -(-width // tile), -(-frames // t)
     across, down, side = -(-columns // group), -(-rows // group), tile // patch
-    num_groups = gops * down * across
-    end = header_size + num_groups * (8 + 4 * t)
-    assert struct.unpack_from("<I", data, end)[0] == zlib.crc32(data[:end])
-    offset = end + 4
+    num_groups, lengths = gops * down * across, []
+    if num_groups > 1:
+        for _ in range(num_groups - 1):
+            length, offset = read_varint(data, offset)
+            lengths.append(length)
+        assert struct.unpack_from("<I", data, offset)[0] == zlib.crc32(data[:offset])
+        offset += 4
     tokens = np.zeros((gops, rows, columns, t * side * side, size), bool)
     for g in range(num_groups):
-        length, crc, *token_crcs = struct.unpack_from(f"<{2 + t}I", data, header_size + g * (8 + 4 * t))
-        payload, offset = data[offset : offset + length], offset + length
-        assert zlib.crc32(payload) == crc
+        checks = struct.unpack_from(f"<{t}I", data, offset)
+        offset += 4 * t
+        end = offset + lengths[g] if g < num_groups - 1 else len(data)
+        payload, offset = data[offset:end], end
         gop, row, column = g // (down * across), g // across % down * group, g % across * group
         part = tokens[gop, row : row + group, column : column + group]
         tiles = part.shape[0] * part.shape[1]
         if coding:
             bits = decode_payload(
-                payload,
-                logit_function(prior),
-                tiles,
-                t * side * side,
-                prior.config.num_sub_tokens,
+                payload, logit_function(prior), tiles, t * side * side, prior.config.num_sub_tokens,
                 prior.config.sub_bits,
-            )
+            )  # fmt: skip
         else:
             bits = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")
             bits = bits[: tiles * t * side * side * size].astype(bool)
         part[:] = bits.reshape(part.shape)
-        for f, token_crc in enumerate(token_crcs):
-            frame_bits = part.reshape(tiles, t, side * side, size)[:, f]
-            assert zlib.crc32(pack(frame_bits) + struct.pack("<IH", g, f) + data[:header_size]) == token_crc
-    assert offset == len(data)
+        for f, check in enumerate(checks):
+            packed = pack(part.reshape(tiles, t, side * side, size)[:, f])
+            bound = struct.pack("<IHI", g, f, len(payload)) + header + struct.pack("<HBB", tile, patch, size)
+            assert zlib.crc32(packed + bound + tokenizer_id + prior_id) == check
     return (width, height, frames, t, tile, patch), tokens
+
+
+def token_format(codec):
+    prior_id = bytes.fromhex(codec.prior.model_id) if codec.prior else b""
+    model_config = codec.tokenizer.config
+    sizes = model_config.image_size, model_config.patch_size, codec.tokenizer.quantizer.bits
+    return *sizes, bytes.fromhex(codec.tokenizer.model_id), prior_id
 
 
 def logit_function(prior):
@@ -211,7 +251,7 @@ def test_reference_decoder_decodes_images(codec_folder, photos):
         codec = Codec.from_pretrained(codec_folder if prior else f"{codec_folder}/tokenizer")
         for size in ((100, 40), (30, 20)):
             data = codec.compress(photos[0].resize(size)).data
-            header_fields, tokens = read_file(data, prior)
+            header_fields, tokens = read_file(data, token_format(codec), prior)
             assert decode_frames(tokens[0], header_fields, tokenizer)[0].tobytes() == codec.decompress(data).tobytes()
 
 
@@ -220,7 +260,7 @@ def test_reference_decoder_decodes_clips(tmp_path, photos):
     codec, tokenizer = Codec.from_pretrained(folder), Tokenizer.from_pretrained(f"{folder}/tokenizer").double()
     frames = [np.asarray(photo.resize((40, 20))) for photo in photos[:6]]
     data = codec.compress_clip(frames, 25).data
-    header_fields, tokens = read_file(data, Prior.from_pretrained(folder))
+    header_fields, tokens = read_file(data, token_format(codec), Prior.from_pretrained(folder))
     decoded = np.concatenate([decode_frames(gop, header_fields, tokenizer) for gop in tokens])[:6]
     assert (decoded == np.stack(list(codec.decompress_clip(data)))).all()
 
@@ -230,40 +270,39 @@ def test_format_page_probabilities_are_correct():
         assert probability(int(step) / 4, None) == int(expected)
 
 
+EXAMPLE_FORMAT = (16, 8, 4, b"tokenizer of the format page ...", b"")
+
+
 def test_format_page_raw_example_decodes():
-    header_fields, tokens = read_file(example("raw"), None)
+    header_fields, tokens = read_file(example("raw"), EXAMPLE_FORMAT, None)
     assert header_fields == (20, 10, 1, 1, 16, 8)
     assert (tokens[0, 0] @ (1 << np.arange(4))).tolist() == [[1, 2, 4, 8], [15, 0, 9, 6]]
-    from bsq_ray.codec.container import read_container
+    assert read_container(example("raw"), TokenFormat(*EXAMPLE_FORMAT)).payload(0) == pack(tokens[0, 0])
 
-    assert read_container(example("raw")).payload(0) == pack(tokens[0, 0])
+
+EXAMPLE_LOGITS = {0: -0.8, 1: 0.6249, 4: 3.0}
 
 
 @pytest.mark.parametrize("logit_error", [0.0, 2.0**-8, -(2.0**-8)])
 def test_format_page_prior_example_decodes(logit_error):
     """Also with logits that differ by as much as is allowed for."""
-    logits = {0: -0.8, 1: 0.6249, 4: 3.0}
-    bits = decode_payload(
-        example("prior"), lambda bits, tile, n, s, node: logits[node] + logit_error * 0.999, 1, 1, 1, 3
-    )
-    assert bits.ravel().tolist() == [False, True, True]
-    choices, _ = read_side_info(example("prior"))
-    assert choices == {1: 0}
+    for name, choices in (("prior", {}), ("prior-unshifted", {1: 0})):
+        bits = decode_payload(
+            example(name), lambda *node: EXAMPLE_LOGITS[node[-1]] + logit_error * 0.999, 1, 1, 1, 3
+        )  # fmt: skip
+        assert bits.ravel().tolist() == [False, True, True]
+        coder = RangeDecoder(example(name))
+        assert read_side_info(lambda coder=coder: coder.decode_bit(2**15)) == (6, 0 if choices else 0.25, choices)
 
 
-def test_format_page_prior_example_matches_encoder():
-    import constriction
+def test_format_page_prior_example_matches_encoder(monkeypatch):
+    logits, chosen = np.array(list(EXAMPLE_LOGITS.values())), np.array([0, 1, 1], np.int32)
+    assert encode_nodes(logits, chosen, 6).data == example("prior")
+    monkeypatch.setattr("bsq_ray.codec.bitstream.choose_shift", lambda *_: 0)
+    assert encode_nodes(logits, chosen, 6).data == example("prior-unshifted")
 
-    from bsq_ray.codec import probabilities
-    from bsq_ray.codec.side_info import write_side_info
 
-    logits = np.array([-0.8, 0.6249, 3.0])
-    levels, is_ambiguous = probabilities.round_logits(logits, 2.0**-8)
-    positions = np.flatnonzero(is_ambiguous)
-    side_info = write_side_info(positions, probabilities.rounded_up(logits[positions], levels[positions]))
-    coder = constriction.stream.queue.RangeEncoder()
-    model = constriction.stream.model.Bernoulli(perfect=False)
-    coder.encode(np.array([0, 1, 1], np.int32), model, probabilities.probabilities_of_levels(levels))
-    assert side_info + coder.get_compressed().astype("<u4").tobytes() == example("prior")
-    assert levels.tolist() == [-3, 2, 12]
-    assert probabilities.probability_table()[levels + 40].tolist() == [21025, 40793, 62428]
+def test_format_page_levels_are_correct():
+    for shift, levels, expected in ((0, [-3, 2, 12], [21025, 40793, 62428]), (2, [-3, 2, 12], [21928, 41748, 62608])):
+        assert probabilities.round_logits(np.array(list(EXAMPLE_LOGITS.values())), 0.0, shift)[0].tolist() == levels
+        assert probabilities.probability_table(shift)[np.array(levels) + 40].tolist() == expected

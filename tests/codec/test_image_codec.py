@@ -78,7 +78,9 @@ def test_codec_bf16_prior_roundtrip(codec_folder, photo):
 def test_decompress_logits_beyond_tolerance_raises(codec_folder, data):
     codec = Codec.from_pretrained(codec_folder)
     codec.prior = NoisyPrior(codec.prior, 0.3)
-    with pytest.raises(ValueError, match=r"this machine's logits differ from the encoder's by more than the 2\^-14"):
+    with pytest.raises(
+        ValueError, match="this machine's logits differ from the encoder's by more than the file allows"
+    ):
         codec.decompress(data)
     codec.prior.noise = 2.0**-14 - 1e-6
     assert codec.decompress(data).size == (150, 100)
@@ -148,7 +150,7 @@ def test_preview_truncated_file_shows_available_tiles(codec, photos):
     assert (array(image)[-1] == 128).all()
     assert codec.preview(data)[1] == 1
     with pytest.raises(ValueError, match="header and index need"):
-        codec.preview(data[:60])
+        codec.preview(data[:20])
 
 
 def test_blend_tiles_has_no_visible_seams():
@@ -180,15 +182,15 @@ def test_split_tiles_and_tiles_to_grid_keep_positions(photo):
 
 
 def test_decompress_wrong_model_or_version_raises(codec, raw_codec, data, photo, tmp_path):
-    with pytest.raises(ValueError, match="was written with prior"):
+    with pytest.raises(ValueError, match="was written with a prior"):
         raw_codec.decompress(data)
     with pytest.raises(ValueError, match="without a prior"):
         codec.decompress(raw_codec.compress(photo).data)
     other = Codec.from_pretrained(save_tokenizer(tmp_path / "other", 5))
-    with pytest.raises(ValueError, match="was written with tokenizer"):
+    with pytest.raises(ValueError, match="was written with the models with key [0-9a-f]{4}, but these are tokenizer"):
         other.decompress(raw_codec.compress(photo).data)
-    with pytest.raises(ValueError, match="format version 9"):
-        codec.decompress(data[:4] + b"\x09" + data[5:])
+    with pytest.raises(ValueError, match="format version 15"):
+        codec.decompress(data[:4] + b"\x0f" + data[5:])
     with pytest.raises(ValueError, match="not a .bsq file"):
         codec.decompress(b"\x89PNG")
 

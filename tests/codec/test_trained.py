@@ -22,12 +22,23 @@ def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, ph
     codec = Codec.from_pretrained(trained_folder)
     for photo in photos[:2]:
         compressed = codec.compress(photo.resize((768, 512)))
-        container = read_container(compressed.data)
-        payload_bits = 8 * sum(len(container.payload(n)) for n in range(len(container.index_GE)))
+        container = read_container(compressed.data, codec.token_format)
+        payload_bits = 8 * sum(map(int, container.sizes_G))
         assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_info_bits, rel=0.005)
         assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "the prior has learned something"
-        assert compressed.side_info_bits < 0.03 * compressed.cross_entropy_bits
+        assert compressed.side_info_bits < 0.01 * compressed.cross_entropy_bits
+        assert 8 * len(compressed.data) < 1.015 * compressed.cross_entropy_bits
     assert codec.decompress(compressed.data, (300, 200, 400, 300)).size == (100, 100)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128)])
+def test_small_image_has_few_bytes_above_cross_entropy(trained_folder, photos, size):
+    """Header, checksum, side information and the end of the range coder are 16 bytes at most."""
+    codec = Codec.from_pretrained(trained_folder)
+    for photo in photos[:6]:
+        compressed = codec.compress(photo.resize(size))
+        assert len(compressed.data) - compressed.cross_entropy_bits / 8 < 16 + 0.005 * compressed.cross_entropy_bits / 8
+        assert codec.decompress(compressed.data).size == size
 
 
 def border_step_ratio(pixels, tile):

@@ -10,7 +10,7 @@ from PIL import Image
 from small_codecs import save_clip_codec
 
 from bsq_ray import Codec
-from bsq_ray.codec.container import read_container
+from bsq_ray.codec.container import read_container, read_header
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.media.color import SRGB, ColorDescription
 from bsq_ray.media.video_reader import read_video
@@ -64,12 +64,12 @@ def test_compress_clip_invalid_rate_raises(raw_clip_codec, frames, rate):
         raw_clip_codec.compress_clip(frames, rate)
 
 
-def test_compress_clip_roundtrip_keeps_rate_and_color(raw_clip_codec, frames, data, decoded):
-    clip = read_container(data).header.clip
+def test_compress_clip_roundtrip_keeps_rate_and_color(clip_codec, raw_clip_codec, frames, data, decoded):
+    clip = read_container(data, clip_codec.token_format).header.clip
     assert (clip.num_frames, clip.gop_size, clip.frame_rate, clip.color) == (11, 4, RATE, (1, 1, 1, 0))
     assert [frame.shape for frame in decoded] == [(72, 88, 3)] * 11
     raw = raw_clip_codec.compress_clip(frames, RATE)
-    assert read_container(raw.data).header.clip.color == SRGB
+    assert read_header(raw.data).clip.color == SRGB
     assert raw.num_frames == 11
     assert raw.bits_per_pixel == 8 * len(raw.data) / (88 * 72 * 11)
     for here, there in zip(decoded, raw_clip_codec.decompress_clip(raw.data), strict=True):
@@ -85,12 +85,12 @@ def test_decompress_clip_batch_size_does_not_matter(folder, data, decoded, batch
 @pytest.mark.parametrize("frame", [0, 3, 4, 6, 10])
 def test_decompress_clip_single_frame_reads_only_its_gop(clip_codec, data, decoded, frame):
     """The payloads of all others may be anything."""
-    container = read_container(data)
+    container = read_container(data, clip_codec.token_format)
     damaged = bytearray(data)
-    for number in range(len(container.index_GE)):
+    for number in range(container.header.num_groups):
         if number // container.header.groups_per_gop != frame // 4:
             start = int(container.offsets_G[number])
-            damaged[start : start + int(container.index_GE[number, 0])] = bytes(int(container.index_GE[number, 0]))
+            damaged[start : start + int(container.sizes_G[number])] = bytes(int(container.sizes_G[number]))
     [alone] = clip_codec.decompress_clip(bytes(damaged), range(frame, frame + 1))
     assert (alone == decoded[frame]).all()
     with pytest.raises(ValueError, match="does not match its checksum"):
@@ -132,7 +132,7 @@ def test_codec_distinguishes_images_and_clips(clip_codec, codec, data, frames):
     with pytest.raises(ValueError, match="contains an image"):
         clip_codec.decompress_clip(image.data)
     single = codec.compress_clip(frames[:3], 25)
-    assert read_container(single.data).header.clip.gop_size == 1, "a tokenizer of images takes frame after frame"
+    assert read_header(single.data).clip.gop_size == 1, "a tokenizer of images takes frame after frame"
     assert len(list(codec.decompress_clip(single.data))) == 3
 
 

@@ -13,6 +13,7 @@ from local_service import encode_image, save_models
 from PIL import Image
 
 from bsq_ray import Codec, Generator, Tokenizer
+from bsq_ray.codec.varint import write_varint
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.serving.service_config import Limits, Settings
@@ -133,7 +134,7 @@ def test_decompression_bomb_returns_413(client):
 
 def with_claimed_width(file, width):
     """Return a .bsq file with another width in its header."""
-    return file[:8] + struct.pack("<I", width) + file[12:]
+    return file[:5] + write_varint(width - 1) + file[7:]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def with_claimed_width(file, width):
         ("decompress", lambda _, file: file[:60], 422, "truncated"),
         ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
         ("decompress", lambda _, file: with_claimed_width(file, 2**31), 422, "claims"),
-        ("decompress", lambda _, file: file[:21] + bytes(8) + file[29:], 422, "not served here"),
+        ("decompress", lambda _, file: file[:8] + bytes(2) + file[10:], 422, "which this service does not have"),
         ("decode", b"[1, 2", 415, "not JSON"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 10}', 422, "packed"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 9, "packed": ""}', 422, "bits"),
