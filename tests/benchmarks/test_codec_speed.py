@@ -1,5 +1,6 @@
 """Time of the codec by stage, and the range coder compared with torchac."""
 
+import copy
 import time
 
 import constriction
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bsq_ray import Codec, Prior, Tokenizer
+from bsq_ray import Codec, Prior, Tokenizer, config
 from bsq_ray.codec import probabilities
 from bsq_ray.config import load_config
+from bsq_ray.models.quantizers.bits import bits_to_integers
 
 pytestmark = pytest.mark.benchmark
 
@@ -75,3 +77,39 @@ def test_codec_time_breakdown(case, tokenizer, prior, size, photos, record, tmp_
         record(
             "codec-time-cpu", f"{case}-{direction}", **{f"{name}_ms": 1e3 * spent for name, spent in timings_s.items()}
         )
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "side", "bits", "scale"),
+    [(2, 32, 4, 10, 15), (2, 32, 4, 10, 250), (4, 128, 8, 18, 40), (4, 128, 8, 18, 400), (12, 768, 8, 18, 40)],
+)
+def test_logit_errors_of_passes_and_decoding(layers, width, side, bits, scale, record):
+    """Errors of fp32 logits against fp64, in one pass and token by token, in units of the tolerance 2^-14."""
+    torch.manual_seed(0)
+    num_tokens, num_sub_tokens = side * side, 2
+    model_config = config.PriorModelConfig(
+        grid=(1, side, side), bits=bits, sub_bits=bits // 2, width=width, layers=layers, heads=width // 32, dropout=0
+    )
+    prior = Prior(model_config).eval()
+    with torch.no_grad():
+        for tree in prior.trees:
+            tree.weight.mul_(scale)
+    reference = copy.deepcopy(prior).double()
+    sub_tokens_BNS = bits_to_integers(torch.rand(1, num_tokens, bits) < 0.5, bits // 2)
+
+    def decode():
+        decoder, logits = prior.start_decoding(1, num_tokens), []
+        for n in range(num_tokens):
+            h_B1D, token_BNS = decoder.next_features(), sub_tokens_BNS[:, n : n + 1]
+            logits.append(torch.stack([prior.node_logits(h_B1D, token_BNS[..., :s]) for s in range(num_sub_tokens)], 2))
+            decoder.push(sub_tokens_BNS[:, n])
+        return torch.cat(logits, 1).double()
+
+    with torch.no_grad():
+        exact, one_pass, by_token = reference(sub_tokens_BNS).double(), prior(sub_tokens_BNS).double(), decode()
+    one_pass_error, by_token_error = (2**14 * float((logits - exact).abs().max()) for logits in (one_pass, by_token))
+    record(
+        "logit-errors-cpu", f"{layers}x{width}-{num_tokens}-scale-{scale}", logit_std=float(exact.std()),
+        one_pass_error=one_pass_error, by_token_error=by_token_error,
+    )  # fmt: skip
+    assert by_token_error < 4 * one_pass_error

@@ -55,6 +55,29 @@ def test_decode_other_process_batch_and_threads_is_byte_exact(codec_folder, phot
         assert out.read_bytes() == expected
 
 
+_COMPRESS_LARGE = """
+import resource, sys
+from PIL import Image
+from bsq_ray import Codec
+codec = Codec.from_pretrained(sys.argv[1], batch_size=64)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+codec.compress(Image.new("RGB", (2000, 128)))
+image = Image.effect_noise((2000, 4000), 60).convert("RGB")
+before = peak()
+codec.compress(image)
+print((peak() - before) / (2000 * 4000))
+"""
+
+
+def test_compress_large_image_needs_few_bytes_per_pixel(codec_folder):
+    """Memory grows by less than 16 bytes per pixel: one row of tile groups is encoded at a time."""
+    words = [sys.executable, "-c", _COMPRESS_LARGE, f"{codec_folder}/tokenizer"]
+    output = subprocess.run(
+        words, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert float(output.stdout) < 16
+
+
 def test_compress_batch_size_does_not_change_raw_file(codec_folder, photo, data):
     for batch in (1, 5):
         assert Codec.from_pretrained(codec_folder, batch_size=batch).compress(photo).raw_bits > 0
