@@ -80,7 +80,7 @@ def test_iter_groups_raster_order_and_selection_by_tiles():
     ],
 )
 def test_token_checksum_depends_on_header_and_whole_ids(other):
-    """Two models whose ids have one key are told apart by the checksums."""
+    """Two models whose ids have one key are distinguished by the checksums."""
     files = [
         write_container(header, token_format, [b"a", b"b"], [[1], [2]])
         for header, token_format in (other, (IMAGE, FORMAT))
