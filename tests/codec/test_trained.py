@@ -27,13 +27,13 @@ def test_payload_size_is_close_to_cross_entropy_and_side_info(trained_folder, ph
         assert payload_bits == pytest.approx(compressed.cross_entropy_bits + compressed.side_info_bits, rel=0.005)
         assert compressed.cross_entropy_bits < 0.9 * compressed.raw_bits, "the prior has learned something"
         assert compressed.side_info_bits < 0.01 * compressed.cross_entropy_bits
-        assert 8 * len(compressed.data) < 1.015 * compressed.cross_entropy_bits
+        assert 8 * len(compressed.data) < 1.025 * compressed.cross_entropy_bits
     assert codec.decompress(compressed.data, (300, 200, 400, 300)).size == (100, 100)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128)])
 def test_small_image_has_few_bytes_above_cross_entropy(trained_folder, photos, size):
-    """Header, checksum, side information and the end of the range coder are 16 bytes at most."""
+    """All that is added to the cross entropy is 16 bytes and half a percent at most."""
     codec = Codec.from_pretrained(trained_folder)
     for photo in photos[:6]:
         compressed = codec.compress(photo.resize(size))
