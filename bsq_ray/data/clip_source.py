@@ -26,6 +26,7 @@ from bsq_ray.data.sample_index import Shard
 from bsq_ray.data.shard_reader import ShardFiles, locate_samples
 from bsq_ray.data.transforms import eval_transform, sample_crop
 from bsq_ray.media.video_reader import read_frames
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ class ClipSource(DataSource):
         )
         files = self._shard_files(samples_P.tolist(), block)
         for row, (sample, epoch) in enumerate(zip(samples_P.tolist(), epochs_P.tolist(), strict=True)):
-            rng = np.random.default_rng((seed, epoch, sample))
+            rng = stream_rng(RandomStream.CLIP_CROP, seed, epoch, sample)
             clip = self._first_readable(sample, files, rng, block.skipped)
             block.values_P[row], block.labels_P[row] = clip.values_P[0], clip.labels_P[0]
             block.keys += clip.keys

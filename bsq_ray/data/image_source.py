@@ -19,6 +19,7 @@ from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.sample_index import SampleEntry
 from bsq_ray.data.shard_reader import SampleLocation, decode_blob, fetch_located, locate_samples
 from bsq_ray.data.transforms import eval_transform, train_transform
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 
 class ImageSource(DataSource):
@@ -59,7 +60,7 @@ class ImageSource(DataSource):
         return block
 
     def _random_crop(self, image: Image.Image, sample: int, epoch: int, seed: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, epoch, sample))
+        rng = stream_rng(RandomStream.IMAGE_CROP, seed, epoch, sample)
         return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
 
     def _fetch(

@@ -26,13 +26,12 @@ from bsq_ray.config.loader import load_yaml_as
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.order import Order
 from bsq_ray.data.token_table import TokenSource
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 # Positions that are shuffled together.
 _BLOCK = 1024
 # Weights are integers in units of 2^-30, so that shares are exact.
 _UNITS = 2**30
-# Keeps these random numbers apart from those of crops, whose keys start with (seed, epoch).
-_STREAM = 2**32 - 1
 
 
 class WeightedDataset(StrictModel):
@@ -223,7 +222,7 @@ def _split_block(unit_ends: tuple[int, ...], seed: int, block: int) -> tuple[np.
         np.diff([0, *(number * _BLOCK * end // _UNITS for end in unit_ends)]) for number in (block, block + 1)
     )
     source_K = np.repeat(np.arange(len(unit_ends)), stops - starts)
-    source_K = np.random.default_rng((seed, _STREAM, block)).permutation(source_K)
+    source_K = stream_rng(RandomStream.MIXTURE_ORDER, seed, block).permutation(source_K)
     local_K = np.empty_like(source_K)
     for number, start in enumerate(starts.tolist()):
         is_source_K = source_K == number

@@ -27,6 +27,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
+
 
 @dataclass(frozen=True, eq=False)
 class Order:
@@ -98,7 +100,7 @@ class Order:
             mask_P = (lane_P == lane) & (block_P == block)
             first = int(block) * self.shuffle_block_size
             length = min(self.shuffle_block_size, int(bounds[lane + 1] - bounds[lane]) - first)
-            shuffled = _permutation(length, (self.seed, epoch, int(lane), int(block)))
+            shuffled = _permutation(length, RandomStream.BLOCK_ORDER, (self.seed, epoch, int(lane), int(block)))
             sequence_P[mask_P] = bounds[lane] + first + shuffled[element_P[mask_P] - first]
         return sequence_P
 
@@ -115,7 +117,7 @@ class Order:
             if permuted.epoch == epoch:
                 return permuted
         sizes = np.diff(self._shard_starts)
-        shards = np.random.default_rng((self.seed, epoch)).permutation(len(sizes))
+        shards = stream_rng(RandomStream.SHARD_ORDER, self.seed, epoch).permutation(len(sizes))
         permuted = _PermutedShards(epoch, shards, np.concatenate([[0], np.cumsum(sizes[shards])]))
         self._epochs.append(permuted)
         return permuted
@@ -156,5 +158,5 @@ def worker_positions(first: int, stop: int, batch_size: int, rank: int, world_si
 
 
 @lru_cache(maxsize=256)
-def _permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(key).permutation(length).astype(np.int64)
+def _permutation(length: int, stream: RandomStream, key: tuple[int, ...]) -> np.ndarray:
+    return stream_rng(stream, *key).permutation(length).astype(np.int64)

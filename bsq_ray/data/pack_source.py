@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from bsq_ray import storage
 from bsq_ray.data.file_list import decode_name
 from bsq_ray.data.file_ranges import read_range
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 # Row groups that a reading process keeps decoded. The files of one follow each other in the plan.
 _MAX_ROW_GROUPS = 2
@@ -85,7 +86,7 @@ class SourceFiles:
 
     def shuffled(self, seed: int) -> np.ndarray:
         """Return the numbers of the files in random order; rows of one row group stay together."""
-        rng = np.random.default_rng(seed)
+        rng = stream_rng(RandomStream.PACK_ORDER, seed)
         if not len(self.row_group_F):
             return rng.permutation(len(self))
         group_F = self.container_F.astype(np.int64) * (int(self.row_group_F.max()) + 1) + self.row_group_F

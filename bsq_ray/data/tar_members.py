@@ -99,8 +99,8 @@ def is_member_of(name: str, key: str) -> bool:
 
 
 def normal_name(name: str) -> str:
-    """Return a member name without "./", "//" and a leading "/"."""
-    return posixpath.normpath(name).lstrip("/")
+    """Return a member name without "./", "//" and a leading "/"; bytes that are not UTF-8 are escaped."""
+    return posixpath.normpath(name).lstrip("/").encode("utf-8", "backslashreplace").decode()
 
 
 def iter_members(content: ShardContent) -> Iterator[Member]:

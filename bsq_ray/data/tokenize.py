@@ -37,6 +37,7 @@ from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
+from bsq_ray.runtime.random_streams import RandomStream, stream_seed
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ def tokenize(
     names = [f"part-{number:06}.parquet" for number in range(manifest.num_shards)]
     parts = completed_parts(out_url, names, info)
     missing = [number for number, name in enumerate(names) if name not in parts]
-    task = _TokenizeTask(model_url, out_url, manifest, source, info, batch_size, seed)
+    task = _TokenizeTask(
+        model_url, out_url, manifest, source, info, batch_size, stream_seed(RandomStream.TOKENIZER_CROP, seed)
+    )
     skipped: list[str] = []
     results = actor_map_ordered(missing, partial(_PartWriter, task), num_workers, address)
     for number, result in zip(missing, results, strict=True):

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from math import cos, pi
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.runtime.random_streams import RandomStream, stream_seed
 
 
 def num_masked(step: int, steps: int, units: int) -> int:
@@ -153,9 +153,7 @@ def _lowest_confidence(confidence_BU: Tensor, masked_BU: Tensor, num_masked_B: T
 
 
 def _image_generator(seed: int, image_index: int) -> torch.Generator:
-    # The spawn key makes the streams of any two (seed, image) pairs independent.
-    [mixed_seed] = np.random.SeedSequence(seed, spawn_key=(image_index,)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed_seed))
+    return torch.Generator().manual_seed(stream_seed(RandomStream.GENERATED_IMAGE, seed, image_index))
 
 
 def _uniform(generators: Sequence[torch.Generator], shape: Sequence[int], device: torch.device) -> Tensor:

@@ -100,6 +100,7 @@ USED = {
         3,
         "2 links to files that are not in the shard; archive with `tar --dereference`",
     ),
+    "names that are not UTF-8": (samples(name="gr\udcfcn-{:03}"), PLAIN, 6, 0, ""),
     "letters beyond ASCII": (samples(name="küche/猫-{:03}"), PLAIN, 6, 0, ""),
     "names of 140 letters": (samples(name=LONG + "{:03}"), PLAIN, 6, 0, ""),
     "labels in JSON": (
@@ -149,7 +150,10 @@ def test_index_shards_uses_or_names_every_member(tmp_path, case):
     assert (inspection.num_measured, inspection.errors) == (num_samples, [])
 
 
-@pytest.mark.parametrize("case", ["plain", "in a folder", "letters beyond ASCII", "names of 140 letters", "hard link"])
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "in a folder", "names that are not UTF-8", "letters beyond ASCII", "names of 140 letters", "hard link"],
+)
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT], ids=["ustar", "gnu"])
 def test_index_shards_reads_other_tar_formats(tmp_path, case, tar_format):
     """The headers of old tars and of GNU tars are read like those of PAX."""

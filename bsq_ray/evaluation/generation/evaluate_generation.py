@@ -40,6 +40,7 @@ from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 _BATCH = 32
 # Number of nearest reference images that vote on the class of an image.
@@ -229,7 +230,7 @@ class _FrequencySampler:
         tokens, bits = self.table_info.num_tokens, self.table_info.bits
         rows_BN = np.empty((len(labels), tokens), np.int64)
         for index, label in enumerate(labels):
-            rng = np.random.default_rng((self.seed, first + index))
+            rng = stream_rng(RandomStream.FREQUENCY_BASELINE, self.seed, first + index)
             rows_BN[index] = rng.choice(np.flatnonzero(self.labels_P == label), tokens)
         # Bit 1 of a byte is the least significant one.
         byte_NL, bit_NL = np.divmod(np.arange(tokens * bits).reshape(tokens, bits), 8)

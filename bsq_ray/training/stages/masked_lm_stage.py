@@ -7,7 +7,6 @@ Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-t
 
 from __future__ import annotations
 
-import hashlib
 from math import log, pi
 from typing import cast
 
@@ -24,6 +23,7 @@ from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
@@ -109,8 +109,7 @@ class MaskedLMStage(Stage):
         num_units = model_config.num_tokens * (1 if model_config.mask_unit == "token" else model_config.num_sub_tokens)
         masks, dropped = [], []
         for key in keys:
-            digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-            rng = np.random.default_rng((self.run_config.training.seed, step + 1, int.from_bytes(digest)))
+            rng = stream_rng(RandomStream.TOKEN_MASK, self.run_config.training.seed, step + 1, key)
             mask_ratio = np.cos(pi / 2 * rng.random())
             order = rng.permutation(num_units)
             masks.append(order < max(1, round(num_units * mask_ratio)))
