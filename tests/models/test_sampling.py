@@ -112,7 +112,7 @@ def test_sample_matches_distribution_and_guidance_sharpens(trained_model):
 
 def test_guidance_linear_schedule_is_full_at_last_step(trained_model):
     """A linear guidance schedule reaches the full scale only in the last step."""
-    classes_BC = trained_model.class_weights(torch.arange(4))
+    classes_BC = trained_model.class_weights(torch.arange(4).repeat(8))
 
     def sample_with(steps, schedule):
         return sample(
