@@ -5,15 +5,17 @@ batch_size = world_size × accumulation_steps × micro_batch
 
 from __future__ import annotations
 
-from bsq_ray.config import TrainingConfig
+from bsq_ray.config import AnyConfig, TokenizerConfig
 
 
-def split_batch(training_config: TrainingConfig, world_size: int) -> tuple[int, int]:
+def split_batch(run_config: AnyConfig, world_size: int) -> tuple[int, int]:
     """Return the micro batch and the number of accumulation steps of each worker.
 
     Raises:
-        ValueError: the batch does not divide evenly; the message states what to change.
+        ValueError: the batch does not divide evenly, or the discriminator would see other groups than in the whole
+            batch; the message states what to change.
     """
+    training_config = run_config.training
     if training_config.batch_size % world_size:
         raise ValueError(
             f"training.batch_size {training_config.batch_size} cannot be shared evenly by {world_size} workers; "
@@ -26,10 +28,17 @@ def split_batch(training_config: TrainingConfig, world_size: int) -> tuple[int, 
             f"the batch of each worker ({per_worker} of {training_config.batch_size} images, {world_size} workers) is "
             f"not a multiple of training.micro_batch_size {micro_batch}; choose a divisor of {per_worker}"
         )
+    if isinstance(run_config, TokenizerConfig):
+        _check_adversarial_loss(run_config, micro_batch, per_worker // micro_batch)
     return micro_batch, per_worker // micro_batch
 
 
-def valid_world_sizes(training_config: TrainingConfig, min_workers: int, max_workers: int) -> list[int]:
+def stddev_group_size(num_images: int, max_size: int) -> int:
+    """Return the size of the groups of the minibatch standard deviation: the largest divisor up to `max_size`."""
+    return max(size for size in range(1, max_size + 1) if num_images % size == 0)
+
+
+def valid_world_sizes(run_config: AnyConfig, min_workers: int, max_workers: int) -> list[int]:
     """Return the numbers of workers in the range that divide the global batch evenly, ascending.
 
     Raises:
@@ -41,17 +50,46 @@ def valid_world_sizes(training_config: TrainingConfig, min_workers: int, max_wor
         raise ValueError(
             f"workers {min_workers}-{max_workers} is not a valid range; give 1 or more, smaller number first"
         )
-    split_batch(training_config, max(1, max_workers))
+    split_batch(run_config, max(1, max_workers))
     return [
         size
         for size in range(min_workers, max_workers + 1)
-        if size in (0, max_workers) or _splits_evenly(training_config, size)
+        if size in (0, max_workers) or can_split_batch(run_config, size)
     ]
 
 
-def _splits_evenly(training_config: TrainingConfig, world_size: int) -> bool:
+def can_split_batch(run_config: AnyConfig, world_size: int) -> bool:
+    """Return True if `split_batch` accepts this number of workers."""
     try:
-        split_batch(training_config, world_size)
+        split_batch(run_config, world_size)
     except ValueError:
         return False
     return True
+
+
+def _check_adversarial_loss(run_config: TokenizerConfig, micro_batch: int, accumulation_steps: int) -> None:
+    """Check that the terms that relate samples to each other do not depend on how the batch is split.
+
+    The minibatch standard deviation has groups of images, or of frames if clips are scored frame by frame.
+    """
+    adversarial = run_config.loss.adversarial
+    if not adversarial.weight:
+        return
+    if adversarial.adaptive_weight and accumulation_steps > 1:
+        raise ValueError(
+            "loss.adversarial.adaptive_weight compares gradients of the whole batch, and gradient accumulation "
+            "computes them part by part; set adaptive_weight to false, training.micro_batch_size to null, or use "
+            f"{accumulation_steps} times as many workers"
+        )
+    if adversarial.discriminator == "patchgan":
+        return
+    frames = 1 if adversarial.discriminator == "stylegan2-3d" else run_config.model.frames
+    batch_size, max_size = run_config.training.batch_size, adversarial.stddev_group_size
+    expected, actual = (stddev_group_size(frames * size, max_size) for size in (batch_size, micro_batch))
+    if actual != expected:
+        raise ValueError(
+            f"micro batches of {micro_batch} samples give the discriminator groups of {actual} for its minibatch "
+            f"standard deviation, and the whole batch of {batch_size} gives groups of {expected}, so training would "
+            f"depend on the number of workers; use fewer workers, a larger training.micro_batch_size, or "
+            f"loss.adversarial.stddev_group_size={actual}"
+        )

@@ -38,7 +38,11 @@ class EntropyConfig(StrictModel):
         1.0, ge=0, description="Weight of the entropy over the batch, which keeps all codes in use (the paper's gamma)."
     )
     weight: float = Field(1.0, ge=0, description="Weight of the whole penalty, before loss.quantizer_weight.")
-    across_workers: bool = Field(False, description="Average the batch statistics over all workers.")
+    across_workers: bool = Field(
+        True,
+        description="Take the entropy over the global batch, for any number of workers; false: over each worker's own "
+        "part, as in the published code.",
+    )
 
 
 class _BinaryQuantizerConfig(StrictModel):
@@ -152,6 +156,17 @@ class AdversarialConfig(StrictModel):
     channel_max: int = Field(512, ge=8, description="stylegan2 and stylegan2-3d: most channels at any resolution.")
     r1_gamma: float = Field(10.0, ge=0, description="Weight of the R1 gradient penalty on real images.")
     r1_every: int = Field(16, ge=1, description="Steps between R1 penalties, each scaled by this number.")
+    r1_gradient: bool = Field(
+        True,
+        description="Train with the gradient of the R1 penalty; false adds only its value to the loss, as the "
+        "published code does by mistake.",
+    )
+    stddev_group_size: int = Field(
+        4,
+        ge=1,
+        description="stylegan2 and stylegan2-3d: images or clips per group of the minibatch standard deviation, at "
+        "most; must divide a micro batch.",
+    )
 
 
 class TokenizerLossConfig(StrictModel):
@@ -159,6 +174,11 @@ class TokenizerLossConfig(StrictModel):
 
     reconstruction: Literal["l1", "l2"] = Field("l1", description="Pixel loss.")
     reconstruction_weight: float = Field(1.0, ge=0, description="Weight of the pixel loss.")
+    clamp_reconstruction: bool = Field(
+        False,
+        description="Clamp reconstructions to [-1, 1] before the pixel loss too, as the published code does; values "
+        "outside then have no gradient.",
+    )
     perceptual_weight: float = Field(0.1, ge=0, description="Weight of LPIPS; 0 does not load its network.")
     perceptual_network: Literal["vgg", "alex"] = Field(
         "vgg", description="Network of LPIPS in training; evaluation uses alex."

@@ -113,9 +113,19 @@ class MaskedLM(PretrainedModel[config.MaskedLMModelConfig]):
 
 
 def masked_cross_entropy(
-    logits_BNSV: Tensor, sub_tokens_BNS: Tensor, masked_BNS: Tensor, label_smoothing: float
+    logits_BNSV: Tensor,
+    sub_tokens_BNS: Tensor,
+    masked_BNS: Tensor,
+    label_smoothing: float,
+    num_masked: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean cross entropy of the masked sub-tokens in nats, scalar."""
+    """Return the mean cross entropy of the masked sub-tokens in nats, scalar.
+
+    Args:
+        num_masked: number of masked sub-tokens that the sum is divided by; None: those of `masked_BNS`.
+    """
     masked = masked_BNS.flatten()
     logits_PV = logits_BNSV.flatten(0, 2)[masked]
-    return F.cross_entropy(logits_PV, sub_tokens_BNS.flatten()[masked], label_smoothing=label_smoothing)
+    targets_P = sub_tokens_BNS.flatten()[masked]
+    total = F.cross_entropy(logits_PV, targets_P, label_smoothing=label_smoothing, reduction="sum")
+    return total / (masked.sum() if num_masked is None else num_masked)

@@ -118,16 +118,25 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         """All transformer blocks, encoder first; `block.compile()` on each compiles the model in place."""
         return [cast(TransformerBlock, b) for part in (self.encoder, self.decoder) for b in part.transformer.blocks]
 
-    def forward(self, images_BCHW_or_BCTHW: Tensor) -> TokenizerOutput:
+    def forward(self, images_BCHW_or_BCTHW: Tensor, batch_statistics: Tensor | None = None) -> TokenizerOutput:
         """Reconstruct through the quantizer, with gradients.
+
+        Args:
+            batch_statistics: mean of `batch_statistics` over all parts, if the images are a part of a batch.
 
         Raises:
             ValueError: the size of the images differs from the model's.
         """
         clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
-        quantized = self.quantizer(self._features(clips_B3THW))
+        quantized = self.quantizer(self._features(clips_B3THW), batch_statistics)
         clips_B3THW = self._images(quantized.codes_BNC, self._grid(clips_B3THW))
         return TokenizerOutput(clips_B3THW.reshape(images_BCHW_or_BCTHW.shape), quantized)
+
+    @torch.no_grad()
+    def batch_statistics(self, images_BCHW_or_BCTHW: Tensor) -> Tensor | None:
+        """Return the quantizer's statistics of images, see `Quantizer.batch_statistics`; runs the encoder only."""
+        clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
+        return self.quantizer.batch_statistics(self._features(clips_B3THW))
 
     @torch.no_grad()
     def encode(self, images_BCHW_or_BCTHW: Tensor) -> Tokens:

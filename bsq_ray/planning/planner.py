@@ -95,7 +95,7 @@ def make_plan(
             f"efficiency {efficiency} must be in (0, 1], and network bandwidth {network_gbit} Gbit/s must be positive"
         )
     training_config = run.training
-    micro_batch, accumulation = split_batch(training_config, num_gpus)
+    micro_batch, accumulation = split_batch(run, num_gpus)
     sample = sample_requirements(run)
     compute = micro_batch * accumulation * _compute_seconds(run, sample, gpu_spec, efficiency)
     sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)

@@ -82,9 +82,7 @@ def train(
         init_url = storage.absolute(init_url)
     run_config = resolve_tokenizer(run_config, data_url)
     spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
-    world_sizes = valid_world_sizes(
-        run_config.training, num_workers if min_workers is None else min_workers, num_workers
-    )
+    world_sizes = valid_world_sizes(run_config, num_workers if min_workers is None else min_workers, num_workers)
     _validate(spec, resume)
     spec = _store_mixtures(spec)
     storage.write_text(storage.join(out_url, "config.yaml"), config.dump_config(run_config))

@@ -63,7 +63,7 @@ class Trainer:
         check_trackers(self.training_config.trackers)
         self.recorder = RunRecorder(spec, worker)
         self.source = build_source(spec.config, spec.data_url)
-        self.micro_batch, self.accumulation_steps = split_batch(self.training_config, worker.world_size)
+        self.micro_batch, self.accumulation_steps = split_batch(spec.config, worker.world_size)
         self.precision = autocast_precision(self.training_config.engine.precision, worker.device)
         self.autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         enable_strict_fp32()
@@ -183,8 +183,10 @@ class Trainer:
             NonFiniteLossError: a loss or gradient is not finite; raised on all workers, before weights change.
         """
         losses: dict[str, list[PhaseLoss]] = defaultdict(list)
-        for micro_index, micro_batch in enumerate(micro_batches(batch, self.accumulation_steps)):
-            context = None
+        batches = list(micro_batches(batch, self.accumulation_steps))
+        with self.autocast:
+            contexts = self.stage.prepare_step(batches, self.engines, self.step)
+        for micro_index, (micro_batch, context) in enumerate(zip(batches, contexts, strict=True)):
             for phase in self.stage.phases(self.step):
                 engine = self.engines[phase]
                 for name, module in self.stage.modules.items():

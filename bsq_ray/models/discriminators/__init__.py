@@ -35,6 +35,7 @@ def build_discriminator(adversarial_config: config.AdversarialConfig, image_size
     channel_base, channel_max = adversarial_config.channel_base, adversarial_config.channel_max
     if adversarial_config.discriminator == "patchgan":
         return PatchDiscriminator(channel_max)
+    max_group_size = adversarial_config.stddev_group_size
     if adversarial_config.discriminator == "stylegan2-3d":
-        return ClipDiscriminator(image_size, frames, channel_base, channel_max)
-    return StyleDiscriminator(image_size, channel_base, channel_max)
+        return ClipDiscriminator(image_size, frames, channel_base, channel_max, max_group_size)
+    return StyleDiscriminator(image_size, channel_base, channel_max, max_group_size)

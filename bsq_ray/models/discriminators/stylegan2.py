@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bsq_ray.config.batch_split import stddev_group_size
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.models.ops.conv_double_backward import convolution
 
 LEAKY_RELU_SLOPE = 0.2
 LEAKY_RELU_GAIN = sqrt(2)
-_STDDEV_GROUP_SIZE = 4
 
 
 class EqualizedConv(nn.Module):
@@ -118,13 +118,15 @@ class StyleDiscriminator(nn.Module):
     Args:
         image_size: side of the images in pixels, a power of two.
         channel_base, channel_max: the number of channels at resolution r is min(channel_base / r, channel_max).
+        max_group_size: see `append_minibatch_stddev`.
     """
 
-    def __init__(self, image_size: int, channel_base: int, channel_max: int) -> None:
+    def __init__(self, image_size: int, channel_base: int, channel_max: int, max_group_size: int = 4) -> None:
         super().__init__()
         channels = style_channels(image_size, channel_base, channel_max)
         sizes = list(channels)
         self.image_size = image_size
+        self.max_group_size = max_group_size
         self.block_names = [f"b{size}" for size in sizes[:-1]]
         for size in sizes[:-1]:
             block = StyleGAN2Block(channels[size], channels[size // 2], from_rgb=size == image_size)
@@ -137,7 +139,9 @@ class StyleDiscriminator(nn.Module):
         x_BCHW = torch.cat(batches_BCHW).contiguous(memory_format=torch.channels_last)
         for name in self.block_names:
             x_BCHW = self.get_submodule(name)(x_BCHW)
-        features_with_stddev = [append_minibatch_stddev(features) for features in x_BCHW.split(batch_sizes)]
+        features_with_stddev = [
+            append_minibatch_stddev(features, self.max_group_size) for features in x_BCHW.split(batch_sizes)
+        ]
         return tuple(self.b4(torch.cat(features_with_stddev)).float().split(batch_sizes))
 
 
@@ -156,20 +160,21 @@ def style_channels(image_size: int, channel_base: int, channel_max: int) -> dict
     return {size: max(1, min(channel_base // size, channel_max)) for size in sizes}
 
 
-def append_minibatch_stddev(x: Tensor) -> Tensor:
+def append_minibatch_stddev(x: Tensor, max_group_size: int = 4) -> Tensor:
     """Append a channel with the minibatch standard deviation, averaged over channels and pixels (Karras et al., 2018).
 
     Group i contains the images i, i + M, i + 2M, …. Each of R ranks has every R-th image of the batch, so the groups
-    are the same for any number of ranks.
+    are the same for any number of ranks, as long as B / R has the same group size; `split_batch` checks that.
 
     Args:
         x: images (B, C, H, W) or clips (B, C, T, H, W).
+        max_group_size: the group size is the largest divisor of B up to this.
 
     Returns:
         (B, C + 1, …)
     """
     batch_size, channels, *sizes = x.shape
-    group_size = max(size for size in range(1, _STDDEV_GROUP_SIZE + 1) if batch_size % size == 0)
+    group_size = stddev_group_size(batch_size, max_group_size)
     grouped_gMC = x.float().reshape(group_size, -1, channels, *sizes)
     stddev_MC = (grouped_gMC.var(0, unbiased=False) + 1e-8).sqrt()
     stddev_B = stddev_MC.flatten(1).mean(1).repeat(group_size)

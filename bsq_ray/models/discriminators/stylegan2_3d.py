@@ -76,13 +76,17 @@ class ClipDiscriminator(nn.Module):
         image_size: side of the frames in pixels, a power of two.
         frames: number of frames of every clip.
         channel_base, channel_max: the number of channels at resolution r is channel_base / r, at most channel_max.
+        max_group_size: see `append_minibatch_stddev`.
     """
 
-    def __init__(self, image_size: int, frames: int, channel_base: int, channel_max: int) -> None:
+    def __init__(
+        self, image_size: int, frames: int, channel_base: int, channel_max: int, max_group_size: int = 4
+    ) -> None:
         super().__init__()
         channels = style_channels(image_size, channel_base, channel_max)
         widths = list(channels.values())
         self.frames = frames
+        self.max_group_size = max_group_size
         self.fromrgb = EqualizedConv3d(3, widths[0], 1)
         self.blocks = nn.ModuleList()
         downsample_flags = temporal_downsampling(frames, len(widths) - 1)
@@ -108,7 +112,8 @@ class ClipDiscriminator(nn.Module):
         x_BCTHW = self.fromrgb(x_BCTHW.contiguous(memory_format=torch.channels_last_3d))
         for block in self.blocks:
             x_BCTHW = block(x_BCTHW)
-        x_BCTHW = torch.cat([append_minibatch_stddev(part) for part in x_BCTHW.split(batch_sizes)])
+        parts = x_BCTHW.split(batch_sizes)
+        x_BCTHW = torch.cat([append_minibatch_stddev(part, self.max_group_size) for part in parts])
         logits_B1 = self.out(self.fc(self.conv(x_BCTHW).flatten(1)))
         return tuple(logits_B1.float().split(batch_sizes))
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from math import log
 from typing import Any
 
@@ -14,7 +15,12 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config
-from bsq_ray.models.quantizers.entropy import bit_statistics, bitwise_codebook_entropy, grouped_codebook_entropy
+from bsq_ray.models.quantizers.entropy import (
+    bit_statistics,
+    bitwise_codebook_entropy,
+    grouped_codebook_entropy,
+    mean_group_probabilities,
+)
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
 
 
@@ -33,27 +39,49 @@ class BinaryQuantizer(Quantizer):
         # Twice as fast as torch.where on a CPU, and as exact.
         return bits_BNL.float().mul_(2 * self.scale).sub_(self.scale)
 
-    def quantize_coordinates(self, u_BNC: Tensor) -> Quantized:
-        """Quantize coordinates on the sphere (BSQ) or unconstrained ones (LFQ)."""
+    @abstractmethod
+    def project(self, v_BNC: Tensor) -> Tensor:
+        """Map vectors to the coordinates whose signs are kept: on the sphere (BSQ) or unconstrained (LFQ)."""
+
+    def quantize(self, v_BNC: Tensor) -> Quantized:
+        """Keep the signs of the projected vectors; the codebook entropy is that of all workers' vectors together."""
+        return self._quantize_coordinates(self.project(v_BNC), None)
+
+    def quantize_part(self, v_BNC: Tensor, batch_statistics: Tensor) -> Quantized:
+        """Quantize a part of a batch; the codebook entropy is that of the whole batch."""
+        return self._quantize_coordinates(self.project(v_BNC), batch_statistics)
+
+    def batch_statistics(self, v_BNC: Tensor) -> Tensor:
+        """Return the mean code probabilities of the vectors, from which the codebook entropy is computed."""
+        with torch.autocast(v_BNC.device.type, enabled=False):
+            u_NL = self.project(v_BNC.float()).flatten(0, 1)
+            if self.entropy_config.estimate == "analytical":
+                return bit_statistics(u_NL, self._steepness)[1]
+            return mean_group_probabilities(self._steepness * u_NL, self.entropy_config.group_size)
+
+    @property
+    def _steepness(self) -> float:
+        return 4 * self.scale * self.entropy_config.inverse_temperature
+
+    def _quantize_coordinates(self, u_BNC: Tensor, batch_statistics: Tensor | None) -> Quantized:
         bits_BNL = u_BNC >= 0  # sign(0) = +1, as in the paper
         codes_BNC: Tensor = _SignSTE.apply(u_BNC, self.dequantize(bits_BNL), self.scale)
-        penalty, stats = self._entropy_penalty(u_BNC)
+        penalty, stats = self._entropy_penalty(u_BNC, batch_statistics)
         if self.commitment_weight:
             commitment_loss = (codes_BNC.detach() - u_BNC).square().sum(-1).mean()
             penalty = penalty + self.commitment_weight * commitment_loss
             stats["commit"] = commitment_loss.detach()
         return Quantized(codes_BNC, bits_BNL, penalty, stats)
 
-    def _entropy_penalty(self, u_BNC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _entropy_penalty(self, u_BNC: Tensor, batch_statistics: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         entropy_config = self.entropy_config
-        steepness = 4 * self.scale * entropy_config.inverse_temperature
         u_NL = u_BNC.flatten(0, 1)
-        per_sample_entropy, mean_L = bit_statistics(u_NL, steepness)
+        per_sample_entropy, mean_L = bit_statistics(u_NL, self._steepness)
         if entropy_config.estimate == "analytical":
-            codebook_entropy = bitwise_codebook_entropy(mean_L, entropy_config.across_workers)
+            codebook_entropy = bitwise_codebook_entropy(mean_L, entropy_config.across_workers, batch_statistics)
         else:
             codebook_entropy = grouped_codebook_entropy(
-                steepness * u_NL, entropy_config.group_size, entropy_config.across_workers
+                self._steepness * u_NL, entropy_config.group_size, entropy_config.across_workers, batch_statistics
             )
         weight = entropy_config.weight / entropy_config.inverse_temperature
         stats = {

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.models.quantizers.binary import BinaryQuantizer
-from bsq_ray.models.quantizers.quantizer import Quantized
+from bsq_ray.models.quantizers.l2_normalize import l2_normalize
 
 
 class BinarySphericalQuantizer(BinaryQuantizer):
@@ -22,24 +19,6 @@ class BinarySphericalQuantizer(BinaryQuantizer):
     def __init__(self, quantizer_config: config.BSQConfig) -> None:
         super().__init__(quantizer_config, scale=quantizer_config.bits**-0.5)
 
-    def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Project onto the unit sphere, then keep the signs."""
-        u_BNC: Tensor = _L2Normalize.apply(v_BNC)
-        return self.quantize_coordinates(u_BNC)
-
-
-class _L2Normalize(torch.autograd.Function):
-    """u = v / |v| with du/dv = (1 - u uᵀ) / |v|; the zero vector stays zero."""
-
-    @staticmethod
-    def forward(ctx: Any, v_BNC: Tensor) -> Tensor:
-        norm_BN1 = torch.linalg.vector_norm(v_BNC, dim=-1, keepdim=True).clamp_min_(1e-12)
-        u_BNC = v_BNC / norm_BN1
-        ctx.save_for_backward(u_BNC, norm_BN1)
-        return u_BNC
-
-    @staticmethod
-    def backward(ctx: Any, gradient_BNC: Tensor) -> Tensor:
-        u_BNC, norm_BN1 = ctx.saved_tensors
-        radial_BN1 = (gradient_BNC * u_BNC).sum(-1, keepdim=True)
-        return torch.addcmul(gradient_BNC, u_BNC, radial_BN1, value=-1).div_(norm_BN1)
+    def project(self, v_BNC: Tensor) -> Tensor:
+        """Project onto the unit sphere."""
+        return l2_normalize(v_BNC)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from bsq_ray.runtime.collectives import average_over_workers, num_workers
 
 
 def bit_statistics(u_NL: Tensor, steepness: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -49,18 +50,34 @@ class _BitStatistics(torch.autograd.Function):
         return slope_NL.mul_(inner_NL), None
 
 
-def bitwise_codebook_entropy(mean_L: Tensor, across_workers: bool = False) -> Tensor:
+def bitwise_codebook_entropy(
+    mean_L: Tensor, across_workers: bool = False, batch_mean_L: Tensor | None = None
+) -> Tensor:
     """Return the entropy of the batch-averaged bits, summed over bits: the paper's upper bound. Scalar.
 
     Args:
         mean_L: mean probability of each bit over this worker's batch.
+        batch_mean_L: the same over the whole batch, if it is known; then `across_workers` is ignored.
     """
-    mean_L = all_reduce_mean(mean_L, across_workers)
+    mean_L = _batch_mean(mean_L, across_workers, batch_mean_L)
     return _entropy_terms(torch.cat([mean_L, 1 - mean_L])).sum()
 
 
-def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers: bool = False) -> Tensor:
+def grouped_codebook_entropy(
+    logits_NL: Tensor, group_size: int, across_workers: bool = False, batch_mean_GKK: Tensor | None = None
+) -> Tensor:
     """Return the entropy of the batch-averaged distribution over the 2^g codes of each group, summed over groups.
+
+    Args:
+        batch_mean_GKK: mean of `mean_group_probabilities` over the whole batch, if it is known; then `across_workers`
+            is ignored.
+    """
+    mean_GKK = mean_group_probabilities(logits_NL, group_size)
+    return _entropy_terms(_batch_mean(mean_GKK, across_workers, batch_mean_GKK)).sum()
+
+
+def mean_group_probabilities(logits_NL: Tensor, group_size: int) -> Tensor:
+    """Return the batch-averaged distribution over the 2^g codes of each group, (G, K, K) with K·K = 2^g.
 
     The distribution over a group is the outer product of those over its two halves. The average of outer products is
     one matrix product, so the N·2^g probabilities are never in memory.
@@ -69,8 +86,7 @@ def grouped_codebook_entropy(logits_NL: Tensor, group_size: int, across_workers:
     half = group_size // 2
     low_GNK = _joint(probability_GNg[..., :half])
     high_GNK = _joint(probability_GNg[..., half:])
-    mean_GKK = torch.bmm(low_GNK.transpose(1, 2), high_GNK) / logits_NL.shape[0]
-    return _entropy_terms(all_reduce_mean(mean_GKK, across_workers)).sum()
+    return torch.bmm(low_GNK.transpose(1, 2), high_GNK) / logits_NL.shape[0]
 
 
 def all_reduce_mean(local: Tensor, across_workers: bool) -> Tensor:
@@ -79,12 +95,23 @@ def all_reduce_mean(local: Tensor, across_workers: bool) -> Tensor:
     Data parallelism averages gradients over ranks afterwards, which gives exactly the gradient of the global batch.
     Without gradients there is no collective call, so one rank alone may encode.
     """
-    should_reduce = across_workers and torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()
-    if not should_reduce or dist.get_world_size() == 1:
+    if not across_workers or not torch.is_grad_enabled() or num_workers() == 1:
         return local
-    reduced = local.detach().clone()
-    dist.all_reduce(reduced)
-    return local + (reduced / dist.get_world_size() - local.detach())
+    return _with_value_of(local, average_over_workers(local))
+
+
+def _batch_mean(local: Tensor, across_workers: bool, batch_mean: Tensor | None) -> Tensor:
+    if batch_mean is None:
+        return all_reduce_mean(local, across_workers)
+    return _with_value_of(local, batch_mean)
+
+
+def _with_value_of(local: Tensor, mean: Tensor) -> Tensor:
+    """Return the value of `mean`, which is over all parts of a batch, with the gradient of this part.
+
+    The mean of the gradients of all parts is the gradient of the whole batch, for any function of the mean.
+    """
+    return local + (mean - local.detach())
 
 
 def _entropy_terms(p: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from bsq_ray import config
 from bsq_ray.models.quantizers.binary import BinaryQuantizer
-from bsq_ray.models.quantizers.quantizer import Quantized
 
 
 class LookupFreeQuantizer(BinaryQuantizer):
@@ -15,6 +14,6 @@ class LookupFreeQuantizer(BinaryQuantizer):
     def __init__(self, quantizer_config: config.LFQConfig) -> None:
         super().__init__(quantizer_config, scale=1.0)
 
-    def quantize(self, v_BNC: Tensor) -> Quantized:
-        """Keep the signs of the unconstrained vector."""
-        return self.quantize_coordinates(v_BNC)
+    def project(self, v_BNC: Tensor) -> Tensor:
+        """Return the vectors: they are unconstrained."""
+        return v_BNC

@@ -42,10 +42,28 @@ class Quantizer(nn.Module, ABC):
     bits: int
     channels: int
 
-    def forward(self, v_BNC: Tensor) -> Quantized:
-        """Quantize vectors (B, N, C) of any float type."""
+    def forward(self, v_BNC: Tensor, batch_statistics: Tensor | None = None) -> Quantized:
+        """Quantize vectors (B, N, C) of any float type.
+
+        Args:
+            batch_statistics: mean of `batch_statistics` over all parts, if the vectors are a part of a batch.
+        """
         with torch.autocast(v_BNC.device.type, enabled=False):
-            return self.quantize(v_BNC.float())
+            if batch_statistics is None:
+                return self.quantize(v_BNC.float())
+            return self.quantize_part(v_BNC.float(), batch_statistics)
+
+    def batch_statistics(self, v_BNC: Tensor) -> Tensor | None:
+        """Return means over the vectors that the loss is a nonlinear function of.
+
+        A batch in parts has the loss and the gradient of the whole batch if every part is quantized with the mean of
+        the parts' statistics. None: the loss is a mean over tokens, so parts need nothing of each other.
+        """
+        return None
+
+    def quantize_part(self, v_BNC: Tensor, batch_statistics: Tensor) -> Quantized:
+        """Quantize a part of a batch; see `forward`."""
+        return self.quantize(v_BNC)
 
     @abstractmethod
     def quantize(self, v_BNC: Tensor) -> Quantized:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
+from bsq_ray.models.quantizers.l2_normalize import l2_normalize
 from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer, straight_through
 
 # Maximum number of distances in memory at once, for any size of the codebook.
@@ -44,7 +45,7 @@ class VectorQuantizer(Quantizer):
         return F.embedding(index_BN, self._maybe_normalize(self.codebook))
 
     def _maybe_normalize(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.l2_normalize else x
+        return l2_normalize(x) if self.l2_normalize else x
 
 
 def _nearest_indices(v_NC: Tensor, codebook_KC: Tensor) -> Tensor:

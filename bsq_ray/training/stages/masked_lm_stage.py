@@ -7,6 +7,8 @@ Shape suffixes: B images, N tokens, S sub-tokens of a token, V values of a sub-t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log, pi
 from typing import cast
 
@@ -23,10 +25,26 @@ from bsq_ray.models.masked_lm import MaskedLM, masked_cross_entropy
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
+from bsq_ray.runtime.collectives import average_over_workers
 from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class MaskedLMStepContext(StepContext):
+    """Masks of a micro batch.
+
+    Attributes:
+        masked_BNS: bool, on the device.
+        dropped_B: images without their class, bool, on the host.
+        num_masked: masked sub-tokens of a micro batch, mean over all micro batches of all workers; scalar.
+    """
+
+    masked_BNS: Tensor
+    dropped_B: Tensor
+    num_masked: Tensor
 
 
 class MaskedLMStage(Stage):
@@ -46,17 +64,24 @@ class MaskedLMStage(Stage):
         """Return the model, the only phase."""
         return ["masked_lm"]
 
+    def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
+        """Sample the masks, and count the masked sub-tokens of the global batch, over which the loss is a mean."""
+        samples = [self._sample_masks(batch.keys, step, self.run_config.loss.class_dropout) for batch in micro_batches]
+        num_masked = average_over_workers(torch.stack([masked_BNS.sum() for masked_BNS, _ in samples]).double().mean())
+        return [MaskedLMStepContext(masked_BNS, dropped_B, num_masked) for masked_BNS, dropped_B in samples]
+
     def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
         """Compute the label-smoothed cross entropy at masked positions; see `Stage.loss`."""
+        assert isinstance(context, MaskedLMStepContext)
         loss_config, model = self.run_config.loss, self._model(engines)
         tokens_BNS = self._sub_tokens(model, batch)
-        masked_BNS, dropped_B = self._sample_masks(batch.keys, step, loss_config.class_dropout)
+        masked_BNS, dropped_B, num_masked = context.masked_BNS, context.dropped_B, context.num_masked
         # Built on the host, where validating the labels does not synchronize with the GPU.
         classes_BC = model.class_weights(batch.labels_B.masked_fill(dropped_B, model.null_class)).to(self.device)
         logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
-        loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing)
+        loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing, num_masked)
         correct_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
-        accuracy = correct_BNS.sum() / masked_BNS.sum()
+        accuracy = correct_BNS.sum() / num_masked
         return PhaseOutput(loss, {"loss": loss.detach(), "accuracy": accuracy.detach()})
 
     @torch.no_grad()

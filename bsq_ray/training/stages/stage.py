@@ -1,12 +1,13 @@
 """Interface between the training loop and the models that it trains.
 
-batch ─▶ for each phase: stage.loss(phase, …, context) ─▶ PhaseOutput ─▶ context of the next phase
+micro batches of a step ─▶ stage.prepare_step ─▶ one context each
+micro batch, context ─▶ for each phase: stage.loss(phase, …, context) ─▶ PhaseOutput ─▶ context of the next phase
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ Engines = Mapping[str, Engine]
 
 @dataclass(frozen=True)
 class StepContext:
-    """Values that a phase passes to the next phase of the same micro batch; a stage with several phases extends it."""
+    """Values of a micro batch that its phases receive from `prepare_step` and from each other; stages extend it."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,29 @@ class Stage(ABC):
     def phases(self, step: int) -> list[str]:
         """Return the names of the modules to optimize in this step, in order."""
 
+    def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
+        """Compute what a micro batch needs to know of the global batch, such as means over it; collective.
+
+        By default nothing: losses that are means over samples are those of the global batch already.
+
+        Args:
+            micro_batches: this worker's part of the global batch.
+            step: steps taken, from 0.
+
+        Returns:
+            The context of the first phase of each micro batch.
+        """
+        return [None] * len(micro_batches)
+
     @abstractmethod
     def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
         """Compute the loss of a phase on a micro batch.
 
+        The mean over all micro batches and workers must be the loss of the global batch, and so must the gradient.
+
         Args:
             phase: the module being optimized; the others are frozen.
-            context: from the previous phase of this micro batch; None in the first.
+            context: from the previous phase of this micro batch; in the first phase, from `prepare_step`.
             step: steps taken, from 0.
         """
 

@@ -11,6 +11,7 @@ Shape suffixes: B images or clips, C channels, T frames, H and W pixels, N token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +29,7 @@ from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
+from bsq_ray.runtime.collectives import average_over_workers
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -35,7 +37,18 @@ _NUM_SAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class TokenizerStepContext(StepContext):
+class AccumulationContext(StepContext):
+    """Statistics of the whole batch for the generator's phase on one of its micro batches.
+
+    Attributes:
+        batch_statistics: see `Quantizer.batch_statistics`.
+    """
+
+    batch_statistics: Tensor
+
+
+@dataclass(frozen=True)
+class DiscriminatorContext(StepContext):
     """Values that the generator's phase passes to the discriminator's.
 
     Attributes:
@@ -66,30 +79,58 @@ class TokenizerStage(Stage):
         self.perceptual: PerceptualLoss | None = None
         if self.loss_config.perceptual_weight:
             self.perceptual = PerceptualLoss(self.loss_config.perceptual_network).to(device)
-        self.num_bits = run_config.model.quantizer.bits
+        quantizer_config = run_config.model.quantizer
+        self.num_bits = quantizer_config.bits
+        self.across_workers = (
+            quantizer_config.entropy.across_workers
+            if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig)
+            else False
+        )
         self._recent_bits: list[Tensor] = []
 
     def phases(self, step: int) -> list[str]:
         """Return the generator and, from its start step on, the discriminator."""
         return ["generator", "discriminator"] if self._is_adversarial_step(step) else ["generator"]
 
+    def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
+        """Average the quantizer's statistics over accumulated micro batches, with one more pass of the encoder.
+
+        The codebook entropy is a function of these means, so its mean over micro batches is not that of the batch.
+        A single micro batch needs no extra pass: the quantizer averages over the workers in the forward pass.
+        """
+        contexts: list[StepContext | None] = [None] * len(micro_batches)
+        if len(micro_batches) == 1:
+            return contexts
+        tokenizer = cast(Tokenizer, engines["generator"].module)
+        parts = [tokenizer.batch_statistics(self._to_device(batch)) for batch in micro_batches]
+        statistics = [part for part in parts if part is not None]
+        if not statistics:
+            return contexts
+        mean = torch.stack(statistics).mean(0)
+        if self.across_workers:
+            mean = average_over_workers(mean)
+        return [AccumulationContext(mean)] * len(micro_batches)
+
     def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
         """Compute the loss of a phase; see `Stage.loss`."""
         if phase == "generator":
-            return self._generator_loss(batch, engines, step)
-        assert isinstance(context, TokenizerStepContext)
+            assert context is None or isinstance(context, AccumulationContext)
+            return self._generator_loss(batch, engines, context, step)
+        assert isinstance(context, DiscriminatorContext)
         return self._discriminator_loss(engines, context, step)
 
-    def _generator_loss(self, batch: Batch, engines: Engines, step: int) -> PhaseOutput:
+    def _generator_loss(
+        self, batch: Batch, engines: Engines, context: AccumulationContext | None, step: int
+    ) -> PhaseOutput:
         loss_config, adversarial_config = self.loss_config, self.loss_config.adversarial
-        real = to_float(batch.values_B.to(self.device, non_blocking=True))
+        real = self._to_device(batch)
         use_adaptive_weight = adversarial_config.adaptive_weight and self._is_adversarial_step(step)
         # The graph of an autograd.grad call must not run through an engine.
         generator = engines["generator"].module if use_adaptive_weight else engines["generator"]
-        output: TokenizerOutput = generator(real)
+        output: TokenizerOutput = generator(real) if context is None else generator(real, context.batch_statistics)
         fake = output.images.clamp(-1, 1)
         pixel_loss = F.l1_loss if loss_config.reconstruction == "l1" else F.mse_loss
-        reconstruction = pixel_loss(output.images, real)
+        reconstruction = pixel_loss(fake if loss_config.clamp_reconstruction else output.images, real)
         scalars = {"reconstruction": reconstruction, "quantizer": output.quantized.loss}
         total = loss_config.reconstruction_weight * reconstruction
         if self.perceptual is not None:
@@ -110,8 +151,11 @@ class TokenizerStage(Stage):
         total = total + quantizer_weight * output.quantized.loss
         self._recent_bits.append(output.quantized.bits_BNL.detach())
         scalars = {"loss": total, **scalars, **output.quantized.stats}
-        context = TokenizerStepContext(self._discriminator_input(real), fake_logits)
-        return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, context)
+        next_context = DiscriminatorContext(self._discriminator_input(real), fake_logits)
+        return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, next_context)
+
+    def _to_device(self, batch: Batch) -> Tensor:
+        return to_float(batch.values_B.to(self.device, non_blocking=True))
 
     def _discriminator_input(self, images: Tensor) -> Tensor:
         """Return clips for a clip discriminator, otherwise images or frames."""
@@ -140,7 +184,7 @@ class TokenizerStage(Stage):
         surrogate = (gradient * (fake_images - images.detach())).sum()
         return loss.detach() + surrogate, fake_logits
 
-    def _discriminator_loss(self, engines: Engines, context: TokenizerStepContext, step: int) -> PhaseOutput:
+    def _discriminator_loss(self, engines: Engines, context: DiscriminatorContext, step: int) -> PhaseOutput:
         adversarial_config = self.loss_config.adversarial
         apply_r1 = adversarial_config.r1_gamma > 0 and (step + 1) % adversarial_config.r1_every == 0
         real_images, fake = context.real_images, context.fake_logits
@@ -151,7 +195,7 @@ class TokenizerStage(Stage):
         total = discriminator_loss(real, fake, adversarial_config.objective)
         scalars = {"loss/discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
         if apply_r1:
-            scalars["r1"] = r1_penalty(real, real_images)
+            scalars["r1"] = r1_penalty(real, real_images, adversarial_config.r1_gradient)
             # Multiplied by the number of steps between two penalties.
             total = total + adversarial_config.r1_gamma / 2 * adversarial_config.r1_every * scalars["r1"]
         return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()})
