@@ -52,6 +52,7 @@ def write_model_folder(
     raw_weights: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, float] | None = None,
     card_fields: Mapping[str, str] | None = None,
+    measured_on: str = "",
 ) -> str:
     """Write a model folder, replacing the model in it.
 
@@ -62,6 +63,7 @@ def write_model_folder(
         raw_weights: raw weights, if `weights` are an EMA; None if `weights` are raw.
         metrics: metrics for the model card, by name.
         card_fields: additional rows of the model card, for example the data set and its hash.
+        measured_on: samples, data set and precision of the metrics, for the model card.
 
     Returns:
         The id of the model.
@@ -79,7 +81,8 @@ def write_model_folder(
     else:
         _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, _RAW_METADATA)
     storage.write_text(
-        storage.join(url, "README.md"), _model_card(run_config, model_id, metrics or {}, card_fields or {})
+        storage.join(url, "README.md"),
+        _model_card(run_config, model_id, metrics or {}, card_fields or {}, measured_on),
     )
     storage.write_text(storage.join(url, "config.yaml"), text)
     return model_id
@@ -211,7 +214,11 @@ def _truncate(keys: list[str], max_keys: int = 5) -> str:
 
 
 def _model_card(
-    run_config: config.AnyConfig, model_id: str, metrics: Mapping[str, float], card_fields: Mapping[str, str]
+    run_config: config.AnyConfig,
+    model_id: str,
+    metrics: Mapping[str, float],
+    card_fields: Mapping[str, str],
+    measured_on: str,
 ) -> str:
     """Render the model card: front matter for model hubs, description, example, properties and metrics."""
     if isinstance(run_config, config.TokenizerConfig):
@@ -225,6 +232,7 @@ def _model_card(
     if metrics:
         table += [
             "",
+            *([f"Measured on {measured_on}.", ""] if measured_on else []),
             "| metric | value |",
             "|---|---|",
             *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),

@@ -21,7 +21,7 @@ SMALL_TRAINING = [
     *("model.image_size=32", "model.patch_size=8", "model.quantizer.bits=10", "model.decoder.head_hidden_dim=32"),
     *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=32", "layers=1", "heads=2")),
     *("loss.perceptual_weight=0", "loss.adversarial.weight=0", "training.steps=2", "training.batch_size=4"),
-    *("training.eval_batches=1", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
+    *("training.eval_samples=16", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
 ]
 SMALL_TOKENS = [
     *("model.grid=[1,4,4]", "model.bits=10", "model.sub_bits=5", "model.num_classes=1"),

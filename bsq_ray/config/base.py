@@ -123,7 +123,9 @@ class TrainingConfig(StrictModel):
     log_every: int = Field(50, ge=1, description="Steps between logged training metrics.")
     sample_every: int = Field(5000, ge=1, description="Steps between logged sample images.")
     eval_every: int = Field(20_000, ge=1, description="Steps between evaluations on held-out data.")
-    eval_batches: int = Field(2, ge=1, description="Batches per evaluation.")
+    eval_samples: int = Field(
+        1024, ge=1, description="Samples per evaluation over all workers, or all held-out samples if there are fewer."
+    )
     checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(3, ge=1, description="Number of most recent checkpoints to keep.")
     storage_timeout_s: float = Field(

@@ -165,6 +165,28 @@ def evaluation_blocks(source: DataSource, batch_size: int, limit: int | None = N
     return _local_blocks(lambda chunk: source.read_eval(chunks[chunk]), 2, len(chunks))
 
 
+def evaluation_share(
+    source: DataSource, batch_size: int, limit: int, rank: int, world_size: int
+) -> Iterator[SampleBlock]:
+    """Yield this worker's part of the first `limit` samples: every `world_size`-th, in blocks of `batch_size`.
+
+    All workers get the same number of blocks. A block without samples has no keys, and values of any one sample or of
+    none.
+    """
+    total = min(source.num_samples, limit)
+    num_blocks = -(-total // (batch_size * world_size))
+
+    def read(number: int) -> SampleBlock:
+        first = rank + number * batch_size * world_size
+        samples = range(first, min(total, first + batch_size * world_size), world_size)
+        if samples:
+            return source.read_eval(samples)
+        placeholder = source.read_eval(range(1))
+        return SampleBlock(placeholder.values_P, placeholder.labels_P, [])
+
+    return _local_blocks(read, 2, num_blocks)
+
+
 def evaluation_dataset(source: DataSource, batch_size: int, limit: int | None = None) -> Any:
     """Return the blocks of `evaluation_blocks` as a Ray dataset, one row per batch: {"block": SampleBlock}."""
     import ray

@@ -85,7 +85,7 @@ def _evaluate(
     sources = {name: TokenSource(read_table(url), run_config.model) for name, url in tables.items()}
     summary = json.loads(storage.read_bytes(str(Path(model).parent / "summary.json")))
     results: dict[str, Any] = {
-        "bits_per_token": summary["metrics"]["bits_per_token"],
+        "bits_per_token": summary["metrics"]["held_out/bits_per_token"],
         "bits_per_token_of_frequencies": histogram_cross_entropy(
             sources["train"], sources["held_out"], run_config.model.sub_bits
         ),

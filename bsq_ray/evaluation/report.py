@@ -17,7 +17,8 @@ from bsq_ray.runtime.text_format import format_duration
 _CURVES = (
     ("Reconstruction and perceptual loss", "loss", "training", ("reconstruction", "perceptual")),
     ("Generator and discriminator", "loss", "training", ("loss/generator", "loss/discriminator")),
-    ("Held-out PSNR", "dB", "evaluation", ("psnr",)),
+    ("Held-out PSNR", "dB", "evaluation", ("held_out/psnr",)),
+    ("PSNR of training images", "dB", "evaluation", ("train/psnr",)),
     ("Entropy of the codes", "bits", "training", ("codebook_entropy", "per_sample_entropy")),
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.training.engines.engine import Engine
+from bsq_ray.training.measurement import Measurement
 from bsq_ray.training.run_spec import RunSpec
 
 StateDict = dict[str, Tensor]
@@ -27,7 +28,7 @@ def write_model(
     spec: RunSpec,
     *,
     card_fields: dict[str, str],
-    metrics: dict[str, float],
+    measurement: Measurement,
     weights: tuple[StateDict, StateDict | None],
     extra_modules: Mapping[str, StateDict],
     bundled_models: Mapping[str, str],
@@ -36,7 +37,7 @@ def write_model(
 
     Args:
         card_fields: rows of the model card.
-        metrics: evaluation of the published weights.
+        measurement: evaluation of the published weights.
         weights: the published weights, and the raw ones if the published ones are averaged.
         extra_modules: weights of the other modules, by name.
         bundled_models: model folders to copy into it, URL by name.
@@ -46,7 +47,9 @@ def write_model(
     """
     url = storage.join(spec.out_url, "model")
     card_fields = card_fields | ({"initialized from": spec.init_url} if spec.init_url else {})
-    model_folder.write_model_folder(url, config.dump_config(spec.config), *weights, metrics, card_fields)
+    model_folder.write_model_folder(
+        url, config.dump_config(spec.config), *weights, measurement.metrics, card_fields, measurement.measured_on
+    )
     for name, state in extra_modules.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))
     for name, bundled_url in bundled_models.items():

@@ -52,7 +52,9 @@ class RunResult:
         num_checkpoints: number of checkpoints written.
         checkpoint_blocking_seconds: time for which training was blocked by checkpoints.
         skipped_samples: keys of samples that could not be read by any worker.
-        metrics: metrics of the last evaluation, with the EMA weights if the run has them.
+        metrics: metrics of the last evaluation, with the EMA weights if the run has them; names start with
+            "held_out/", or "train/" if the run has no held-out data.
+        measured_on: samples, data set, precision and weights of that evaluation, in words.
         restart_reasons: reason for each restart with a new worker group.
     """
 
@@ -65,6 +67,7 @@ class RunResult:
     checkpoint_blocking_seconds: float = 0.0
     skipped_samples: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    measured_on: str = ""
     restart_reasons: list[str] = field(default_factory=list)
 
 

@@ -29,6 +29,7 @@ from bsq_ray.training.ema import EMA
 from bsq_ray.training.engines.engine import build_engine
 from bsq_ray.training.eval_loop import EvalLoop
 from bsq_ray.training.export import gather_weights, write_model
+from bsq_ray.training.measurement import Measurement
 from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
@@ -104,10 +105,12 @@ class Trainer:
             source=self.source,
             micro_batch=self.micro_batch,
             autocast=self.autocast,
+            precision=self.precision,
             recorder=self.recorder,
+            worker=worker,
         )
         self.blocking_seconds = 0.0
-        self.metrics: dict[str, float] = {}
+        self.measurement: Measurement | None = None
         torch.manual_seed(self.training_config.seed + 1 + worker.rank)
         progress = resume_run(spec, worker, self.source, self.train_state, self.recorder, must_exist=has_checkpoint)
         self.step, self.elapsed = (progress.step, progress.elapsed) if progress else (0, 0.0)
@@ -123,7 +126,7 @@ class Trainer:
         batches = self._train_batches()
         if self.step == 0:
             # Fail early if evaluation, metric networks or storage do not work.
-            self.metrics = self.eval_loop.evaluate("raw")
+            self.measurement = self.eval_loop.evaluate("raw")
         scalar_history: ScalarHistory = defaultdict(list)
         first_step = logged_step = self.step
         timer = StepTimer(self.elapsed)
@@ -158,7 +161,7 @@ class Trainer:
                 self.checkpoints.wait()
             with timer.excluded():
                 if self.step % training_config.eval_every == 0 and not should_stop:
-                    self.metrics = self.eval_loop.evaluate("raw")
+                    self.measurement = self.eval_loop.evaluate("raw")
                 elif self.step % training_config.sample_every == 0 and not should_stop:
                     self.eval_loop.log_samples()
         step_seconds, data_wait = timer.step_seconds, timer.data_wait
@@ -173,7 +176,8 @@ class Trainer:
             images_per_second=training_config.batch_size * (self.step - first_step) / step_seconds,
             data_wait_fraction=data_wait,
             skipped_samples=list(self.skipped.samples),
-            metrics=dict(self.metrics),
+            metrics=dict(self.measurement.metrics) if self.measurement else {},
+            measured_on=self.measurement.measured_on if self.measurement else "",
         )
 
     def train_step(self, batch: Batch, lr: float, scalar_history: ScalarHistory) -> None:
@@ -284,7 +288,8 @@ class Trainer:
             # Training has ended, so the EMA weights can replace the raw weights in the module.
             with self.engines[self.main_name].gathered_parameters(modify=True):
                 self.stage.modules[self.main_name].load_state_dict(exported)
-        self.metrics = self.eval_loop.evaluate("raw" if self.ema is None else "ema")
+        self.measurement = self.eval_loop.evaluate("raw" if self.ema is None else "ema")
+        measurement = self.measurement
         if self.worker.is_main:
             card_fields = {"trained on": f"{self.spec.data_url} ({self.source.hash[:12]})", "steps": str(self.step)}
             weights = exported, raw if self.ema else None
@@ -293,7 +298,7 @@ class Trainer:
                 lambda: write_model(
                     self.spec,
                     card_fields=card_fields,
-                    metrics=self.metrics,
+                    measurement=measurement,
                     weights=weights,
                     extra_modules=states,
                     bundled_models=bundled_models,

@@ -131,7 +131,7 @@ class SweepTrainable(tune.Trainable):
             if isinstance(event, TrialOutcome):
                 return {**asdict(event), "done": True}
             if event["kind"] == "evaluation":
-                metrics = {name: value for name, value in event.items() if isinstance(value, float)}
+                metrics = _without_split({name: value for name, value in event.items() if isinstance(value, float)})
                 # Nested for the study, flat for Tune's schedulers.
                 return {"step": event["step"], "metrics": metrics, **metrics}
 
@@ -195,7 +195,9 @@ class SweepTrainable(tune.Trainable):
             # `cleanup` sets the event without a reason; its outcome is never read.
             return TrialOutcome(self._stop_reason or "interrupted", "", {})
         run_metrics = {"steps": float(result.step), "train_seconds": result.duration_s}
-        return TrialOutcome("finished", "", {**result.metrics, **run_metrics, **self._evaluate(run_config)})
+        return TrialOutcome(
+            "finished", "", {**_without_split(result.metrics), **run_metrics, **self._evaluate(run_config)}
+        )
 
     def _evaluate(self, run_config: config.AnyConfig) -> dict[str, float]:
         """Return metrics of the trained model on held-out images; empty for stages without such an evaluation."""
@@ -213,3 +215,8 @@ class SweepTrainable(tune.Trainable):
             limit=context.held_out_images,
         )
         return {name: float(value) for name, value in results["rows"]["model"].items()}
+
+
+def _without_split(metrics: dict[str, float]) -> dict[str, float]:
+    """Return metrics without the prefix "held_out/": all metrics of a sweep are of held-out samples."""
+    return {name.removeprefix("held_out/"): value for name, value in metrics.items()}

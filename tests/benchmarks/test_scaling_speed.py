@@ -15,7 +15,7 @@ _RUN_OVERRIDES = [
     "training.steps=100000",
     "training.log_every=1",
     "training.checkpoint_every=20",
-    "training.eval_batches=1",
+    "training.eval_samples=16",
 ]
 _RUN_OVERRIDES += ["training.eval_every=100000", "training.sample_every=100000", "loss.adversarial.start_step=0"]
 _WARM_UP, _TIMED = 30, 150

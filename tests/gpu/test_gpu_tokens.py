@@ -35,7 +35,7 @@ SMALL = [
     "training.engine.kind=ddp",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.eval_batches=1",
+    "training.eval_samples=16",
 ]
 STAGES = {"masked-lm-demo": ["model.num_classes=1", "sampling.steps=3"], "prior-demo": []}
 

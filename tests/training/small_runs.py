@@ -35,7 +35,7 @@ SMALL = [
     "training.ema_decay=0.9",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.eval_batches=1",
+    "training.eval_samples=16",
 ]
 
 

@@ -36,7 +36,7 @@ SHRUNK = [
     "training.schedule.warmup_steps=2",
     "training.engine.precision=fp32",
     "training.log_every=1",
-    "training.eval_batches=1",
+    "training.eval_samples=16",
 ]
 
 

@@ -74,8 +74,8 @@ def test_model_card_metrics_match_published_weights(local_run, held_out_shards):
     reconstructed = Tokenizer.from_pretrained(str(out / "model")).reconstruct(to_float(batch.values_B))
     error_B = (to_uint8(reconstructed).float() - batch.values_B.float()).square().mean((1, 2, 3))
     psnr = float((10 * torch.log10(255**2 / error_B)).mean())
-    assert result.metrics["psnr"] == pytest.approx(psnr, abs=1e-4)
-    assert f"| psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()
+    assert result.metrics["held_out/psnr"] == pytest.approx(psnr, abs=1e-4)
+    assert f"| held_out/psnr | {psnr:.5g} |" in (out / "model" / "README.md").read_text()
 
 
 def test_start_record_has_scaled_learning_rate(local_run):

@@ -77,7 +77,7 @@ def test_video_model_initializes_from_image_model(image_model, video_shards, tmp
     # Before the first step every frame is the reconstruction of the image model.
     [batch] = eval_batches(job)
     image = Tokenizer.from_pretrained(image_model)
-    assert first[0]["psnr"] == pytest.approx(psnr(image, batch), abs=1e-2)
+    assert first[0]["train/psnr"] == pytest.approx(psnr(image, batch), abs=1e-2)
     assert f"| initialized from | {image_model} |" in (tmp_path / "model" / "README.md").read_text()
 
 

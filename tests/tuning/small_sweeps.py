@@ -14,7 +14,7 @@ SMALL_OVERRIDES = {
     "training.engine.precision": "fp32",
     "training.batch_size": 8,
     "training.eval_every": 5,
-    "training.eval_batches": 1,
+    "training.eval_samples": 16,
     "training.log_every": 5,
 }
 

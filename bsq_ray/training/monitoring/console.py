@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bsq_ray.runtime.text_format import format_duration, plural
+from bsq_ray.training.measurement import format_evaluation
 
 _METRIC_LABELS = {
     "loss": "loss",
@@ -93,14 +94,6 @@ def _training_line(record: dict[str, Any]) -> str:
     )
 
 
-def _evaluation_line(record: dict[str, Any]) -> str:
-    metrics_text = "  ".join(
-        f"{key} {value:.4g}" for key, value in record.items() if key not in ("kind", "step", "images", "weights")
-    )
-    weights_text = " with averaged weights" if record["weights"] == "ema" else ""
-    return f"step {record['step']}  evaluated on {record['images']} images{weights_text}: {metrics_text}"
-
-
 def _skipped_samples_line(record: dict[str, Any]) -> str:
     samples = record["samples"]
     return f"skipped {plural(len(samples), 'damaged sample')}: {'; '.join(samples[:_MAX_LISTED_SAMPLES])}"
@@ -110,7 +103,7 @@ _FORMATTERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "place": _run_line,
     "start": _start_line,
     "training": _training_line,
-    "evaluation": _evaluation_line,
+    "evaluation": format_evaluation,
     "skipped_samples": _skipped_samples_line,
     "restart": lambda record: f"{record['reason']}; resuming from the newest checkpoint",
     "warning": lambda record: f"warning: {record['text']}",

@@ -50,8 +50,9 @@ class RunSummary:
 def format_summary(result: RunResult, out_url: str) -> list[str]:
     """Format the summary as lines of text."""
     metrics_text = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    measured_text = f"; {metrics_text} on {result.measured_on}" if result.metrics else ""
     lines = [
-        f"trained {result.step} steps at {result.images_per_second:.1f} images/s; {metrics_text}",
+        f"trained {result.step} steps at {result.images_per_second:.1f} images/s{measured_text}",
         f"{100 * result.data_wait_fraction:.1f} % of the time waiting for data, "
         f"{result.checkpoint_blocking_seconds:.2f} s for {plural(result.num_checkpoints, 'checkpoint')}",
     ]

@@ -27,7 +27,7 @@ from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.collectives import average_over_workers
 from bsq_ray.runtime.random_streams import RandomStream, stream_rng
-from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
+from bsq_ray.training.stages.stage import Engines, Metrics, MetricSum, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
 
@@ -85,7 +85,7 @@ class MaskedLMStage(Stage):
         return PhaseOutput(loss, {"loss": loss.detach(), "accuracy": accuracy.detach()})
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
+    def evaluate(self, batch: Batch, engines: Engines) -> tuple[Metrics, Tensor]:
         """Compute the bits per masked token, over masks of all sizes.
 
         The sample image shows decoded images above generated ones. Masks depend on the samples alone, so that
@@ -107,7 +107,9 @@ class MaskedLMStage(Stage):
         )
         rows = [self._decode(bits_BNL) for bits_BNL in (model.join_bits(tokens_BNS[selected]), sampled_BNL)]
         image = torch.cat([torch.cat(list(to_uint8(row)), dim=2) for row in rows], dim=1)
-        return {"bits_per_token": nats / log(2) * self.run_config.model.num_sub_tokens}, image.cpu()
+        bits_per_token = nats / log(2) * self.run_config.model.num_sub_tokens
+        num_masked = int(masked_BNS.sum())
+        return {"bits_per_token": MetricSum(bits_per_token * num_masked, num_masked)}, image.cpu()
 
     def pop_metrics(self) -> dict[str, float]:
         """Return no metrics."""

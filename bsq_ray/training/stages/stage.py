@@ -38,6 +38,23 @@ class PhaseOutput:
     context: StepContext | None = None
 
 
+@dataclass(frozen=True)
+class MetricSum:
+    """Sum of a metric over a batch; the metric of several batches is the sum of totals over the sum of counts.
+
+    Attributes:
+        total: sum of the values.
+        count: number of values, such as masked tokens.
+    """
+
+    total: float
+    count: float
+
+
+# By name: the mean over the samples of a batch, or the sum over other units than samples.
+Metrics = Mapping[str, float | MetricSum]
+
+
 class Stage(ABC):
     """Modules of a model and their losses; everything else is done by the training loop.
 
@@ -82,11 +99,11 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Batch, engines: Engines) -> tuple[dict[str, float], Tensor]:
+    def evaluate(self, batch: Batch, engines: Engines) -> tuple[Metrics, Tensor]:
         """Evaluate a held-out batch; collective, called in evaluation mode.
 
         Returns:
-            Mean metrics of the batch by name, and a sample image as uint8 (3, H, W) on the CPU.
+            Metrics of the batch by name, and a sample image as uint8 (3, H, W) on the CPU.
         """
 
     @abstractmethod
