@@ -139,6 +139,27 @@ def test_presets_match_paper_values(preset, key, value):
     assert actual == value
 
 
+@pytest.mark.parametrize(
+    ("key", "published", "base"),
+    [
+        ("model.quantizer.commitment_weight", 0.25, 0),
+        ("model.quantizer.entropy.across_workers", False, True),
+        ("model.quantizer.entropy.group_size", 9, 1),
+        ("loss.clamp_reconstruction", True, False),
+        ("loss.adversarial.r1_gradient", False, True),
+        ("training.schedule.final_factor", 0.5, 0),
+        ("training.ema_decay", 0, 0.999),
+    ],
+)
+def test_as_published_preset_has_habits_of_published_code(key, published, base):
+    """Each habit of the published code is a key of the preset, and the base has the paper's value."""
+    for preset, expected in (("imagenet128-bsq18-as-published", published), ("imagenet128-bsq18", base)):
+        actual = load_config(preset)
+        for part in key.split("."):
+            actual = getattr(actual, part)
+        assert actual == expected
+
+
 def test_leave_one_out_presets_differ_in_one_value():
     """Each leave-one-out preset differs from its base in one value."""
 

@@ -61,6 +61,37 @@ def test_bsq_sign_of_zero_is_positive():
     assert result.bits_BNL.tolist() == [[[True, False, True, True]]]
 
 
+@pytest.mark.parametrize("name", ["bsq", "bsq grouped", "vq"])
+@pytest.mark.parametrize("length", [0.0, 1e-20])
+def test_vector_without_direction_has_no_gradient(name, length):
+    """A null vector gets no gradient instead of one of 1e11, and does not change that of other vectors."""
+    torch.manual_seed(0)
+    quantizer = build_quantizer(CONFIGS[name])
+    v_BNC = random_vectors(quantizer.channels, tokens=4)
+    v_BNC[0, 0] = length * v_BNC[0, 0]
+    v_BNC.requires_grad_()
+    result = quantizer(v_BNC)
+    (result.codes_BNC.sum() + result.loss).backward()
+    assert v_BNC.grad[0, 0].abs().max() == 0
+    assert 0 < v_BNC.grad.abs().max() < 1e2
+
+
+def test_parts_with_batch_statistics_give_gradient_of_whole_batch(quantizer):
+    """Parts that know the statistics of the batch have the mean loss and the gradient of the whole batch."""
+    whole_BNC = random_vectors(quantizer.channels).requires_grad_()
+    expected = quantizer(whole_BNC).loss
+    if expected.requires_grad:
+        expected.backward()
+    parts = [part.detach().requires_grad_() for part in whole_BNC.split(16, dim=1)]
+    statistics = [quantizer.batch_statistics(part) for part in parts]
+    mean = None if statistics[0] is None else torch.stack(statistics).mean(0).detach()
+    losses = [quantizer(part, mean).loss for part in parts]
+    assert float(sum(losses) / len(parts)) == pytest.approx(float(expected), rel=1e-5)
+    if expected.requires_grad:
+        (sum(losses) / len(parts)).backward()
+        torch.testing.assert_close(torch.cat([part.grad for part in parts], 1), whole_BNC.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_bsq_gradient_matches_straight_through_formula():
     """1/sqrt(L) with respect to u, then the Jacobian of v / |v|."""
     v = random_vectors(6, tokens=1)[:1].requires_grad_()
