@@ -36,7 +36,7 @@ PAGES = [
 PARSED_ONLY = ("bsq-ray quickstart", "bsq-ray serve", "import-reference", "--address", "s3://")
 SHORTENED = {"--workers 2": "--workers 0", "jobs/sweeps/demo.yaml": "sweep.yaml"}
 STEPS = {
-    "tokenizer": ["training.steps=2", "training.batch_size=4", "loss.adversarial.start_step=1"],
+    "tokenizer": ["training.steps=2", "training.batch_size=8", "loss.adversarial.start_step=1"],
     "masked-lm": ["training.steps=2", "training.batch_size=4", "model.layers=1", "sampling.steps=2"],
     "prior": ["training.steps=2", "training.batch_size=4", "model.layers=1"],
 }

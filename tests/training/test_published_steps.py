@@ -34,7 +34,8 @@ def assert_published_steps(name, ranks, shards, tmp_path, *, num_steps=None):
     ]
     assert len(records) == num_steps
     for published_name, our_name in SCALARS.items():
-        for step, expected in enumerate(published.get(f"steps.{published_name}", ())[:num_steps].tolist()):
+        values = published.get(f"steps.{published_name}")
+        for step, expected in enumerate([] if values is None else values[:num_steps].tolist()):
             assert (our_name in records[step]) == (not np.isnan(expected)), (step, our_name)
             if not np.isnan(expected):
                 assert records[step][our_name] == pytest.approx(expected, rel=0, abs=tolerance), (step, our_name)
