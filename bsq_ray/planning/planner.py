@@ -97,7 +97,10 @@ def make_plan(
     training_config = run.training
     micro_batch, accumulation = split_batch(run, num_gpus)
     sample = sample_requirements(run)
-    compute = micro_batch * accumulation * _compute_seconds(run, sample, gpu_spec, efficiency)
+    extra_flops = _statistics_flops(run) if accumulation > 1 else 0.0
+    compute_per_sample = _compute_seconds(run, sample, gpu_spec, efficiency)
+    compute_per_sample += extra_flops / (_peak_flops(run, gpu_spec) * efficiency)
+    compute = micro_batch * accumulation * compute_per_sample
     sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)
     sending = communication_seconds(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_bandwidth, network_gbit)
     memory = training_memory(run, num_gpus, micro_batch)
@@ -110,7 +113,7 @@ def make_plan(
         micro_batch=micro_batch,
         accumulation=accumulation,
         memory=memory,
-        step_flops=sum(sample.flops.values()) * training_config.batch_size,
+        step_flops=(sum(sample.flops.values()) + extra_flops) * training_config.batch_size,
         compute_seconds=compute,
         communication_seconds=sending,
         communication_bytes=sent_bytes,
@@ -135,10 +138,21 @@ def _compute_seconds(run: config.AnyConfig, sample: SampleRequirements, gpu_spec
     Each activation is written, read by the next layer, read by the backward pass, and its gradient is written. All
     other operations are bound by memory bandwidth: Ivanov et al., "Data Movement Is All You Need", 2021.
     """
-    half = run.training.engine.precision != "fp32"
-    peak = (gpu_spec.bf16_tflops if half else gpu_spec.fp32_tflops) * 1e12
-    products = sum(sample.flops.values()) / (peak * efficiency)
+    products = sum(sample.flops.values()) / (_peak_flops(run, gpu_spec) * efficiency)
     return products + 4 * sum(sample.activations) / (gpu_spec.memory_bandwidth * 1e9)
+
+
+def _peak_flops(run: config.AnyConfig, gpu_spec: GPUSpec) -> float:
+    half = run.training.engine.precision != "fp32"
+    return (gpu_spec.bf16_tflops if half else gpu_spec.fp32_tflops) * 1e12
+
+
+def _statistics_flops(run: config.AnyConfig) -> float:
+    """Return the operations per sample of the encoder pass that collects statistics before gradient accumulation."""
+    if not isinstance(run.model, config.TokenizerModelConfig):
+        return 0.0
+    is_binary = isinstance(run.model.quantizer, config.BSQConfig | config.LFQConfig)
+    return tokenizer_forward_flops(run.model) / 2 if is_binary else 0.0
 
 
 def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> tuple[str, ...]:
@@ -156,11 +170,22 @@ def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch
         if checkpointed_batch:
             advice.append(f"model.gradient_checkpointing=true{smaller} (a third more compute)")
     if not advice:
-        advice.append("use a GPU with more memory or a smaller model: a micro batch of one sample does not fit")
+        fits_one = training_memory(run, num_gpus, 1).total <= gpu_spec.memory_gib * 2**30
+        smallest = (
+            "the smallest micro batch with the discriminator's groups" if fits_one else "a micro batch of one sample"
+        )
+        advice.append(f"use a GPU with more memory or a smaller model: {smallest} does not fit")
     return tuple(advice)
 
 
 def _largest_fitting_micro_batch(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> int:
-    sizes = [size for size in range(micro_batch, 0, -1) if micro_batch % size == 0]
+    """Return the largest micro batch that fits and takes the same steps as the whole batch, or 0."""
+    from bsq_ray.config.batch_split import can_split_batch
+
+    def takes_same_steps(size: int) -> bool:
+        training_config = run.training.model_copy(update={"micro_batch_size": size})
+        return can_split_batch(run.model_copy(update={"training": training_config}), num_gpus)
+
+    sizes = [size for size in range(micro_batch, 0, -1) if micro_batch % size == 0 and takes_same_steps(size)]
     fitting = (size for size in sizes if training_memory(run, num_gpus, size).total <= gpu_spec.memory_gib * 2**30)
     return next(fitting, 0)

@@ -75,6 +75,22 @@ def test_make_plan_advice_makes_the_run_fit():
         ).has_enough_memory
 
 
+def test_make_plan_advises_only_micro_batches_that_take_the_same_steps():
+    """A micro batch that would change the discriminator's groups is not advised as the same global batch."""
+    overrides = ["training.batch_size=512", "loss.adversarial.stddev_group_size=32"]
+    plan = make_plan(load_config("imagenet256-bsq18", overrides), "a5000", 16)
+    assert not [advice for advice in plan.advice if "micro_batch_size" in advice]
+
+
+def test_make_plan_accumulation_adds_an_encoder_pass():
+    """Statistics of the whole batch cost half a forward pass of the tokenizer per sample."""
+    whole, parts = (
+        make_plan(load_config("imagenet128-bsq18", overrides), "a5000", 8)
+        for overrides in ([], ["training.micro_batch_size=8"])
+    )
+    assert 1.02 < parts.step_flops / whole.step_flops < 1.2
+
+
 def test_make_plan_model_too_large_advises_larger_gpu():
     huge = load_config("imagenet256-bsq18", ["model.encoder.width=6144", "model.encoder.layers=48"])
     [advice] = make_plan(huge, "l4", 16).advice
