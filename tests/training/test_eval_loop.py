@@ -1,4 +1,4 @@
-"""Evaluations during training: the same samples for any number of workers, and records that say what was measured."""
+"""Evaluations during training: the same samples for any number of workers, and records that name what was measured."""
 
 import pytest
 import torch
