@@ -96,7 +96,7 @@ def test_custom_stage_trains(photo_shards, tmp_path):
         "training.batch_size=8",
         "training.engine.kind=ddp",
     ]
-    command += ["model.encoder.layers=1", "model.decoder.layers=1", "training.eval_batches=1"]
+    command += ["model.encoder.layers=1", "model.decoder.layers=1", "training.eval_samples=16"]
     command += ["training.stage_class=04_custom_stage:DenoisingStage", "training.stage_options.noise=0.3"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

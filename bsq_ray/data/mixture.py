@@ -157,7 +157,9 @@ class MixtureSource(DataSource):
         blocks = []
         for number, source in enumerate(self.sources):
             first = int(self._starts[number])
-            local = range(max(samples.start - first, 0), min(samples.stop - first, source.num_samples))
+            num_before = max(0, -(-(first - samples.start) // samples.step))
+            start = samples.start + num_before * samples.step - first
+            local = range(start, min(samples.stop - first, source.num_samples), samples.step)
             if local:
                 blocks.append((number, source.read_eval(local)))
         values_P = [part.values_P for _, part in blocks if part.keys] or [blocks[0][1].values_P]

@@ -168,19 +168,20 @@ def evaluation_blocks(source: DataSource, batch_size: int, limit: int | None = N
 def evaluation_share(
     source: DataSource, batch_size: int, limit: int, rank: int, world_size: int
 ) -> Iterator[SampleBlock]:
-    """Yield this worker's part of the first `limit` samples: every `world_size`-th, in blocks of `batch_size`.
+    """Yield this worker's part of `limit` evenly spaced samples: every `world_size`-th, in blocks of `batch_size`.
 
     All workers get the same number of blocks. A block without samples has no keys, and values of any one sample or of
     none.
     """
     total = min(source.num_samples, limit)
+    spacing = source.num_samples // total if total else 1
     num_blocks = -(-total // (batch_size * world_size))
 
     def read(number: int) -> SampleBlock:
         first = rank + number * batch_size * world_size
-        samples = range(first, min(total, first + batch_size * world_size), world_size)
-        if samples:
-            return source.read_eval(samples)
+        last = min(total, first + batch_size * world_size)
+        if first < last:
+            return source.read_eval(range(first * spacing, last * spacing, world_size * spacing))
         placeholder = source.read_eval(range(1))
         return SampleBlock(placeholder.values_P, placeholder.labels_P, [])
 

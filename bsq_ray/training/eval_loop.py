@@ -1,6 +1,6 @@
 """Evaluations and sample images along a run.
 
-first samples of the held-out data ─every W-th─▶ worker ─▶ stage.evaluate ─▶ sums ─all-reduce─▶ metrics
+evenly spaced held-out samples ─every W-th─▶ worker ─▶ stage.evaluate ─▶ sums ─all-reduce─▶ metrics
 """
 
 from __future__ import annotations

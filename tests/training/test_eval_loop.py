@@ -1,10 +1,13 @@
 """Evaluations during training: the same samples for any number of workers, and records that name what was measured."""
 
+import numpy as np
 import pytest
 import torch
 from process_group import spawn_group
 from small_runs import RecordingReporter, small_spec
 
+from bsq_ray.data.data_source import SampleBlock
+from bsq_ray.data.stream import evaluation_share
 from bsq_ray.training.trainer import Trainer
 from bsq_ray.training.worker_context import WorkerContext
 
@@ -70,3 +73,21 @@ def test_evaluation_record_names_data_count_and_precision(evaluations, held_out_
     }
     assert list(measurement.metrics) == [f"{split}/psnr"]
     assert measurement.measured_on == f"5 {text} images of {url} ({record['data_hash'][:12]}), fp32, raw weights"
+
+
+@pytest.mark.parametrize(("num_samples", "limit", "world_size"), [(100, 10, 3), (7, 100, 2), (10, 4, 2), (1, 8, 3)])
+def test_evaluation_share_is_evenly_spaced_and_disjoint(num_samples, limit, world_size):
+    """The workers' parts are disjoint, together evenly spaced, and have equal numbers of blocks."""
+
+    class Numbers:
+        def __init__(self):
+            self.num_samples = num_samples
+
+        def read_eval(self, samples):
+            return SampleBlock(np.array(samples), np.array(samples), [str(sample) for sample in samples])
+
+    shares = [list(evaluation_share(Numbers(), 2, limit, rank, world_size)) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    keys = sorted(int(key) for share in shares for block in share for key in block.keys)
+    total = min(num_samples, limit)
+    assert keys == [index * (num_samples // total) for index in range(total)]

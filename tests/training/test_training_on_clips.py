@@ -66,7 +66,7 @@ def image_model(photo_shards, tmp_path_factory):
 
 def test_video_model_initializes_from_image_model(image_model, video_shards, tmp_path):
     """A video model initialized from an image model starts with the same PSNR per frame."""
-    job = small_spec(video_shards, tmp_path, CLIPS)
+    job = small_spec(video_shards, tmp_path, [*CLIPS, "training.eval_samples=1000"])
     first = []
 
     def on_record(record):
@@ -85,7 +85,7 @@ def eval_batches(job):
     from bsq_ray.data.factory import build_source
     from bsq_ray.data.stream import evaluation_batches
 
-    return list(evaluation_batches(build_source(job.config, job.data_url), 8, 8))
+    return list(evaluation_batches(build_source(job.config, job.data_url), 1000))
 
 
 def psnr(image, batch):
