@@ -3,6 +3,7 @@
 import pytest
 
 from bsq_ray.config import load_config, preset_names
+from bsq_ray.config.batch_split import can_split_batch
 from bsq_ray.planning import format_plan, make_plan
 from bsq_ray.planning.communication import communication_bytes
 from bsq_ray.planning.gpus import GPUS
@@ -13,7 +14,7 @@ from bsq_ray.planning.planner import reconstruction_rate
 @pytest.mark.parametrize("gpu", GPUS)
 def test_make_plan_supports_every_preset_and_gpu(name, gpu):
     run = load_config(name)
-    plan = make_plan(run, gpu, min(16, run.training.batch_size))
+    plan = make_plan(run, gpu, max(size for size in range(1, 17) if can_split_batch(run, size)))
     assert plan.step_seconds > 0
     assert plan.has_enough_memory == (not plan.advice)
     assert f"{plan.days:.2f} days" in format_plan(plan)
