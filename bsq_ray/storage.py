@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import errno
 import glob
-import io
 import os
 import posixpath
 import random
 import re
-import secrets
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.core import url_to_fs
+
+from bsq_ray.runtime import local_files
 
 Value = TypeVar("Value")
 
@@ -39,14 +39,6 @@ _INITIAL_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 60.0
 # Scheme, and the bucket or host, of a URL.
 _URL_PATTERN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://[^/]*")
 _LOCAL_SCHEMES = ("file", "local")
-# Temporary name of a local file that is being written; short, because a file name has at most 255 bytes.
-_PARTIAL_PATTERN = re.compile(r"\.[0-9a-f]{16}\.partial")
-# Names of the open files of this process.
-_DESCRIPTOR_PATTERN = re.compile(r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/self/fd/(?P<proc_fd>\d+)")
-_STANDARD_DESCRIPTORS = {"in": 0, "out": 1, "err": 2}
-_MAX_LINKS = 40
-# Errors of an atomic replacement where writing into the existing file may work: a read-only folder, a mounted file.
-_IN_PLACE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 _COPY_BUFFER_BYTES = 2**24
 
 
@@ -183,25 +175,22 @@ def exists(url: str) -> bool:
         return bool(fs.exists(path))
 
 
+def is_special(url: str) -> bool:
+    """Return True for a local pipe, device or socket, such as /dev/stdin; its name does not describe its content."""
+    return is_local(url) and local_files.is_special(filesystem(url)[1])
+
+
 @contextmanager
 def open_url(url: str) -> Iterator[IO[bytes]]:
     """Open a file for reading with random access; a local pipe or device is read into memory first."""
     with translate_errors(url, "read"):
         fs, path = filesystem(url)
-        handle: IO[bytes] = _open_local(path) if is_local(url) else fs.open(path, "rb")
+        handle: IO[bytes] = local_files.open_for_reading(path) if is_local(url) else fs.open(path, "rb")
     try:
         yield handle
     finally:
         with translate_errors(url, "read"):
             handle.close()
-
-
-def _open_local(path: str) -> IO[bytes]:
-    file = open(path, "rb")  # noqa: SIM115
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    with file:
-        return io.BytesIO(file.read())
 
 
 def read_bytes(url: str) -> bytes:
@@ -231,7 +220,7 @@ def write_bytes(url: str, data: bytes) -> None:
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
         if is_local(url):
-            _write_local(path, lambda file: file.write(data))
+            local_files.write(path, lambda file: file.write(data))
         else:
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.pipe_file(path, data)
@@ -242,63 +231,6 @@ def write_text(url: str, text: str) -> None:
     write_bytes(url, text.encode("utf-8", "backslashreplace"))
 
 
-def _write_local(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace a regular file atomically; write into anything else that exists at the path."""
-    target = _follow_links(path)
-    if descriptor := _DESCRIPTOR_PATTERN.fullmatch(target):
-        named_fd = descriptor["fd"] or descriptor["proc_fd"]
-        fd = int(named_fd) if named_fd else _STANDARD_DESCRIPTORS[descriptor["name"]]
-        # A duplicate continues at the position of the open file, as a shell expects; opening it again would not.
-        with open(os.dup(fd), "wb") as file:
-            write(file)
-        return
-    try:
-        is_special = not stat.S_ISREG(os.stat(target).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_special = False
-        os.makedirs(posixpath.dirname(target), exist_ok=True)
-    if is_special:
-        # Raises IsADirectoryError for a folder.
-        with open(target, "wb") as file:
-            write(file)
-        return
-    try:
-        _replace_file(target, write)
-    except OSError as error:
-        if error.errno not in _IN_PLACE_ERRNOS or not os.path.isfile(target):
-            raise
-        with open(target, "wb") as file:
-            write(file)
-
-
-def _follow_links(path: str) -> str:
-    """Return the path at the end of a chain of links; open files of this process are not resolved further."""
-    for _ in range(_MAX_LINKS):
-        if _DESCRIPTOR_PATTERN.fullmatch(path) or not os.path.islink(path):
-            return path
-        path = os.path.join(os.path.realpath(posixpath.dirname(path)), os.readlink(path))
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
-
-
-def _replace_file(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a temporary file in the same folder and rename it."""
-    # A random name, because a task that Ray repeats may run at the same time as its first attempt.
-    partial = posixpath.join(posixpath.dirname(path), f".{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            with suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
-            write(file)
-        os.replace(partial, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(partial)
-        if isinstance(error, OSError):
-            # Messages name the file that the user knows.
-            error.filename = path
-        raise
-
-
 def list_folder(url: str) -> list[str]:
     """Return the sorted names of the entries of a folder; none if it does not exist."""
     fs, path = filesystem(url)
@@ -307,7 +239,7 @@ def list_folder(url: str) -> list[str]:
             return []
         fs.invalidate_cache(path)
         names = (posixpath.basename(entry.rstrip("/")) for entry in fs.ls(path, detail=False))
-        return sorted(name for name in names if not _PARTIAL_PATTERN.fullmatch(name))
+        return sorted(name for name in names if not local_files.PARTIAL_PATTERN.fullmatch(name))
 
 
 def file_sizes(url: str) -> dict[str, int]:
@@ -334,11 +266,15 @@ def upload(local_path: str, url: str) -> None:
     with translate_errors(url, "write"):
         fs, path = filesystem(url)
         if is_local(url):
-            with open(local_path, "rb") as source:
-                _write_local(path, lambda file: shutil.copyfileobj(source, file, _COPY_BUFFER_BYTES))
+            local_files.write(path, partial(_copy_to, local_path))
         else:
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.put_file(local_path, path)
+
+
+def _copy_to(local_path: str, file: IO[bytes]) -> None:
+    with open(local_path, "rb") as source:
+        shutil.copyfileobj(source, file, _COPY_BUFFER_BYTES)
 
 
 def download(url: str, local_path: str) -> None:

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "bsq_ray").rglob("*.py"))
 # A package imports only packages of lower layers, and itself.
 LAYERS = [
-    {"storage", "runtime"},
+    {"runtime"},
+    {"storage"},
     {"config", "media"},
     {"model_folder", "samples"},
     {"models", "planning"},

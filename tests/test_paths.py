@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def test_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch,
         raise OSError(number, os.strerror(number))
 
     (tmp_path / "file").write_bytes(b"previous content")
-    monkeypatch.setattr(storage.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     storage.write_bytes(str(tmp_path / "file"), b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
@@ -255,7 +256,7 @@ def test_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.shutil, "copyfileobj", fail)
+    monkeypatch.setattr(shutil, "copyfileobj", fail)
     with pytest.raises(
         storage.StorageUnavailableError, match=f"^cannot write {tmp_path}/file: No space left on device$"
     ):

@@ -153,7 +153,8 @@ def decompress_file(
     Raises:
         ValueError: the model or the file cannot be read, the file is damaged, or the extension does not fit.
     """
-    kind = "" if destination == "-" else destination.rsplit(".", 1)[-1].lower()
+    has_name = destination != "-" and not storage.is_special(destination)
+    kind = destination.rsplit(".", 1)[-1].lower() if has_name else ""
     if kind and kind not in _IMAGE_FORMATS | _VIDEO_CONTAINERS:
         raise ValueError(f"{destination} must end in .png or .webp (an image or a frame), or .mp4 or .mkv (a clip)")
     codec = Codec.from_pretrained(model_url, weights)
@@ -246,7 +247,7 @@ def _open_image(file: IO[bytes], source: str) -> Image.Image | None:
             raise ValueError("it is an animation; convert it to a video, such as .mkv")
         return to_srgb(image)
     except UnidentifiedImageError:
-        if source == "-":
+        if source == "-" or storage.is_special(source):
             return None
         raise ValueError(f"{source} cannot be read as an image or video: unknown format") from None
     except DECODE_ERRORS as error:

@@ -34,7 +34,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Weights
     Raises:
         ValueError: the model or the image cannot be read, or `out` is not a .png file.
     """
-    if out.suffix.lower() != ".png":
+    if out.suffix.lower() != ".png" and not storage.is_special(str(out)):
         raise ValueError(f"the output file {out} must end in .png (for an image) or .mp4 (for a video)")
     tokenizer = Tokenizer.from_pretrained(model_url, weights)
     run = config.require_stage(

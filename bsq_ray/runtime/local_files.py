@@ -1,0 +1,106 @@
+"""Read and write local files of every type: regular files, links, pipes, devices and open files of this process."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import posixpath
+import re
+import secrets
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO
+
+# Temporary name of a local file that is being written; short, because a file name has at most 255 bytes.
+PARTIAL_PATTERN = re.compile(r"\.[0-9a-f]{16}\.partial")
+# Names of the open files of this process.
+_DESCRIPTOR_PATTERN = re.compile(r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/self/fd/(?P<proc_fd>\d+)")
+_STANDARD_DESCRIPTORS = {"in": 0, "out": 1, "err": 2}
+_MAX_LINKS = 40
+# Errors of an atomic replacement where writing into the existing file may work: a read-only folder, a mounted file.
+_IN_PLACE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+
+
+def is_special(path: str) -> bool:
+    """Return True if a pipe, device or socket exists at the path."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def open_for_reading(path: str) -> IO[bytes]:
+    """Open a file with random access; a pipe or device is read into memory first."""
+    file = open(path, "rb")  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    with file:
+        return io.BytesIO(file.read())
+
+
+def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
+    """Replace a regular file atomically; write into anything else that exists at the path.
+
+    Args:
+        path: a link is followed; missing folders are created.
+        write_content: writes the content into the open file; it may be called twice.
+
+    Raises:
+        OSError: the file cannot be written; a regular file keeps its previous content.
+    """
+    target = _follow_links(path)
+    if descriptor := _DESCRIPTOR_PATTERN.fullmatch(target):
+        named_fd = descriptor["fd"] or descriptor["proc_fd"]
+        fd = int(named_fd) if named_fd else _STANDARD_DESCRIPTORS[descriptor["name"]]
+        # A duplicate continues at the position of the open file, as a shell expects; opening it again would not.
+        with open(os.dup(fd), "wb") as file:
+            write_content(file)
+        return
+    try:
+        is_special = not stat.S_ISREG(os.stat(target).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_special = False
+        os.makedirs(posixpath.dirname(target), exist_ok=True)
+    if is_special:
+        # Raises IsADirectoryError for a folder.
+        with open(target, "wb") as file:
+            write_content(file)
+        return
+    try:
+        _replace_file(target, write_content)
+    except OSError as error:
+        if error.errno not in _IN_PLACE_ERRNOS or not os.path.isfile(target):
+            raise
+        with open(target, "wb") as file:
+            write_content(file)
+
+
+def _follow_links(path: str) -> str:
+    """Return the path at the end of a chain of links; open files of this process are not resolved further."""
+    for _ in range(_MAX_LINKS):
+        if _DESCRIPTOR_PATTERN.fullmatch(path) or not os.path.islink(path):
+            return path
+        path = os.path.join(os.path.realpath(posixpath.dirname(path)), os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+
+
+def _replace_file(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
+    """Write a temporary file in the same folder and rename it."""
+    # A random name, because a task that Ray repeats may run at the same time as its first attempt.
+    partial = posixpath.join(posixpath.dirname(path), f".{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            write_content(file)
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.remove(partial)
+        if isinstance(error, OSError):
+            # Messages name the file that the user knows.
+            error.filename = path
+        raise
