@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 from typing import Any
 
 import jinja2
@@ -12,6 +13,7 @@ import jinja2
 from bsq_ray import config, storage
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import COLUMNS
 from bsq_ray.runtime.text_format import format_duration
+from bsq_ray.training.monitoring.metrics_file import read_metrics_file
 
 # Curves of the report: title, unit, kind of the records, and names of the plotted values.
 _CURVES = (
@@ -21,20 +23,29 @@ _CURVES = (
     ("PSNR of training images", "dB", "evaluation", ("train/psnr",)),
     ("Entropy of the codes", "bits", "training", ("codebook_entropy", "per_sample_entropy")),
 )
+_SUMMARY_KEYS = ("step", "duration_s", "images_per_second", "workers", "data_wait_fraction", "restarts", "measured_on")
+_logger = logging.getLogger(__name__)
 
 
 def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
     """Write the report of a finished run and its evaluation.
 
+    What a crash has damaged in the log or the summary of the run is left out of the report, with a warning.
+
     Args:
         run_url: folder of the run (config.yaml, metrics.jsonl, summary.json).
         evaluation_url: output folder of `evaluate_reconstruction`.
         out_url: the HTML file.
+
+    Raises:
+        ValueError: the evaluation or the configuration is missing or damaged.
     """
-    results = json.loads(storage.read_bytes(storage.join(evaluation_url, "results.json")))
-    records = [json.loads(line) for line in storage.read_bytes(storage.join(run_url, "metrics.jsonl")).splitlines()]
+    results = _read_results(storage.join(evaluation_url, "results.json"))
+    metrics_file = read_metrics_file(storage.join(run_url, "metrics.jsonl"))
+    if metrics_file.warning:
+        _logger.warning(metrics_file.warning)
     text = storage.read_text(storage.join(run_url, "config.yaml"))
-    summary = json.loads(storage.read_bytes(storage.join(run_url, "summary.json")))
+    summary = _read_summary(storage.join(run_url, "summary.json"))
     is_video = results["provenance"]["kind"] == "videos"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bsq_ray.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
@@ -50,14 +61,34 @@ def write_report(run_url: str, evaluation_url: str, out_url: str) -> None:
         plot=_data_url(evaluation_url, "png"),
         animation=_data_url(evaluation_url, "webp") if is_video else None,
         frame_curves=_frame_curves(results),
-        curves=[curve for spec in _CURVES if (curve := _training_curve(records, *spec))],
+        curves=[curve for spec in _CURVES if (curve := _training_curve(metrics_file.records, *spec))],
         metrics=results["rows"]["model"],
         summary=summary,
-        duration=format_duration(summary["duration_s"]),
+        duration=format_duration(summary["duration_s"]) if summary else "",
         run_url=run_url,
         provenance_text=json.dumps(results["provenance"], indent=2),
     )
     storage.write_text(out_url, html)
+
+
+def _read_results(url: str) -> dict[str, Any]:
+    try:
+        results: dict[str, Any] = json.loads(storage.read_bytes(url))
+        return {**results, "rows": results["rows"], "provenance": results["provenance"]}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{url} is damaged ({error}); evaluate the model again") from error
+
+
+def _read_summary(url: str) -> dict[str, Any] | None:
+    """Return the summary of a run; None with a warning if it is missing or damaged."""
+    try:
+        summary = json.loads(storage.read_bytes(url))
+        return {name: summary[name] for name in _SUMMARY_KEYS}
+    except storage.StorageUnavailableError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        _logger.warning("the report has no times: %s is missing or damaged (%s)", url, error)
+        return None
 
 
 def _data_url(evaluation_url: str, suffix: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from bsq_ray import config, storage
+from bsq_ray import config, model_folder, storage
 from bsq_ray.config.batch_split import valid_world_sizes
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.mixture import is_mixture, store_mixture
@@ -77,9 +77,7 @@ def train(
     """
     # Workers may have another working directory.
     data_url, out_url = storage.absolute(data_url), storage.absolute(out_url)
-    if init_url and storage.exists(init_url):
-        # Otherwise it may be a hub ID.
-        init_url = storage.absolute(init_url)
+    init_url = init_url and model_folder.absolute_url(init_url)
     run_config = resolve_tokenizer(run_config, data_url)
     spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
     world_sizes = valid_world_sizes(run_config, num_workers if min_workers is None else min_workers, num_workers)

@@ -96,7 +96,7 @@ class RayReporter:
 
     def __init__(self, coordinator: Any, out_url: str) -> None:
         self._coordinator = coordinator
-        self._gauges = Gauges(out_url)
+        self._gauges = Gauges(out_url, self._warn)
         self._pending: Any = None
         self._signal = ControlSignal.CONTINUE
 
@@ -104,6 +104,9 @@ class RayReporter:
         """Send a record to the coordinator, and its metrics to the Prometheus endpoint of the node."""
         self._coordinator.record.remote(record)
         self._gauges.update(record)
+
+    def _warn(self, text: str) -> None:
+        self._coordinator.record.remote({"kind": "warning", "step": 0, "text": text})
 
     def control_signal(self) -> ControlSignal:
         """Return the last received signal without blocking, and request the next one."""

@@ -53,9 +53,12 @@ class RunRecorder:
             )
 
     def close(self) -> None:
-        """Make all records visible and close the log."""
+        """Make all records visible and close the log; a log that cannot be written does not fail the run."""
         if self._metrics_log:
-            self.retry(self._metrics_log.close)
+            try:
+                self.retry(self._metrics_log.close)
+            except storage.StorageUnavailableError as error:
+                self.warn(f"{error}; the last records are lost")
 
     def flush(self) -> None:
         """Make all records visible, unless storage is unavailable; then the next flush writes them."""
@@ -81,11 +84,11 @@ class RunRecorder:
         self.record(kind="warning", text=text)
 
     def write_sample_image(self, pixels_3HW: Tensor | None) -> None:
-        """Write a uint8 image as `samples/step-N.png`; if storage is unavailable, skip it with a warning."""
+        """Write a uint8 image as `samples/step-N.png`; if it cannot be written, skip it with a warning."""
         if self._metrics_log and pixels_3HW is not None:
             try:
                 self._metrics_log.image(f"step-{self.step:07d}", pixels_3HW)
-            except storage.StorageUnavailableError as error:
+            except Exception as error:
                 self.warn(f"{error}; the image is skipped")
 
     def record_training(self, scalar_history: ScalarHistory, stage_metrics: dict[str, float], **fields: Any) -> None:

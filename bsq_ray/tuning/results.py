@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from bsq_ray import storage
 from bsq_ray.runtime.text_format import format_duration
+from bsq_ray.training.monitoring.metrics_file import read_metrics_file
 from bsq_ray.tuning import sweep_plots
 from bsq_ray.tuning.study import Study, TrialRecord, TrialRecordState, format_value
 from bsq_ray.tuning.sweep_config import INTERMEDIATE_METRICS
@@ -134,7 +134,5 @@ def _best_preset(study: Study, best: TrialRecord) -> str:
 
 def _read_losses(run_url: str) -> list[tuple[int, float]]:
     """Return (step, loss) of each training record of a run."""
-    url = storage.join(run_url, "metrics.jsonl")
-    lines = storage.read_bytes(url).splitlines(keepends=True) if storage.exists(url) else []
-    records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    records = read_metrics_file(storage.join(run_url, "metrics.jsonl")).records
     return [(record["step"], record["loss"]) for record in records if record["kind"] == "training" and "loss" in record]

@@ -28,7 +28,7 @@ class FailingSink:
 def test_failing_tracker_warns_once_and_is_dropped(tmp_path, monkeypatch):
     """Records still reach metrics.jsonl, with one warning."""
     sink, warnings = FailingSink(), []
-    monkeypatch.setattr(metrics_log, "build_trackers", lambda names, *_: {names[0]: sink})
+    monkeypatch.setattr(metrics_log, "build_tracker", lambda *_: sink)
     log = MetricsLog(str(tmp_path), 0, trackers=["mlflow"], on_warning=warnings.append)
     for record in RECORDS:
         log.write(record)
@@ -44,7 +44,7 @@ def test_tracker_failing_at_start_warns(tmp_path, monkeypatch):
         raise ConnectionError("unreachable")
 
     warnings = []
-    monkeypatch.setattr(metrics_log, "build_trackers", fail)
+    monkeypatch.setattr(metrics_log, "build_tracker", fail)
     MetricsLog(str(tmp_path), 0, trackers=["wandb"], on_warning=warnings.append).close()
     assert warnings == ["wandb receives no further records: ConnectionError: unreachable"]
 

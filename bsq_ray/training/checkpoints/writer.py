@@ -227,8 +227,9 @@ def _read_index(url: str) -> tuple[RunProgress, list[dict[str, Any]]]:
     """
     try:
         index = json.loads(storage.read_bytes(storage.join(url, _INDEX_FILE)))
-        return RunProgress(**index["progress"]), list(index["files"])
-    except (KeyError, TypeError) as error:
+        files = [{name: file[name] for name in ("name", "bytes", "sha256")} for file in index["files"]]
+        return RunProgress(**index["progress"]), files
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{_INDEX_FILE} is not the index of a checkpoint ({error})") from error
 
 

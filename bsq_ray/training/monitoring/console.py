@@ -5,9 +5,11 @@ record ─▶ formatter of its kind ─▶ status line (training records) or per
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +36,7 @@ class ProgressLine:
     """Prints records as lines on stderr; a context manager that restores the terminal."""
 
     def __init__(self) -> None:
+        self._is_active = True
         # Brackets and colons in paths and messages are not markup.
         self.console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
@@ -46,14 +49,28 @@ class ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            # The terminal may be gone.
+            with suppress(OSError):
+                self._live.stop()
 
     def print_line(self, line: str) -> None:
         """Print a permanent line."""
         self.console.print(line, soft_wrap=True)
 
     def show_record(self, record: dict[str, Any]) -> None:
-        """Print one record of the run; kinds without a format are skipped."""
+        """Print one record of the run; kinds without a format are skipped.
+
+        The first error, such as a closed pipe, ends the display, never the run.
+        """
+        if not self._is_active:
+            return
+        try:
+            self._show(record)
+        except Exception as error:
+            self._is_active = False
+            logging.getLogger(__name__).warning("the progress display ends: %s: %s", type(error).__name__, error)
+
+    def _show(self, record: dict[str, Any]) -> None:
         line = _FORMATTERS.get(record["kind"], lambda _: "")(record)
         if not line:
             return

@@ -12,17 +12,20 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, storage
-from bsq_ray.training.monitoring.metrics_sinks import JsonLinesSink, MetricsSink, build_trackers
+from bsq_ray.training.monitoring.background_sink import BackgroundSink
+from bsq_ray.training.monitoring.metrics_sinks import JsonLinesSink, MetricsSink, build_tracker
 
 # Files on object stores and those of TensorBoard are rewritten whole, so not at every record.
 _FLUSH_INTERVAL_S = 30.0
+_LOG_FILE = "metrics.jsonl"
+_NETWORK_TRACKERS = ("mlflow", "wandb")
 
 
 class MetricsLog:
     """Distributes records to the sinks of a run.
 
     A sink that raises is dropped with one warning and never ends the run. While storage is unavailable, records are
-    kept and written later.
+    kept and written later. Trackers that send records over the network run in threads and never block the run.
 
     Args:
         out_url: folder of the run.
@@ -45,21 +48,22 @@ class MetricsLog:
         on_warning: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._out_url, self._on_warning = out_url, on_warning
-        self._json_lines = JsonLinesSink(out_url, last_step)
-        self._trackers: dict[str, MetricsSink] = {}
-        for name in trackers:
+        self._last_flush = 0.0
+        self._sinks: dict[str, MetricsSink] = {}
+        for name in (_LOG_FILE, *trackers):
             try:
-                self._trackers |= build_trackers([name], out_url, last_step, run_config)
+                self._sinks[name] = self._build_sink(name, last_step, run_config)
+            except storage.StorageUnavailableError:
+                raise
             except Exception as error:
                 on_warning(_dropped(name, error))
-        self._last_flush = 0.0
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record; its numbers reach the trackers as "kind/name"."""
-        # Storage that rejects the record now may accept it at the next call.
-        with suppress(storage.StorageUnavailableError):
-            self._json_lines.write(record)
-        self._for_each_tracker(lambda sink: sink.write(record))
+        for name in list(self._sinks):
+            # Storage that rejects the record now may accept it at the next call.
+            with suppress(storage.StorageUnavailableError):
+                self._call(name, lambda sink: sink.write(record))
         if time.monotonic() - self._last_flush > _FLUSH_INTERVAL_S:
             with suppress(storage.StorageUnavailableError):
                 self.flush()
@@ -81,8 +85,8 @@ class MetricsLog:
             StorageUnavailableError: storage is unavailable; the records are kept for the next call.
         """
         self._last_flush = time.monotonic()
-        self._json_lines.flush()
-        self._for_each_tracker(lambda sink: sink.flush())
+        for name in list(self._sinks):
+            self._call(name, lambda sink: sink.flush())
 
     def close(self) -> None:
         """Make all records visible and release the sinks.
@@ -90,21 +94,38 @@ class MetricsLog:
         Raises:
             StorageUnavailableError: as `flush`; `close` can be called again.
         """
-        self._json_lines.close()
-        for name in list(self._trackers):
-            self._for_each_tracker(lambda sink: sink.close(), [name])
-            self._trackers.pop(name, None)
+        # The log file last, so that it has the warnings about the trackers.
+        for name in reversed(list(self._sinks)):
+            self._call(name, lambda sink: sink.close())
+            self._sinks.pop(name, None)
 
-    def _for_each_tracker(self, action: Callable[[MetricsSink], None], names: Sequence[str] | None = None) -> None:
-        for name in list(self._trackers) if names is None else names:
-            try:
-                action(self._trackers[name])
-            except storage.StorageUnavailableError:
-                raise
-            except Exception as error:
-                # Removed first, because the warning is itself a record.
-                del self._trackers[name]
-                self._on_warning(_dropped(name, error))
+    def _build_sink(self, name: str, last_step: int, run_config: config.AnyConfig | None) -> MetricsSink:
+        if name == _LOG_FILE:
+            json_lines = JsonLinesSink(self._out_url, last_step)
+            if json_lines.warning:
+                self._on_warning(json_lines.warning)
+            return json_lines
+        if name in _NETWORK_TRACKERS:
+            return BackgroundSink(lambda: build_tracker(name, self._out_url, last_step, run_config))
+        return build_tracker(name, self._out_url, last_step, run_config)
+
+    def _call(self, name: str, action: Callable[[MetricsSink], None]) -> None:
+        """Call a sink; drop it with a warning if it raises.
+
+        Raises:
+            StorageUnavailableError: storage is unavailable; the sink keeps its records.
+        """
+        if name not in self._sinks:
+            # A warning about another sink, which is itself a record, has dropped this one.
+            return
+        try:
+            action(self._sinks[name])
+        except storage.StorageUnavailableError:
+            raise
+        except Exception as error:
+            # Removed first, because the warning is itself a record.
+            del self._sinks[name]
+            self._on_warning(_dropped(name, error))
 
 
 def _dropped(name: str, error: Exception) -> str:

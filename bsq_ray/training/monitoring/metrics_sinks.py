@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from bsq_ray import config, storage
 from bsq_ray.config.loader import flatten
+from bsq_ray.training.monitoring.metrics_file import read_metrics_file
 
 # Python packages of trackers that are not dependencies of bsq_ray.
 _OPTIONAL_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
@@ -56,38 +57,36 @@ def check_trackers(trackers: Sequence[str]) -> None:
             )
 
 
-def build_trackers(
-    trackers: Sequence[str], out_url: str, last_step: int, run_config: config.AnyConfig | None
-) -> dict[str, MetricsSink]:
-    """Return the sinks of `training.trackers`, by name.
+def build_tracker(name: str, out_url: str, last_step: int, run_config: config.AnyConfig | None) -> MetricsSink:
+    """Return the sink of a tracker.
 
     Args:
+        name: one of `training.trackers`.
         last_step: last completed step of a resumed run; 0 for a new run.
         run_config: logged as the hyperparameters of the run; None logs none.
     """
     values = flatten(run_config.model_dump(mode="json")) if run_config is not None else {}
     parameters = {key: str(value) for key, value in values.items()}
-    sinks: dict[str, MetricsSink] = {}
-    for tracker in trackers:
-        if tracker == "tensorboard":
-            sinks[tracker] = TensorBoardSink(out_url, last_step)
-        elif tracker == "mlflow":
-            sinks[tracker] = MLflowSink(out_url, parameters)
-        else:
-            sinks[tracker] = WandbSink(out_url, parameters)
-    return sinks
+    if name == "tensorboard":
+        return TensorBoardSink(out_url, last_step)
+    return MLflowSink(out_url, parameters) if name == "mlflow" else WandbSink(out_url, parameters)
 
 
 class JsonLinesSink:
     """Appends records to `metrics.jsonl`; drops records after `last_step`, which an interrupted run has written.
 
     A local file is appended to at every record. Object stores cannot append, so `flush` rewrites the whole object.
+
+    Attributes:
+        warning: message about damaged lines of the existing file, which are dropped; empty without any.
     """
 
     def __init__(self, out_url: str, last_step: int) -> None:
         self._is_local = storage.is_local(out_url)
         self._url = storage.join(out_url, "metrics.jsonl")
-        self._previous_lines = [f"{line}\n" for line in _lines_up_to(self._url, last_step)]
+        previous = read_metrics_file(self._url)
+        self.warning = previous.warning
+        self._previous_lines = [f"{json.dumps(record)}\n" for record in previous.records if record["step"] <= last_step]
         self._pending_lines: list[str] = []
         storage.write_text(self._url, "".join(self._previous_lines))
 
@@ -245,8 +244,3 @@ def scalars_of(record: dict[str, Any]) -> dict[str, int | float]:
     }
 
 
-def _lines_up_to(url: str, step: int) -> list[str]:
-    """Return the complete lines of a log up to a step; drop a last line that a crash has truncated."""
-    lines = storage.read_text(url).splitlines(keepends=True) if storage.exists(url) else []
-    complete_lines = [line.rstrip("\n") for line in lines if line.endswith("\n")]
-    return [line for line in complete_lines if json.loads(line)["step"] <= step]
