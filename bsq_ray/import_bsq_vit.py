@@ -8,13 +8,16 @@ executed: objects of the training script become inert placeholders, and files wi
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import safetensors.torch
@@ -24,6 +27,7 @@ from torch import Tensor
 from bsq_ray import config, model_folder, storage
 from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ def import_bsq_vit(
     return ImportedModel(model_id, iteration if isinstance(iteration, int) else None, discriminator is not None)
 
 
+_HEAD_BYTES = 2**16
+# Files of torch before 1.6 start with the pickled number 0x1950a86a20f9469cfc6c.
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+# Magic number, protocol version, system, content, names of the storages.
+_NUM_LEGACY_PICKLES = 5
 # Packages whose objects the training script leaves in its checkpoints.
 _EXPECTED_PACKAGES = {"argparse", "collections", "numpy", "omegaconf", "pathlib", "typing"}
 _EXPECTED_BUILTINS = {"bool", "bytes", "dict", "float", "int", "list", "object", "set", "str", "tuple"}
@@ -114,20 +123,58 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged or refers to unexpected Python objects.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{source} is not a file written by torch.save, or it is damaged")
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and not head.startswith(_LEGACY_MAGIC):
+        description = describe_wrong_binary(head) or "is not a file written by torch.save, or it is damaged"
+        raise ValueError(f"{source} {description}")
     try:
-        class_names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        class_names = (
+            torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else _legacy_globals(path, source)
+        )
         rejected = sorted(name for name in class_names if not _is_expected(name))
         if rejected:
             raise ValueError(f"{source} is rejected: it has objects that would run or import {', '.join(rejected)}")
         with torch.serialization.safe_globals([_placeholder_class(name) for name in class_names]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+            # Files of torch before 1.6 cannot be memory-mapped.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        struct.error,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise ValueError(f"cannot read the checkpoint {source}: {' '.join(str(error).split())}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} contains a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
+
+
+def _legacy_globals(path: str, source: str) -> list[str]:
+    """Return the names of the Python objects, except those of torch, in a file of `torch.save` before torch 1.6.
+
+    Such a file is a sequence of pickles, followed by the tensors' values. Nothing is unpickled.
+
+    Raises:
+        ValueError: a pickle is damaged, or of a newer protocol than these files have.
+    """
+    names: set[str] = set()
+    with open(path, "rb") as file:
+        try:
+            for operation, argument, _ in chain(*(pickletools.genops(file) for _ in range(_NUM_LEGACY_PICKLES))):
+                if operation.name in ("GLOBAL", "INST"):
+                    names.add(str(argument).replace(" ", "."))
+                elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                    raise ValueError(f"the pickle operation {operation.name} is not allowed")
+        except ValueError as error:
+            raise ValueError(f"cannot read the checkpoint {source}: {error}") from error
+    # `torch.load` itself rejects objects of torch that are not plain data.
+    return sorted(name for name in names if not name.startswith("torch."))
 
 
 def _is_expected(name: str) -> bool:

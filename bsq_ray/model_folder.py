@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bsq_ray import config, storage
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 WeightsKind = Literal["ema", "raw"]
 
@@ -86,6 +87,14 @@ def write_model_folder(
     )
     storage.write_text(storage.join(url, "config.yaml"), text)
     return model_id
+
+
+def absolute_url(url: str) -> str:
+    """Return a name of the model folder that is valid in a process with another working folder.
+
+    A name that is not an existing local path stays as it is: it may be the id of a model hub.
+    """
+    return storage.absolute(url) if storage.is_local(url) and storage.exists(url) else url
 
 
 def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
@@ -191,7 +200,8 @@ def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{url} is damaged or not a safetensors file: {error}") from error
+        description = describe_wrong_binary(data) or f"is damaged or not a safetensors file: {error}"
+        raise ValueError(f"{url} {description}") from error
     if not {"id", "weights"} <= header.keys():
         raise ValueError(f"{url} is not part of a model folder: its metadata has no model id")
     return tensors, header

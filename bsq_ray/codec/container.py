@@ -31,6 +31,7 @@ from bsq_ray.codec.header import (
 from bsq_ray.codec.varint import read_varint, write_varint
 from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.limits import MAX_PIXELS
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 _CRC_BYTES = 4
 
@@ -230,7 +231,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
 def _read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
     """Return the header and its size in bytes."""
     if data[:4] != MAGIC:
-        raise ValueError("not a .bsq file: it does not start with BSQ1")
+        description = describe_wrong_binary(data) or "does not start with BSQ1"
+        raise ValueError(f"not a .bsq file: it {description}")
     if len(data) < 5:
         raise ValueError("the file is truncated: it ends inside its header")
     flags = data[4]

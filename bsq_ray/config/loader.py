@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 from bsq_ray import storage
 from bsq_ray.config.token_models import MaskedLMConfig, PriorConfig
 from bsq_ray.config.tokenizer_config import BSQConfig, FSQConfig, LFQConfig, TokenizerConfig, VQConfig
+from bsq_ray.runtime.wrong_files import describe_wrong_file
 
 AnyConfig = TokenizerConfig | MaskedLMConfig | PriorConfig
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -191,6 +192,8 @@ def _parse_yaml(text: str, label: str) -> Any:
 
 
 def _parse_mapping(text: str, label: str) -> RawConfig:
+    if text.strip() and (description := describe_wrong_file(text.encode("utf-8", "surrogatepass"))):
+        raise ValueError(f"{label} {description}")
     raw_config = _parse_yaml(text, label)
     if not isinstance(raw_config, dict):
         actual = "nothing" if raw_config is None else type(raw_config).__name__

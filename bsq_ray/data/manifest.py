@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from bsq_ray import storage
 from bsq_ray.data.sample_index import OPEN_INDEXES, Shard, ShardRow
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 MANIFEST_FILE = "manifest.parquet"
 _VERSION = 2
@@ -199,7 +200,8 @@ def read_manifest(url: str) -> Manifest:
             return Manifest(url, rows, classes, kind, metadata["digests"] == "content", metadata["hash"])
         is_newer = version > _VERSION
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a manifest of bsq_ray: {error}") from error
+        description = describe_wrong_binary(content) or f"is damaged or not a manifest of bsq_ray: {error}"
+        raise ValueError(f"{path} {description}") from error
     if is_newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this data set")
     raise ValueError(f"{path} was written by an older version of bsq_ray; run `bsq-ray data index {url}` again")

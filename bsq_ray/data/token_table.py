@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from bsq_ray import config, storage
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.file_ranges import read_tail
+from bsq_ray.runtime.wrong_files import describe_wrong_file
 
 TABLE_FILE, TOKENIZER_FOLDER = "tokens.json", "tokenizer"
 _VERSION = 1
@@ -182,7 +183,7 @@ def read_table(url: str) -> TokenTable:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # A newer version may use another format, so a parse error is not damage.
         if not is_newer:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} {describe_wrong_file(content) or f'is damaged: {error}'}") from error
     if is_newer:
         raise ValueError(f"{path} was written by a newer version of bsq_ray; update it to read this table")
     return TokenTable(url, info, parts)

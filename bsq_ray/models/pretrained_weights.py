@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import pickle
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
+
+_logger = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 
 
@@ -59,6 +63,11 @@ class _NetworkSpec:
     def published_filename(self) -> str:
         """Name of the published file, or of the file in the package without a URL."""
         return Path(self.url or self.package_file).name
+
+    def is_known_digest(self, sha256: str) -> bool:
+        """Return True for the SHA-256 of the file in the package or of the published file."""
+        published_prefix = Path(self.url).stem.rsplit("-", 1)[-1] if self.url else self.sha256
+        return sha256 == self.sha256 or sha256.startswith(published_prefix)
 
 
 def resolve(name: str, path: str | None = None) -> ResolvedWeights:
@@ -105,9 +114,10 @@ def _read_cached(path: Path) -> ResolvedWeights:
         with safetensors.safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged; delete it to recreate it ({error})") from error
-    return ResolvedWeights(tensors, metadata["source"], metadata["sha256"])
+        return ResolvedWeights(tensors, metadata["source"], metadata["sha256"])
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        description = describe_wrong_binary(path.read_bytes()) or "is damaged"
+        raise ValueError(f"{path} {description}; delete it to recreate it ({error})") from error
 
 
 def _write_cached(path: Path, weights: ResolvedWeights) -> None:
@@ -123,13 +133,26 @@ def _read_file(path: str, network: _NetworkSpec) -> ResolvedWeights:
     if not Path(path).exists():
         raise ValueError(f"the weights file {path} does not exist")
     if path.endswith(".safetensors"):
-        return _read_cached(Path(path))
+        weights = _read_cached(Path(path))
+        if not network.is_known_digest(weights.sha256):
+            _logger.warning("%s was made from an unknown file (SHA-256 %s)", path, weights.sha256[:12])
+        return weights
     data = Path(path).read_bytes()
+    if description := describe_wrong_binary(data):
+        raise ValueError(f"the weights file {path} {description}")
     digest = hashlib.sha256(data).hexdigest()
-    if network.url is None and digest != network.sha256:
+    if digest == network.sha256:
+        return ResolvedWeights(network.convert_package_file(data), path, digest)
+    if network.url is None:
         raise ValueError(f"{path} is not the file of {network.package} {network.version} (SHA-256 {digest[:12]})")
-    read = network.convert_package_file if digest == network.sha256 else partial(_convert_state_dict, source=path)
-    return ResolvedWeights(read(data), path, digest)
+    if not network.is_known_digest(digest):
+        if Path(path).name == network.published_filename:
+            raise ValueError(f"{path} is damaged or not the published file (SHA-256 {digest[:12]}); download it again")
+        _logger.warning(
+            "%s is not the published file of %s (SHA-256 %s); its metrics are not comparable with published ones",
+            path, network.url, digest[:12],
+        )  # fmt: skip
+    return ResolvedWeights(_convert_state_dict(data, path), path, digest)
 
 
 def _load_from_package(network: _NetworkSpec) -> ResolvedWeights | None:
@@ -159,8 +182,9 @@ def _download(network: _NetworkSpec) -> ResolvedWeights | None:
     except OSError as error:
         raise ValueError(f"cannot download {network.url}: {error}") from error
     digest = hashlib.sha256(data).hexdigest()
-    if not digest.startswith(Path(network.url).stem.rsplit("-", 1)[-1]):
-        raise ValueError(f"the file at {network.url} is not the published one (SHA-256 {digest[:12]})")
+    if not network.is_known_digest(digest):
+        description = describe_wrong_binary(data) or f"is not the published one (SHA-256 {digest[:12]})"
+        raise ValueError(f"the file at {network.url} {description}")
     return ResolvedWeights(_convert_state_dict(data, network.url), network.url, digest)
 
 

@@ -1,5 +1,7 @@
 """Sources of the published weights: verification by hash, and no execution of pickled code."""
 
+import dataclasses
+import hashlib
 import os
 import pickle
 from importlib.util import find_spec
@@ -90,14 +92,40 @@ def test_resolve_pickle_with_code_is_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_resolve_reads_state_dict_from_path_or_folder(tmp_path, monkeypatch):
-    """A published state dict is read from an explicit path or from the folder in BSQ_RAY_WEIGHTS."""
+def save_alexnet(folder, monkeypatch):
+    """Save random weights under the name of the published file, with their own SHA-256; return path and weights."""
     stub_torchvision_ops()
     from torchvision.models import alexnet
 
-    path = tmp_path / "alexnet-owt-7be5be79.pth"
     state = alexnet(weights=None).state_dict()
-    torch.save(state, path)
+    torch.save(state, folder / "state.pth")
+    prefix = hashlib.sha256((folder / "state.pth").read_bytes()).hexdigest()[:8]
+    path = (folder / "state.pth").rename(folder / f"alexnet-owt-{prefix}.pth")
+    network = dataclasses.replace(pretrained_weights._NETWORKS["lpips-alex"], url=f"https://example.org/{path.name}")
+    monkeypatch.setitem(pretrained_weights._NETWORKS, "lpips-alex", network)
+    return path, state
+
+
+def test_resolve_verifies_explicit_file(tmp_path, monkeypatch, caplog):
+    """A published name with other content is an error, an unknown file a warning, a pointer is recognized."""
+    path, _ = save_alexnet(tmp_path, monkeypatch)
+    assert pretrained_weights.resolve("lpips-alex", str(path))
+    assert not caplog.records
+    unknown = tmp_path / "mine.pth"
+    torch.save({name: tensor + 1 for name, tensor in torch.load(path).items()}, unknown)
+    assert pretrained_weights.resolve("lpips-alex", str(unknown))
+    assert "mine.pth is not the published file of https://example.org/alexnet-owt-" in caplog.text
+    unknown.rename(path)
+    with pytest.raises(ValueError, match="is damaged or not the published file"):
+        pretrained_weights.resolve("lpips-alex", str(path))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 244408911\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer; fetch the file with `git lfs pull`"):
+        pretrained_weights.resolve("lpips-alex", str(path))
+
+
+def test_resolve_reads_state_dict_from_path_or_folder(tmp_path, monkeypatch):
+    """A published state dict is read from an explicit path or from the folder in BSQ_RAY_WEIGHTS."""
+    path, state = save_alexnet(tmp_path, monkeypatch)
     explicit = pretrained_weights.resolve("lpips-alex", str(path))
     assert torch.equal(explicit.tensors["conv.4.bias"], state["features.10.bias"])
     monkeypatch.setenv("BSQ_RAY_WEIGHTS", str(tmp_path))
@@ -109,7 +137,7 @@ def test_resolve_missing_or_damaged_file_raises(tmp_path):
         pretrained_weights.resolve("lpips-alex", str(tmp_path / "none.pth"))
     (tmp_path / "cache" / "weights").mkdir(parents=True)
     (tmp_path / "cache" / "weights" / "lpips-alex.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="damaged; delete it"):
+    with pytest.raises(ValueError, match="is a text: half; .*delete it"):
         pretrained_weights.resolve("lpips-alex")
 
 
@@ -119,5 +147,5 @@ def test_resolve_download_with_wrong_hash_raises(monkeypatch):
     import io
 
     monkeypatch.setattr(pretrained_weights.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"another file"))
-    with pytest.raises(ValueError, match="is not the published one"):
+    with pytest.raises(ValueError, match="is a text: another file"):
         pretrained_weights.resolve("lpips-vgg")
