@@ -150,6 +150,8 @@ def _pack(
     options: PackOptions,
     on_progress: ProgressCallback,
 ) -> PackReport:
+    # Tasks may have another working folder.
+    source, destination = storage.absolute(source), storage.absolute(destination)
     if storage.exists(storage.join(destination, MANIFEST_FILE)):
         raise ValueError(f"{destination} already has a packed data set; choose another folder or remove it first")
     files, ignored = _list_sources(source, kind, suffixes, options)

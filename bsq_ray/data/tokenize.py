@@ -82,6 +82,8 @@ def tokenize(
     Raises:
         ValueError: model or data are missing, or the folder has a table of another tokenizer.
     """
+    # Actors may have another working folder.
+    model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url)
     run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)

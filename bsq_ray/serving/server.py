@@ -10,12 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
-from bsq_ray import model_folder
+from bsq_ray import model_folder, storage
 from bsq_ray.config.loader import validate_mapping
 from bsq_ray.runtime._ray_internals import head_node_resource, serve_http_callback_env
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.serving.http.admission import is_loopback
-from bsq_ray.serving.service_config import PREFETCH_BODIES_VARIABLE, TOKEN_VARIABLE, Settings, token_from_environment
+from bsq_ray.serving.service_config import (
+    MODEL_NAME_PATTERN,
+    PREFETCH_BODIES_VARIABLE,
+    TOKEN_VARIABLE,
+    Settings,
+    token_from_environment,
+)
 
 # Ray Serve's processes read these when they start. A variable that is already set keeps its value.
 _SERVE_ENVIRONMENT = {
@@ -53,7 +59,7 @@ class ServerHandle:
 def parse_settings(
     models: Sequence[str], host: str, *, require_token: bool | None = None, overrides: Sequence[str] = ()
 ) -> Settings:
-    """Return the settings for models given as FOLDER or NAME=FOLDER.
+    """Return the settings for models given as FOLDER or NAME=FOLDER; an existing path is a FOLDER.
 
     Args:
         require_token: requests need a token; None requires one unless `host` is a loopback address.
@@ -63,9 +69,9 @@ def parse_settings(
     """
     folders_by_name: dict[str, str] = {}
     for text in models:
-        name, separator, url = text.partition("=")
-        if not separator:
-            name, url = model_folder.load_model_folder_config(text).name, text
+        name, url = _split_name(text)
+        url = model_folder.absolute_url(url)
+        name = model_folder.load_model_folder_config(url).name if name is None else name
         if name in folders_by_name:
             raise ValueError(f"two models are named {name}; rename one of them: --model OTHER={url}")
         folders_by_name[name] = url
@@ -73,6 +79,16 @@ def parse_settings(
     return validate_mapping(
         {"models": folders_by_name, "authentication": authentication}, overrides, Settings, "bsq-ray serve"
     )
+
+
+def _split_name(text: str) -> tuple[str | None, str]:
+    """Split NAME=FOLDER; the name is None if the text is a folder, whose path may contain "=" itself."""
+    name, separator, url = text.partition("=")
+    if not separator or storage.is_url(text) or storage.exists(text):
+        return None, text
+    # An invalid name of an existing folder is reported as such.
+    is_named = bool(MODEL_NAME_PATTERN.fullmatch(name)) or storage.exists(url)
+    return (name, url) if is_named else (None, text)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from bsq_ray.config.base import StrictModel
 
 TOKEN_VARIABLE = "BSQ_RAY_TOKEN"
+# Names of models appear in HTTP headers and in names of deployments.
+MODEL_NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 # Ray Serve's proxies do not receive the settings, so they read these two variables.
 MAX_RESPONSE_MB_VARIABLE = "BSQ_RAY_MAX_RESPONSE_MB"
 PREFETCH_BODIES_VARIABLE = "BSQ_RAY_PREFETCH_BODIES"
@@ -123,8 +125,7 @@ class Settings(StrictModel):
         if not self.models:
             raise ValueError("models: name at least one model folder")
         for name in self.models:
-            # Names appear in HTTP headers and in names of deployments.
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            if not MODEL_NAME_PATTERN.fullmatch(name):
                 raise ValueError(
                     f"models: invalid model name '{name}'; use letters, digits, '.', '_' and '-' (NAME=FOLDER)"
                 )

@@ -1,5 +1,6 @@
 """The settings of the service (names, token, scaling), its start, and batch invariance."""
 
+import shutil
 import socket
 import threading
 import time
@@ -90,6 +91,33 @@ def test_invalid_settings_error_names_the_key(overrides, message):
     """An invalid setting raises an error that names its key."""
     with pytest.raises(ValueError, match=message.replace(".", r"\.").replace("?", r"\?")):
         validate_mapping({"models": {"a": "b"}}, overrides, Settings, "the service")
+
+
+@pytest.mark.parametrize(
+    ("folder", "argument", "expected"),
+    [
+        ("runs/lr=1e-4/model", "runs/lr=1e-4/model", None),
+        ("lr=1e-4", "lr=1e-4", None),
+        ("./a=b=c", "./a=b=c", None),
+        ("plain", "plain", None),
+        ("runs/lr=1e-4/model", "best=runs/lr=1e-4/model", "best"),
+        ("x=y", "v1.2_a-b=x=y", "v1.2_a-b"),
+        ("plain", "m=plain", "m"),
+    ],
+)
+def test_model_argument_is_a_path_or_a_named_path(model, tmp_path, monkeypatch, folder, argument, expected):
+    """An existing path is a path, whatever it contains; a valid name before "=" is a name."""
+    shutil.copytree(model, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    settings = parse_settings([argument], "127.0.0.1")
+    [(name, url)] = settings.models.items()
+    assert name == (expected or "tiny")
+    assert url == str((tmp_path / folder).resolve())
+
+
+def test_invalid_model_name_before_folder_raises(model):
+    with pytest.raises(ValueError, match="invalid model name 'größer'"):
+        parse_settings([f"größer={model}"], "127.0.0.1")
 
 
 def test_serve_app_keeps_running_applications(model, monkeypatch):

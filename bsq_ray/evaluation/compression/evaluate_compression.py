@@ -84,6 +84,8 @@ def evaluate_compression(
     Raises:
         ValueError: the folder contains nothing that can be measured, or the model does not exist.
     """
+    # Actors may have another working folder.
+    model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url, weights)
     dataset = find_dataset(data_url)
     reader = _ContentReader(dataset.kind, max_frames, max_side)

@@ -87,6 +87,9 @@ def evaluate_generation(
         ValueError: model or data do not exist or do not match.
         RuntimeError: a real image cannot be read.
     """
+    # Actors may have another working folder.
+    model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
+    reference_url, baseline_url = (url and storage.absolute(url) for url in (reference_url, baseline_url))
     folder = model_folder.load_model_folder(model_url, weights)
     run = config.require_stage(folder.config, config.MaskedLMConfig, model_url)
     sampling_config = validate_mapping(

@@ -76,6 +76,8 @@ def evaluate_reconstruction(
         ValueError: model or data do not exist or do not match.
         RuntimeError: more samples than allowed cannot be read.
     """
+    # Actors may have another working folder.
+    model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url, weights)
     run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
