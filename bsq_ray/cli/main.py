@@ -14,6 +14,7 @@ import typer
 
 from bsq_ray.cli import data, demos, evaluate, inference, serve, sweep, train
 from bsq_ray.cli.extras import MissingExtraError, missing_extra_message
+from bsq_ray.runtime.standard_streams import prepare_standard_streams
 
 app = typer.Typer(
     invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: words after `bsq-ray`; None takes those of the process.
     """
+    prepare_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Accepted at any position, because people append it to a command that has just failed.
     debug = "--debug" in words

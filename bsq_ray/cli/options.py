@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
@@ -83,7 +85,8 @@ def resume_command(arguments: Sequence[str]) -> str:
 
 def announce_ray(num_workers: int, address: str | None) -> None:
     """Print on stderr that the command starts or joins Ray, which takes seconds; nothing without workers."""
-    if num_workers:
+    # `ray_session` itself names an address of the environment.
+    if num_workers and (address or not os.environ.get("RAY_ADDRESS")):
         print(f"joining Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
 
 
@@ -102,14 +105,18 @@ class ProgressBar:
         self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task(label, total=None)
 
+    # A terminal or pipe that is gone ends the display, not the work.
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        if not self._progress.console.is_terminal:
-            self._progress.console.print(f"{self._label} …")
+        with suppress(OSError):
+            self._progress.start()
+            if not self._progress.console.is_terminal:
+                self._progress.console.print(f"{self._label} …")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total or None)
+        with suppress(OSError):
+            self._progress.update(self._task, completed=done, total=total or None)

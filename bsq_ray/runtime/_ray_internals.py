@@ -7,10 +7,14 @@ The linter rejects private parts of Ray everywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ray.job_config import JobConfig
     from ray.tune.experiment import Trial
     from ray.util.placement_group import PlacementGroup
 
@@ -95,9 +99,44 @@ def trial_error_text(trial: Trial) -> str:
     Why: a retried trial has its reason recorded while the sweep runs. Seen in Ray 2.60.
     Public: `Result.error` of the final results, which has no error of a trial that was retried successfully.
     """
-    from pathlib import Path
-
     return Path(trial.error_file).read_text() if trial.error_file else ""
+
+
+def job_config_without_folder(folder: str) -> JobConfig:
+    """Return the configuration of a job whose workers do not import modules from a folder.
+
+    Why: Ray puts the driver's working folder in front of the workers' module path, even if the driver's own path lacks
+    it, so that a file `numpy.py` there ends every worker. Seen in Ray 2.60.
+    Public: none; `runtime_env={"working_dir": …}` copies a folder to the workers.
+    """
+    from ray.job_config import JobConfig
+
+    class ModulePath(list[str]):
+        def extend(self, folders: Iterable[str]) -> None:
+            super().extend(path for path in folders if path != folder)
+
+    job_config = JobConfig()
+    job_config._py_driver_sys_path = ModulePath()
+    return job_config
+
+
+def recent_worker_errors(seconds: float = 60.0) -> list[str]:
+    """Return the last line of each error log that workers on this node wrote in the last seconds, newest first.
+
+    Why: the exception about a dead worker only names log files. Seen in Ray 2.60.
+    Public: `ray.util.state.get_log`, which needs a dashboard and the worker's ID.
+    """
+    from ray._private.worker import _global_node
+
+    if _global_node is None:
+        return []
+    oldest = time.time() - seconds
+    files = [(path.stat().st_mtime, path) for path in Path(_global_node.get_logs_dir_path()).glob("worker-*.err")]
+    lines = []
+    for _, path in sorted((entry for entry in files if entry[0] >= oldest), reverse=True):
+        error_lines = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", path.read_text(errors="replace"), re.MULTILINE)
+        lines += error_lines[-1:]
+    return lines
 
 
 def block_to_numpy(block: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def actor_map_ordered(
         address: Ray cluster, see `ray_session`.
 
     Raises:
-        ValueError, RuntimeError: raised by the function for an item.
+        Exception: raised by the function for an item.
     """
     if not items:
         return
@@ -59,7 +59,7 @@ def actor_map_ordered(
                 try:
                     self.function = self.function or self.build()
                     result[0] = self.function(self.items[int(rows["item"][0])])
-                except (ValueError, RuntimeError) as error:
+                except Exception as error:
                     result[0] = _TaskError(error)
                 return {"result": result}
 

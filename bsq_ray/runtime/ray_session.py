@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bsq_ray.runtime._ray_internals import autoscaler_limits
+from bsq_ray.runtime._ray_internals import autoscaler_limits, job_config_without_folder
+from bsq_ray.runtime.ray_errors import translate_ray_errors
 
 # Ray reads these when it is imported, so they are set before; values set by the user stay.
 _RAY_ENV = {
@@ -27,7 +28,14 @@ _RAY_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# Folders in the environment; processes of Ray have other working folders.
+_FOLDER_VARIABLES = ("BSQ_RAY_CACHE", "BSQ_RAY_WEIGHTS", "RAY_TMPDIR", "TMPDIR", "WANDB_DIR")
 _CONNECT_TIMEOUT_S = 10
+# `ray job submit` describes the job in this variable; its working folder is a copy made for it.
+_SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+# Sockets have paths of at most 107 bytes. Ray's are FOLDER/ray/session_DATE_TIME_PID/sockets/plasma_store.
+_MAX_TEMP_FOLDER_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
+_SHORT_TEMP_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -60,22 +68,31 @@ def ray_session(
 
     Raises:
         ValueError: no Ray cluster responds at `address`.
+        RuntimeError: Ray cannot start on this node, or a worker died in the block.
+        Exception: the error of a task or actor that failed in the block, see `translate_ray_errors`.
     """
     global _connection
     for name, value in _RAY_ENV.items():
         os.environ.setdefault(name, value)
+    for name in _FOLDER_VARIABLES:
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.path.expanduser(os.environ[name]))
     import ray
 
     if ray.is_initialized():
-        yield _connection.dashboard_url if _connection else ""
+        with translate_ray_errors():
+            yield _connection.dashboard_url if _connection else ""
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    if not address and (address := os.environ.get("RAY_ADDRESS")):
+        # Nothing on the command line says where the work runs.
+        print(f"joining Ray at {address}, the value of RAY_ADDRESS", file=sys.stderr, flush=True)
     context = _connect(address) if address else _start_local(num_cpus, include_dashboard)
     try:
         if address:
             _start_ray_data_actors_on_driver_node()
         _connection = _Connection(_with_scheme(context.dashboard_url), started_here=not address)
-        yield _connection.dashboard_url
+        with translate_ray_errors():
+            yield _connection.dashboard_url
     finally:
         _connection = None
         ray.shutdown()
@@ -87,9 +104,11 @@ def _connect(address: str) -> Any:
     _check_reachable(address)
     try:
         with _silence_native_stderr():
-            return ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
+            return ray.init(
+                address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config()
+            )
+    except Exception as error:
+        raise ValueError(f"no Ray cluster answers at {address}: {_one_line(error)}") from error
 
 
 def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
@@ -97,15 +116,63 @@ def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
-    with _silence_native_stderr():
-        return ray.init(
-            address="local",
-            num_cpus=num_cpus or max(4, os.cpu_count() or 1),
-            include_dashboard=include_dashboard,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=2**30,
+    folder, short_folder = _temp_folders()
+    options: dict[str, Any] = {}
+    if folder != short_folder:
+        # Objects that exceed the memory are stored in the folder that the user has chosen for large files.
+        options = {"_temp_dir": f"{short_folder}/ray", "object_spilling_directory": folder}
+    try:
+        with _silence_native_stderr():
+            return ray.init(
+                address="local",
+                num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+                include_dashboard=include_dashboard,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=2**30,
+                job_config=_job_config(),
+                **options,
+            )
+    except Exception as error:
+        ray.shutdown()
+        raise RuntimeError(
+            f"Ray cannot start on this node: {_one_line(error)}; read its logs in {short_folder}/ray/session_latest, "
+            "or select another folder with RAY_TMPDIR"
+        ) from error
+
+
+def _temp_folders() -> tuple[str, str]:
+    """Return the folder for temporary files, and one with a path short enough for Ray's sockets.
+
+    Raises:
+        ValueError: RAY_TMPDIR is too long, or there is no short folder.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(folder)) <= _MAX_TEMP_FOLDER_BYTES:
+        return folder, folder
+    short_folders = (path for path in _SHORT_TEMP_FOLDERS if os.access(path, os.W_OK | os.X_OK))
+    short_folder = None if "RAY_TMPDIR" in os.environ else next(short_folders, None)
+    if short_folder is None:
+        raise ValueError(
+            f"the path {folder} is too long for the sockets of Ray; set RAY_TMPDIR to a folder with a path of at most "
+            f"{_MAX_TEMP_FOLDER_BYTES} bytes"
         )
+    return folder, short_folder
+
+
+def _job_config() -> Any:
+    """Return the configuration of this process's job; None for Ray's default.
+
+    Workers import modules from the working folder only if this process does, as in `python -m`.
+    """
+    folder = os.path.abspath(os.curdir)
+    if _SUBMITTED_JOB_VARIABLE in os.environ or folder in map(os.path.abspath, sys.path):
+        return None
+    return job_config_without_folder(folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _start_ray_data_actors_on_driver_node() -> None:
