@@ -43,6 +43,7 @@ INTEGRATION = (
     "serving/test_api_limits.py",
     "serving/test_page.py",
     "serving/test_video_requests.py",
+    "test_command_paths.py",
     "test_examples.py",
     "test_object_storage.py",
     "test_quickstart.py",

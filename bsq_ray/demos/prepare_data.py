@@ -39,9 +39,14 @@ CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
 def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
     """Copy files into two folders: every `held_out_every`-th in the order of SHA-256 is held out.
 
-    Copies of a file count once, so that no content is in both folders.
+    Copies of a file count once, so that no content is in both folders. Unreadable files are left out and logged.
     """
-    by_digest = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
+    by_digest: dict[str, Path] = {}
+    for path in files:
+        try:
+            by_digest[hashlib.sha256(path.read_bytes()).hexdigest()] = path
+        except OSError as error:
+            log(f"ignored {path}: {error.strerror}")
     for folder in (train, held_out):
         folder.mkdir(parents=True, exist_ok=True)
     for index, (digest, path) in enumerate(sorted(by_digest.items())):
