@@ -168,13 +168,14 @@ def _legacy_globals(path: str, source: str) -> list[str]:
         try:
             for operation, argument, _ in chain(*(pickletools.genops(file) for _ in range(_NUM_LEGACY_PICKLES))):
                 if operation.name in ("GLOBAL", "INST"):
-                    names.add(str(argument).replace(" ", "."))
+                    # These pickles have the name of Python 2.
+                    names.add(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
                 elif operation.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
                     raise ValueError(f"the pickle operation {operation.name} is not allowed")
         except ValueError as error:
             raise ValueError(f"cannot read the checkpoint {source}: {error}") from error
-    # `torch.load` itself rejects objects of torch that are not plain data.
-    return sorted(name for name in names if not name.startswith("torch."))
+    # `torch.load` itself knows which objects of torch are plain data, and how bytes are encoded.
+    return sorted(name for name in names if not name.startswith("torch.") and name != "_codecs.encode")
 
 
 def _is_expected(name: str) -> bool:
