@@ -24,7 +24,7 @@ SMALL_TRAINING = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty working folder, with a model and images beside it."""
+    """An empty working folder, with a model and images next to it."""
     save_tokenizer(tmp_path / "model", seed=0)
     (tmp_path / "images").mkdir()
     for number in range(4):

@@ -84,7 +84,7 @@ def ray_session(
             yield _connection.dashboard_url if _connection else ""
         return
     if not address and (address := os.environ.get("RAY_ADDRESS")):
-        # Nothing on the command line says where the work runs.
+        # The command line does not contain the address.
         print(f"joining Ray at {address}, the value of RAY_ADDRESS", file=sys.stderr, flush=True)
     context = _connect(address) if address else _start_local(num_cpus, include_dashboard)
     try:

@@ -40,7 +40,7 @@ def describe_wrong_file(data: bytes) -> str:
         if content.startswith(start):
             return f"is compressed ({name}); decompress it first"
     if _HTML_PATTERN.match(content[:_MAX_RESPONSE_BYTES]):
-        return "is a web page (HTML): the address was that of a page, or asks for a login; download the file itself"
+        return "is a web page (HTML): the address is that of a page, or requires a login; download the file itself"
     if _XML_PATTERN.match(content) and len(content) <= _MAX_RESPONSE_BYTES:
         message = _XML_MESSAGE_PATTERN.search(content)
         return f"is the response of a server (XML{_quote(message[1]) if message else ''}); download the file again"

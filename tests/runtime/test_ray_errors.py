@@ -55,7 +55,7 @@ def test_other_errors_of_ray_become_one_line(error, message):
 @pytest.mark.parametrize("error", [WorkerCrashedError(), ActorDiedError()])
 @pytest.mark.parametrize("lines", [["MemoryError: too large"], []])
 def test_dead_worker_is_explained_by_its_own_last_error(monkeypatch, error, lines):
-    """A pointer to log files is the message only if the logs say nothing."""
+    """A pointer to log files is the message only if the logs have no error."""
     monkeypatch.setattr(ray_errors, "recent_worker_errors", lambda: lines)
     message = str(find_cause(error))
     assert message.startswith("a worker process of Ray died: ")
@@ -139,7 +139,7 @@ def test_address_of_the_environment_is_printed(monkeypatch, capsys):
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ValueError, match="no Ray cluster answers"), ray_session.ray_session():
+    with pytest.raises(ValueError, match="no Ray cluster"), ray_session.ray_session():
         pass
     assert capsys.readouterr().err == "joining Ray at 127.0.0.1:1, the value of RAY_ADDRESS\n"
 
@@ -153,7 +153,7 @@ def test_folder_variables_become_absolute(monkeypatch, tmp_path):
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(ValueError, match="no Ray cluster answers"), ray_session.ray_session():
+    with pytest.raises(ValueError, match="no Ray cluster"), ray_session.ray_session():
         pass
     assert os.environ["BSQ_RAY_WEIGHTS"] == str(tmp_path / "weights")
     assert os.environ["BSQ_RAY_CACHE"] == os.path.expanduser("~/cache")

@@ -1,4 +1,4 @@
-"""What people have in the place of a file is recognized and named wherever files are read."""
+"""Pointers, web pages and other substitutes of a file are recognized and named wherever files are read."""
 
 import gzip
 import json

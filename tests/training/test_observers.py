@@ -1,4 +1,4 @@
-"""What only observes a run never ends or blocks it: logs, trackers, gauges, sample images, the progress display."""
+"""Observers of a run never end or block it: logs, trackers, gauges, sample images, the progress display."""
 
 import json
 import logging
