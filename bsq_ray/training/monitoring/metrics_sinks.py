@@ -242,5 +242,3 @@ def scalars_of(record: dict[str, Any]) -> dict[str, int | float]:
         for name, value in record.items()
         if isinstance(value, int | float) and name != "step"
     }
-
-
