@@ -170,7 +170,7 @@ def _resolve_folder(url: str) -> str:
         raise ValueError(f"{url} is a run folder; use its model folder {model_url}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
-    parent_exists = "/" in url and storage.exists(url.rpartition("/")[0])
+    parent_exists = "/" in url and storage.exists(url.rpartition("/")[0] or "/")
     if parent_exists or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
         raise ValueError(f"{url} is not a model folder: it has no config.yaml")
     try:
