@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -214,6 +215,22 @@ def _check_rows(rows: pa.Table, kind: str) -> pa.Table:
     return rows.select(list(columns)).cast(pa.schema(columns)).combine_chunks().replace_schema_metadata(None)
 
 
+def _check_shards_exist(url: str, shards: Sequence[ShardRow]) -> None:
+    """Look for every shard at the place that the manifest names, with one listing of each folder."""
+    folders = {posixpath.dirname(shard.name) for shard in shards}
+    sizes = {
+        posixpath.join(folder, name): size
+        for folder in folders
+        for name, size in storage.file_sizes(storage.join(url, folder) if folder else url).items()
+    }
+    missing = [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(shards)} shards are not in {url}, such as {missing[0]}; "
+            "if nodes of a cluster wrote them, use a folder that all nodes share"
+        )
+
+
 def write_manifest(
     url: str, shards: Sequence[ShardRow], classes: Sequence[str], kind: str, *, has_content_digests: bool
 ) -> Manifest:
@@ -225,7 +242,11 @@ def write_manifest(
         classes: names of the labels.
         kind: "images" or "videos".
         has_content_digests: see `Manifest`.
+
+    Raises:
+        ValueError: a shard is not in the folder, or has another size.
     """
+    _check_shards_exist(url, shards)
     attributes = {"sha256": "digest", "samples": "num_samples"}
     columns = {
         name: pa.array([getattr(shard, attributes.get(name, name)) for shard in shards], column_type)
