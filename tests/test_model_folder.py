@@ -134,9 +134,14 @@ def test_load_model_folder_checks_model_config_only(folder, tmp_path):
 def test_load_model_folder_damaged_weights_file_raises(folder, tmp_path):
     file = tmp_path / "small" / "model.safetensors"
     data = file.read_bytes()
-    for damaged in (data[:-10], b"", b"not a model at all"):
+    descriptions = {
+        data[:-10]: "damaged or not a safetensors file",
+        b"": "is empty",
+        b"not a model at all": "is a text: not a model at all",
+    }
+    for damaged, description in descriptions.items():
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        with pytest.raises(ValueError, match=description):
             model_folder.load_model_folder(folder)
     file.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
     with pytest.raises(ValueError, match="its metadata has no model id"):
