@@ -19,7 +19,7 @@ SMALL_TRAINING = [
     *("model.image_size=16", "model.patch_size=8", "model.quantizer.bits=4", "model.decoder.head_hidden_dim=16"),
     *(f"model.{half}.{key}" for half in ("encoder", "decoder") for key in ("width=16", "layers=1", "heads=1")),
     *("loss.perceptual_weight=0", "loss.adversarial.weight=0", "training.steps=1", "training.batch_size=2"),
-    *("training.eval_batches=1", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
+    *("training.eval_samples=4", "training.engine.precision=fp32", "training.schedule.warmup_steps=0"),
 ]
 
 
