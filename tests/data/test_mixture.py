@@ -145,7 +145,7 @@ def test_read_mixture_resolves_relative_paths(tmp_path):
         ("datasets: []", "datasets"),
         ("datasets: [{url: a, weight: 0}]", "weight"),
         ("datasets: [{url: a, weight: -1}]", "weight"),
-        ("datasets: [{url: a, wieght: 1}]", "wieght"),
+        ("datasets: [{url: a, wait: 1}]", "wait"),
         ("datasets: [{weight: 1}]", "url"),
         ("datasets: [{url: a, weight: 1}, {url: b}]", "give every data set a weight, or none"),
         ("datasets: [{url: a}, {url: a}]", "listed twice"),
