@@ -200,9 +200,15 @@ def _strip_header(data: bytes | Exception, shard: Shard, entry: SampleEntry) -> 
 def _can_have_name(name: str, shard: Shard, entry: SampleEntry) -> bool:
     """Return True if a name in a tar header can be that of a sample, or of the sample that it is a link to."""
     # Names that do not fit into the header are stored in an extension record.
-    if is_member_of(name, entry.key) or len(name) >= tarfile.LENGTH_NAME or not entry.key.isascii():
+    if len(name) >= tarfile.LENGTH_NAME:
         return True
-    return any(not other.isascii() or is_member_of(name, other) for other in shard.keys_at(entry.offset))
+    keys = [entry.key, *shard.keys_at(entry.offset)]
+    return any(_is_in_extension_record(key) or is_member_of(name, key) for key in keys)
+
+
+def _is_in_extension_record(key: str) -> bool:
+    """Return True if the name is in an extension record: it is not ASCII, or bytes of it were escaped by a backslash."""
+    return not key.isascii() or "\\" in key
 
 
 def check_shard(shard: Shard, content: ShardContent, url: str) -> None:
