@@ -207,7 +207,7 @@ def _can_have_name(name: str, shard: Shard, entry: SampleEntry) -> bool:
 
 
 def _is_in_extension_record(key: str) -> bool:
-    """Return True if the name is in an extension record: it is not ASCII, or bytes of it were escaped by a backslash."""
+    """Return True if an extension record has the name: it is not ASCII, or a backslash escapes bytes of it."""
     return not key.isascii() or "\\" in key
 
 
