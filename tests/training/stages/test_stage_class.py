@@ -50,7 +50,7 @@ def test_own_stage_trains_and_exports_its_model(photo_shards, tmp_path):
     for scale in (1.0, 8.0):
         overrides = [f"training.stage_class={SCALED_STAGE}", f"training.stage_options.scale={scale}"]
         result, records = train(photo_shards, tmp_path / str(scale), *overrides)
-        assert result.metrics == {"scale": scale}
+        assert result.metrics == {"train/scale": scale}
         losses[scale] = records[0]["loss"]
         Tokenizer.from_pretrained(str(tmp_path / str(scale) / "model"))
     assert losses[8.0] == pytest.approx(8 * losses[1.0], rel=1e-5)
