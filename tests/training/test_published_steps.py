@@ -81,6 +81,7 @@ def test_first_fp64_steps_match_published_code(name, photo_shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", FP64)
 def test_fp64_steps_match_published_code(name, photo_shards, tmp_path):
     """Thirty steps with the perceptual loss: losses to 6e-11, weights to 4e-8, every token bit."""
@@ -89,6 +90,7 @@ def test_fp64_steps_match_published_code(name, photo_shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ZERO)
 @pytest.mark.parametrize("name", FP32)
 def test_deepspeed_steps_match_published_code(name, engine, photo_shards, tmp_path):
@@ -98,6 +100,7 @@ def test_deepspeed_steps_match_published_code(name, engine, photo_shards, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*FP64, *FP32])
 def test_two_workers_take_published_steps(name, photo_shards, tmp_path):
     """Two workers with half of each batch take the steps that the published code takes on one GPU."""
@@ -106,6 +109,7 @@ def test_two_workers_take_published_steps(name, photo_shards, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*FP64, *FP32])
 def test_accumulated_steps_match_published_code(name, photo_shards, tmp_path):
     """Two micro batches of four images give the steps of the whole batch."""
