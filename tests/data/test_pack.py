@@ -126,7 +126,7 @@ def test_read_manifest_missing_or_invalid_raises(tmp_path):
     """A folder without a valid manifest raises an error that names it."""
     with pytest.raises(ValueError, match="is not a packed data set: it has no manifest"):
         read_manifest(str(tmp_path))
-    (tmp_path / "manifest.parquet").write_bytes(b"PAR1 nonsense")
+    (tmp_path / "manifest.parquet").write_bytes(b"PAR1\x00\x01\xff nonsense")
     with pytest.raises(ValueError, match="damaged or not a manifest"):
         read_manifest(str(tmp_path))
 
