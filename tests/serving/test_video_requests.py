@@ -8,6 +8,7 @@ import resource
 import struct
 import time
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -20,6 +21,7 @@ from PIL import Image
 from small_videos import make_street_video
 
 from bsq_ray import Generator, Tokenizer
+from bsq_ray.codec.container import read_header
 from bsq_ray.codec.files import compress_file, decompress_file
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip
@@ -278,8 +280,14 @@ def test_closed_video_leaves_no_subprocess():
     assert count_decoding_subprocesses() == 0
 
 
+def with_flipped_bit(file, offset):
+    return file[:offset] + bytes([file[offset] ^ 1]) + file[offset + 1 :]
+
+
 def with_claimed_frames(file, frames):
-    return file[:37] + struct.pack("<I", frames) + file[41:]
+    header = read_header(file)
+    claimed_header = replace(header, clip=replace(header.clip, num_frames=frames))
+    return claimed_header.pack() + file[len(header.pack()) :]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +302,7 @@ def with_claimed_frames(file, frames):
         ("measure", lambda clip, _: clip, 415, "only images can be measured"),
         ("compress?model=video-generator", lambda clip, _: clip, 422, "video-generator cannot compress"),
         ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than 200000 pixels"),
-        ("decompress", lambda _, file: file[:-1] + bytes([file[-1] ^ 1]), 422, "checksum"),
+        ("decompress", lambda _, file: with_flipped_bit(file, len(file) // 2), 422, "checksum"),
         ("decompress", lambda _, file: file[: len(file) // 2], 422, "truncated"),
         ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "per frame 16 tokens of 2 bytes"),
         ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
