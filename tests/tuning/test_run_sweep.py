@@ -110,7 +110,7 @@ def test_train_accepts_best_preset(demo, photo_shards, tmp_path):
     assert best.model == trial_config.model
     assert best.loss == trial_config.loss
     short_config = load_config(str(out / "best.yaml"), ["training.steps=1"])
-    assert train(short_config, photo_shards, str(tmp_path / "run"), 0, on_record=lambda record: None).finished
+    assert train(short_config, photo_shards, str(tmp_path / "run"), 0, on_record=lambda record: None).is_finished
 
 
 def test_run_sweep_releases_all_resources(demo):
