@@ -11,6 +11,7 @@ from PIL import Image
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.demos.prepare_data import CLIPS, split_by_content
 from bsq_ray.demos.quickstart import run_quickstart
+from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
 from bsq_ray.training import launch
 
 _SMALL_OVERRIDES = (
@@ -75,6 +76,24 @@ def test_split_by_content_deduplicates_and_holds_out_fifth(photo_folders, tmp_pa
     sides = [{path.read_bytes() for path in (tmp_path / side).iterdir()} for side in ("train", "held_out")]
     assert [len(side) for side in sides] == [8, 3]
     assert set.union(*sides) == {path.read_bytes() for path in files}
+
+
+def test_split_by_content_keeps_near_duplicates_apart(photos, tmp_path, capsys):
+    """A training image is not used if it is a held-out one in another size, and it is named."""
+    (tmp_path / "files").mkdir()
+    for number, photo in enumerate(photos[:6]):
+        photo.save(tmp_path / "files" / f"{number}.png")
+        photo.resize((photo.width // 2, photo.height // 2)).save(tmp_path / "files" / f"{number}-small.jpg", quality=90)
+    (tmp_path / "files" / "damaged.png").write_bytes(b"no image")
+    folders = tmp_path / "train", tmp_path / "held_out"
+    split_by_content(sorted((tmp_path / "files").iterdir()), *folders, 4)
+    images = ((path for path in folder.iterdir() if path.stat().st_size > 100) for folder in folders)
+    vectors = [
+        stack_vectors(thumbnail_vector(Image.open(path).convert("RGB")) for path in paths)[0] for paths in images
+    ]
+    assert near_duplicate_pairs(*vectors) == []
+    assert sum(len(list(folder.iterdir())) for folder in folders) < 13
+    assert "not used for training, near-duplicates of held-out files: " in capsys.readouterr().err
 
 
 def test_quickstart_minutes_limit_replaces_preset_steps(photos, tmp_path, ray_local, monkeypatch):

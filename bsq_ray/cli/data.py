@@ -29,6 +29,9 @@ def data_pack(
     shard_mb: Annotated[float, typer.Option(help="Size of a shard, MB.")] = 100.0,
     max_side: Annotated[int | None, typer.Option(help="Shrink images or videos to this longer side, pixels.")] = None,
     min_frames: Annotated[int | None, typer.Option(help="Skip videos with fewer frames. Default: 16.")] = None,
+    near_duplicates_of: Annotated[
+        str | None, typer.Option(help="Packed data set; list what it contains, too. DEST lists copies within.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle over shards.")] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Concurrent tasks. 0 packs without Ray.")] = None,
     address: AddressOption = None,
@@ -40,7 +43,8 @@ def data_pack(
         raise ValueError("--labels is for images; the folders or the split list name the classes of videos")
     if kind == "images" and min_frames is not None:
         raise ValueError("--min-frames is for videos; add --kind videos")
-    require_extra("data pack", "train", *(() if workers == 0 else ("ray",)))
+    more_packages = (() if workers == 0 else ("ray",)) + (() if near_duplicates_of is None else ("scipy",))
+    require_extra("data pack", "train", *more_packages)
 
     from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
@@ -50,6 +54,7 @@ def data_pack(
         seed=seed,
         split_list=split_list,
         label_file=labels,
+        near_duplicates_of=near_duplicates_of,
         num_workers=workers,
         address=address,
         **drop_none(min_frames=min_frames),
@@ -67,6 +72,9 @@ def data_pack(
         print(f"skipped {len(report.too_short_files)} that are too short, listed in {dest}/too-short.txt")
     if report.changed_files:
         print(f"converted {len(report.changed_files)} to a constant frame rate, listed in {dest}/changed.txt")
+    if near_duplicates_of is not None:
+        listed = f", listed in {dest}/near-duplicates.txt" if report.near_duplicates else ""
+        print(f"near-duplicates in {near_duplicates_of}: {len(report.near_duplicates)}{listed}")
     for line in report.ignored.describe():
         print(f"ignored {line}")
 

@@ -77,7 +77,7 @@ def inspect_shards(url: str, sheet_url: str | None = None) -> Inspection:
     sheet_positions = set(
         np.unique(np.linspace(0, len(samples) - 1, _SHEET_COLUMNS * _SHEET_ROWS).astype(int)).tolist()
     )
-    for position, image in enumerate(_iter_images(manifest, samples)):
+    for position, image in enumerate(iter_images(manifest, samples)):
         if isinstance(image, str):
             result.errors.append(image)
             continue
@@ -112,19 +112,30 @@ def _check_shard(url: str, row: ShardRow, has_content_digest: bool) -> list[str]
     return []
 
 
-def _iter_images(manifest: Manifest, samples: list[int]) -> Iterator[Image.Image | str]:
-    """Yield images, or the middle frames of videos; yield an error message for each unreadable file."""
-    read = _read_images if manifest.kind == "images" else _read_middle_frames
+def iter_images(
+    manifest: Manifest, samples: Sequence[int], short_side: int | None = None
+) -> Iterator[Image.Image | str]:
+    """Yield images, or the middle frames of videos; yield an error message for each unreadable file.
+
+    Args:
+        manifest: the data set.
+        samples: numbers of the samples through all shards.
+        short_side: size to which the caller will shrink the images, see `decode_blob`; None decodes them in full.
+    """
     for first in range(0, len(samples), _BATCH_SIZE):
-        yield from read(manifest, samples[first : first + _BATCH_SIZE])
+        batch = samples[first : first + _BATCH_SIZE]
+        if manifest.kind == "images":
+            yield from _read_images(manifest, batch, short_side)
+        else:
+            yield from _read_middle_frames(manifest, batch)
 
 
-def _read_images(manifest: Manifest, samples: Sequence[int]) -> Iterator[Image.Image | str]:
+def _read_images(manifest: Manifest, samples: Sequence[int], short_side: int | None) -> Iterator[Image.Image | str]:
     locations = locate_samples(manifest, samples)
     for (shard, index), blob in zip(locations, fetch_located(manifest.url, locations), strict=True):
         entry = shard.entry(index)
         try:
-            yield decode_blob(blob, entry.size, None)
+            yield decode_blob(blob, entry.size, short_side)
         except ValueError as error:
             yield f"{shard.name}: {entry.key}: {error}"
 

@@ -15,7 +15,7 @@ import io
 import json
 import posixpath
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, overload
 
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
+from bsq_ray.data.packing import Packing, parse_packing
 from bsq_ray.data.sample_index import OPEN_INDEXES, Shard, ShardRow
 from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
@@ -54,6 +55,7 @@ class Manifest:
         kind: "images" or "videos".
         has_content_digests: True if `sha256` of a shard is that of the whole file, False if it is that of its index.
         hash: SHA-256 of the shards' names, digests and order, by which results identify the data set.
+        packing: how packing changed the files; None for shards that another program made.
     """
 
     url: str
@@ -62,6 +64,7 @@ class Manifest:
     kind: str
     has_content_digests: bool
     hash: str
+    packing: Packing | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_reference, (self.url, self.hash)
@@ -197,8 +200,9 @@ def read_manifest(url: str) -> Manifest:
         version = metadata["version"]
         if version == _VERSION:
             classes, kind = tuple(metadata["classes"]), metadata["kind"]
+            packing = parse_packing(metadata.get("packing"))
             rows = _check_rows(file.read(use_threads=False), kind)
-            return Manifest(url, rows, classes, kind, metadata["digests"] == "content", metadata["hash"])
+            return Manifest(url, rows, classes, kind, metadata["digests"] == "content", metadata["hash"], packing)
         is_newer = version > _VERSION
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
         description = describe_wrong_binary(content) or f"is damaged or not a manifest of bsq_ray: {error}"
@@ -232,7 +236,13 @@ def _check_shards_exist(url: str, shards: Sequence[ShardRow]) -> None:
 
 
 def write_manifest(
-    url: str, shards: Sequence[ShardRow], classes: Sequence[str], kind: str, *, has_content_digests: bool
+    url: str,
+    shards: Sequence[ShardRow],
+    classes: Sequence[str],
+    kind: str,
+    *,
+    has_content_digests: bool,
+    packing: Packing | None = None,
 ) -> Manifest:
     """Write `manifest.parquet` in one step and return it; the shards and their indexes must exist already.
 
@@ -241,7 +251,7 @@ def write_manifest(
         shards: their rows, in the order of the data set.
         classes: names of the labels.
         kind: "images" or "videos".
-        has_content_digests: see `Manifest`.
+        has_content_digests, packing: see `Manifest`.
 
     Raises:
         ValueError: a shard is not in the folder, or has another size.
@@ -263,8 +273,9 @@ def write_manifest(
         "kind": kind,
         "digests": "content" if has_content_digests else "index",
         "hash": data_hash,
+        "packing": None if packing is None else asdict(packing),
     }
     buffer = io.BytesIO()
     pq.write_table(rows.replace_schema_metadata({"bsq_ray": json.dumps(metadata)}), buffer, compression="zstd")
     storage.write_bytes(storage.join(url, MANIFEST_FILE), buffer.getvalue())
-    return Manifest(url, rows, tuple(classes), kind, has_content_digests, data_hash)
+    return Manifest(url, rows, tuple(classes), kind, has_content_digests, data_hash, packing)

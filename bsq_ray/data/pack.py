@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bsq_ray import storage
+from bsq_ray.data.duplicate_report import find_near_duplicates
 from bsq_ray.data.file_list import IgnoredFiles, list_files
-from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, write_manifest
+from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
 from bsq_ray.data.pack_containers import find_containers, label_names, list_containers, number_labels
 from bsq_ray.data.pack_shard import EncodeFn, ShardPacker
 from bsq_ray.data.pack_source import FileSource, SourceFiles
+from bsq_ray.data.packing import new_packing
 from bsq_ray.data.transcode import StoredFile, reencode_image, transcode_if_needed
 from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
@@ -40,6 +42,8 @@ class PackOptions:
         seed: seed of the shuffle that distributes files over shards.
         split_list: text file that lists the files to pack, see `list_files`; None packs all files.
         label_file: text file with the class of each image, see `label_names`; None takes folders or stored labels.
+        near_duplicates_of: packed data set to compare with, such as the training set of a held-out set; the destination
+            itself finds copies within it. None compares nothing.
         num_workers: number of parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
         address: address of a Ray cluster; None starts Ray on this node.
         storage_timeout_s: seconds to retry unavailable storage before packing fails.
@@ -51,6 +55,7 @@ class PackOptions:
     seed: int = 0
     split_list: str | None = None
     label_file: str | None = None
+    near_duplicates_of: str | None = None
     num_workers: int | None = None
     address: str | None = None
     storage_timeout_s: float = 600.0
@@ -76,6 +81,7 @@ class PackReport:
         ignored: what else the folder contains: files of other types, leftovers, broken links.
         retries: messages of storage errors before a retry succeeded.
         num_reused_shards: number of shards that an interrupted run had packed.
+        near_duplicates: "key: like KEY of URL (correlation)" of each sample that the compared data set contains, too.
     """
 
     manifest: Manifest
@@ -85,6 +91,7 @@ class PackReport:
     ignored: IgnoredFiles = field(default_factory=lambda: IgnoredFiles("images"))
     retries: list[str] = field(default_factory=list)
     num_reused_shards: int = 0
+    near_duplicates: list[str] = field(default_factory=list)
 
 
 def pack_images(
@@ -154,6 +161,9 @@ def _pack(
     source, destination = storage.absolute(source), storage.absolute(destination)
     if storage.exists(storage.join(destination, MANIFEST_FILE)):
         raise ValueError(f"{destination} already has a packed data set; choose another folder or remove it first")
+    compared_url = options.near_duplicates_of
+    # A wrong URL is reported before the work.
+    compared = None if compared_url in (None, destination) else read_manifest(compared_url or "")
     files, ignored = _list_sources(source, kind, suffixes, options)
     options_key = f"max_side {options.max_side} min_frames {options.min_frames}"
     pack_shard = ShardPacker(destination, encode, options_key, kind, options.storage_timeout_s)
@@ -173,10 +183,14 @@ def _pack(
     for name, lines in {"damaged": damaged, "too-short": too_short, "changed": changed}.items():
         if lines:
             storage.write_text(storage.join(destination, f"{name}.txt"), "\n".join(lines) + "\n")
-    manifest = write_manifest(destination, rows, files.classes, kind, has_content_digests=True)
+    packing = new_packing(kind, options.max_side)
+    manifest = write_manifest(destination, rows, files.classes, kind, has_content_digests=True, packing=packing)
+    copies = [] if compared_url is None else find_near_duplicates(manifest, compared or manifest)
+    if copies:
+        storage.write_text(storage.join(destination, "near-duplicates.txt"), "\n".join(copies) + "\n")
     retries = [line for result in results for line in result.retries]
     num_reused = sum(result.is_reused for result in results)
-    return PackReport(manifest, damaged, too_short, changed, ignored, retries, num_reused)
+    return PackReport(manifest, damaged, too_short, changed, ignored, retries, num_reused, copies)
 
 
 def _list_sources(

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 from PIL import Image
 
+from bsq_ray.data.packing import JPEG_QUALITY, VIDEO_CRF
 from bsq_ray.media.color import BT709
 from bsq_ray.media.images import encode_png, is_opaque_rgb_or_gray, is_upright, load_rgb, open_image
 from bsq_ray.media.video_reader import (
@@ -28,7 +29,7 @@ from bsq_ray.media.video_reader import (
 from bsq_ray.media.video_writer import VideoEncoder, even_size, write_video
 
 # Visually lossless H.264, with a key frame every 12 frames so that a clip can start anywhere.
-_ENCODER = VideoEncoder("libx264", {"crf": "14", "preset": "veryfast", "g": "12", "bf": "0"})
+_ENCODER = VideoEncoder("libx264", {"crf": str(VIDEO_CRF), "preset": "veryfast", "g": "12", "bf": "0"})
 # Longest duration of a frame, seconds; longer ones come from broken time stamps.
 _MAX_FRAME_DURATION_S = 60.0
 # Largest ratio of output frames to input frames of a variable-rate video; more come from broken time stamps.
@@ -82,7 +83,7 @@ def reencode_image(data: bytes, max_side: int | None) -> StoredFile:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     if image_format == "JPEG":
         file = io.BytesIO()
-        rgb.save(file, "JPEG", quality=95, subsampling=0)
+        rgb.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return StoredFile(file.getvalue(), "jpg")
     return StoredFile(encode_png(rgb), "png")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 # The training time ends a demo's run, not the steps of its preset.
 UNLIMITED_STEPS = "training.steps=1000000"
 
@@ -39,7 +41,8 @@ CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
 def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
     """Copy files into two folders: every `held_out_every`-th in the order of SHA-256 is held out.
 
-    Copies of a file count once, so that no content is in both folders. Unreadable files are left out and logged.
+    Copies of a file count once, and a near-duplicate of a held-out image or clip is not copied, so that training sees
+    no held-out content. Unreadable files are left out and logged.
     """
     by_digest: dict[str, Path] = {}
     for path in files:
@@ -47,11 +50,45 @@ def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_ou
             by_digest[hashlib.sha256(path.read_bytes()).hexdigest()] = path
         except OSError as error:
             log(f"ignored {path}: {error.strerror}")
-    for folder in (train, held_out):
+    ordered = sorted(by_digest.items())
+    held_out_files = ordered[::held_out_every]
+    training_files = [item for index, item in enumerate(ordered) if index % held_out_every]
+    copies = _near_duplicates([path for _, path in training_files], [path for _, path in held_out_files])
+    if copies:
+        log(f"not used for training, near-duplicates of held-out files: {', '.join(map(str, sorted(copies)))}")
+    for folder, selected in ((train, training_files), (held_out, held_out_files)):
         folder.mkdir(parents=True, exist_ok=True)
-    for index, (digest, path) in enumerate(sorted(by_digest.items())):
-        folder = train if index % held_out_every else held_out
-        shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
+        for digest, path in selected:
+            if path not in copies:
+                shutil.copy(path, folder / f"{digest[:12]}{path.suffix.lower()}")
+
+
+def _near_duplicates(files: list[Path], others: list[Path]) -> set[Path]:
+    """Return the files that show the same as one of the others; files that cannot be decoded show nothing."""
+    from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors
+
+    (vectors_ND, rows_N), (others_MD, _) = (stack_vectors(map(_file_vector, paths)) for paths in (files, others))
+    return {files[rows_N[n]] for n, _, _ in near_duplicate_pairs(vectors_ND, others_MD)}
+
+
+def _file_vector(path: Path) -> np.ndarray | None:
+    """Return the vector of an image, or of the first frame of a clip."""
+    from PIL import Image
+
+    from bsq_ray.media.images import IMAGE_SUFFIXES, read_image
+    from bsq_ray.media.near_duplicates import thumbnail_vector
+    from bsq_ray.media.video_reader import read_video
+
+    try:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            return thumbnail_vector(read_image(str(path)))
+        video = read_video(str(path))
+        try:
+            return thumbnail_vector(Image.fromarray(next(video.frames)))
+        finally:
+            video.frames.close()
+    except (ValueError, StopIteration):
+        return None
 
 
 def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:

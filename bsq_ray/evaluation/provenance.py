@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from bsq_ray.data.manifest import Manifest
+from bsq_ray.data.packing import describe_packing
 from bsq_ray.models.pretrained_weights import resolve_once
 
 # With fewer images, the bias of FID exceeds the differences between models.
@@ -39,6 +40,7 @@ def collect_provenance(
         "data_hash": manifest.hash,
         "kind": manifest.kind,
         "num_samples": num_samples,
+        "packing": describe_packing(manifest.packing),
         "size": size,
         "resize": f"short side to {size} px ({resize_filter}), center crop",
         "pixels": "originals and reconstructions rounded to 8 bits",

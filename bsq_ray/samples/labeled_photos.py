@@ -15,9 +15,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from bsq_ray.media.images import to_rgb
+from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
 from bsq_ray.samples.package_download import fetch_package, unpack_debian_package
 
 _FOODS = {"A": "grain", "B": "grain", "C": "leafy", "D": "vegetable", "E": "fruit", "F": "root", "G": "spice",
@@ -37,7 +39,8 @@ _FALLBACK_HINT = "or use your own folder with a subfolder per class with --image
 def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Path]:
     """Write photos to `destination/train/CLASS` and `destination/held_out/CLASS`; return the two folders.
 
-    One photo in ten, by the checksum of its file, is held out. Copies of a file are written once.
+    One photo in ten, by the checksum of its file, is held out. Copies of a file are written once. Other sizes of a
+    held-out photo are not written at all, so that training sees no held-out content.
 
     Args:
         destination: parent of the two folders.
@@ -48,6 +51,8 @@ def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Pat
     """
     train_folder, held_out_folder = destination / "train", destination / "held_out"
     known_digests: set[str] = set()
+    photos: list[tuple[Path, bytes, bool]] = []
+    vectors: list[np.ndarray | None] = []
     for label, name, content in _iter_photos(packages):
         digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if digest in known_digests:
@@ -60,8 +65,18 @@ def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Pat
         image.thumbnail((_HALF_MAX_SIDE * 2, _HALF_MAX_SIDE * 2), Image.Resampling.LANCZOS)
         is_held_out = int(digest, 16) % 10 == 0
         folder = (held_out_folder if is_held_out else train_folder) / label
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{name}-{digest[:6]}.jpg", quality=95)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=95)
+        photos.append((folder / f"{name}-{digest[:6]}.jpg", jpeg.getvalue(), is_held_out))
+        vectors.append(thumbnail_vector(image))
+    vectors_ND, rows_N = stack_vectors(vectors)
+    held_out_N = np.array([photos[row][2] for row in rows_N], bool)
+    pairs = near_duplicate_pairs(vectors_ND[~held_out_N], vectors_ND[held_out_N])
+    copies = {int(rows_N[~held_out_N][n]) for n, _, _ in pairs}
+    for row, (path, data, _) in enumerate(photos):
+        if row not in copies:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
     return train_folder, held_out_folder
 
 

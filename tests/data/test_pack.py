@@ -1,6 +1,7 @@
 """Packing folders, indexing and inspecting shards, and reading them back."""
 
 import io
+import re
 import tarfile
 
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from bsq_ray.data.index import index_shards
 from bsq_ray.data.inspect import inspect_shards
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import PackOptions, pack_images
+from bsq_ray.data.packing import describe_packing
 from bsq_ray.data.shard_reader import fetch_encoded
 
 
@@ -63,6 +65,40 @@ def test_pack_images_max_side_limits_longer_side(folder, tmp_path):
     report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(max_side=100, num_workers=0))
     sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(report.manifest, range(6))]
     assert {max(size) for size in sizes} == {100}
+
+
+@pytest.mark.parametrize("max_side", [None, 100])
+def test_pack_images_records_its_settings(folder, tmp_path, max_side):
+    """The manifest records how files were changed, and shards of another program have no such record."""
+    pack_images(str(folder), str(tmp_path / "out"), PackOptions(max_side=max_side, num_workers=0))
+    packing = read_manifest(str(tmp_path / "out")).packing
+    assert packing is not None
+    assert (packing.max_side, packing.resize_filter) == (max_side, "lanczos")
+    assert ("at most 100 px" in packing.describe()) == (max_side == 100)
+    index_shards(str(tmp_path / "out"))
+    assert describe_packing(read_manifest(str(tmp_path / "out")).packing) == "shards of another program"
+
+
+def test_pack_images_lists_near_duplicates(folder, photos, tmp_path):
+    """Photos of another data set in another size, and copies within a set, are listed."""
+    pack_images(str(folder), str(tmp_path / "train"), PackOptions(num_workers=0))
+    held_out = tmp_path / "held-out photos"
+    held_out.mkdir()
+    photos[2].resize((photos[2].width // 2, photos[2].height // 2)).save(held_out / "small.jpg")
+    photos[7].save(held_out / "new.png")
+    (held_out / "damaged.jpg").write_bytes(b"no image")
+    train = str(tmp_path / "train")
+    report = pack_images(str(held_out), str(tmp_path / "out"), PackOptions(num_workers=0, near_duplicates_of=train))
+    [line] = report.near_duplicates
+    assert re.fullmatch(rf"\d+_small: like \d+_photo_2 of {train} \((?:0\.99\d|1\.000)\)", line)
+    assert (tmp_path / "out" / "near-duplicates.txt").read_text() == f"{line}\n"
+    photos[7].resize((300, 200)).save(held_out / "again.png")
+    within = str(tmp_path / "within")
+    report = pack_images(str(held_out), within, PackOptions(num_workers=0, near_duplicates_of=within))
+    [line] = report.near_duplicates
+    assert {"again", "new"} == set(re.findall(r"again|new", line))
+    with pytest.raises(ValueError, match="is not a packed data set"):
+        pack_images(str(folder), str(tmp_path / "x"), PackOptions(num_workers=0, near_duplicates_of=str(held_out)))
 
 
 def test_pack_images_undecodable_files_are_reported(folder, tmp_path):

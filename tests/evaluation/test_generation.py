@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from small_models import save_tokenizer
 
@@ -20,7 +22,7 @@ from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation import evaluate_generation as generation
 from bsq_ray.evaluation.generation import sample
-from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation
+from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation, proportional_labels
 from bsq_ray.evaluation.generation.features import Features, real_features
 from bsq_ray.evaluation.generation.frequency_baseline import histogram_cross_entropy
 from bsq_ray.evaluation.generation.sample import GenerateRequest, generate_files
@@ -78,6 +80,22 @@ def results(generation_setup, tmp_path_factory):
     return evaluate(generation_setup, out, reference_url=generation_setup[1]), out
 
 
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any), st.integers(1, 200))
+def test_proportional_labels_follow_the_class_counts(counts, total):
+    """Every class has its proportion of the images, rounded, and equal totals give the counts themselves."""
+    labels = proportional_labels(np.array(counts), total)
+    numbers = np.bincount(labels, minlength=len(counts))
+    assert len(labels) == total
+    assert (np.abs(numbers - np.array(counts) * total / sum(counts)) < 1).all()
+    assert not numbers[np.array(counts) == 0].any()
+    assert np.bincount(proportional_labels(np.array(counts), sum(counts)), minlength=len(counts)).tolist() == counts
+
+
+def test_proportional_labels_are_spread_over_the_batches():
+    labels = np.array(proportional_labels(np.array([20, 2, 10]), 64))
+    assert [np.bincount(part, minlength=3).tolist() for part in np.split(labels, 2)] == [[20, 2, 10], [20, 2, 10]]
+
+
 def test_results_contain_baseline_and_provenance(results, cache):
     evaluation, out = results
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(evaluation))
@@ -87,6 +105,8 @@ def test_results_contain_baseline_and_provenance(results, cache):
     assert row.keys() == names
     assert 1 <= row["inception_score"] < evaluation["real_images"]["inception_score"]
     assert evaluation["num_generated"] == 40
+    assert "classes in the proportions of the real images" in (out / "results.md").read_text()
+    assert evaluation["provenance"]["packing"].startswith("packed at their own size (JPEG quality 95")
     assert evaluation["sampling"]["steps"] == 2
     assert evaluation["provenance"]["weights"].keys() == {"fid-inception", "imagenet-classifier"}
     assert "| per-position frequencies |" in (out / "results.md").read_text()

@@ -75,6 +75,7 @@ def test_results_contain_provenance(results, held_out_shards):
     assert provenance["data"] == held_out_shards
     assert provenance["num_samples"] == 12
     assert "lanczos" in provenance["resize"]
+    assert provenance["packing"] == "packed with a longer side of at most 192 px (lanczos, JPEG quality 95, or PNG)"
     assert "8 bits" in provenance["pixels"]
     assert provenance["weights"].keys() == {"lpips-alex", "lpips-vgg", "fid-inception"}
     assert all(len(weights["sha256"]) == 64 for weights in provenance["weights"].values())

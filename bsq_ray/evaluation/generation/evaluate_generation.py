@@ -72,7 +72,7 @@ def evaluate_generation(
         out_url: folder for the results.
         workers: Ray actors; 0 runs in this process, without Ray.
         address: Ray cluster; None starts one on this machine.
-        count: number of generated images, divided evenly among the classes; None for the number of real images.
+        count: number of generated images, in the class proportions of the real images; None for their number.
         sampling: keys of `config.SamplingConfig` to change.
         seed: of the sampler; the same seed generates the same images.
         reference_url: packed images with known classes, for the class accuracy; None for `data_url`.
@@ -113,7 +113,7 @@ def evaluate_generation(
     if baseline_url:
         source = TokenSource(read_table(baseline_url), run.model)
         samplers["per-position frequencies"] = partial(_FrequencySampler, source, seed)
-    labels = [n % run.model.num_classes for n in range(total)]
+    labels = proportional_labels(np.bincount(real.labels_N, minlength=run.model.num_classes), total)
     rows, classifier = {}, EfficientNetLite0()
     sheets = {name: ClassSheet(manifest.classes, _EXAMPLES_PER_CLASS) for name in samplers}
     pool = _ActorPool(workers, address)
@@ -132,6 +132,7 @@ def evaluate_generation(
         "sampling": sampling_config.model_dump(),
         "seed": seed,
         "num_generated": total,
+        "classes": "in the proportions of the real images",
         "rows": rows,
         "real_images": {"inception_score": _inception_score(real, classifier)}
         | ({"class_accuracy": _class_accuracy(real, reference)} if reference_url else {}),
@@ -148,6 +149,23 @@ def evaluate_generation(
     storage.write_text(storage.join(out_url, "results.md"), generation_markdown(results) + "\n")
     storage.write_bytes(storage.join(out_url, "samples.png"), sheets["model"].png())
     return results
+
+
+def proportional_labels(counts_C: np.ndarray, total: int) -> list[int]:
+    """Return labels in the proportions of class counts, each class spread evenly over the list.
+
+    Rounded up where the remainder is largest, so the numbers of a class differ from its proportion by less than one.
+    With `total` equal to the sum of the counts, each class has its count.
+
+    Args:
+        counts_C: number of real images of each class, int (C,).
+        total: number of labels.
+    """
+    num_labels_C, remainder_C = np.divmod(counts_C.astype(np.int64) * total, counts_C.sum())
+    num_labels_C[np.argsort(-remainder_C, kind="stable")[: total - num_labels_C.sum()]] += 1
+    labels = np.repeat(np.arange(len(counts_C)), num_labels_C)
+    positions = np.concatenate([(np.arange(number) + 0.5) / number for number in num_labels_C])
+    return [int(label) for label in labels[np.argsort(positions, kind="stable")]]
 
 
 def _check_inputs(run: config.MaskedLMConfig, manifest: Manifest, total: int) -> None:
@@ -282,12 +300,12 @@ def generation_markdown(results: dict[str, Any]) -> str:
     lines = metric_table(results["rows"], _COLUMNS)
     provenance, sampling = results["provenance"], results["sampling"]
     generated_text = (
-        f"{results['num_generated']} generated images ({sampling['steps']} steps, "
+        f"{results['num_generated']} generated images, classes {results['classes']} ({sampling['steps']} steps, "
         f"temperature {sampling['temperature']:g}, "
         f"guidance {sampling['guidance_scale']:g} {sampling['guidance_schedule']}, seed {results['seed']})"
     )
     real_data = f"{provenance['num_samples']} images of {provenance['data']} ({provenance['data_hash'][:12]})"
-    lines += ["", f"{generated_text} against {real_data}, {provenance['resize']}."]
+    lines += ["", f"{generated_text} against {real_data}, {provenance['packing']}, {provenance['resize']}."]
     real = results["real_images"]
     lines.append(f"The real images' inception score is {real['inception_score']:.2f}.")
     if "class_accuracy" in real:

@@ -260,7 +260,8 @@ def reconstruction_markdown(results: dict[str, Any]) -> str:
     provenance = results["provenance"]
     data = f"{provenance['data']} ({provenance['data_hash'][:12]})"
     count = f"{provenance['num_samples']} {_UNITS[provenance['kind']]}"
-    lines += ["", f"{count} of {data}, {provenance['resize']}; {provenance['pixels']}."]
+    steps = f"{provenance['packing']}, {provenance['resize']}"
+    lines += ["", f"{count} of {data}, {steps}; {provenance['pixels']}."]
     lines += [f"KID: {provenance['kid']}."] if "kid" in provenance else []
     lines += [f"Clips: {provenance['clips']}."] if "clips" in provenance else []
     lines += [f"Skipped: {note}." for note in provenance.get("skipped", ())]
