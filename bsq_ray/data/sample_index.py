@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -283,10 +284,15 @@ class IndexCache:
 OPEN_INDEXES = IndexCache()
 
 
+def _memory_map(path: str) -> pa.MemoryMappedFile:
+    # Arrow encodes strings as UTF-8, but names of files need not be UTF-8.
+    return pa.memory_map(os.fsencode(path))
+
+
 def _open_index(url: str, row: ShardRow) -> tuple[Shard, dict[str, Any]]:
     if storage.is_local(url):
         _, path = storage.filesystem(url)
-        return _parse_index(pa.memory_map(path))
+        return _parse_index(_memory_map(path))
     # Imported here because commands that only describe a data set start without torch.
     from bsq_ray.models.pretrained_weights import cache_folder
 
@@ -294,5 +300,5 @@ def _open_index(url: str, row: ShardRow) -> tuple[Shard, dict[str, Any]]:
     if cache.can_hold(row.index_bytes):
         # Without a writable folder the index is read into memory.
         with suppress(CacheUnavailableError):
-            return _parse_index(cache.open(url, row.digest, row.index_bytes, pa.memory_map))
+            return _parse_index(cache.open(url, row.digest, row.index_bytes, _memory_map))
     return _parse_index(pa.BufferReader(storage.read_bytes(url)))
