@@ -29,12 +29,13 @@ def test_worker_env_on_cpu_sets_malloc_tunables(use_gpu, tmp_path):
 
 def test_train_elastic_min_workers_must_fit(photo_shards, tmp_path, ray_local):
     """The smallest number of workers of an elastic run must fit on the cluster."""
+    run_config = load_config(PRESET, [*SMALL, "training.batch_size=64"])
     for min_workers, budget, message in (
         (8, ResourceBudget(), "8 workers of 0.5 CPUs"),
         (2, ResourceBudget({"CPU": 2}), "2 workers of 2 CPUs"),
     ):
         with pytest.raises(ValueError, match=f"{message} .*; give --workers"):
-            train(load_config(PRESET, SMALL), photo_shards, str(tmp_path), 16, min_workers=min_workers, budget=budget)
+            train(run_config, photo_shards, str(tmp_path), 16, min_workers=min_workers, budget=budget)
 
 
 @pytest.mark.parametrize(
