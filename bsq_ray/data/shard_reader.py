@@ -200,15 +200,15 @@ def _strip_header(data: bytes | Exception, shard: Shard, entry: SampleEntry) -> 
 def _can_have_name(name: str, shard: Shard, entry: SampleEntry) -> bool:
     """Return True if a name in a tar header can be that of a sample, or of the sample that it is a link to."""
     # Names that do not fit into the header are stored in an extension record.
-    if len(name) >= tarfile.LENGTH_NAME:
+    if len(name) >= tarfile.LENGTH_NAME or _can_have_key(name, entry.key):
         return True
-    keys = [entry.key, *shard.keys_at(entry.offset)]
-    return any(_is_in_extension_record(key) or is_member_of(name, key) for key in keys)
+    # Searched only for links, because the search takes time in the number of samples of the shard.
+    return any(_can_have_key(name, key) for key in shard.keys_at(entry.offset))
 
 
-def _is_in_extension_record(key: str) -> bool:
-    """Return True if an extension record has the name: it is not ASCII, or a backslash escapes bytes of it."""
-    return not key.isascii() or "\\" in key
+def _can_have_key(name: str, key: str) -> bool:
+    # A name that is not ASCII, or in whose key a backslash escapes bytes, is in an extension record.
+    return not key.isascii() or "\\" in key or is_member_of(name, key)
 
 
 def check_shard(shard: Shard, content: ShardContent, url: str) -> None:
