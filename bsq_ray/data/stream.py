@@ -161,8 +161,8 @@ def evaluation_batches(
 
 def evaluation_blocks(source: DataSource, batch_size: int, limit: int | None = None) -> Iterator[SampleBlock]:
     """Yield the blocks of `evaluation_batches`, with the skipped samples of each, read by threads of this process."""
-    chunks = _evaluation_chunks(source.num_samples, batch_size, limit)
-    return _local_blocks(lambda chunk: source.read_eval(chunks[chunk]), 2, len(chunks))
+    chunks = _EvaluationChunks(_num_evaluated(source, limit), batch_size)
+    return _local_blocks(lambda number: source.read_eval(chunks[number]), 2, len(chunks))
 
 
 def evaluation_share(
@@ -194,18 +194,32 @@ def evaluation_dataset(source: DataSource, batch_size: int, limit: int | None = 
 
     def read(rows: dict[str, np.ndarray]) -> dict[str, Any]:
         block = np.empty(1, object)
-        block[0] = _get_once(source_ref).read_eval(range(int(rows["first"][0]), int(rows["last"][0])))
+        block[0] = _get_once(source_ref).read_eval(chunks[int(rows["id"][0])])
         return {"block": block}
 
     source_ref = ray.put(source)
     _configure_ray_data()
-    chunks = [{"first": c.start, "last": c.stop} for c in _evaluation_chunks(source.num_samples, batch_size, limit)]
-    return ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(read, batch_size=1)
+    chunks = _EvaluationChunks(_num_evaluated(source, limit), batch_size)
+    return ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(read, batch_size=1)
 
 
-def _evaluation_chunks(num_samples: int, batch_size: int, limit: int | None) -> list[range]:
-    total = num_samples if limit is None else min(num_samples, limit)
-    return [range(first, min(first + batch_size, total)) for first in range(0, total, batch_size)]
+@dataclass(frozen=True)
+class _EvaluationChunks:
+    """Ranges of `batch_size` samples, computed on access because a data set can have millions of them."""
+
+    num_samples: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __getitem__(self, number: int) -> range:
+        first = number * self.batch_size
+        return range(first, min(first + self.batch_size, self.num_samples))
+
+
+def _num_evaluated(source: DataSource, limit: int | None) -> int:
+    return source.num_samples if limit is None else min(source.num_samples, limit)
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
             write_content(file)
         return
     try:
-        is_special = not stat.S_ISREG(os.stat(target).st_mode)
+        can_replace = stat.S_ISREG(os.stat(target).st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        is_special = False
+        can_replace = True
         os.makedirs(posixpath.dirname(target), exist_ok=True)
-    if is_special:
+    if not can_replace:
         # Raises IsADirectoryError for a folder.
         with open(target, "wb") as file:
             write_content(file)
