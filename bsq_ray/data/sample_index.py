@@ -129,23 +129,6 @@ class Shard:
         """Class of each sample, an index into the manifest's classes."""
         return tuple(self.rows.column("label").to_pylist())
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """Position of each sample's image or video in the file, bytes."""
-        return tuple(self.rows.column("offset").to_pylist())
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Size of each sample's image or video, bytes."""
-        return tuple(self.rows.column("size").to_pylist())
-
-    @property
-    def videos(self) -> tuple[VideoInfo, ...]:
-        """Facts about each sample's video; empty in a data set of images."""
-        if "video" not in self.rows.schema.names:
-            return ()
-        return tuple(_to_video_info(video) for video in self.rows.column("video").to_pylist())
-
     @cached_property
     def _columns(self) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
         labels, offsets, sizes = (self.rows.column(name).to_numpy() for name in ("label", "offset", "size"))

@@ -39,7 +39,7 @@ def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):
     assert block.values_P.dtype == np.uint8
     for sample, key in enumerate(block.keys):
         shard, index, _ = source.locate(sample)
-        start = (shard.videos[index].frames - 10) // 2
+        start = (shard.video(index).frames - 10) // 2
         assert key == f"{shard.keys[index]}@{start}"
         whole = decode_all_frames(source.manifest, shard, index)
         expected = [eval_transform(whole[start + 3 * n], 32, "lanczos") for n in range(4)]
@@ -170,7 +170,7 @@ def test_unreadable_video_is_replaced_or_skipped(video_folders, tmp_path):
     shard = read_manifest(str(tmp_path)).shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
-    content[shard.offsets[1] : shard.offsets[1] + shard.sizes[1]] = bytes(shard.sizes[1])
+    content[shard.entry(1).offset : shard.entry(1).offset + shard.entry(1).size] = bytes(shard.entry(1).size)
     path.write_bytes(content)
     source = make_source(str(tmp_path))
     skipped = SkippedSamples(1)

@@ -132,7 +132,7 @@ def damaged_manifest(photo_folders, tmp_path):
     shard = manifest.shards[0]
     path = tmp_path / shard.name
     content = bytearray(path.read_bytes())
-    content[shard.offsets[2] : shard.offsets[2] + shard.sizes[2]] = bytes(shard.sizes[2])
+    content[shard.entry(2).offset : shard.entry(2).offset + shard.entry(2).size] = bytes(shard.entry(2).size)
     path.write_bytes(content)
     return manifest
 

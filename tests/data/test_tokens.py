@@ -208,7 +208,7 @@ def test_tokenize_damaged_image_is_skipped(model, photo_folders, tmp_path):
     shard = manifest.shards[0]
     path = tmp_path / "set" / shard.name
     content = bytearray(path.read_bytes())
-    content[shard.offsets[2] : shard.offsets[2] + shard.sizes[2]] = bytes(shard.sizes[2])
+    content[shard.entry(2).offset : shard.entry(2).offset + shard.entry(2).size] = bytes(shard.entry(2).size)
     path.write_bytes(content)
     done = tokenize(model, str(tmp_path / "set"), str(tmp_path / "tokens"), num_workers=0, num_crops=2)
     assert done.table.num_rows == 2 * (manifest.num_samples - 1)

@@ -25,7 +25,7 @@ def damaged_shards(photo_folders, tmp_path):
     for number in range(0, manifest.num_samples, 7):
         shard, index = manifest.locate(number)
         content = bytearray((shards / shard.name).read_bytes())
-        content[shard.offsets[index] : shard.offsets[index] + 64] = bytes(64)
+        content[shard.entry(index).offset : shard.entry(index).offset + 64] = bytes(64)
         (shards / shard.name).write_bytes(content)
         names.append((shard.name, shard.keys[index]))
     return str(shards), names
