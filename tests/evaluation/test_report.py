@@ -24,7 +24,11 @@ def write_folders(tmp_path):
         )
         records = [{"kind": "training", "step": step, "loss": 1 / step, "progress": 0.5} for step in (1, 2, 3)]
         provenance = collect_provenance(
-            SimpleNamespace(url="shards", hash="0" * 64, kind=kind), 40, size=64, resize_filter="lanczos", networks=[]
+            SimpleNamespace(url="shards", hash="0" * 64, kind=kind, packing=None),
+            40,
+            size=64,
+            resize_filter="lanczos",
+            networks=[],
         )
         results = {"model_id": "1" * 64, "rows": {"model": METRICS, "mean color": METRICS}, "provenance": provenance}
         if kind == "videos":
