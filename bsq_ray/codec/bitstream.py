@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
-from bsq_ray.codec import probabilities, version1
+from bsq_ray.codec import format_v1, probabilities
 from bsq_ray.codec.side_info import (
     RAW_METHOD,
     SideInfo,
     choose_shift,
     read_side_info,
-    side_info_bits,
+    serialize_side_info,
     tolerance_of_method,
 )
 
@@ -58,10 +58,10 @@ def encode_nodes(logits_NSkB: np.ndarray, chosen_NSkB: np.ndarray, method: int) 
         shift = choose_shift(logits, method)
         levels, is_ambiguous = probabilities.round_logits(logits, tolerance_of_method(method), shift)
         positions = np.flatnonzero(is_ambiguous)
-        round_up = probabilities.rounded_up(logits[positions], levels[positions], shift)
+        round_up = probabilities.is_rounded_up(logits[positions], levels[positions], shift)
         side_info = SideInfo(method, shift, positions, round_up)
         node_probabilities = probabilities.probabilities_of_levels(levels, shift)
-    prefix = side_info_bits(side_info)
+    prefix = serialize_side_info(side_info)
     symbols = np.concatenate([np.array(prefix, np.int32), chosen])
     data = _encode(symbols, np.concatenate([np.full(len(prefix), 0.5), node_probabilities]))
     signed = np.where(chosen, -logits, logits)
@@ -149,7 +149,7 @@ class GroupBitstreamV1(GroupBitstream):
     """Bytes of one group in version 1: side information in bytes of its own, then little-endian words."""
 
     def _open(self, data: bytes, num_nodes: int) -> tuple[constriction.stream.queue.RangeDecoder, SideInfo]:
-        positions, round_up, start = version1.read_side_info(data, num_nodes)
+        positions, round_up, start = format_v1.read_side_info(data, num_nodes)
         if (len(data) - start) % 4:
             raise BitstreamError("the coded tokens are truncated")
         words = np.frombuffer(data[start:], "<u4").astype(np.uint32)

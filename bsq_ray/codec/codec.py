@@ -150,7 +150,7 @@ class Codec:
                 clip = VideoHeader(1, gop_size, frame_rate, color)
                 header = self._make_header(pixels_THWC.shape[2], pixels_THWC.shape[1], clip)
             if pixels_THWC.shape[1:3] != (header.height, header.width):
-                raise ValueError("the frames of a clip must all have one size")
+                raise ValueError("the frames of a clip must have the same size")
             # Pad the last group by repeating its last frame.
             padded_THWC = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], gop_size - len(pixels_THWC), 0)])
             frames_before = num_frames - len(pixels_THWC)

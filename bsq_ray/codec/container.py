@@ -1,7 +1,7 @@
 """The `.bsq` container: header, lengths of tile groups, groups with their checksums.
 
 docs/reference/bsq-format.md specifies the format. Every field is checked before memory is allocated for it, so a
-malicious file only raises an error. Files are written in version 2; `version1.py` reads version 1.
+malicious file only raises an error. Files are written in version 2; `format_v1.py` reads version 1.
 
 Shape suffixes: G groups.
 """
@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from bsq_ray.codec import version1
+from bsq_ray.codec import format_v1
 from bsq_ray.codec.header import (
     CODING_PRIOR,
     GROUP_SIZES,
@@ -75,7 +75,7 @@ class Container:
     def has_tokens(self, group_index: int, frame: int, packed_bits: bytes) -> bool:
         """Return whether the bits of a frame of a group, packed into bytes, match their checksum."""
         if self.index_v1 is not None:
-            check = version1.token_checksum(packed_bits, group_index, frame, self.binding)
+            check = format_v1.token_checksum(packed_bits, group_index, frame, self.binding)
             return check == int(self.index_v1[group_index, 2 + frame])
         gop_size, offset, size = self.header.gop_size, int(self.offsets_G[group_index]), int(self.sizes_G[group_index])
         start = offset + _CRC_BYTES * (frame - gop_size)
@@ -142,7 +142,7 @@ def read_container(
     header, start = _read_header(data, max_pixels)
     _check_models(header, token_format)
     if header.version == 1:
-        index_GE, offsets_G = version1.read_index(data, header, start, require_complete)
+        index_GE, offsets_G = format_v1.read_index(data, header, start, require_complete)
         return Container(header, data, offsets_G, index_GE[:, 0], data[:start], not require_complete, index_GE)
     header = replace(
         header, tile_size=token_format.tile_size, patch_size=token_format.patch_size, bits=token_format.bits
@@ -237,7 +237,7 @@ def _read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
         raise ValueError("the file is truncated: it ends inside its header")
     flags = data[4]
     if flags == 1:
-        return version1.read_header(data, max_pixels)
+        return format_v1.read_header(data, max_pixels)
     if flags & 7 != VERSION:
         raise ValueError(f"the file has format version {flags}; this version of bsq_ray reads versions 1 and {VERSION}")
     if flags >> 6 >= len(GROUP_SIZES):
@@ -266,7 +266,7 @@ def _read_clip(data: bytes, offset: int) -> tuple[VideoHeader, int]:
     if len(color) < 4:
         raise ValueError("the file is truncated: it ends inside its header")
     if not all(fields) or max(fields) >= 2**32 or gop_size >= 2**16:
-        raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
+        raise ValueError("the file is damaged: its header has an invalid number of frames, frame rate or GOP size")
     clip = VideoHeader(num_frames, gop_size, Fraction(numerator, denominator), ColorDescription(*color))
     check_clip(clip, numerator, denominator)
     return clip, offset + 4

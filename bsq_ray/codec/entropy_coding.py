@@ -100,7 +100,7 @@ def decode_tokens(
     num_tokens: int,
     batch_size: int | None = None,
     timings_s: dict[str, float] | None = None,
-    check_deadline: Callable[[], None] = lambda: None,
+    check_cancelled: Callable[[], None] = lambda: None,
     bitstream_type: type[GroupBitstream] = GroupBitstream,
 ) -> list[Tensor]:
     """Decode several groups together, token by token; return the bits (B, N, L) of each.
@@ -114,7 +114,7 @@ def decode_tokens(
         num_tokens: tokens of a tile to decode, the first ones (N).
         batch_size: tiles in one pass through the prior.
         timings_s: the seconds of "prior" and "coder" are added to it.
-        check_deadline: called before each token; an exception raised by it stops the decoding.
+        check_cancelled: called before each token; an exception raised by it stops the decoding.
         bitstream_type: the version of the payloads.
 
     Raises:
@@ -135,7 +135,7 @@ def decode_tokens(
     with deterministic_fp32(device):
         decoders = [prior.start_decoding(size, num_tokens) for size in batch_sizes]
         for n in range(num_tokens):
-            check_deadline()
+            check_cancelled()
             with add_elapsed(timings_s, "prior"):
                 features = [decoder.next_features() for decoder in decoders]
             for s in range(model_config.num_sub_tokens):

@@ -1,9 +1,11 @@
-"""Encodes frames to the groups of a `.bsq` file.
+"""Encode frames into the groups of a `.bsq` file.
 
-    pixels ─cut─▶ tiles ─Tokenizer.encode─▶ tokens ─prior and range coder, group by group─▶ payloads ─▶ file
+    pixels ─split─▶ tiles ─Tokenizer.encode─▶ tokens ─prior and range coder, group by group─▶ payloads ─▶ file
+
+A group is a rectangle of tiles in one group of pictures (GOP). A GOP is a number of consecutive frames.
 
 Shape suffixes: B tiles of a group, R and C rows and columns of tiles, N tokens of a tile, L bits of a token,
-T frames, H and W pixels, C colors.
+T frames, H and W pixels, and in arrays of pixels C colors.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class CompressedFile:
     """A compressed file and its statistics.
 
     Attributes:
-        data: bytes of the file.
-        bits_per_pixel: bits of the file divided by the pixels of all frames.
-        raw_bits: bits of the tokens before entropy coding.
-        cross_entropy_bits: cross entropy of the tokens under the prior; 0 without a prior.
-        side_info_bits: bits of the side information; 0 without a prior.
+        data: content of the file.
+        bits_per_pixel: size of the file in bits divided by the number of pixels of all frames.
+        raw_bits: number of token bits before entropy coding.
+        cross_entropy_bits: cross entropy of the tokens under the prior in bits; 0 without a prior.
+        side_info_bits: number of bits of side information; 0 without a prior.
         timings_s: seconds spent in "tokenizer", "prior" and "coder".
         num_frames: number of frames; 1 for an image.
     """
@@ -53,8 +55,8 @@ class FrameEncoder:
     """Encodes groups of pictures.
 
     Args:
-        token_encoder: None to store the tokens as raw bits.
-        pixel_codec: the tokenizer.
+        token_encoder: entropy coder of the tokens; None stores them as raw bits.
+        pixel_codec: tokenizer that encodes tiles.
     """
 
     def __init__(self, token_encoder: TokenEncoder | None, pixel_codec: PixelCodec) -> None:
@@ -67,12 +69,19 @@ class FrameEncoder:
         timings_s: dict[str, float],
         on_progress: ProgressCallback,
     ) -> list[EncodedGroup]:
-        """Encode one group of pictures."""
+        """Encode one group of pictures.
+
+        Args:
+            header: header of the file.
+            pixels_THWC: uint8, T = header.gop_size.
+            timings_s: elapsed seconds are added to its entries.
+            on_progress: called with the finished and the total number of groups; an exception raised by it cancels.
+        """
         num_groups = header.groups_per_gop
         groups: list[EncodedGroup] = []
         rows, columns = header.tile_grid
         pixels_CTHW = torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)
-        # One row of groups at a time bounds the memory of tiles and tokens.
+        # Encoding one row of groups at a time limits the memory for tiles and tokens.
         for top in range(0, rows, header.group_size):
             strip = Rect(top, 0, min(top + header.group_size, rows), columns)
             strip_CTHW = pixels_CTHW[:, :, strip.top * header.tile_size : strip.bottom * header.tile_size]
@@ -84,44 +93,44 @@ class FrameEncoder:
                 on_progress(len(groups), num_groups)
         return groups
 
-    def _encode_tiles(self, pixels_CTHW: Tensor, header: Header, check_deadline: Callable[[], None]) -> Tensor:
+    def _encode_tiles(self, pixels_CTHW: Tensor, header: Header, check_cancelled: Callable[[], None]) -> Tensor:
         """Return the tokens (R, C, N, L) of the tiles of uint8 pixels."""
         tiles = split_tiles(pixels_CTHW, header.tile_size)
-        return self._pixel_codec.encode(tiles.flatten(0, 1), check_deadline).unflatten(0, tiles.shape[:2])
+        return self._pixel_codec.encode(tiles.flatten(0, 1), check_cancelled).unflatten(0, tiles.shape[:2])
 
 
 def build_file(
     header: Header, token_format: TokenFormat, groups: list[EncodedGroup], timings_s: dict[str, float]
 ) -> CompressedFile:
-    """Assemble a file from all groups."""
+    """Assemble a file from all groups, in the order of the file."""
     payloads, bits_crcs = [group.payload for group in groups], [group.bits_crcs for group in groups]
     data = write_container(header, token_format, payloads, bits_crcs)
     rows, columns = header.tile_grid
     return CompressedFile(
         data,
-        8 * len(data) / (header.width * header.height * header.num_frames),
-        rows * columns * header.tokens_per_frame * header.bits * header.gop_size * header.num_gops,
-        sum(group.cross_entropy_bits for group in groups),
-        sum(group.side_info_bits for group in groups),
-        timings_s,
-        header.num_frames,
+        bits_per_pixel=8 * len(data) / (header.width * header.height * header.num_frames),
+        raw_bits=rows * columns * header.tokens_per_frame * header.bits * header.gop_size * header.num_gops,
+        cross_entropy_bits=sum(group.cross_entropy_bits for group in groups),
+        side_info_bits=sum(group.side_info_bits for group in groups),
+        timings_s=timings_s,
+        num_frames=header.num_frames,
     )
 
 
-def iter_gops(frames: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Stack consecutive frames to (T, H, W, 3) with T = size; the last stack may be shorter.
+def iter_gops(frames: Iterable[np.ndarray], gop_size: int) -> Iterator[np.ndarray]:
+    """Yield groups of pictures (T, H, W, 3): `gop_size` consecutive frames each; the last may be shorter.
 
     Raises:
-        ValueError: a frame is not uint8 (H, W, 3), or the sizes differ within a stack.
+        ValueError: a frame is not uint8 (H, W, 3), or the sizes of frames differ within a group of pictures.
     """
     gop_frames: list[np.ndarray] = []
     for frame in frames:
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
             raise ValueError(f"frames must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
         if gop_frames and frame.shape != gop_frames[0].shape:
-            raise ValueError("the frames of a clip must all have one size")
+            raise ValueError("the frames of a clip must have the same size")
         gop_frames.append(frame)
-        if len(gop_frames) == size:
+        if len(gop_frames) == gop_size:
             yield np.stack(gop_frames)
             gop_frames = []
     if gop_frames:

@@ -51,15 +51,15 @@ class PixelCodec:
     def _tiles_per_pass(self, frames: int) -> int:
         return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
 
-    def encode(self, tiles_BCTHW: Tensor, check_deadline: Callable[[], None]) -> Tensor:
+    def encode(self, tiles_BCTHW: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
         """Encode uint8 tiles to bits (B, N, L).
 
-        `check_deadline` is called before each pass; an exception raised by it stops the encoding.
+        `check_cancelled` is called before each pass; an exception raised by it stops the encoding.
         """
         parts = []
         with deterministic_fp32(self._device):
             for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
-                check_deadline()
+                check_cancelled()
                 parts.append(self.tokenizer.encode(part.to(self._device).float().div_(127.5).sub_(1)).bits_BNL.cpu())
         return torch.cat(parts)
 
@@ -69,7 +69,7 @@ class PixelCodec:
         available_RC: Tensor,
         frames: int,
         region: Rect,
-        check_deadline: Callable[[], None],
+        check_cancelled: Callable[[], None],
     ) -> Tensor:
         """Decode a region to uint8 pixels (3, T, H, W); missing tiles are gray.
 
@@ -78,7 +78,7 @@ class PixelCodec:
             available_RC: False for missing tiles.
             frames: number of frames T.
             region: in pixels, counted from the top left corner of these tiles.
-            check_deadline: called before each pass; an exception raised by it stops the decoding.
+            check_cancelled: called before each pass; an exception raised by it stops the decoding.
         """
         tile = self.tokenizer.config.image_size
         all_tiles = Rect(0, 0, *bits_RCNL.shape[:2])
@@ -86,7 +86,7 @@ class PixelCodec:
         for block in region.cover(tile).blocks(max(1, int((_BLOCK_PIXELS / frames) ** 0.5) // tile)):
             # Tiles of the block and those next to it; only the pixels of the block are kept.
             context, inner = block.grow(1).intersect(all_tiles), block.scale(tile).intersect(region)
-            block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_deadline)
+            block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_cancelled)
             source, target = inner.relative_to(context.scale(tile)), inner.relative_to(region)
             result_CTHW[:, :, *target.slices()] = block_CTHW[:, :, *source.slices()]
         return result_CTHW
@@ -97,19 +97,19 @@ class PixelCodec:
         available_RC: Tensor,
         frames: int,
         tiles: Rect,
-        check_deadline: Callable[[], None],
+        check_cancelled: Callable[[], None],
     ) -> Tensor:
         """Decode a rectangle of tiles to uint8 pixels (3, T, H, W)."""
         tile = self.tokenizer.config.image_size
         grid_trcL = as_grid(bits_RCNL[tiles.slices()], frames)
         pixels_CTHW = blend_tiles(
-            grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_deadline)
+            grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_cancelled)
         )
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
         available_HW = available_RC[tiles.slices()].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
         return torch.where(available_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
 
-    def _decode_windows(self, check_deadline: Callable[[], None], bits_BNL: Tensor) -> Tensor:
+    def _decode_windows(self, check_cancelled: Callable[[], None], bits_BNL: Tensor) -> Tensor:
         """Decode windows to (B, 3, T, H, W) on the CPU, fp32 values."""
         frames = bits_BNL.shape[1] // self.grid_size**2
         grid, parts = (frames, self.grid_size, self.grid_size), []
@@ -118,7 +118,7 @@ class PixelCodec:
                 module.to(self.decode_dtype)
         with deterministic_fp32(self._device):
             for part in bits_BNL.split(self._tiles_per_pass(frames)):
-                check_deadline()
+                check_cancelled()
                 windows = self.tokenizer.decode(Tokens(part.to(self._device), grid)).cpu()
                 parts.append(windows if windows.ndim == 5 else windows.unsqueeze(2))
         return torch.cat(parts)

@@ -1,10 +1,10 @@
-"""Integer probabilities that are equal in encoder and decoder although their logits differ in the last digits.
+"""Integer probabilities that are equal in encoder and decoder although their logits differ by rounding errors.
 
     logit ─▶ nearest level of a grid with step 1/4 ─▶ table of integers ─▶ probability of a 1
 
 The logits of encoder and decoder differ by up to a tolerance ε. Where a logit lies within ε of the boundary between two
-levels, the encoder stores its choice; everywhere else both round to the same level. The encoder shifts the grid so that
-few logits are near a boundary. The choices are stored as a sorted list of positions, see `side_info.py`.
+levels, the encoder stores the rounding direction; everywhere else both round to the same level. The encoder shifts the
+grid so that few logits are near a boundary. `side_info.py` stores the directions and their positions.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _SHIFT_BITS = 8
 NUM_SHIFTS = 2**_SHIFT_BITS
 
 
-def shift_fraction(shift: int) -> int:
-    """Return the grid shift with this index in 1/256 of a step: its eight bits in reverse order.
+def shift_numerator(shift: int) -> int:
+    """Return the grid shift of an index, in 1/256 of a step: the bit reversal of its eight bits.
 
-    The first indices are therefore far apart: 0, 128, 64, 192, 32 …
+    Small indices, which are cheap to store, are therefore spread over the step: 0, 128, 64, 192, 32 …
     """
     return int(f"{shift:0{_SHIFT_BITS}b}"[::-1], 2)
 
@@ -43,7 +43,7 @@ def probability_table(shift: int = 0) -> np.ndarray:
     """
     with localcontext() as context:
         context.prec = 50
-        one, offset = Decimal(1), Decimal(shift_fraction(shift)) / NUM_SHIFTS
+        one, offset = Decimal(1), Decimal(shift_numerator(shift)) / NUM_SHIFTS
         level_probabilities = [
             one / (one + (-(Decimal(n) + offset) * Decimal(str(LOGIT_STEP))).exp())
             for n in range(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL + 1)
@@ -58,23 +58,26 @@ def probabilities_of_levels(levels: np.ndarray, shift: int = 0) -> np.ndarray:
 
 
 def round_logits(logits: np.ndarray, tolerance: float, shift: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Round the encoder's logits; return levels (int64) and whether each is within the tolerance of a boundary.
+    """Round the encoder's logits.
 
     Args:
         logits: float64.
         tolerance: maximum difference between the logits of encoder and decoder.
         shift: index of the grid shift.
+
+    Returns:
+        Levels (int64), and True for logits within the tolerance of a boundary between two levels.
     """
     scaled = _scale(logits, shift)
     # Distance to the boundary between floor and floor + 1; clipped logits have no boundary.
-    to_boundary = np.abs(scaled - np.floor(scaled) - 0.5)
-    inside = np.abs(scaled) < MAX_LOGIT_LEVEL
+    boundary_distance = np.abs(scaled - np.floor(scaled) - 0.5)
+    is_unclipped = np.abs(scaled) < MAX_LOGIT_LEVEL
     nearest: np.ndarray = np.floor(scaled + 0.5).astype(np.int64).clip(-MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)
-    return nearest, (to_boundary <= tolerance / LOGIT_STEP) & inside
+    return nearest, (boundary_distance <= tolerance / LOGIT_STEP) & is_unclipped
 
 
 def count_ambiguous(logits: np.ndarray, tolerance: float) -> np.ndarray:
-    """Return how many logits are near a boundary for each grid shift, int64 (NUM_SHIFTS,)."""
+    """Return the number of logits within the tolerance of a boundary for each grid shift, int64 (NUM_SHIFTS,)."""
     scaled = logits.ravel() / LOGIT_STEP
     # Boundaries of shift k lie at multiples of 1/256 of a step.
     position = (scaled - 0.5) % 1.0 * NUM_SHIFTS
@@ -85,7 +88,7 @@ def count_ambiguous(logits: np.ndarray, tolerance: float) -> np.ndarray:
         nearest = np.rint(position) + distance
         is_near = np.abs(position - nearest) <= radius
         counts += np.bincount(nearest[is_near].astype(np.int64) % NUM_SHIFTS, minlength=NUM_SHIFTS)
-    return counts[[shift_fraction(shift) for shift in range(NUM_SHIFTS)]]
+    return counts[[shift_numerator(shift) for shift in range(NUM_SHIFTS)]]
 
 
 def round_with_side_info(logits: np.ndarray, round_up: np.ndarray, shift: int = 0) -> np.ndarray:
@@ -100,8 +103,8 @@ def round_with_side_info(logits: np.ndarray, round_up: np.ndarray, shift: int = 
     return levels
 
 
-def rounded_up(logits: np.ndarray, levels: np.ndarray, shift: int = 0) -> np.ndarray:
-    """Return whether the chosen level is above the boundary nearest to the logit."""
+def is_rounded_up(logits: np.ndarray, levels: np.ndarray, shift: int = 0) -> np.ndarray:
+    """Return True where the chosen level is above the boundary nearest to the logit."""
     round_up: np.ndarray = levels > _level_below(logits, shift)
     return round_up
 
@@ -112,6 +115,6 @@ def _level_below(logits: np.ndarray, shift: int) -> np.ndarray:
 
 
 def _scale(logits: np.ndarray, shift: int) -> np.ndarray:
-    """Return logits in steps of the grid, clipped to its levels."""
-    scaled: np.ndarray = logits / LOGIT_STEP - shift_fraction(shift) / NUM_SHIFTS
+    """Convert logits to units of the grid step, clipped to the range of levels."""
+    scaled: np.ndarray = logits / LOGIT_STEP - shift_numerator(shift) / NUM_SHIFTS
     return np.clip(scaled, -MAX_LOGIT_LEVEL, MAX_LOGIT_LEVEL)

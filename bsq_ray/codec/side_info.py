@@ -1,10 +1,12 @@
-"""Side information of a group: how logits are rounded, and the nodes whose rounding is ambiguous.
+"""Side information of a group of tiles: rounding of the logits, and the rounding direction of ambiguous logits.
 
     method · grid shift · number of positions · for each position: gap to the previous one, and the rounding direction
 
-All parts are bits that the range coder codes with probability 1/2 before the nodes, so that nothing is byte-aligned.
-Integers are Exp-Golomb codes of order 0: n + 1 in binary, after one zero less than it has digits. Gaps are Rice codes
-whose parameter follows from the method.
+The prior codes each bit of a token at a node of a binary tree (see `bitstream.py`). A position is the index of a node
+in coding order. The range coder codes all bits of the side information with probability 1/2 before those of the nodes,
+so that nothing is byte-aligned.
+Integers are Exp-Golomb codes of order 0: n + 1 in binary, preceded by one fewer zeros than it has digits. Gaps are Rice
+codes whose parameter follows from the method.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import numpy as np
 
 from bsq_ray.codec import probabilities
 
-# Method m < RAW_METHOD allows logits to differ by 2^-(14 - m); with RAW_METHOD every bit has probability 1/2.
+# Method m < RAW_METHOD tolerates a difference of 2^(m - 14) between the logits of encoder and decoder. With RAW_METHOD
+# the prior is not used: every bit has probability 1/2.
 MIN_TOLERANCE_EXPONENT, MAX_TOLERANCE_EXPONENT = 4, 14
 RAW_METHOD = MAX_TOLERANCE_EXPONENT - MIN_TOLERANCE_EXPONENT + 1
 
@@ -27,7 +30,7 @@ class SideInfo:
     """Side information of a group.
 
     Attributes:
-        method: see `RAW_METHOD`.
+        method: tolerance of the logits, or `RAW_METHOD`.
         shift: index of the grid shift, see `probabilities`.
         positions: int64, ascending; indices of the ambiguous nodes in coding order.
         round_up: bool; rounding direction at each position.
@@ -40,15 +43,18 @@ class SideInfo:
 
 
 class SideInfoError(ValueError):
-    """The bits cannot be side information."""
+    """The bits are not valid side information."""
 
 
 def choose_method(max_logit_error: float, max_exponent: int) -> int:
-    """Return the method whose tolerance is at least four times the error of a logit in fp32.
+    """Return the method with the smallest tolerance of at least four times the fp32 error of the logits.
 
     Args:
         max_logit_error: largest difference between a logit in fp32 and its true value.
-        max_exponent: the tolerance is at least 2^-max_exponent.
+        max_exponent: lower bound of the tolerance, as 2^-max_exponent.
+
+    Returns:
+        `RAW_METHOD` if the error is too large for every tolerance.
     """
     exponent = max_exponent if max_logit_error == 0 else min(max_exponent, int(np.floor(-log2(4 * max_logit_error))))
     return MAX_TOLERANCE_EXPONENT - exponent if exponent >= MIN_TOLERANCE_EXPONENT else RAW_METHOD
@@ -64,19 +70,20 @@ def choose_shift(logits: np.ndarray, method: int) -> int:
 
     Args:
         logits: float64, of all nodes.
+        method: other than `RAW_METHOD`.
     """
     counts = probabilities.count_ambiguous(logits, tolerance_of_method(method))
     bits_per_position = _rice_parameter(method) + 2.5
-    costs = [_golomb_length(k) + _golomb_length(int(n)) + n * bits_per_position for k, n in enumerate(counts)]
+    costs = [_exp_golomb_length(k) + _exp_golomb_length(int(n)) + n * bits_per_position for k, n in enumerate(counts)]
     return int(np.argmin(costs))
 
 
-def side_info_bits(side_info: SideInfo) -> list[int]:
-    """Serialize side information."""
-    bits = _golomb_bits(side_info.method)
+def serialize_side_info(side_info: SideInfo) -> list[int]:
+    """Return the side information as a list of bits, each 0 or 1."""
+    bits = _exp_golomb_bits(side_info.method)
     if side_info.method == RAW_METHOD:
         return bits
-    bits += _golomb_bits(side_info.shift) + _golomb_bits(len(side_info.positions))
+    bits += _exp_golomb_bits(side_info.shift) + _exp_golomb_bits(len(side_info.positions))
     rice_parameter = _rice_parameter(side_info.method)
     gaps = np.diff(side_info.positions, prepend=-1) - 1
     for gap, direction in zip(gaps.tolist(), side_info.round_up.tolist(), strict=True):
@@ -97,12 +104,12 @@ def read_side_info(next_bit: Callable[[], int], num_nodes: int, max_bits: int) -
     Raises:
         SideInfoError: a value is out of range.
     """
-    method = _read_golomb(next_bit, RAW_METHOD)
+    method = _read_exp_golomb(next_bit, RAW_METHOD)
     if method == RAW_METHOD:
         return SideInfo(method, 0, np.empty(0, np.int64), np.empty(0, bool))
-    shift = _read_golomb(next_bit, probabilities.NUM_SHIFTS - 1)
-    num_positions, rice_parameter = _read_golomb(next_bit, num_nodes), _rice_parameter(method)
-    # Each bit takes one bit of the payload, so a wrong count is found before the positions are read.
+    shift = _read_exp_golomb(next_bit, probabilities.NUM_SHIFTS - 1)
+    num_positions, rice_parameter = _read_exp_golomb(next_bit, num_nodes), _rice_parameter(method)
+    # At probability 1/2 each bit takes one bit of the payload, so a wrong count is detected before positions are read.
     if num_positions * (rice_parameter + 2) > max_bits:
         raise SideInfoError("the side information is damaged: it has too many positions")
     positions, round_up, position = np.empty(num_positions, np.int64), np.empty(num_positions, bool), -1
@@ -126,16 +133,16 @@ def _rice_parameter(method: int) -> int:
     return max(0, MAX_TOLERANCE_EXPONENT - method - 4)
 
 
-def _golomb_bits(value: int) -> list[int]:
+def _exp_golomb_bits(value: int) -> list[int]:
     digits = [int(digit) for digit in f"{value + 1:b}"]
     return [0] * (len(digits) - 1) + digits
 
 
-def _golomb_length(value: int) -> int:
+def _exp_golomb_length(value: int) -> int:
     return 2 * (value + 1).bit_length() - 1
 
 
-def _read_golomb(next_bit: Callable[[], int], maximum: int) -> int:
+def _read_exp_golomb(next_bit: Callable[[], int], maximum: int) -> int:
     num_zeros = 0
     while not next_bit():
         num_zeros += 1

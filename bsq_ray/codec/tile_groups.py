@@ -70,14 +70,14 @@ def decode_groups(
     num_frames: int,
     batch_size: int | None,
     timings_s: dict[str, float],
-    check_deadline: Callable[[], None],
+    check_cancelled: Callable[[], None],
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield index in `groups` and bits (B, N, L) of each group in the file; N tokens of the first `num_frames` frames.
 
     Args:
         groups: index in the file and number of tiles of each group.
         num_frames: number of frames to decode.
-        check_deadline: called between passes; an exception raised by it stops the decoding.
+        check_cancelled: called between passes; an exception raised by it stops the decoding.
 
     Raises:
         ValueError: a payload is damaged, or this machine's logits differ from the encoder's by more than the tolerance.
@@ -96,7 +96,7 @@ def decode_groups(
         group_indices = [groups[index][0] for index in available]
         try:
             decoded = _decode_payloads(
-                prior, container.header, payloads, tile_counts, num_tokens, batch_size, timings_s, check_deadline,
+                prior, container.header, payloads, tile_counts, num_tokens, batch_size, timings_s, check_cancelled,
                 group_indices[0],
             )  # fmt: skip
             for group_index, bits_BNL in zip(group_indices, decoded, strict=True):
@@ -128,7 +128,7 @@ def _decode_payloads(
     num_tokens: int,
     batch_size: int | None,
     timings_s: dict[str, float],
-    check_deadline: Callable[[], None],
+    check_cancelled: Callable[[], None],
     first_group: int,
 ) -> list[Tensor]:
     """Return the bits (B, N, L) of the first tokens of each group."""
@@ -138,7 +138,7 @@ def _decode_payloads(
     bitstream_type = GroupBitstreamV1 if header.version == 1 else GroupBitstream
     try:
         return decode_tokens(
-            prior, payloads, tile_counts, num_coded_tokens, num_tokens, batch_size, timings_s, check_deadline,
+            prior, payloads, tile_counts, num_coded_tokens, num_tokens, batch_size, timings_s, check_cancelled,
             bitstream_type,
         )  # fmt: skip
     except (BitstreamError, SideInfoError) as error:

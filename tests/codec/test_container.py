@@ -116,10 +116,10 @@ def test_read_container_truncated_file_needs_opt_in():
         ({"coding": 3}, "invalid tiles, tokens or coding"),
         ({"clip": VideoHeader(2**32 - 1, 65535, Fraction(1), SRGB)}, "header and index need"),
         ({"clip": VideoHeader(2**32 - 1, 1, Fraction(1), SRGB)}, "header and index need"),
-        ({"clip": VideoHeader(2**40, 1, Fraction(1), SRGB)}, "without frames or without a frame rate"),
-        ({"clip": VideoHeader(0, 1, Fraction(1), SRGB)}, "without frames or without a frame rate"),
-        ({"clip": VideoHeader(5, 0, Fraction(1), SRGB)}, "without frames or without a frame rate"),
-        ({"clip": VideoHeader(5, 1, Fraction(0), SRGB)}, "without frames or without a frame rate"),
+        ({"clip": VideoHeader(2**40, 1, Fraction(1), SRGB)}, "invalid number of frames, frame rate or GOP size"),
+        ({"clip": VideoHeader(0, 1, Fraction(1), SRGB)}, "invalid number of frames, frame rate or GOP size"),
+        ({"clip": VideoHeader(5, 0, Fraction(1), SRGB)}, "invalid number of frames, frame rate or GOP size"),
+        ({"clip": VideoHeader(5, 1, Fraction(0), SRGB)}, "invalid number of frames, frame rate or GOP size"),
     ],
 )
 def test_read_container_invalid_header_raises_without_allocating(changes, message):

@@ -38,7 +38,7 @@ class BitReader:
         return value
 
 
-def read_golomb(next_bit):
+def read_exp_golomb(next_bit):
     zeros = 0
     while not next_bit():
         zeros += 1
@@ -50,10 +50,10 @@ def read_golomb(next_bit):
 
 def read_side_info(next_bit):
     """Method, shift of the grid in levels, and choices by position."""
-    method = read_golomb(next_bit)
+    method = read_exp_golomb(next_bit)
     if method == 11:
         return method, 0, {}
-    index, count, parameter = read_golomb(next_bit), read_golomb(next_bit), max(0, 10 - method)
+    index, count, parameter = read_exp_golomb(next_bit), read_exp_golomb(next_bit), max(0, 10 - method)
     shift = sum((index >> n & 1) / 2 ** (n + 1) for n in range(8))
     position, choices = -1, {}
     for _ in range(count):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bsq_ray.codec import probabilities, version1
+from bsq_ray.codec import format_v1, probabilities
 from bsq_ray.codec.side_info import (
     MAX_TOLERANCE_EXPONENT,
     RAW_METHOD,
@@ -17,7 +17,7 @@ from bsq_ray.codec.side_info import (
     choose_method,
     choose_shift,
     read_side_info,
-    side_info_bits,
+    serialize_side_info,
     tolerance_of_method,
 )
 from bsq_ray.codec.varint import read_varint, write_varint
@@ -28,7 +28,7 @@ LOGITS = arrays(np.float64, st.integers(1, 60), elements=st.floats(-30, 30))
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 77, 255])
 def test_probability_table_is_logistic_and_never_zero_or_one(shift):
-    table, offset = probabilities.probability_table(shift), probabilities.shift_fraction(shift) / 256
+    table, offset = probabilities.probability_table(shift), probabilities.shift_numerator(shift) / 256
     exact = [65536 / (1 + math.exp(-(n + offset) / 4)) for n in range(-40, 41)]
     assert np.abs(table - exact).max() <= 0.5
     assert table.min() >= 1
@@ -38,7 +38,7 @@ def test_probability_table_is_logistic_and_never_zero_or_one(shift):
 
 
 def test_shift_fractions_are_all_multiples_of_a_256th():
-    fractions = [probabilities.shift_fraction(shift) for shift in range(256)]
+    fractions = [probabilities.shift_numerator(shift) for shift in range(256)]
     assert fractions[:4] == [0, 128, 64, 192]
     assert sorted(fractions) == list(range(256))
 
@@ -48,14 +48,14 @@ def test_shift_fractions_are_all_multiples_of_a_256th():
 def test_round_with_side_info_matches_encoder_within_tolerance(logits, seed, shift):
     """Also at the boundaries themselves, and whatever the difference up to the tolerance."""
     rng = np.random.default_rng(seed)
-    offset = probabilities.shift_fraction(shift) / 256
+    offset = probabilities.shift_numerator(shift) / 256
     near = (np.floor(logits * 4 - offset) + offset + 0.5) / 4
     logits = np.where(rng.random(len(logits)) < 0.5, near + rng.uniform(-2, 2, len(logits)) * TOLERANCE, logits)
     levels, is_ambiguous = probabilities.round_logits(logits, TOLERANCE, shift)
     decoder_logits = logits + rng.choice([-1, 0, 1, 0.5], len(logits)) * TOLERANCE * (1 - 1e-9)
     decoded_levels, _ = probabilities.round_logits(decoder_logits, 0.0, shift)
     decoded_levels[is_ambiguous] = probabilities.round_with_side_info(
-        decoder_logits[is_ambiguous], probabilities.rounded_up(logits, levels, shift)[is_ambiguous], shift
+        decoder_logits[is_ambiguous], probabilities.is_rounded_up(logits, levels, shift)[is_ambiguous], shift
     )
     assert (decoded_levels == levels).all()
 
@@ -110,7 +110,7 @@ def read_bits(bits, num_nodes):
 def test_side_info_write_and_read_roundtrip(pairs, method, shift):
     pairs = sorted(pairs)
     positions, round_up = np.array([p for p, _ in pairs], np.int64), np.array([u for _, u in pairs], bool)
-    bits = side_info_bits(SideInfo(method, shift, positions, round_up))
+    bits = serialize_side_info(SideInfo(method, shift, positions, round_up))
     side_info, num_left = read_bits(bits, 50_001)
     assert (side_info.method, side_info.shift, num_left) == (method, shift, 0)
     assert (side_info.positions == positions).all()
@@ -129,14 +129,14 @@ def test_read_side_info_arbitrary_bits_parse_or_raise(bits, num_nodes):
 
 
 @given(st.binary(max_size=40), st.integers(1, 1000))
-def test_read_side_info_v1_arbitrary_bytes_parse_or_raise(data, limit):
+def test_read_side_info_v1_arbitrary_bytes_parse_or_raise(data, num_nodes):
     try:
-        positions, round_up, length = version1.read_side_info(data, limit)
+        positions, round_up, length = format_v1.read_side_info(data, num_nodes)
     except ValueError:
         return
     assert len(positions) == len(round_up)
     assert length <= len(data)
-    assert ((positions >= 0) & (positions < limit)).all()
+    assert ((positions >= 0) & (positions < num_nodes)).all()
 
 
 @given(st.integers(0, 2**62))

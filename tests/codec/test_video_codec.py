@@ -154,7 +154,7 @@ def test_compress_clip_invalid_frames_raise(clip_codec, frames):
     with pytest.raises(ValueError, match="has no frames"):
         clip_codec.compress_clip([], 25)
     for cut in (2, 5):
-        with pytest.raises(ValueError, match="must all have one size"):
+        with pytest.raises(ValueError, match="must have the same size"):
             clip_codec.compress_clip([*frames[:cut], frames[0][:-1]], 25)
     with pytest.raises(ValueError, match="must be uint8"):
         clip_codec.compress_clip([frames[0] / 255], 25)

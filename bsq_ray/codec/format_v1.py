@@ -1,4 +1,4 @@
-"""Read `.bsq` files of version 1, which are no longer written.
+"""Read format version 1 of `.bsq` files, which is no longer written.
 
 docs/reference/bsq-format.md specifies the differences. Payloads of version 1 start with byte-aligned side information
 and end on 32-bit words of the range coder.
@@ -26,7 +26,7 @@ _MAX_RICE_PARAMETER = 30
 
 
 def read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
-    """Return the header and its size in bytes.
+    """Parse the header; return it and its size in bytes.
 
     Raises:
         ValueError: the header is invalid.
@@ -45,7 +45,7 @@ def read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
             raise ValueError(f"the file is truncated: the header needs {size} bytes, got {len(data)}")
         frames, numerator, denominator, gop, *color = _VIDEO_STRUCT.unpack_from(data, _HEADER_STRUCT.size)
         if not (frames and numerator and denominator and gop):
-            raise ValueError("the file is damaged: its header has a clip without frames or without a frame rate")
+            raise ValueError("the file is damaged: its header has an invalid number of frames, frame rate or GOP size")
         clip = VideoHeader(frames, gop, Fraction(numerator, denominator), ColorDescription(*color))
         check_clip(clip, numerator, denominator)
     header = Header(
@@ -59,9 +59,9 @@ def read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
 
 
 def read_index(data: bytes, header: Header, start: int, require_complete: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index (G, E) and the offset (G,) of each payload, both int64.
+    """Return the index entries (G, E) of the payloads and their offsets (G,) in the file, both int64.
 
-    An entry is the size of the payload, its CRC32, and the checksum of the tokens of each frame.
+    An entry contains the size of the payload in bytes, its CRC32, and the checksum of the tokens of each frame.
 
     Raises:
         ValueError: the index is truncated or damaged.
@@ -84,16 +84,20 @@ def read_index(data: bytes, header: Header, start: int, require_complete: bool) 
 
 
 def token_checksum(packed_bits: bytes, group_index: int, frame: int, header_bytes: bytes) -> int:
-    """Return the checksum of the bits of a frame of a group, bound to its position and to the header."""
+    """Return the CRC32 of the token bits of one frame of a group, of their position in the file, and of the header."""
     position = struct.pack("<IH", group_index, frame)
     return zlib.crc32(header_bytes, zlib.crc32(position, zlib.crc32(packed_bits)))
 
 
-def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Parse positions (int64), directions (bool), and the number of bytes read.
+def read_side_info(data: bytes, num_nodes: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Parse side information.
 
     Args:
-        limit: exclusive upper bound of the positions.
+        data: side information, followed by the coded bits.
+        num_nodes: exclusive upper bound of the positions.
+
+    Returns:
+        Positions (int64), rounding directions (bool, True is up), and the number of bytes read.
 
     Raises:
         ValueError: the bytes end too early or contain positions out of range.
@@ -102,12 +106,12 @@ def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int
     if start >= len(data):
         raise ValueError("the side information is truncated")
     rice_parameter = data[start]
-    # Each position takes at least two bits, so a wrong count is found before memory is allocated for it.
+    # Each position takes at least two bits, so a wrong count is detected before memory is allocated.
     available = (len(data) - start - 1) * 8
     if (
         rice_parameter > _MAX_RICE_PARAMETER
         or num_positions * (2 + rice_parameter) > available
-        or num_positions > limit
+        or num_positions > num_nodes
     ):
         raise ValueError("the side information is damaged")
     bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=start + 1)).tolist()
@@ -123,7 +127,7 @@ def read_side_info(data: bytes, limit: int) -> tuple[np.ndarray, np.ndarray, int
             raise ValueError("the side information is truncated")
         gap = end - bit_offset << rice_parameter | int("".join(map(str, remainder_bits)) or "0", 2)
         position += gap + 1
-        if position >= limit:
+        if position >= num_nodes:
             raise ValueError("the side information is damaged: it contains a position out of range")
         positions[n], round_up[n] = position, bool(bits[end + 1 + rice_parameter])
         bit_offset = end + 2 + rice_parameter
