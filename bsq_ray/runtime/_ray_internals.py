@@ -1,8 +1,8 @@
-"""Every use of a private part of Ray, one function each.
+"""Every use of a private or undocumented API of Ray, one function each.
 
-Each docstring states why the function exists, the Ray version it was seen in and the public successor, if there is one.
+Each docstring states why the function exists, the Ray version in which the API was seen, and the closest public API.
 tests/runtime/test_ray_internals.py has a contract test per function (`pytest -m internals`).
-The linter rejects private parts of Ray everywhere else.
+The linter rejects private APIs of Ray everywhere else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def draining_nodes() -> set[str]:
     """Return the IDs of nodes with a preemption notice: reclaimed spot nodes, or `ray drain-node`.
 
     Why: the driver resizes the run while its workers are still alive. Seen in Ray 2.60.
-    Public: `ray.train.get_preemption_info()` (alpha) works only inside workers and is a collective call.
+    Public API: `ray.train.get_preemption_info()` (alpha), which works only in workers and is a collective call.
     """
     from ray._private.state import state
 
@@ -31,9 +31,9 @@ def draining_nodes() -> set[str]:
 
 
 def autoscaler_limits() -> dict[str, float] | None:
-    """Return the most of each resource that the autoscaler can provide, or None if it publishes no limits.
+    """Return the maximum amount of each resource that the autoscaler can provide; None if it publishes no limits.
 
-    Why: a request beyond the limits would wait forever. Seen in Ray 2.60. Public: none.
+    Why: a request beyond the limits would wait forever. Seen in Ray 2.60. Public API: none.
     """
     from ray._private.state import state
 
@@ -42,10 +42,10 @@ def autoscaler_limits() -> dict[str, float] | None:
 
 
 def is_startup_timeout(error: BaseException) -> bool:
-    """Return whether Ray Train ended because its workers could not be placed in time.
+    """Return True if Ray Train failed because its workers could not be placed in time.
 
-    Why: missing capacity is waited for, any other startup error counts as a failure. Seen in Ray 2.60.
-    Public: only the wrapper `ray.train.ControllerError`; the message decides if the private class is gone.
+    Why: a run waits for missing capacity; any other startup error counts as a failure. Seen in Ray 2.60.
+    Public API: only the wrapper `ray.train.ControllerError`; its message is parsed if the private class does not exist.
     """
     from ray.train import ControllerError
 
@@ -62,7 +62,7 @@ def placement_groups_of_dead_actors() -> list[PlacementGroup]:
     """Return this job's placement groups whose creators were actors that are dead.
 
     Why: Ray keeps such a group until the job ends, so a killed trial would hold its resources. Seen in Ray 2.60.
-    Public: `ray.util.state.list_placement_groups` needs a dashboard and omits the creator; removal by ID has no API.
+    Public API: `ray.util.state.list_placement_groups` needs a dashboard and omits the creator; none removes by ID.
     """
     import ray
     from ray._private.state import state
@@ -86,7 +86,7 @@ def stub_trial(trial_id: str, config: dict[str, Any] | None = None) -> Trial:
     """Return a Tune trial that never runs, for replaying earlier reports to a scheduler.
 
     Why: a resumed sweep compares new trials with those that ended before. Seen in Ray 2.60.
-    Public: none; `Trial` is a developer API and its argument `stub` is undocumented.
+    Public API: none; `Trial` is a developer API and its argument `stub` is undocumented.
     """
     from ray.tune.experiment import Trial
 
@@ -96,8 +96,8 @@ def stub_trial(trial_id: str, config: dict[str, Any] | None = None) -> Trial:
 def trial_error_text(trial: Trial) -> str:
     """Return the text of all failures of a Tune trial so far, newest last; empty if it never failed.
 
-    Why: a retried trial has its reason recorded while the sweep runs. Seen in Ray 2.60.
-    Public: `Result.error` of the final results, which has no error of a trial that was retried successfully.
+    Why: while the sweep runs, it records why a trial is retried. Seen in Ray 2.60.
+    Public API: `Result.error` of the final results, which omits errors of trials that were retried successfully.
     """
     return Path(trial.error_file).read_text() if trial.error_file else ""
 
@@ -105,9 +105,9 @@ def trial_error_text(trial: Trial) -> str:
 def job_config_without_folder(folder: str) -> JobConfig:
     """Return the configuration of a job whose workers do not import modules from a folder.
 
-    Why: Ray puts the driver's working folder in front of the workers' module path, even if the driver's own path lacks
-    it, so that a file `numpy.py` there ends every worker. Seen in Ray 2.60.
-    Public: none; `runtime_env={"working_dir": …}` copies a folder to the workers.
+    Why: Ray prepends the driver's working folder to `sys.path` of the workers, even if the driver's own path lacks it.
+    A file `numpy.py` there would shadow NumPy and crash every worker. Seen in Ray 2.60.
+    Public API: none; `runtime_env={"working_dir": …}` copies a folder to the workers.
     """
     from ray.job_config import JobConfig
 
@@ -120,17 +120,17 @@ def job_config_without_folder(folder: str) -> JobConfig:
     return job_config
 
 
-def recent_worker_errors(seconds: float = 60.0) -> list[str]:
-    """Return the last line of each error log that workers on this node wrote in the last seconds, newest first.
+def recent_worker_errors(max_age_s: float = 60.0) -> list[str]:
+    """Return the last exception in each error log that a worker on this node wrote recently, newest first.
 
-    Why: the exception about a dead worker only names log files. Seen in Ray 2.60.
-    Public: `ray.util.state.get_log`, which needs a dashboard and the worker's ID.
+    Why: the exception that reports a dead worker only names log files. Seen in Ray 2.60.
+    Public API: `ray.util.state.get_log`, which needs a dashboard and the worker's ID.
     """
     from ray._private.worker import _global_node
 
     if _global_node is None:
         return []
-    oldest = time.time() - seconds
+    oldest = time.time() - max_age_s
     files = [(path.stat().st_mtime, path) for path in Path(_global_node.get_logs_dir_path()).glob("worker-*.err")]
     lines = []
     for _, path in sorted((entry for entry in files if entry[0] >= oldest), reverse=True):
@@ -142,8 +142,8 @@ def recent_worker_errors(seconds: float = 60.0) -> list[str]:
 def block_to_numpy(block: Any) -> dict[str, Any]:
     """Return the columns of a Ray Data block as NumPy arrays.
 
-    Why: blocks that are already materialized are read one at a time, without starting an execution. Seen in Ray 2.60.
-    Public: `Dataset.iter_batches(batch_format="numpy")`, which starts a thread and an execution per data set.
+    Why: materialized blocks are read one at a time, without starting an execution. Seen in Ray 2.60.
+    Public API: `Dataset.iter_batches(batch_format="numpy")`, which starts a thread and an execution per data set.
     """
     from ray.data.block import BlockAccessor
 
@@ -153,44 +153,46 @@ def block_to_numpy(block: Any) -> dict[str, Any]:
 
 
 def serve_http_callback_env() -> str:
-    """Return the environment variable that names a function returning ASGI middlewares of Ray Serve's HTTP proxy.
+    """Return the name of the environment variable with the import path of a function that returns proxy middlewares.
 
-    Why: limits on memory held by slow clients apply in the proxy. Seen in Ray 2.60, undocumented.
-    Public: none; `serve.start(http_options=...)` accepts middlewares only as pickled objects, not on `serve deploy`.
+    Why: the limits on memory held by slow clients apply in the HTTP proxy of Ray Serve, as ASGI middlewares. Seen in
+    Ray 2.60, undocumented.
+    Public API: none; `serve.start(http_options=...)` accepts middlewares as pickled objects, `serve deploy` does not.
     """
     return "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
-def disconnect_header() -> bytes:
-    """Return the header by which a client requests that its work continues after it disconnects.
+def disconnect_disabled_header() -> bytes:
+    """Return the name of the HTTP header with which Ray Serve does not cancel a request when its client disconnects.
 
-    Why: the proxy strips it, so that a disconnect always cancels the work. Seen in Ray 2.60. Public: none.
+    Why: our middleware removes the header, so that a disconnect always cancels the request. Seen in Ray 2.60.
+    Public API: none.
     """
     return b"x-request-disconnect-disabled"
 
 
-def attach_receive_messages(receive: Any, messages: Callable[[Any], Awaitable[Any]]) -> bool:
-    """Replace the source from which a replica fetches the rest of a request body.
+def replace_receive_source(receive: Any, fetch_messages: Callable[[Any], Awaitable[Any]]) -> bool:
+    """Replace the function with which a replica fetches the rest of a request body from the proxy.
 
-    Why: a body that came with the request needs no second call to the proxy. Seen in Ray 2.60. Public: none.
+    Why: a body that arrived with the request needs no second call to the proxy. Seen in Ray 2.60. Public API: none.
 
     Args:
         receive: ASGI receive callable of a replica.
-        messages: called with Ray's request metadata; returns pickled ASGI messages, or never returns.
+        fetch_messages: called with Ray's request metadata; returns pickled ASGI messages, or never returns.
 
     Returns:
-        False if `receive` is not Ray's object; it is then left as it is.
+        False if `receive` is not Ray's object; it is then unchanged.
     """
     if not hasattr(receive, "_receive_asgi_messages"):
         return False
-    receive._receive_asgi_messages = messages
+    receive._receive_asgi_messages = fetch_messages
     return True
 
 
 def head_node_resource() -> str:
-    """Return the resource that only the head node of a cluster has.
+    """Return the name of the resource that only the head node of a cluster has.
 
-    Why: the HTTP proxy's address is that of the head node. Seen in Ray 2.60.
-    Public: the `is_head_node` field of `ray.util.state.list_nodes`, which needs a dashboard.
+    Why: `bsq-ray serve` prints the URL of the head node, where the HTTP proxy listens. Seen in Ray 2.60.
+    Public API: the `is_head_node` field of `ray.util.state.list_nodes`, which needs a dashboard.
     """
     return "node:__internal_head__"

@@ -15,14 +15,14 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class _TaskError:
-    """Error of an item, returned as its result: Ray Data would replace it by an error of its own."""
+class _ItemFailure:
+    """Exception of an item, returned as its result: Ray Data would replace a raised one by its own exception."""
 
     error: Exception
 
 
-# Ray Data's pool is used, not ray.util.ActorPool: that one assigns an item to a fixed actor, so an actor that cannot be
-# placed, or whose node is lost, blocks every later result. Ray Data gives the items to the actors that are alive.
+# Not ray.util.ActorPool, which assigns each item to a fixed actor: an actor that cannot be placed, or whose node is
+# lost, blocks all later results. Ray Data assigns items to the actors that are alive.
 def actor_map_ordered(
     items: Sequence[Item], build: Callable[[], Callable[[Item], Result]], num_workers: int, address: str | None = None
 ) -> Iterator[Result]:
@@ -30,9 +30,9 @@ def actor_map_ordered(
 
     Args:
         items: inputs, one task each.
-        build: called once per actor; returns the function that is applied to each item.
-        num_workers: number of actors, each with a CPU and a GPU or part of one if the cluster has GPUs. 0 computes in
-            this process.
+        build: called once per actor; loads the model and returns the function that is applied to each item.
+        num_workers: maximum number of actors, each with a CPU and, if the cluster has GPUs, a GPU or a fraction of one.
+            0 computes in this process, without Ray.
         address: Ray cluster, see `ray_session`.
 
     Raises:
@@ -47,11 +47,11 @@ def actor_map_ordered(
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
-        shared = ray.put((build, list(items)))
+        inputs_ref = ray.put((build, list(items)))
 
         class Actor:
             def __init__(self) -> None:
-                self.build, self.items = ray.get(shared)
+                self.build, self.items = ray.get(inputs_ref)
                 self.function: Any = None
 
             def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def actor_map_ordered(
                     self.function = self.function or self.build()
                     result[0] = self.function(self.items[int(rows["item"][0])])
                 except Exception as error:
-                    result[0] = _TaskError(error)
+                    result[0] = _ItemFailure(error)
                 return {"result": result}
 
         context = DataContext.get_current()
@@ -75,6 +75,6 @@ def actor_map_ordered(
             num_gpus=gpus_per_process(num_workers),
         )
         for row in results.iter_rows():
-            if isinstance(row["result"], _TaskError):
+            if isinstance(row["result"], _ItemFailure):
                 raise row["result"].error
             yield row["result"]

@@ -1,4 +1,4 @@
-"""Read and write local files of every type: regular files, links, pipes, devices and open files of this process."""
+"""Read and write local files of every type: regular files, symbolic links, pipes, devices and file descriptors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import IO
 
 # Temporary name of a local file that is being written; short, because a file name has at most 255 bytes.
 PARTIAL_PATTERN = re.compile(r"\.[0-9a-f]{16}\.partial")
-# Names of the open files of this process.
+# Paths of the file descriptors of this process.
 _DESCRIPTOR_PATTERN = re.compile(r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/self/fd/(?P<proc_fd>\d+)")
 _STANDARD_DESCRIPTORS = {"in": 0, "out": 1, "err": 2}
-_MAX_LINKS = 40
-# Errors of an atomic replacement where writing into the existing file may work: a read-only folder, a mounted file.
+_MAX_SYMLINKS = 40
+# Errors of an atomic replacement after which overwriting in place may work: a read-only folder, a mounted file.
 _IN_PLACE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 
 
@@ -33,7 +33,7 @@ def is_special(path: str) -> bool:
 
 
 def open_for_reading(path: str) -> IO[bytes]:
-    """Open a file with random access; a pipe or device is read into memory first."""
+    """Open a file for random access; a pipe or device is first read into memory."""
     file = open(path, "rb")  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
@@ -45,17 +45,17 @@ def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
     """Replace a regular file atomically; write into anything else that exists at the path.
 
     Args:
-        path: a link is followed; missing folders are created.
-        write_content: writes the content into the open file; it may be called twice.
+        path: symbolic links are followed; missing folders are created.
+        write_content: writes the content into the open file. It is called again if the file has to be written in place.
 
     Raises:
         OSError: the file cannot be written; a regular file keeps its previous content.
     """
-    target = _follow_links(path)
+    target = _resolve_symlinks(path)
     if descriptor := _DESCRIPTOR_PATTERN.fullmatch(target):
         named_fd = descriptor["fd"] or descriptor["proc_fd"]
         fd = int(named_fd) if named_fd else _STANDARD_DESCRIPTORS[descriptor["name"]]
-        # A duplicate continues at the position of the open file, as a shell expects; opening it again would not.
+        # A duplicate shares the file offset, as a shell expects; opening the path again would start at offset 0.
         with open(os.dup(fd), "wb") as file:
             write_content(file)
         return
@@ -78,9 +78,9 @@ def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
             write_content(file)
 
 
-def _follow_links(path: str) -> str:
-    """Return the path at the end of a chain of links; open files of this process are not resolved further."""
-    for _ in range(_MAX_LINKS):
+def _resolve_symlinks(path: str) -> str:
+    """Resolve symbolic links; paths of file descriptors of this process are not resolved further."""
+    for _ in range(_MAX_SYMLINKS):
         if _DESCRIPTOR_PATTERN.fullmatch(path) or not os.path.islink(path):
             return path
         path = os.path.join(os.path.realpath(posixpath.dirname(path)), os.readlink(path))
@@ -89,7 +89,7 @@ def _follow_links(path: str) -> str:
 
 def _replace_file(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
     """Write a temporary file in the same folder and rename it."""
-    # A random name, because a task that Ray repeats may run at the same time as its first attempt.
+    # A random name, because a task retried by Ray may run at the same time as its first attempt.
     partial = posixpath.join(posixpath.dirname(path), f".{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:
@@ -101,6 +101,6 @@ def _replace_file(path: str, write_content: Callable[[IO[bytes]], object]) -> No
         with suppress(OSError):
             os.remove(partial)
         if isinstance(error, OSError):
-            # Messages name the file that the user knows.
+            # Error messages show the user's path, not the temporary one.
             error.filename = path
         raise

@@ -1,7 +1,7 @@
-"""Allocator settings of processes that compute on a CPU.
+"""Settings of glibc's malloc for processes that compute on a CPU.
 
-By default glibc returns the memory of every large tensor to the kernel, which clears it page by page before the next
-allocation. A training step allocates the same tensors again and again; with these settings their pages are reused.
+By default glibc returns the memory of every large tensor to the kernel, which zeroes each page before the next
+allocation. A training step repeatedly allocates tensors of the same sizes; with these settings their pages are reused.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ _GIB = 2**30
 _TUNABLES = {
     "hugetlb": 1,  # request huge pages
     "mmap_max": 0,  # no separate mapping for a large block
-    "trim_threshold": 1024 * _GIB,  # return nothing to the kernel before the process ends
-    "top_pad": _GIB // 4,  # grow in large increments
+    "trim_threshold": 1024 * _GIB,  # bytes; return nothing to the kernel before the process ends
+    "top_pad": _GIB // 4,  # bytes; grow the heap in large increments
     "arena_max": 1,  # memory freed by one thread can be reused by another
 }
 
 
 def malloc_env() -> dict[str, str]:
-    """Return the environment for starting a process that computes on a CPU; glibc reads it only at startup.
+    """Return the environment variables for a process that computes on a CPU.
 
-    Empty if the user has set glibc's tunables. Other C libraries ignore it.
+    They must be set before the process starts. The result is empty if the user has set glibc's tunables. Other C
+    libraries ignore the variable.
     """
     if "GLIBC_TUNABLES" in os.environ:
         return {}

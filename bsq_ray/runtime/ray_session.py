@@ -1,4 +1,4 @@
-"""Start Ray or connect to a cluster, with the settings this package relies on."""
+"""Start a local Ray instance or connect to a cluster, with the settings this package requires."""
 
 from __future__ import annotations
 
@@ -15,35 +15,40 @@ from typing import Any
 from bsq_ray.runtime._ray_internals import autoscaler_limits, job_config_without_folder
 from bsq_ray.runtime.ray_errors import translate_ray_errors
 
-# Ray reads these when it is imported, so they are set before; values set by the user stay.
+# Ray reads these variables when it is imported, so they are set before. Values set by the user take precedence.
 _RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A draining node leads to a smaller group, chosen in training/ray_trainer.py; Ray's own watcher would end the run.
+    # training/ray_trainer.py resizes the worker group when a node is drained; Ray's own watcher would end the run.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # The actor pools of Ray Data log a warning about restarts that no user can act on.
+    # Actor pools of Ray Data log warnings about restarts that are not actionable.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# Folders in the environment; processes of Ray have other working folders.
+# Variables that contain folders. They are made absolute, because Ray's processes have other working folders.
 _FOLDER_VARIABLES = ("BSQ_RAY_CACHE", "BSQ_RAY_WEIGHTS", "RAY_TMPDIR", "TMPDIR", "WANDB_DIR")
 _CONNECT_TIMEOUT_S = 10
-# `ray job submit` describes the job in this variable; its working folder is a copy made for it.
+# Set by `ray job submit`, which runs the job in a copy of its working folder.
 _SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# Sockets have paths of at most 107 bytes. Ray's are FOLDER/ray/session_DATE_TIME_PID/sockets/plasma_store.
+# Paths of Unix domain sockets have at most 107 bytes. Ray's are FOLDER/ray/session_DATE_TIME_PID/sockets/plasma_store.
 _MAX_TEMP_FOLDER_BYTES = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1")
 _SHORT_TEMP_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 @dataclass(frozen=True)
 class _Connection:
-    """Connection of this process to Ray, made by `ray_session`."""
+    """Connection of this process to Ray, made by `ray_session`.
+
+    Attributes:
+        dashboard_url: URL of the dashboard; empty if there is none.
+        is_local: True if `ray_session` started a local Ray instance.
+    """
 
     dashboard_url: str
-    started_here: bool
+    is_local: bool
 
 
 # Ray connects a process, not a thread, so there is at most one.
@@ -54,14 +59,14 @@ _connection: _Connection | None = None
 def ray_session(
     address: str | None = None, num_cpus: int | None = None, include_dashboard: bool = False
 ) -> Iterator[str]:
-    """Connect to a cluster, or start a local Ray, for the duration of the block.
+    """Connect to a cluster, or start a local Ray instance, for the duration of the block.
 
     Args:
-        address: a cluster ("auto" or host:port). None uses RAY_ADDRESS, which `ray job submit` sets, or starts a Ray on
-            this node. A process that is connected already keeps its connection.
-        num_cpus: logical CPUs of a Ray that is started here. None is the number of cores, at least 4, because data
-            tasks need a CPU in addition to the workers'.
-        include_dashboard: start a dashboard with a Ray that is started here.
+        address: a cluster ("auto" or host:port). None uses RAY_ADDRESS, which `ray job submit` sets, or starts a local
+            instance. A process that is already connected keeps its connection.
+        num_cpus: logical CPUs of a local instance. None is the number of cores, at least 4, because data tasks need a
+            CPU in addition to those of the workers.
+        include_dashboard: start a dashboard with a local instance.
 
     Yields:
         URL of the dashboard; empty if there is none, or if other code has connected this process.
@@ -85,12 +90,12 @@ def ray_session(
         return
     if not address and (address := os.environ.get("RAY_ADDRESS")):
         # The command line does not contain the address.
-        print(f"joining Ray at {address}, the value of RAY_ADDRESS", file=sys.stderr, flush=True)
+        print(f"connecting to Ray at {address}, the value of RAY_ADDRESS", file=sys.stderr, flush=True)
     context = _connect(address) if address else _start_local(num_cpus, include_dashboard)
     try:
         if address:
             _start_ray_data_actors_on_driver_node()
-        _connection = _Connection(_with_scheme(context.dashboard_url), started_here=not address)
+        _connection = _Connection(_with_scheme(context.dashboard_url), is_local=not address)
         with translate_ray_errors():
             yield _connection.dashboard_url
     finally:
@@ -108,7 +113,7 @@ def _connect(address: str) -> Any:
                 address=address, log_to_driver=False, logging_level=logging.WARNING, job_config=_job_config()
             )
     except Exception as error:
-        raise ValueError(f"no Ray cluster answers at {address}: {_one_line(error)}") from error
+        raise ValueError(f"no Ray cluster responds at {address}: {_one_line(error)}") from error
 
 
 def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
@@ -119,7 +124,7 @@ def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
     folder, short_folder = _temp_folders()
     options: dict[str, Any] = {}
     if folder != short_folder:
-        # Objects that exceed the memory are stored in the folder that the user has chosen for large files.
+        # Objects are spilled to the user's folder, which may be on a larger disk than the short one.
         options = {"_temp_dir": f"{short_folder}/ray", "object_spilling_directory": folder}
     try:
         with _silence_native_stderr():
@@ -137,15 +142,15 @@ def _start_local(num_cpus: int | None, include_dashboard: bool) -> Any:
         ray.shutdown()
         raise RuntimeError(
             f"Ray cannot start on this node: {_one_line(error)}; read its logs in {short_folder}/ray/session_latest, "
-            "or select another folder with RAY_TMPDIR"
+            "or choose another folder with RAY_TMPDIR"
         ) from error
 
 
 def _temp_folders() -> tuple[str, str]:
-    """Return the folder for temporary files, and one with a path short enough for Ray's sockets.
+    """Return the folder for temporary files, and a folder whose path is short enough for Ray's sockets.
 
     Raises:
-        ValueError: RAY_TMPDIR is too long, or there is no short folder.
+        ValueError: the path in RAY_TMPDIR is too long, or no folder with a short path is writable.
     """
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     if len(os.fsencode(folder)) <= _MAX_TEMP_FOLDER_BYTES:
@@ -176,10 +181,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _start_ray_data_actors_on_driver_node() -> None:
-    """Make Ray Data start its two bookkeeping actors on this node.
+    """Run an empty pipeline, so that Ray Data starts its statistics and autoscaling actors on this node.
 
-    Ray Data starts them once per cluster, on the node that uses it first, and they outlive the job. On a worker's node
-    they would prevent the autoscaler from removing that node.
+    Ray Data starts them once per cluster, on the first node that uses it, and they outlive the job. On a worker node
+    they would prevent the autoscaler from removing the node.
     """
     import ray
 
@@ -200,28 +205,28 @@ def max_cluster_resources() -> dict[str, float]:
 
 
 def max_cluster_gpus() -> float:
-    """Return the maximum number of GPUs that the cluster is known to be able to have."""
+    """Return the number of GPUs of the cluster, including those that its autoscaler is known to be able to add."""
     return max_cluster_resources().get("GPU", 0.0)
 
 
 def max_cluster_cpus() -> float:
-    """Return the maximum number of CPUs, or inf if the autoscaler's limits are unknown."""
-    return max_cluster_resources().get("CPU", 0.0) if cluster_limits_known() else math.inf
+    """Return the maximum number of CPUs that the cluster can have, or inf if the autoscaler's limits are unknown."""
+    return max_cluster_resources().get("CPU", 0.0) if has_known_cluster_limits() else math.inf
 
 
-def cluster_limits_known() -> bool:
-    """Return whether the cluster can never exceed `max_cluster_resources`.
+def has_known_cluster_limits() -> bool:
+    """Return True if the cluster can never exceed `max_cluster_resources`.
 
-    True for a Ray that `ray_session` started, and if the autoscaler publishes its limits. The autoscalers of `ray up`
-    and KubeRay do not publish them.
+    This holds for a local instance started by `ray_session`, and if the autoscaler publishes its limits. The
+    autoscalers of `ray up` and KubeRay do not publish them.
     """
-    return (_connection is not None and _connection.started_here) or autoscaler_limits() is not None
+    return (_connection is not None and _connection.is_local) or autoscaler_limits() is not None
 
 
 def gpus_per_process(num_processes: int) -> float:
-    """Return the GPUs each process requests: 1, an even fraction if there are fewer GPUs, or 0 on a cluster without.
+    """Return the number of GPUs per process: 1, a fraction if processes share GPUs, or 0 on a cluster without GPUs.
 
-    A process that requests none sees all GPUs of its node and would use the first one.
+    A process that requested no GPU would see all GPUs of its node and use the first one.
     """
     num_gpus = int(max_cluster_gpus())
     return 1 / math.ceil(num_processes / num_gpus) if num_gpus else 0.0
@@ -231,7 +236,7 @@ def gpus_per_process(num_processes: int) -> float:
 def _silence_native_stderr() -> Iterator[None]:
     """Discard output to file descriptor 2 while Ray's C++ code prints its log level there.
 
-    It affects every thread of the process, so the block contains only `ray.init`. Python exceptions are not affected.
+    All threads of the process are affected, so the block contains only `ray.init`. Python exceptions are still raised.
     """
     sys.stderr.flush()
     saved_fd, null_fd = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -245,14 +250,14 @@ def _silence_native_stderr() -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise if nothing listens at `address`; Ray itself would retry for more than a minute."""
+    """Raise ValueError if nothing listens at `address`; Ray itself would retry for more than a minute."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
+        raise ValueError(f"no Ray cluster responds at {address}: {error}") from error
 
 
 def _loopback_interface() -> str:

@@ -148,7 +148,7 @@ class _Endpoint:
 
 
 def _resolve_endpoint(host: str, port: int) -> _Endpoint:
-    """Return the address at which the head node of the joined cluster listens."""
+    """Return the address at which the head node of the connected cluster listens."""
     import ray
 
     [head] = [node for node in ray.nodes() if node["Alive"] and head_node_resource() in node["Resources"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from bsq_ray.runtime.ray_session import cluster_limits_known, max_cluster_cpus, max_cluster_gpus
+from bsq_ray.runtime.ray_session import has_known_cluster_limits, max_cluster_cpus, max_cluster_gpus
 from bsq_ray.training.capacity import DATA_TASK_RESOURCES, CapacityTimeouts, Resources
 from bsq_ray.training.worker_context import Device, RecordSink
 
@@ -70,10 +70,10 @@ def available_gpus(device: Device, on_record: RecordSink) -> float:
     With device "auto" and no running GPU it returns 0 and records a warning, because waiting for one may never end.
     """
     running_gpus = max_cluster_gpus()
-    if cluster_limits_known() or device == "cpu":
+    if has_known_cluster_limits() or device == "cpu":
         return running_gpus
     if device == "auto" and not running_gpus:
-        text = "no GPU is up on this cluster, so training uses CPUs; give --device gpu to wait for an autoscaler"
+        text = "this cluster has no GPU yet, so training uses CPUs; pass --device gpu to wait for the autoscaler"
         on_record({"kind": "warning", "step": 0, "text": text})
         return 0.0
     return math.inf

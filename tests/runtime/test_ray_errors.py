@@ -141,7 +141,7 @@ def test_address_of_the_environment_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(ValueError, match="no Ray cluster"), ray_session.ray_session():
         pass
-    assert capsys.readouterr().err == "joining Ray at 127.0.0.1:1, the value of RAY_ADDRESS\n"
+    assert capsys.readouterr().err == "connecting to Ray at 127.0.0.1:1, the value of RAY_ADDRESS\n"
 
 
 def test_folder_variables_become_absolute(monkeypatch, tmp_path):

@@ -94,7 +94,7 @@ def test_serve_names_match_ray():
     from ray.serve._private import constants
 
     assert hasattr(constants, internals.serve_http_callback_env())
-    assert internals.disconnect_header().decode() == constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
+    assert internals.disconnect_disabled_header().decode() == constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER
     assert internals.head_node_resource() == HEAD_NODE_RESOURCE_NAME
 
 
@@ -116,8 +116,8 @@ def test_head_node_resource_is_on_the_head_only(ray_local):
     assert internals.head_node_resource() in node["Resources"]
 
 
-def test_attach_receive_messages_replaces_source():
-    """Ray's receive object fetches messages from the attached source; other objects are left alone."""
+def test_replace_receive_source_changes_only_ray_objects():
+    """Ray's receive object fetches messages from the new source; other objects are unchanged."""
     import pickle
 
     from ray.serve._private.http_util import ASGIReceiveProxy
@@ -127,11 +127,11 @@ def test_attach_receive_messages_replaces_source():
 
     async def receive_one():
         receive = ASGIReceiveProxy({"type": "http"}, None, None)
-        assert internals.attach_receive_messages(receive, messages)
+        assert internals.replace_receive_source(receive, messages)
         task = asyncio.ensure_future(receive.fetch_until_disconnect())
         message = await receive()
         await task
         return message
 
     assert asyncio.run(receive_one())["body"] == b"attached"
-    assert not internals.attach_receive_messages(lambda: None, messages)
+    assert not internals.replace_receive_source(lambda: None, messages)

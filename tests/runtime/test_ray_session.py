@@ -18,7 +18,7 @@ def test_ray_session_unreachable_address_fails_fast(monkeypatch):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     start = time.monotonic()
-    with pytest.raises(ValueError, match=f"no Ray cluster answers at {address}"), ray_session(address):
+    with pytest.raises(ValueError, match=f"no Ray cluster responds at {address}"), ray_session(address):
         pass
     assert time.monotonic() - start < 10
 

@@ -6,7 +6,7 @@ import pytest
 from ray.serve._private.http_util import ASGIReceiveProxy
 from starlette.requests import ClientDisconnect, Request
 
-from bsq_ray.runtime._ray_internals import disconnect_header
+from bsq_ray.runtime._ray_internals import disconnect_disabled_header
 from bsq_ray.serving.http.api import create_app
 from bsq_ray.serving.http.body_prefetch import PrefetchBodyMiddleware, PrefetchedBodyMiddleware
 from bsq_ray.serving.registry import ModelRegistry
@@ -70,7 +70,7 @@ def test_prefetch_removes_disconnect_disabled_header():
     async def proxy(scope, receive, send):
         forwarded_headers.extend(scope["headers"])
 
-    headers = [(disconnect_header(), b"?1"), (b"host", b"x")]
+    headers = [(disconnect_disabled_header(), b"?1"), (b"host", b"x")]
     asyncio.run(PrefetchBodyMiddleware(proxy)(SCOPE | {"headers": headers}, FakeBody((0, b"")), None))
     assert forwarded_headers == [(b"host", b"x")]
 

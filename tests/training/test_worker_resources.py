@@ -67,7 +67,7 @@ def test_check_cpus_too_few_raises(num_workers, cpus_per_worker, max_cpus, messa
 def test_available_gpus_unknown_limits_are_unlimited(known, device, running, expected, warned, monkeypatch):
     """With unknown autoscaler limits GPUs count as unlimited, unless device is "auto" and none is running."""
     monkeypatch.setattr(worker_resources, "max_cluster_gpus", lambda: running)
-    monkeypatch.setattr(worker_resources, "cluster_limits_known", lambda: known)
+    monkeypatch.setattr(worker_resources, "has_known_cluster_limits", lambda: known)
     records = []
     assert worker_resources.available_gpus(device, records.append) == expected
-    assert ["give --device gpu to wait" in record["text"] for record in records] == [True] * warned
+    assert ["pass --device gpu to wait" in record["text"] for record in records] == [True] * warned

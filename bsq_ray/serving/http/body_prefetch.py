@@ -1,10 +1,10 @@
-"""Body prefetch: a small request body travels from Ray Serve's proxy to the ingress with its request.
+"""Body prefetch: Ray Serve's proxy sends a small request body to the ingress together with the request.
 
     client ─▶ proxy: PrefetchBodyMiddleware ─request and small body─▶ ingress: PrefetchedBodyMiddleware ─▶ api.py
                                              └─ a large or slow body: the part that has arrived; the ingress requests
                                                 the rest from the proxy
 
-Without it, the ingress calls the proxy twice per request: once for the body, and once to learn of a disconnect. The
+Without it, the ingress calls the proxy twice per request: once for the body, and once to wait for a disconnect. The
 proxy cancels the request of a disconnected client anyway. Both calls together cost about 3 ms per request on a CPU, so
 `ingress.prefetch_bodies` is on by default.
 """
@@ -16,13 +16,13 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bsq_ray.runtime._ray_internals import attach_receive_messages, disconnect_header
+from bsq_ray.runtime._ray_internals import disconnect_disabled_header, replace_receive_source
 
 # A larger body is not prefetched any further; the proxy receives up to 256 KB more at a time.
 _PREFETCH_BYTES = 2**17
 # Time for a small body to arrive. The ingress limits the time for the rest.
 _PREFETCH_TIMEOUT_S = 0.05
-# Key of the ASGI scope on the way from the proxy to the ingress.
+# Key of the ASGI scope under which the proxy sends the messages to the ingress.
 _SCOPE_KEY = "bsq_ray.prefetched_messages"
 
 
@@ -36,7 +36,7 @@ class PrefetchBodyMiddleware:
         """Handle one request."""
         if scope["type"] == "http":
             # With this header the proxy would not cancel the request of a disconnected client.
-            scope["headers"] = [header for header in scope["headers"] if header[0] != disconnect_header()]
+            scope["headers"] = [header for header in scope["headers"] if header[0] != disconnect_disabled_header()]
             scope[_SCOPE_KEY] = await _prefetch_body(receive)
         await self._app(scope, receive, send)
 
@@ -58,7 +58,7 @@ class PrefetchedBodyMiddleware:
         is_receive_skipped = is_complete and self._skip_receive
         if is_receive_skipped:
             # Ray Serve's task for this request has not yet run; it would request messages until a disconnect.
-            attach_receive_messages(receive, _wait_forever)
+            replace_receive_source(receive, _wait_forever)
 
         async def receive_prefetched() -> Message:
             if messages:
