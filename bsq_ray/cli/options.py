@@ -84,7 +84,7 @@ def resume_command(arguments: Sequence[str]) -> str:
 
 
 def announce_ray(num_workers: int, address: str | None) -> None:
-    """Print on stderr that the command starts or connects to Ray, which takes seconds; print nothing without workers."""
+    """Print on stderr that the command starts or connects to Ray, which takes seconds; nothing without workers."""
     # `ray_session` itself names an address of the environment.
     if num_workers and (address or not os.environ.get("RAY_ADDRESS")):
         print(f"connecting to Ray at {address}" if address else "starting Ray", file=sys.stderr, flush=True)
