@@ -25,8 +25,8 @@ def communication_bytes(
     return (accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
 
 
-def communication_seconds(
-    num_bytes: float, num_workers: int, gpus_per_node: int, link_bandwidth: float, network_gbit: float
+def communication_time_s(
+    num_bytes: float, num_workers: int, gpus_per_node: int, link_gb_per_s: float, network_gbit: float
 ) -> float:
     """Return the duration of ring collectives in seconds, limited by the slowest link of the ring.
 
@@ -36,10 +36,10 @@ def communication_seconds(
         num_bytes: bytes that each worker sends.
         num_workers: number of workers, one GPU each.
         gpus_per_node: number of GPUs per node.
-        link_bandwidth: bandwidth between GPUs of a node, 1e9 bytes per second.
-        network_gbit: bandwidth between nodes in each direction, 1e9 bits per second.
+        link_gb_per_s: bandwidth between GPUs of a node per direction, 1e9 bytes per second.
+        network_gbit: bandwidth between nodes per direction, 1e9 bits per second.
     """
     if num_workers == 1:
         return 0.0
     is_one_node = num_workers <= gpus_per_node
-    return num_bytes / 1e9 / (link_bandwidth if is_one_node else min(link_bandwidth, network_gbit / 8))
+    return num_bytes / 1e9 / (link_gb_per_s if is_one_node else min(link_gb_per_s, network_gbit / 8))

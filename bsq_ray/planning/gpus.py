@@ -1,9 +1,9 @@
-"""GPUs that runs can be planned for, with the values of their data sheets.
+"""Data-sheet values of the GPUs that `bsq-ray plan` supports.
 
 Sources: NVIDIA's data sheets of RTX A5000, RTX A6000, A100, H100 (SXM5), L4 and A10, and its white paper on the Ada
-architecture (GeForce RTX 4090). Values are rounded; verify them before a purchase. Tensor throughput is dense: half of
-a value that is quoted with structured sparsity. The link bandwidth is that of one GPU to another GPU of its node, in
-one direction: PCIe 4.0 x16, or NVLink in A100 and H100 nodes. Bridges between pairs of GPUs are not considered.
+architecture (GeForce RTX 4090). Values are rounded; verify them before a purchase. Tensor-core throughput is dense: half
+the value that data sheets report for structured sparsity. The link bandwidth is that between two GPUs of a node in one
+direction: PCIe 4.0 x16, or NVLink in A100 and H100 nodes. NVLink bridges between pairs of GPUs are not considered.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ class GPUSpec:
     """Properties of one GPU.
 
     Attributes:
-        title: product name.
-        bf16_tflops: dense bf16 matrix products accumulated in fp32, 1e12 operations per second.
+        product_name: name for users.
+        bf16_tflops: dense bf16 matrix multiplication accumulated in fp32, 1e12 operations per second.
         fp32_tflops: fp32 without tensor cores, 1e12 operations per second.
         memory_gib: size of the memory, GiB.
-        memory_bandwidth: 1e9 bytes per second.
-        link_bandwidth: to another GPU of the same node, 1e9 bytes per second and direction.
+        memory_gb_per_s: bandwidth of the memory, 1e9 bytes per second.
+        link_gb_per_s: bandwidth to another GPU of the same node per direction, 1e9 bytes per second.
     """
 
-    title: str
+    product_name: str
     bf16_tflops: float
     fp32_tflops: float
     memory_gib: float
-    memory_bandwidth: float
-    link_bandwidth: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
 
 
 GPUS = {
@@ -45,10 +45,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GPUSpec:
-    """Return the GPU with this key of `GPUS`, in any case.
+    """Return the GPU with this key of `GPUS`; case-insensitive.
 
     Raises:
-        ValueError: the table has no such GPU.
+        ValueError: the GPU is not in the table.
     """
     try:
         return GPUS[name.lower()]

@@ -1,4 +1,4 @@
-"""A run before it is started: does it fit, how long does it take, what must disks and network deliver."""
+"""Estimate memory, duration, network traffic and data rate of a run before it is launched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bsq_ray import config
 from bsq_ray.planning.activations import tokenizer_activation_bytes
-from bsq_ray.planning.communication import communication_bytes, communication_seconds
+from bsq_ray.planning.communication import communication_bytes, communication_time_s
 from bsq_ray.planning.flops import tokenizer_forward_flops
 from bsq_ray.planning.gpus import GPUSpec, find_gpu
 from bsq_ray.planning.memory import Memory, training_memory
@@ -25,27 +25,28 @@ class Plan:
         name: name of the configuration.
         gpu, num_gpus: type and number of GPUs.
         sample: requirements of one image, clip or row of tokens.
-        micro_batch, accumulation: samples of a micro batch of one GPU, and micro batches per step.
+        micro_batch_size: samples per micro batch of one GPU.
+        accumulation_steps: micro batches per training step.
         memory: memory of one GPU.
         step_flops: operations per step of all GPUs.
-        compute_seconds, communication_seconds: per step, without overlap.
+        compute_s, communication_s: seconds per step, without overlap.
         communication_bytes: bytes that each GPU sends per step.
         data_bytes_per_second: bytes that all GPUs read per second.
         samples_per_second: throughput of all GPUs.
         days: duration of the run.
-        advice: changes that make the run fit the memory, with their overrides; empty if it fits.
+        advice: configuration overrides that make the run fit into memory; empty if it fits.
     """
 
     name: str
     gpu: GPUSpec
     num_gpus: int
     sample: SampleRequirements
-    micro_batch: int
-    accumulation: int
+    micro_batch_size: int
+    accumulation_steps: int
     memory: Memory
     step_flops: float
-    compute_seconds: float
-    communication_seconds: float
+    compute_s: float
+    communication_s: float
     communication_bytes: float
     data_bytes_per_second: float
     samples_per_second: float
@@ -53,9 +54,9 @@ class Plan:
     advice: tuple[str, ...]
 
     @property
-    def step_seconds(self) -> float:
-        """Computation and communication, one after the other."""
-        return self.compute_seconds + self.communication_seconds
+    def step_s(self) -> float:
+        """Duration of a step in seconds: computation, then communication."""
+        return self.compute_s + self.communication_s
 
     @property
     def has_enough_memory(self) -> bool:
@@ -78,8 +79,8 @@ def make_plan(
         run: configuration of the run.
         gpu: key of `gpus.GPUS`, or the properties of another GPU.
         num_gpus: number of GPUs, one worker each.
-        network_gbit: bandwidth between nodes, 1e9 bits per second and direction.
-        gpus_per_node: GPUs of a node.
+        network_gbit: bandwidth between nodes per direction, 1e9 bits per second.
+        gpus_per_node: number of GPUs per node.
         efficiency: fraction of the GPU's peak that matrix products reach, 0 to 1.
 
     Raises:
@@ -98,24 +99,24 @@ def make_plan(
     micro_batch, accumulation = split_batch(run, num_gpus)
     sample = sample_requirements(run)
     extra_flops = _statistics_flops(run) if accumulation > 1 else 0.0
-    compute_per_sample = _compute_seconds(run, sample, gpu_spec, efficiency)
+    compute_per_sample = _compute_time_s(run, sample, gpu_spec, efficiency)
     compute_per_sample += extra_flops / (_peak_flops(run, gpu_spec) * efficiency)
     compute = micro_batch * accumulation * compute_per_sample
     sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)
-    sending = communication_seconds(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_bandwidth, network_gbit)
+    communication = communication_time_s(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_gb_per_s, network_gbit)
     memory = training_memory(run, num_gpus, micro_batch)
-    seconds = compute + sending
+    seconds = compute + communication
     return Plan(
         name=run.name,
         gpu=gpu_spec,
         num_gpus=num_gpus,
         sample=sample,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
+        micro_batch_size=micro_batch,
+        accumulation_steps=accumulation,
         memory=memory,
         step_flops=(sum(sample.flops.values()) + extra_flops) * training_config.batch_size,
-        compute_seconds=compute,
-        communication_seconds=sending,
+        compute_s=compute,
+        communication_s=communication,
         communication_bytes=sent_bytes,
         data_bytes_per_second=training_config.batch_size * sample.bytes_read / seconds,
         samples_per_second=training_config.batch_size / seconds,
@@ -125,21 +126,21 @@ def make_plan(
 
 
 def reconstruction_rate(model: config.TokenizerModelConfig, gpu: str, efficiency: float = DEFAULT_EFFICIENCY) -> float:
-    """Return the images that one GPU encodes and decodes per second, in bf16."""
+    """Return the number of images per second that one GPU encodes and decodes in bf16."""
     gpu_spec = find_gpu(gpu)
     products = tokenizer_forward_flops(model) / (gpu_spec.bf16_tflops * 1e12 * efficiency)
     # Without a backward pass every activation is written and read once.
-    return 1 / (products + 2 * tokenizer_activation_bytes(model, half=True) / (gpu_spec.memory_bandwidth * 1e9))
+    return 1 / (products + 2 * tokenizer_activation_bytes(model, half=True) / (gpu_spec.memory_gb_per_s * 1e9))
 
 
-def _compute_seconds(run: config.AnyConfig, sample: SampleRequirements, gpu_spec: GPUSpec, efficiency: float) -> float:
+def _compute_time_s(run: config.AnyConfig, sample: SampleRequirements, gpu_spec: GPUSpec, efficiency: float) -> float:
     """Return the seconds for one sample: matrix products at a fraction of the peak, then memory traffic.
 
     Each activation is written, read by the next layer, read by the backward pass, and its gradient is written. All
     other operations are bound by memory bandwidth: Ivanov et al., "Data Movement Is All You Need", 2021.
     """
     products = sum(sample.flops.values()) / (_peak_flops(run, gpu_spec) * efficiency)
-    return products + 4 * sum(sample.activations) / (gpu_spec.memory_bandwidth * 1e9)
+    return products + 4 * sum(sample.activations) / (gpu_spec.memory_gb_per_s * 1e9)
 
 
 def _peak_flops(run: config.AnyConfig, gpu_spec: GPUSpec) -> float:
@@ -156,7 +157,7 @@ def _statistics_flops(run: config.AnyConfig) -> float:
 
 
 def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> tuple[str, ...]:
-    """Return alternative changes that make the run fit the memory, each with its overrides."""
+    """Return alternative overrides that make the run fit into memory, each with its cost."""
     advice = []
     fitting_batch = _largest_fitting_micro_batch(run, gpu_spec, num_gpus, micro_batch)
     if fitting_batch:
@@ -179,7 +180,7 @@ def _advice(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch
 
 
 def _largest_fitting_micro_batch(run: config.AnyConfig, gpu_spec: GPUSpec, num_gpus: int, micro_batch: int) -> int:
-    """Return the largest micro batch that fits and takes the same steps as the whole batch, or 0."""
+    """Return the largest micro batch that fits and leads to the same training steps as the whole batch, or 0."""
     from bsq_ray.config.batch_split import can_split_batch
 
     def takes_same_steps(size: int) -> bool:

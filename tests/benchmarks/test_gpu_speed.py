@@ -126,8 +126,8 @@ def test_full_training_step_speed(name, precision, mode, record):
         memory_gb=peak,
         naive_s=naive_seconds,
         speedup=naive_seconds and naive_seconds / seconds,
-        predicted_s=plan.step_seconds,
-        time_ratio=plan.step_seconds / seconds,
+        predicted_s=plan.step_s,
+        time_ratio=plan.step_s / seconds,
         predicted_gb=plan.memory.total / 1e9,
     )
 
@@ -197,8 +197,8 @@ def test_token_model_training_step_speed(name, record):
         name,
         step_s=seconds,
         memory_gb=peak,
-        predicted_s=plan.step_seconds,
-        time_ratio=plan.step_seconds / seconds,
+        predicted_s=plan.step_s,
+        time_ratio=plan.step_s / seconds,
         predicted_gb=plan.memory.total / 1e9,
     )
 

@@ -58,7 +58,7 @@ def measured_efficiency(gpu_spec):
     tokenizer, images = Tokenizer(run.model).eval(), torch.rand(16, 3, 64, 64) * 2 - 1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         seconds = min_time(lambda: tokenizer(images)) / len(images)
-    traffic = 2 * tokenizer_activation_bytes(run.model, half=True) / (gpu_spec.memory_bandwidth * 1e9)
+    traffic = 2 * tokenizer_activation_bytes(run.model, half=True) / (gpu_spec.memory_gb_per_s * 1e9)
     return tokenizer_forward_flops(run.model) / (gpu_spec.bf16_tflops * 1e12) / (seconds - traffic)
 
 
@@ -111,7 +111,7 @@ def test_plan_accuracy(name, cpu_spec, record):
         predicted_mb=predicted_bytes / 1e6,
         measured_mb=peak_bytes / 1e6,
         memory_ratio=predicted_bytes / peak_bytes,
-        predicted_s=plan.step_seconds,
+        predicted_s=plan.step_s,
         measured_s=seconds,
-        time_ratio=plan.step_seconds / seconds,
+        time_ratio=plan.step_s / seconds,
     )

@@ -15,7 +15,7 @@ from bsq_ray.planning.planner import reconstruction_rate
 def test_make_plan_supports_every_preset_and_gpu(name, gpu):
     run = load_config(name)
     plan = make_plan(run, gpu, max(size for size in range(1, 17) if can_split_batch(run, size)))
-    assert plan.step_seconds > 0
+    assert plan.step_s > 0
     assert plan.has_enough_memory == (not plan.advice)
     assert f"{plan.days:.2f} days" in format_plan(plan)
 
@@ -56,7 +56,7 @@ def test_make_plan_papers_training_needs_three_days_at_peak():
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("ucf101-bsq")])
 def test_make_plan_papers_clips_fit_eight_24_gb_gpus(name):
     plan = make_plan(load_config(name), "a5000", 8)
-    assert (plan.micro_batch, plan.accumulation, plan.sample.unit) == (4, 1, "clips")
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.sample.unit) == (4, 1, "clips")
     assert plan.has_enough_memory
     assert "24 GiB: fits" in format_plan(plan)
     # Without gradient checkpointing almost no memory would be left.
@@ -111,7 +111,7 @@ def test_communication_bytes_match_ring_formulas():
 def test_make_plan_single_node_ignores_network_bandwidth():
     """A run on one node does not depend on the network bandwidth between nodes."""
     run = load_config("imagenet128-bsq18")
-    slow = {gpus: make_plan(run, "a5000", gpus, network_gbit=1).communication_seconds for gpus in (1, 8, 16)}
+    slow = {gpus: make_plan(run, "a5000", gpus, network_gbit=1).communication_s for gpus in (1, 8, 16)}
     assert slow[1] == 0
     assert slow[16] > 100 * slow[8]
 
