@@ -1,9 +1,9 @@
 """Data-sheet values of the GPUs that `bsq-ray plan` supports.
 
 Sources: NVIDIA's data sheets of RTX A5000, RTX A6000, A100, H100 (SXM5), L4 and A10, and its white paper on the Ada
-architecture (GeForce RTX 4090). Values are rounded; verify them before a purchase. Tensor-core throughput is dense: half
-the value that data sheets report for structured sparsity. The link bandwidth is that between two GPUs of a node in one
-direction: PCIe 4.0 x16, or NVLink in A100 and H100 nodes. NVLink bridges between pairs of GPUs are not considered.
+architecture (GeForce RTX 4090). Values are rounded; verify them before a purchase. Tensor-core throughput is dense,
+half the value that data sheets report for structured sparsity. The link bandwidth is that between two GPUs of a node in
+one direction: PCIe 4.0 x16, or NVLink in A100 and H100 nodes. NVLink bridges between pairs of GPUs are not considered.
 """
 
 from __future__ import annotations
