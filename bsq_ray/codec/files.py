@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile
 from bsq_ray.codec.container import read_header
 from bsq_ray.codec.header import VideoHeader
-from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, to_srgb
+from bsq_ray.media.decode_error import UnknownFormatError, translate_decode_errors
+from bsq_ray.media.images import decode_image
 from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoStream, read_video
 from bsq_ray.media.video_writer import write_video
@@ -242,16 +243,12 @@ def _decompress_video(
 def _open_image(file: IO[bytes], source: str) -> Image.Image | None:
     """Return the image in a file, or None if it may be a video."""
     try:
-        image = Image.open(file)
-        if getattr(image, "n_frames", 1) > 1:
-            raise ValueError("it is an animation; convert it to a video, such as .mkv")
-        return to_srgb(image)
-    except UnidentifiedImageError:
+        with translate_decode_errors(f"{source} cannot be read as an image: "):
+            return decode_image(file.read())
+    except UnknownFormatError:
         if source == "-" or storage.is_special(source):
             return None
         raise ValueError(f"{source} cannot be read as an image or video: unknown format") from None
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{source} cannot be read as an image: {decode_error_text(error)}") from error
 
 
 def _save_image(image: Image.Image, destination: str, kind: str) -> str:

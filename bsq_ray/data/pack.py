@@ -21,8 +21,8 @@ from bsq_ray.data.pack_containers import find_containers, label_names, list_cont
 from bsq_ray.data.pack_shard import EncodeFn, ShardPacker
 from bsq_ray.data.pack_source import FileSource, SourceFiles
 from bsq_ray.data.packing import new_packing
-from bsq_ray.data.transcode import StoredFile, reencode_image, transcode_if_needed
-from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_error_text
+from bsq_ray.data.transcode import reencode_image, transcode_if_needed
+from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.task_map import task_map
@@ -115,7 +115,7 @@ def pack_images(
         ValueError: the folder is missing or has no readable images, the destination already contains a data set,
             or storage fails.
     """
-    encode = partial(_encode_image, max_side=options.max_side)
+    encode = partial(reencode_image, max_side=options.max_side)
     return _pack(source, destination, "images", IMAGE_SUFFIXES, encode, options, on_progress)
 
 
@@ -139,13 +139,6 @@ def pack_videos(
     """
     encode = partial(transcode_if_needed, max_side=options.max_side, min_frames=options.min_frames)
     return _pack(source, destination, "videos", VIDEO_SUFFIXES, encode, options, on_progress)
-
-
-def _encode_image(data: bytes, suffix: str, max_side: int | None) -> StoredFile:
-    try:
-        return reencode_image(data, max_side)
-    except DECODE_ERRORS as error:
-        raise ValueError(decode_error_text(error)) from error
 
 
 def _pack(

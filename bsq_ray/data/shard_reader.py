@@ -19,7 +19,7 @@ from bsq_ray.data.manifest import Manifest
 from bsq_ray.data.sample_index import SampleEntry, Shard
 from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.tar_members import is_member_of
-from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, decode_image
+from bsq_ray.media.images import decode_image
 
 # Remote files up to this size are fetched whole.
 _SMALL_FILE_BYTES = 4 * 2**20
@@ -345,13 +345,9 @@ def decode_blob(blob: bytes | Exception, size: int, short_side: int | None) -> I
 
     Args:
         blob, size: see `check_length`.
-        short_side: size for scaled decoding of JPEGs, see `load_rgb`.
+        short_side: size for scaled decoding of JPEGs, see `load_image`.
 
     Raises:
         ValueError: the file could not be fetched, is truncated, or is not an image; the message gives the reason.
     """
-    data = check_length(blob, size)
-    try:
-        return decode_image(data, short_side)
-    except DECODE_ERRORS as error:
-        raise ValueError(decode_error_text(error)) from error
+    return decode_image(check_length(blob, size), short_side)

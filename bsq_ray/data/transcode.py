@@ -16,7 +16,8 @@ from PIL import Image
 
 from bsq_ray.data.packing import JPEG_QUALITY, VIDEO_CRF
 from bsq_ray.media.color import BT709
-from bsq_ray.media.images import encode_png, is_opaque_rgb_or_gray, is_upright, load_rgb, open_image
+from bsq_ray.media.images import encode_png, exif_orientation, is_opaque_rgb_or_gray, load_image, open_image
+from bsq_ray.media.orientation import UPRIGHT
 from bsq_ray.media.video_reader import (
     VideoInfo,
     VideoProbe,
@@ -34,8 +35,8 @@ _ENCODER = VideoEncoder("libx264", {"crf": str(VIDEO_CRF), "preset": "veryfast",
 _MAX_FRAME_DURATION_S = 60.0
 # Largest ratio of output frames to input frames of a variable-rate video; more come from broken time stamps.
 _MAX_REPEATS = 50
-# Image formats that are stored unchanged, and their suffixes.
-_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+# Image formats that are stored unchanged, and their suffixes. An MPO is a JPEG with previews.
+_SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,24 @@ class TooShortError(ValueError):
     """The video is readable but has too few frames."""
 
 
-def reencode_image(data: bytes, max_side: int | None) -> StoredFile:
+def reencode_image(data: bytes, suffix: str, max_side: int | None) -> StoredFile:
     """Return an image file as it is to be stored.
 
-    A JPEG, PNG or WebP is stored unchanged if it is 8-bit RGB or gray, opaque, upright and small enough.
+    A JPEG, PNG or WebP is stored unchanged if it is 8-bit RGB or gray, opaque, upright and small enough. It keeps its
+    color profile, which readers apply; a file that is encoded again contains sRGB.
 
     Args:
         data: content of the file.
+        suffix: of the file; the format follows from the content instead.
         max_side: images with a longer side are shrunk to it (Lanczos); None keeps their size.
 
     Raises:
-        one of DECODE_ERRORS: the file is damaged or not an image.
+        DecodeError: the file is damaged or not an image.
     """
     image = open_image(data)
-    image_format, is_plain = image.format, is_upright(image) and is_opaque_rgb_or_gray(image)
-    rgb = load_rgb(image)
+    image_format, is_plain = image.format, is_opaque_rgb_or_gray(image)
+    rgb = load_image(image)
+    is_plain = is_plain and exif_orientation(image) == UPRIGHT
     exceeds_max_side = max_side is not None and max(rgb.size) > max_side
     if image_format in _SUFFIX_OF_FORMAT and is_plain and not exceeds_max_side:
         return StoredFile(data, _SUFFIX_OF_FORMAT[image_format])
@@ -81,7 +85,7 @@ def reencode_image(data: bytes, max_side: int | None) -> StoredFile:
         scale = max_side / max(rgb.size)
         size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
-    if image_format == "JPEG":
+    if _SUFFIX_OF_FORMAT.get(image_format or "") == "jpg":
         file = io.BytesIO()
         rgb.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return StoredFile(file.getvalue(), "jpg")

@@ -1,7 +1,14 @@
-"""Read and write still images: decoding, orientation, modes, color profiles and formats in one place.
+"""Read and write still images: the only reader, for packing, training, evaluation, codec and service.
 
-file ─open_image─▶ header: format, size ─load_rgb─▶ RGB, 8 bits per channel, upright, opaque
-                                        └to_srgb─▶ the same, converted from an embedded profile to sRGB
+    file ─open_image─▶ header: format, size ─load_image─▶ RGB in sRGB, 8 bits per channel, upright, opaque
+
+- Orientation: EXIF. Broken EXIF data are ignored.
+- Colors: an embedded profile is converted to sRGB, once, see `color_profiles`.
+- Depth: more than 8 bits are scaled by their type, see `bit_depth`.
+- Transparent parts are blended with white.
+- Animations (GIF, WebP, PNG, AVIF) are rejected. In other formats the first image counts: the photo of a JPEG with
+  previews (MPO), the first page of a TIFF.
+- Errors: whatever a decoder raises becomes one `DecodeError`.
 """
 
 from __future__ import annotations
@@ -9,39 +16,55 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from bsq_ray import storage
+from bsq_ray.media import png_metadata
+from bsq_ray.media.bit_depth import is_deep, to_eight_bits
+from bsq_ray.media.color_profiles import to_srgb_colors
+from bsq_ray.media.decode_error import DecodeError, TooLargeError, UnknownFormatError, translate_decode_errors
+from bsq_ray.media.orientation import UPRIGHT, to_upright
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Errors that Pillow raises on damaged, truncated or hostile files.
-DECODE_ERRORS = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError)
+# Formats that Pillow decodes without external programs, by Pillow's names. JPEG includes MPO.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
-_EXIF_ORIENTATION, _EXIF_UPRIGHT = 0x0112, 1
-
-
-def decode_error_text(error: Exception) -> str:
-    """Return a short reason for one of `DECODE_ERRORS`."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    return " ".join(str(error).split())[:160] or type(error).__name__
+_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+_JPEG_FORMATS = ("JPEG", "MPO")
+_EXIF_ORIENTATION = 0x0112
 
 
-def open_image(data: bytes, formats: tuple[str, ...] | None = None) -> Image.Image:
+@translate_decode_errors()
+def open_image(data: bytes) -> Image.Image:
     """Open an image file without decoding its pixels; format and size are known afterwards.
 
     Args:
         data: content of the file.
-        formats: Pillow's names of the accepted formats; None accepts every format that Pillow reads.
 
     Raises:
-        one of DECODE_ERRORS: the file is not an image.
+        UnknownFormatError: the file has none of `IMAGE_FORMATS`.
+        TooLargeError: the image has more pixels than Pillow's limit, 178 million.
+        DecodeError: the file is damaged, or an animation.
     """
-    return Image.open(io.BytesIO(data), formats=formats)
+    profile = None
+    if data.startswith(png_metadata.SIGNATURE):
+        data, profile = png_metadata.separate_metadata(data)
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise UnknownFormatError("not an image of a known format") from None
+    except Image.DecompressionBombError:
+        raise TooLargeError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
+    if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
+        raise DecodeError("it is an animation; convert it to a video, such as .mkv")
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return image
 
 
-def load_rgb(image: Image.Image, short_side: int | None = None) -> Image.Image:
-    """Decode an opened image to RGB with `to_rgb`.
+@translate_decode_errors()
+def load_image(image: Image.Image, short_side: int | None = None) -> Image.Image:
+    """Decode an opened image with `to_srgb`.
 
     Args:
         image: as `open_image` returns it.
@@ -49,21 +72,21 @@ def load_rgb(image: Image.Image, short_side: int | None = None) -> Image.Image:
             at least twice `short_side`, so that the following resize stays antialiased.
 
     Raises:
-        one of DECODE_ERRORS: the file is damaged.
+        DecodeError: the file is damaged.
     """
-    if short_side is not None and image.format == "JPEG":
+    if short_side is not None and image.format in _JPEG_FORMATS:
         factor = 2 * short_side / min(image.size)
         image.draft("RGB", (round(image.width * factor), round(image.height * factor)))
-    return to_rgb(image)
+    return to_srgb(image)
 
 
 def decode_image(data: bytes, short_side: int | None = None) -> Image.Image:
-    """Decode an image file to RGB; see `open_image` and `load_rgb`.
+    """Decode an image file; see `open_image` and `load_image`.
 
     Raises:
-        one of DECODE_ERRORS: the file is damaged or not an image.
+        DecodeError: the file cannot be decoded; the message is the reason.
     """
-    return load_rgb(open_image(data), short_side)
+    return load_image(open_image(data), short_side)
 
 
 def read_image(url: str) -> Image.Image:
@@ -73,18 +96,21 @@ def read_image(url: str) -> Image.Image:
         url: path or fsspec URL.
 
     Raises:
-        ValueError: the file is missing or not an image; the message names it.
+        ValueError: the file does not exist.
+        DecodeError: the file cannot be decoded; the message names it.
     """
     data = storage.read_bytes(url)
-    try:
+    with translate_decode_errors(f"{url} cannot be read as an image: "):
         return decode_image(data)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{url} cannot be read as an image: {decode_error_text(error)}") from error
 
 
-def is_upright(image: Image.Image) -> bool:
-    """Return True if the EXIF orientation does not rotate or mirror the image."""
-    return image.getexif().get(_EXIF_ORIENTATION, _EXIF_UPRIGHT) == _EXIF_UPRIGHT
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a loaded image, 1 to 8; 1 if it has none or its EXIF data are broken."""
+    try:
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, UPRIGHT))
+    except Exception:
+        return UPRIGHT
+    return orientation if 1 <= orientation <= 8 else UPRIGHT
 
 
 def is_opaque_rgb_or_gray(image: Image.Image) -> bool:
@@ -92,38 +118,33 @@ def is_opaque_rgb_or_gray(image: Image.Image) -> bool:
     return image.mode in ("RGB", "L") and "transparency" not in image.info
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to upright RGB with 8 bits per channel; transparent parts become white."""
-    image.load()
-    if not is_upright(image):
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values_HW = np.asarray(image, np.float32)
-        full_scale = 65535 if values_HW.max() > 255 else 255
-        gray_HW = (values_HW / full_scale * 255).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(gray_HW).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
+@translate_decode_errors()
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB with `to_rgb`, and from the embedded color profile to sRGB."""
-    profile, mode = image.info.get("icc_profile"), image.mode
-    rgb = to_rgb(image)
-    if not profile or mode not in ("RGB", "RGBA", "P"):
-        return rgb
-    try:
-        source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if source_profile.profile.xcolor_space.strip() != "RGB":
-            return rgb
-        converted = ImageCms.profileToProfile(rgb, source_profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        # An unreadable profile gives no information about the colors.
-        return rgb
-    assert converted is not None
-    return converted
+    """Convert an image of any mode to upright, opaque RGB in sRGB with 8 bits per channel.
+
+    The result has no metadata, so converting it again changes nothing.
+
+    Raises:
+        DecodeError: the image is damaged, or its values have no defined white.
+    """
+    image.load()
+    # TIFF images are upright once they are loaded.
+    orientation, profile = exif_orientation(image), image.info.get("icc_profile")
+    if is_deep(image):
+        image = to_eight_bits(image)
+    color_mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    rgb = to_srgb_colors(image if image.mode == color_mode else image.convert(color_mode), profile)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    if orientation != UPRIGHT:
+        rgb = Image.fromarray(to_upright(np.asarray(rgb), orientation))
+    rgb.info = {}
+    return rgb
 
 
 def encode_png(image: Image.Image, compress_level: int = 6) -> bytes:

@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from bsq_ray.media.color import ColorDescription, frame_color, frame_to_rgb
+from bsq_ray.media.decode_error import TooLargeError
 from bsq_ray.media.limits import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -37,10 +38,6 @@ _INTERVAL_TOLERANCE, _MAX_IRREGULAR_FRACTION = 0.5, 0.05
 _MAX_REORDERED_FRAMES = 32
 # A file with a smaller fraction of the frames it declares is truncated.
 _MIN_DECODED_FRACTION = 0.9
-
-
-class TooLargeError(ValueError):
-    """The frames have more pixels than the limit."""
 
 
 @dataclass(frozen=True)

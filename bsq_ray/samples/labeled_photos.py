@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bsq_ray.media.images import to_rgb
+from bsq_ray.media.images import to_srgb
 from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
 from bsq_ray.samples.package_download import fetch_package, unpack_debian_package
 
@@ -59,7 +59,7 @@ def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Pat
             continue
         known_digests.add(digest)
         with Image.open(io.BytesIO(content)) as file:
-            image = to_rgb(file)
+            image = to_srgb(file)
         if min(image.size) < _MIN_SIDE:
             continue
         image.thumbnail((_HALF_MAX_SIDE * 2, _HALF_MAX_SIDE * 2), Image.Resampling.LANCZOS)

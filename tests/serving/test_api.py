@@ -11,6 +11,7 @@ import pytest
 import torch
 from local_service import encode_image, save_models
 from PIL import Image
+from small_images import damaged_avif, encode, tiff
 
 from bsq_ray import Codec, Generator, Tokenizer
 from bsq_ray.codec.varint import write_varint
@@ -132,6 +133,10 @@ def test_decompression_bomb_returns_413(client):
             assert "300000" in response.json()["error"]
 
 
+def animated(photo, file_format):
+    return encode(photo, file_format, save_all=True, append_images=[photo.rotate(180)])
+
+
 def with_claimed_width(file, width):
     """Return a .bsq file with another width in its header."""
     return file[:5] + write_varint(width - 1) + file[7:]
@@ -144,6 +149,10 @@ def with_claimed_width(file, width):
         ("encode", b"no image", 415, "not an image or video"),
         ("encode", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 415, "not an image or video"),
         ("compress", lambda photo, _: encode_image(photo)[:3000], 422, "damaged"),
+        ("compress", lambda photo, _: animated(photo, "GIF"), 422, "it is an animation"),
+        ("encode", lambda photo, _: animated(photo, "AVIF"), 422, "it is an animation"),
+        ("compress", lambda photo, _: damaged_avif(photo), 422, "the image"),
+        ("measure", lambda photo, _: tiff(np.array([[-1, 0]], np.float32)), 422, "values reach from -1 to 0"),
         ("encode?model=other", lambda photo, _: encode_image(photo), 404, "unknown model other"),
         ("encode?model=generator", lambda photo, _: encode_image(photo), 422, "generator cannot encode"),
         ("decompress", b"no file", 415, "not a .bsq file"),

@@ -24,7 +24,8 @@ from PIL import Image
 from bsq_ray import storage
 from bsq_ray.data.folder_listing import FolderListing, natural_key, walk_files
 from bsq_ray.media.color import frame_to_rgb
-from bsq_ray.media.images import DECODE_ERRORS, IMAGE_SUFFIXES, decode_image
+from bsq_ray.media.decode_error import translate_decode_errors
+from bsq_ray.media.images import IMAGE_SUFFIXES, decode_image
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, read_video
 from bsq_ray.media.video_writer import even_size
 
@@ -125,10 +126,10 @@ def _read_frame_files(url: str) -> Iterator[np.ndarray]:
         raise ValueError(f"{listing.broken_links[0]} is a link to a file that does not exist")
     image_names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
     for name in sorted(image_names or names, key=natural_key):
-        try:
-            yield np.asarray(decode_image(storage.read_bytes(storage.join(url, name))))
-        except DECODE_ERRORS as error:
-            raise ValueError(f"{name} cannot be read as an image") from error
+        data = storage.read_bytes(storage.join(url, name))
+        with translate_decode_errors(f"{name} cannot be read as an image: "):
+            pixels_HW3 = np.asarray(decode_image(data))
+        yield pixels_HW3
 
 
 def _even_crop(pixels_HW3: np.ndarray, max_side: int | None) -> np.ndarray:

@@ -11,43 +11,44 @@ import io
 import numpy as np
 from PIL import Image
 
-from bsq_ray.media.images import DECODE_ERRORS, decode_error_text, load_rgb
+from bsq_ray.media.decode_error import DecodeError, TooLargeError, UnknownFormatError
+from bsq_ray.media.images import IMAGE_FORMATS, load_image, open_image
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 
 # Duration of a frame of a generated video; tokens do not contain the frame rate of the training videos.
 _FRAME_DURATION_MS = 40
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 
-def read_uploaded_image(data: bytes, max_pixels: int, short_side: int | None = None) -> Image.Image:
-    """Decode an uploaded image file to RGB.
+def read_uploaded_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode an uploaded image file to RGB, as `read_image` does.
 
     Args:
         data: content of the file.
         max_pixels: maximum number of pixels; larger images are rejected by their header, before decoding.
-        short_side: short side that the caller will resize to; a JPEG may be decoded at a fraction of its size.
 
     Raises:
-        ApiError: 415 not an image, 413 too many pixels, 422 damaged.
+        ApiError: 415 not an image, 413 too many pixels, 422 damaged or an animation.
     """
     try:
-        # `open` raises DecompressionBombError beyond Pillow's own limit, which is far above the usual `max_pixels`.
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except DECODE_ERRORS as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise ApiError(413, f"the image has more than {max_pixels} pixels; downscale it first") from None
+        image = open_image(data)
+    except UnknownFormatError:
         raise ApiError(
             415, f"the body is not an image or video; supported: {', '.join(IMAGE_FORMATS)}, {VIDEO_FORMAT_NAMES}"
         ) from None
+    except TooLargeError:
+        # Pillow's own limit is far above the usual `max_pixels`.
+        raise ApiError(413, f"the image has more than {max_pixels} pixels; downscale it first") from None
+    except DecodeError as error:
+        raise ApiError(422, f"the image cannot be read: {error}") from None
     if image.width * image.height > max_pixels:
         raise ApiError(
             413, f"the image has {image.width} x {image.height} pixels, more than {max_pixels}; downscale it first"
         )
     try:
-        return load_rgb(image, short_side)
-    except DECODE_ERRORS as error:
-        raise ApiError(422, f"the image is damaged: {decode_error_text(error)}") from None
+        return load_image(image)
+    except DecodeError as error:
+        raise ApiError(422, f"the image is damaged: {error}") from None
 
 
 def png_from_pixels(pixels_CHW: np.ndarray) -> bytes:

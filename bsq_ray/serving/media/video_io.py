@@ -14,7 +14,8 @@ from fractions import Fraction
 import numpy as np
 
 from bsq_ray.media.color import ColorDescription
-from bsq_ray.media.video_reader import TooLargeError, VideoStream
+from bsq_ray.media.decode_error import TooLargeError
+from bsq_ray.media.video_reader import VideoStream
 from bsq_ray.media.video_writer import write_video
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_sandbox import read_video_sandboxed

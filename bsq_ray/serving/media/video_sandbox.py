@@ -25,7 +25,8 @@ from typing import IO, Any
 import numpy as np
 
 from bsq_ray.media.color import ColorDescription
-from bsq_ray.media.video_reader import TooLargeError, VideoStream, read_video
+from bsq_ray.media.decode_error import TooLargeError
+from bsq_ray.media.video_reader import VideoStream, read_video
 
 # Memory limit of the subprocess: a constant, and a part per pixel of the largest frame; decoders keep many frames.
 _BASE_MEMORY_BYTES, _MEMORY_BYTES_PER_PIXEL = 2**30, 64

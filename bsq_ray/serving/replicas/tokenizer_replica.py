@@ -78,7 +78,7 @@ class TokenizerEngine:
             ApiError: see `read_uploaded_image`.
         """
         size = self.tokenizer.config.image_size
-        return eval_transform(read_uploaded_image(data, self._max_pixels, size), size, self._resize_filter)
+        return eval_transform(read_uploaded_image(data, self._max_pixels), size, self._resize_filter)
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Encode pixels (3, H, W) to packed bits (N, ceil(L / 8)), uint8."""
