@@ -78,13 +78,16 @@ def train_transform(
 def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) -> np.ndarray:
     """Apply the paper's evaluation transform: short side to `size`, then the center square.
 
+    The pixels are those of torchvision's `Resize` and `CenterCrop` on a PIL image, which the paper's code uses: the
+    long side is rounded down, and offsets are rounded half to even.
+
     Returns:
         uint8 (3, size, size).
     """
-    factor = size / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
+    short_side = min(image.size)
+    width, height = (int(size * side / short_side) for side in image.size)
     image = image.resize((width, height), _RESAMPLING[interpolation])
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return np.ascontiguousarray(np.asarray(image)[top : top + size, left : left + size].transpose(2, 0, 1))
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision_stub import stub_torchvision_ops
 
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8, train_transform
 
@@ -45,6 +46,23 @@ def test_eval_transform_interpolation_changes_result(photo):
     lanczos, bilinear = eval_transform(photo, 64, "lanczos"), eval_transform(photo, 64, "bilinear")
     assert lanczos.shape == (3, 64, 64)
     assert np.abs(lanczos.astype(int) - bilinear).mean() > 0.5
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bilinear"])
+def test_eval_transform_equals_torchvision(photo, interpolation):
+    """The pixels are those of torchvision's Resize and CenterCrop, for sizes with all roundings."""
+    stub_torchvision_ops()
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    rng = np.random.default_rng(0)
+    sizes = [(500, 334), (334, 500), (640, 427), (500, 375), (64, 64), (64, 97), (129, 64), (3, 200), (1, 1), (65, 64)]
+    sizes += [tuple(size) for size in rng.integers(20, 300, (60, 2)).tolist()]
+    for image_size in sizes:
+        size = int(rng.integers(16, 80))
+        image = photo.resize(image_size)
+        reference = Compose([Resize(size, InterpolationMode(interpolation)), CenterCrop(size)])(image)
+        cropped = eval_transform(image, size, interpolation)
+        assert np.array_equal(cropped.transpose(1, 2, 0), np.asarray(reference)), (image_size, size)
 
 
 def test_to_float_and_to_uint8_are_inverse():
