@@ -47,6 +47,6 @@ def run_demo(
     with ray_session():
         pipeline.prepare(tokenizer_overrides)
         prior_config = config.load_config("prior-demo", (UNLIMITED_STEPS, *prior_overrides))
-        prior = pipeline.train(prior_config, "prior", pipeline.tables)
+        prior = pipeline.train(prior_config, "prior", pipeline.token_tables)
         log(f"compressing {images} with every codec")
         return evaluate_compression(prior, str(images), str(out / "evaluation"), workers=WORKERS)

@@ -58,19 +58,19 @@ def run_demo(
     """
     from bsq_ray.runtime.ray_session import ray_session
 
-    demo = TokenPipeline(images, out, minutes)
-    if demo.num_held_out < _MIN_HELD_OUT:
+    pipeline = TokenPipeline(images, out, minutes)
+    if pipeline.num_held_out < _MIN_HELD_OUT:
         raise ValueError(
-            f"{images} has too few photos: one in ten of each class is held out, {demo.num_held_out} in all; add "
+            f"{images} has too few photos: one in ten of each class is held out, {pipeline.num_held_out} in all; add "
             f"photos until at least {_MIN_HELD_OUT} are held out"
         )
     with ray_session():
-        demo.prepare(tokenizer_overrides)
+        pipeline.prepare(tokenizer_overrides)
         lm_config = config.load_config(
-            "masked-lm-demo", (UNLIMITED_STEPS, f"model.num_classes={len(demo.classes)}", *lm_overrides)
+            "masked-lm-demo", (UNLIMITED_STEPS, f"model.num_classes={len(pipeline.classes)}", *lm_overrides)
         )
-        model = demo.train(lm_config, "masked-lm", demo.tables)
-        results = _evaluate(model, demo.shards, demo.tables, out, num_images)
+        model = pipeline.train(lm_config, "masked-lm", pipeline.token_tables)
+        results = _evaluate(model, pipeline.shards, pipeline.token_tables, out, num_images)
     return GenerateDemoResult(Path(model), out / "samples.png", results, _format_summary(results, model, out))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The training time ends a demo's run, not the steps of its preset.
+# The training time limits the run of a demo, not the number of steps of its preset.
 UNLIMITED_STEPS = "training.steps=1000000"
 
 
@@ -41,8 +41,8 @@ CLIPS = SampleSet("clips", "videos", "demo-video", 176, 2)
 def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_out_every: int) -> None:
     """Copy files into two folders: every `held_out_every`-th in the order of SHA-256 is held out.
 
-    Copies of a file count once, and a near-duplicate of a held-out image or clip is not copied, so that training sees
-    no held-out content. Unreadable files are left out and logged.
+    Identical files are copied once. A near-duplicate of a held-out image or clip is not copied, so that the training
+    data contains no held-out content. Unreadable files are skipped and logged.
     """
     by_digest: dict[str, Path] = {}
     for path in files:
@@ -64,7 +64,7 @@ def split_by_content(files: Iterable[Path], train: Path, held_out: Path, held_ou
 
 
 def _near_duplicates(files: list[Path], others: list[Path]) -> set[Path]:
-    """Return the files that show the same as one of the others; files that cannot be decoded show nothing."""
+    """Return the files that are near-duplicates of one of `others`; files that cannot be decoded are never returned."""
     from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors
 
     (vectors_ND, rows_N), (others_MD, _) = (stack_vectors(map(_file_vector, paths)) for paths in (files, others))
@@ -92,7 +92,7 @@ def _file_vector(path: Path) -> np.ndarray | None:
 
 
 def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
-    """Pack a folder unless `dest` is packed already; return the packed folder."""
+    """Pack a folder into `dest` unless `dest` already contains a manifest; return the URL of `dest`."""
     from bsq_ray.data.manifest import MANIFEST_FILE
     from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 

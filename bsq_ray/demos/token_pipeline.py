@@ -1,8 +1,8 @@
-"""The common part of the token demos.
+"""Shared steps of the generation and compression demos, which train a second model on tokens.
 
-    labeled photos ─▶ shards ─▶ tokenizer ─▶ token tables ─▶ training on them
+    labeled photos ─▶ shards ─▶ tokenizer ─▶ token tables ─▶ masked language model or prior
 
-The steps are those of the single commands. An interrupted demo resumes if it is run again.
+Each step calls the function behind the command of the same name. Running an interrupted demo again resumes it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from bsq_ray import config, storage
 from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log, pack_if_needed, split_by_content
 
 WORKERS = 2
-_HELD_OUT_EVERY, _MIN_PHOTOS_PER_CLASS = 10, 5
+# One of this many photos of a class is held out.
+_HELD_OUT_EVERY = 10
+_MIN_PHOTOS_PER_CLASS = 5
+# Token rows per training photo, and the largest random resize before a crop.
 _NUM_CROPS, _MAX_CROP_SCALE = 12, 1.25
-# Part of the training time that the tokenizer gets.
+# Fraction of the training time for the tokenizer; the second model gets the rest.
 _TOKENIZER_TIME_FRACTION = 0.5
 
 
@@ -23,7 +26,7 @@ class TokenPipeline:
     """Data and models of a token demo in one output folder.
 
     Attributes:
-        shards, tables: packed photos and token tables, by "train" and "held_out".
+        shards, token_tables: URLs of the packed photos and of the token tables, by split ("train" and "held_out").
         num_held_out: number of held-out photos.
         classes: names of the classes.
     """
@@ -34,7 +37,7 @@ class TokenPipeline:
         Args:
             images: folder with a subfolder of photos for each class; None collects photos from packages.
             out: output folder.
-            minutes: training time of both models together.
+            minutes: total training time of both models.
 
         Raises:
             ValueError: too few photos or classes.
@@ -45,34 +48,49 @@ class TokenPipeline:
         self._folders = _collect_photos(images, out)
         self.num_held_out = sum(path.is_file() for path in self._folders["held_out"].rglob("*"))
         self.shards: dict[str, str] = {}
-        self.tables: dict[str, str] = {}
+        self.token_tables: dict[str, str] = {}
         self.classes: tuple[str, ...] = ()
 
     def prepare(self, overrides: tuple[str, ...]) -> None:
-        """Pack the photos, train a tokenizer (preset `demo`) on them and write their token tables."""
+        """Pack the photos, train a tokenizer (preset `demo`) on them, and write the token tables.
+
+        Args:
+            overrides: overrides of the configuration of the tokenizer.
+        """
         from bsq_ray.data.manifest import read_manifest
         from bsq_ray.data.tokenize import tokenize
 
-        self.shards = {name: pack_if_needed(folder, self.out / "data" / name) for name, folder in self._folders.items()}
+        self.shards = {
+            split: pack_if_needed(folder, self.out / "data" / split) for split, folder in self._folders.items()
+        }
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
             raise ValueError(f"training and held-out photos in {self.out} have different classes; choose another --out")
         tokenizer = self.train(config.load_config("demo", (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
-        for name, num_crops in (("train", _NUM_CROPS), ("held_out", 1)):
-            self.tables[name] = str(self.out / "tokens" / name)
+        for split, num_crops in (("train", _NUM_CROPS), ("held_out", 1)):
+            self.token_tables[split] = str(self.out / "tokens" / split)
             result = tokenize(
                 tokenizer,
-                self.shards[name],
-                self.tables[name],
+                self.shards[split],
+                self.token_tables[split],
                 num_workers=WORKERS,
                 num_crops=num_crops,
                 scale=_MAX_CROP_SCALE,
                 flip=True,
             )
-            log(f"{result.table.num_rows} rows of tokens in {self.tables[name]}")
+            log(f"{result.table.num_rows} rows of tokens in {self.token_tables[split]}")
 
     def train(self, run_config: config.AnyConfig, name: str, data: dict[str, str]) -> str:
-        """Train a model for its part of the time, or resume; return the model folder."""
+        """Train a model for its fraction of the time, or resume its training.
+
+        Args:
+            run_config: configuration of the model.
+            name: name of the run folder in the output folder.
+            data: URLs of the training data by split.
+
+        Returns:
+            The URL of the model folder.
+        """
         from bsq_ray.runtime.ray_session import max_cluster_gpus
         from bsq_ray.training.checkpoints.writer import list_checkpoints
         from bsq_ray.training.launch import train
@@ -103,7 +121,7 @@ def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
     from bsq_ray.data.file_list import list_files
     from bsq_ray.media.images import IMAGE_SUFFIXES
 
-    folders = {name: out / "photos" / name for name in ("train", "held_out")}
+    folders = {split: out / "photos" / split for split in ("train", "held_out")}
     file_list = list_files(str(images), "images", IMAGE_SUFFIXES)
     for line in file_list.ignored.describe():
         log(f"ignored {line}")
@@ -117,7 +135,7 @@ def _collect_photos(images: Path | None, out: Path) -> dict[str, Path]:
         detail = (
             f"; too few are in {', '.join(small_classes)}"
             if small_classes
-            else f"; it has {len(files_by_class)} of them"
+            else f"; it has {len(files_by_class)} class folders"
         )
         raise ValueError(
             f"{images} must have two or more class folders with {_MIN_PHOTOS_PER_CLASS} photos or more each{detail}"

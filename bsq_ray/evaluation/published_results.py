@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """Row of a published table; None marks a value that was not reported."""
+    """Row of a published table of image tokenizers; None marks a value that was not reported.
+
+    Attributes:
+        method: name in the paper.
+        data: data set and resolution.
+        resize_filter: filter that resized the images.
+        bits: bits per token.
+        psnr: in dB.
+        rfid: FID between originals and reconstructions.
+    """
 
     method: str
     data: str
@@ -49,7 +58,15 @@ IMAGE_ROWS = (
 
 @dataclass(frozen=True)
 class PublishedVideoResult:
-    """Row of the published UCF-101 table (16-frame clips at 128 px); None marks a value that was not reported."""
+    """Row of the published UCF-101 table (16-frame clips at 128 px); None marks a value that was not reported.
+
+    Attributes:
+        method: name in the paper.
+        split: split of UCF-101 that is reconstructed, "train" or "test".
+        bits: bits per token.
+        psnr: in dB.
+        rfvd: FVD between originals and reconstructions.
+    """
 
     method: str
     split: str
@@ -78,7 +95,7 @@ VIDEO_ROWS = (
 
 
 def published_markdown(kind: str = "images") -> str:
-    """Return the rows for "images" or "videos" as a Markdown table."""
+    """Return the published results for "images" or "videos" as a Markdown table."""
     if kind == "videos":
         return _format_table(
             ("published", "UCF-101 split", "bits", "PSNR", "SSIM", "LPIPS", "rFVD"),
@@ -86,7 +103,10 @@ def published_markdown(kind: str = "images") -> str:
         )
     return _format_table(
         ("published", "data", "filter", "bits", "PSNR", "SSIM", "LPIPS", "rFID"),
-        [(r.method, r.data, r.resize_filter, r.bits, r.psnr, r.ssim, r.lpips, r.rfid) for r in IMAGE_ROWS],
+        [
+            (row.method, row.data, row.resize_filter, row.bits, row.psnr, row.ssim, row.lpips, row.rfid)
+            for row in IMAGE_ROWS
+        ],
     )
 
 

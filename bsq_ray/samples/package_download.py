@@ -1,4 +1,4 @@
-"""Fetch packages with the tools of their public registries, and keep them in a folder."""
+"""Download packages into a folder with the clients of their registries (npm, apt-get); skip existing ones."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import subprocess
 from pathlib import Path
 
 
-def fetch_package(folder: Path, pattern: str, command: list[str], fallback_hint: str) -> Path:
-    """Return the package file in `folder` that matches `pattern`; fetch it if it is missing.
+def download_package(folder: Path, pattern: str, command: list[str], fallback_hint: str) -> Path:
+    """Download a package unless `folder` contains it; return the path of its file.
 
     Args:
-        folder: working folder of the command.
+        folder: folder of the file, and working folder of the command.
         pattern: glob pattern of the file name.
-        command: fetches the package into its working folder.
-        fallback_hint: alternative for the user, the end of the error message.
+        command: command line that downloads the package into its working folder.
+        fallback_hint: end of the error message, an alternative for the user.
 
     Raises:
-        ValueError: the tool is missing or fails.
+        ValueError: the program is not installed or fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(pattern)):
@@ -33,12 +33,12 @@ def fetch_package(folder: Path, pattern: str, command: list[str], fallback_hint:
 
 
 def unpack_debian_package(folder: Path, name: str, fallback_hint: str) -> Path:
-    """Return the folder of an unpacked Debian package; fetch and unpack it if it is missing.
+    """Download and unpack a Debian package unless `folder` contains it; return the folder of its files.
 
     Raises:
-        ValueError: the package cannot be fetched or unpacked.
+        ValueError: the package cannot be downloaded or unpacked.
     """
-    archive = fetch_package(folder, f"{name}_*.deb", ["apt-get", "download", name], fallback_hint)
+    archive = download_package(folder, f"{name}_*.deb", ["apt-get", "download", name], fallback_hint)
     unpacked = folder / archive.stem
     if not unpacked.exists():
         partial = folder / f"{archive.stem}.partial"

@@ -88,7 +88,7 @@ def test_results_contain_provenance_and_published_rows(results, held_out_video_s
     written, out = results
     provenance = written["provenance"]
     assert (provenance["kind"], provenance["num_samples"]) == ("videos", 4)
-    assert provenance["clips"].startswith("9 frames, every 2nd one of the video; at most 2 of a video")
+    assert provenance["clips"].startswith("9 frames, every 2nd frame of the video; at most 2 clips per video")
     assert provenance["weights"].keys() == {"lpips-alex", "lpips-vgg", "fvd-i3d"}
     assert "rFVD of 4 clips is biased" in provenance["warning"]
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(written))
@@ -130,7 +130,7 @@ def test_mismatched_model_or_data_raises(model, held_out_video_shards, tmp_path)
     long = save_model(str(tmp_path / "long"), 300)
     with pytest.raises(ValueError, match="no video of .* has the 300 frames of a clip"):
         evaluate_reconstruction(long, held_out_video_shards, str(tmp_path), workers=0)
-    with pytest.raises(ValueError, match="has 1 clips; measuring needs at least 2"):
+    with pytest.raises(ValueError, match="has 1 clips; an evaluation needs at least 2"):
         evaluate_reconstruction(model, held_out_video_shards, str(tmp_path), workers=0, limit=1)
 
 

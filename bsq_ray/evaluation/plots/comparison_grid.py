@@ -1,4 +1,4 @@
-"""Plot reconstructions below their originals, in columns from the best to the worst LPIPS."""
+"""Plot a grid of originals and reconstructions, with columns from the best to the worst LPIPS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from bsq_ray.evaluation.plots.image_encoding import encode_png, image_from_pixels
 from bsq_ray.metrics.fid import sampling_ranks
 
-_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES = 64, 256 * 2**20
+# Limits of the random subset: number of comparisons, and total size of their pixels.
+_MAX_EXAMPLES, _MAX_TOTAL_BYTES = 64, 256 * 2**20
+# Pixels: side of a tile, gap between tiles, height of the captions.
 _TILE, _GAP, _CAPTION = 192, 6, 30
 
 
@@ -21,7 +23,7 @@ class Comparison:
     Attributes:
         key: name of the sample.
         pixels: uint8 (3, 3, H, W) or (3, 3, T, H, W), in the order original, model, baseline.
-        lpips, psnr: value of the model, then of the baseline.
+        lpips, psnr: values of the model and of the baseline, in this order; PSNR in dB.
     """
 
     key: str
@@ -31,13 +33,13 @@ class Comparison:
 
 
 def subsample(comparisons: list[Comparison]) -> list[Comparison]:
-    """Return the best, the worst and a random subset, at most 66 in total.
+    """Return the comparisons with the best and the worst LPIPS and a random subset, at most 66 in total.
 
-    The subset depends only on the keys, so it is the same for any number of workers.
+    The random subset depends only on the keys, so it is the same for any number of workers.
     """
     if not comparisons:
         return comparisons
-    num_kept = max(4, min(_MAX_EXAMPLES, _MAX_EXAMPLE_BYTES // comparisons[0].pixels.nbytes))
+    num_kept = max(4, min(_MAX_EXAMPLES, _MAX_TOTAL_BYTES // comparisons[0].pixels.nbytes))
     if len(comparisons) <= num_kept:
         return comparisons
     ranked = sorted(comparisons, key=_sort_key)
@@ -46,15 +48,15 @@ def subsample(comparisons: list[Comparison]) -> list[Comparison]:
     return [ranked[index] for index in sorted(indices)]
 
 
-def select_by_quantile(comparisons: list[Comparison], lpips_scores: list[float], columns: int) -> list[Comparison]:
+def select_by_quantile(comparisons: list[Comparison], lpips_scores: list[float], num_columns: int) -> list[Comparison]:
     """Return the comparisons nearest to evenly spaced LPIPS quantiles, best first, without duplicates.
 
     Args:
-        comparisons: candidates.
+        comparisons: candidates, a subset of the data set.
         lpips_scores: LPIPS of the model for every sample of the data set.
-        columns: number of quantiles.
+        num_columns: number of quantiles, including minimum and maximum.
     """
-    quantiles = np.quantile(lpips_scores, np.linspace(0, 1, columns), method="nearest")
+    quantiles = np.quantile(lpips_scores, np.linspace(0, 1, num_columns), method="nearest")
     ranked = sorted(comparisons, key=_sort_key)
     nearest = (min(ranked, key=lambda c: abs(c.lpips[0] - quantile)) for quantile in quantiles)
     return list({comparison.key: comparison for comparison in nearest}.values())
@@ -64,26 +66,27 @@ def _sort_key(comparison: Comparison) -> tuple[float, str]:
     return comparison.lpips[0], comparison.key
 
 
-def render_grid(comparisons: list[Comparison], lpips_scores: list[float], columns: int = 7) -> bytes:
+def render_grid(comparisons: list[Comparison], lpips_scores: list[float], num_columns: int = 7) -> bytes:
     """Return a PNG file with one column per sample, from the best to the worst LPIPS.
 
     The rows are original, model and baseline. With an odd number of columns, the median is in the middle.
     """
-    selected = select_by_quantile(comparisons, lpips_scores, columns)
+    selected = select_by_quantile(comparisons, lpips_scores, num_columns)
+    # Of a list with one score, every quantile is that score.
     [median] = select_by_quantile(selected, [float(np.quantile(lpips_scores, 0.5, method="nearest"))], 1)
     rank_names = {median.key: "median", selected[-1].key: "worst", selected[0].key: "best"}
     width = len(selected) * (_TILE + _GAP) + _GAP
     height = 3 * (_TILE + _GAP) + _GAP + _CAPTION
-    sheet = Image.new("RGB", (width, height), "white")
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    grid = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
     for column, comparison in enumerate(selected):
         left = _GAP + column * (_TILE + _GAP)
-        name = rank_names.get(comparison.key, "")
-        caption = f"{name} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
-        canvas.text((left, 8), caption, fill="black", font=font)
+        rank_name = rank_names.get(comparison.key, "")
+        caption = f"{rank_name} LPIPS {comparison.lpips[0]:.3f} · {comparison.psnr[0]:.1f} dB".strip()
+        draw.text((left, 8), caption, fill="black", font=font)
         for row, pixels_CHW in enumerate(comparison.pixels):
             tile = image_from_pixels(pixels_CHW)
-            # Upscale with nearest neighbor: smoothing would hide the artifacts of the codec.
+            # Nearest-neighbor upscaling: smoothing would hide the artifacts of the codec.
             method = Image.Resampling.NEAREST if tile.width < _TILE else Image.Resampling.LANCZOS
-            sheet.paste(tile.resize((_TILE, _TILE), method), (left, _CAPTION + _GAP + row * (_TILE + _GAP)))
-    return encode_png(sheet)
+            grid.paste(tile.resize((_TILE, _TILE), method), (left, _CAPTION + _GAP + row * (_TILE + _GAP)))
+    return encode_png(grid)

@@ -59,12 +59,12 @@ class BatchMetrics:
 
 
 class ReconstructionMetrics(ABC):
-    """Callable for Ray Data that reconstructs a batch with a tokenizer and computes metrics.
+    """Callable for Ray Data that reconstructs a batch with a tokenizer and with a baseline, and computes metrics.
 
     Args:
         model_url: model folder of a tokenizer.
         weights: weights of the folder to use, "ema" or "raw".
-        total: number of samples of the data set; determines the fraction of samples returned as examples.
+        num_samples: size of the data set; determines the fraction of samples returned as examples.
 
     Attributes:
         networks: names of the metric networks.
@@ -72,16 +72,16 @@ class ReconstructionMetrics(ABC):
 
     networks: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
+    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
         enable_strict_fp32()
         self.device = default_device()
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
         self.baseline_codec = MeanColorCodec(model_config.patch_size, model_config.quantizer.bits)
-        self.example_fraction = min(1.0, _MAX_EXAMPLES / total)
+        self.example_fraction = min(1.0, _MAX_EXAMPLES / num_samples)
 
     @abstractmethod
-    def baseline(self, original: Tensor) -> Tensor:
+    def reconstruct_baseline(self, original: Tensor) -> Tensor:
         """Return the reconstructions of the baseline codec, in the same shape."""
 
     @abstractmethod
@@ -105,7 +105,7 @@ class ReconstructionMetrics(ABC):
         original = to_float(torch.from_numpy(samples.values_P).to(self.device))
         decoded, bits_BNL, result.seconds = self._reconstruct(original)
         result.packed_bits = pack_bits(bits_BNL).cpu().numpy()
-        rows = dict(zip(ROWS, (decoded, self.baseline(original)), strict=True))
+        rows = dict(zip(ROWS, (decoded, self.reconstruct_baseline(original)), strict=True))
         rows = {row: to_float(to_uint8(values)) for row, values in rows.items()}
         for row, values in (rows | {"original": original}).items():
             features_BD = self.features(values)

@@ -1,4 +1,4 @@
-"""Metrics of reconstructed clips: PSNR, SSIM and LPIPS per frame, flicker per clip, rFVD of the data set."""
+"""Metrics of reconstructed clips: PSNR, SSIM and LPIPS per frame, PSNR and flicker per clip, rFVD of the data set."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from bsq_ray.models.frame_layout import clips_from_batch_major, frames_batch_maj
 
 
 class ClipReconstructionMetrics(ReconstructionMetrics):
-    """Computes reconstruction metrics of clips (B, 3, T, H, W)."""
+    """Computes reconstruction metrics of clips (B, 3, T, H, W) with values in [-1, 1]."""
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
-    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
-        super().__init__(model_url, weights, total)
+    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
+        super().__init__(model_url, weights, num_samples)
         self.i3d = I3D().to(self.device)
 
-    def baseline(self, original: Tensor) -> Tensor:
-        """Reconstruct every frame independently with the baseline codec."""
+    def reconstruct_baseline(self, original: Tensor) -> Tensor:
+        """Reconstruct each frame independently with the mean-color codec."""
         return clips_from_batch_major(self.baseline_codec.reconstruct(frames_batch_major(original)), len(original))
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Return metrics per frame (B, T), and "psnr_clip" and "flicker" per clip (B,)."""
+        """Return metrics per frame (B, T), and "psnr_clip" (dB) and "flicker" (8-bit levels) per clip (B,)."""
         ssim = structural_similarity(frames_batch_major(original), frames_batch_major(reconstruction))
         return {
             **{name: value.unflatten(0, (len(original), -1)) for name, value in ssim.items()},

@@ -1,10 +1,10 @@
-"""Evaluate the reconstructions of a tokenizer: all metrics in one pass, with any number of workers.
+"""Evaluate the reconstructions of a tokenizer: all metrics in one pass over the data, with any number of workers.
 
     shards ─chunks─▶ Ray Data: read, resize ─▶ pool of `ReconstructionMetrics` actors ─▶ `MetricAccumulator`
                                                                        results.json, results.md, plots ◀─┘
 
-The driver accumulates batch by batch; no process keeps the features of all samples. For clips it also writes an
-animation, `reconstructions.webp`.
+The driver accumulates the metrics of each batch; no process stores the features of all samples. For clips it also
+writes an animation, `reconstructions.webp`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
-# Frame rate of the animation: most clips are too short to be recognized at their own rate.
+# Frame rate of the animation; most clips are too short to watch at their original rate.
 _ANIMATION_FPS = 6.0
 
 
@@ -58,12 +58,13 @@ def evaluate_reconstruction(
 
     Args:
         model_url: model folder.
-        data_url: packed images, or packed videos for a tokenizer that takes clips.
+        data_url: packed images, or packed videos for a video tokenizer.
         out_url: folder for the results.
-        workers: Ray actors that measure; 0 measures in this process, without Ray.
+        workers: number of Ray actors; 0 evaluates in this process, without Ray.
+        address: Ray cluster, see `ray_session`.
         weights: "ema" or "raw" weights of the folder.
-        batch_size: images or clips at once; by default 32 images or 2 clips.
-        limit: number of images or clips, from the first on; None for all.
+        batch_size: images or clips per forward pass; None is 32 images or 2 clips.
+        limit: evaluate only the first images or clips, at most this number; None for all.
         show_published: append published results to results.md.
         max_skipped_samples: number of unreadable images or clips that may be skipped.
         on_progress: called with the finished and the total number of images or clips.
@@ -73,21 +74,21 @@ def evaluate_reconstruction(
         also {"per_frame": {"model": {"psnr": [first frame, second frame, …], …}, …}}.
 
     Raises:
-        ValueError: model or data do not exist or do not match.
-        RuntimeError: more samples than allowed cannot be read.
+        ValueError: the model or the data does not exist, or they do not match.
+        RuntimeError: more than `max_skipped_samples` samples cannot be read.
     """
     # Actors may have another working folder.
     model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url, weights)
-    run = config.require_stage(folder.config, config.TokenizerConfig, model_url)
+    run_config = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     manifest = read_manifest(data_url)
-    source = build_pixel_source(run, manifest)
+    source = build_pixel_source(run_config, manifest)
     batch_size = batch_size or _DEFAULT_BATCH_SIZES[manifest.kind]
     total = source.num_samples if limit is None else min(source.num_samples, limit)
     if total < 2:
-        raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; measuring needs at least 2")
-    task = _EvaluationTask(run, folder.model_id, model_url, weights, manifest, source, batch_size, total)
-    accumulator = MetricAccumulator(run.model.quantizer.bits, task.metrics_type)
+        raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; an evaluation needs at least 2")
+    task = _EvaluationTask(run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total)
+    accumulator = MetricAccumulator(run_config.model.quantizer.bits, task.metrics_type)
     skipped_samples = SkippedSamples(max_skipped_samples)
     batches = _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address)
     for batch in batches:
@@ -99,9 +100,13 @@ def evaluate_reconstruction(
 
 @dataclass(frozen=True)
 class _EvaluationTask:
-    """Model, data and options of one evaluation."""
+    """Model, data and options of one evaluation.
 
-    run: config.TokenizerConfig
+    Attributes:
+        total: number of images or clips to evaluate.
+    """
+
+    run_config: config.TokenizerConfig
     model_id: str
     model_url: str
     weights: WeightsKind
@@ -112,7 +117,7 @@ class _EvaluationTask:
 
     @property
     def model_config(self) -> config.TokenizerModelConfig:
-        return self.run.model
+        return self.run_config.model
 
     @property
     def metrics_type(self) -> type[ReconstructionMetrics]:
@@ -187,8 +192,8 @@ def _write_results(
 
 
 def _provenance(num_samples: int, metrics: Mapping[str, float], task: _EvaluationTask) -> dict[str, Any]:
-    """Return the provenance with notes about KID, clips and metrics that are not defined for the data."""
-    model, data = task.model_config, task.run.data
+    """Return the provenance, with notes about KID, the selection of clips, and metrics without a value."""
+    model, data = task.model_config, task.run_config.data
     provenance = collect_provenance(
         task.manifest,
         num_samples,
@@ -198,7 +203,7 @@ def _provenance(num_samples: int, metrics: Mapping[str, float], task: _Evaluatio
     )
     if "kid" in metrics:
         provenance["kid"] = (
-            f"U-statistic over {min(num_samples, KID_SUBSET_SIZE)} images, without the pairs of an image and its "
+            f"U-statistic over {min(num_samples, KID_SUBSET_SIZE)} images, excluding pairs of an image and its own "
             "reconstruction; ± is the jackknife standard error"
         )
     if "ms_ssim" not in metrics:
@@ -206,7 +211,7 @@ def _provenance(num_samples: int, metrics: Mapping[str, float], task: _Evaluatio
     if task.manifest.kind == "videos":
         provenance["clips"] = (
             f"{model.frames} frames, {_format_stride(data.frame_stride)} of the video; "
-            f"at most {data.clips_per_video} of a video, from the middles of equal parts"
+            f"at most {data.clips_per_video} clips per video, centered in segments of equal length"
         )
         provenance["skipped"] = list(task.source.notes)
         if "rfvd" not in metrics:
@@ -231,9 +236,10 @@ _UNITS = {"images": "images", "videos": "clips"}
 
 def _format_stride(stride: int) -> str:
     ending = "th" if 10 < stride % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th")
-    return f"every {stride}{ending} one" if stride > 1 else "every one"
+    return f"every {stride}{ending} frame" if stride > 1 else "every frame"
 
 
+# Metric name to column title, number of decimals, and better direction (max, min, or None for neither).
 COLUMNS: dict[str, Column] = {
     "bits_per_pixel": ("bits/pixel", 4, None),
     "psnr": ("PSNR", 2, max),
@@ -255,13 +261,13 @@ COLUMNS: dict[str, Column] = {
 
 
 def reconstruction_markdown(results: dict[str, Any]) -> str:
-    """Return a Markdown table, the better value of each column in bold, followed by the provenance."""
+    """Return a Markdown table with the better value of each column in bold, followed by the provenance."""
     lines = metric_table(results["rows"], COLUMNS)
     provenance = results["provenance"]
     data = f"{provenance['data']} ({provenance['data_hash'][:12]})"
     count = f"{provenance['num_samples']} {_UNITS[provenance['kind']]}"
-    steps = f"{provenance['packing']}, {provenance['resize']}"
-    lines += ["", f"{count} of {data}, {steps}; {provenance['pixels']}."]
+    preprocessing = f"{provenance['packing']}, {provenance['resize']}"
+    lines += ["", f"{count} of {data}, {preprocessing}; {provenance['pixels']}."]
     lines += [f"KID: {provenance['kid']}."] if "kid" in provenance else []
     lines += [f"Clips: {provenance['clips']}."] if "clips" in provenance else []
     lines += [f"Skipped: {note}." for note in provenance.get("skipped", ())]

@@ -18,12 +18,12 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
-    def __init__(self, model_url: str, weights: WeightsKind, total: int) -> None:
-        super().__init__(model_url, weights, total)
+    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
+        super().__init__(model_url, weights, num_samples)
         self.inception = Inception().to(self.device)
 
-    def baseline(self, original: Tensor) -> Tensor:
-        """See `ReconstructionMetrics.baseline`."""
+    def reconstruct_baseline(self, original: Tensor) -> Tensor:
+        """See `ReconstructionMetrics.reconstruct_baseline`."""
         return self.baseline_codec.reconstruct(original)
 
     def sample_metrics(self, original: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
