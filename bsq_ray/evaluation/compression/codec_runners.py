@@ -1,4 +1,4 @@
-"""Run one codec on images or clips: encode to a file in memory, decode to frames.
+"""Common interface of image and video codecs: encode to the content of a file, decode to frames.
 
     image ─ImageRunner.encode─▶ bytes ─decode─▶ frames (1, H, W, 3)
     clip  ─VideoRunner.encode─▶ bytes ─decode─▶ frames (T, H, W, 3)
@@ -21,18 +21,18 @@ from bsq_ray.evaluation.compression.image_codecs import ImageCodec
 from bsq_ray.evaluation.compression.video_codecs import VideoCodec
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
-# Our codec has no quality setting.
+# The BSQ codec has no quality setting.
 _SINGLE_QUALITY = (0.0,)
 
 
 @dataclass(frozen=True)
 class ImageRunner:
-    """An image codec at each of its qualities.
+    """An image codec and its quality settings.
 
     Attributes:
-        qualities: from the smallest file to the largest.
-        encode_image: image and quality to the content of a file.
-        decode_image: the inverse.
+        qualities: quality settings, in the order of increasing file size.
+        encode_image: maps an image and a quality setting to the content of a file.
+        decode_image: maps the content of a file to an image.
     """
 
     qualities: tuple[float, ...]
@@ -41,12 +41,12 @@ class ImageRunner:
 
     @classmethod
     def from_standard(cls, codec: ImageCodec) -> ImageRunner:
-        """Run a standard image codec."""
+        """Return a runner of a standard image codec."""
         return cls(codec.qualities, codec.encode, codec.decode)
 
     @classmethod
     def from_bsq(cls, codec: Codec) -> ImageRunner:
-        """Run our codec."""
+        """Return a runner of the BSQ codec."""
         return cls(_SINGLE_QUALITY, lambda image, quality: codec.compress(image).data, codec.decompress)
 
     def encode(self, image: Image.Image, quality: float) -> bytes:
@@ -60,12 +60,12 @@ class ImageRunner:
 
 @dataclass(frozen=True)
 class VideoRunner:
-    """A video codec at each of its qualities.
+    """A video codec and its quality settings.
 
     Attributes:
-        qualities: from the smallest file to the largest.
-        encode_clip: clip and quality to the content of a file.
-        decode_clip: content of a file to frames, uint8 (T, H, W, 3).
+        qualities: quality settings, in the order of increasing file size.
+        encode_clip: maps a clip and a quality setting to the content of a file.
+        decode_clip: maps the content of a file to frames, uint8 (T, H, W, 3).
     """
 
     qualities: tuple[float, ...]
@@ -74,12 +74,12 @@ class VideoRunner:
 
     @classmethod
     def from_standard(cls, codec: VideoCodec) -> VideoRunner:
-        """Run a standard video codec."""
+        """Return a runner of a standard video codec."""
         return cls(codec.qualities, codec.encode, codec.decode)
 
     @classmethod
     def from_bsq(cls, codec: Codec) -> VideoRunner:
-        """Run our codec."""
+        """Return a runner of the BSQ codec."""
         return cls(
             _SINGLE_QUALITY,
             lambda clip, quality: codec.compress_clip(clip.frames_THW3, clip.frame_rate).data,
@@ -99,7 +99,7 @@ CodecRunner = ImageRunner | VideoRunner
 
 
 def bsq_runners(codec: Codec, kind: Literal["images", "clips"]) -> dict[str, CodecRunner]:
-    """Return runners of our codec with raw bits and, if it has a prior, with it; by name."""
+    """Return runners of the BSQ codec by name: with raw bits, and with the prior if there is one."""
     codecs = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
     runner_type = ImageRunner if kind == "images" else VideoRunner
     return {name: runner_type.from_bsq(each) for name, each in codecs.items()}

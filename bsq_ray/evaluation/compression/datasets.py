@@ -1,11 +1,11 @@
-"""Find images or clips in a folder, and recognize the published sets Kodak, MCL-JCV and UVG by their file names.
+"""Find images or clips in a folder, and recognize the data sets Kodak, MCL-JCV and UVG by their file names.
 
     kodim01.png … kodim24.png                               Kodak
     videoSRC01_1920x1080_30.mp4|.yuv … videoSRC30…          MCL-JCV
     Beauty_1920x1080_120fps_420_8bit_YUV.yuv|.y4m|.mp4 …    UVG, the seven sequences that papers use
-    videoSRC01…/im00001.png …, Beauty…/…                    the same as folders of frames
+    videoSRC01…/im00001.png …, Beauty…/…                    clips of MCL-JCV or UVG as folders of frames
 
-Files may lie in subfolders. Any other folder is an unnamed set of all its images or all its clips.
+Subfolders are searched. Any other folder is a data set of all its images or all its clips, named by its URL.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _KNOWN_DATASETS: tuple[tuple[str, Literal["images", "clips"], int, str], ...] = 
 
 @dataclass(frozen=True)
 class BenchmarkDataset:
-    """Images or clips to compress.
+    """Images or clips for a comparison of codecs.
 
     Attributes:
-        name: "Kodak", "MCL-JCV" or "UVG", with the number of items if some are missing; else the URL of the folder.
+        name: "Kodak", "MCL-JCV" or "UVG", with the number of items if some are missing; otherwise the folder's URL.
         kind: "images" or "clips".
-        items: URL of each item by its name; for a clip stored as frames, the URL of its folder.
-        ignored: a line for each kind of other entries in the folder, with counts.
+        items: URL of each image or clip by its path in the folder; for a clip stored as frames, the URL of its folder.
+        ignored: one line per kind of ignored entry, with the number of entries.
     """
 
     name: str
@@ -47,7 +47,7 @@ class BenchmarkDataset:
 
 
 def find_dataset(url: str) -> BenchmarkDataset:
-    """Search a folder and its subfolders.
+    """Find the images or clips in a folder and its subfolders.
 
     Raises:
         ValueError: the folder does not exist, or contains neither images nor clips, or both.
