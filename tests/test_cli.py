@@ -199,7 +199,7 @@ def test_cli_data_pack_and_inspect_listed_videos(run_cli, video_folders, tmp_pat
     assert "skipped 1 that are too short, listed in " in out
     status, out, _ = run_cli("data", "inspect", tmp_path / "set", "--sheet", tmp_path / "sheet.png")
     assert status == 0
-    assert "frames 250 to 250, median 250; 0.2 minutes in all, 25 frames/s (1)" in out
+    assert "frames 250 to 250, median 250; 0.2 minutes in total, 25 frames/s (1)" in out
     assert "1 videos, 1 shards" in run_cli("info", tmp_path / "set")[1]
 
 

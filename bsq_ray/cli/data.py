@@ -141,7 +141,7 @@ def data_inspect(
     if manifest.kind == "videos":
         low, median, high = inspection.frame_counts
         minutes = inspection.total_duration_s / 60
-        print(f"frames {low} to {high}, median {median}; {minutes:.1f} minutes in all, {inspection.frame_rates}")
+        print(f"frames {low} to {high}, median {median}; {minutes:.1f} minutes in total, {inspection.frame_rates}")
     print(f"contact sheet: {sheet}" if inspection.num_measured else f"no contact sheet: no readable {manifest.kind}")
     for error in inspection.errors:
         print(f"error: {error}")

@@ -36,7 +36,7 @@ class IndexCounts:
     Attributes:
         num_members: number of files and links in the shards.
         num_used: number of members that are an image, a video or the label of one.
-        unused: number of other members by the reason; `num_members - num_used` in all.
+        unused: number of other members by reason; `num_members - num_used` in total.
         examples: a member for each reason.
         notes: what in the folder is not indexed, and first samples that cannot be decoded.
     """

@@ -61,7 +61,7 @@ def run_demo(
     pipeline = TokenPipeline(images, out, minutes)
     if pipeline.num_held_out < _MIN_HELD_OUT:
         raise ValueError(
-            f"{images} has too few photos: one in ten of each class is held out, {pipeline.num_held_out} in all; add "
+            f"{images} has too few photos: one in ten of each class is held out, {pipeline.num_held_out} in total; add "
             f"photos until at least {_MIN_HELD_OUT} are held out"
         )
     with ray_session():

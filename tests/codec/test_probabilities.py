@@ -37,10 +37,10 @@ def test_probability_table_is_logistic_and_never_zero_or_one(shift):
         assert (table + table[::-1] == 65536).all()
 
 
-def test_shift_fractions_are_all_multiples_of_a_256th():
-    fractions = [probabilities.shift_numerator(shift) for shift in range(256)]
-    assert fractions[:4] == [0, 128, 64, 192]
-    assert sorted(fractions) == list(range(256))
+def test_shift_numerators_are_a_permutation_of_256_values():
+    numerators = [probabilities.shift_numerator(shift) for shift in range(256)]
+    assert numerators[:4] == [0, 128, 64, 192]
+    assert sorted(numerators) == list(range(256))
 
 
 @settings(max_examples=300)

@@ -1,1 +1,1 @@
-"""Compare our codec with standard image and video codecs."""
+"""Compare the BSQ codec with standard image and video codecs."""

@@ -1,4 +1,4 @@
-"""Compare our codec with standard codecs on a folder of images or clips.
+"""Compare the BSQ codec with standard codecs on a folder of images or clips.
 
     image or clip ─every codec, every quality─▶ file ─▶ bits per pixel, PSNR, MS-SSIM, LPIPS, seconds ─▶ table, plots
 
@@ -156,7 +156,7 @@ class _FileComparer:
     def __call__(self, url: str) -> tuple[list[Point], dict[str, np.ndarray]]:
         """Return all points of a file, and its example pixels (H, W, 3) by caption.
 
-        The examples are the original, our codec, and the anchor at the rate nearest to ours.
+        The examples are the original, the BSQ codec, and the anchor at the nearest bit rate.
 
         Raises:
             ValueError: the file cannot be read or is too small for MS-SSIM.
