@@ -3,6 +3,7 @@
 from bsq_ray.config.base import (
     DataOrderConfig,
     EngineConfig,
+    MuonConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "MaskedLMConfig",
     "MaskedLMLossConfig",
     "MaskedLMModelConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "PriorConfig",
     "PriorModelConfig",

@@ -54,9 +54,25 @@ class DataOrderConfig(StrictModel):
     )
 
 
-class OptimizerConfig(StrictModel):
-    """AdamW, for the trained model and for its discriminator."""
+class MuonConfig(StrictModel):
+    """Muon, for the matrices of transformer blocks (Jordan et al., 2024)."""
 
+    base_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate at batch size 256, on the scale of AdamW's; null: base_learning_rate of AdamW.",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of the momentum.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay of these matrices.")
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW for all parameters, or Muon for the matrices of transformer blocks and AdamW for all others."""
+
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="Optimizer of the linear layers in transformer blocks; AdamW optimizes everything else."
+    )
+    muon: MuonConfig = Field(MuonConfig(), description="Muon, if kind is muon.")
     base_learning_rate: float = Field(
         1.024e-4, gt=0, description="Learning rate at batch size 256; scales linearly with the global batch size."
     )
@@ -111,7 +127,7 @@ class TrainingConfig(StrictModel):
         None, ge=1, description="Samples per forward pass of a worker; null disables gradient accumulation."
     )
     seed: int = Field(0, ge=0, description="Seed for initial weights, data order and random transforms.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="AdamW.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="Optimizer.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="Learning rate schedule.")
     engine: EngineConfig = Field(EngineConfig(), description="Distribution of parameters and optimizer state.")
     ema_decay: float = Field(
@@ -141,6 +157,15 @@ class TrainingConfig(StrictModel):
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         ("tensorboard",), description="Experiment trackers; metrics.jsonl is always written as well."
     )
+
+    @model_validator(mode="after")
+    def _check_muon_has_whole_matrices(self) -> TrainingConfig:
+        if self.optimizer.kind == "muon" and self.engine.kind == "deepspeed":
+            raise ValueError(
+                "optimizer.kind muon needs whole matrices, and ZeRO divides them among workers; use engine.kind ddp, "
+                "which needs 4 bytes per matrix element instead of AdamW's 8 and divides the work among the workers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stage_options_have_class(self) -> TrainingConfig:

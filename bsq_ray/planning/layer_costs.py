@@ -65,6 +65,12 @@ def num_block_parameters(transformer: config.TransformerConfig) -> int:
     return transformer.layers * (4 * width**2 + 2 * width * hidden + 9 * width + hidden)
 
 
+def num_block_matrix_elements(transformer: config.TransformerConfig) -> int:
+    """Return the elements of the matrices of all blocks, each 4 D² + 2 D h: what Muon optimizes."""
+    width, hidden = transformer.width, int(transformer.width * transformer.mlp_ratio)
+    return transformer.layers * (4 * width**2 + 2 * width * hidden)
+
+
 def code_channels(quantizer: config.QuantizerConfig) -> int:
     """Return the number of channels between encoder and decoder (C)."""
     if isinstance(quantizer, config.VQConfig):

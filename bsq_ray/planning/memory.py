@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
+from bsq_ray.planning.layer_costs import num_block_matrix_elements
 from bsq_ray.planning.requirements import sample_requirements
 
 # Empirical: CUDA context and workspaces of libraries (1 GiB), and fragmented memory of the allocator (5 %).
@@ -25,7 +26,7 @@ class Memory:
     Attributes:
         weights: fp32 weights of trained and frozen networks, and their copies for matrix products.
         gradients: fp32 gradients.
-        optimizer: AdamW's two moments and ZeRO's fp32 copy of the weights.
+        optimizer: AdamW's two moments or Muon's momentum, and ZeRO's fp32 copy of the weights.
         ema: moving average of the model's weights.
         buckets: buffers in which ZeRO reduces gradients.
         activations: activations of the phase with the most.
@@ -51,6 +52,8 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
     """Return the peak memory of one worker with micro batches of `micro_batch` samples."""
     sample, engine = sample_requirements(run), run.training.engine
     state = _state_bytes(sum(sample.parameters.values()), engine, workers)
+    # Muon has one moment per element of its matrices; it is not combined with ZeRO.
+    state["optimizer"] -= 4.0 * _num_muon_elements(run)
     weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
     # Only the engine whose backward pass is running has a buffer.
     buckets = 4.0 * _REDUCE_BUCKET_ELEMENTS if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
@@ -66,6 +69,15 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
         activations,
         CONTEXT_BYTES + FRAGMENTATION_FRACTION * used,
     )
+
+
+def _num_muon_elements(run: config.AnyConfig) -> int:
+    """Return the number of weights that Muon optimizes."""
+    if run.training.optimizer.kind != "muon":
+        return 0
+    if isinstance(run, config.TokenizerConfig):
+        return num_block_matrix_elements(run.model.encoder) + num_block_matrix_elements(run.model.decoder)
+    return num_block_matrix_elements(run.model.transformer)
 
 
 def _state_bytes(parameters: int, engine: config.EngineConfig, workers: int) -> dict[str, float]:

@@ -33,6 +33,7 @@ from bsq_ray.training.measurement import Measurement
 from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
 from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
+from bsq_ray.training.optimizers.build import describe_optimizers
 from bsq_ray.training.run_recorder import RunRecorder, ScalarHistory
 from bsq_ray.training.run_spec import RunResult, RunSpec
 from bsq_ray.training.schedule import learning_rate, schedule_factor
@@ -245,6 +246,7 @@ class Trainer:
             accumulation=self.accumulation_steps,
             learning_rate=peak_lr,
             precision=self.precision,
+            optimizer=describe_optimizers(self.stage.modules[self.main_name], self.training_config.optimizer),
             device=str(self.worker.device),
             parameters=sum(value.numel() for value in self.stage.modules[self.main_name].parameters()),
             samples=self.source.num_samples,

@@ -6,6 +6,8 @@ import torch
 from bsq_ray.config import load_config
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
     discriminator_activation_bytes,
@@ -13,6 +15,7 @@ from bsq_ray.planning.activations import (
     tokenizer_activation_bytes,
 )
 from bsq_ray.planning.memory import training_memory
+from bsq_ray.training.optimizers.build import build_optimizers
 
 IMAGES = 4
 
@@ -128,6 +131,24 @@ def test_zero_partitions_more_state_at_each_stage():
     assert optimizer.optimizer == none.optimizer * 3 / 8
     assert gradients.gradients == none.gradients / 4
     assert weights.weights < gradients.weights == none.weights
+
+
+@pytest.mark.parametrize("preset", ["demo", "masked-lm-demo", "prior-demo"])
+def test_muon_needs_one_moment_per_matrix_element(preset):
+    """The planned optimizer state of Muon is what its optimizers hold after a step."""
+    run = load_config(preset, ["training.engine.kind=ddp", "training.optimizer.kind=muon"])
+    adamw = load_config(preset, ["training.engine.kind=ddp"])
+    model = {"demo": Tokenizer, "masked-lm-demo": MaskedLM, "prior-demo": Prior}[preset](run.model)
+    optimizers = build_optimizers(model, run.training.optimizer, use_bf16=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+    states = [state for optimizer in optimizers.values() for state in optimizer.state.values()]
+    measured = sum(value.numel() * 4 for state in states for value in state.values() if value.ndim)
+    planned, planned_adamw = (training_memory(config, 4, 4).optimizer for config in (run, adamw))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert planned_adamw - planned == 8 * num_parameters - measured
 
 
 def test_offloaded_optimizer_uses_no_gpu_memory():

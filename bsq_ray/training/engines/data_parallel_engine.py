@@ -15,13 +15,21 @@ from bsq_ray.training.engines.engine import Engine, average_gradients, gradient_
 
 
 class DataParallelEngine(Engine):
-    """Replicates the module and the optimizer state on every worker."""
+    """Replicates the module and the optimizer state on every worker.
+
+    Args:
+        optimizers: by name of their state in a checkpoint; each parameter belongs to one of them.
+    """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, accumulation_steps: int
+        self,
+        module: nn.Module,
+        optimizers: dict[str, torch.optim.Optimizer],
+        max_grad_norm: float,
+        accumulation_steps: int,
     ) -> None:
         self.module = module
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = accumulation_steps
         self._num_micro_batches = 0
@@ -45,16 +53,18 @@ class DataParallelEngine(Engine):
         if math.isfinite(grad_norm):
             if 0 < self.max_grad_norm < grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, torch.tensor(grad_norm))
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+                optimizer.step()
+        self.module.zero_grad(set_to_none=True)
         return grad_norm
 
     def snapshot(self) -> FileWriters:
         if dist.is_initialized() and dist.get_rank() > 0:
             return {}
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"module": self.module.state_dict()}
+        state |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {"state.pt": torch_save_writer(state)}
 
     def to_universal(self, folder: Path) -> None:
@@ -63,4 +73,5 @@ class DataParallelEngine(Engine):
     def load(self, folder: Path, same_world_size: bool) -> None:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])

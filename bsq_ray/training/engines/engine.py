@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters
+from bsq_ray.training.optimizers.build import build_adamw, build_optimizers
 
 
 class Engine(ABC):
@@ -104,17 +105,10 @@ def build_engine(
     from bsq_ray.training.engines.data_parallel_engine import DataParallelEngine
     from bsq_ray.training.engines.deepspeed_engine import DeepSpeedEngine, run_forward_in_autocast
 
-    optimizer_config = training_config.optimizer
-    optimizer = torch.optim.AdamW(
-        sorted(module.parameters(), key=_is_unaligned),
-        lr=optimizer_config.base_learning_rate,
-        betas=optimizer_config.betas,
-        weight_decay=optimizer_config.weight_decay,
-        eps=optimizer_config.eps,
-        fused=True,
-    )
     if training_config.engine.kind == "ddp":
-        return DataParallelEngine(module, optimizer, optimizer_config.max_grad_norm, accumulation_steps)
+        optimizers = build_optimizers(module, training_config.optimizer, use_bf16=use_bf16)
+        return DataParallelEngine(module, optimizers, training_config.optimizer.max_grad_norm, accumulation_steps)
+    optimizer = build_adamw(module.parameters(), training_config.optimizer)
     if use_bf16:
         run_forward_in_autocast(module, device)
     return DeepSpeedEngine(module, optimizer, training_config, micro_batch, accumulation_steps, device)
@@ -135,11 +129,3 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     flat /= dist.get_world_size()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def _is_unaligned(parameter: Tensor) -> bool:
-    """Return True if the next parameter in ZeRO's flat buffer would not start at a multiple of 16 bytes.
-
-    Compiled kernels require that alignment, so unaligned parameters are sorted to the end.
-    """
-    return parameter.numel() * parameter.element_size() % 16 > 0

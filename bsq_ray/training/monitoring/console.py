@@ -98,7 +98,7 @@ def _start_line(record: dict[str, Any]) -> str:
         f"{record['parameters'] / 1e6:.1f} M parameters, {record['samples']} training images, "
         f"{plural(record['workers'], 'worker')} x {record['micro_batch_size']} images{accumulation_text} = "
         f"batch {record['batch_size']}, learning rate {record['learning_rate']:.3g}, {record['precision']} on "
-        f"{record['device']}"
+        f"{record['device']}; {record['optimizer']}"
     )
 
 

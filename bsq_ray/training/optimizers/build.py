@@ -1,0 +1,85 @@
+"""Build the optimizers of a module, and decide which of them a parameter belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from bsq_ray import config
+from bsq_ray.training.optimizers.muon import Muon
+
+# Transformer blocks are elements of a module list with this name.
+_IN_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.")
+
+
+def build_adamw(parameters: Iterable[nn.Parameter], optimizer_config: config.OptimizerConfig) -> torch.optim.AdamW:
+    """Build AdamW with the configured rates."""
+    return torch.optim.AdamW(
+        sorted(parameters, key=_is_unaligned),
+        lr=optimizer_config.base_learning_rate,
+        betas=optimizer_config.betas,
+        weight_decay=optimizer_config.weight_decay,
+        eps=optimizer_config.eps,
+        fused=True,
+    )
+
+
+def build_optimizers(
+    module: nn.Module, optimizer_config: config.OptimizerConfig, *, use_bf16: bool
+) -> dict[str, torch.optim.Optimizer]:
+    """Build the optimizers of all parameters, by the name of their state in a checkpoint.
+
+    Args:
+        use_bf16: orthogonalize matrices in bf16 instead of fp32.
+    """
+    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
+    rest = [parameter for name, parameter in module.named_parameters() if name not in matrices]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if rest:
+        optimizers["optimizer"] = build_adamw(rest, optimizer_config)
+    if matrices:
+        rate = optimizer_config.muon.base_learning_rate or optimizer_config.base_learning_rate
+        optimizers["muon"] = Muon(
+            matrices.values(),
+            lr=rate,
+            lr_ratio=rate / optimizer_config.base_learning_rate,
+            momentum=optimizer_config.muon.momentum,
+            weight_decay=optimizer_config.muon.weight_decay,
+            dtype=torch.bfloat16 if use_bf16 else torch.float32,
+        )
+    return optimizers
+
+
+def muon_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that Muon optimizes, by name: matrices of linear layers in transformer blocks.
+
+    Embeddings, positions, heads, quantizer projections, norms and biases are not among them, nor are convolutions.
+    """
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.ndim == 2 and _IN_BLOCK.search(name)
+    }
+
+
+def describe_optimizers(module: nn.Module, optimizer_config: config.OptimizerConfig) -> str:
+    """Describe the split in a line, such as `muon: 32 matrices (6.29 M); adamw: 40 tensors (0.61 M)`."""
+    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
+    rest = [parameter for name, parameter in module.named_parameters() if name not in matrices]
+    parts = [f"muon: {len(matrices)} matrices ({_millions(matrices.values())})"] if matrices else []
+    return "; ".join([*parts, f"adamw: {len(rest)} tensors ({_millions(rest)})"])
+
+
+def _millions(parameters: Iterable[nn.Parameter]) -> str:
+    return f"{sum(parameter.numel() for parameter in parameters) / 1e6:.2f} M"
+
+
+def _is_unaligned(parameter: Tensor) -> bool:
+    """Return True if the next parameter in ZeRO's flat buffer would not start at a multiple of 16 bytes.
+
+    Compiled kernels require that alignment, so unaligned parameters are sorted to the end.
+    """
+    return parameter.numel() * parameter.element_size() % 16 > 0

@@ -1,0 +1,185 @@
+"""Muon: its orthogonalization, its steps against those of PyTorch, and the same steps on any number of workers."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+from process_group import spawn_group
+from small_runs import train_runs
+from torch import nn
+
+from bsq_ray.config import load_config
+from bsq_ray.models.masked_lm import MaskedLM
+from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.training.optimizers import build
+from bsq_ray.training.optimizers.muon import Muon, assign_owners, orthogonalize
+
+MUON = ["training.engine.kind=ddp", "training.optimizer.kind=muon"]
+SHAPES = [(96, 32), (32, 32), (128, 32), (32, 128)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalize_brings_singular_values_near_one(shape, dtype):
+    """Singular vectors stay, and singular values over two orders of magnitude become about 1."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(2, *shape), full_matrices=False)
+    matrices = u @ torch.diag_embed(torch.logspace(0, -2, 32).expand(2, 32)) @ v
+    result = orthogonalize(matrices.to(dtype))
+    assert result.dtype == dtype
+    in_basis = u.mT @ result.float() @ v.mT
+    singular_values = in_basis.diagonal(dim1=-2, dim2=-1)
+    assert singular_values.min() > 0.6
+    assert singular_values.max() < 1.3
+    off_diagonal = in_basis - torch.diag_embed(singular_values)
+    assert off_diagonal.abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orthogonalize_in_fp32_equals_the_plain_iteration(shape):
+    """Iterating on Gram matrices only gives the results of the iteration as published, in fp64 to rounding of fp32."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    x = (matrix if shape[0] <= shape[1] else matrix.T).double()
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    expected = x if shape[0] <= shape[1] else x.T
+    torch.testing.assert_close(orthogonalize(matrix[None])[0].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_orthogonalize_zero_gradient_is_zero():
+    """A matrix without gradient stays where it is."""
+    assert not orthogonalize(torch.zeros(1, 4, 8)).any()
+
+
+def test_muon_takes_the_steps_of_torch():
+    """Twenty steps on one worker in bf16 are those of `torch.optim.Muon`."""
+    results = []
+    for build_optimizer in (
+        functools.partial(Muon, lr_ratio=1.0, dtype=torch.bfloat16),
+        functools.partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
+    ):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        targets = [torch.randn(shape) for shape in SHAPES]
+        optimizer = build_optimizer(weights, lr=0.01, momentum=0.95, weight_decay=0.1)
+        losses = []
+        for _ in range(20):
+            loss = sum((w - t).square().mean() for w, t in zip(weights, targets, strict=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        results.append(losses)
+    ours, torchs = results
+    assert ours == pytest.approx(torchs, rel=1e-5)
+    assert ours[-1] < 0.95 * ours[0]
+
+
+def stopped_runs(rank, world_size, shards, out, overrides_by_name):
+    """`reference_runs`, each stopped after ten steps."""
+    return reference_runs(rank, world_size, shards, out, overrides_by_name, dict.fromkeys(overrides_by_name, 10))
+
+
+def reference_runs(rank, world_size, shards, out, overrides_by_name, stop_after=None):
+    """`train_runs` with `torch.optim.Muon`, or with ours in its precision."""
+    original = build.Muon
+    results = {}
+    try:
+        for name, overrides in overrides_by_name.items():
+
+            def build_torch(matrices, *, lr, lr_ratio, momentum, weight_decay, dtype):
+                optimizer = torch.optim.Muon(
+                    matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
+                optimizer.param_groups[0]["lr_ratio"] = lr_ratio
+                return optimizer
+
+            def build_ours(matrices, *, dtype, **rates):
+                return original(matrices, dtype=torch.bfloat16, **rates)
+
+            build.Muon = mock.Mock(side_effect=build_torch if name == "torch" else build_ours)
+            results |= train_runs(rank, world_size, shards, out, {name: overrides}, stop_after)
+            # The discriminator has no transformer blocks.
+            build.Muon.assert_called_once()
+    finally:
+        build.Muon = original
+    return results
+
+
+TWENTY_STEPS = [*MUON, "training.steps=20", "training.optimizer.muon.base_learning_rate=0.032"]
+# The entropy of a batch is not the mean over its parts, so its weight is 0 where parts are compared.
+SIX_STEPS = [*MUON, "training.steps=6", "model.quantizer.entropy.codebook_weight=0"]
+
+
+@pytest.fixture(scope="module")
+def losses(photo_shards, tmp_path_factory):
+    """Losses of twenty steps by name: PyTorch's optimizer in one process, and ours on one and two workers."""
+    out = str(tmp_path_factory.mktemp("muon"))
+    runs = {"torch": TWENTY_STEPS, "one worker": TWENTY_STEPS, "whole batch": SIX_STEPS}
+    one = reference_runs(0, 1, photo_shards, out, runs)
+    runs = {"two workers": TWENTY_STEPS, "accumulated": [*SIX_STEPS, "training.micro_batch_size=4"]}
+    [two, _] = spawn_group(2, reference_runs, photo_shards, out, runs)
+    # Stopped on two workers after half of the steps, and resumed by one.
+    spawn_group(2, stopped_runs, photo_shards, out, {"resumed": TWENTY_STEPS})
+    one |= reference_runs(0, 1, photo_shards, out, {"resumed": TWENTY_STEPS})
+    return {**one, **two}
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("one worker", "torch"), ("two workers", "torch"), ("accumulated", "whole batch")],
+)
+def test_training_losses_are_those_of_torch_in_one_process(losses, name, reference):
+    """Over twenty steps the losses are those of one process with `torch.optim.Muon`, also with accumulation."""
+    assert len(losses[name]) == (6 if name == "accumulated" else 20)
+    for left, right in zip(losses[reference], losses[name], strict=True):
+        for key in ("loss", "reconstruction", "loss/generator", "loss/discriminator"):
+            assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-5), (left["step"], key)
+
+
+def test_resumed_run_takes_the_same_steps_on_another_number_of_workers(losses):
+    """The momentum is in the checkpoint: ten steps on two workers and ten on one are twenty steps."""
+    assert [record["step"] for record in losses["resumed"]] == list(range(11, 21))
+    for left, right in zip(losses["torch"][10:], losses["resumed"], strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5, abs=1e-5), left["step"]
+
+
+def test_muon_optimizes_matrices_of_transformer_blocks_only():
+    """Every linear layer of the blocks belongs to Muon, and nothing else."""
+    tokenizer = Tokenizer(load_config("demo").model)
+    names = set(build.muon_matrices(tokenizer))
+    in_blocks = {
+        name for name, module in tokenizer.named_modules() if isinstance(module, nn.Linear) and "blocks" in name
+    }
+    assert names == {f"{name}.weight" for name in in_blocks}
+    assert len(names) == 2 * 4 * 4
+    assert len(build.muon_matrices(MaskedLM(load_config("masked-lm-demo").model))) % 4 == 0
+
+
+def test_describe_optimizers_counts_parameters():
+    """The description names both optimizers with the sizes of their shares."""
+    tokenizer = Tokenizer(load_config("demo").model)
+    adamw, muon = (load_config("demo", overrides).training.optimizer for overrides in ([], MUON))
+    assert build.describe_optimizers(tokenizer, muon) == "muon: 32 matrices (6.29 M); adamw: 83 tensors (0.58 M)"
+    assert build.describe_optimizers(tokenizer, adamw) == "adamw: 115 tensors (6.87 M)"
+
+
+def test_muon_with_zero_raises():
+    """ZeRO divides matrices, so the combination raises an error with what to use instead."""
+    with pytest.raises(ValueError, match="needs whole matrices, and ZeRO divides them .* use engine.kind ddp"):
+        load_config("demo", ["training.optimizer.kind=muon"])
+
+
+def test_assign_owners_balances_the_work():
+    """Every matrix has one owner, and no worker has more than its share and the largest matrix."""
+    shapes = [shape for shape in SHAPES for _ in range(5)]
+    costs = [min(shape) ** 2 * max(shape) for shape in shapes]
+    for world_size in (1, 2, 3, 8, 64):
+        owned_by = assign_owners(shapes, world_size)
+        assert sorted(index for indexes in owned_by for index in indexes) == list(range(len(shapes)))
+        largest = max(sum(costs[index] for index in indexes) for indexes in owned_by)
+        assert largest <= sum(costs) / world_size + max(costs)
