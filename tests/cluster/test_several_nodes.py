@@ -91,6 +91,7 @@ def test_cluster_slow_lossy_network_same_weights(cluster, reference_run):
     assert_identical(load_weights(shared, "run"), load_weights(reference_run, "run"))
 
 
+@pytest.mark.long
 def test_cluster_node_power_loss_run_recovers(cluster, reference_run):
     """A run that loses a node recovers when the node returns and gives the same weights."""
     head, worker_node, shared, counts_file = cluster

@@ -163,6 +163,7 @@ def test_decode_forged_tokens_fail_token_checksum(targets):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_decode_100k_damaged_files_stays_within_memory(targets, request):
     num_files = request.config.getoption("--fuzz")
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

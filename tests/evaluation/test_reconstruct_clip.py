@@ -96,6 +96,7 @@ print(*peaks)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["causal"], indirect=True)
+@pytest.mark.long
 def test_reconstruct_clip_memory_is_constant(model, tmp_path):
     """Peak memory at the end of a real clip of one minute is close to that near its beginning."""
     out = tmp_path / "out.mp4"

@@ -122,6 +122,7 @@ def test_job_failure_is_reported_in_its_log(head, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_job_stopped_job_resumes_from_checkpoint(head, photo_shards, tmp_path):
     """A stopped job saves a checkpoint, and the same submission resumes from it."""
     out = tmp_path / "run"
