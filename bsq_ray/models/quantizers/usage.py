@@ -39,6 +39,18 @@ class CodeUsage:
         self._ones_L += tokens_NL.sum(0).numpy()
         self._num_tokens += len(tokens_NL)
 
+    def counts(self) -> Tensor:
+        """Return all counts as one int64 tensor; those of several workers can be added."""
+        parts = (self._counts_SK.reshape(-1), self._ones_L, np.array([self._num_tokens]))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Replace all counts with the sum of several results of `counts`."""
+        num_codes = self._counts_SK.size
+        parts = np.split(counts.cpu().numpy(), [num_codes, num_codes + self.bits])
+        self._counts_SK, self._ones_L = parts[0].reshape(self._counts_SK.shape), parts[1]
+        self._num_tokens = int(parts[2][0])
+
     def compute(self) -> dict[str, float]:
         """Return metrics over all counted tokens.
 

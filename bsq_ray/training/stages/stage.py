@@ -108,7 +108,7 @@ class Stage(ABC):
 
     @abstractmethod
     def pop_metrics(self) -> dict[str, float]:
-        """Return metrics accumulated since the last call, such as code usage, and reset them."""
+        """Return metrics accumulated since the last call, such as code usage, and reset them; collective."""
 
     def bundled_models(self) -> dict[str, str]:
         """Return model folders that the trained model needs, URL by name; they are copied into its folder."""

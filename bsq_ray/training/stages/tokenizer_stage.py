@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -218,13 +219,17 @@ class TokenizerStage(Stage):
         return metrics, torch.cat(rows, dim=1).cpu()
 
     def pop_metrics(self) -> dict[str, float]:
-        """Return code usage and bit entropy since the last call."""
+        """Return code usage and bit entropy of all workers' tokens since the last call; collective."""
         if not self._recent_bits:
             return {}
         usage = CodeUsage(self.num_bits)
         for bits_BNL in self._recent_bits:
             usage.update(bits_BNL)
         self._recent_bits.clear()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            counts = usage.counts().to(self.device)
+            dist.all_reduce(counts)
+            usage.set_counts(counts)
         usage_metrics = usage.compute()
         num_reachable_codes = min(2**usage.sub_bits, usage_metrics["tokens"])
         # Relative to the number of codes that so few tokens can reach.

@@ -42,3 +42,15 @@ def test_code_usage_batches_accumulate():
     incremental.update(bits[2:])
     assert incremental.compute() == whole.compute()
     assert incremental.bit_entropies() == whole.bit_entropies()
+
+
+def test_code_usage_counts_of_workers_add_up():
+    """The summed counts of two workers are the counts of all tokens."""
+    bits = torch.rand(6, 10, 36, generator=torch.Generator().manual_seed(0)) < 0.3
+    whole, left, right = CodeUsage(36), CodeUsage(36), CodeUsage(36)
+    whole.update(bits)
+    left.update(bits[:2])
+    right.update(bits[2:])
+    left.set_counts(left.counts() + right.counts())
+    assert left.compute() == whole.compute()
+    assert left.bit_entropies() == whole.bit_entropies()
