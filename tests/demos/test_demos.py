@@ -37,8 +37,9 @@ def split_by_brightness(photos, folder):
 
 
 @pytest.mark.long
-def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_path, ray_local):
+def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_path, ray_local, monkeypatch):
     """The compression demo compares codecs on images that no model was trained on."""
+    monkeypatch.setattr(compress_demo, "WORKERS", 0)
     images = tmp_path / "images"
     images.mkdir()
     photos[2].resize((192, 176)).save(images / "unseen.png")
@@ -62,6 +63,8 @@ def test_generate_demo_too_few_photos_raises(photos, tmp_path):
 def test_generate_demo_compares_guidance_with_frequencies(labeled_folder, tmp_path, ray_local, monkeypatch):
     """The generation demo compares guidance scales with the frequency baseline."""
     monkeypatch.setattr(generate_demo, "_GUIDANCE_SCALES", (0.0, 2.0))
+    # Evaluations in worker processes are tested elsewhere, and each starts its own.
+    monkeypatch.setattr(generate_demo, "WORKERS", 0)
     result = generate_demo.run_demo(
         labeled_folder, tmp_path, 0.1, SMALL_TOKENIZER, (*SMALL_TOKENS, "sampling.steps=2"), num_images=8
     )
