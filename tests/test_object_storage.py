@@ -55,7 +55,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
 
 @pytest.mark.slow
 def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
-    """Ray workers train from and to an object store, and a run resumes there."""
+    """Ray workers train from and to an object store, and a run resumes there, also without Ray."""
     pack_images(str(photo_folders[1]), f"{bucket}/shards", PackOptions(max_side=64, num_workers=0))
     command = [
         sys.executable,
@@ -66,9 +66,10 @@ def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
         "--config",
         "demo",
     ]
-    command += ["--data", f"{bucket}/shards", "--out", f"{bucket}/run", "--workers", "2", "--resume", *SMALL_TRAINING]
-    for steps in (2, 3):
-        done = subprocess.run([*command, f"training.steps={steps}"], capture_output=True, text=True, timeout=200)
+    command += ["--data", f"{bucket}/shards", "--out", f"{bucket}/run", "--resume"]
+    for workers, steps in ((2, 2), (0, 3)):
+        options = ["--workers", str(workers), *SMALL_TRAINING, f"training.steps={steps}"]
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"trained {steps} steps" in done.stdout
     assert f"model: {bucket}/run/model" in done.stdout

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from bsq_ray.data.manifest import read_manifest
+from bsq_ray.demos import quickstart
 from bsq_ray.demos.prepare_data import CLIPS, split_by_content
 from bsq_ray.demos.quickstart import run_quickstart
 from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
@@ -23,8 +24,10 @@ _SMALL_OVERRIDES = (
 
 
 @pytest.mark.slow
-def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local):
+def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local, monkeypatch):
     """A quickstart on a photo folder writes a report, and a second call resumes it."""
+    # Evaluations in worker processes are tested elsewhere, and each starts its own.
+    monkeypatch.setattr(quickstart, "_EVALUATION_WORKERS", 0)
     folder = tmp_path / "mine"
     folder.mkdir()
     for number, photo in enumerate(photos):

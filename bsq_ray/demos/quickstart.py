@@ -21,6 +21,7 @@ from bsq_ray.demos.prepare_data import (
 )
 
 _WORKERS = 2
+_EVALUATION_WORKERS = 2
 _HELD_OUT_EVERY = 5
 
 
@@ -90,7 +91,7 @@ def run_quickstart(
             raise Interrupted(f"{stop}. Run the same quickstart again to resume") from None
         log(f"evaluating on held-out {sample_set.name}")
         results = evaluate_reconstruction(
-            f"{run_url}/model", data["held_out"], str(out / "evaluation"), workers=_WORKERS
+            f"{run_url}/model", data["held_out"], str(out / "evaluation"), workers=_EVALUATION_WORKERS
         )
     report = out / "report.html"
     write_report(run_url, str(out / "evaluation"), str(report))

@@ -245,6 +245,7 @@ def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_sh
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_sweep_interrupted_sweep_resumes(photo_shards, held_out_shards, tmp_path, ray_local):
     """An interrupted sweep resumes its running trial and does not repeat finished trials."""
     space = {"model.quantizer.bits": {"values": [6, 10, 12]}}
@@ -308,6 +309,7 @@ def test_sweep_command_ctrl_c_saves_and_prints_resume(photo_shards, held_out_sha
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sweep_command_writes_to_object_storage(photo_shards, held_out_shards, tmp_path, bucket):
     """A sweep can write its output folder to object storage."""
     from bsq_ray import storage
