@@ -16,8 +16,10 @@ from PIL import Image
 
 from bsq_ray.data.packing import JPEG_QUALITY, VIDEO_CRF
 from bsq_ray.media.color import BT709
+from bsq_ray.media.frame_display import display_rgb
 from bsq_ray.media.images import encode_png, exif_orientation, is_opaque_rgb_or_gray, load_image, open_image
 from bsq_ray.media.orientation import UPRIGHT
+from bsq_ray.media.packet_scan import MAX_FRAME_DURATION_S
 from bsq_ray.media.video_reader import (
     VideoInfo,
     VideoProbe,
@@ -25,14 +27,11 @@ from bsq_ray.media.video_reader import (
     frame_timestamp,
     open_video,
     probe,
-    upright_rgb,
 )
 from bsq_ray.media.video_writer import VideoEncoder, even_size, write_video
 
 # Visually lossless H.264, with a key frame every 12 frames so that a clip can start anywhere.
 _ENCODER = VideoEncoder("libx264", {"crf": str(VIDEO_CRF), "preset": "veryfast", "g": "12", "bf": "0"})
-# Longest duration of a frame, seconds; longer ones come from broken time stamps.
-_MAX_FRAME_DURATION_S = 60.0
 # Largest ratio of output frames to input frames of a variable-rate video; more come from broken time stamps.
 _MAX_REPEATS = 50
 # Image formats that are stored unchanged, and their suffixes. An MPO is a JPEG with previews.
@@ -138,7 +137,7 @@ def _resample_constant_rate(data: bytes, source_probe: VideoProbe) -> Iterator[n
     """
     times_s = np.maximum.accumulate(source_probe.times_s) - source_probe.times_s[0]
     max_gap_s, num_frames = np.diff(times_s).max(initial=0), 1 + round(times_s[-1] / source_probe.interval_s)
-    if max_gap_s > _MAX_FRAME_DURATION_S:
+    if max_gap_s > MAX_FRAME_DURATION_S:
         raise ValueError(f"its time stamps jump by {max_gap_s:.0f} s")
     if num_frames > _MAX_REPEATS * len(times_s):
         raise ValueError(
@@ -153,6 +152,6 @@ def _resample_constant_rate(data: bytes, source_probe: VideoProbe) -> Iterator[n
             if current is not None:
                 for _ in range(target_index - num_emitted):
                     yield current
-            num_emitted, current = max(num_emitted, target_index), upright_rgb(frame)
+            num_emitted, current = max(num_emitted, target_index), display_rgb(frame, stream)
         if current is not None:
             yield current

@@ -4,13 +4,14 @@
     file ─probe, once, at packing─▶ `VideoInfo`: frames, rate, size, frames at which decoding can start
     file + `VideoInfo` ─seek to the key frame before─decode─▶ every n-th frame, by `read_frames`
 
-Frames are numbered in the order of display. `upright_rgb` is the only conversion from decoded frames to pixels: RGB,
-rotated as the file's display matrix requires. Audio is ignored.
+Frames are numbered in the order of display; those that an edit list hides do not count. `display_rgb` is the only
+conversion from decoded frames to pixels. Audio is ignored. Whatever FFmpeg raises becomes one `DecodeError`.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from typing import IO, TYPE_CHECKING, Any
 import av
 import numpy as np
 
-from bsq_ray.media.color import ColorDescription, frame_color, frame_to_rgb
-from bsq_ray.media.decode_error import TooLargeError
+from bsq_ray.media.color import ColorDescription, frame_color
+from bsq_ray.media.decode_error import DecodeError, TooLargeError, error_text, translate_decode_errors
+from bsq_ray.media.frame_display import display_rgb, display_size
 from bsq_ray.media.limits import MAX_PIXELS
+from bsq_ray.media.packet_scan import PacketScan, scan_packets
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +39,7 @@ VIDEO_SUFFIXES = (
 _INTERVAL_TOLERANCE, _MAX_IRREGULAR_FRACTION = 0.5, 0.05
 # Frames that a decoder may return out of order.
 _MAX_REORDERED_FRAMES = 32
-# A file with a smaller fraction of the frames it declares is truncated.
+# A file with a smaller fraction of the frames it declares is truncated or damaged.
 _MIN_DECODED_FRACTION = 0.9
 
 
@@ -47,7 +50,7 @@ class VideoInfo:
     Attributes:
         frames: number of frames that can be decoded.
         fps: frames per second.
-        width, height: pixels, upright.
+        width, height: pixels of display: upright, square.
         key_frames: numbers of the frames at which decoding can start; the first is 0.
         key_times: their time stamps, in units of the stream's time base.
     """
@@ -86,10 +89,10 @@ class VideoStream:
     """A video that is being read.
 
     Attributes:
-        frames: upright RGB frames, uint8 (H, W, 3), decoded on demand; closing it closes the file.
-        frame_rate: frames per second; the mean of a variable rate.
-        num_frames: number of frames that the file declares; 0 if it declares none.
-        size: declared width and height of the stored frames, pixels.
+        frames: RGB frames of display, uint8 (H, W, 3), decoded on demand; closing it closes the file.
+        frame_rate: frames per second; the mean of a variable rate, so that the duration is kept.
+        num_frames: number of frames that the file declares or has, the larger one; 0 if unknown.
+        size: width and height of the frames of display, pixels.
         color: what the file is marked with.
         has_audio: True if the file has sound, which is ignored.
     """
@@ -113,32 +116,59 @@ def read_video(file: IO[bytes] | str, container_format: str | None = None, max_p
 
     Raises:
         TooLargeError: the frames are too large; also raised while frames are read.
-        ValueError: the file is not a video; or, while frames are read, it is damaged.
+        DecodeError: the file is not a video; or, while frames are read, it is damaged.
     """
     # FFmpeg would otherwise decode frames while it looks for the streams.
-    container, stream = _open_container(file, container_format, {"skip_frame": "all"})
+    options = {"skip_frame": "all"}
+    scan = scan_video(file, container_format, options, max_pixels)
+    container, stream = _open_container(file, container_format, options)
     try:
-        size = stream.width, stream.height
-        _check_size(*size, max_pixels)
-        stream.thread_type = "AUTO"
-        # The size may change between frames. FFmpeg counts the padding of its decoders, too.
-        stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**17)}
-        decoded = decode_frames(container, stream, max_pixels)
-        first = next(decoded, None)
-        if first is None:
-            raise ValueError("the video has no frames")
-    except ValueError:
+        with translate_decode_errors():
+            stream.thread_type = "AUTO"
+            # The size may change between frames. FFmpeg counts the padding of its decoders, too.
+            stream.codec_context.options = {"max_pixels": str(4 * max_pixels + 2**17)}
+            decoded = decode_frames(container, stream, max_pixels)
+            first = next(decoded, None)
+            if first is None:
+                raise DecodeError("the video has no frames")
+            size = display_size(first, stream)
+            has_audio = bool(container.streams.audio)
+    except BaseException:
         container.close()
         raise
-    frame_rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
-    frames = _iter_upright_rgb(container, first, decoded)
-    return VideoStream(frames, frame_rate, stream.frames, size, frame_color(first), bool(container.streams.audio))
+    frames = _iter_display_rgb(container, stream, first, decoded)
+    return VideoStream(frames, scan.frame_rate, scan.num_frames, size, frame_color(first), has_audio)
 
 
-def _iter_upright_rgb(container: Any, first: Any, others: Iterator[Any]) -> Generator[np.ndarray, None, None]:
+def scan_video(
+    file: IO[bytes] | str,
+    container_format: str | None = None,
+    options: dict[str, str] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> PacketScan:
+    """Read frame rate and number of frames of a video without decoding it, and rewind the file.
+
+    Raises:
+        TooLargeError: the frames that the header declares are too large.
+        DecodeError: the file is not a video.
+    """
+    container, stream = _open_container(file, container_format, options)
+    with container, translate_decode_errors():
+        _check_size(stream.width, stream.height, max_pixels)
+        scan = scan_packets(container, stream)
+    if not isinstance(file, str):
+        file.seek(0)
+    return scan
+
+
+def _iter_display_rgb(
+    container: Any, stream: Any, first: Any, others: Iterator[Any]
+) -> Generator[np.ndarray, None, None]:
     with container:
-        yield upright_rgb(first)
-        yield from map(upright_rgb, others)
+        for frame in itertools.chain([first], others):
+            with translate_decode_errors():
+                pixels_HW3 = display_rgb(frame, stream)
+            yield pixels_HW3
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -146,31 +176,35 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise TooLargeError(f"its frames have {width} x {height} pixels; at most {max_pixels} are allowed")
 
 
+@translate_decode_errors()
 def probe(file: IO[bytes]) -> VideoProbe:
     """Decode a whole video and record what reading clips from it needs.
 
     Raises:
-        ValueError: the file is not a video, or it is damaged; the message gives the reason.
+        DecodeError: the file is not a video, or it is damaged; the message gives the reason.
     """
+    scan = scan_video(file)
     with open_video(file) as (container, stream):
         times: list[int] = []
         key_frames: list[int] = []
-        size, num_corrupt, num_declared = (0, 0), 0, stream.frames
+        size, num_corrupt = (0, 0), 0
+        num_declared = min(stream.frames, scan.num_visible)
         for frame in decode_frames(container, stream):
             if frame.key_frame:
                 key_frames.append(len(times))
             num_corrupt += frame.is_corrupt
-            size = size if times else _upright_size(frame)
+            size = size if times else display_size(frame, stream)
             times.append(frame_timestamp(frame))
         time_base = float(stream.time_base or Fraction(1, 1))
-        declared_rate = float(stream.average_rate or stream.base_rate or 25)
     if not times:
-        raise ValueError("the video has no frames")
+        raise DecodeError("the video has no frames")
     if num_corrupt:
-        raise ValueError(f"{num_corrupt} of {len(times)} frames are corrupt")
+        raise DecodeError(f"{num_corrupt} of {len(times)} frames are corrupt")
+    if scan.num_packets < _MIN_DECODED_FRACTION * scan.num_expected:
+        raise DecodeError(f"the video ends after {scan.num_packets} of {scan.num_expected} frames")
     if len(times) < _MIN_DECODED_FRACTION * num_declared:
-        raise ValueError(f"the video ends after {len(times)} of {num_declared} frames")
-    interval_s = _usual_interval(np.diff(times) * time_base) or 1 / declared_rate
+        raise DecodeError(f"only {len(times)} of {num_declared} frames can be decoded")
+    interval_s = _usual_interval(np.diff(times) * time_base) or 1 / float(scan.frame_rate)
     seekable = [0, *(key for key in key_frames if key and _is_seekable(times, key))]
     video = VideoInfo(len(times), 1 / interval_s, *size, tuple(seekable), tuple(times[key] for key in seekable))
     return VideoProbe(video, np.array(times) * time_base, interval_s)
@@ -195,7 +229,7 @@ def read_frames(file: IO[bytes], video: VideoInfo, start: int, num_frames: int, 
     """Read frames start, start + stride, … as RGB; decoding starts at the last key frame before them.
 
     Raises:
-        ValueError: the file is damaged, or not the one that `video` describes.
+        DecodeError: the file is damaged, or not the one that `video` describes.
     """
     # Imported here because the process that decodes each uploaded video must start fast.
     from PIL import Image
@@ -203,28 +237,31 @@ def read_frames(file: IO[bytes], video: VideoInfo, start: int, num_frames: int, 
     frame_indices = range(start, start + num_frames * stride, stride)
     key_index = bisect.bisect_right(video.key_frames, start) - 1
     num_yielded = 0
-    for number, frame in _decode_from_key_frame(file, video, key_index):
+    for number, frame, stream in _decode_from_key_frame(file, video, key_index):
         if number == frame_indices[num_yielded]:
-            yield Image.fromarray(upright_rgb(frame))
+            with translate_decode_errors():
+                image = Image.fromarray(display_rgb(frame, stream))
+            yield image
             num_yielded += 1
             if num_yielded == num_frames:
                 return
-    raise ValueError(f"the video ends before frame {frame_indices[num_yielded]} of {video.frames}")
+    raise DecodeError(f"the video ends before frame {frame_indices[num_yielded]} of {video.frames}")
 
 
-def _decode_from_key_frame(file: IO[bytes], video: VideoInfo, key_index: int) -> Iterator[tuple[int, Any]]:
-    """Yield numbered frames from a key frame on, or from frame 0 if the container cannot seek to it."""
+def _decode_from_key_frame(file: IO[bytes], video: VideoInfo, key_index: int) -> Iterator[tuple[int, Any, Any]]:
+    """Yield number, frame and stream of each frame from a key frame on, or from frame 0 if no seek finds it."""
     if key_index:
         with open_video(file) as (container, stream):
             frames = _seek(container, stream, video.key_times[key_index])
             first = next(frames, None)
             if first is not None:
-                yield video.key_frames[key_index], first
-                yield from enumerate(frames, video.key_frames[key_index] + 1)
+                for number, frame in enumerate(itertools.chain([first], frames), video.key_frames[key_index]):
+                    yield number, frame, stream
                 return
     file.seek(0)
     with open_video(file) as (container, stream):
-        yield from enumerate(decode_frames(container, stream))
+        for number, frame in enumerate(decode_frames(container, stream)):
+            yield number, frame, stream
 
 
 def _seek(container: Any, stream: Any, timestamp: int) -> Iterator[Any]:
@@ -246,7 +283,7 @@ def open_video(file: IO[bytes]) -> Iterator[tuple[Any, Any]]:
     """Open a container and its first video stream, decoded by one thread.
 
     Raises:
-        ValueError: the file is not a video.
+        DecodeError: the file is not a video.
     """
     container, stream = _open_container(file)
     with container:
@@ -259,12 +296,13 @@ def _open_container(
     file: IO[bytes] | str, container_format: str | None = None, options: dict[str, str] | None = None
 ) -> tuple[Any, Any]:
     try:
-        container = av.open(file, format=container_format, options=options or {})
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"not a video of a known format ({ffmpeg_error_text(error)})") from error
+        # Titles and comments may have any encoding.
+        container = av.open(file, format=container_format, options=options or {}, metadata_errors="replace")
+    except Exception as error:
+        raise DecodeError(f"not a video of a known format ({ffmpeg_error_text(error)})") from error
     if not container.streams.video:
         container.close()
-        raise ValueError("the file has no video stream")
+        raise DecodeError("the file has no video stream")
     return container, container.streams.video[0]
 
 
@@ -273,7 +311,7 @@ def decode_frames(container: Any, stream: Any, max_pixels: int = MAX_PIXELS) -> 
 
     Raises:
         TooLargeError: a frame has more than `max_pixels` pixels.
-        ValueError: the file is damaged.
+        DecodeError: the file is damaged.
     """
     num_decoded = 0
     try:
@@ -285,44 +323,26 @@ def decode_frames(container: Any, stream: Any, max_pixels: int = MAX_PIXELS) -> 
                     _check_size(frame.width, frame.height, max_pixels)
                     yield frame
                     num_decoded += 1
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(
+    except TooLargeError:
+        raise
+    except Exception as error:
+        raise DecodeError(
             f"the video is damaged after {num_decoded} decoded frames ({ffmpeg_error_text(error)})"
         ) from error
 
 
 def ffmpeg_error_text(error: Exception) -> str:
     """Return a short reason for an error of PyAV."""
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:160] or type(error).__name__
+    return " ".join((getattr(error, "strerror", None) or "").split()) or error_text(error)
 
 
 def frame_timestamp(frame: Any) -> int:
     """Return the time stamp of a frame, in units of the stream's time base.
 
     Raises:
-        ValueError: the frame has none.
+        DecodeError: the frame has none.
     """
     time = frame.pts if frame.pts is not None else frame.dts
     if time is None:
-        raise ValueError("the video has frames without time stamps")
+        raise DecodeError("the video has frames without time stamps")
     return int(time)
-
-
-def upright_rgb(frame: Any) -> np.ndarray:
-    """Convert a decoded frame to RGB in the orientation of display.
-
-    The display matrix is applied as the nearest number of quarter turns, counterclockwise.
-
-    Returns:
-        uint8 (H, W, 3).
-    """
-    return np.ascontiguousarray(np.rot90(frame_to_rgb(frame), _num_quarter_turns(frame)))
-
-
-def _num_quarter_turns(frame: Any) -> int:
-    return round(frame.rotation / 90) % 4
-
-
-def _upright_size(frame: Any) -> tuple[int, int]:
-    is_on_its_side = _num_quarter_turns(frame) % 2 == 1
-    return (frame.height, frame.width) if is_on_its_side else (frame.width, frame.height)

@@ -14,11 +14,9 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from bsq_ray.media.color import BT709, ColorDescription, rgb_to_frame
+from bsq_ray.media.color import ColorDescription, resolve_matrix, rgb_to_frame
 from bsq_ray.media.video_reader import ffmpeg_error_text
 
-# Matrices that FFmpeg's scaler computes with; any other is written as BT.709.
-_SCALER_MATRICES = {1, 2, 4, 5, 6, 7, 9}
 _LOSSLESS_PIXEL_FORMAT = "bgr0"
 
 
@@ -94,7 +92,7 @@ def _configure_stream(stream: Any, shape: tuple[int, ...], color: ColorDescripti
         return
     # Every player reads 4:2:0, but it needs even sides.
     stream.pix_fmt = "yuv420p" if shape[0] % 2 == 0 and shape[1] % 2 == 0 else "yuv444p"
-    context.colorspace = color.matrix if color.matrix in _SCALER_MATRICES else BT709.matrix
+    context.colorspace = resolve_matrix(color.matrix, shape[0])
     context.color_range = 2 if color.full_range else 1
 
 

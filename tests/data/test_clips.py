@@ -17,7 +17,8 @@ from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.pack import PackOptions, pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
-from bsq_ray.media.video_reader import decode_frames, open_video, upright_rgb
+from bsq_ray.media.frame_display import display_rgb
+from bsq_ray.media.video_reader import decode_frames, open_video
 
 
 def make_source(url, num_frames=4, **overrides):
@@ -28,7 +29,7 @@ def decode_all_frames(manifest, shard, index):
     with shard_reader.ShardFiles(manifest.url, [(shard, index)]).open(shard, index) as file:
         data = file.read()
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [Image.fromarray(upright_rgb(frame)) for frame in decode_frames(container, stream)]
+        return [Image.fromarray(display_rgb(frame, stream)) for frame in decode_frames(container, stream)]
 
 
 def test_read_eval_returns_transformed_middle_frames(held_out_video_shards):

@@ -9,14 +9,15 @@ import pytest
 from small_videos import make_video
 
 from bsq_ray.media import video_reader
-from bsq_ray.media.video_reader import decode_frames, open_video, probe, read_frames, upright_rgb
+from bsq_ray.media.frame_display import display_rgb
+from bsq_ray.media.video_reader import decode_frames, open_video, probe, read_frames
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
 
 def all_frames(data):
     with open_video(io.BytesIO(data)) as (container, stream):
-        return [upright_rgb(frame) for frame in decode_frames(container, stream)]
+        return [display_rgb(frame, stream) for frame in decode_frames(container, stream)]
 
 
 @pytest.mark.parametrize("suffix", ["3gp", "avi", "flv", "mkv", "mp4", "mpg", "webm", "wmv"])
@@ -42,9 +43,9 @@ def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
     decode_from_key_frame = video_reader._decode_from_key_frame
 
     def record_numbers(*arguments):
-        for number, frame in decode_from_key_frame(*arguments):
+        for number, frame, stream in decode_from_key_frame(*arguments):
             numbers.append(number)
-            yield number, frame
+            yield number, frame, stream
 
     monkeypatch.setattr(video_reader, "_decode_from_key_frame", record_numbers)
     list(read_frames(io.BytesIO(data), video, start, 4, 2))
@@ -60,7 +61,7 @@ def test_read_frames_rotated_video_is_upright(video_folders):
     track = data.index(b"tkhd")
     data = data[:track] + data[track:].replace(*matrix, 1)
     video = probe(io.BytesIO(data)).video
-    assert (video.width, video.height) == (144, 176)
+    assert (video.width, video.height) == (144, 193)
     [image] = read_frames(io.BytesIO(data), video, 0, 1, 1)
     assert (np.asarray(image) == np.rot90(straight, -1)).all()
 
