@@ -118,3 +118,14 @@ def test_read_video_clip_invalid_file_raises(tmp_path, name, size, message):
     assert str(error.value).count(str(tmp_path)) == 1
     with pytest.raises(ValueError, match="does not exist"):
         read_video_clip(str(tmp_path / "none.mp4"))
+
+
+def test_read_video_clip_keeps_planes_of_420_sources(clip, raw, tmp_path):
+    """Video files and raw files that are stored as 4:2:0 keep their planes; shrunk and RGB clips have none."""
+    raw_clip = read_video_clip(str(raw))
+    assert np.array_equal(raw_clip.stored.planes_TPW, clip.stored.planes_TPW)
+    assert raw_clip.stored.planes_TPW.tobytes() == raw.read_bytes()
+    assert np.array_equal(raw_clip.frames_THW3, clip.frames_THW3)
+    assert read_video_clip(str(raw), max_side=100).stored is None
+    Image.fromarray(clip.frames_THW3[0]).save(tmp_path / "1.png")
+    assert read_video_clip(str(tmp_path)).stored is None

@@ -1,15 +1,18 @@
 """Standard codecs: valid files, more bits for a higher quality, and the paper's settings."""
 
 import io
+from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from bsq_ray.evaluation.compression.clip_files import read_video_clip
+from bsq_ray.evaluation.compression.clip_files import StoredPlanes, VideoClip, read_video_clip
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
+from bsq_ray.media.color import planes_to_rgb
 
 MAGIC = {
     "JPEG": (b"\xff\xd8\xff", 0),
@@ -84,3 +87,26 @@ def test_video_codec_uses_the_papers_settings(name, clip):
     if name == "H.264":
         assert b" threads=4" in data
         assert b"sliced_threads=0" in data
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+def test_video_codec_encodes_stored_planes_as_they_are(clip, full_range):
+    """A clip that is stored as 4:2:0 is not converted to RGB and back: a lossless codec returns it exactly."""
+    planes = clip.stored.planes_TPW
+    color = clip.stored.color._replace(full_range=int(full_range), matrix=6)
+    frames_THW3 = np.stack([planes_to_rgb(planes_PW, color) for planes_PW in planes])
+    source = VideoClip(frames_THW3, clip.frame_rate, StoredPlanes(planes, color))
+    lossless = replace(standard_video_codecs()["H.264"], options={"preset": "ultrafast"})
+    assert np.array_equal(lossless.decode(lossless.encode(source, 0)), source.frames_THW3)
+    from_rgb = lossless.decode(lossless.encode(replace(source, stored=None), 0))
+    assert 0.1 < error(from_rgb, source.frames_THW3) < 3
+
+
+@pytest.mark.parametrize("height", [144, 720])
+def test_video_codec_of_rgb_frames_keeps_brightness(photos, height):
+    """Frames that are stored as RGB are converted with the matrix that the decoder uses, without darkening."""
+    pixels_HW3 = np.asarray(photos[0].resize((160, height)))
+    source = VideoClip(pixels_HW3[None], Fraction(25))
+    lossless = replace(standard_video_codecs()["H.264"], options={"preset": "ultrafast"})
+    decoded = lossless.decode(lossless.encode(source, 0))
+    assert np.abs((decoded.astype(float) - pixels_HW3).mean((0, 1, 2))).max() < 0.3

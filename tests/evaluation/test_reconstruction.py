@@ -123,6 +123,20 @@ def test_baseline_codec_divides_bits_among_channels(bits, levels):
     assert [min(len(channel.unique()), 512) for channel in levels_C] == [min(level + 1, 512) for level in levels]
 
 
+def test_model_of_tiny_images_raises(held_out_shards, tmp_path):
+    """A model of images that are too small for LPIPS is rejected before the measurement."""
+    transformer = config.TransformerConfig(width=32, layers=1, heads=2)
+    model_config = config.TokenizerModelConfig(
+        image_size=16,
+        encoder=transformer,
+        decoder=config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=4),
+    )
+    Tokenizer(model_config).save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="has images of 16 x 16 pixels; measuring needs 31 or more"):
+        evaluate_reconstruction(str(tmp_path / "model"), held_out_shards, str(tmp_path / "out"), workers=0)
+
+
 def test_baseline_codec_preserves_patch_means():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     patches = MeanColorCodec(8, 48).reconstruct(images)

@@ -4,7 +4,10 @@ The name of a raw YUV file gives its size and rate. It is 8-bit 4:2:0 (planes Y,
 MCL-JCV and UVG; its colors are those of BT.709 from 720 lines on and of BT.601 below. Video codecs store one color for
 two by two pixels, so an odd last row or column is cut.
 
-Shape suffixes: T frames, H and W pixels.
+Stored pixels are compared, square or not. Clips that are stored as 8-bit 4:2:0 keep their planes: video
+codecs encode them as they are, and every codec is compared with their conversion to RGB.
+
+Shape suffixes: T frames, H and W pixels, P rows of the planes Y, U and V (3 / 2 H).
 """
 
 from __future__ import annotations
@@ -15,38 +18,77 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
 from PIL import Image
 
 from bsq_ray import storage
 from bsq_ray.data.folder_listing import FolderListing, natural_key, walk_files
-from bsq_ray.media.color import frame_to_rgb
+from bsq_ray.media.color import ColorDescription, frame_color, frame_to_rgb, planes_to_rgb, rgb_to_frame, stored_planes
 from bsq_ray.media.decode_error import translate_decode_errors
+from bsq_ray.media.frame_display import frame_orientation
 from bsq_ray.media.images import IMAGE_SUFFIXES, decode_image
-from bsq_ray.media.video_reader import VIDEO_SUFFIXES, read_video
+from bsq_ray.media.orientation import UPRIGHT, to_upright
+from bsq_ray.media.video_reader import VIDEO_SUFFIXES, decode_frames, open_video, scan_video
 from bsq_ray.media.video_writer import even_size
 
 RAW_SUFFIX = ".yuv"
 CLIP_SUFFIXES = (*VIDEO_SUFFIXES, ".y4m", RAW_SUFFIX)
 # Width, height and rate in a name such as videoSRC01_1920x1080_30.yuv.
 _RAW_NAME_PATTERN = re.compile(r"_(\d{1,5})x(\d{1,5})_(\d{1,3})(?:fps)?[._]")
-_HD_MIN_HEIGHT = 720
 # Rate of a folder of frames, which has none of its own.
 _DEFAULT_FRAME_RATE = Fraction(30)
 
-# Frames per second, and the frames in order, uint8 RGB (H, W, 3).
-_Frames = tuple[Fraction, Iterator[np.ndarray]]
+
+@dataclass(frozen=True)
+class StoredPlanes:
+    """Frames as they are stored, 8-bit 4:2:0.
+
+    Attributes:
+        planes_TPW: uint8 (T, 3 / 2 H, W).
+        color: how they are converted to RGB.
+    """
+
+    planes_TPW: np.ndarray
+    color: ColorDescription
 
 
 @dataclass(frozen=True)
 class VideoClip:
-    """Frames, uint8 (T, H, W, 3), and their number per second."""
+    """A clip in memory.
+
+    Attributes:
+        frames_THW3: frames, uint8 RGB (T, H, W, 3).
+        frame_rate: frames per second.
+        stored: the frames as they are stored, if as 8-bit 4:2:0 of this size.
+    """
 
     frames_THW3: np.ndarray
     frame_rate: Fraction
+    stored: StoredPlanes | None = None
+
+    def frames_420(self) -> Iterator[Any]:
+        """Yield the frames as `av.VideoFrame` of 8-bit 4:2:0: as they are stored, or converted from RGB."""
+        if self.stored is None:
+            yield from (rgb_to_frame(pixels_HW3, "yuv420p") for pixels_HW3 in self.frames_THW3)
+            return
+        for planes_PW in self.stored.planes_TPW:
+            yield av.VideoFrame.from_ndarray(np.ascontiguousarray(planes_PW), "yuv420p")
+
+
+@dataclass(frozen=True)
+class _ClipFrame:
+    """One frame: pixels (H, W, 3), and its planes (3 / 2 H, W) if they are stored as 8-bit 4:2:0 with even sides."""
+
+    pixels_HW3: np.ndarray
+    planes_PW: np.ndarray | None = None
+    color: ColorDescription | None = None
+
+
+# Frames per second, and the frames in order.
+_Frames = tuple[Fraction, Iterator[_ClipFrame]]
 
 
 def read_video_clip(url: str, max_frames: int | None = None, max_side: int | None = None) -> VideoClip:
@@ -69,22 +111,28 @@ def read_video_clip(url: str, max_frames: int | None = None, max_side: int | Non
         open_frames = _open_frame_folder
     try:
         with open_frames(url) as (frame_rate, frames):
-            frames_HW3 = [_even_crop(pixels_HW3, max_side) for pixels_HW3 in islice(frames, max_frames)]
+            clip_frames = [_crop_to_even(frame, max_side) for frame in islice(frames, max_frames)]
     except ValueError as error:
         raise ValueError(str(error) if url in str(error) else f"{url}: {error}") from error
-    if len({frame.shape for frame in frames_HW3}) != 1:
-        raise ValueError(f"{url} has frames of different sizes" if frames_HW3 else f"{url} contains no frames")
-    return VideoClip(np.stack(frames_HW3), frame_rate)
+    if len({frame.pixels_HW3.shape for frame in clip_frames}) != 1:
+        raise ValueError(f"{url} has frames of different sizes" if clip_frames else f"{url} contains no frames")
+    return VideoClip(np.stack([frame.pixels_HW3 for frame in clip_frames]), frame_rate, _stack_planes(clip_frames))
+
+
+def _stack_planes(frames: list[_ClipFrame]) -> StoredPlanes | None:
+    color, planes = frames[0].color, [frame.planes_PW for frame in frames if frame.planes_PW is not None]
+    is_uniform = all(frame.color == color for frame in frames)
+    if color is None or not is_uniform or len(planes) < len(frames):
+        return None
+    return StoredPlanes(np.stack(planes), color)
 
 
 @contextmanager
 def _open_video_file(url: str) -> Generator[_Frames, None, None]:
     with storage.open_url(url) as file:
-        video = read_video(file)
-        try:
-            yield video.frame_rate, video.frames
-        finally:
-            video.frames.close()
+        frame_rate = scan_video(file).frame_rate
+        with open_video(file) as (container, stream):
+            yield frame_rate, map(_to_clip_frame, decode_frames(container, stream))
 
 
 @contextmanager
@@ -103,14 +151,10 @@ def _open_raw(url: str) -> Generator[_Frames, None, None]:
     num_bytes = int(fs.size(path))
     if num_bytes % frame_bytes or not num_bytes:
         raise ValueError(f"{num_bytes} bytes are not a multiple of {frame_bytes}, a frame of {width} x {height} pixels")
-    colorspace = Colorspace.ITU709 if height >= _HD_MIN_HEIGHT else Colorspace.ITU601
     with storage.open_url(url) as file:
         blocks = iter(lambda: file.read(frame_bytes), b"")
         planes = (np.frombuffer(block, np.uint8).reshape(height * 3 // 2, width) for block in blocks)
-        yield (
-            Fraction(frame_rate),
-            (frame_to_rgb(av.VideoFrame.from_ndarray(each, "yuv420p"), colorspace) for each in planes),
-        )
+        yield Fraction(frame_rate), (_to_clip_frame(av.VideoFrame.from_ndarray(each, "yuv420p")) for each in planes)
 
 
 @contextmanager
@@ -118,7 +162,7 @@ def _open_frame_folder(url: str) -> Generator[_Frames, None, None]:
     yield _DEFAULT_FRAME_RATE, _read_frame_files(url)
 
 
-def _read_frame_files(url: str) -> Iterator[np.ndarray]:
+def _read_frame_files(url: str) -> Iterator[_ClipFrame]:
     """Yield the images of a folder, their numbers in order: 1, 2, 10."""
     listing = FolderListing()
     names = [file.name for file in walk_files(url, listing) if "/" not in file.name]
@@ -129,12 +173,23 @@ def _read_frame_files(url: str) -> Iterator[np.ndarray]:
         data = storage.read_bytes(storage.join(url, name))
         with translate_decode_errors(f"{name} cannot be read as an image: "):
             pixels_HW3 = np.asarray(decode_image(data))
-        yield pixels_HW3
+        yield _ClipFrame(pixels_HW3)
 
 
-def _even_crop(pixels_HW3: np.ndarray, max_side: int | None) -> np.ndarray:
-    height, width = pixels_HW3.shape[:2]
+def _to_clip_frame(frame: Any) -> _ClipFrame:
+    with translate_decode_errors():
+        orientation = frame_orientation(frame)
+        planes_PW, color = stored_planes(frame), frame_color(frame)
+        if planes_PW is None or orientation != UPRIGHT:
+            return _ClipFrame(to_upright(frame_to_rgb(frame), orientation))
+        return _ClipFrame(planes_to_rgb(planes_PW, color), planes_PW, color)
+
+
+def _crop_to_even(frame: _ClipFrame, max_side: int | None) -> _ClipFrame:
+    height, width = frame.pixels_HW3.shape[:2]
     if max_side is not None and max(height, width) > max_side:
         size = even_size(width, height, max_side)
-        return np.asarray(Image.fromarray(pixels_HW3).resize(size, Image.Resampling.LANCZOS))
-    return pixels_HW3[: height // 2 * 2, : width // 2 * 2]
+        return _ClipFrame(np.asarray(Image.fromarray(frame.pixels_HW3).resize(size, Image.Resampling.LANCZOS)))
+    if height % 2 == 0 and width % 2 == 0:
+        return frame
+    return _ClipFrame(frame.pixels_HW3[: height // 2 * 2, : width // 2 * 2])

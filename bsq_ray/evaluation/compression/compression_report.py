@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bsq_ray.evaluation.compression.rate_distortion import METRICS, Curves
+from bsq_ray.evaluation.compression.rate_distortion import METRICS, MIN_SIDES, Curves
 from bsq_ray.evaluation.plots.image_encoding import encode_png
 
 _DIGITS = {"bits_per_pixel": 4, "psnr": 2, "ms_ssim": 4, "lpips": 4, "encode_seconds": 2, "decode_seconds": 2}
 _TITLES = {"psnr": "PSNR, dB (higher is better)", "ms_ssim": "MS-SSIM (higher)", "lpips": "LPIPS, alex (lower)"}
+_NAMES = {"ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 _TILE, _GAP, _CAPTION = 256, 6, 20
 
 
@@ -31,7 +32,7 @@ def compression_markdown(results: dict[str, Any]) -> str:
         if row is None:
             lines.append(f"| {codec} | not within its range | | | | | | {last} |")
             continue
-        cells = [f"{row[name]:.{digits}f}" for name, digits in _DIGITS.items()]
+        cells = [f"{row[name]:.{digits}f}" if name in row else "–" for name, digits in _DIGITS.items()]
         lines.append(f"| {codec} | {' | '.join(cells)} | {last} |")
     lines += [
         "",
@@ -41,6 +42,12 @@ def compression_markdown(results: dict[str, Any]) -> str:
     ]
     if results["prior_savings"] is not None:
         lines.append(f"The prior saves {results['prior_savings']:.1%} of the raw files.")
+    for metric, items in results.get("undefined", {}).items():
+        side = MIN_SIDES[metric]
+        lines.append(
+            f"{_NAMES[metric]} is not defined for {len(items)} of the {results['num_items']} {results['kind']}, whose "
+            f"sides are below {side} pixels, such as {items[0]}; its means are over the others."
+        )
     lines += [f"Ignored: {line}." for line in results.get("ignored", ())]
     return "\n".join(lines)
 
@@ -61,7 +68,7 @@ def plot_curves(curves: Curves, highlighted: Sequence[str]) -> bytes:
     figure, axes = plt.subplots(1, len(METRICS), figsize=(15, 4.6), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for codec, rows in curves.items():
-            x, y = [row["bits_per_pixel"] for row in rows], [row[metric] for row in rows]
+            x, y = zip(*((row["bits_per_pixel"], row.get(metric, np.nan)) for row in rows), strict=True)
             axis.plot(
                 x, y, "*-" if codec in highlighted else "o-", markersize=14 if codec in highlighted else 4, label=codec
             )

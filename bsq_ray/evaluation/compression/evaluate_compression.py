@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from bsq_ray.evaluation.compression.datasets import find_dataset
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs, without_metadata
 from bsq_ray.evaluation.compression.rate_distortion import (
     METRICS,
+    MIN_SIDES,
     Point,
     interpolate_at_rate,
     mean_bd_rates,
@@ -40,7 +41,7 @@ from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.media.images import read_image
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
-from bsq_ray.metrics.ssim import MS_SSIM_SIDE, multi_scale_similarity
+from bsq_ray.metrics.ssim import multi_scale_similarity
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
@@ -116,6 +117,7 @@ def evaluate_compression(
         "curves": curves,
         "at_our_rate": {codec: interpolate_at_rate(rows, bsq_rate) for codec, rows in curves.items()},
         "bd_rate": mean_bd_rates(points, _ANCHOR[dataset.kind]),
+        "undefined": _undefined_metrics(points),
         "prior_savings": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in item_points] for name, item_points in points.items()},
     }
@@ -124,6 +126,12 @@ def evaluate_compression(
     storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
     storage.write_bytes(storage.join(out_url, "comparison.png"), render_examples(examples))
     return results
+
+
+def _undefined_metrics(points: Mapping[str, list[Point]]) -> dict[str, list[str]]:
+    """Return the items for which a metric is not defined, by the name of the metric."""
+    missing = {name: [item for item, each in points.items() if name not in each[0].metrics] for name in METRICS}
+    return {name: items for name, items in missing.items() if items}
 
 
 @dataclass(frozen=True)
@@ -159,13 +167,10 @@ class _FileComparer:
         The examples are the original, the BSQ codec, and the anchor at the nearest bit rate.
 
         Raises:
-            ValueError: the file cannot be read or is too small for MS-SSIM.
+            ValueError: the file cannot be read.
         """
         content = self.read(url)
         original_THW3 = _to_frames(content)
-        height, width = original_THW3.shape[1:3]
-        if min(height, width) <= MS_SSIM_SIDE:
-            raise ValueError(f"{url} is {width} x {height}; MS-SSIM needs sides above {MS_SSIM_SIDE} pixels")
         points: list[Point] = []
         example = {"original": _middle_frame(original_THW3)}
         for name, runner in self.bsq_runners.items():
@@ -216,16 +221,18 @@ def _measure(
 
 
 def _distortion(original_THW3: np.ndarray, decoded_THW3: np.ndarray) -> dict[str, float]:
-    """Return each metric's mean over frames; for LPIPS over some of them."""
-    num_frames = len(original_THW3)
+    """Return the mean of each metric over frames, of LPIPS over some of them, if the frames are large enough for it."""
+    num_frames, min_side = len(original_THW3), min(original_THW3.shape[1:3])
+    metrics: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+        "psnr": psnr, "ms_ssim": multi_scale_similarity, "lpips": lpips
+    }  # fmt: skip
     lpips_frames = set(np.linspace(0, num_frames - 1, min(num_frames, _LPIPS_FRAMES)).round().astype(int).tolist())
-    values: Mapping[str, list[float]] = {name: [] for name in METRICS}
+    values: Mapping[str, list[float]] = {name: [] for name in METRICS if min_side >= MIN_SIDES[name]}
     for t in range(num_frames):
         pair = _to_tensor(original_THW3[t]), _to_tensor(decoded_THW3[t])
-        values["psnr"].append(float(psnr(*pair)))
-        values["ms_ssim"].append(float(multi_scale_similarity(*pair)))
-        if t in lpips_frames:
-            values["lpips"].append(float(lpips(*pair)))
+        for name, each in values.items():
+            if name != "lpips" or t in lpips_frames:
+                each.append(float(metrics[name](*pair)))
     return {name: float(np.mean(each)) for name, each in values.items()}
 
 

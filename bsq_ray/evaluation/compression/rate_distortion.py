@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bsq_ray.metrics.lpips import MIN_SIDE
+from bsq_ray.metrics.ssim import MS_SSIM_SIDE
+
 METRICS = ("psnr", "ms_ssim", "lpips")
+# Smallest height and width for which a metric is defined.
+MIN_SIDES = {"psnr": 1, "ms_ssim": MS_SSIM_SIDE + 1, "lpips": MIN_SIDE["alex"]}
 Row = dict[str, float]
 # Mean points of each codec by its name, with ascending rates.
 Curves = dict[str, list[Row]]
@@ -26,7 +31,7 @@ class Point:
         codec: name of the codec.
         quality: quality setting of the codec.
         bits_per_pixel: of the whole file, headers included; for a clip, over the pixels of all its frames.
-        metrics: PSNR in dB, MS-SSIM, LPIPS (alex).
+        metrics: PSNR in dB, and MS-SSIM and LPIPS (alex) if the image is large enough for them.
         encode_seconds, decode_seconds: for the whole image or clip.
     """
 
@@ -39,7 +44,7 @@ class Point:
 
 
 def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
-    """Return the mean over items of each codec at each quality."""
+    """Return the mean over items of each codec at each quality; that of a metric over the items that have it."""
     grouped: dict[str, dict[float, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for points in points_by_item.values():
         for point in points:
@@ -50,7 +55,7 @@ def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
             {
                 "quality": quality,
                 "bits_per_pixel": float(np.mean([p.bits_per_pixel for p in points])),
-                **{name: float(np.mean([p.metrics[name] for p in points])) for name in METRICS},
+                **_mean_metrics(points),
                 "encode_seconds": float(np.mean([p.encode_seconds for p in points])),
                 "decode_seconds": float(np.mean([p.decode_seconds for p in points])),
             }
@@ -58,6 +63,11 @@ def mean_curves(points_by_item: Mapping[str, Sequence[Point]]) -> Curves:
         ]
         curves[codec] = sorted(rows, key=lambda row: row["bits_per_pixel"])
     return curves
+
+
+def _mean_metrics(points: Sequence[Point]) -> dict[str, float]:
+    values = {name: [point.metrics[name] for point in points if name in point.metrics] for name in METRICS}
+    return {name: float(np.mean(each)) for name, each in values.items() if each}
 
 
 def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
@@ -71,7 +81,7 @@ def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
     logs = np.log([row["bits_per_pixel"] for row in curve])
     if not logs[0] <= math.log(rate) <= logs[-1]:
         return None
-    names = (*METRICS, "encode_seconds", "decode_seconds")
+    names = [name for name in (*METRICS, "encode_seconds", "decode_seconds") if name in curve[0]]
     row = {name: float(np.interp(math.log(rate), logs, [row[name] for row in curve])) for name in names}
     return {"bits_per_pixel": rate} | row
 

@@ -2,7 +2,7 @@
 
 A file is the elementary stream, without the overhead of a container. The paper compares with FFmpeg's
 `-preset medium -bf 0 -pix_fmt yuv420p -threads 4` at CRF 17 to 47. It has no AV1; here it is preset 8 of SVT-AV1 with
-its default prediction structure.
+its default prediction structure. Clips that are stored as 4:2:0 are encoded as they are.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import av
 import numpy as np
 
 from bsq_ray.evaluation.compression.clip_files import VideoClip
-from bsq_ray.media.color import frame_to_rgb, rgb_to_frame
+from bsq_ray.media.color import frame_color, frame_to_rgb, planes_to_rgb, stored_planes
 
 _THREADS = "4"
 # Otherwise SVT-AV1 prints its version to stderr.
@@ -49,15 +50,25 @@ class VideoCodec:
             stream.pix_fmt = "yuv420p"
             # FFmpeg's command line uses frame threads; PyAV's default divides frames into slices, which costs bits.
             stream.thread_type = "FRAME"
-            for pixels_HW3 in clip.frames_THW3:
-                output.mux(stream.encode(rgb_to_frame(pixels_HW3, stream.pix_fmt)))
+            if clip.stored is not None:
+                # The decoder then converts to RGB as the source is converted.
+                stream.codec_context.colorspace = clip.stored.color.matrix
+                stream.codec_context.color_range = 2 if clip.stored.color.full_range else 1
+            for frame in clip.frames_420():
+                output.mux(stream.encode(frame))
             output.mux(stream.encode(None))
         return file.getvalue()
 
     def decode(self, data: bytes) -> np.ndarray:
         """Return the frames, uint8 (T, H, W, 3)."""
         with av.open(io.BytesIO(data), format=self.format) as file:
-            return np.stack([frame_to_rgb(frame) for frame in file.decode(video=0)])
+            return np.stack([_to_rgb(frame) for frame in file.decode(video=0)])
+
+
+def _to_rgb(frame: Any) -> np.ndarray:
+    """Convert a decoded frame as the frames of a clip are converted."""
+    planes_PW = stored_planes(frame)
+    return frame_to_rgb(frame) if planes_PW is None else planes_to_rgb(planes_PW, frame_color(frame))
 
 
 def standard_video_codecs() -> dict[str, VideoCodec]:

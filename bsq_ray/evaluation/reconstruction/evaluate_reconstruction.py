@@ -31,6 +31,7 @@ from bsq_ray.evaluation.reconstruction.image_metrics import ImageReconstructionM
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.fid import KID_SUBSET_SIZE
 from bsq_ray.metrics.i3d import MIN_FRAMES
+from bsq_ray.metrics.lpips import MIN_SIDE
 from bsq_ray.metrics.ssim import MS_SSIM_SIDE
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
@@ -87,6 +88,12 @@ def evaluate_reconstruction(
     total = source.num_samples if limit is None else min(source.num_samples, limit)
     if total < 2:
         raise ValueError(f"{data_url} has {total} {_UNITS[manifest.kind]}; an evaluation needs at least 2")
+    if run_config.model.image_size < MIN_SIDE["alex"]:
+        size = run_config.model.image_size
+        raise ValueError(
+            f"{model_url} has images of {size} x {size} pixels; measuring needs {MIN_SIDE['alex']} or more, because "
+            "LPIPS is not defined for smaller ones"
+        )
     task = _EvaluationTask(run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total)
     accumulator = MetricAccumulator(run_config.model.quantizer.bits, task.metrics_type)
     skipped_samples = SkippedSamples(max_skipped_samples)
