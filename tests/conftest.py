@@ -144,7 +144,7 @@ def bucket(s3_server):
 
 def pytest_addoption(parser):
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/ with the measured values")
-    parser.addoption("--fuzz", type=int, default=100_000, help="number of damaged files in the long test of the codec")
+    parser.addoption("--fuzz", type=int, help="number of damaged files in the long tests of codec and readers")
 
 
 def pytest_configure(config):

@@ -165,7 +165,7 @@ def test_decode_forged_tokens_fail_token_checksum(targets):
 @pytest.mark.slow
 @pytest.mark.long
 def test_decode_100k_damaged_files_stays_within_memory(targets, request):
-    num_files = request.config.getoption("--fuzz")
+    num_files = request.config.getoption("--fuzz") or 100_000
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes, slowest_s = fuzz(targets, num_files, seed=1)
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before
