@@ -171,6 +171,8 @@ def _resolve_folder(url: str) -> str:
     if storage.exists(storage.join(url, "config.yaml")):
         return url
     parent_exists = "/" in url and storage.exists(url.rpartition("/")[0] or "/")
+    if parent_exists and not storage.exists(url):
+        raise ValueError(f"model folder {url} does not exist")
     if parent_exists or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
         raise ValueError(f"{url} is not a model folder: it has no config.yaml")
     try:

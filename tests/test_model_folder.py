@@ -174,11 +174,11 @@ def test_load_weights_long_key_list_is_truncated():
 def test_load_model_folder_not_a_model_raises(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"is not a model folder: it has no config.yaml"):
         Tokenizer.from_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="is not a model folder"):
+    with pytest.raises(ValueError, match="model folder .*absent does not exist"):
         Tokenizer.from_pretrained(str(tmp_path / "absent"))
     # Looks like a hub id, and is not one where its first part is a folder.
     monkeypatch.chdir(tmp_path.parent)
-    with pytest.raises(ValueError, match=f"^{tmp_path.name}/tokenizer is not a model folder"):
+    with pytest.raises(ValueError, match=f"^model folder {tmp_path.name}/tokenizer does not exist"):
         Tokenizer.from_pretrained(f"{tmp_path.name}/tokenizer")
 
 

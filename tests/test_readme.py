@@ -120,6 +120,7 @@ def test_pages_run_as_printed(tmp_path, photo_folders, video_folders, monkeypatc
         "jobs": ROOT / "jobs",
         # What the quickstart would have left.
         "quickstart/run/model": tmp_path / "runs/demo/model",
+        "quickstart/photos/held_out": photo_folders[1],
     }
     for name, target in inputs.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

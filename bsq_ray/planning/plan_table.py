@@ -30,9 +30,10 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     num_flops = sum(sample.flops.values())
     percentages = ", ".join(f"{name} {count / num_flops:.0%}" for name, count in sample.flops.items())
     parts = ("weights", "gradients", "optimizer", "ema", "buckets", "activations", "overhead")
+    micro_batches = "1 micro batch" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro batches"
     return [
         ("parameters", ", ".join(f"{count / 1e6:.1f} M {name}" for name, count in sample.parameters.items())),
-        ("batch per GPU", f"{plan.micro_batch_size} {sample.unit}, {plan.accumulation_steps} micro batches per step"),
+        ("batch per GPU", f"{plan.micro_batch_size} {sample.unit}, {micro_batches} per step"),
         ("memory per GPU", f"{_gib(memory.total)} of {plan.gpu.memory_gib:.0f} GiB: {fit}"),
         *((f"  {part}", _gib(getattr(memory, part))) for part in parts),
         ("operations per step", f"{plan.step_flops / 1e12:.4g} TFLOP: {percentages}"),

@@ -34,11 +34,13 @@ async function loadModels() {
     ({ models } = await (await request("v1/models")).json());
   } catch (error) {
     byId("access").hidden = error.status !== 401;
+    byId("loading").hidden = error.status === 401;
     if (error.status === 401) byId("token").focus();
     else setTimeout(loadModels, 2000);
     return;
   }
   byId("access").hidden = true;
+  byId("loading").hidden = models.every((model) => model.ready);
   updateModelSelect("compress", "codec", new Option("automatic, by file type", ""));
   updateModelSelect("generate", "generator");
   byId("codec-row").hidden = byId("codec").options.length < 3;

@@ -25,7 +25,7 @@ _METRIC_LABELS = {
     "perceptual": "lpips",
     "loss/generator": "gan",
     "loss/discriminator": "disc",
-    "code_usage": "codes used",
+    "code_usage": "distinct codes",
 }
 # Minimum time between status lines without a terminal.
 _NON_TTY_INTERVAL_S = 10.0
