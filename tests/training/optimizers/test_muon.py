@@ -3,6 +3,7 @@
 import functools
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from process_group import spawn_group
@@ -79,6 +80,26 @@ def test_muon_takes_the_steps_of_torch():
     assert ours[-1] < 0.95 * ours[0]
 
 
+def distributed_steps(rank, world_size):
+    """Return the weights after five steps on gradients that are the same on every worker."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    optimizer = Muon(weights, lr=0.01, lr_ratio=1.0, momentum=0.95, weight_decay=0.1, dtype=torch.float32)
+    for _ in range(5):
+        for weight in weights:
+            weight.grad = weight.detach().cos()
+        optimizer.step()
+    return [weight.detach().numpy() for weight in weights]
+
+
+def test_workers_share_the_orthogonalization():
+    """Three workers, of which two own one matrix and one owns two, have the weights of one."""
+    expected = distributed_steps(0, 1)
+    for weights in spawn_group(3, distributed_steps):
+        for left, right in zip(expected, weights, strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+
+
 def stopped_runs(rank, world_size, shards, out, overrides_by_name):
     """`reference_runs`, each stopped after ten steps."""
     return reference_runs(rank, world_size, shards, out, overrides_by_name, dict.fromkeys(overrides_by_name, 10))
@@ -129,6 +150,7 @@ def losses(photo_shards, tmp_path_factory):
     return {**one, **two}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reference"),
     [("one worker", "torch"), ("two workers", "torch"), ("accumulated", "whole batch")],
@@ -141,6 +163,7 @@ def test_training_losses_are_those_of_torch_in_one_process(losses, name, referen
             assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-5), (left["step"], key)
 
 
+@pytest.mark.slow
 def test_resumed_run_takes_the_same_steps_on_another_number_of_workers(losses):
     """The momentum is in the checkpoint: ten steps on two workers and ten on one are twenty steps."""
     assert [record["step"] for record in losses["resumed"]] == list(range(11, 21))
