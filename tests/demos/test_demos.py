@@ -55,7 +55,7 @@ def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_pat
 def test_generate_demo_too_few_photos_raises(photos, tmp_path):
     """Too few photos raise an error before any training starts."""
     folder = split_by_brightness([photo.resize((96, 80)) for photo in photos], tmp_path)
-    with pytest.raises(ValueError, match="has too few photos: .*, 2 in all"):
+    with pytest.raises(ValueError, match="has too few photos: .*, 2 in total"):
         generate_demo.run_demo(folder, tmp_path / "demo", 0.1)
     assert not (tmp_path / "demo" / "tokenizer").exists()
 

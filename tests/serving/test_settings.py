@@ -33,7 +33,7 @@ def test_parse_settings_names_models(model):
     assert parse_settings([model, f"other={model}"], "127.0.0.1").models == {"tiny": model, "other": model}
     with pytest.raises(ValueError, match="two models are named tiny; rename one of them"):
         parse_settings([model, model], "127.0.0.1")
-    with pytest.raises(ValueError, match="is not a model folder"):
+    with pytest.raises(ValueError, match="model folder .*/none does not exist"):
         parse_settings([model + "/none"], "127.0.0.1")
 
 
