@@ -39,7 +39,7 @@ STAGE_CONFIGS: dict[str, type[AnyConfig]] = {
 }
 _QUANTIZER_CONFIGS: dict[str, type[BaseModel]] = {"bsq": BSQConfig, "lfq": LFQConfig, "fsq": FSQConfig, "vq": VQConfig}
 # A section keeps its other keys if `kind` changes within one of these sets; None: not given.
-_KINDS_SHARING_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"})
+_KINDS_SHARING_KEYS = ({None, "bsq", "lfq"}, {None, "deepspeed", "ddp"}, {None, "adamw", "muon"})
 
 
 def preset_names() -> list[str]:

@@ -191,6 +191,20 @@ def test_describe_optimizers_counts_parameters():
     assert build.describe_optimizers(tokenizer, adamw) == "adamw: 115 tensors (6.87 M)"
 
 
+@pytest.mark.parametrize(
+    "base", ["imagenet128-bsq18", "imagenet256-bsq36", "imagenet128-masked-lm", "imagenet128-prior"]
+)
+def test_muon_presets_change_nothing_but_optimizer_and_engine(base):
+    """A preset with Muon has the rates, the schedule, the model and the loss of its base."""
+    muon, adamw = load_config(f"{base}-muon").model_dump(), load_config(base).model_dump()
+    assert muon["training"]["optimizer"].pop("kind") == "muon"
+    assert muon["training"]["engine"].pop("kind") == "ddp"
+    for run in (muon, adamw):
+        del run["name"], run["description"]
+    del adamw["training"]["optimizer"]["kind"], adamw["training"]["engine"]["kind"]
+    assert muon == adamw
+
+
 def test_muon_with_zero_raises():
     """ZeRO divides matrices, so the combination raises an error with what to use instead."""
     with pytest.raises(ValueError, match="needs whole matrices, and ZeRO divides them .* use engine.kind ddp"):
