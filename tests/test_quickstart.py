@@ -45,6 +45,7 @@ def test_quickstart_photos_write_report_and_resume(photos, tmp_path, ray_local, 
     assert json.loads((tmp_path / "out/run/summary.json").read_text())["workers"] == 2
     assert Image.open(tmp_path / "out/evaluation/reconstructions.png").width > 100
     assert "mean colors" in result.summary
+    assert result.summary.startswith("After 12 steps, on ")
     resumed_result = run_quickstart(folder, tmp_path / "out", minutes=5, overrides=_SMALL_OVERRIDES)
     assert resumed_result.results["model_id"] == result.results["model_id"]
     with pytest.raises(ValueError, match="was made from .*mine; choose another --out"):

@@ -78,7 +78,7 @@ def run_quickstart(
         }
         run_url = str(out / "run")
         try:
-            train(
+            trained = train(
                 config,
                 data["train"],
                 run_url,
@@ -96,7 +96,7 @@ def run_quickstart(
     report = out / "report.html"
     write_report(run_url, str(out / "evaluation"), str(report))
     model = out / "run" / "model"
-    return QuickstartResult(model, report, results, _format_summary(results, sample_set, model, report))
+    return QuickstartResult(model, report, results, _format_summary(results, trained.step, sample_set, model, report))
 
 
 def _claim_folder(out: Path, folder: Path | None, sample_set: SampleSet) -> None:
@@ -148,11 +148,11 @@ def _collect_files(source: Path | None, out: Path, sample_set: SampleSet) -> tup
     return folders
 
 
-def _format_summary(results: dict[str, Any], sample_set: SampleSet, model: Path, report: Path) -> str:
+def _format_summary(results: dict[str, Any], num_steps: int, sample_set: SampleSet, model: Path, report: Path) -> str:
     model_row, baseline_row = results["rows"]["model"], results["rows"]["mean color"]
     num_samples, bits_per_pixel = results["provenance"]["num_samples"], model_row["bits_per_pixel"]
     lines = [
-        f"On {num_samples} held-out {sample_set.name} at {bits_per_pixel:g} bits per pixel:",
+        f"After {num_steps} steps, on {num_samples} held-out {sample_set.name} at {bits_per_pixel:g} bits per pixel:",
         "                       PSNR     LPIPS" + ("     rFVD" if "rfvd" in model_row else ""),
     ]
     for name, row in (("this tokenizer", model_row), ("mean colors  ", baseline_row)):
