@@ -45,9 +45,10 @@ def photo(photo_folders, tmp_path):
     return str(tmp_path / "photo.png")
 
 
-def run(name, *arguments, cwd):
+def run(name, *arguments, cwd, **environment):
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -74,7 +75,8 @@ def test_compress_folder_with_ray_data_skips_damaged_files(models, photo, tmp_pa
     shutil.move(photo, tmp_path / "photos" / "photo.png")
     (tmp_path / "photos" / "damaged.png").write_bytes(b"no image")
     name = "02_compress_folder_with_ray_data.py"
-    printed = run(name, models[0], "photos", "compressed", "--actors", 1, cwd=tmp_path)
+    # Without an address Ray waits for minutes for the cluster that was started last, also if it was killed.
+    printed = run(name, models[0], "photos", "compressed", "--actors", 1, cwd=tmp_path, RAY_ADDRESS="local")
     assert "damaged.png: skipped" in printed
     assert [path.name for path in (tmp_path / "compressed").iterdir()] == ["photo.bsq"]
 
