@@ -32,13 +32,13 @@ demo-compress: $(READY) ## train a codec and compare it with the standard ones
 test-fast: $(READY) ## unit tests without Ray; under 2 minutes on two cores
 	$(BIN)/python -m pytest -m '$(FAST)'
 
-test: $(READY)   ## the tests of every change; under 25 minutes on two cores
+test: $(READY)   ## the tests of every change; 30 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow and not benchmark'
 
-test-slow: $(READY) ## fault injection, clusters, demos; under 30 minutes on two cores
+test-slow: $(READY) ## fault injection, clusters, demos; 30 minutes on two cores
 	$(BIN)/python -m pytest -m 'slow and not long and not benchmark'
 
-test-long: $(READY) ## killed commands, documented commands, video quickstart; 30 minutes on two cores
+test-long: $(READY) ## killed commands, documented commands, damaged files; an hour on two cores
 	$(BIN)/python -m pytest -m 'long and not benchmark'
 
 test-gpu: $(READY) ## tests that need a CUDA GPU
