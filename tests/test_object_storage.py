@@ -54,6 +54,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
     """Ray workers train from and to an object store, and a run resumes there, also without Ray."""
     pack_images(str(photo_folders[1]), f"{bucket}/shards", PackOptions(max_side=64, num_workers=0))

@@ -32,6 +32,7 @@ def elastic_records(photo_shards, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_elastic_run_shrinks_and_grows(elastic_records):
     """A run continues with fewer workers when a node is lost and grows again when there is capacity."""
     _, records = elastic_records
@@ -44,6 +45,7 @@ def test_elastic_run_shrinks_and_grows(elastic_records):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_elastic_preemption_notice_loses_no_step(elastic_records):
     """After a preemption notice no training step is lost."""
     _, records = elastic_records
@@ -53,6 +55,7 @@ def test_elastic_preemption_notice_loses_no_step(elastic_records):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_elastic_losses_match_fixed_run(elastic_records, photo_shards, tmp_path):
     """An elastic run logs the losses of a run whose nodes never change."""
     out, _ = elastic_records

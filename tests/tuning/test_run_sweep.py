@@ -140,6 +140,7 @@ def test_run_sweep_finished_sweep_trains_nothing(demo, photo_shards, held_out_sh
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_sweep_early_stop_releases_resources(photo_shards, held_out_shards, tmp_path, ray_local):
     """Trials that ASHA stops early save a model and release their resources."""
     # Long compared with the delay of a stop request.
@@ -201,6 +202,7 @@ def test_run_sweep_killed_trial_resumes_from_checkpoint(photo_shards, held_out_s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_run_sweep_records_invalid_diverged_and_failed(photo_shards, held_out_shards, tmp_path, ray_local):
     """Invalid, diverging and failing trials are recorded with their reason and do not end the sweep."""
     space = {
