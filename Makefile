@@ -38,7 +38,7 @@ test: $(READY)   ## the tests of every change; 30 minutes on two cores
 test-slow: $(READY) ## fault injection, clusters, demos; 30 minutes on two cores
 	$(BIN)/python -m pytest -m 'slow and not long and not benchmark'
 
-test-long: $(READY) ## killed commands, documented commands, damaged files; an hour on two cores
+test-long: $(READY) ## killed commands, documented commands, damaged files; about an hour on two cores
 	$(BIN)/python -m pytest -m 'long and not benchmark'
 
 test-gpu: $(READY) ## tests that need a CUDA GPU

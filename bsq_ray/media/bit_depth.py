@@ -21,7 +21,11 @@ _TIFF_WHITE_IS_ZERO, _TIFF_UNSIGNED = 0, 1
 
 def is_deep(image: Image.Image) -> bool:
     """Return True if the image has gray values of more than 8 bits."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+    return image.mode in ("I", "F") or _is_16_bits(image)
+
+
+def _is_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16")
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
@@ -36,7 +40,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and bits == 32 and int(tags.get(_TIFF_SAMPLE_FORMAT, (0,))[0]) == _TIFF_UNSIGNED:
         values_HW = values_HW.view(np.uint32)
     gray_HW = (values_HW / _white(image, values_HW, bits) * 255).round().clip(0, 255).astype(np.uint8)
-    if image.mode != "I" and tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO and image.mode != "F":
+    if _is_16_bits(image) and tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
         gray_HW = 255 - gray_HW
     gray = Image.fromarray(gray_HW)
     key = image.info.get("transparency")
@@ -48,7 +52,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _white(image: Image.Image, values_HW: np.ndarray, bits: int) -> float:
     """Return the value that is displayed as white."""
-    if image.mode.startswith("I;16"):
+    if _is_16_bits(image):
         return float(2**bits - 1)
     low, high = float(values_HW.min()), float(values_HW.max())
     # A sum also finds values that comparisons skip.

@@ -35,15 +35,14 @@ def build_optimizers(
     Args:
         use_bf16: orthogonalize matrices in bf16 instead of fp32.
     """
-    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
-    rest = [parameter for name, parameter in module.named_parameters() if name not in matrices]
+    matrices, rest = _split_parameters(module, optimizer_config)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if rest:
         optimizers["optimizer"] = build_adamw(rest, optimizer_config)
     if matrices:
         rate = optimizer_config.muon.base_learning_rate or optimizer_config.base_learning_rate
         optimizers["muon"] = Muon(
-            matrices.values(),
+            matrices,
             lr=rate,
             lr_ratio=rate / optimizer_config.base_learning_rate,
             momentum=optimizer_config.muon.momentum,
@@ -67,10 +66,17 @@ def muon_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def describe_optimizers(module: nn.Module, optimizer_config: config.OptimizerConfig) -> str:
     """Describe the split in a line, such as `muon: 32 matrices (6.29 M); adamw: 40 tensors (0.61 M)`."""
-    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
-    rest = [parameter for name, parameter in module.named_parameters() if name not in matrices]
-    parts = [f"muon: {len(matrices)} matrices ({_millions(matrices.values())})"] if matrices else []
+    matrices, rest = _split_parameters(module, optimizer_config)
+    parts = [f"muon: {len(matrices)} matrices ({_millions(matrices)})"] if matrices else []
     return "; ".join([*parts, f"adamw: {len(rest)} tensors ({_millions(rest)})"])
+
+
+def _split_parameters(
+    module: nn.Module, optimizer_config: config.OptimizerConfig
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of Muon and those of AdamW."""
+    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
+    return list(matrices.values()), [value for name, value in module.named_parameters() if name not in matrices]
 
 
 def _millions(parameters: Iterable[nn.Parameter]) -> str:

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bsq_ray.runtime.collectives import num_workers
+
 # Coefficients of the quintic iteration, chosen for the largest slope at zero (Jordan et al., 2024).
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
@@ -38,19 +40,20 @@ def orthogonalize(x_BMN: Tensor) -> Tensor:
     Returns:
         Tensor of the same shape and type.
     """
-    a, b, c = _COEFFICIENTS
     is_tall = x_BMN.shape[-2] > x_BMN.shape[-1]
     if is_tall:
         x_BMN = x_BMN.mT
     # The iteration converges for spectral norms up to 1, and the Frobenius norm is an upper bound of them.
     x_BMN = x_BMN / torch.linalg.vector_norm(x_BMN, dim=(-2, -1), keepdim=True).clamp(min=_EPS)
-    iterate = _iterate_gram if x_BMN.dtype == torch.float32 else _iterate
-    x_BMN = iterate(x_BMN, a, b, c)
+    # On two CPU cores 1.5 to 1.7 times as fast for N = 3 M and 4 M, and slower for square matrices.
+    is_wide = x_BMN.shape[-1] >= 2 * x_BMN.shape[-2]
+    x_BMN = _iterate_gram(x_BMN) if is_wide and x_BMN.dtype == torch.float32 else _iterate(x_BMN)
     return x_BMN.mT if is_tall else x_BMN
 
 
-def _iterate(x_BMN: Tensor, a: float, b: float, c: float) -> Tensor:
+def _iterate(x_BMN: Tensor) -> Tensor:
     """Apply x ← a x + (b g + c g²) x with g = x xᵀ, five times."""
+    a, b, c = _COEFFICIENTS
     for _ in range(_NUM_ITERATIONS):
         gram_BMM = x_BMN @ x_BMN.mT
         polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
@@ -58,12 +61,13 @@ def _iterate(x_BMN: Tensor, a: float, b: float, c: float) -> Tensor:
     return x_BMN
 
 
-def _iterate_gram(x_BMN: Tensor, a: float, b: float, c: float) -> Tensor:
+def _iterate_gram(x_BMN: Tensor) -> Tensor:
     """Return the result of `_iterate` with products of M × M matrices only, but for the first and the last one.
 
     All factors are polynomials of the first Gram matrix g, so they commute: with p = a + b g + c g², the next Gram
     matrix is p g p, and the result is the product of all p, times x. It needs the range of float32.
     """
+    a, b, c = _COEFFICIENTS
     gram_BMM = x_BMN @ x_BMN.mT
     identity_MM = torch.eye(gram_BMM.shape[-1], dtype=gram_BMM.dtype, device=gram_BMM.device)
     product_BMM: Tensor | None = None
@@ -129,7 +133,7 @@ class Muon(torch.optim.Optimizer):
 
 def _orthogonalize_on_owners(directions: list[Tensor]) -> list[Tensor]:
     """Orthogonalize each matrix on one worker, and return all results on every worker; collective."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    world_size = num_workers()
     if world_size == 1:
         return _orthogonalize_by_shape(directions)
     owned_by = assign_owners([tuple(direction.shape) for direction in directions], world_size)

@@ -30,7 +30,7 @@ from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
-from bsq_ray.runtime.collectives import average_over_workers
+from bsq_ray.runtime.collectives import average_over_workers, num_workers
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -226,7 +226,7 @@ class TokenizerStage(Stage):
         for bits_BNL in self._recent_bits:
             usage.update(bits_BNL)
         self._recent_bits.clear()
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if num_workers() > 1:
             counts = usage.counts().to(self.device)
             dist.all_reduce(counts)
             usage.set_counts(counts)
