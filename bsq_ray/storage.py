@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import fsspec
-import tenacity
-from fsspec.core import url_to_fs
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from bsq_ray.runtime import local_files
+
+# fsspec and tenacity are imported when they are used: commands that read presets only start without them.
+if TYPE_CHECKING:
+    import tenacity
 
 Value = TypeVar("Value")
 
@@ -104,6 +104,8 @@ def retry_while_unavailable(operation: Callable[[], Value], timeout_s: float, on
     Raises:
         StorageUnavailableError: the operation still fails after `timeout_s` seconds.
     """
+    import tenacity
+
     backoff = tenacity.wait_exponential(multiplier=_INITIAL_BACKOFF_S, max=_MAX_BACKOFF_S)
 
     def pause_s(state: tenacity.RetryCallState) -> float:
@@ -131,6 +133,9 @@ def filesystem(url: str) -> tuple[Any, str]:
     Raises:
         ValueError: the path is empty, or the URL's scheme is unknown or needs a package that is not installed.
     """
+    import fsspec
+    from fsspec.core import url_to_fs
+
     if not url:
         raise ValueError("a path is empty; name a file or folder")
     match = _URL_PATTERN.match(url)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bsq_ray import config, model_folder, storage
+from bsq_ray import config, storage
 from bsq_ray.cli.extras import require_extra
 from bsq_ray.config.loader import suggest
 
@@ -16,6 +16,9 @@ def format_info(target: str) -> str:
     if target in config.preset_names():
         return f"preset {target}\n{_format_run(config.load_config(target))}"
     if storage.exists(storage.join(target, "model.safetensors")):
+        # Here, because the module imports torch, which describing a preset does not need.
+        from bsq_ray import model_folder
+
         folder = model_folder.load_model_folder(target)
         num_parameters = sum(tensor.numel() for tensor in folder.weights.values())
         return (
