@@ -39,9 +39,9 @@ _LEFTOVER_FOLDER_PATTERN, _LEFTOVER_FILE_PATTERN = (
 )
 # Image formats that other programs write and this package does not read.
 _OTHER_IMAGE_SUFFIXES = {
-    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jxr", ".psd", ".xcf", ".svg", ".eps", ".ai", ".ico",
+    ".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".xcf", ".svg", ".eps", ".ai", ".ico",
     ".tga", ".dds", ".exr", ".hdr", ".pfm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef",
-    ".srw", ".raw", ".dcm", ".fits", ".jfif", ".jpe", ".jif", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".sgi",
+    ".srw", ".raw", ".dcm", ".fits", ".apng", ".pcx", ".sgi",
 }  # fmt: skip
 _MAX_LISTED = 6
 

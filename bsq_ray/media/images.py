@@ -25,7 +25,10 @@ from bsq_ray.media.color_profiles import to_srgb_colors
 from bsq_ray.media.decode_error import DecodeError, TooLargeError, UnknownFormatError, translate_decode_errors
 from bsq_ray.media.orientation import UPRIGHT, to_upright
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+    ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 # Formats that Pillow decodes without external programs, by Pillow's names. JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
