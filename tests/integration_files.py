@@ -24,6 +24,7 @@ INTEGRATION = (
     "jobs/",
     "losses/test_perceptual.py",
     "media/test_mutated_files.py",
+    "media/test_mutated_pipelines.py",
     "media/test_video_kinds.py",
     "media/test_video_reader.py",
     "metrics/test_against_public_implementations.py",
