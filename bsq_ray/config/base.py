@@ -55,7 +55,7 @@ class DataOrderConfig(StrictModel):
 
 
 class MuonConfig(StrictModel):
-    """Muon, for the matrices of transformer blocks (Jordan et al., 2024)."""
+    """Muon, for the matrices of transformer blocks and of convolutions (Jordan et al., 2024)."""
 
     base_learning_rate: float | None = Field(
         None,
@@ -64,6 +64,10 @@ class MuonConfig(StrictModel):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of the momentum.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of these matrices.")
+    convolutions: bool = Field(
+        False,
+        description="Also the kernels of convolutions, as matrices of outputs x inputs; only discriminators have them.",
+    )
 
 
 class OptimizerConfig(StrictModel):

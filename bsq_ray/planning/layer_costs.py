@@ -149,6 +149,13 @@ def num_discriminator_parameters(adversarial: config.AdversarialConfig, image_si
     return sum(layer.num_parameters for layer in layers) + norms
 
 
+def num_kernel_elements(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> int:
+    """Return the elements of the discriminator's convolution kernels, without its linear layers."""
+    layers = discriminator_layers(adversarial, image_size, frames)
+    kernels = [layer for layer in layers if layer.output_size > 1]
+    return sum(layer.num_parameters - layer.trainable * layer.bias * layer.out_channels for layer in kernels)
+
+
 def perceptual_layers(network: Literal["vgg", "alex"], image_size: int) -> list[list[Convolution]]:
     """Return the convolutions of the LPIPS network for one image; each list ends where features are compared."""
     if network == "alex":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.layer_costs import num_block_matrix_elements
+from bsq_ray.planning.layer_costs import num_block_matrix_elements, num_kernel_elements
 from bsq_ray.planning.requirements import sample_requirements
 
 # Empirical: CUDA context and workspaces of libraries (1 GiB), and fragmented memory of the allocator (5 %).
@@ -76,7 +76,10 @@ def _num_muon_elements(run: config.AnyConfig) -> int:
     if run.training.optimizer.kind != "muon":
         return 0
     if isinstance(run, config.TokenizerConfig):
-        return num_block_matrix_elements(run.model.encoder) + num_block_matrix_elements(run.model.decoder)
+        kernels = 0
+        if run.training.optimizer.muon.convolutions:
+            kernels = num_kernel_elements(run.loss.adversarial, run.model.image_size, run.model.frames)
+        return num_block_matrix_elements(run.model.encoder) + num_block_matrix_elements(run.model.decoder) + kernels
     return num_block_matrix_elements(run.model.transformer)
 
 

@@ -151,6 +151,20 @@ def test_muon_needs_one_moment_per_matrix_element(preset):
     assert planned_adamw - planned == 8 * num_parameters - measured
 
 
+@pytest.mark.parametrize(
+    ("preset", "kind"), [("demo", "stylegan2"), ("demo", "patchgan"), ("demo-video", "stylegan2-3d")]
+)
+def test_muon_on_convolutions_needs_one_moment_per_kernel_element(preset, kind):
+    """Kernels of the discriminator have one moment instead of two; its linear layers keep both."""
+    muon = ["training.engine.kind=ddp", "training.optimizer.kind=muon", f"loss.adversarial.discriminator={kind}"]
+    without = load_config(preset, muon)
+    run = load_config(preset, [*muon, "training.optimizer.muon.convolutions=true"])
+    discriminator = build_discriminator(run.loss.adversarial, run.model.image_size, run.model.frames)
+    num_elements = sum(value.numel() for value in discriminator.parameters() if value.ndim >= 4)
+    planned, planned_without = (training_memory(config, 4, 4).optimizer for config in (run, without))
+    assert planned_without - planned == 4 * num_elements
+
+
 def test_offloaded_optimizer_uses_no_gpu_memory():
     resident, offloaded = (
         training_memory(load_config("demo", [f"training.engine.offload_optimizer={value}"]), 4, 4)

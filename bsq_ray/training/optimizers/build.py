@@ -13,6 +13,7 @@ from bsq_ray.training.optimizers.muon import Muon
 
 # Transformer blocks are elements of a module list with this name.
 _IN_BLOCK = re.compile(r"(^|\.)blocks\.\d+\.")
+_MIN_KERNEL_DIMS = 4
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], optimizer_config: config.OptimizerConfig) -> torch.optim.AdamW:
@@ -52,15 +53,18 @@ def build_optimizers(
     return optimizers
 
 
-def muon_matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+def muon_matrices(module: nn.Module, *, convolutions: bool) -> dict[str, nn.Parameter]:
     """Return the parameters that Muon optimizes, by name: matrices of linear layers in transformer blocks.
 
-    Embeddings, positions, heads, quantizer projections, norms and biases are not among them, nor are convolutions.
+    Embeddings, positions, heads, quantizer projections, norms and biases are not among them.
+
+    Args:
+        convolutions: include the kernels of convolutions, (out, in, height, width) or (out, in, time, height, width).
     """
     return {
         name: parameter
         for name, parameter in module.named_parameters()
-        if parameter.ndim == 2 and _IN_BLOCK.search(name)
+        if (parameter.ndim == 2 and _IN_BLOCK.search(name)) or (convolutions and parameter.ndim >= _MIN_KERNEL_DIMS)
     }
 
 
@@ -75,7 +79,9 @@ def _split_parameters(
     module: nn.Module, optimizer_config: config.OptimizerConfig
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the parameters of Muon and those of AdamW."""
-    matrices = muon_matrices(module) if optimizer_config.kind == "muon" else {}
+    matrices: dict[str, nn.Parameter] = {}
+    if optimizer_config.kind == "muon":
+        matrices = muon_matrices(module, convolutions=optimizer_config.muon.convolutions)
     return list(matrices.values()), [value for name, value in module.named_parameters() if name not in matrices]
 
 

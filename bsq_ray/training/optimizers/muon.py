@@ -86,7 +86,8 @@ class Muon(torch.optim.Optimizer):
     With one worker and `dtype` bfloat16 it takes the steps of `torch.optim.Muon` with `match_rms_adamw`.
 
     Args:
-        matrices: two-dimensional parameters, in the same order on every worker.
+        matrices: parameters of two or more dimensions, in the same order on every worker. All dimensions after the
+            first are the columns of a matrix.
         lr: learning rate, on the scale of AdamW's.
         lr_ratio: learning rate divided by that of the other parameters; the engine multiplies their rate by it.
         momentum: decay rate of the momentum.
@@ -118,17 +119,18 @@ class Muon(torch.optim.Optimizer):
             updates = _orthogonalize_on_owners(directions) if directions else []
             for parameter, update in zip(parameters, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * _ADAMW_RMS * math.sqrt(max(parameter.shape)))
+                scale = _ADAMW_RMS * math.sqrt(max(update.shape))
+                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
     def _direction(self, parameter: nn.Parameter, decay: float) -> Tensor:
-        """Update the momentum with the gradient, and return it with Nesterov's correction."""
+        """Update the momentum with the gradient, and return it with Nesterov's correction, as a matrix."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
         momentum.lerp_(parameter.grad, 1 - decay)
-        return parameter.grad.lerp(momentum, decay).to(self.dtype)
+        return parameter.grad.lerp(momentum, decay).flatten(1).to(self.dtype)
 
 
 def _orthogonalize_on_owners(directions: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from small_runs import train_runs
 from torch import nn
 
 from bsq_ray.config import load_config
+from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.training.optimizers import build
@@ -124,7 +125,7 @@ def reference_runs(rank, world_size, shards, out, overrides_by_name, stop_after=
 
             build.Muon = mock.Mock(side_effect=build_torch if name == "torch" else build_ours)
             results |= train_runs(rank, world_size, shards, out, {name: overrides}, stop_after)
-            # The discriminator has no transformer blocks.
+            # The discriminator has no transformer blocks, and its kernels are left to AdamW by default.
             build.Muon.assert_called_once()
     finally:
         build.Muon = original
@@ -174,13 +175,36 @@ def test_resumed_run_takes_the_same_steps_on_another_number_of_workers(losses):
 def test_muon_optimizes_matrices_of_transformer_blocks_only():
     """Every linear layer of the blocks belongs to Muon, and nothing else."""
     tokenizer = Tokenizer(load_config("demo").model)
-    names = set(build.muon_matrices(tokenizer))
+    names = set(build.muon_matrices(tokenizer, convolutions=True))
     in_blocks = {
         name for name, module in tokenizer.named_modules() if isinstance(module, nn.Linear) and "blocks" in name
     }
     assert names == {f"{name}.weight" for name in in_blocks}
     assert len(names) == 2 * 4 * 4
-    assert len(build.muon_matrices(MaskedLM(load_config("masked-lm-demo").model))) % 4 == 0
+    assert len(build.muon_matrices(MaskedLM(load_config("masked-lm-demo").model), convolutions=False)) % 4 == 0
+
+
+@pytest.mark.parametrize("kind", ["stylegan2", "patchgan", "stylegan2-3d"])
+def test_muon_convolutions_take_kernels_as_matrices(kind):
+    """A step on the kernels of a discriminator is that of `torch.optim.Muon` on the same numbers as matrices."""
+    overrides = [*MUON, "training.optimizer.muon.convolutions=true", f"loss.adversarial.discriminator={kind}"]
+    run = load_config("demo-video" if kind == "stylegan2-3d" else "demo", overrides)
+    torch.manual_seed(0)
+    discriminator = build_discriminator(run.loss.adversarial, run.model.image_size, run.model.frames)
+    kernels = build.muon_matrices(discriminator, convolutions=True)
+    assert set(kernels) == {name for name, value in discriminator.named_parameters() if value.ndim in (4, 5)}
+    matrices = {name: nn.Parameter(kernel.detach().flatten(1).clone()) for name, kernel in kernels.items()}
+    for name, parameter in discriminator.named_parameters():
+        parameter.grad = torch.randn_like(parameter)
+        if name in matrices:
+            matrices[name].grad = parameter.grad.flatten(1).clone()
+    optimizers = build.build_optimizers(discriminator, run.training.optimizer, use_bf16=True)
+    rates = {"lr": run.training.optimizer.base_learning_rate, "weight_decay": 1e-4}
+    expected = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **rates)
+    for optimizer in (*optimizers.values(), expected):
+        optimizer.step()
+    for name, kernel in kernels.items():
+        torch.testing.assert_close(kernel.flatten(1), matrices[name], rtol=1e-5, atol=1e-6)
 
 
 def test_describe_optimizers_counts_parameters():
