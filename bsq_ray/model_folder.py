@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,23 @@ class ModelFolder:
     config: config.AnyConfig
     weights: dict[str, Tensor]
     model_id: str
+
+
+@dataclass(frozen=True)
+class ModelHeader:
+    """Contents of a model folder besides its weights.
+
+    Attributes:
+        url: the folder, or the local copy of a model from a model hub.
+        config: training configuration of the model.
+        model_id: stored id of the model.
+        num_bytes: size of the file of its main weights.
+    """
+
+    url: str
+    config: config.AnyConfig
+    model_id: str
+    num_bytes: int
 
 
 def write_model_folder(
@@ -133,6 +151,28 @@ def load_model_folder_config(url: str) -> config.AnyConfig:
     """
     path = storage.join(_resolve_folder(url), "config.yaml")
     return config.parse_config(storage.read_text(path), path)
+
+
+def read_model_header(url: str) -> ModelHeader:
+    """Read the configuration and the header of the main weights; the weights themselves are neither read nor verified.
+
+    Raises:
+        ValueError: the folder does not exist, its configuration is invalid, or its weights have no header.
+    """
+    folder = _resolve_folder(url)
+    path = storage.join(folder, "config.yaml")
+    run_config = config.parse_config(storage.read_text(path), path)
+    weights_url = storage.join(folder, _WEIGHTS_FILE)
+    with storage.open_url(weights_url) as file, storage.translate_errors(weights_url, "read"):
+        num_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        header_size = int.from_bytes(file.read(8), "little")
+        data = file.read(header_size) if header_size < num_bytes else b""
+    try:
+        model_id = json.loads(data)["__metadata__"]["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{weights_url} is damaged or not part of a model folder: it has no model id") from error
+    return ModelHeader(folder, run_config, model_id, num_bytes)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

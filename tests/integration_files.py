@@ -45,6 +45,7 @@ INTEGRATION = (
     "serving/test_api.py",
     "serving/test_api_limits.py",
     "serving/test_page.py",
+    "serving/test_shared_replicas.py",
     "serving/test_video_requests.py",
     "test_command_paths.py",
     "test_examples.py",

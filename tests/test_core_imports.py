@@ -74,6 +74,11 @@ def test_core_start_imports_no_torch(command):
     run_python("-c", script)
 
 
+def test_serving_ingress_imports_no_torch():
+    """The process that responds to `/healthz` starts without torch."""
+    run_python("-c", "import sys, bsq_ray.serving.http.ingress; assert 'torch' not in sys.modules")
+
+
 @pytest.mark.parametrize("command", [PLAN, INFO], ids=["plan", "info"])
 def test_core_command_takes_little_cpu_time(command):
     """A plan takes a small multiple of the CPU time of the help (3 times when measured, 15 with torch)."""

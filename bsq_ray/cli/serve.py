@@ -25,17 +25,25 @@ def serve(
 ) -> None:
     """Serve models over HTTP: a web page at /, the API at /v1, its documentation at /docs.
 
+    The URL is printed when all models are loaded; /healthz responds before.
     The token is the value of BSQ_RAY_TOKEN (at least 16 characters), or a new one that is printed.
     """
     from bsq_ray.runtime.signals import stop_on_signal
-    from bsq_ray.serving.server import parse_settings, serve_app
+    from bsq_ray.serving.server import ServerHandle, parse_settings, serve_app
 
     settings = parse_settings(model, host, require_token=token, overrides=overrides or [])
-    print(f"loading {', '.join(settings.models)}", file=sys.stderr)
-    with serve_app(settings, host, port, address=address) as server, stop_on_signal() as stop_event:
-        print(server.url, flush=True)
+
+    def report_start(server: ServerHandle) -> None:
+        print(f"loading {', '.join(settings.models)}; {server.url}healthz reports progress", file=sys.stderr)
         if server.note:
             print(server.note, file=sys.stderr)
+
+    print("starting the service", file=sys.stderr)
+    with (
+        serve_app(settings, host, port, address=address, on_started=report_start) as server,
+        stop_on_signal() as stop_event,
+    ):
+        print(server.url, flush=True)
         if server.token is not None:
             print(f"token: {server.token}", flush=True)
         stop_event.wait()

@@ -6,6 +6,8 @@ allocation. A training step repeatedly allocates tensors of the same sizes; with
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 
 _GIB = 2**30
@@ -27,3 +29,11 @@ def malloc_env() -> dict[str, str]:
     if "GLIBC_TUNABLES" in os.environ:
         return {}
     return {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in _TUNABLES.items())}
+
+
+def release_free_memory() -> None:
+    """Delete unreachable objects and return free memory of the process to the kernel, where the C library is glibc."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,6 +1,7 @@
 """The Ray Serve application: its deployments, their scaling, and how they are connected.
 
-    ingress ─handles─▶ tokenizer-NAME, codec-NAME, generator-NAME     one deployment per role of each model
+    ingress ─handles─▶ tokenizer-NAME, codec-NAME, generator-NAME     one deployment per model, with all of its roles
+                    └▶ shared                                        one deployment of several small models
 
 A Ray Serve configuration names `import_path: bsq_ray.serving.app:build`; its `args` are the keys of `Settings`.
 """
@@ -13,20 +14,20 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from bsq_ray import model_folder
 from bsq_ray.config.loader import validate_mapping
 from bsq_ray.runtime.malloc import malloc_env
+from bsq_ray.serving.deployment_plan import DeploymentPlan, ServicePlan, plan_service
 from bsq_ray.serving.http.admission import hash_token
 from bsq_ray.serving.http.ingress import Ingress
-from bsq_ray.serving.registry import ROLES, model_kind
-from bsq_ray.serving.replicas.codec_replica import CodecReplica
-from bsq_ray.serving.replicas.generator_replica import GeneratorReplica
-from bsq_ray.serving.replicas.tokenizer_replica import TokenizerReplica
-from bsq_ray.serving.service_config import Batching, Scaling, Settings, TorchScaling, token_from_environment
-
-REPLICA_CLASSES: dict[str, type] = {
-    "tokenizer": TokenizerReplica, "codec": CodecReplica, "generator": GeneratorReplica,
-}  # fmt: skip
+from bsq_ray.serving.replicas.model_replica import ModelReplica
+from bsq_ray.serving.service_config import (
+    Batching,
+    Scaling,
+    Settings,
+    SharedReplicas,
+    TorchScaling,
+    token_from_environment,
+)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -38,48 +39,40 @@ def build(args: dict[str, Any]) -> Application:
     settings = validate_mapping(args, [], Settings, "args of the application")
     token = token_from_environment() if settings.authentication else None
     # The address to listen on is not part of `args`, so the Host header is not restricted to loopback.
-    return application(settings, token, loopback_only=False)
+    return application(settings, plan_service(settings), token=token, loopback_only=False)
 
 
-def application(settings: Settings, token: str | None, loopback_only: bool) -> Application:
+def application(settings: Settings, plan: ServicePlan, *, token: str | None, loopback_only: bool) -> Application:
     """Build the application.
 
     Args:
+        plan: deployments of the settings.
         token: bearer token that requests must carry; None accepts every request.
         loopback_only: only this node can reach the service.
-
-    Raises:
-        ValueError: a model folder cannot be read.
     """
-    model_kinds = {
-        name: model_kind(model_folder.load_model_folder_config(url)) for name, url in settings.models.items()
-    }
-    handles = {
-        name: {
-            role: _bind_deployment(role, name, url=url, settings=settings) for role in ROLES[model_kinds[name].stage]
-        }
-        for name, url in settings.models.items()
-    }
+    handles: dict[str, Application] = {}
+    for deployment in plan.deployments:
+        bound_deployment = _bind_deployment(deployment, settings)
+        handles |= dict.fromkeys(deployment.model_urls, bound_deployment)
     options = deployment_options(settings.ingress, settings.limits.max_ongoing_requests * 8, settings)
     ingress = serve.deployment(name="ingress", **options)(Ingress)
     ingress_app: Application = ingress.bind(
         settings,
         token_hash=token and hash_token(token),
         loopback_only=loopback_only,
-        kinds=model_kinds,
+        kinds=plan.kinds,
         handles=handles,
     )
     return ingress_app
 
 
-def _bind_deployment(role: str, name: str, *, url: str, settings: Settings) -> Application:
-    role_config: TorchScaling = getattr(settings, role)
+def _bind_deployment(plan: DeploymentPlan, settings: Settings) -> Application:
     # A replica with batches computes one batch while the next one fills. A codec computes one request while the file of
     # the next one is already there.
-    max_ongoing_requests = 2 * role_config.max_batch_size if isinstance(role_config, Batching) else 2
-    options = deployment_options(role_config, max_ongoing_requests, settings)
-    deployment = serve.deployment(name=f"{role}-{name}", **options)(REPLICA_CLASSES[role])
-    bound_deployment: Application = deployment.bind(url, settings)
+    max_ongoing_requests = 2 * plan.scaling.max_batch_size if isinstance(plan.scaling, Batching) else 2
+    options = deployment_options(plan.scaling, max_ongoing_requests, settings)
+    deployment = serve.deployment(name=plan.name, **options)(ModelReplica)
+    bound_deployment: Application = deployment.bind(plan.model_urls, plan.scaling, settings.limits)
     return bound_deployment
 
 
@@ -90,14 +83,15 @@ def deployment_options(scaling: Scaling, max_ongoing_requests: int, settings: Se
         max_ongoing_requests: requests in one replica at a time; further ones wait in a queue of limited length.
     """
     num_gpus = scaling.num_gpus if isinstance(scaling, TorchScaling) else 0
-    is_cpu_model = isinstance(scaling, TorchScaling) and scaling.device == "cpu"
+    # Replicas that unload models return their memory to the kernel.
+    keeps_memory = isinstance(scaling, TorchScaling) and not isinstance(scaling, SharedReplicas) and num_gpus == 0
     base_options: dict[str, Any] = {
         "max_ongoing_requests": max_ongoing_requests,
         "max_queued_requests": settings.limits.max_ongoing_requests,
         "ray_actor_options": {
             "num_cpus": scaling.num_cpus,
             "num_gpus": num_gpus,
-            "runtime_env": {"env_vars": malloc_env()} if is_cpu_model else {},
+            "runtime_env": {"env_vars": malloc_env()} if keeps_memory else {},
         },
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "health_check_period_s": 5,

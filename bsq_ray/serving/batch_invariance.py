@@ -10,11 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 RowFunction = Callable[..., Tensor]
+
+
+class BatchSizes(NamedTuple):
+    """Verified batch sizes, see the attributes of `BatchInvariantRunner`."""
+
+    sizes: list[int]
+    per_core_sizes: list[int]
 
 
 class BatchInvariantRunner:
@@ -31,22 +40,38 @@ class BatchInvariantRunner:
         num_cores: number of CPU cores that can compute rows separately; 1 on a GPU.
         timeout_s: calibration stops if the next size would exceed this time. Large models are as fast without batches
             on a CPU.
+        known_sizes: sizes that were verified before for a function of the same shapes; None calibrates.
 
     Attributes:
         sizes: safe batch sizes on all cores together: powers of two, descending to 1.
         per_core_sizes: safe batch sizes on a single core; empty if a single core does not reproduce all cores' results.
     """
 
-    def __init__(self, run: RowFunction, *rows: Tensor, num_cores: int = 1, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        run: RowFunction,
+        *rows: Tensor,
+        num_cores: int = 1,
+        timeout_s: float = 10.0,
+        known_sizes: BatchSizes | None = None,
+    ) -> None:
         self._run, self._num_cores = run, num_cores
-        self._core_threads = ThreadPoolExecutor(num_cores, "core", torch.set_num_threads, (1,))
-        calibration = _Calibration(run, rows)
-        max_size = len(rows[0])
-        self.sizes = [size for size in calibration.find_safe_sizes(run, max_size, timeout_s) if size > 1] + [1]
-        self.per_core_sizes: list[int] = []
-        if 1 < num_cores <= max_size:
-            per_core_sizes = calibration.find_safe_sizes(self._run_on_one_core, max_size // num_cores, timeout_s / 4)
-            self.per_core_sizes = per_core_sizes if 1 in per_core_sizes else []
+        self._core_threads = _core_threads(num_cores)
+        self.sizes, self.per_core_sizes = known_sizes or self._calibrate(rows, timeout_s)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Verified batch sizes, for another runner of a function of the same shapes."""
+        return BatchSizes(self.sizes, self.per_core_sizes)
+
+    def _calibrate(self, rows: tuple[Tensor, ...], timeout_s: float) -> BatchSizes:
+        calibration, max_size = _Calibration(self._run, rows), len(rows[0])
+        sizes = [size for size in calibration.find_safe_sizes(self._run, max_size, timeout_s) if size > 1] + [1]
+        per_core_sizes: list[int] = []
+        if 1 < self._num_cores <= max_size:
+            max_per_core = max_size // self._num_cores
+            per_core_sizes = calibration.find_safe_sizes(self._run_on_one_core, max_per_core, timeout_s / 4)
+        return BatchSizes(sizes, per_core_sizes if 1 in per_core_sizes else [])
 
     def __call__(self, *rows: Tensor) -> Tensor:
         """Return the results of all rows, in input order."""
@@ -67,6 +92,12 @@ class BatchInvariantRunner:
 
     def _run_on_one_core(self, *rows: Tensor) -> Tensor:
         return self._core_threads.submit(self._run, *rows).result()
+
+
+# The models of a process compute on the same cores.
+@cache
+def _core_threads(num_cores: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_cores, "core", torch.set_num_threads, (1,))
 
 
 class _Calibration:

@@ -8,46 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from typing_extensions import TypedDict
 
 from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.metrics.lpips import MIN_SIDE, lpips
 from bsq_ray.metrics.psnr import psnr
+from bsq_ray.serving.payloads import EqualQualityFile, QualityReport
 
 _BASELINE_CODECS = ("JPEG", "WebP")
 # Largest width and height that their encoders accept.
 _MAX_SIDES = {"JPEG": 65500, "WebP": 16383}
 # Encoder qualities that are compared; a finer scale would cost more passes through the LPIPS network.
 _QUALITIES = (1, 2, 3, 5, 8, 12, 18, 26, 36, 48, 62, 78, 95)
-
-
-class EqualQualityFile(TypedDict):
-    """The smallest JPEG or WebP file that is at least as good as the .bsq file.
-
-    `better` is true if even the lowest encoder quality is better.
-    """
-
-    bytes: int
-    quality: int
-    better: bool
-
-
-class QualityReport(TypedDict):
-    """Rate and quality of a compressed image.
-
-    `lpips` is null for an image whose width or height is below 31 pixels, because its network has no output for it.
-    `equal` maps metric (`psnr`, `lpips`) and codec (`JPEG`, `WebP`) to a file of equal quality, or to null if not even
-    the highest encoder quality is as good or the codec has no files of this size. A metric that is null has no entry.
-    """
-
-    width: int
-    height: int
-    bytes: int
-    bits_per_pixel: float
-    psnr: float
-    lpips: float | None
-    equal: dict[str, dict[str, EqualQualityFile | None]]
 
 
 def measure_quality(

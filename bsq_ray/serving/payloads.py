@@ -1,8 +1,13 @@
-"""Results that replicas return: files and tokens, with their metadata."""
+"""Results that replicas return: files and tokens with their metadata, and measurements.
+
+The ingress imports this module, so it imports no torch: then `/healthz` responds seconds earlier.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from typing_extensions import TypedDict
 
 # Media type of .bsq files.
 BSQ_MEDIA_TYPE = "application/x-bsq"
@@ -40,3 +45,31 @@ class PackedTokens:
     grid: list[int]
     packed: bytes
     rate: str | None = None
+
+
+class EqualQualityFile(TypedDict):
+    """The smallest JPEG or WebP file that is at least as good as the .bsq file.
+
+    `better` is true if even the lowest encoder quality is better.
+    """
+
+    bytes: int
+    quality: int
+    better: bool
+
+
+class QualityReport(TypedDict):
+    """Rate and quality of a compressed image.
+
+    `lpips` is null for an image whose width or height is below 31 pixels, because its network has no output for it.
+    `equal` maps metric (`psnr`, `lpips`) and codec (`JPEG`, `WebP`) to a file of equal quality, or to null if not even
+    the highest encoder quality is as good or the codec has no files of this size. A metric that is null has no entry.
+    """
+
+    width: int
+    height: int
+    bytes: int
+    bits_per_pixel: float
+    psnr: float
+    lpips: float | None
+    equal: dict[str, dict[str, EqualQualityFile | None]]

@@ -6,14 +6,16 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 from bsq_ray import model_folder, storage
 from bsq_ray.config.loader import validate_mapping
 from bsq_ray.runtime._ray_internals import head_node_resource, serve_http_callback_env
-from bsq_ray.runtime.ray_session import ray_session
+from bsq_ray.runtime.ray_session import has_known_cluster_limits, max_cluster_resources, ray_session
+from bsq_ray.serving.deployment_plan import ServicePlan, missing_capacity, plan_service
 from bsq_ray.serving.http.admission import is_loopback
 from bsq_ray.serving.service_config import (
     MODEL_NAME_PATTERN,
@@ -37,6 +39,8 @@ _SERVE_ENVIRONMENT = {
     # spinning at all would be slower, because each forward pass wakes them dozens of times.
     "GOMP_SPINCOUNT": "30000",
 }
+_APPLICATION = "bsq"
+_POLL_INTERVAL_S = 0.1
 # Logging every request to a file costs time; `/metrics` counts requests.
 _LOGGING_CONFIG = {"enable_access_log": False}
 
@@ -92,35 +96,46 @@ def _split_name(text: str) -> tuple[str | None, str]:
 
 
 @contextmanager
-def serve_app(settings: Settings, host: str, port: int, *, address: str | None = None) -> Iterator[ServerHandle]:
-    """Run the service while the block runs.
+def serve_app(
+    settings: Settings,
+    host: str,
+    port: int,
+    *,
+    address: str | None = None,
+    on_started: Callable[[ServerHandle], None] = lambda _: None,
+) -> Iterator[ServerHandle]:
+    """Run the service while the block runs; it starts when all replicas have loaded their models.
 
     Args:
         port: port on the head node; 0 selects a free one if this process runs on the head node.
         address: Ray cluster, see `ray_session`.
+        on_started: called when `/healthz` responds, while the models are loading.
 
     Raises:
-        ValueError: the token in the environment is too short, the port is in use, a model folder cannot be read, or
-            Ray Serve already runs on the cluster.
+        ValueError: the token in the environment is too short, the port is in use, a model folder cannot be read, the
+            replicas do not fit on the cluster, or Ray Serve already runs on it.
         RuntimeError: a replica did not start.
     """
     token = _read_or_create_token() if settings.authentication else None
     for name, value in _SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[PREFETCH_BODIES_VARIABLE] = str(int(settings.ingress.prefetch_bodies))
+    plan = plan_service(settings)
     with ray_session(address):
         from ray import serve
 
         from bsq_ray.serving.app import application
 
-        app = application(settings, token, is_loopback(host))
         if serve.status().proxies:
             # The port of a running proxy cannot change, and shutting down this service would end all applications.
             raise ValueError(
                 "Ray Serve already runs on this cluster; add the models to its configuration "
                 "(docs/guides/cluster.md, 'Serving'), or omit --address"
             )
+        capacity_note = _check_capacity(plan, settings)
+        app = application(settings, plan, token=token, loopback_only=is_loopback(host))
         endpoint = _resolve_endpoint(host, port)
+        handle = ServerHandle(endpoint.url, token, "; ".join(filter(None, (endpoint.note, capacity_note))))
         try:
             logging.getLogger("ray.serve").setLevel(logging.WARNING)
             serve.start(
@@ -128,12 +143,47 @@ def serve_app(settings: Settings, host: str, port: int, *, address: str | None =
                 proxy_location="HeadOnly",
                 logging_config=_LOGGING_CONFIG,
             )
-            serve.run(app, name="bsq", route_prefix="/", logging_config=_LOGGING_CONFIG)
-            yield ServerHandle(endpoint.url, token, endpoint.note)
+            target = serve.RunTarget(app, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING_CONFIG)
+            serve.run_many([target], wait_for_applications_running=False)
+            _wait_until_running(lambda: on_started(handle))
+            yield handle
         finally:
             # Ray reports the requested end of Serve's controller as a failure, so its output is discarded.
             with open(os.devnull, "w") as devnull, redirect_stdout(devnull), redirect_stderr(devnull):
                 serve.shutdown()
+
+
+def _check_capacity(plan: ServicePlan, settings: Settings) -> str:
+    """Return a note if the cluster has to grow before all replicas start.
+
+    Raises:
+        ValueError: the cluster can never have the capacity.
+    """
+    missing = missing_capacity(plan.resources(settings), max_cluster_resources())
+    if missing and has_known_cluster_limits():
+        raise ValueError(missing)
+    return missing and f"waiting for the cluster to grow: {missing}"
+
+
+def _wait_until_running(on_started: Callable[[], None]) -> None:
+    """Wait until all replicas run and the ingress knows their models; call `on_started` when the ingress runs.
+
+    Raises:
+        RuntimeError: a replica did not start.
+    """
+    from ray import serve
+
+    ingress, is_started = serve.get_app_handle(_APPLICATION), False
+    while True:
+        application = serve.status().applications[_APPLICATION]
+        if not is_started and application.deployments["ingress"].status == "HEALTHY":
+            is_started = True
+            on_started()
+        if application.status == "RUNNING" and not ingress.loading_models.remote().result():
+            return
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RuntimeError(f"the service did not start: {application.message}")
+        time.sleep(_POLL_INTERVAL_S)
 
 
 def _read_or_create_token() -> str:

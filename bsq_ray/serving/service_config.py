@@ -78,6 +78,23 @@ class Batching(TorchScaling):
     batch_wait_timeout_ms: float = Field(0.0, ge=0)
 
 
+class SharedReplicas(Batching):
+    """Replicas that several small models share. A model is loaded by its first request and unloaded when it is idle.
+
+    Attributes:
+        min_models: models share replicas if there are at least this many small ones.
+        max_model_mb: size of the weights of a small model, 1e6 bytes; 0 never shares replicas.
+        max_num_models_per_replica: models in memory of a replica; a further one replaces the model that was idle for
+            longest.
+        model_idle_timeout_s: time after which a model without requests is unloaded.
+    """
+
+    min_models: int = Field(8, ge=2)
+    max_model_mb: float = Field(100.0, ge=0)
+    max_num_models_per_replica: int = Field(16, ge=1)
+    model_idle_timeout_s: float = Field(600.0, gt=0)
+
+
 class Limits(StrictModel):
     """Limits of a request; a request that exceeds one is rejected.
 
@@ -110,6 +127,10 @@ class Settings(StrictModel):
     Attributes:
         models: model folders (paths or URLs) by the name that requests use.
         authentication: requests must carry the bearer token.
+        tokenizer: replicas of a tokenizer, which is also a codec.
+        codec: replicas of a prior.
+        generator: replicas of a masked language model.
+        shared: replicas of several small models.
     """
 
     models: dict[str, str]
@@ -119,6 +140,7 @@ class Settings(StrictModel):
     tokenizer: Batching = Batching()
     codec: TorchScaling = TorchScaling()
     generator: Batching = Batching()
+    shared: SharedReplicas = SharedReplicas()
 
     @model_validator(mode="after")
     def _check_models(self) -> Settings:

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from bsq_ray import Tokenizer, config
+from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 from bsq_ray.serving.replicas.tokenizer_replica import TokenizerEngine
 from bsq_ray.serving.server import serve_app
-from bsq_ray.serving.service_config import Limits, Settings
+from bsq_ray.serving.service_config import Batching, Limits, Settings
 
 pytestmark = pytest.mark.benchmark
 
@@ -100,7 +101,7 @@ def test_serving_speed(preset, photos, tmp_path, record_measurement):
     num_single, num_concurrent = _MODELS[preset]
     with serve_preset(preset, tmp_path) as (folder, url, startup_s):
         torch.set_num_threads(os.cpu_count())
-        engine = TokenizerEngine(folder, "cpu", max_batch_size=16, limits=Limits())
+        engine = TokenizerEngine(folder, ReplicaRuntime.create(Batching(), Limits()))
         measure_service(url, body, 16, 16)
         measure_service(url, body, 1, 2)
         rounds_ms = []

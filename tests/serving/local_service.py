@@ -8,9 +8,11 @@ import torch
 from bsq_ray import Tokenizer, config, model_folder
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
-from bsq_ray.serving.app import REPLICA_CLASSES
+from bsq_ray.serving.deployment_plan import plan_service
 from bsq_ray.serving.http.api import create_app
-from bsq_ray.serving.registry import ROLES, ModelRegistry, ServedModel, model_kind
+from bsq_ray.serving.registry import ModelRegistry, ServedModel, model_kind
+from bsq_ray.serving.replicas.model_replica import load_roles
+from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 
 
 def save_models(folder):
@@ -80,11 +82,9 @@ class LocalReplicas:
 def make_replicas(settings):
     """Return replicas by model and role."""
     return {
-        name: {
-            role: REPLICA_CLASSES[role](url, settings)
-            for role in ROLES[model_folder.load_model_folder_config(url).stage]
-        }
-        for name, url in settings.models.items()
+        name: load_roles(url, ReplicaRuntime.create(plan.scaling, settings.limits))
+        for plan in plan_service(settings).deployments
+        for name, url in plan.model_urls.items()
     }
 
 

@@ -155,8 +155,10 @@ def test_serve_app_remote_cluster_listens_on_head(model, monkeypatch, host, url,
     monkeypatch.setattr(ray, "nodes", lambda: [local_node, head])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(proxies={}))
-    for name in ("run", "shutdown"):
+    for name in ("run_many", "shutdown"):
         monkeypatch.setattr(serve, name, lambda *_, **__: None)
+    monkeypatch.setattr("bsq_ray.serving.server._wait_until_running", lambda _: None)
+    monkeypatch.setattr("bsq_ray.serving.server.max_cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(serve, "start", lambda http_options, **_: http_options_seen.append(http_options))
     settings = Settings(models={"tiny": model}, authentication=False)
     with socket.socket() as listener:

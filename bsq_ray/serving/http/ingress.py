@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from bsq_ray.serving.http.api import create_app
 from bsq_ray.serving.http.replica_client import ReplicaClient
 from bsq_ray.serving.http.service_metrics import cluster_metrics
-from bsq_ray.serving.registry import ModelKind, ModelRegistry, ServedModel
+from bsq_ray.serving.registry import ROLES, ModelKind, ModelRegistry, ServedModel
 from bsq_ray.serving.service_config import Settings
 
 
@@ -27,7 +27,7 @@ class Ingress:
     Args:
         token_hash, loopback_only: see `AdmissionControl`.
         kinds: stage and frames by model.
-        handles: deployment handles by model and role.
+        handles: deployment handles by model.
     """
 
     def __init__(
@@ -37,18 +37,28 @@ class Ingress:
         token_hash: str | None,
         loopback_only: bool,
         kinds: Mapping[str, ModelKind],
-        handles: Mapping[str, Mapping[str, DeploymentHandle]],
+        handles: Mapping[str, DeploymentHandle],
     ) -> None:
         self._settings, self._token_hash, self._loopback_only = settings, token_hash, loopback_only
         max_retries = settings.limits.max_retries
-        self._models = [
-            ServedModel(name, kinds[name], {role: ReplicaClient(handle, max_retries) for role, handle in roles.items()})
-            for name, roles in handles.items()
-        ]
+        self._registry = ModelRegistry(
+            [
+                ServedModel(
+                    name,
+                    kind,
+                    {role: ReplicaClient(handles[name], name, role, max_retries) for role in ROLES[kind.stage]},
+                )
+                for name, kind in kinds.items()
+            ]
+        )
+
+    async def loading_models(self) -> list[str]:
+        """Return the names of the models that are not loaded yet."""
+        return self._registry.loading
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
-            ModelRegistry(self._models),
+            self._registry,
             self._settings.limits,
             token_hash=self._token_hash,
             loopback_only=self._loopback_only,

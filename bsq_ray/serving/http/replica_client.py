@@ -1,6 +1,6 @@
 """The ingress as a client of replicas.
 
-    ReplicaClient ─handle─▶ TokenizerReplica, CodecReplica, GeneratorReplica
+    ReplicaClient ─handle─▶ ModelReplica
           └─ replica died? wait, repeat with another one
 
 Calls are idempotent: the result depends on the arguments alone. So a call whose replica dies is repeated.
@@ -22,14 +22,15 @@ _REPLICA_DIED = (RayActorError, ReplicaUnavailableError)
 
 
 class ReplicaClient:
-    """Calls the replicas of a deployment through its handle.
+    """Calls a role of a model through the handle of its deployment.
 
     Args:
+        model, role: names of the model and of the role.
         max_retries: how often a call is repeated after its replica died.
     """
 
-    def __init__(self, handle: DeploymentHandle, max_retries: int) -> None:
-        self._handle, self._max_retries = handle, max_retries
+    def __init__(self, handle: DeploymentHandle, model: str, role: str, max_retries: int) -> None:
+        self._handle, self._target, self._max_retries = handle, (model, role), max_retries
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """See `Replicas`.
@@ -39,7 +40,7 @@ class ReplicaClient:
         """
         for attempt in range(self._max_retries + 1):
             try:
-                return await getattr(self._handle, method).remote(*arguments)
+                return await self._handle.call.remote(*self._target, method, *arguments)
             except _REPLICA_DIED:
                 await self._backoff(attempt)
             except Exception as error:
@@ -55,7 +56,7 @@ class ReplicaClient:
         num_yielded = 0
         for attempt in range(self._max_retries + 1):
             try:
-                results = getattr(self._handle.options(stream=True), method).remote(*arguments)
+                results: Any = self._handle.options(stream=True).stream.remote(*self._target, method, *arguments)
                 num_received = 0
                 async for result in results:
                     num_received += 1

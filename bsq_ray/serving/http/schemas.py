@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bsq_ray.config.tokenizer_config import StrictModel
 from bsq_ray.serving.errors import ApiError
-from bsq_ray.serving.image_quality import QualityReport
-from bsq_ray.serving.payloads import PackedTokens
+from bsq_ray.serving.payloads import PackedTokens, QualityReport
 
 # Frames per second of tokens without a rate.
 _DEFAULT_FRAME_RATE = "25"

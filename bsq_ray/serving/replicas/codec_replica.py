@@ -1,38 +1,36 @@
-"""Codec replica: images and videos of any size to .bsq files and back.
+"""The codec of a replica: images and videos of any size to .bsq files and back.
 
     image or video file ─compress─▶ .bsq file ─decompress─▶ PNG or video file
 
-Requests are computed one at a time in the model thread, each until its deadline.
+Requests are computed one at a time in the codec thread, each until its deadline.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from bsq_ray.codec.codec import Codec
 from bsq_ray.codec.container import read_header
+from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.serving.deadline import Deadline, deadline_after
 from bsq_ray.serving.errors import ApiError
-from bsq_ray.serving.image_quality import QualityReport, measure_quality
+from bsq_ray.serving.image_quality import measure_quality
 from bsq_ray.serving.media.image_io import png_from_image, read_uploaded_image
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, is_video, read_uploaded_video
-from bsq_ray.serving.payloads import BSQ_MEDIA_TYPE, MediaFile
-from bsq_ray.serving.replicas.model_thread import ModelThread
-from bsq_ray.serving.service_config import Limits, Settings
+from bsq_ray.serving.payloads import BSQ_MEDIA_TYPE, MediaFile, QualityReport
+from bsq_ray.serving.replicas.model_metadata import codec_fields
+from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
+from bsq_ray.serving.service_config import Limits
 
 
 class CodecEngine:
     """Compresses and decompresses images and videos of any size."""
 
-    def __init__(self, url: str, device: str, limits: Limits) -> None:
-        self.codec = Codec.from_pretrained(url, device=device)
+    def __init__(self, codec: Codec, limits: Limits) -> None:
+        self.codec = codec
         self._codec_without_prior = Codec(self.codec.tokenizer)
         self._limits, self._tile_size = limits, self.codec.tokenizer.config.image_size
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the fields of this model in `GET /v1/models`."""
-        prior = self.codec.prior
-        return {"tokenizer_id": self.codec.tokenizer.model_id, "prior_id": prior.model_id if prior else None}
 
     def compress(self, data: bytes, deadline: Deadline) -> MediaFile:
         """Compress an image or video file to a .bsq file.
@@ -98,19 +96,28 @@ class CodecEngine:
         return measure_quality(image, decoded, num_bytes=num_bytes, check_deadline=deadline.check)
 
 
-class CodecReplica:
-    """Ray Serve deployment that compresses and decompresses images and videos of any size."""
+class CodecRole:
+    """Compresses and decompresses images and videos of any size.
 
-    def __init__(self, url: str, settings: Settings) -> None:
-        replica_config = settings.codec
-        self._model_thread, self._timeout_s = ModelThread(replica_config.threads), settings.limits.request_timeout_s
-        self._engine: CodecEngine = self._model_thread.run_blocking(
-            CodecEngine, url, replica_config.device, settings.limits
-        )
+    Args:
+        url: folder of a tokenizer or prior.
+        tokenizer: the tokenizer of this folder if it is loaded already; its encoder is shared.
+    """
+
+    def __init__(self, url: str, runtime: ReplicaRuntime, tokenizer: Tokenizer | None = None) -> None:
+        self._model_thread, self._timeout_s = runtime.codec_thread, runtime.limits.request_timeout_s
+
+        def make_engine() -> CodecEngine:
+            if tokenizer is not None:
+                return CodecEngine(Codec(_share_encoder(tokenizer)), runtime.limits)
+            return CodecEngine(Codec.from_pretrained(url, device=runtime.device), runtime.limits)
+
+        self._engine: CodecEngine = self._model_thread.run_blocking(make_engine)
 
     async def metadata(self) -> dict[str, Any]:
-        """See the engine."""
-        return self._engine.metadata()
+        """Return the fields of this model in `GET /v1/models`."""
+        codec = self._engine.codec
+        return codec_fields(codec.tokenizer.model_id, codec.prior.model_id if codec.prior else None)
 
     async def compress(self, data: bytes) -> MediaFile:
         """Compress an image or video file to a .bsq file."""
@@ -129,3 +136,9 @@ class CodecReplica:
         with deadline_after(self._timeout_s) as deadline:
             report: QualityReport = await self._model_thread(self._engine.measure, data, deadline)
             return report
+
+
+def _share_encoder(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer with the same encoder and its own decoder, which the codec converts to fp64."""
+    shared_modules = {id(module): module for module in (tokenizer.encoder, tokenizer.to_code, tokenizer.quantizer)}
+    return copy.deepcopy(tokenizer, shared_modules)

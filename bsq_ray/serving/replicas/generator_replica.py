@@ -1,4 +1,4 @@
-"""Generator replica: images of classes, with the forward passes of several requests in one batch.
+"""The generator of a replica: images of classes, with the forward passes of several requests in one batch.
 
     class ─▶ sampling thread of the request ─(tokens, class weights)─▶ batch ─▶ model thread
                ▲    └─ decode, PNG ─▶ image of this step                          │
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from torch import Tensor
 from bsq_ray import config
 from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.generator import Generator
-from bsq_ray.serving.batch_invariance import BatchInvariantRunner
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.image_io import png_from_pixels, webp_from_frames
-from bsq_ray.serving.replicas.model_thread import ModelThread, num_cores, set_num_threads
-from bsq_ray.serving.service_config import Settings
+from bsq_ray.serving.replicas.model_metadata import generator_fields, tokenizer_fields
+from bsq_ray.serving.replicas.model_thread import set_num_threads
+from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Decode = Callable[[Tensor], Tensor]
@@ -35,26 +34,15 @@ Decode = Callable[[Tensor], Tensor]
 class GeneratorEngine:
     """Samples images of classes; forward passes of several requests can share a batch."""
 
-    def __init__(self, url: str, device: str, *, max_batch_size: int, max_steps: int) -> None:
-        self.generator = Generator.from_pretrained(url, device=device)
-        self._device, self._max_steps = device, max_steps
-        model = self.generator.model
+    def __init__(self, url: str, runtime: ReplicaRuntime) -> None:
+        self.generator = Generator.from_pretrained(url, device=runtime.device)
+        self._device, self._max_steps = runtime.device, runtime.limits.max_steps
+        model, max_batch_size = self.generator.model, runtime.batching.max_batch_size
         shape = max_batch_size, model.config.num_tokens, model.config.num_sub_tokens
         tokens_BNS = torch.randint(0, model.mask_token + 1, shape)
         classes_BC = model.class_weights(torch.full((max_batch_size,), model.null_class))
-        self._batched_forward = BatchInvariantRunner(self._forward, tokens_BNS, classes_BC, num_cores=num_cores(device))
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the fields of this model in `GET /v1/models`."""
-        generator = self.generator
-        return {
-            "model_id": generator.model.model_id,
-            "tokenizer_id": generator.tokenizer.model_id,
-            "image_size": generator.tokenizer.config.image_size,
-            "num_classes": generator.model.config.num_classes,
-            "steps": generator.sampling.steps,
-            "guidance_scale": generator.sampling.guidance_scale,
-        }
+        architecture = model.config.model_dump_json()
+        self._batched_forward = runtime.make_runner(self._forward, architecture, tokens_BNS, classes_BC)
 
     def check_request(self, label: int, sampling_overrides: dict[str, Any]) -> None:
         """Reject a request that `generate_steps` could not carry out.
@@ -103,22 +91,21 @@ class GeneratorEngine:
         return logits
 
 
-class GeneratorReplica:
-    """Ray Serve deployment that generates images of classes."""
+class GeneratorRole:
+    """Generates images of classes."""
 
-    def __init__(self, url: str, settings: Settings) -> None:
-        replica_config = settings.generator
-        self._model_thread = ModelThread(replica_config.threads)
-        limits = settings.limits
-        make_engine = partial(GeneratorEngine, max_batch_size=replica_config.max_batch_size, max_steps=limits.max_steps)
-        self._engine: GeneratorEngine = self._model_thread.run_blocking(make_engine, url, replica_config.device)
-        self._batched_forward = self._model_thread.make_batcher(self._engine.forward, replica_config)
+    def __init__(self, url: str, runtime: ReplicaRuntime) -> None:
+        self._model_thread, limits = runtime.batch_thread, runtime.limits
+        self._engine: GeneratorEngine = self._model_thread.run_blocking(GeneratorEngine, url, runtime)
+        self._batched_forward = self._model_thread.make_batcher(self._engine.forward, runtime.batching)
         # Each request samples from its logits and encodes its PNG in a thread of its own.
         self._sampling_threads = ThreadPoolExecutor(limits.max_ongoing_requests, "sample", lambda: set_num_threads(1))
 
     async def metadata(self) -> dict[str, Any]:
-        """See the engine."""
-        return self._engine.metadata()
+        """Return the fields of this model in `GET /v1/models`."""
+        generator = self._engine.generator
+        tokenizer = tokenizer_fields(generator.tokenizer.config, generator.tokenizer.model_id)
+        return generator_fields(generator.model.config, generator.sampling, generator.model.model_id, tokenizer)
 
     async def generate(self, label: int, seed: int, sampling_overrides: dict[str, Any]) -> AsyncIterator[bytes]:
         """Yield an image file after each step."""

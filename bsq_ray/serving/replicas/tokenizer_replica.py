@@ -1,4 +1,4 @@
-"""Tokenizer replica: encodes images and videos to tokens, and decodes them.
+"""The tokenizer of a replica: encodes images and videos to tokens, and decodes them.
 
     image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      in batches
     video file ─▶ VideoEngine: a few frames at a time, between image batches
@@ -25,15 +25,15 @@ from bsq_ray import config, model_folder
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
-from bsq_ray.serving.batch_invariance import BatchInvariantRunner
 from bsq_ray.serving.deadline import deadline_after
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.image_io import png_from_pixels, read_uploaded_image
 from bsq_ray.serving.media.video_io import is_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
-from bsq_ray.serving.replicas.model_thread import ModelThread, example_values, num_cores, set_num_threads
+from bsq_ray.serving.replicas.model_metadata import tokenizer_fields
+from bsq_ray.serving.replicas.model_thread import example_values, set_num_threads
+from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 from bsq_ray.serving.replicas.video_engine import VideoEngine
-from bsq_ray.serving.service_config import Limits, Settings
 
 # Videos that one replica processes concurrently, a few frames of each in turn.
 _MAX_CONCURRENT_VIDEOS = 4
@@ -47,7 +47,8 @@ class TokenizerEngine:
         grid_size: number of rows, and of columns, of tokens.
     """
 
-    def __init__(self, url: str, device: str, *, max_batch_size: int, limits: Limits) -> None:
+    def __init__(self, url: str, runtime: ReplicaRuntime) -> None:
+        limits, device, max_batch_size = runtime.limits, runtime.device, runtime.batching.max_batch_size
         self.tokenizer = Tokenizer.from_pretrained(url).to(device)
         run_config = config.require_stage(model_folder.load_model_folder_config(url), config.TokenizerConfig, url)
         self._resize_filter = run_config.data.eval_interpolation
@@ -55,21 +56,11 @@ class TokenizerEngine:
         self.video = VideoEngine(self.tokenizer, self._resize_filter, limits=limits, device=device)
         model_config = self.tokenizer.config
         self.grid_size = model_config.grid_size
+        architecture = model_config.model_dump_json()
         images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
-        self._batched_encode = BatchInvariantRunner(self._features_and_bits, images_BCHW, num_cores=num_cores(device))
+        self._batched_encode = runtime.make_runner(self._features_and_bits, architecture, images_BCHW)
         bits_BNL = example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0
-        self._batched_decode = BatchInvariantRunner(self._decode_bits, bits_BNL, num_cores=num_cores(device))
-
-    def metadata(self) -> dict[str, Any]:
-        """Return the entry of this model in the response of `GET /v1/models`."""
-        model_config, bits = self.tokenizer.config, self.tokenizer.quantizer.bits
-        return {
-            "tokenizer_id": self.tokenizer.model_id,
-            "image_size": model_config.image_size,
-            "grid": [1, self.grid_size, self.grid_size],
-            "bits": bits,
-            "bits_per_pixel": bits / model_config.patch_size**2,
-        }
+        self._batched_decode = runtime.make_runner(self._decode_bits, architecture, bits_BNL)
 
     def prepare(self, data: bytes) -> np.ndarray:
         """Decode, resize and crop an image file as in evaluation; return square uint8 pixels (3, H, W).
@@ -119,21 +110,24 @@ class TokenizerEngine:
         return self.tokenizer.decode(Tokens(bits_BNL.to(self._device), (1, self.grid_size, self.grid_size)))
 
 
-class TokenizerReplica:
-    """Ray Serve deployment that encodes and decodes images and videos with one tokenizer."""
+class TokenizerRole:
+    """Encodes and decodes images and videos with one tokenizer.
 
-    def __init__(self, url: str, settings: Settings) -> None:
-        replica_config = settings.tokenizer
-        self._model_thread, self._timeout_s = ModelThread(replica_config.threads), settings.limits.request_timeout_s
-        make_engine = partial(TokenizerEngine, max_batch_size=replica_config.max_batch_size, limits=settings.limits)
-        self._engine: TokenizerEngine = self._model_thread.run_blocking(make_engine, url, replica_config.device)
+    Attributes:
+        tokenizer: the tokenizer.
+    """
+
+    def __init__(self, url: str, runtime: ReplicaRuntime) -> None:
+        self._model_thread, self._timeout_s = runtime.batch_thread, runtime.limits.request_timeout_s
+        self._engine: TokenizerEngine = self._model_thread.run_blocking(TokenizerEngine, url, runtime)
         self._video_threads = ThreadPoolExecutor(_MAX_CONCURRENT_VIDEOS, "video", lambda: set_num_threads(1))
-        self._encode = self._model_thread.make_batcher(self._engine.encode, replica_config)
-        self._decode = self._model_thread.make_batcher(self._engine.decode, replica_config)
+        self._encode = self._model_thread.make_batcher(self._engine.encode, runtime.batching)
+        self._decode = self._model_thread.make_batcher(self._engine.decode, runtime.batching)
+        self.tokenizer = self._engine.tokenizer
 
     async def metadata(self) -> dict[str, Any]:
-        """Return the entry of this model in the response of `GET /v1/models`."""
-        return self._engine.metadata()
+        """Return the fields of this model in `GET /v1/models`."""
+        return tokenizer_fields(self.tokenizer.config, self.tokenizer.model_id)
 
     async def encode(self, data: bytes) -> PackedTokens:
         """Encode an image or video file to tokens."""

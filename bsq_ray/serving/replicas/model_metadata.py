@@ -1,0 +1,63 @@
+"""Fields of a model in `GET /v1/models`, of a loaded model or from its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bsq_ray import config, model_folder, storage
+
+
+def tokenizer_fields(model_config: config.TokenizerModelConfig, tokenizer_id: str | None) -> dict[str, Any]:
+    """Return the fields of a tokenizer: its id, its images and its tokens."""
+    bits, grid_size = model_config.quantizer.bits, model_config.grid_size
+    return {
+        "tokenizer_id": tokenizer_id,
+        "image_size": model_config.image_size,
+        "grid": [1, grid_size, grid_size],
+        "bits": bits,
+        "bits_per_pixel": bits / model_config.patch_size**2,
+    }
+
+
+def codec_fields(tokenizer_id: str | None, prior_id: str | None) -> dict[str, Any]:
+    """Return the fields of a codec: the ids that its files contain."""
+    return {"tokenizer_id": tokenizer_id, "prior_id": prior_id}
+
+
+def generator_fields(
+    model_config: config.MaskedLMModelConfig,
+    sampling: config.SamplingConfig,
+    model_id: str | None,
+    tokenizer: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the fields of a generator: the ids of its models, its images and its sampling.
+
+    Args:
+        tokenizer: fields of its tokenizer.
+    """
+    return {
+        "model_id": model_id,
+        "tokenizer_id": tokenizer["tokenizer_id"],
+        "image_size": tokenizer["image_size"],
+        "num_classes": model_config.num_classes,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+    }
+
+
+def stored_fields(url: str) -> dict[str, Any]:
+    """Return the fields of all roles of a model folder, without reading its weights.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    header = model_folder.read_model_header(url)
+    if isinstance(header.config, config.TokenizerConfig):
+        return codec_fields(header.model_id, None) | tokenizer_fields(header.config.model, header.model_id)
+    tokenizer_url = storage.join(header.url, "tokenizer")
+    tokenizer = model_folder.read_model_header(tokenizer_url)
+    if isinstance(header.config, config.PriorConfig):
+        return codec_fields(tokenizer.model_id, header.model_id)
+    tokenizer_config = config.require_stage(tokenizer.config, config.TokenizerConfig, tokenizer_url)
+    tokenizer_entry = tokenizer_fields(tokenizer_config.model, tokenizer.model_id)
+    return generator_fields(header.config.model, header.config.sampling, header.model_id, tokenizer_entry)
