@@ -16,7 +16,7 @@ import torch
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
-from bsq_ray.serving.replicas.tokenizer_replica import TokenizerEngine
+from bsq_ray.serving.replicas.tokenizer_role import TokenizerEngine
 from bsq_ray.serving.server import serve_app
 from bsq_ray.serving.service_config import Batching, Limits, Settings
 

@@ -16,12 +16,12 @@ from typing import Any
 from bsq_ray import config, model_folder
 from bsq_ray.runtime.malloc import release_free_memory
 from bsq_ray.serving.errors import ApiError
-from bsq_ray.serving.replicas.codec_replica import CodecRole
-from bsq_ray.serving.replicas.generator_replica import GeneratorRole
+from bsq_ray.serving.replicas.codec_role import CodecRole
+from bsq_ray.serving.replicas.generator_role import GeneratorRole
 from bsq_ray.serving.replicas.model_cache import ModelCache
 from bsq_ray.serving.replicas.model_metadata import stored_fields
 from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
-from bsq_ray.serving.replicas.tokenizer_replica import TokenizerRole
+from bsq_ray.serving.replicas.tokenizer_role import TokenizerRole
 from bsq_ray.serving.service_config import Limits, SharedReplicas, TorchScaling
 
 _log = logging.getLogger("bsq_ray.serving")
