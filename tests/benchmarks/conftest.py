@@ -1,6 +1,7 @@
 """Benchmarks record measurements: a table at the end of the run, and rows of docs/results/*.json."""
 
 import pytest
+from gpu_timing import DRY_RUN
 from result_files import write_results
 
 _TABLE = pytest.StashKey[list[tuple[str, str, str]]]()
@@ -29,7 +30,7 @@ def record(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    results = config.stash.get(_RESULTS, {})
+    results = {} if DRY_RUN else config.stash.get(_RESULTS, {})
     for name, rows in results.items():
         terminalreporter.section(name)
         for row_id, values in rows.items():

@@ -4,31 +4,35 @@ fp32 is strict fp32 (no TF32), also in the baselines. Weights are random and ima
 Times are medians. R1 runs in every sixteenth step and is averaged. Memory is the peak of PyTorch's allocator.
 """
 
-import gc
-import statistics
-
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_timing import (
+    BATCH,
+    DEVICE,
+    DRY_RUN,
+    PLANNED_GPU,
+    autocast,
+    busy_milliseconds,
+    load_gpu_preset,
+    milliseconds,
+    profile_step,
+    with_peak_memory,
+)
 from quantizer_steps import quantizer_steps
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from training_steps import NaiveTrainingSteps, TrainingSteps
 
 from bsq_ray import Generator, Prior, Tokenizer
-from bsq_ray.config import load_config
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.ops.blur import blur
 from bsq_ray.models.pretrained_weights import resolve_once
+from bsq_ray.planning.gpus import find_gpu
 from bsq_ray.planning.planner import make_plan
 from bsq_ray.runtime.precision import enable_strict_fp32
+from bsq_ray.training.stages.tokenizer_stage import DiscriminatorContext
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
-DEVICE = torch.device("cuda", 0)
-# The GPU of the plans, for any GPU of the run.
-PLANNED_GPU = "h100"
-BATCH = 32
 # Rows of quantizer-h100.json.
 QUANTIZERS = ("bsq-18", "bsq-36", "bsq-128", "lfq", "fsq")
 TOKENIZERS = ("imagenet128-bsq18", "imagenet256-bsq18")
@@ -38,48 +42,12 @@ PUBLISHED = {"imagenet256-bsq18": 45.1}
 
 @pytest.fixture(autouse=True)
 def reset_gpu_state():
-    torch.cuda.init()
+    if not DRY_RUN:
+        torch.cuda.init()
     enable_strict_fp32()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
-
-
-def milliseconds(call, times, warm=3):
-    """Return the median time of a call by GPU events, ms."""
-    for _ in range(warm):
-        call()
-    durations = []
-    for _ in range(times):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        durations.append(start.elapsed_time(end))
-    return statistics.median(durations)
-
-
-def gpu_busy_milliseconds(call):
-    """Return the total time of the GPU kernels of a call, ms."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        call()
-        torch.cuda.synchronize()
-    kernels = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
-    return sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1000
-
-
-def with_peak_memory(work):
-    """Return the result of `work` and its peak memory in GB; None and 0 if the GPU's memory is insufficient."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(DEVICE)
-    torch.cuda.reset_peak_memory_stats(DEVICE)
-    try:
-        result = work()
-    except torch.OutOfMemoryError:
-        return None, 0.0
-    return result, (torch.cuda.max_memory_allocated(DEVICE) - before) / 1e9
 
 
 def step_seconds(kind, run):
@@ -92,8 +60,8 @@ def step_seconds(kind, run):
     return (without_r1 * 15 + with_r1) / 16 / 1000
 
 
-def load_preset(name, precision, *more):
-    return load_config(name, [f"training.batch_size={BATCH}", f"training.engine.precision={precision}", *more])
+def load_preset(name, precision="bf16", *more, batch=BATCH):
+    return load_gpu_preset(name, f"training.batch_size={batch}", f"training.engine.precision={precision}", *more)
 
 
 # Baselines measured earlier in the run, by preset and precision.
@@ -132,6 +100,50 @@ def test_full_training_step_speed(name, precision, mode, record):
     )
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("batch", [32, 64])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_training_step_utilization(name, batch, compiled, record_measurement):
+    """Step time and the GPU's busy time in it, fraction of the peak, and memory next to the planned."""
+    resolve_once("lpips-vgg")
+    overrides = ["training.engine.kind=ddp", f"training.engine.compile={'true' if compiled else 'false'}"]
+    run = load_preset(name, "bf16", *overrides, batch=batch)
+    busy_ms = 0.0
+
+    def work():
+        nonlocal busy_ms
+        seconds = step_seconds(TrainingSteps, run)
+        training = TrainingSteps(run, DEVICE)
+        training.step(1)
+        busy_ms = busy_milliseconds(lambda: training.step(2))
+        return seconds
+
+    seconds, peak = with_peak_memory(work)
+    if seconds is None:
+        pytest.skip("the GPU's memory is insufficient")
+    plan = make_plan(run, PLANNED_GPU, 1)
+    utilization = plan.step_flops / seconds / (find_gpu(PLANNED_GPU).bf16_tflops * 1e12)
+    record_measurement(
+        f"{name}, batch {batch}, {'compiled' if compiled else 'eager'}",
+        f"{1000 * seconds:.1f} ms, GPU busy {busy_ms:.1f} ms, {utilization:.1%} of the peak of {PLANNED_GPU}",
+        f"{peak:.1f} GB, planned {plan.memory.total / 1e9:.1f} GB",
+    )
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_training_step_profile(name, record_measurement):
+    """GPU time of a step by group of kernels, and the host's time."""
+    resolve_once("lpips-vgg")
+    training = TrainingSteps(load_preset(name, "bf16", "training.engine.kind=ddp"), DEVICE)
+    for number in range(3):
+        training.step(number)
+    groups, host_ms = profile_step(lambda: training.step(2))
+    total = sum(groups.values())
+    for group, group_ms in sorted(groups.items(), key=lambda item: -item[1]):
+        record_measurement(f"{name}: {group}", f"{group_ms:.2f} ms", f"{group_ms / total:.1%} of the kernels")
+    record_measurement(f"{name}: host", f"{host_ms:.2f} ms", f"kernels {total:.2f} ms")
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_training_step_breakdown(name, record):
     """Time and throughput of each part of a step; optimizers and moving average are not included in the parts."""
@@ -148,9 +160,9 @@ def test_training_step_breakdown(name, record):
             return (output.images - real).abs().mean() + output.quantized.loss
 
         def discriminator(step):
-            context = {"real": real}
-            adversarial = stage._adversarial_term(fake, engines, context)
-            return adversarial + stage._discriminator_loss(engines, context, step)[0]
+            adversarial, fake_logits = stage._adversarial_term(fake, engines)
+            context = DiscriminatorContext(real, fake_logits)
+            return adversarial + stage._discriminator_loss(engines, context, step).loss
 
         parts = {
             "tokenizer": generator,
@@ -160,7 +172,7 @@ def test_training_step_breakdown(name, record):
         }
 
         def forward_and_backward(part):
-            with torch.autocast("cuda", torch.bfloat16):
+            with autocast():
                 loss = part()
             loss.backward()
 
@@ -172,7 +184,7 @@ def test_training_step_breakdown(name, record):
         return (
             breakdown,
             milliseconds(lambda: training.step(2), 5, warm=2),
-            gpu_busy_milliseconds(lambda: training.step(2)),
+            busy_milliseconds(lambda: training.step(2)),
         )
 
     breakdown, _ = with_peak_memory(work)
@@ -207,11 +219,11 @@ def test_token_model_training_step_speed(name, record):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_reconstruction_speed(name, precision, record):
     """Encoding and decoding with weights in the given precision; the best of several batch sizes."""
-    model_config = load_config(name).model
+    model_config = load_preset(name).model
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     tokenizer = Tokenizer(model_config).to(DEVICE, kind).eval()
     speeds = {}
-    for batch in (8, 32, 128):
+    for batch in (BATCH,) if DRY_RUN else (8, 32, 128):
         images = torch.rand(batch, 3, model_config.image_size, model_config.image_size, device=DEVICE) * 2 - 1
         batch_ms = milliseconds(lambda images=images: tokenizer.decode(tokenizer.encode(images)), 5, warm=2)
         speeds[batch] = 1000 * batch / batch_ms
@@ -221,7 +233,7 @@ def test_reconstruction_speed(name, precision, record):
 @pytest.mark.parametrize(("stride", "pad"), [(1, 2), (2, 1)], ids=["before a stride", "with the stride"])
 def test_discriminator_blur_speed(stride, pad, record):
     """Low-pass filter of the first block of `imagenet128-bsq18` for 64 images, compared with a grouped convolution."""
-    shape = (64, 256, 128, 128)
+    shape = (2, 16, 16, 16) if DRY_RUN else (64, 256, 128, 128)
     images_BCHW = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     taps = torch.tensor([1, 3, 3, 1], device=DEVICE, dtype=torch.bfloat16) / 8
     filter_C1HW = torch.outer(taps, taps).expand(shape[1], 1, 4, 4)
@@ -233,8 +245,7 @@ def test_discriminator_blur_speed(stride, pad, record):
 
 
 def test_quantizer_speed(record):
-    shape = (64, 1024)
-    steps = quantizer_steps(shape, DEVICE)
+    steps = quantizer_steps((2, 16) if DRY_RUN else (64, 1024), DEVICE)
     for row_id in QUANTIZERS:
         step_ms, peak = with_peak_memory(lambda row_id=row_id: milliseconds(steps[row_id], 20))
         if step_ms is not None:
@@ -244,32 +255,29 @@ def test_quantizer_speed(record):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_generation_speed(precision, record):
     """Throughput from classes to pixels, with the preset's steps and guidance."""
-    run, tokenizer = load_config("imagenet128-masked-lm"), Tokenizer(load_config("imagenet128-bsq18").model)
+    run, tokenizer_config = load_preset("imagenet128-masked-lm"), load_preset("imagenet128-bsq18").model
+    tokenizer, size = Tokenizer(tokenizer_config), tokenizer_config.image_size
     generator = Generator(MaskedLM(run.model).to(DEVICE), tokenizer.to(DEVICE), run.sampling)
     labels = list(range(BATCH))
     forward_ms = 0.0
 
     def timed(tokens_BNS, classes_BC):
         nonlocal forward_ms
-        torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        logits = generator.model(tokens_BNS, classes_BC)
-        end.record()
-        torch.cuda.synchronize()
-        forward_ms += start.elapsed_time(end)
-        return logits
+        logits = []
+        forward_ms += milliseconds(lambda: logits.append(generator.model(tokens_BNS, classes_BC)), 1, warm=0)
+        return logits[0]
 
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"), torch.no_grad():
+    with autocast(precision == "bf16"), torch.no_grad():
         total_ms = milliseconds(lambda: generator.generate(labels), 3, warm=1)
-        list(generator.steps(labels, predict=timed, decode=lambda bits: torch.zeros(BATCH, 3, 128, 128, device=DEVICE)))
+        pixels = torch.zeros(BATCH, 3, size, size, device=DEVICE)
+        list(generator.iter_steps(labels, predict=timed, decode=lambda bits: pixels))
     rates = {"images_per_s": 1000 * BATCH / total_ms, "forward_images_per_s": 1000 * BATCH / forward_ms}
     record("sampler-h100", precision, **rates)
 
 
 def test_prior_decoding_speed(record):
     """Decoding in fp32, as files require; without a cache every eighth pass is measured."""
-    model_config = load_config("imagenet128-prior").model
+    model_config = load_preset("imagenet128-prior").model
     prior, tiles, sampled = Prior(model_config).to(DEVICE).eval(), 8, 8
     shape = (tiles, model_config.num_tokens, model_config.num_sub_tokens)
     sub_tokens_BNS = torch.randint(0, 2**model_config.sub_bits, shape, device=DEVICE)

@@ -53,7 +53,7 @@ class TrainingSteps:
         self.batch = random_batch(run)
 
     def step(self, number):
-        context = None
+        [context] = self.stage.prepare_step([self.batch], self.engines, number)
         for phase in self.stage.phases(number):
             for name, module in self.stage.modules.items():
                 module.requires_grad_(name == phase)
@@ -77,13 +77,13 @@ class NaiveConv(torch.nn.Module):
     def forward(self, x):
         conv, channels = self.conv, x.shape[1]
         weight = conv.weight * conv.scale
-        if conv.down:
+        if conv.downsample:
             taps = self.filter_HW.to(x.dtype).expand(channels, 1, 4, 4)
-            pad = 1 if conv.size == 1 else 2
+            pad = 1 if conv.kernel_size == 1 else 2
             x = F.conv2d(F.pad(x.contiguous(), (pad,) * 4), taps, groups=channels)
             x = F.conv2d(x, weight, stride=2)
         else:
-            x = F.conv2d(x.contiguous(), weight, padding=conv.size // 2)
+            x = F.conv2d(x.contiguous(), weight, padding=conv.kernel_size // 2)
         if conv.bias is None:
             return x * conv.gain
         return F.leaky_relu(x + conv.bias.to(x.dtype)[:, None, None], 0.2) * 2**0.5 * conv.gain
