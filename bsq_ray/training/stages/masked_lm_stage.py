@@ -26,6 +26,7 @@ from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.models.sampling import sample
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.collectives import average_over_workers
+from bsq_ray.runtime.device import to_device
 from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 from bsq_ray.training.stages.stage import Engines, Metrics, MetricSum, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -77,7 +78,8 @@ class MaskedLMStage(Stage):
         tokens_BNS = self._sub_tokens(model, batch)
         masked_BNS, dropped_B, num_masked = context.masked_BNS, context.dropped_B, context.num_masked
         # Built on the host, where validating the labels does not synchronize with the GPU.
-        classes_BC = model.class_weights(batch.labels_B.masked_fill(dropped_B, model.null_class)).to(self.device)
+        labels_B = batch.labels_B.masked_fill(dropped_B, model.null_class)
+        classes_BC = to_device(model.class_weights(labels_B), self.device)
         logits_BNSV = engines[phase](tokens_BNS.masked_fill(masked_BNS, model.mask_token), classes_BC)
         loss = masked_cross_entropy(logits_BNSV, tokens_BNS, masked_BNS, loss_config.label_smoothing, num_masked)
         correct_BNS = (logits_BNSV.argmax(-1) == tokens_BNS) & masked_BNS
@@ -124,7 +126,7 @@ class MaskedLMStage(Stage):
 
     def _sub_tokens(self, model: MaskedLM, batch: Batch) -> Tensor:
         model_config = self.run_config.model
-        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
+        bits_BNL = unpack_bits(to_device(batch.values_B, self.device), model_config.num_tokens * model_config.bits)
         return model.split_bits(bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits)))
 
     def _sample_masks(self, keys: list[str], step: int, class_dropout: float) -> tuple[Tensor, Tensor]:
@@ -141,7 +143,7 @@ class MaskedLMStage(Stage):
             order = rng.permutation(num_units)
             masks.append(order < max(1, round(num_units * mask_ratio)))
             dropped.append(rng.random() < class_dropout)
-        masked_BU = torch.from_numpy(np.stack(masks)).to(self.device)
+        masked_BU = to_device(torch.from_numpy(np.stack(masks)), self.device)
         masked_BNS = masked_BU.view(len(keys), model_config.num_tokens, -1).expand(-1, -1, model_config.num_sub_tokens)
         return masked_BNS, torch.tensor(dropped)
 

@@ -20,6 +20,7 @@ from bsq_ray.data.transforms import to_uint8
 from bsq_ray.models.prior import Prior, code_length
 from bsq_ray.models.quantizers.bits import bits_to_integers, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
+from bsq_ray.runtime.device import to_device
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
@@ -68,7 +69,7 @@ class PriorStage(Stage):
 
     def _bits(self, batch: Batch) -> Tensor:
         model_config = self.run_config.model
-        bits_BNL = unpack_bits(batch.values_B.to(self.device), model_config.num_tokens * model_config.bits)
+        bits_BNL = unpack_bits(to_device(batch.values_B, self.device), model_config.num_tokens * model_config.bits)
         return bits_BNL.unflatten(1, (model_config.num_tokens, model_config.bits))
 
     def _token_nats(self, batch: Batch, engines: Engines) -> Tensor:

@@ -31,6 +31,7 @@ from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
 from bsq_ray.runtime.collectives import average_over_workers, num_workers
+from bsq_ray.runtime.device import to_device
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -156,7 +157,7 @@ class TokenizerStage(Stage):
         return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, next_context)
 
     def _to_device(self, batch: Batch) -> Tensor:
-        return to_float(batch.values_B.to(self.device, non_blocking=True))
+        return to_float(to_device(batch.values_B, self.device))
 
     def _discriminator_input(self, images: Tensor) -> Tensor:
         """Return clips for a clip discriminator, otherwise images or frames."""
