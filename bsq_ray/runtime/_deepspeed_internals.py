@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def capture_checkpoint(engine: Any, folder: str, tag: str, on_save: Callable[[Any, str], None]) -> None:
@@ -38,6 +42,44 @@ def set_load_universal(engine: Any, enabled: bool) -> None:
     Contract test: test_set_load_universal_changes_engine.
     """
     engine._config.load_universal_checkpoint = enabled
+
+
+def global_gradient_norm(engine: Any) -> Tensor:
+    """Return the norm that ZeRO has just computed, infinite if a gradient is not finite; valid within its `step`.
+
+    Why: a step with a nonfinite norm is skipped on the device, in a hook of the inner optimizer's step.
+    Seen in: DeepSpeed 0.19.8, where `engine.get_global_grad_norm()` returns it only after the step.
+    Public replacement: a `get_global_grad_norm` that is valid within the step.
+    Contract test: test_unread_gradient_norm_is_infinite_within_step.
+    """
+    norm: Tensor = engine.optimizer._global_grad_norm
+    return norm
+
+
+def keep_gradient_norm_on_device() -> None:
+    """Keep ZeRO from reading the gradient norm on the host in every step; for all engines of this process.
+
+    Why: the host would wait for the backward pass. The caller skips steps with a nonfinite norm on the device.
+    Seen in: DeepSpeed 0.19.8. Its setting `zero_optimization.compute_grad_norm=false` avoids the read by computing
+        neither norm nor clipping, and stage 3 does not have it.
+    Public replacement: a setting that leaves the check of the norm to the caller.
+    Contract test: test_unread_gradient_norm_is_infinite_within_step.
+    """
+    for name in ("stage_1_and_2", "stage3"):
+        module = importlib.import_module(f"deepspeed.runtime.zero.{name}")
+        for function in (is_invalid_grad_norm, mask_nan_or_inf_with_val_inplace):
+            assert hasattr(module, function.__name__)
+            setattr(module, function.__name__, function)
+
+
+def is_invalid_grad_norm(norm: Any) -> bool:
+    """Return False without reading the norm, in place of DeepSpeed's function of this name."""
+    return False
+
+
+def mask_nan_or_inf_with_val_inplace(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
+    """Do what DeepSpeed's function of this name does, without copying `val` to the device, which would wait for it."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
 
 
 def disable_shared_memory_op() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def has_native_bf16() -> bool:
@@ -35,3 +36,18 @@ def needs_input_grad_now(ctx: Any) -> list[bool]:
             # PyTorch raises for a leaf that `torch.autograd.grad` was called with.
             needed.append(True)
     return needed
+
+
+def skip_steps_if_set(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Make the steps of a fused optimizer change neither weights nor state while `flag` is 1, without reading it.
+
+    Why: a nonfinite gradient must not reach the weights, and the host must not wait for the gradient norm.
+    Seen in: PyTorch 2.13, where `torch.amp.GradScaler` sets the attribute `found_inf` of fused optimizers.
+    Public replacement: an argument of `Optimizer.step`.
+    Contract test: test_skip_steps_if_set_keeps_weights_and_state.
+
+    Args:
+        optimizer: AdamW with `fused=True`, or `Muon` of this package.
+        flag: fp32 scalar, 0 or 1, on the device of the parameters.
+    """
+    optimizer.found_inf = flag  # type: ignore[attr-defined]

@@ -1,4 +1,9 @@
-"""Detection of nonfinite losses and gradients on all workers, before the weights change."""
+"""Detection of nonfinite losses and gradients without waiting for the device.
+
+loss not finite ─▶ NaN gradient ─▶ averaged over workers ─▶ gradient norm not finite
+                ─▶ `found` on the device ─▶ engines leave weights and optimizer state unchanged
+                ─▶ one step later the host reads `found`, and finds step, term and samples
+"""
 
 from __future__ import annotations
 
@@ -29,6 +34,62 @@ class PhaseLoss:
     total: Tensor
     scalars: dict[str, Tensor]
     sample_keys: list[str]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Losses and gradient norm of a phase in one step.
+
+    Attributes:
+        step: number of the step, from 1.
+        losses: of each micro batch.
+        grad_norm: scalar, equal on all workers.
+    """
+
+    step: int
+    phase: str
+    losses: list[PhaseLoss]
+    grad_norm: Tensor
+
+
+class NonFiniteDetector:
+    """Remembers the results of the last two steps, so that an error one step later names its cause.
+
+    Attributes:
+        found: fp32 scalar on the device, which engines set to 1 at the first gradient norm that is not finite. From
+            then on they leave weights and optimizer state unchanged.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = torch.zeros((), device=device)
+        self._results: list[PhaseResult] = []
+
+    def add(self, result: PhaseResult) -> None:
+        """Remember the result of a phase, and forget those of steps before the previous one."""
+        self._results = [each for each in self._results if each.step >= result.step - 1] + [result]
+
+    def error(self, out_url: str, worker: WorkerContext) -> NonFiniteLossError:
+        """Return the error of the first result that is not finite; read the device; collective.
+
+        Call it on all workers after the same step, if `found` is set.
+        """
+        for result in self._results:
+            nonfinite = find_nonfinite(result.losses, worker)
+            if nonfinite is None and not bool(torch.isfinite(result.grad_norm)):
+                keys = [key for loss in result.losses for key in loss.sample_keys]
+                nonfinite = f"the gradient of the {result.phase}", keys
+            if nonfinite is not None:
+                return nonfinite_error(*nonfinite, result.step, out_url, worker)
+        raise AssertionError("no result of the last two steps is nonfinite")
+
+
+def nan_gradient_if_nonfinite(loss: Tensor) -> Tensor:
+    """Return the same scalar; its gradients are NaN if it is not finite.
+
+    A loss can be infinite and have finite gradients. With NaN, averaging the gradients informs all workers.
+    """
+    value = loss.detach()
+    return loss * (value - value + 1)
 
 
 def find_nonfinite(losses: list[PhaseLoss], worker: WorkerContext) -> tuple[str, list[str]] | None:

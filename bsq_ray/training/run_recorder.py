@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bsq_ray import storage
@@ -18,8 +17,6 @@ from bsq_ray.storage import Value
 from bsq_ray.training.monitoring.metrics_log import MetricsLog
 from bsq_ray.training.run_spec import RunSpec
 from bsq_ray.training.worker_context import WorkerContext
-
-ScalarHistory = dict[str, list[Tensor | float]]
 
 
 class RunRecorder:
@@ -91,21 +88,16 @@ class RunRecorder:
             except Exception as error:
                 self.warn(f"{error}; the image is skipped")
 
-    def record_training(self, scalar_history: ScalarHistory, stage_metrics: dict[str, float], **fields: Any) -> None:
+    def record_training(self, scalar_means: dict[str, float], stage_metrics: dict[str, float], **fields: Any) -> None:
         """Write the mean scalars of all workers since the last training record; collective.
 
         Args:
-            scalar_history: by name, one scalar per step and micro batch.
+            scalar_means: by name, this worker's mean since then.
             stage_metrics: by name, this worker's value; the mean over workers is recorded.
             fields: values that are equal on all workers.
         """
-        names = sorted(scalar_history)
-        local_means = [
-            float(torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in scalar_history[name]]).mean())
-            for name in names
-        ]
-        means = self._worker.all_reduce_mean([*local_means, *stage_metrics.values()])
-        self.record(kind="training", **dict(zip([*names, *stage_metrics], means, strict=True)), **fields)
+        means = self._worker.all_reduce_mean([*scalar_means.values(), *stage_metrics.values()])
+        self.record(kind="training", **dict(zip([*scalar_means, *stage_metrics], means, strict=True)), **fields)
 
     def record_data_events(self, skipped: SkippedSamples) -> None:
         """Write what any worker skipped or retried since the last call; collective.

@@ -1,14 +1,16 @@
 """Training loop, shared by all stages.
 
-    batch ─▶ for each micro-batch and phase: freeze the other modules ─▶ loss ─▶ engine.backward ─▶ engine.step
-          ─▶ EMA ─▶ ControlSync ─▶ RunRecorder, CheckpointWriter, EvalLoop
+    ControlSync.send ─▶ batch ─▶ for each micro-batch and phase: freeze the other modules ─▶ loss ─▶ engine.backward
+          ─▶ engine.step ─▶ EMA ─▶ ControlSync.receive ─▶ RunRecorder, CheckpointWriter, EvalLoop
+
+The host enqueues a step while the device computes the previous one: it reads device values one step later, or at steps
+that log, save or evaluate.
 
 Independent of Ray: `WorkerContext` provides ranks and collectives, and its reporter receives the records.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator
@@ -32,10 +34,11 @@ from bsq_ray.training.export import gather_weights, write_model
 from bsq_ray.training.measurement import Measurement
 from bsq_ray.training.monitoring.metrics_sinks import check_trackers
 from bsq_ray.training.monitoring.throughput import StepTimer
-from bsq_ray.training.nonfinite import PhaseLoss, find_nonfinite, nonfinite_error
+from bsq_ray.training.nonfinite import NonFiniteDetector, PhaseLoss, PhaseResult, nan_gradient_if_nonfinite
 from bsq_ray.training.optimizers.build import describe_optimizers
-from bsq_ray.training.run_recorder import RunRecorder, ScalarHistory
+from bsq_ray.training.run_recorder import RunRecorder
 from bsq_ray.training.run_spec import RunResult, RunSpec
+from bsq_ray.training.scalar_means import ScalarMeans
 from bsq_ray.training.schedule import learning_rate, schedule_factor
 from bsq_ray.training.stages import Stage, build_stage
 from bsq_ray.training.worker_context import ControlSignal, WorkerContext, autocast_precision
@@ -75,6 +78,7 @@ class Trainer:
         init_url = None if has_checkpoint else spec.init_url
         self.stage: Stage = build_stage(spec.config, self.source, worker.device, init_url)
         self.main_name = next(iter(self.stage.modules))
+        self.nonfinite = NonFiniteDetector(worker.device)
         self.engines = {
             name: build_engine(
                 module,
@@ -83,6 +87,7 @@ class Trainer:
                 accumulation_steps=self.accumulation_steps,
                 device=worker.device,
                 use_bf16=self.precision == "bf16",
+                found_nonfinite=self.nonfinite.found,
             )
             for name, module in self.stage.modules.items()
         }
@@ -128,26 +133,29 @@ class Trainer:
         if self.step == 0:
             # Fail early if evaluation, metric networks or storage do not work.
             self.measurement = self.eval_loop.evaluate("raw")
-        scalar_history: ScalarHistory = defaultdict(list)
+        scalars = ScalarMeans()
         first_step = logged_step = self.step
         timer = StepTimer(self.elapsed)
-        control = self._sync_control()
+        control = ControlState(ControlSignal.CONTINUE, self.control.progress(self.step, self.elapsed))
         should_stop = control.progress >= 1
         while not should_stop:
+            self.control.send(timer.elapsed, self.nonfinite.found)
             with timer.data_wait_timer():
                 batch = next(batches)
             lr = peak_lr * schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
-            self.train_step(batch, lr, scalar_history)
+            self.train_step(batch, lr, scalars)
             self.step = self.recorder.step = self.step + 1
             self.elapsed = timer.elapsed
-            control = self._sync_control()
+            control = self._receive_control()
             should_stop = control.should_stop
+            if should_stop or self._reads_device():
+                self._raise_if_nonfinite(bool(self.nonfinite.found))
             if self.step % training_config.log_every == 0 or should_stop:
                 images_per_second = training_config.batch_size * (self.step - logged_step) / timer.lap()
                 logged_step = self.step
                 self.recorder.record_data_events(self.skipped)
                 self.recorder.record_training(
-                    scalar_history,
+                    scalars.pop(),
                     self.stage.pop_metrics(),
                     learning_rate=lr,
                     images_per_second=images_per_second,
@@ -155,7 +163,6 @@ class Trainer:
                     seconds=self.elapsed,
                     progress=control.progress,
                 )
-                scalar_history.clear()
             if self.step % training_config.checkpoint_every == 0 or should_stop:
                 self._save_checkpoint()
             if should_stop:
@@ -181,17 +188,16 @@ class Trainer:
             measured_on=self.measurement.measured_on if self.measurement else "",
         )
 
-    def train_step(self, batch: Batch, lr: float, scalar_history: ScalarHistory) -> None:
-        """Take one optimizer step per phase of this step, and append the scalars to `scalar_history`.
+    def train_step(self, batch: Batch, lr: float, scalars: ScalarMeans) -> None:
+        """Enqueue one optimizer step per phase of this step, and add its scalars to `scalars`; read no device value.
 
-        Raises:
-            NonFiniteLossError: a loss or gradient is not finite; raised on all workers, before weights change.
+        From the first loss or gradient on that is not finite, weights and optimizer state do not change.
         """
         losses: dict[str, list[PhaseLoss]] = defaultdict(list)
         batches = list(micro_batches(batch, self.accumulation_steps))
         with self.autocast:
             contexts = self.stage.prepare_step(batches, self.engines, self.step)
-        for micro_index, (micro_batch, context) in enumerate(zip(batches, contexts, strict=True)):
+        for micro_batch, context in zip(batches, contexts, strict=True):
             for phase in self.stage.phases(self.step):
                 engine = self.engines[phase]
                 for name, module in self.stage.modules.items():
@@ -200,29 +206,33 @@ class Trainer:
                     output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
                 context = output.context
                 losses[phase].append(PhaseLoss(output.loss.detach(), output.scalars, micro_batch.keys))
-                engine.backward(output.loss)
-                if micro_index == self.accumulation_steps - 1:
-                    self._raise_if_nonfinite(find_nonfinite(losses[phase], self.worker))
+                engine.backward(nan_gradient_if_nonfinite(output.loss))
                 grad_norm = engine.step(lr)
-                for name, value in output.scalars.items():
-                    scalar_history[name].append(value)
+                scalars.add(output.scalars)
                 if grad_norm is not None:
-                    scalar_history[f"grad_norm/{phase}"].append(grad_norm)
-                    if not math.isfinite(grad_norm):
-                        self._raise_if_nonfinite((f"the gradient of the {phase}", batch.keys))
+                    scalars.add({f"grad_norm/{phase}": grad_norm})
+                    self.nonfinite.add(PhaseResult(self.step + 1, phase, losses[phase], grad_norm))
         if self.ema is not None:
             with self.engines[self.main_name].gathered_parameters():
                 self.ema.update(self.stage.modules[self.main_name])
 
-    def _raise_if_nonfinite(self, nonfinite: tuple[str, list[str]] | None) -> None:
-        """Wait for the checkpoint being written and raise the error, on all workers at the same step."""
-        if nonfinite:
-            self.checkpoints.wait()
-            raise nonfinite_error(*nonfinite, self.step + 1, self.spec.out_url, self.worker)
+    def _reads_device(self) -> bool:
+        """Return True if the step just taken logs, saves, evaluates or writes sample images."""
+        every = self.training_config
+        intervals = (every.log_every, every.checkpoint_every, every.eval_every, every.sample_every)
+        return any(self.step % interval == 0 for interval in intervals)
 
-    def _sync_control(self) -> ControlState:
+    def _raise_if_nonfinite(self, found: bool) -> None:
+        """Wait for the checkpoint being written and raise the error, on all workers after the same step."""
+        if found:
+            self.checkpoints.wait()
+            raise self.nonfinite.error(self.spec.out_url, self.worker)
+
+    def _receive_control(self) -> ControlState:
         self._record_checkpoint_warnings()
-        return self.control.sync(self.step, self.elapsed)
+        control = self.control.receive(self.step, self.elapsed)
+        self._raise_if_nonfinite(control.found_nonfinite)
+        return control
 
     def _train_batches(self) -> Generator[Batch, None, None]:
         return training_batches(

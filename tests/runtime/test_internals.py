@@ -46,6 +46,41 @@ def test_disable_shared_memory_op_keeps_backend_without_op(engine):
     assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("max_grad_norm", [0, 0.5])
+def test_unread_gradient_norm_is_infinite_within_step(stage, max_grad_norm):
+    """With a nonfinite gradient ZeRO reads nothing and steps its optimizer, which finds an infinite norm."""
+    overrides = [f"training.engine.zero_stage={stage}", f"training.optimizer.max_grad_norm={max_grad_norm}"]
+    training_config = load_config("demo", overrides).training
+    engine = build_engine(torch.nn.Linear(4, 4), training_config, micro_batch=1, accumulation_steps=1, device=CPU)
+    norms = []
+    engine._ds_engine.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(_deepspeed_internals.global_gradient_norm(engine._ds_engine))
+    )
+    for scale in (1.0, torch.nan):
+        engine.backward(engine(torch.ones(1, 4)).sum() * scale)
+        engine.step(1e-3)
+    assert [torch.isfinite(norm).item() for norm in norms] == [True, False]
+    assert norms[1] == torch.inf
+    assert engine.found_nonfinite == 1
+
+
+def test_skip_steps_if_set_keeps_weights_and_state():
+    """While the flag is set, NaN gradients reach neither weights nor state, and no step is counted."""
+    weight, flag = torch.nn.Parameter(torch.ones(3)), torch.zeros(())
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    _torch_internals.skip_steps_if_set(optimizer, flag)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+    before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]
+    flag.fill_(1)
+    weight.grad = torch.full((3,), torch.nan)
+    optimizer.step()
+    after = [weight.detach(), *optimizer.state[weight].values()]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+
+
 def test_has_native_bf16_returns_bool():
     assert isinstance(_torch_internals.has_native_bf16(), bool)
 

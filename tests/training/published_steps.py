@@ -4,7 +4,6 @@ tests/golden/README.md describes the files.
 """
 
 import json
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.import_bsq_vit import import_bsq_vit
 from bsq_ray.training import trainer as trainer_module
 from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.scalar_means import ScalarMeans
 from bsq_ray.training.worker_context import WorkerContext
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -154,12 +154,12 @@ def _take_steps(rank, world_size, case, data, shards, folder, overrides, dtype):
     for trainer.step in range(case["steps"]):
         share = images_SBCHW[trainer.step, rank::world_size]
         batch = Batch(share, torch.zeros(len(share)), [str(index) for index in range(len(share))])
-        history = defaultdict(list)
+        scalars = ScalarMeans()
         parts.clear()
-        trainer.train_step(batch, case["learning_rate"], history)
+        trainer.train_step(batch, case["learning_rate"], scalars)
         # Micro batches are strides of the batch.
         bits.append(torch.stack(parts, 1).flatten(0, 1).numpy())
-        records.append({key: float(sum(map(float, values)) / len(values)) for key, values in history.items()})
+        records.append(scalars.pop())
     weights = {}
     for name, engine in trainer.engines.items():
         with engine.gathered_parameters():

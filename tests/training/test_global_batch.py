@@ -3,7 +3,6 @@
 The shipped presets are compared with nothing changed but their size, so whatever they turn on must be exact.
 """
 
-from collections import defaultdict
 from itertools import islice
 
 import numpy as np
@@ -18,6 +17,7 @@ from bsq_ray.data.stream import training_batches
 from bsq_ray.data.token_table import TokenTable, TokenTableInfo, write_part, write_table
 from bsq_ray.losses.adversarial import adaptive_weight
 from bsq_ray.training.run_spec import RunSpec
+from bsq_ray.training.scalar_means import ScalarMeans
 from bsq_ray.training.trainer import Trainer
 from bsq_ray.training.worker_context import WorkerContext
 
@@ -77,16 +77,16 @@ def train_all(rank, world_size, urls, out, overrides):
         batches = training_batches(
             trainer.source, run_config.data, batch_size=BATCH, rank=rank, world_size=world_size, seed=0
         )
-        history = defaultdict(list)
+        scalars = ScalarMeans()
         for trainer.step, batch in enumerate(islice(batches, STEPS)):
-            trainer.train_step(batch, LEARNING_RATE, history)
+            trainer.train_step(batch, LEARNING_RATE, scalars)
         batches.close()
         weights = {
             f"{module}.{key}": value.numpy()
             for module, engine in trainer.engines.items()
             for key, value in engine.module.state_dict().items()
         }
-        results[name] = {key: np.mean([float(value) for value in values]) for key, values in history.items()}, weights
+        results[name] = scalars.pop(), weights
     return results
 
 

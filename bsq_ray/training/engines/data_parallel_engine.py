@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
 from bsq_ray.training.engines.engine import Engine, average_gradients, gradient_norm
 
@@ -27,7 +27,11 @@ class DataParallelEngine(Engine):
         optimizers: dict[str, torch.optim.Optimizer],
         max_grad_norm: float,
         accumulation_steps: int,
+        found_nonfinite: Tensor,
     ) -> None:
+        self.found_nonfinite = found_nonfinite
+        for optimizer in optimizers.values():
+            skip_steps_if_set(optimizer, found_nonfinite)
         self.module = module
         self.optimizers = optimizers
         self.max_grad_norm = max_grad_norm
@@ -43,20 +47,20 @@ class DataParallelEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation_steps).backward()
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> Tensor | None:
         self._num_micro_batches += 1
         if self._num_micro_batches % self.accumulation_steps:
             return None
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         average_gradients(parameters)
         grad_norm = gradient_norm(parameters)
-        if math.isfinite(grad_norm):
-            if 0 < self.max_grad_norm < grad_norm:
-                nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, torch.tensor(grad_norm))
-            for optimizer in self.optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
-                optimizer.step()
+        self.found_nonfinite.logical_or_(~torch.isfinite(grad_norm))
+        if self.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+            optimizer.step()
         self.module.zero_grad(set_to_none=True)
         return grad_norm
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.runtime import _deepspeed_internals as internals
+from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
 from bsq_ray.training.engines.engine import Engine, gradient_norm
 
@@ -38,8 +38,9 @@ class DeepSpeedEngine(Engine):
         training_config: config.TrainingConfig,
         micro_batch: int,
         accumulation_steps: int,
-        device: torch.device,
+        found_nonfinite: Tensor,
     ) -> None:
+        device = found_nonfinite.device
         # Suppress DeepSpeed's messages on stdout that there is no GPU and no tensor parallelism.
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)
         _select_accelerator(device)
@@ -61,6 +62,11 @@ class DeepSpeedEngine(Engine):
             "steps_per_print": sys.maxsize,
         }
         self._zero_stage = training_config.engine.zero_stage
+        self._optimizer_device = torch.device("cpu") if training_config.engine.offload_optimizer else device
+        self.found_nonfinite = found_nonfinite
+        self._grad_norm = torch.zeros((), device=device)
+        internals.keep_gradient_norm_on_device()
+        optimizer.register_step_pre_hook(self._skip_if_nonfinite)
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self.module = module
 
@@ -70,20 +76,23 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         self._ds_engine.backward(loss)
 
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> Tensor | None:
         for group in self._ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate
         is_last_micro_batch = bool(self._ds_engine.is_gradient_accumulation_boundary())
-        grad_norm: float | None = None
         if is_last_micro_batch and self._zero_stage == 0:
-            # Stage 0 neither returns the gradient norm nor skips a step with a non-finite norm.
-            grad_norm = gradient_norm([p for p in self.module.parameters() if p.grad is not None])
-            if not math.isfinite(grad_norm):
-                return grad_norm
+            # Stage 0 does not return the gradient norm.
+            self._grad_norm = gradient_norm([p for p in self.module.parameters() if p.grad is not None])
         self._ds_engine.step()
-        if is_last_micro_batch and grad_norm is None:
-            grad_norm = float(self._ds_engine.get_global_grad_norm())
-        return grad_norm
+        return self._grad_norm if is_last_micro_batch else None
+
+    def _skip_if_nonfinite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Make a step of the inner optimizer change nothing from the first nonfinite gradient norm on."""
+        if self._zero_stage > 0:
+            self._grad_norm = internals.global_gradient_norm(self._ds_engine)
+        self.found_nonfinite.logical_or_(~torch.isfinite(self._grad_norm))
+        # An offloaded optimizer needs the flag on the host, where DeepSpeed has waited for the gradients already.
+        skip_steps_if_set(optimizer, self.found_nonfinite.to(self._optimizer_device))
 
     def snapshot(self) -> FileWriters:
         files: FileWriters = {}

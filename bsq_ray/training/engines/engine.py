@@ -32,9 +32,12 @@ class Engine(ABC):
 
     Attributes:
         module: the module without the engine's wrapper.
+        found_nonfinite: fp32 scalar on the device that all engines of a run share; 1 after a gradient norm that is not
+            finite. While it is not 0, no step changes weights and optimizer state.
     """
 
     module: nn.Module
+    found_nonfinite: Tensor
 
     @abstractmethod
     def __call__(self, *inputs: Tensor) -> Any:
@@ -45,13 +48,13 @@ class Engine(ABC):
         """Accumulate the gradient of one micro batch; `loss` is a scalar."""
 
     @abstractmethod
-    def step(self, learning_rate: float) -> float | None:
+    def step(self, learning_rate: float) -> Tensor | None:
         """End a micro batch; after the last one, average gradients over workers, clip and optimize.
 
-        The weights stay unchanged if the gradient norm is not finite.
+        A gradient norm that is not finite sets `found_nonfinite`.
 
         Returns:
-            The gradient norm before clipping after the last micro batch, otherwise None.
+            The gradient norm before clipping after the last micro batch, a scalar on the device; otherwise None.
         """
 
     @abstractmethod
@@ -90,6 +93,7 @@ def build_engine(
     accumulation_steps: int,
     device: torch.device,
     use_bf16: bool = False,
+    found_nonfinite: Tensor | None = None,
 ) -> Engine:
     """Build the engine that a configuration names.
 
@@ -98,6 +102,7 @@ def build_engine(
         micro_batch: samples of one worker's micro batch.
         accumulation_steps: micro batches per step.
         use_bf16: run the forward pass in bf16 autocast; the weights stay fp32.
+        found_nonfinite: see `Engine`; None creates one for this engine alone.
 
     Raises:
         ValueError: DeepSpeed already uses another device type in this process.
@@ -105,18 +110,21 @@ def build_engine(
     from bsq_ray.training.engines.data_parallel_engine import DataParallelEngine
     from bsq_ray.training.engines.deepspeed_engine import DeepSpeedEngine, run_forward_in_autocast
 
+    if found_nonfinite is None:
+        found_nonfinite = torch.zeros((), device=device)
     if training_config.engine.kind == "ddp":
         optimizers = build_optimizers(module, training_config.optimizer, use_bf16=use_bf16)
-        return DataParallelEngine(module, optimizers, training_config.optimizer.max_grad_norm, accumulation_steps)
+        max_grad_norm = training_config.optimizer.max_grad_norm
+        return DataParallelEngine(module, optimizers, max_grad_norm, accumulation_steps, found_nonfinite)
     optimizer = build_adamw(module.parameters(), training_config.optimizer)
     if use_bf16:
         run_forward_in_autocast(module, device)
-    return DeepSpeedEngine(module, optimizer, training_config, micro_batch, accumulation_steps, device)
+    return DeepSpeedEngine(module, optimizer, training_config, micro_batch, accumulation_steps, found_nonfinite)
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> float:
-    """Return the L2 norm of all gradients together."""
-    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Return the L2 norm of all gradients together, a scalar on their device."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

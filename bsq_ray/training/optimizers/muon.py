@@ -108,6 +108,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "lr_ratio": lr_ratio, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(matrices, defaults)
         self.dtype = dtype
+        # As fused optimizers of PyTorch have it: while this scalar is 1, steps change neither weights nor momentum.
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -118,7 +120,11 @@ class Muon(torch.optim.Optimizer):
             directions = [self._direction(parameter, group["momentum"]) for parameter in parameters]
             updates = _orthogonalize_on_owners(directions) if directions else []
             for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                decay: Tensor | float = 1 - group["lr"] * group["weight_decay"]
+                if self.found_inf is not None:
+                    is_applied = (self.found_inf == 0).to(parameter.dtype)
+                    decay, update = is_applied * decay + (1 - is_applied), is_applied * update
+                parameter.mul_(decay)
                 scale = _ADAMW_RMS * math.sqrt(max(update.shape))
                 parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
@@ -129,8 +135,12 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
-        momentum.lerp_(parameter.grad, 1 - decay)
-        return parameter.grad.lerp(momentum, decay).flatten(1).to(self.dtype)
+        gradient = parameter.grad
+        if self.found_inf is not None:
+            # The momentum stays what it is, and the direction is finite.
+            gradient = torch.where(self.found_inf == 0, gradient, momentum)
+        momentum.lerp_(gradient, 1 - decay)
+        return gradient.lerp(momentum, decay).flatten(1).to(self.dtype)
 
 
 def _orthogonalize_on_owners(directions: list[Tensor]) -> list[Tensor]:

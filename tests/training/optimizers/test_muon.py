@@ -81,6 +81,28 @@ def test_muon_takes_the_steps_of_torch():
     assert ours[-1] < 0.95 * ours[0]
 
 
+def test_muon_skips_steps_while_found_inf_is_set():
+    """With the flag set, NaN gradients reach neither weights nor momentum; without, the flag changes no bit."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(4, 6) for _ in range(3)]
+    weights = [nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
+    flag = torch.zeros(())
+    flagged, plain = (
+        Muon([weight], lr=0.1, lr_ratio=1.0, momentum=0.9, weight_decay=0.1, dtype=torch.float32) for weight in weights
+    )
+    flagged.found_inf = flag
+    for gradient in gradients:
+        for optimizer, weight in ((flagged, weights[0]), (plain, weights[1])):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    momentum = flagged.state[weights[0]]["momentum"].clone()
+    flag.fill_(1)
+    weights[0].grad = torch.full((4, 6), torch.nan)
+    flagged.step()
+    assert torch.equal(*weights)
+    assert torch.equal(flagged.state[weights[0]]["momentum"], momentum)
+
+
 def distributed_steps(rank, world_size):
     """Return the weights after five steps on gradients that are the same on every worker."""
     torch.manual_seed(0)
