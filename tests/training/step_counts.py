@@ -25,10 +25,7 @@ CALLERS = {
     "losses/": "loss",
 }
 READING_METHODS = ("tolist", "numpy", "cpu")
-NUM_STEPS, COUNTED_STEP = 4, 2
 QUIET = [
-    f"training.steps={NUM_STEPS}",
-    f"training.log_every={NUM_STEPS}",
     "loss.adversarial.r1_every=16",
     "training.eval_samples=1",
     "training.engine.precision=fp32",
@@ -90,15 +87,20 @@ def _caller():
     return "loop"
 
 
-def count_steps(rank, world_size, shards, out, runs):
-    """Return the counts of a step between two log steps, by name of the run, as {(kind, caller): number}."""
+def count_steps(rank, world_size, shards, out, runs, step=2):
+    """Return the counts of a step between two log steps, by name of the run, as {(kind, caller): number}.
+
+    Args:
+        step: number of the step. ZeRO 3 records the order of the parameters in the first ones.
+    """
+    steps = [f"training.{key}={step + 2}" for key in ("steps", "log_every")]
     counts = {}
     for name, overrides in runs.items():
         counter = StepCounter()
         with counter.counting():
             run_training(
-                small_spec(shards, f"{out}/{name}", [*QUIET, *overrides]),
+                small_spec(shards, f"{out}/{name}", [*QUIET, *steps, *overrides]),
                 WorkerContext(rank, world_size, torch.device("cpu"), "local", RecordingReporter()),
             )
-        counts[name] = dict(counter.by_step.get(COUNTED_STEP, {}))
+        counts[name] = dict(counter.by_step.get(step, {}))
     return counts
