@@ -15,8 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Number of images whose features are kept for KID: 2,000 x 2,048 doubles are 32 MB.
+# Number of images whose features are kept for KID: 2,000 x 2,048 floats are 16 MB.
 KID_SUBSET_SIZE = 2000
+# Number of images per product of feature matrices; products of single batches take several times as long per image.
+_SUM_BLOCK = 512
+# Number of images whose features are converted to fp64 at a time: 64 MB.
+_MAX_DOUBLES = 4096
 
 
 def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
@@ -33,43 +37,87 @@ def sampling_ranks(keys: Sequence[str]) -> np.ndarray:
 class FeatureStatistics:
     """Sums of features for FID and the features of a bounded random subset for KID.
 
+    Features wait until there are enough of them for an efficient matrix product. Statistics of parts of a set, computed
+    anywhere, can be merged; those of few images are small when they are pickled.
+
     Args:
         width: number of features (D).
     """
 
     def __init__(self, width: int = 2048) -> None:
         self.num_samples = 0
-        self._sum_D = np.zeros(width)
-        self._products_DD = np.zeros((width, width))
-        self._kid_subset_ND = np.zeros((0, width))
+        self.width = width
+        # The sums of the features that were added; None before the first ones.
+        self._sums: tuple[np.ndarray, np.ndarray] | None = None
+        self._kid_subset_ND = np.zeros((0, width), np.float32)
         self._ranks_N = np.zeros(0, np.uint64)
+        # Features (N, D) and ranks (N,) that are not part of the sums yet.
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._num_waiting = 0
 
     def update(self, features_ND: np.ndarray, keys: Sequence[str]) -> None:
         """Add the features (N, D) of a batch and the keys of its images."""
-        features_ND = features_ND.astype(np.float64)
-        self._sum_D += features_ND.sum(0)
-        self._products_DD += features_ND.T @ features_ND
-        self._update_kid_subset(features_ND, sampling_ranks(keys))
+        self.update_ranked(features_ND, sampling_ranks(keys))
+
+    def update_ranked(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
+        """Add the features (N, D) of a batch and the `sampling_ranks` of its images."""
         self.num_samples += len(features_ND)
+        self._num_waiting += len(features_ND)
+        self._waiting.append((features_ND, ranks_N))
+        if self._num_waiting >= _SUM_BLOCK:
+            self._add_waiting()
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add the statistics of another part of the set."""
+        self.num_samples += other.num_samples
+        if other._sums is not None:
+            sum_D, products_DD = self._sums or (0.0, 0.0)
+            self._sums = sum_D + other._sums[0], products_DD + other._sums[1]
+            self._update_kid_subset(other._kid_subset_ND, other._ranks_N)
+        self._waiting += other._waiting
+        self._num_waiting += other._num_waiting
+        if self._num_waiting >= _SUM_BLOCK:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if not self._num_waiting:
+            return
+        features_ND = np.concatenate([features for features, _ in self._waiting])
+        ranks_N = np.concatenate([ranks for _, ranks in self._waiting])
+        self._waiting, self._num_waiting = [], 0
+        self._update_kid_subset(features_ND, ranks_N)
+        for first in range(0, len(features_ND), _MAX_DOUBLES):
+            part_ND = features_ND[first : first + _MAX_DOUBLES].astype(np.float64)
+            sum_D, products_DD = self._sums or (0.0, 0.0)
+            self._sums = sum_D + part_ND.sum(0), products_DD + part_ND.T @ part_ND
 
     def _update_kid_subset(self, features_ND: np.ndarray, ranks_N: np.ndarray) -> None:
+        if len(self._ranks_N) == KID_SUBSET_SIZE:
+            # Most features of a large set have no chance.
+            is_candidate_N = ranks_N < self._ranks_N[-1]
+            features_ND, ranks_N = features_ND[is_candidate_N], ranks_N[is_candidate_N]
         ranks_N = np.concatenate([self._ranks_N, ranks_N])
         first_N = np.argsort(ranks_N, kind="stable")[:KID_SUBSET_SIZE]
         self._ranks_N = ranks_N[first_N]
         self._kid_subset_ND = np.concatenate([self._kid_subset_ND, features_ND])[first_N]
 
+    def _sums_of_all(self) -> tuple[np.ndarray, np.ndarray]:
+        self._add_waiting()
+        return self._sums or (np.zeros(self.width), np.zeros((self.width, self.width)))
+
     def kid_subset(self) -> np.ndarray:
         """Return the kept features (N, D), N at most 2,000, in an order that depends on the keys only."""
-        return self._kid_subset_ND
+        self._add_waiting()
+        return self._kid_subset_ND.astype(np.float64)
 
     def mean(self) -> np.ndarray:
         """Return the mean (D,)."""
-        return self._sum_D / self.num_samples
+        return self._sums_of_all()[0] / self.num_samples
 
     def covariance(self) -> np.ndarray:
         """Return the unbiased covariance (D, D)."""
         mean_D = self.mean()
-        centered_DD = self._products_DD - self.num_samples * np.outer(mean_D, mean_D)
+        centered_DD = self._sums_of_all()[1] - self.num_samples * np.outer(mean_D, mean_D)
         return centered_DD / (self.num_samples - 1)
 
 

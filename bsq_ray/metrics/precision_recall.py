@@ -29,23 +29,6 @@ def precision_recall(real_ND: np.ndarray, generated_MD: np.ndarray, num_neighbor
     }
 
 
-def knn_labels(
-    features_ND: np.ndarray, reference_MD: np.ndarray, labels_M: np.ndarray, num_neighbors: int
-) -> np.ndarray:
-    """Return the majority class (N,) of the nearest reference images; the class of the nearest image breaks ties."""
-    points_ND, reference = torch.from_numpy(features_ND).double(), torch.from_numpy(reference_MD).double()
-    k = min(num_neighbors, len(reference))
-    neighbor_chunks = [
-        torch.cdist(part, reference).topk(k, largest=False).indices for part in points_ND.split(_CHUNK_ROWS)
-    ]
-    return np.array([_majority(labels_M[row]) for row in torch.cat(neighbor_chunks).numpy()])
-
-
-def _majority(labels_k: np.ndarray) -> int:
-    values, first, counts = np.unique(labels_k, return_index=True, return_counts=True)
-    return int(values[np.lexsort((first, -counts))[0]])
-
-
 def _radii(points_ND: Tensor, num_neighbors: int) -> Tensor:
     # The nearest point of the set is the point itself.
     rows = [

@@ -1,4 +1,4 @@
-"""Unordered map over Ray tasks, for work that needs no model: each item is one task."""
+"""Unordered map over Ray tasks, for work that needs no state between items: each item is one task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from bsq_ray.runtime.ray_session import ray_session
+from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 Result = TypeVar("Result")
 
@@ -16,6 +16,7 @@ def task_map(
     items: Iterable[tuple[Any, ...]],
     num_workers: int | None = None,
     address: str | None = None,
+    use_gpus: bool = False,
 ) -> Iterator[Result]:
     """Yield the result of each item as soon as it is available.
 
@@ -24,6 +25,7 @@ def task_map(
         items: arguments; taken one by one, so that they need not be in memory together.
         num_workers: number of concurrent tasks; 0 computes in this process, None uses all CPUs of the cluster.
         address: Ray cluster, see `ray_session`.
+        use_gpus: each task has a GPU, or a fraction of one, if the cluster has GPUs.
 
     Raises:
         ValueError, RuntimeError: raised by the function for an item.
@@ -36,7 +38,9 @@ def task_map(
         import ray
 
         max_in_flight = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        task, function_ref, remaining = ray.remote(num_cpus=1)(_call), ray.put(function), iter(items)
+        num_gpus = gpus_per_process(max_in_flight) if use_gpus else 0
+        task = ray.remote(num_cpus=1, num_gpus=num_gpus)(_call)
+        function_ref, remaining = ray.put(function), iter(items)
         running = [task.remote(function_ref, *item) for item in islice(remaining, max_in_flight)]
         while running:
             [ready], running = ray.wait(running, num_returns=1)

@@ -23,11 +23,12 @@ from bsq_ray.data.tokenize import tokenize
 from bsq_ray.evaluation.generation import evaluate_generation as generation
 from bsq_ray.evaluation.generation import sample
 from bsq_ray.evaluation.generation.evaluate_generation import evaluate_generation, proportional_labels
-from bsq_ray.evaluation.generation.features import Features, real_features
+from bsq_ray.evaluation.generation.features import Features, Workers, real_features
 from bsq_ray.evaluation.generation.frequency_baseline import histogram_cross_entropy
 from bsq_ray.evaluation.generation.sample import GenerateRequest, generate_files
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
 from bsq_ray.evaluation.provenance import collect_provenance
+from bsq_ray.metrics.fid import sampling_ranks
 from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.quantizers.bits import unpack_bits
 from bsq_ray.samples.labeled_photos import read_qt_resources
@@ -111,7 +112,7 @@ def test_results_contain_baseline_and_provenance(results, cache):
     assert evaluation["provenance"]["weights"].keys() == {"fid-inception", "imagenet-classifier"}
     assert "| per-position frequencies |" in (out / "results.md").read_text()
     assert Image.open(out / "samples.png").height == 2 * 100 + 4
-    [cached] = (cache / "features").glob("features-*.npz")
+    [cached] = (cache / "features").iterdir()
     assert evaluation["provenance"]["data_hash"][:16] in cached.name
     for network in evaluation["provenance"]["weights"].values():
         assert network["sha256"][:12] in cached.name
@@ -127,10 +128,12 @@ def test_real_features_are_read_from_cache(generation_setup, results, monkeypatc
     )
     run = config.load_config(f"{generation_setup[0]}/tokenizer/config.yaml")
     manifest = read_manifest(generation_setup[1])
-    real = features.real_features(manifest, run, 0)
+    real = features.real_features(manifest, run, features.Workers())
     assert real.inception_ND.shape == (manifest.num_samples, 2048)
     assert real.classifier_NC.shape == (manifest.num_samples, 1280)
-    assert sorted(real.keys) == sorted(key for shard in manifest.shards for key in shard.keys)
+    keys = [key for shard in manifest.shards for key in shard.keys]
+    assert sorted(real.ranks_N.tolist()) == sorted(sampling_ranks(keys).tolist())
+    assert isinstance(real.inception_ND, np.memmap)
 
 
 def test_fid_warning_depends_on_generated_image_count(generation_setup):
@@ -154,22 +157,22 @@ def test_unreadable_real_images_raise_and_are_not_cached(generation_setup, cache
     manifest = read_manifest(str(tmp_path / "shards"))
     # The hash differs from that of the complete data set, whose features are in the cache.
     damaged = replace(manifest, hash="0" * 64)
-    cached = set(cache.rglob("*.npz"))
+    cached = set(cache.rglob("*"))
     with pytest.raises(RuntimeError, match=r"shards has an image that cannot be read: shard-000000\.tar: .*shard ends"):
-        real_features(damaged, run, 0)
-    assert set(cache.rglob("*.npz")) == cached
+        real_features(damaged, run, Workers())
+    assert set(cache.rglob("*")) == cached
 
 
 def test_class_accuracy_and_coverage_use_nearest_images():
     """Class accuracy and coverage follow from the classes of the nearest reference images."""
     rng = np.random.default_rng(0)
-    reference = Features(rng.normal(size=(40, 8)), np.repeat(np.eye(4), 10, 0), np.repeat(np.arange(4), 10), ["a"] * 40)
+    labels_N = np.repeat(np.arange(4), 10)
+    reference = Features(rng.normal(size=(40, 8)), np.eye(4)[labels_N], labels_N, np.arange(40))
     # Images of the classes 0, 1 and 2; those of class 2 have the features of class 0.
     classifier_NC = np.concatenate([np.eye(4)[[0] * 5], np.eye(4)[[1] * 5], np.eye(4)[[0] * 5]])
-    generated = Features(rng.normal(size=(15, 8)), classifier_NC, np.repeat([0, 1, 2], 5), [f"{n}" for n in range(15)])
-    metrics = generation._compare(
-        generated, reference, reference, SimpleNamespace(logits=lambda classifier_NC: classifier_NC)
-    )
+    generated = Features(rng.normal(size=(15, 8)), classifier_NC, np.repeat([0, 1, 2], 5), np.arange(15))
+    classifier, pool = SimpleNamespace(logits=lambda classifier_NC: classifier_NC), Workers()
+    metrics = generation._compare(generated, reference, reference, classifier, reference.statistics(pool), pool)
     assert metrics["class_accuracy"] == pytest.approx(2 / 3)
     assert metrics["class_coverage"] == pytest.approx(2 / 3)
 

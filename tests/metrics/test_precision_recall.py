@@ -1,11 +1,11 @@
-"""Precision and recall against a public implementation; classes by the nearest images."""
+"""Precision and recall against a public implementation."""
 
 import numpy as np
 import pytest
 import torch
 from torchvision_stub import stub_torchvision_ops
 
-from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
+from bsq_ray.metrics.precision_recall import precision_recall
 
 
 def points(count, seed, shift=0.0, width=16):
@@ -40,10 +40,3 @@ def test_precision_recall_copies_of_one_image_recall_little():
 def test_precision_recall_too_few_images_raises():
     with pytest.raises(ValueError, match="more than 3 images"):
         precision_recall(points(3, 0), points(10, 1))
-
-
-def test_knn_labels_majority_wins_and_nearest_breaks_ties():
-    reference = np.array([[0.0], [1.0], [2.0], [10.0], [11.0]])
-    labels = np.array([0, 0, 1, 1, 2])
-    assert knn_labels(np.array([[0.2], [10.6]]), reference, labels, 3).tolist() == [0, 1]
-    assert knn_labels(np.array([[10.9]]), reference, labels, 2).tolist() == [2]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,14 +26,21 @@ from bsq_ray.config.loader import validate_mapping
 from bsq_ray.data.manifest import Manifest, read_manifest
 from bsq_ray.data.token_table import TokenSource, read_table
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.evaluation.generation.features import NETWORKS, FeatureExtractors, Features, default_device, real_features
+from bsq_ray.evaluation.generation.features import (
+    NETWORKS,
+    FeatureExtractors,
+    Features,
+    Workers,
+    default_device,
+    nearest_classes,
+    real_features,
+)
 from bsq_ray.evaluation.plots.class_grid import ClassSheet
 from bsq_ray.evaluation.provenance import collect_provenance
 from bsq_ray.evaluation.tables import Column, metric_table
 from bsq_ray.metrics.classifier import EfficientNetLite0
-from bsq_ray.metrics.fid import frechet_distance, kernel_distance
-from bsq_ray.metrics.inception_score import inception_score
-from bsq_ray.metrics.precision_recall import knn_labels, precision_recall
+from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance, sampling_ranks
+from bsq_ray.metrics.precision_recall import precision_recall
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.generator import Generator
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
@@ -103,10 +109,9 @@ def evaluate_generation(
     tokenizer = config.require_stage(
         model_folder.load_model_folder(storage.join(model_url, "tokenizer")).config, config.TokenizerConfig, model_url
     )
-    real = real_features(manifest, tokenizer, workers, address)
-    reference = (
-        real if reference_url is None else real_features(read_manifest(reference_url), tokenizer, workers, address)
-    )
+    pool = Workers(workers, address)
+    real = real_features(manifest, tokenizer, pool)
+    reference = real if reference_url is None else real_features(read_manifest(reference_url), tokenizer, pool)
     samplers: dict[str, Callable[[], Any]] = {
         "model": partial(_ModelSampler, model_url, weights, sampling_config, seed)
     }
@@ -116,14 +121,14 @@ def evaluate_generation(
     labels = proportional_labels(np.bincount(real.labels_N, minlength=run.model.num_classes), total)
     rows, classifier = {}, EfficientNetLite0()
     sheets = {name: ClassSheet(manifest.classes, _EXAMPLES_PER_CLASS) for name in samplers}
-    pool = _ActorPool(workers, address)
+    real_statistics = real.statistics(pool)
     for index, (name, build_sampler) in enumerate(samplers.items()):
 
         def report(done: int, offset: int = index * total) -> None:
             on_progress(offset + done, total * len(samplers))
 
         generated = _generated_features(name, build_sampler, labels, pool=pool, sheet=sheets[name], report=report)
-        rows[name] = _compare(generated, real, reference, classifier)
+        rows[name] = _compare(generated, real, reference, classifier, real_statistics, pool)
     size, resize_filter = tokenizer.model.image_size, tokenizer.data.eval_interpolation
     results = {
         "model": model_url,
@@ -134,8 +139,8 @@ def evaluate_generation(
         "num_generated": total,
         "classes": "in the proportions of the real images",
         "rows": rows,
-        "real_images": {"inception_score": _inception_score(real, classifier)}
-        | ({"class_accuracy": _class_accuracy(real, reference)} if reference_url else {}),
+        "real_images": {"inception_score": real.inception_score(classifier)}
+        | ({"class_accuracy": _class_accuracy(real, reference, pool)} if reference_url else {}),
         "provenance": collect_provenance(
             manifest,
             manifest.num_samples,
@@ -176,34 +181,27 @@ def _check_inputs(run: config.MaskedLMConfig, manifest: Manifest, total: int) ->
         raise ValueError(f"{total} images are too few for a comparison; generate at least {_MIN_IMAGES}")
 
 
-@dataclass(frozen=True)
-class _ActorPool:
-    workers: int
-    address: str | None
-
-
 def _generated_features(
     name: str,
     build_sampler: Callable[[], Any],
     labels: Sequence[int],
     *,
-    pool: _ActorPool,
+    pool: Workers,
     sheet: ClassSheet,
     report: Callable[[int], None],
 ) -> Features:
     """Generate an image for each label on the pool; add the images to the sheet and return their features."""
     total = len(labels)
     chunks = [(first, list(labels[first : first + _BATCH])) for first in range(0, total, _BATCH)]
-    inception_parts, classifier_parts = [], []
-    outputs = actor_map_ordered(chunks, partial(_GeneratedFeatureExtractor, build_sampler), pool.workers, pool.address)
+    features = Features.allocate(total)
+    outputs = actor_map_ordered(chunks, partial(_GeneratedFeatureExtractor, build_sampler), pool.count, pool.address)
     for (first, chunk_labels), ((inception_BD, classifier_BC), images) in zip(chunks, outputs, strict=True):
-        inception_parts.append(inception_BD)
-        classifier_parts.append(classifier_BC)
+        ranks_B = sampling_ranks([f"{name}-{first + n}" for n in range(len(chunk_labels))])
+        features.fill(first, Features(inception_BD, classifier_BC, np.array(chunk_labels), ranks_B))
         for label, pixels in zip(chunk_labels, images, strict=True):
             sheet.add(label, pixels)
         report(first + len(chunk_labels))
-    keys = [f"{name}-{n}" for n in range(total)]
-    return Features(np.concatenate(inception_parts), np.concatenate(classifier_parts), np.array(labels), keys)
+    return features
 
 
 class _GeneratedFeatureExtractor:
@@ -260,27 +258,28 @@ class _FrequencySampler:
 
 
 def _compare(
-    generated: Features, real: Features, reference: Features, classifier: EfficientNetLite0
+    generated: Features,
+    real: Features,
+    reference: Features,
+    classifier: EfficientNetLite0,
+    real_statistics: FeatureStatistics,
+    pool: Workers,
 ) -> dict[str, float]:
     """Return all metrics of the generated images."""
-    generated_statistics, real_statistics = generated.statistics(), real.statistics()
-    predicted_N = knn_labels(generated.classifier_NC, reference.classifier_NC, reference.labels_N, _KNN_K)
+    generated_statistics = generated.statistics(pool)
+    predicted_N = nearest_classes(generated, reference, _KNN_K, pool)
     return {
         "fid": frechet_distance(real_statistics, generated_statistics),
         "kid": kernel_distance(real_statistics.kid_subset(), generated_statistics.kid_subset()),
-        "inception_score": _inception_score(generated, classifier),
+        "inception_score": generated.inception_score(classifier),
         **precision_recall(real.pairwise_subset(), generated.pairwise_subset()),
         "class_accuracy": float((predicted_N == generated.labels_N).mean()),
         "class_coverage": float(np.isin(np.unique(generated.labels_N), predicted_N).mean()),
     }
 
 
-def _inception_score(images: Features, classifier: EfficientNetLite0) -> float:
-    return inception_score(classifier.logits(torch.from_numpy(images.classifier_NC)).numpy())
-
-
-def _class_accuracy(images: Features, reference: Features) -> float:
-    predicted_N = knn_labels(images.classifier_NC, reference.classifier_NC, reference.labels_N, _KNN_K)
+def _class_accuracy(images: Features, reference: Features, pool: Workers) -> float:
+    predicted_N = nearest_classes(images, reference, _KNN_K, pool)
     return float((predicted_N == images.labels_N).mean())
 
 

@@ -180,6 +180,22 @@ class MetricAccumulator:
         self.num_samples += len(part.keys)
         self._seconds += part.seconds
 
+    def merge(self, other: MetricAccumulator) -> None:
+        """Add the metrics that another process accumulated from other batches."""
+        self.skipped += other.skipped
+        if not other.num_samples:
+            return
+        for row, sums in other._sums.items():
+            for name, value in sums.items():
+                self._sums[row][name] = self._sums[row].get(name, 0.0) + value
+        for row, statistics in other._features.items():
+            self._features.setdefault(row, FeatureStatistics(statistics.width)).merge(statistics)
+        self.usage.set_counts(self.usage.counts() + other.usage.counts())
+        self.lpips_scores += other.lpips_scores
+        self.comparisons = subsample(self.comparisons + other.comparisons)
+        self.num_samples += other.num_samples
+        self._seconds += other._seconds
+
     def compute(self) -> dict[str, dict[str, float]]:
         """Return metrics by row and name; `samples_per_second` is the throughput of one worker."""
         metrics = {row: {name: float(value.mean()) for name, value in self._means(row).items()} for row in ROWS}

@@ -1,16 +1,16 @@
 """Evaluate the reconstructions of a tokenizer: all metrics in one pass over the data, with any number of workers.
 
-    shards ─chunks─▶ Ray Data: read, resize ─▶ pool of `ReconstructionMetrics` actors ─▶ `MetricAccumulator`
-                                                                       results.json, results.md, plots ◀─┘
+    shards ─chunks─▶ Ray Data: read, resize ─▶ pool of `ReconstructionMetrics` actors ─features, metrics of batches─┐
+        results.json, results.md, plots ◀─ `MetricAccumulator` of the driver ◀─sums─ `MetricAccumulator`s in tasks ◀┘
 
-The driver accumulates the metrics of each batch; no process stores the features of all samples. For clips it also
-writes an animation, `reconstructions.webp`.
+Tasks on all nodes sum the metrics of many batches, and the driver adds their sums, so no process limits the number of
+workers or stores the features of all samples. For clips the driver also writes an animation, `reconstructions.webp`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ from bsq_ray.runtime.ray_session import gpus_per_process, ray_session
 
 # Frame rate of the animation; most clips are too short to watch at their original rate.
 _ANIMATION_FPS = 6.0
+# The sums of a part are 150 MB for images, as much as the features of 6,000 images.
+_MIN_PARTS, _MAX_BATCHES_PER_PART = 16, 256
 
 
 def evaluate_reconstruction(
@@ -95,12 +97,11 @@ def evaluate_reconstruction(
             "LPIPS is not defined for smaller ones"
         )
     task = _EvaluationTask(run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total)
-    accumulator = MetricAccumulator(run_config.model.quantizer.bits, task.metrics_type)
+    accumulator = task.make_accumulator()
     skipped_samples = SkippedSamples(max_skipped_samples)
-    batches = _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address)
-    for batch in batches:
-        skipped_samples.add(batch.skipped)
-        accumulator.update(batch)
+    for part in _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address):
+        skipped_samples.add(part.skipped)
+        accumulator.merge(part)
         on_progress(accumulator.num_samples + len(accumulator.skipped), total)
     return _write_results(accumulator, task, out_url, show_published)
 
@@ -133,16 +134,31 @@ class _EvaluationTask:
     def build_metrics(self) -> ReconstructionMetrics:
         return self.metrics_type(self.model_url, self.weights, self.total)
 
+    def make_accumulator(self) -> MetricAccumulator:
+        return MetricAccumulator(self.model_config.quantizer.bits, self.metrics_type)
+
+    def accumulate(self, batches: Iterable[BatchMetrics]) -> MetricAccumulator:
+        accumulator = self.make_accumulator()
+        for batch in batches:
+            accumulator.update(batch)
+        return accumulator
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.total // self.batch_size)
+
     def dataset_args(self) -> tuple[DataSource, int, int]:
         """Return the arguments of `evaluation_blocks` and `evaluation_dataset`."""
         return self.source, self.batch_size, self.total
 
 
-def _run_locally(task: _EvaluationTask) -> Iterator[BatchMetrics]:
-    yield from map(task.build_metrics(), evaluation_blocks(*task.dataset_args()))
+def _run_locally(task: _EvaluationTask) -> Iterator[MetricAccumulator]:
+    compute_metrics = task.build_metrics()
+    for block in evaluation_blocks(*task.dataset_args()):
+        yield task.accumulate([compute_metrics(block)])
 
 
-def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Iterator[BatchMetrics]:
+def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Iterator[MetricAccumulator]:
     with ray_session(address):
         import ray
 
@@ -155,13 +171,19 @@ def _run_on_ray(task: _EvaluationTask, workers: int, address: str | None) -> Ite
                 batch_metrics[0] = self.compute_metrics(rows["block"][0])
                 return {"batch_metrics": batch_metrics}
 
+        def accumulate(rows: dict[str, Any]) -> dict[str, Any]:
+            part = np.empty(1, object)
+            part[0] = task.accumulate(rows["batch_metrics"])
+            return {"part": part}
+
+        # Enough parts for the progress display, and few enough for one process to add.
+        batches_per_part = min(max(1, task.num_batches // _MIN_PARTS), _MAX_BATCHES_PER_PART)
         gpus_per_actor = gpus_per_process(workers)
         samples = evaluation_dataset(*task.dataset_args())
-        pool = ray.data.ActorPoolStrategy(size=min(workers, -(-task.total // task.batch_size)))
-        for row in samples.map_batches(
-            MetricsActor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor
-        ).iter_rows():
-            yield row["batch_metrics"]
+        pool = ray.data.ActorPoolStrategy(size=min(workers, task.num_batches))
+        batches = samples.map_batches(MetricsActor, batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus_per_actor)
+        for row in batches.map_batches(accumulate, batch_size=batches_per_part).iter_rows():
+            yield row["part"]
 
 
 def _write_results(
