@@ -32,6 +32,7 @@ PAGES = [
     "docs/guides/import-reference.md",
     "docs/guides/serve.md",
     "docs/guides/cluster.md",
+    "docs/guides/large-scale.md",
 ]
 PARSED_ONLY = ("bsq-ray quickstart", "bsq-ray serve", "import-reference", "--address", "s3://")
 SHORTENED = {"--workers 2": "--workers 0", "jobs/sweeps/demo.yaml": "sweep.yaml"}
