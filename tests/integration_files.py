@@ -61,6 +61,7 @@ INTEGRATION = (
     "training/test_eval_loop.py",
     "training/test_global_batch.py",
     "training/test_golden.py",
+    "training/test_gradient_buckets.py",
     "training/test_late_nonfinite.py",
     "training/test_launch.py",
     "training/test_published_steps.py",

@@ -1,4 +1,4 @@
-"""Data parallelism without sharding: one all-reduce of all gradients per step."""
+"""Data parallelism without sharding: gradients are averaged in buckets during the backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
-from bsq_ray.training.engines.engine import Engine, average_gradients, gradient_norm
+from bsq_ray.training.engines.engine import Engine, gradient_norm
+from bsq_ray.training.engines.gradient_buckets import GradientBuckets
 
 
 class DataParallelEngine(Engine):
@@ -37,6 +38,7 @@ class DataParallelEngine(Engine):
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = accumulation_steps
         self._num_micro_batches = 0
+        self._buckets = GradientBuckets(module.parameters())
         if dist.is_initialized() and dist.get_world_size() > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
@@ -45,14 +47,16 @@ class DataParallelEngine(Engine):
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
+        if (self._num_micro_batches + 1) % self.accumulation_steps == 0:
+            self._buckets.start()
         (loss / self.accumulation_steps).backward()
 
     def step(self, learning_rate: float) -> Tensor | None:
         self._num_micro_batches += 1
         if self._num_micro_batches % self.accumulation_steps:
             return None
+        self._buckets.finish()
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        average_gradients(parameters)
         grad_norm = gradient_norm(parameters)
         self.found_nonfinite.logical_or_(~torch.isfinite(grad_norm))
         if self.max_grad_norm:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from bsq_ray import config
@@ -125,15 +124,3 @@ def build_engine(
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Return the L2 norm of all gradients together, a scalar on their device."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average gradients over all workers in place, with one all-reduce."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

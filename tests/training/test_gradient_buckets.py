@@ -1,0 +1,82 @@
+"""Averages of gradients in buckets, started during the backward pass."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from process_group import spawn_group
+from torch import nn
+
+from bsq_ray.training.engines.gradient_buckets import GradientBuckets
+
+WIDTH, NUM_LAYERS, MICRO_BATCHES = 4, 3, 2
+
+
+def gradients(module):
+    return {name: value.grad.numpy() for name, value in module.named_parameters() if value.grad is not None}
+
+
+def average_steps(rank, world_size):
+    """Average the gradients of two steps of two micro batches.
+
+    Returns:
+        By step, the gradients by name: averaged, and of this worker alone; and the events of the last backward pass:
+        names of parameters whose gradient is complete, and sizes of all-reduces.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS)))
+    model.register_parameter("unused", nn.Parameter(torch.zeros(2)))
+    model.register_parameter("frozen", nn.Parameter(torch.zeros(2), requires_grad=False))
+    # Without buckets, for the gradients of this worker.
+    alone = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS)))
+    alone.load_state_dict({name: value for name, value in model.state_dict().items() if "." in name})
+    events, all_reduce = [], dist.all_reduce
+
+    def observed(values, *arguments, **settings):
+        events.append(len(values))
+        return all_reduce(values, *arguments, **settings)
+
+    dist.all_reduce = observed
+    buckets = GradientBuckets(model.parameters(), bucket_elements=WIDTH * (WIDTH + 1))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(name))
+    torch.manual_seed(1 + rank)
+    steps = []
+    for _ in range(2):
+        for module in (model, alone):
+            module.zero_grad()
+        for micro_batch in range(MICRO_BATCHES):
+            inputs = torch.randn(5, WIDTH)
+            if micro_batch == MICRO_BATCHES - 1:
+                events.clear()
+                buckets.start()
+            for module in (model, alone):
+                module(inputs).square().sum().backward()
+        buckets.finish()
+        steps.append([gradients(module) for module in (model, alone)])
+    return steps, events
+
+
+@pytest.fixture(scope="module")
+def averages():
+    """Results of `average_steps` by rank."""
+    return spawn_group(2, average_steps)
+
+
+def test_gradient_buckets_average_over_workers(averages):
+    """Averages are those of the workers' accumulated gradients, in every step; unused parameters have none."""
+    for step in range(2):
+        (averaged, own), (averaged_of_other, own_of_other) = (steps[step] for steps, _ in averages)
+        assert averaged.keys() == own.keys() == averaged_of_other.keys()
+        assert len(averaged) == 2 * NUM_LAYERS
+        for name in averaged:
+            np.testing.assert_array_equal(averaged[name], averaged_of_other[name])
+            np.testing.assert_allclose(averaged[name], (own[name] + own_of_other[name]) / 2, rtol=1e-6)
+
+
+def test_gradient_buckets_start_during_backward_pass(averages):
+    """Each layer is a bucket, and the last one is sent before the gradient of the first one is complete."""
+    _, events = averages[0]
+    assert [event for event in events if isinstance(event, int)] == [WIDTH * (WIDTH + 1)] * NUM_LAYERS
+    assert events.index(WIDTH * (WIDTH + 1)) < events.index("0.weight")
