@@ -13,5 +13,7 @@ def default_device() -> torch.device:
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device without waiting for the work enqueued there."""
-    # A copy to a GPU from memory that is not pinned waits for its stream.
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    # A copy from memory that is not pinned or not contiguous, such as a micro batch, waits for the stream.
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
