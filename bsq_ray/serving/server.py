@@ -7,9 +7,11 @@ import os
 import secrets
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 
 from bsq_ray import model_folder, storage
 from bsq_ray.config.loader import validate_mapping
@@ -41,6 +43,8 @@ _SERVE_ENVIRONMENT = {
 }
 _APPLICATION = "bsq"
 _POLL_INTERVAL_S = 0.1
+# Time for the ingress to ask running replicas for the metadata of their models.
+_LOAD_TIMEOUT_S = 60.0
 # Logging every request to a file costs time; `/metrics` counts requests.
 _LOGGING_CONFIG = {"enable_access_log": False}
 
@@ -146,6 +150,8 @@ def serve_app(
             target = serve.RunTarget(app, name=_APPLICATION, route_prefix="/", logging_config=_LOGGING_CONFIG)
             serve.run_many([target], wait_for_applications_running=False)
             _wait_until_running(lambda: on_started(handle))
+            if endpoint.is_local:
+                _wait_until_loaded(endpoint.port, host)
             yield handle
         finally:
             # Ray reports the requested end of Serve's controller as a failure, so its output is discarded.
@@ -166,23 +172,39 @@ def _check_capacity(plan: ServicePlan, settings: Settings) -> str:
 
 
 def _wait_until_running(on_started: Callable[[], None]) -> None:
-    """Wait until all replicas run and the ingress knows their models; call `on_started` when the ingress runs.
+    """Wait until all replicas run; call `on_started` when the ingress does.
 
     Raises:
         RuntimeError: a replica did not start.
     """
     from ray import serve
 
-    ingress, is_started = serve.get_app_handle(_APPLICATION), False
+    is_started = False
     while True:
         application = serve.status().applications[_APPLICATION]
         if not is_started and application.deployments["ingress"].status == "HEALTHY":
             is_started = True
             on_started()
-        if application.status == "RUNNING" and not ingress.loading_models.remote().result():
+        if application.status == "RUNNING":
             return
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise RuntimeError(f"the service did not start: {application.message}")
+        time.sleep(_POLL_INTERVAL_S)
+
+
+def _wait_until_loaded(port: int, host: str) -> None:
+    """Wait until the ingress has the metadata of all models, whose replicas are running."""
+    # This node can reach each address at which the head node listens, if it is the head node.
+    local_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    # Whatever HTTP proxy the environment names.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    expires_at = time.monotonic() + _LOAD_TIMEOUT_S
+    while time.monotonic() < expires_at:
+        with (
+            suppress(OSError, HTTPException),
+            opener.open(f"http://{_url_host(local_host)}:{port}/healthz", timeout=_LOAD_TIMEOUT_S),
+        ):
+            return
         time.sleep(_POLL_INTERVAL_S)
 
 
@@ -192,9 +214,12 @@ def _read_or_create_token() -> str:
 
 @dataclass(frozen=True)
 class _Endpoint:
+    """Address of the service; `is_local` if this node listens."""
+
     port: int
     url: str
     note: str
+    is_local: bool = False
 
 
 def _resolve_endpoint(host: str, port: int) -> _Endpoint:
@@ -204,7 +229,7 @@ def _resolve_endpoint(host: str, port: int) -> _Endpoint:
     [head] = [node for node in ray.nodes() if node["Alive"] and head_node_resource() in node["Resources"]]
     if head["NodeID"] == ray.get_runtime_context().get_node_id():
         port = _free_port(host, port)
-        return _Endpoint(port, f"http://{_url_host(host)}:{port}/", "")
+        return _Endpoint(port, f"http://{_url_host(host)}:{port}/", "", is_local=True)
     if not port:
         raise ValueError("--port 0 needs the head node on this node, but it is another one; choose a port")
     address = head["NodeManagerAddress"]

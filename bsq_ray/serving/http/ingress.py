@@ -52,10 +52,6 @@ class Ingress:
             ]
         )
 
-    async def loading_models(self) -> list[str]:
-        """Return the names of the models that are not loaded yet."""
-        return self._registry.loading
-
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(
             self._registry,
