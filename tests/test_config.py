@@ -313,22 +313,22 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
 )
 def test_load_config_incompatible_values_raise(overrides, expected):
     """Values that are incompatible with each other raise an error."""
-    assert expected in load_error("demo", overrides)
+    assert expected in load_error("demo-gan", overrides)
 
 
 def test_load_config_zero3_with_gan_or_accumulation_loads():
     """ZeRO 3 is allowed with accumulation or with a discriminator, but not with both."""
-    load_config("demo", ["training.engine.zero_stage=3"])
-    load_config("demo", ["training.engine.zero_stage=3", "training.micro_batch_size=4", "loss.adversarial.weight=0"])
-    load_config("demo", ["training.engine.zero_stage=2", "training.micro_batch_size=4"])
+    load_config("demo-gan", ["training.engine.zero_stage=3"])
+    load_config("demo-gan", ["training.engine.zero_stage=3", "training.micro_batch_size=4", "loss.adversarial.weight=0"])
+    load_config("demo-gan", ["training.engine.zero_stage=2", "training.micro_batch_size=4"])
     ddp = ["training.engine.zero_stage=3", "training.engine.kind=ddp", "training.micro_batch_size=4"]
-    load_config("demo", ddp)
+    load_config("demo-gan", ddp)
 
 
 def test_load_config_unknown_preset_is_suggested():
     """The error for an unknown preset suggests the most similar one."""
     assert load_error("imagenet128-bsq8") == ("unknown preset 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
-    assert "presets are demo, demo-video, imagenet128-bsq10" in load_error("xyz")
+    assert "presets are demo, demo-gan, demo-video, imagenet128-bsq10" in load_error("xyz")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_pipeline_runs_entirely_on_object_storage(photo_folders, bucket):
     """Packing, training, evaluation, tokenization and the report work without a local folder."""
     shards, run, table, lm = (f"{bucket}/{name}" for name in ("shards", "run", "tokens", "lm"))
     pack_images(str(photo_folders[1]), shards, PackOptions(max_side=64, num_workers=0))
-    train(load_config("demo", SMALL_TRAINING), shards, run, 0, on_record=ignore_record)
+    train(load_config("demo-gan", SMALL_TRAINING), shards, run, 0, on_record=ignore_record)
     assert list_checkpoints(run) == ["step-0000002"]
     assert json.loads(storage.read_bytes(f"{run}/summary.json"))["step"] == 2
     assert storage.list_folder(f"{run}/tensorboard")
@@ -65,7 +65,7 @@ def test_ray_training_on_object_storage_resumes(photo_folders, bucket):
         "train",
         "tokenizer",
         "--config",
-        "demo",
+        "demo-gan",
     ]
     command += ["--data", f"{bucket}/shards", "--out", f"{bucket}/run", "--resume"]
     for workers, steps in ((2, 2), (0, 3)):

@@ -26,7 +26,7 @@ PLAIN = ["training.engine.kind=ddp", "training.engine.precision=bf16"]
 
 
 def preset(name):
-    return load_config(name, [*PLAIN, *(["loss.adversarial.start_step=0"] if name == "demo" else [])])
+    return load_config(name, [*PLAIN, *(["loss.adversarial.start_step=0"] if name == "demo-gan" else [])])
 
 
 def min_time(call, times=5):
@@ -54,7 +54,7 @@ def cpu_as_gpu_spec():
 
 def measured_efficiency(gpu_spec):
     """Return the fraction of the peak at which the demo's tokenizer reconstructs; inverts `reconstruction_rate`."""
-    run = preset("demo")
+    run = preset("demo-gan")
     tokenizer, images = Tokenizer(run.model).eval(), torch.rand(16, 3, 64, 64) * 2 - 1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         seconds = min_time(lambda: tokenizer(images)) / len(images)
@@ -91,7 +91,7 @@ def cpu_spec():
     return gpu_spec, measured_efficiency(gpu_spec)
 
 
-@pytest.mark.parametrize("name", ["demo", "masked-lm-demo", "prior-demo"])
+@pytest.mark.parametrize("name", ["demo-gan", "masked-lm-demo", "prior-demo"])
 def test_plan_accuracy(name, cpu_spec, record):
     gpu_spec, efficiency = cpu_spec
     steps = []

@@ -25,7 +25,7 @@ class Run:
     """`bsq-ray train` in its own process, observed through the records it writes."""
 
     def __init__(self, shards, out, workers):
-        command = ["train", "tokenizer", "--config", "demo", "--data", shards, "--out", str(out)]
+        command = ["train", "tokenizer", "--config", "demo-gan", "--data", shards, "--out", str(out)]
         command += ["--workers", str(workers), *_RUN_OVERRIDES]
         self.log = out / "metrics.jsonl"
         self.start_time = time.monotonic()

@@ -41,7 +41,7 @@ def test_speedrun(setting, shards, tmp_path, record_measurement):
     for seed in SEEDS:
         out = tmp_path / str(seed)
         overrides = [*SETTINGS[setting], f"training.seed={seed}", "training.eval_every=1000000"]
-        train(load_config("demo", overrides), train_url, str(out), 0, held_out_url=held_out_url)
+        train(load_config("demo-gan", overrides), train_url, str(out), 0, held_out_url=held_out_url)
         results = evaluate_reconstruction(f"{out}/model", held_out_url, str(out / "evaluation"), workers=0)
         model, summary = results["rows"]["model"], json.loads((out / "summary.json").read_text())
         runs.append((model["psnr"], model["lpips"], summary["duration_s"] / 60, summary["step"]))

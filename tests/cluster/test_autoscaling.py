@@ -67,7 +67,7 @@ def test_autoscaling_submitted_run_scales_up_and_down(photo_shards):
         counts_file = head.start_counting_nodes()
         wait_until(lambda: counts_file.read_text() == "1\n", shared / "head.log")
 
-        job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo", "--data", "/tmp/shared/shards"]
+        job = ["python", "/opt/bsq_ray/jobs/train_tokenizer.py", "--config", "demo-gan", "--data", "/tmp/shared/shards"]
         job += ["--out", "/tmp/shared/run", "--workers", "2", *TINY_OVERRIDES, "training.steps=20"]
         # Without a working directory, because all nodes share one folder and the first node that ends removes it.
         submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--"]

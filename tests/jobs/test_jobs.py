@@ -100,7 +100,15 @@ def test_jobs_pack_and_train(head, photo_folders, tmp_path):
 
     run_options = ["--data", str(shards), "--out", str(out), "--workers", "2"]
     train_job = head.submit(
-        *("python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, *TINY_OVERRIDES, "training.steps=10"),
+        *(
+            "python",
+            "jobs/train_tokenizer.py",
+            "--config",
+            "demo-gan",
+            *run_options,
+            *TINY_OVERRIDES,
+            "training.steps=10",
+        ),
         name="train",
     )
     assert train_job.returncode == 0, train_job.stdout + train_job.stderr
@@ -114,7 +122,7 @@ def test_jobs_pack_and_train(head, photo_folders, tmp_path):
 def test_job_failure_is_reported_in_its_log(head, tmp_path):
     """A job with invalid input fails, and its log gives the reason."""
     run_options = ["--data", str(tmp_path), "--out", str(tmp_path / "run")]
-    completed = head.submit("python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, name="fails")
+    completed = head.submit("python", "jobs/train_tokenizer.py", "--config", "demo-gan", *run_options, name="fails")
     assert completed.returncode == 1
     assert head.status("fails") == "FAILED"
     assert "bsq-ray: " in completed.stdout
@@ -127,7 +135,7 @@ def test_job_stopped_job_resumes_from_checkpoint(head, photo_shards, tmp_path):
     """A stopped job saves a checkpoint, and the same submission resumes from it."""
     out = tmp_path / "run"
     run_options = ["--data", photo_shards, "--out", str(out), "--workers", "2", "--resume"]
-    job = ["python", "jobs/train_tokenizer.py", "--config", "demo", *run_options, *TINY_OVERRIDES]
+    job = ["python", "jobs/train_tokenizer.py", "--config", "demo-gan", *run_options, *TINY_OVERRIDES]
     assert head.submit(*job, "training.steps=100000", name="long", wait=False).returncode == 0
     deadline = time.monotonic() + 150
     while not list_checkpoints(str(out)) and time.monotonic() < deadline:

@@ -103,7 +103,7 @@ def test_clip_discriminator_parameter_count_is_exact(frames):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("demo", []),
+        ("demo-gan", []),
         ("imagenet256-bsq36", []),
         ("ucf101-bsq18", ["model.gradient_checkpointing=false"]),
         ("ucf101-bsq18-noncausal", ["model.gradient_checkpointing=false"]),
@@ -134,7 +134,8 @@ def test_tokenizer_forward_flops_are_exact(name, overrides):
 )
 def test_training_step_flops_are_within_two_percent(overrides):
     run = load_config(
-        "demo", ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides]
+        "demo-gan",
+        ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides],
     )
     stage = TokenizerStage(run, None, CPU)
     engines = {

@@ -60,7 +60,7 @@ def autocast(half):
 )
 def test_tokenizer_activation_bytes_within_five_percent(overrides, half, fused_attention):
     """The formula is within five percent of the bytes that PyTorch saves for the tokenizer's backward pass."""
-    model = load_config("demo", overrides).model
+    model = load_config("demo-gan", overrides).model
     tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
 
     def forward():
@@ -77,7 +77,7 @@ def test_tokenizer_activation_bytes_within_five_percent(overrides, half, fused_a
 @cases(["model.image_size=128", "loss.adversarial.channel_base=8192"], ["loss.adversarial.discriminator=patchgan"])
 def test_discriminator_activation_bytes_within_ten_percent(overrides, half):
     """The formula is within ten percent of the bytes that PyTorch saves for the discriminator's backward pass."""
-    run = load_config("demo", overrides)
+    run = load_config("demo-gan", overrides)
     adversarial, size = run.loss.adversarial, run.model.image_size
     discriminator, images_BCHW = build_discriminator(adversarial, size), random_images(size).requires_grad_()
 
@@ -98,7 +98,7 @@ def test_clip_discriminator_bytes_within_ten_percent(frames):
     pass.
     """
     overrides = [f"model.frames={frames}", "loss.adversarial.discriminator=stylegan2-3d"]
-    adversarial = load_config("demo", overrides).loss.adversarial
+    adversarial = load_config("demo-gan", overrides).loss.adversarial
     discriminator, clips = build_discriminator(adversarial, 64, frames), random_images(64, frames).requires_grad_()
     weights = sum(value.numel() for value in discriminator.parameters())
     # Only in fp32: in half precision a CPU averages in fp32 and a GPU does not.
@@ -111,7 +111,7 @@ def test_clip_discriminator_bytes_within_ten_percent(frames):
 @pytest.mark.parametrize("half", [True, False])
 @cases(["loss.perceptual_network=vgg"])
 def test_lpips_activation_bytes_within_five_percent(overrides, half):
-    loss = load_config("demo", overrides).loss
+    loss = load_config("demo-gan", overrides).loss
     network, original = PerceptualLoss(loss.perceptual_network), random_images(64)
     reconstruction = random_images(64).requires_grad_()
 
@@ -125,7 +125,7 @@ def test_lpips_activation_bytes_within_five_percent(overrides, half):
 
 
 def test_zero_partitions_more_state_at_each_stage():
-    stages = [training_memory(load_config("demo", [f"training.engine.zero_stage={s}"]), 4, 4) for s in range(4)]
+    stages = [training_memory(load_config("demo-gan", [f"training.engine.zero_stage={s}"]), 4, 4) for s in range(4)]
     none, optimizer, gradients, weights = stages
     # Two moments on every worker, compared with two moments and ZeRO's weights divided by four.
     assert optimizer.optimizer == none.optimizer * 3 / 8
@@ -133,12 +133,12 @@ def test_zero_partitions_more_state_at_each_stage():
     assert weights.weights < gradients.weights == none.weights
 
 
-@pytest.mark.parametrize("preset", ["demo", "masked-lm-demo", "prior-demo"])
+@pytest.mark.parametrize("preset", ["demo-gan", "masked-lm-demo", "prior-demo"])
 def test_muon_needs_one_moment_per_matrix_element(preset):
     """The planned optimizer state of Muon is what its optimizers hold after a step."""
     run = load_config(preset, ["training.engine.kind=ddp", "training.optimizer.kind=muon"])
     adamw = load_config(preset, ["training.engine.kind=ddp"])
-    model = {"demo": Tokenizer, "masked-lm-demo": MaskedLM, "prior-demo": Prior}[preset](run.model)
+    model = {"demo-gan": Tokenizer, "masked-lm-demo": MaskedLM, "prior-demo": Prior}[preset](run.model)
     optimizers = build_optimizers(model, run.training.optimizer, use_bf16=False)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -152,7 +152,7 @@ def test_muon_needs_one_moment_per_matrix_element(preset):
 
 
 @pytest.mark.parametrize(
-    ("preset", "kind"), [("demo", "stylegan2"), ("demo", "patchgan"), ("demo-video", "stylegan2-3d")]
+    ("preset", "kind"), [("demo-gan", "stylegan2"), ("demo-gan", "patchgan"), ("demo-video", "stylegan2-3d")]
 )
 def test_muon_on_convolutions_needs_one_moment_per_kernel_element(preset, kind):
     """Kernels of the discriminator have one moment instead of two; its linear layers keep both."""
@@ -167,7 +167,7 @@ def test_muon_on_convolutions_needs_one_moment_per_kernel_element(preset, kind):
 
 def test_offloaded_optimizer_uses_no_gpu_memory():
     resident, offloaded = (
-        training_memory(load_config("demo", [f"training.engine.offload_optimizer={value}"]), 4, 4)
+        training_memory(load_config("demo-gan", [f"training.engine.offload_optimizer={value}"]), 4, 4)
         for value in ("false", "true")
     )
     assert offloaded.optimizer == 0 < resident.optimizer

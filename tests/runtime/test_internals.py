@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def engine():
-    training_config = load_config("demo", ["training.engine.zero_stage=1"]).training
+    training_config = load_config("demo-gan", ["training.engine.zero_stage=1"]).training
     return build_engine(torch.nn.Linear(4, 4), training_config, micro_batch=1, accumulation_steps=1, device=CPU)
 
 
@@ -51,7 +51,7 @@ def test_disable_shared_memory_op_keeps_backend_without_op(engine):
 def test_unread_gradient_norm_is_infinite_within_step(stage, max_grad_norm):
     """With a nonfinite gradient ZeRO reads nothing and steps its optimizer, which finds an infinite norm."""
     overrides = [f"training.engine.zero_stage={stage}", f"training.optimizer.max_grad_norm={max_grad_norm}"]
-    training_config = load_config("demo", overrides).training
+    training_config = load_config("demo-gan", overrides).training
     engine = build_engine(torch.nn.Linear(4, 4), training_config, micro_batch=1, accumulation_steps=1, device=CPU)
     norms = []
     engine._ds_engine.optimizer.optimizer.register_step_pre_hook(

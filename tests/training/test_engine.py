@@ -177,7 +177,7 @@ def test_gradient_clipping_matches_across_engines(runs, engine):
 def test_nonfinite_gradient_is_returned_without_step(engine):
     """A nonfinite gradient norm is returned and the weights stay unchanged."""
     module = torch.nn.Linear(2, 1, bias=False)
-    training_config = load_config("demo", ENGINES[engine]).training
+    training_config = load_config("demo-gan", ENGINES[engine]).training
     built = build_engine(module, training_config, micro_batch=1, accumulation_steps=1, device=torch.device("cpu"))
     built.backward(built(torch.ones(1, 2)).sum())
     assert np.isfinite(built.step(1e-3))

@@ -49,7 +49,7 @@ CASES = {
     "imagenet128-bsq18-group9": IMAGES,
     "imagenet128-lfq18": IMAGES,
     "imagenet128-vq10": IMAGES,
-    "demo": IMAGES,
+    "demo-gan": IMAGES,
     "imagenet128-masked-lm": [*TOKENS, "model.num_classes=3"],
     "imagenet128-prior": TOKENS,
 }

@@ -43,7 +43,7 @@ SHRUNK = [
 def test_demo_losses_match_golden_file(photo_shards, tmp_path, request):
     """The first losses of the demo preset are the recorded ones."""
     listener = RecordingReporter()
-    run_training(RunSpec(load_config("demo", SHRUNK), photo_shards, str(tmp_path)), local_worker(listener))
+    run_training(RunSpec(load_config("demo-gan", SHRUNK), photo_shards, str(tmp_path)), local_worker(listener))
     measured = [
         {key: value for key, value in record.items() if key not in UNCOMPARED and key != "progress"}
         for record in listener.training_records

@@ -64,7 +64,7 @@ def test_mlflow_resumed_run_continues_same_run(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    out, run_config = str(tmp_path / "run"), load_config("demo")
+    out, run_config = str(tmp_path / "run"), load_config("demo-gan")
     for last_step, record in enumerate(RECORDS):
         warnings = []
         log = MetricsLog(out, last_step, trackers=["mlflow"], run_config=run_config, on_warning=warnings.append)

@@ -196,7 +196,7 @@ def test_resumed_run_takes_the_same_steps_on_another_number_of_workers(losses):
 
 def test_muon_optimizes_matrices_of_transformer_blocks_only():
     """Every linear layer of the blocks belongs to Muon, and nothing else."""
-    tokenizer = Tokenizer(load_config("demo").model)
+    tokenizer = Tokenizer(load_config("demo-gan").model)
     names = set(build.muon_matrices(tokenizer, convolutions=True))
     in_blocks = {
         name for name, module in tokenizer.named_modules() if isinstance(module, nn.Linear) and "blocks" in name
@@ -210,7 +210,7 @@ def test_muon_optimizes_matrices_of_transformer_blocks_only():
 def test_muon_convolutions_take_kernels_as_matrices(kind):
     """A step on the kernels of a discriminator is that of `torch.optim.Muon` on the same numbers as matrices."""
     overrides = [*MUON, "training.optimizer.muon.convolutions=true", f"loss.adversarial.discriminator={kind}"]
-    run = load_config("demo-video" if kind == "stylegan2-3d" else "demo", overrides)
+    run = load_config("demo-video" if kind == "stylegan2-3d" else "demo-gan", overrides)
     torch.manual_seed(0)
     discriminator = build_discriminator(run.loss.adversarial, run.model.image_size, run.model.frames)
     kernels = build.muon_matrices(discriminator, convolutions=True)
@@ -231,8 +231,8 @@ def test_muon_convolutions_take_kernels_as_matrices(kind):
 
 def test_describe_optimizers_counts_parameters():
     """The description names both optimizers with the sizes of their shares."""
-    tokenizer = Tokenizer(load_config("demo").model)
-    adamw, muon = (load_config("demo", overrides).training.optimizer for overrides in ([], MUON))
+    tokenizer = Tokenizer(load_config("demo-gan").model)
+    adamw, muon = (load_config("demo-gan", overrides).training.optimizer for overrides in ([], MUON))
     assert build.describe_optimizers(tokenizer, muon) == "muon: 32 matrices (6.29 M); adamw: 83 tensors (0.58 M)"
     assert build.describe_optimizers(tokenizer, adamw) == "adamw: 115 tensors (6.87 M)"
 
@@ -254,7 +254,7 @@ def test_muon_presets_change_nothing_but_optimizer_and_engine(base):
 def test_muon_with_zero_raises():
     """ZeRO divides matrices, so the combination raises an error with what to use instead."""
     with pytest.raises(ValueError, match="needs whole matrices, and ZeRO divides them .* use engine.kind ddp"):
-        load_config("demo", ["training.optimizer.kind=muon"])
+        load_config("demo-gan", ["training.optimizer.kind=muon"])
 
 
 def test_assign_owners_balances_the_work():

@@ -75,4 +75,4 @@ def test_find_stage_class_invalid_name_or_option_raises(stage_class, options, me
     """The error names the key and what is wrong with it."""
     overrides = [f"training.stage_class='{stage_class}'", f"training.stage_options={options}"]
     with pytest.raises(ValueError, match=message):
-        find_stage_class(load_config("demo", overrides))
+        find_stage_class(load_config("demo-gan", overrides))
