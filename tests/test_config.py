@@ -319,7 +319,9 @@ def test_load_config_incompatible_values_raise(overrides, expected):
 def test_load_config_zero3_with_gan_or_accumulation_loads():
     """ZeRO 3 is allowed with accumulation or with a discriminator, but not with both."""
     load_config("demo-gan", ["training.engine.zero_stage=3"])
-    load_config("demo-gan", ["training.engine.zero_stage=3", "training.micro_batch_size=4", "loss.adversarial.weight=0"])
+    load_config(
+        "demo-gan", ["training.engine.zero_stage=3", "training.micro_batch_size=4", "loss.adversarial.weight=0"]
+    )
     load_config("demo-gan", ["training.engine.zero_stage=2", "training.micro_batch_size=4"])
     ddp = ["training.engine.zero_stage=3", "training.engine.kind=ddp", "training.micro_batch_size=4"]
     load_config("demo-gan", ddp)

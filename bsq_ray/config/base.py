@@ -64,6 +64,12 @@ class MuonConfig(StrictModel):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of the momentum.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of these matrices.")
+    ns_steps: int = Field(
+        5,
+        ge=1,
+        le=10,
+        description="Newton-Schulz iterations that orthogonalize a matrix; fewer are faster, less exact.",
+    )
     convolutions: bool = Field(
         False,
         description="Also the kernels of convolutions, as matrices of outputs x inputs; only discriminators have them.",

@@ -48,6 +48,7 @@ def build_optimizers(
             lr_ratio=rate / optimizer_config.base_learning_rate,
             momentum=optimizer_config.muon.momentum,
             weight_decay=optimizer_config.muon.weight_decay,
+            ns_steps=optimizer_config.muon.ns_steps,
             dtype=torch.bfloat16 if use_bf16 else torch.float32,
         )
     return optimizers

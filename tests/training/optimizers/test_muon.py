@@ -57,7 +57,8 @@ def test_orthogonalize_zero_gradient_is_zero():
     assert not orthogonalize(torch.zeros(1, 4, 8)).any()
 
 
-def test_muon_takes_the_steps_of_torch():
+@pytest.mark.parametrize("ns_steps", [5, 3])
+def test_muon_takes_the_steps_of_torch(ns_steps):
     """Twenty steps on one worker in bf16 are those of `torch.optim.Muon`."""
     results = []
     for build_optimizer in (
@@ -67,7 +68,7 @@ def test_muon_takes_the_steps_of_torch():
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
         targets = [torch.randn(shape) for shape in SHAPES]
-        optimizer = build_optimizer(weights, lr=0.01, momentum=0.95, weight_decay=0.1)
+        optimizer = build_optimizer(weights, lr=0.01, momentum=0.95, weight_decay=0.1, ns_steps=ns_steps)
         losses = []
         for _ in range(20):
             loss = sum((w - t).square().mean() for w, t in zip(weights, targets, strict=True))
@@ -88,7 +89,8 @@ def test_muon_skips_steps_while_found_inf_is_set():
     weights = [nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
     flag = torch.zeros(())
     flagged, plain = (
-        Muon([weight], lr=0.1, lr_ratio=1.0, momentum=0.9, weight_decay=0.1, dtype=torch.float32) for weight in weights
+        Muon([weight], lr=0.1, lr_ratio=1.0, momentum=0.9, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
+        for weight in weights
     )
     flagged.found_inf = flag
     for gradient in gradients:
@@ -107,7 +109,7 @@ def distributed_steps(rank, world_size):
     """Return the weights after five steps on gradients that are the same on every worker."""
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    optimizer = Muon(weights, lr=0.01, lr_ratio=1.0, momentum=0.95, weight_decay=0.1, dtype=torch.float32)
+    optimizer = Muon(weights, lr=0.01, lr_ratio=1.0, momentum=0.95, weight_decay=0.1, ns_steps=5, dtype=torch.float32)
     for _ in range(5):
         for weight in weights:
             weight.grad = weight.detach().cos()
@@ -135,10 +137,8 @@ def reference_runs(rank, world_size, shards, out, overrides_by_name, stop_after=
     try:
         for name, overrides in overrides_by_name.items():
 
-            def build_torch(matrices, *, lr, lr_ratio, momentum, weight_decay, dtype):
-                optimizer = torch.optim.Muon(
-                    matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
+            def build_torch(matrices, *, lr_ratio, dtype, **options):
+                optimizer = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
                 optimizer.param_groups[0]["lr_ratio"] = lr_ratio
                 return optimizer
 
