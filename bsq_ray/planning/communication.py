@@ -11,18 +11,21 @@ def communication_bytes(
     """Return the bytes sent per step by each of N workers, for P parameters with fp32 gradients and weights.
 
     A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · 4 P bytes for a reduce-scatter, and the same
-    for an all-gather. By Rajbhandari et al., "ZeRO" (2020), section 7:
+    for an all-gather. An all-reduce is both. Counted over two workers with DeepSpeed 0.19, which reduces whole buckets
+    instead of scattering them (Rajbhandari et al., "ZeRO", 2020, section 7, sends less):
 
-    - data parallelism and stage 0: one all-reduce of the gradients, which is a reduce-scatter and an all-gather;
-    - stage 1: a reduce-scatter of the gradients, then an all-gather of the updated weights: the same volume;
-    - stage 2: a reduce-scatter of the gradients for every micro batch, and one all-gather of the weights;
-    - stage 3: for every micro batch, two all-gathers of the weights (forward, backward) and one reduce-scatter.
+    - data parallelism and stage 0: one all-reduce of the gradients;
+    - stage 1: one all-reduce of the gradients, then an all-gather of the updated weights;
+    - stage 2: an all-reduce of the gradients for every micro batch, and one all-gather of the weights;
+    - stage 3 (from the paper): for every micro batch, two all-gathers of the weights and one reduce-scatter.
     """
     ring_bytes = (num_workers - 1) / num_workers * 4 * num_parameters
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
-    if stage < 2:
+    if stage == 0:
         return 2 * ring_bytes
-    return (accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
+    if stage == 1:
+        return 3 * ring_bytes
+    return (2 * accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
 
 
 def communication_time_s(

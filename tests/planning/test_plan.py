@@ -101,9 +101,11 @@ def test_make_plan_model_too_large_advises_larger_gpu():
 def test_communication_bytes_match_ring_formulas():
     run = load_config("imagenet128-bsq18")
     assert communication_bytes(1000, run.training.engine, 1, 1) == 0
-    assert communication_bytes(1000, run.training.engine, 4, 1) == 2 * 3 / 4 * 4000
+    assert communication_bytes(1000, run.training.engine, 4, 1) == 3 * 3 / 4 * 4000
+    ddp = load_config("demo-gan", ["training.engine.kind=ddp"]).training.engine
+    assert communication_bytes(1000, ddp, 4, 1) == 2 * 3 / 4 * 4000
     stage2 = load_config("demo-gan", ["training.engine.zero_stage=2"]).training.engine
-    assert communication_bytes(1000, stage2, 4, 3) == 4 * 3 / 4 * 4000
+    assert communication_bytes(1000, stage2, 4, 3) == 7 * 3 / 4 * 4000
     stage3 = load_config("demo-gan", ["training.engine.zero_stage=3"]).training.engine
     assert communication_bytes(1000, stage3, 4, 2) == 6 * 3 / 4 * 4000
 
