@@ -21,14 +21,13 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1800)]
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_WARMUP = 20, 3
 KINDS = ("adamw", "muon")
-DEMOS = ("demo-gan", "masked-lm-demo", "prior-demo")
+DEMOS = ("demo", "masked-lm-demo", "prior-demo")
 PAPER = "imagenet128-bsq18"
 
 
 def load_preset(name, kind):
     overrides = ["training.engine.kind=ddp", "training.engine.precision=bf16", f"training.optimizer.kind={kind}"]
-    # The discriminator's optimizer is AdamW in both cases.
-    return load_config(name, [*overrides, *(["loss.adversarial.weight=0"] if name == "demo-gan" else [])])
+    return load_config(name, overrides)
 
 
 def seconds(call):
