@@ -23,11 +23,12 @@ NUM_STEPS, NUM_WARMUP = 20, 3
 KINDS = ("adamw", "muon")
 DEMOS = ("demo", "masked-lm-demo", "prior-demo")
 PAPER = "imagenet128-bsq18"
+NS_STEPS = 5
 
 
 def load_preset(name, kind):
     overrides = ["training.engine.kind=ddp", "training.engine.precision=bf16", f"training.optimizer.kind={kind}"]
-    return load_config(name, overrides)
+    return load_config(name, [*overrides, f"training.optimizer.muon.ns_steps={NS_STEPS}"])
 
 
 def seconds(call):
@@ -73,9 +74,9 @@ def test_muon_optimizer_speed_at_paper_size(record):
 
 
 def muon_flops(module):
-    """Return the operations of five iterations: per M x N matrix (M <= N) 2 M² (2 N + M) each."""
+    """Return the operations of all iterations: per M x N matrix (M <= N) 2 M² (2 N + M) each."""
     shapes = [sorted(value.shape) for value in muon_matrices(module, convolutions=False).values()]
-    return sum(5 * 2 * rows**2 * (2 * columns + rows) for rows, columns in shapes)
+    return sum(NS_STEPS * 2 * rows**2 * (2 * columns + rows) for rows, columns in shapes)
 
 
 def step_flops(run):
