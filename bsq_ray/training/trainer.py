@@ -256,7 +256,7 @@ class Trainer:
             accumulation=self.accumulation_steps,
             learning_rate=peak_lr,
             precision=self.precision,
-            optimizer=describe_optimizers(self.stage.modules[self.main_name], self.training_config.optimizer),
+            optimizer=describe_optimizers(self.stage.modules, self.training_config.optimizer),
             device=str(self.worker.device),
             parameters=sum(value.numel() for value in self.stage.modules[self.main_name].parameters()),
             samples=self.source.num_samples,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +69,21 @@ def muon_matrices(module: nn.Module, *, convolutions: bool) -> dict[str, nn.Para
     }
 
 
-def describe_optimizers(module: nn.Module, optimizer_config: config.OptimizerConfig) -> str:
-    """Describe the split in a line, such as `muon: 32 matrices (6.29 M); adamw: 40 tensors (0.61 M)`."""
-    matrices, rest = _split_parameters(module, optimizer_config)
-    parts = [f"muon: {len(matrices)} matrices ({_millions(matrices)})"] if matrices else []
-    return "; ".join([*parts, f"adamw: {len(rest)} tensors ({_millions(rest)})"])
+def describe_optimizers(modules: Mapping[str, nn.Module], optimizer_config: config.OptimizerConfig) -> str:
+    """Describe the split in a line, such as `muon: 32 matrices (6.29 M); adamw: 40 tensors (0.61 M)`.
+
+    Args:
+        modules: trained modules by name; those after the first are described only if Muon optimizes some of them.
+    """
+    descriptions: list[str] = []
+    for name, module in modules.items():
+        matrices, rest = _split_parameters(module, optimizer_config)
+        if descriptions and not matrices:
+            continue
+        parts = [f"muon: {len(matrices)} matrices ({_millions(matrices)})"] if matrices else []
+        description = "; ".join([*parts, f"adamw: {len(rest)} tensors ({_millions(rest)})"])
+        descriptions.append(f"{name}: {description}" if descriptions else description)
+    return "; ".join(descriptions)
 
 
 def _split_parameters(

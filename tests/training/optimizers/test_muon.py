@@ -232,9 +232,15 @@ def test_muon_convolutions_take_kernels_as_matrices(kind):
 def test_describe_optimizers_counts_parameters():
     """The description names both optimizers with the sizes of their shares."""
     tokenizer = Tokenizer(load_config("demo-gan").model)
-    adamw, muon = (load_config("demo-gan", overrides).training.optimizer for overrides in ([], MUON))
-    assert build.describe_optimizers(tokenizer, muon) == "muon: 32 matrices (6.29 M); adamw: 83 tensors (0.58 M)"
-    assert build.describe_optimizers(tokenizer, adamw) == "adamw: 115 tensors (6.87 M)"
+    run = load_config("demo-gan")
+    adversarial = run.loss.adversarial
+    modules = {"generator": tokenizer, "discriminator": build_discriminator(adversarial, run.model.image_size)}
+    with_kernels = [*MUON, "training.optimizer.muon.convolutions=true"]
+    adamw, muon, both = (load_config("demo-gan", each).training.optimizer for each in ([], MUON, with_kernels))
+    of_generator = "muon: 32 matrices (6.29 M); adamw: 83 tensors (0.58 M)"
+    assert build.describe_optimizers(modules, adamw) == "adamw: 115 tensors (6.87 M)"
+    assert build.describe_optimizers(modules, muon) == of_generator
+    assert build.describe_optimizers(modules, both).startswith(f"{of_generator}; discriminator: muon: ")
 
 
 @pytest.mark.parametrize(
