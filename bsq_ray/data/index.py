@@ -88,8 +88,8 @@ def index_shards(
         on_progress: called with the number of finished steps and of all steps, two per shard.
 
     Raises:
-        ValueError: there are no tar files, a tar file or video is damaged, a shard has neither images nor videos, only
-            some samples have a class, or a label is not one.
+        ValueError: there are no tar files, a tar file is damaged, a shard has neither images nor videos that can be
+            read, only some samples have a class, or a label is not one.
     """
     names, notes = _find_shards(url)
     counts, summary, rows = IndexCounts(), LabelSummary(), []

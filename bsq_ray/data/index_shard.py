@@ -21,6 +21,7 @@ from bsq_ray.data.sample_labels import (
 from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.shard_reader import check_shard
 from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
+from bsq_ray.media.decode_error import DecodeError
 from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo, probe
 
@@ -82,7 +83,7 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
         options: see `IndexOptions`.
 
     Raises:
-        ValueError: the shard or a video is damaged, it has neither images nor videos, or a label is not one.
+        ValueError: the shard is damaged, it has neither images nor videos that can be read, or a label is not one.
     """
     result = IndexedShard(Shard(name, content.num_bytes, "", index_rows([])), [])
     samples: dict[str, tuple[Member, str]] = {}
@@ -115,6 +116,7 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
         else:
             samples[parts[0]] = (member, parts[1])
     result.num_members = len(members)
+    videos = _probe_videos(result, samples, label_members, content, url)
     if not samples:
         unused = "; ".join(
             f"{count} {reason}, such as {result.examples[reason]}" for reason, count in result.unused.items()
@@ -125,7 +127,6 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
         )
     _read_labels(result, samples, label_members, content, options)
     entries = [SampleEntry(key, 0, member.offset, member.size) for key, (member, _) in samples.items()]
-    videos = _probe_videos(samples, content, url)
     result.shard = replace(result.shard, rows=index_rows(entries, videos or None))
     result.num_used += len(entries)
     check_shard(result.shard, content, url)
@@ -166,17 +167,26 @@ def _read_labels(
             result.leave_out(member, "labels without an image or video of their key")
 
 
-def _probe_videos(samples: dict[str, tuple[Member, str]], content: ShardContent, url: str) -> list[VideoInfo]:
-    """Return the facts about each video; none if the samples are images."""
+def _probe_videos(
+    result: IndexedShard,
+    samples: dict[str, tuple[Member, str]],
+    label_members: dict[str, dict[str, Member]],
+    content: ShardContent,
+    url: str,
+) -> list[VideoInfo]:
+    """Return the facts about each video, none if the samples are images; leave out videos that cannot be read."""
     suffixes = {suffix for _, suffix in samples.values()}
     if suffixes.isdisjoint(VIDEO_SUFFIXES):
         return []
     if not suffixes.isdisjoint(IMAGE_SUFFIXES):
         raise ValueError(f"{url} contains images and videos ({', '.join(sorted(suffixes))}); a data set has one kind")
     videos = []
-    for key, (member, _) in samples.items():
+    for key, (member, _) in list(samples.items()):
         try:
             videos.append(probe(io.BytesIO(content.read(member.offset, member.size))).video)
-        except ValueError as error:
-            raise ValueError(f"{url}: {key}: {error}; remove it from the shard, or pack the videos again") from error
+        except DecodeError as error:
+            del samples[key]
+            result.leave_out(member, "videos that cannot be read", f" ({error})")
+            for label_member in label_members.pop(key, {}).values():
+                result.leave_out(label_member, "labels of videos that cannot be read")
     return videos
