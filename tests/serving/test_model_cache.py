@@ -112,3 +112,42 @@ def test_use_canceled_request_keeps_the_load():
         assert cache.names == []
 
     asyncio.run(run())
+
+
+def test_use_canceled_twice_while_loading_keeps_the_model_in_use():
+    """Each canceled request of a loading model would start its own timer, which removes the model of later ones."""
+
+    async def run():
+        loads = Loads(seconds=0.05)
+        cache = make_cache(loads, idle_timeout_s=0.1)
+        for _ in range(2):
+            waiting = asyncio.create_task(use(cache, "a"))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.08)
+        async with cache.use("a"):
+            await asyncio.sleep(0.2)
+            assert cache.names == ["a"]
+        await asyncio.sleep(0.2)
+        assert (cache.names, loads.names, loads.num_unloaded) == ([], ["a"], 1)
+
+    asyncio.run(run())
+
+
+def test_use_waits_for_the_slot_of_a_model_that_is_still_loading():
+    """A model that no request waits for any more occupies memory until it has loaded."""
+
+    async def run():
+        loads = Loads(seconds=0.05)
+        cache = make_cache(loads, max_models=1)
+        waiting = asyncio.create_task(use(cache, "a"))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        next_use = asyncio.create_task(use(cache, "b"))
+        await asyncio.sleep(0.02)
+        assert loads.names == ["a"]
+        assert await next_use == "model b"
+        assert (cache.names, loads.num_unloaded) == (["b"], 1)
+
+    asyncio.run(run())

@@ -95,10 +95,12 @@ class ModelCache(Generic[Model]):
         """Return True if a model can be loaded; unload the one that was idle for longest if needed."""
         if len(self._entries) < self._max_models:
             return True
-        idle = next((name for name, entry in self._entries.items() if not entry.num_users), None)
-        if idle is None:
+        # A model that is still loading cannot be unloaded, even if no request waits for it any more.
+        idle = ((name, entry) for name, entry in self._entries.items() if not entry.num_users and entry.task.done())
+        name_and_entry = next(idle, None)
+        if name_and_entry is None:
             return False
-        self._remove(idle)
+        self._remove(*name_and_entry)
         return True
 
     def _release(self, name: str, entry: _CacheEntry[Model]) -> None:
@@ -112,20 +114,23 @@ class ModelCache(Generic[Model]):
         self._on_idle(name, entry)
 
     def _on_idle(self, name: str, entry: _CacheEntry[Model]) -> None:
-        if entry.num_users or self._entries.get(name) is not entry:
+        # Several requests that were canceled while the model was loading each scheduled this call.
+        if entry.num_users or entry.idle_timer is not None or self._entries.get(name) is not entry:
             return
         if entry.task.cancelled() or entry.task.exception() is not None:
             del self._entries[name]
         else:
             loop = asyncio.get_running_loop()
-            entry.idle_timer = loop.call_later(self._idle_timeout_s, self._remove, name)
+            entry.idle_timer = loop.call_later(self._idle_timeout_s, self._remove, name, entry)
         self._slot_freed.set()
 
-    def _remove(self, name: str) -> None:
-        entry = self._entries.pop(name)
+    def _remove(self, name: str, entry: _CacheEntry[Model]) -> None:
+        removed = self._entries.pop(name)
+        assert removed is entry, name
         if entry.idle_timer is not None:
             entry.idle_timer.cancel()
-        # The model is released before the callback, unless a request that was canceled still refers to it.
-        del entry
+        # The timer and this frame no longer refer to the model when the callback returns memory.
+        entry.idle_timer = None
+        del entry, removed
         self._slot_freed.set()
         self._on_unload()
