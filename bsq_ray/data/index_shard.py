@@ -26,6 +26,8 @@ from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo, probe
 
 _SAMPLE_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+# Formats of masks that accompany an image of the same key.
+_MASK_SUFFIXES = (".pgm", ".pbm", ".ppm", ".pnm")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
         elif not member.size:
             result.leave_out(member, "empty images or videos")
         elif parts[0] in samples:
-            result.leave_out(member, "images or videos whose key occurs earlier in the shard")
+            earlier, earlier_suffix = samples[parts[0]]
+            if earlier_suffix in _MASK_SUFFIXES and parts[1] not in _MASK_SUFFIXES:
+                samples[parts[0]], member = (member, parts[1]), earlier
+            result.leave_out(member, "images or videos whose key another one in the shard has")
         else:
             samples[parts[0]] = (member, parts[1])
     result.num_members = len(members)

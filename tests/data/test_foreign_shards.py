@@ -53,8 +53,9 @@ USED = {
         4,
         "2 .txt files, such as s.tar: n000.txt",
     ),
-    "masks of the same key": ([*samples(), ("n000.png", image_bytes(9, "PNG"))], PLAIN, 6, 1, "occurs earlier"),
-    "each name twice": (samples() * 2, PLAIN, 6, 12, "6 images or videos whose key occurs earlier in the shard"),
+    "masks of the same key": ([*samples(), ("n000.png", image_bytes(9, "PNG"))], PLAIN, 6, 1, "s.tar: n000.png"),
+    "masks before the images": ([("n000.pgm", image_bytes(9, "PPM")), *samples()], PLAIN, 6, 1, "s.tar: n000.pgm"),
+    "each name twice": (samples() * 2, PLAIN, 6, 12, "6 images or videos whose key another one in the shard has"),
     "label without image": ([*samples(), ("x.cls", "1")], PLAIN, 6, 1, "labels without an image"),
     "empty image": ([*samples(), ("x.jpg", b""), ("x.cls", "1")], PLAIN, 6, 2, "1 empty images or videos"),
     "leftovers": (
