@@ -67,8 +67,8 @@ def application(settings: Settings, plan: ServicePlan, *, token: str | None, loo
 
 
 def _bind_deployment(plan: DeploymentPlan, settings: Settings) -> Application:
-    # A replica with batches computes one batch while the next one fills. A codec computes one request while the file of
-    # the next one is already there.
+    # A replica with batches computes one batch while the next one fills; its compressions run one after the other. A
+    # codec of a prior computes one request while the file of the next one is already there.
     max_ongoing_requests = 2 * plan.scaling.max_batch_size if isinstance(plan.scaling, Batching) else 2
     options = deployment_options(plan.scaling, max_ongoing_requests, settings)
     deployment = serve.deployment(name=plan.name, **options)(ModelReplica)

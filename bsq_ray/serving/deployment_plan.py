@@ -23,13 +23,11 @@ class DeploymentPlan:
         name: name of the deployment.
         model_urls: model folders by the names of the models.
         scaling: number of replicas, and their resources.
-        is_shared: models are loaded when they are used.
     """
 
     name: str
     model_urls: Mapping[str, str]
     scaling: TorchScaling
-    is_shared: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def plan_service(settings: Settings) -> ServicePlan:
     deployments = [_own_deployment(name, headers[name], settings) for name in headers if name not in shared]
     if shared:
         urls = {name: settings.models[name] for name in shared}
-        deployments.append(DeploymentPlan(SHARED_DEPLOYMENT, urls, settings.shared, is_shared=True))
+        deployments.append(DeploymentPlan(SHARED_DEPLOYMENT, urls, settings.shared))
     return ServicePlan({name: model_kind(header.config) for name, header in headers.items()}, tuple(deployments))
 
 
@@ -81,15 +79,15 @@ def missing_capacity(needed: Mapping[str, float], available: Mapping[str, float]
         if needed[resource] > amount + 1e-6:
             return (
                 f"the service needs {needed[resource]:g} {resource}s and the cluster has {amount:g}; serve fewer "
-                "models, let small models share replicas (shared.min_models=2), or reduce "
-                f"num_{resource.lower()}s of tokenizer, codec or generator"
+                "models, let several small models share replicas (shared.min_models, shared.max_model_mb), or reduce "
+                f"num_{resource.lower()}s of ingress, tokenizer, codec, generator or shared"
             )
     return ""
 
 
 def _own_deployment(name: str, header: ModelHeader, settings: Settings) -> DeploymentPlan:
     key = _SCALING_KEYS[header.config.stage]
-    return DeploymentPlan(f"{key}-{name}", {name: settings.models[name]}, getattr(settings, key), is_shared=False)
+    return DeploymentPlan(f"{key}-{name}", {name: settings.models[name]}, getattr(settings, key))
 
 
 def _num_gpus(scaling: Scaling) -> float:

@@ -45,6 +45,7 @@ _APPLICATION = "bsq"
 _POLL_INTERVAL_S = 0.1
 # Time for the ingress to ask running replicas for the metadata of their models.
 _LOAD_TIMEOUT_S = 60.0
+_log = logging.getLogger("bsq_ray.serving")
 # Logging every request to a file costs time; `/metrics` counts requests.
 _LOGGING_CONFIG = {"enable_access_log": False}
 
@@ -196,16 +197,15 @@ def _wait_until_loaded(port: int, host: str) -> None:
     """Wait until the ingress has the metadata of all models, whose replicas are running."""
     # This node can reach each address at which the head node listens, if it is the head node.
     local_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    # Whatever HTTP proxy the environment names.
+    # Ignore HTTP proxies of the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"http://{_url_host(local_host)}:{port}/healthz"
     expires_at = time.monotonic() + _LOAD_TIMEOUT_S
     while time.monotonic() < expires_at:
-        with (
-            suppress(OSError, HTTPException),
-            opener.open(f"http://{_url_host(local_host)}:{port}/healthz", timeout=_LOAD_TIMEOUT_S),
-        ):
+        with suppress(OSError, HTTPException), opener.open(url, timeout=_LOAD_TIMEOUT_S):
             return
         time.sleep(_POLL_INTERVAL_S)
+    _log.warning("models are still loading after %.0f s; %s reports progress", _LOAD_TIMEOUT_S, url)
 
 
 def _read_or_create_token() -> str:

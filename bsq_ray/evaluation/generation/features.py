@@ -183,8 +183,12 @@ def real_features(manifest: Manifest, run: config.TokenizerConfig, workers: Work
         for chunk, part in zip(chunks, parts, strict=True):
             features.fill(chunk.start, part)
         del features
-        if not folder.exists():
+        try:
             partial_folder.rename(folder)
+        except OSError:
+            # Another process has published the same features meanwhile.
+            if not folder.exists():
+                raise
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
     return Features.open(folder)
