@@ -72,7 +72,7 @@ class MuonConfig(StrictModel):
     )
     convolutions: bool = Field(
         False,
-        description="Also the kernels of convolutions, as matrices of outputs x inputs; only discriminators have them.",
+        description="Also optimize convolution kernels, each reshaped to a matrix; only discriminators have them.",
     )
 
 

@@ -131,6 +131,7 @@ def nonfinite_error(
     key_list = ", ".join(suspect_keys[:4]) + (f" and {len(suspect_keys) - 4} more" if len(suspect_keys) > 4 else "")
     return NonFiniteLossError(
         f"step {step}: {description} is not finite; the batch was {key_list} (all in {url}). The weights are "
-        "unchanged; try a lower training.optimizer.base_learning_rate, a training.optimizer.max_grad_norm, "
+        "unchanged; try a lower training.optimizer.base_learning_rate (and training.optimizer.muon.base_learning_rate "
+        "with Muon), a training.optimizer.max_grad_norm, "
         "or training.engine.precision=fp32"
     )
