@@ -28,6 +28,18 @@ def communication_bytes(
     return (2 * accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
 
 
+def muon_communication_bytes(num_elements: int, num_workers: int, half: bool) -> float:
+    """Return the bytes that each of N workers sends per step so that all have the orthogonalized matrices.
+
+    One all-gather of (N - 1)/N of the elements, in the data type of the orthogonalization.
+
+    Args:
+        num_elements: elements of the matrices that Muon optimizes.
+        half: bf16 instead of fp32.
+    """
+    return (num_workers - 1) / num_workers * (2 if half else 4) * num_elements
+
+
 def communication_time_s(
     num_bytes: float, num_workers: int, gpus_per_node: int, link_gb_per_s: float, network_gbit: float
 ) -> float:

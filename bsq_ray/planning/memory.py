@@ -53,7 +53,7 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
     sample, engine = sample_requirements(run), run.training.engine
     state = _state_bytes(sum(sample.parameters.values()), engine, workers)
     # Muon has one moment per element of its matrices; it is not combined with ZeRO.
-    state["optimizer"] -= 4.0 * _num_muon_elements(run)
+    state["optimizer"] -= 4.0 * num_muon_elements(run)
     weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
     # Only the engine whose backward pass is running has a buffer.
     buckets = 4.0 * _REDUCE_BUCKET_ELEMENTS if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
@@ -71,7 +71,7 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
     )
 
 
-def _num_muon_elements(run: config.AnyConfig) -> int:
+def num_muon_elements(run: config.AnyConfig) -> int:
     """Return the number of weights that Muon optimizes."""
     if run.training.optimizer.kind != "muon":
         return 0

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from bsq_ray import config
 from bsq_ray.planning.activations import tokenizer_activation_bytes
-from bsq_ray.planning.communication import communication_bytes, communication_time_s
+from bsq_ray.planning.communication import communication_bytes, communication_time_s, muon_communication_bytes
 from bsq_ray.planning.flops import tokenizer_forward_flops
 from bsq_ray.planning.gpus import GPUSpec, find_gpu
-from bsq_ray.planning.memory import Memory, training_memory
+from bsq_ray.planning.memory import Memory, num_muon_elements, training_memory
 from bsq_ray.planning.requirements import SampleRequirements, sample_requirements
 
 # Fraction of the peak at which matrix products run. It follows from the only published measurement of this network:
@@ -103,6 +103,8 @@ def make_plan(
     compute_per_sample += extra_flops / (_peak_flops(run, gpu_spec) * efficiency)
     compute = micro_batch * accumulation * compute_per_sample
     sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)
+    half = training_config.engine.precision != "fp32"
+    sent_bytes += muon_communication_bytes(num_muon_elements(run), num_gpus, half)
     communication = communication_time_s(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_gb_per_s, network_gbit)
     memory = training_memory(run, num_gpus, micro_batch)
     seconds = compute + communication

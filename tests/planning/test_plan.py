@@ -98,6 +98,15 @@ def test_make_plan_model_too_large_advises_larger_gpu():
     assert "a micro batch of one sample does not fit" in advice
 
 
+def test_plan_counts_the_matrices_that_muon_shares():
+    """Data parallelism with Muon also gathers the updates of its matrices in bf16."""
+    with_muon = load_config("imagenet128-bsq18-muon")
+    adamw = ["training.optimizer.kind=adamw"]
+    plans = [make_plan(run, "h100", 16) for run in (with_muon, load_config("imagenet128-bsq18-muon", adamw))]
+    num_elements = sum(24 * width**2 // 2 * 12 for width in (768, 768))
+    assert plans[0].communication_bytes - plans[1].communication_bytes == 15 / 16 * 2 * num_elements
+
+
 def test_communication_bytes_match_ring_formulas():
     run = load_config("imagenet128-bsq18")
     assert communication_bytes(1000, run.training.engine, 1, 1) == 0
