@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(7200)]
 # The quality of the quickstart after 1,455 steps with AdamW and the discriminator.
 TARGET_PSNR_DB, TARGET_LPIPS = 20.3, 0.238
 SEEDS = (0, 1, 2)
-NO_GAN = ["training.engine.kind=ddp", "loss.adversarial.weight=0"]
+# Rows of docs/results/speedrun.json: preset and changes.
 SETTINGS = {
-    "adamw-600": [*NO_GAN, "training.steps=600"],
-    "muon-600": [*NO_GAN, "training.steps=600", "training.optimizer.kind=muon"],
-    "muon-400": [*NO_GAN, "training.steps=400", "training.optimizer.kind=muon"],
+    "gan-1455": ("demo-gan", ["training.engine.kind=ddp", "training.steps=1455"]),
+    "adamw-600": ("demo-gan", ["training.engine.kind=ddp", "loss.adversarial.weight=0", "training.steps=600"]),
+    "demo-400": ("demo", ["training.steps=400"]),
 }
 
 
@@ -35,24 +35,28 @@ def shards(photo_folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
-def test_speedrun(setting, shards, tmp_path, record_measurement):
+def test_speedrun(setting, shards, tmp_path, record):
     train_url, held_out_url = shards
-    runs = []
+    preset, overrides = SETTINGS[setting]
+    psnr, lpips, minutes = [], [], []
     for seed in SEEDS:
         out = tmp_path / str(seed)
-        overrides = [*SETTINGS[setting], f"training.seed={seed}", "training.eval_every=1000000"]
-        train(load_config("demo-gan", overrides), train_url, str(out), 0, held_out_url=held_out_url)
+        run_config = load_config(preset, [*overrides, f"training.seed={seed}", "training.eval_every=1000000"])
+        train(run_config, train_url, str(out), 0, held_out_url=held_out_url)
         results = evaluate_reconstruction(f"{out}/model", held_out_url, str(out / "evaluation"), workers=0)
-        model, summary = results["rows"]["model"], json.loads((out / "summary.json").read_text())
-        runs.append((model["psnr"], model["lpips"], summary["duration_s"] / 60, summary["step"]))
-    psnr, lpips, minutes, steps = (list(values) for values in zip(*runs, strict=True))
-    at_target = sum(p >= TARGET_PSNR_DB and q <= TARGET_LPIPS for p, q in zip(psnr, lpips, strict=True))
-    quality = (
-        f"{statistics.mean(psnr):.2f} dB ({min(psnr):.2f} to {max(psnr):.2f}), "
-        f"LPIPS {statistics.mean(lpips):.3f} ({min(lpips):.3f} to {max(lpips):.3f})"
-    )
-    record_measurement(
+        psnr.append(results["rows"]["model"]["psnr"])
+        lpips.append(results["rows"]["model"]["lpips"])
+        minutes.append(json.loads((out / "summary.json").read_text())["duration_s"] / 60)
+    record(
+        "speedrun",
         setting,
-        f"{steps[0]} steps, {statistics.mean(minutes):.1f} min: {quality}",
-        f"target {TARGET_PSNR_DB} dB and {TARGET_LPIPS}: {at_target} of {len(SEEDS)} seeds",
+        steps=run_config.training.steps,
+        minutes=statistics.mean(minutes),
+        psnr_db=statistics.mean(psnr),
+        psnr_min_db=min(psnr),
+        psnr_max_db=max(psnr),
+        lpips=statistics.mean(lpips),
+        lpips_min=min(lpips),
+        lpips_max=max(lpips),
+        seeds_at_target=sum(p >= TARGET_PSNR_DB and q <= TARGET_LPIPS for p, q in zip(psnr, lpips, strict=True)),
     )
