@@ -60,6 +60,7 @@ def test_generate_demo_too_few_photos_raises(photos, tmp_path):
     assert not (tmp_path / "demo" / "tokenizer").exists()
 
 
+@pytest.mark.long
 def test_generate_demo_compares_guidance_with_frequencies(labeled_folder, tmp_path, ray_local, monkeypatch):
     """The generation demo compares guidance scales with the frequency baseline."""
     monkeypatch.setattr(generate_demo, "_GUIDANCE_SCALES", (0.0, 2.0))
