@@ -19,7 +19,6 @@ TARGET_PSNR_DB, TARGET_LPIPS = 20.3, 0.238
 SEEDS = (0, 1, 2)
 # Rows of docs/results/speedrun.json: preset and changes.
 SETTINGS = {
-    "gan-1455": ("demo-gan", ["training.engine.kind=ddp", "training.steps=1455"]),
     "adamw-600": ("demo-gan", ["training.engine.kind=ddp", "loss.adversarial.weight=0", "training.steps=600"]),
     "demo-400": ("demo", ["training.steps=400"]),
 }
