@@ -42,14 +42,3 @@ class InceptionScore:
         marginal_V = np.asarray(self._probs_V) / self._num_images
         marginal_negative_entropy = (marginal_V * np.log(marginal_V.clip(np.finfo(np.float64).tiny))).sum()
         return float(np.exp(self._negative_entropy_sum / self._num_images - marginal_negative_entropy))
-
-
-def inception_score(logits_NV: np.ndarray) -> float:
-    """Return the inception score of images with these logits (N, V), see `InceptionScore`.
-
-    Raises:
-        ValueError: there are fewer than two images.
-    """
-    score = InceptionScore()
-    score.update(logits_NV)
-    return score.compute()

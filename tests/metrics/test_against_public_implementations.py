@@ -16,7 +16,7 @@ from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.metrics.classifier import EfficientNetLite0
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
-from bsq_ray.metrics.inception_score import inception_score
+from bsq_ray.metrics.inception_score import InceptionScore
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
@@ -152,13 +152,22 @@ def test_kid_subset_is_independent_of_batching(cuts):
     assert abs(whole.kid_subset().mean() - features_ND.mean()) < 0.05
 
 
+def inception_score(*parts):
+    score = InceptionScore()
+    for part in parts:
+        score.update(part)
+    return score.compute()
+
+
 def test_inception_score_matches_torch_fidelity():
+    """The score of the whole set and of its parts is the published one."""
     stub_torchvision_ops()
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = torch.from_numpy(features(80, 3)) / 10
     public = isc_features_to_metric(logits, splits=1, shuffle=False)
-    assert inception_score(logits.numpy()) == pytest.approx(public["inception_score_mean"], rel=1e-6)
+    for parts in ([logits.numpy()], [logits.numpy()[:7], logits.numpy()[7:]]):
+        assert inception_score(*parts) == pytest.approx(public["inception_score_mean"], rel=1e-6)
     uniform, certain = np.zeros((9, 5)), np.eye(5) * 2000
     assert inception_score(uniform) == pytest.approx(1)
     assert inception_score(certain) == pytest.approx(5), "classes of probability 0 have no effect"

@@ -32,22 +32,19 @@ QUIET = [
 ]
 
 
-class StepCounter(TorchDispatchMode):
-    """Counts ("collective" or "read", caller) by step; a step ends where the next one starts."""
+class OperatorCounter(TorchDispatchMode):
+    """Counts operators by step; a step ends where the next one starts. A subclass implements `observe`."""
 
     def __init__(self):
         super().__init__()
         self.step, self.by_step = 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.count("collective")
-        if function is torch.ops.aten._local_scalar_dense.default:
-            self.count("read")
+        self.observe(function, args)
         return function(*args, **(kwargs or {}))
 
-    def count(self, kind):
-        self.by_step.setdefault(self.step, Counter())[kind, _caller()] += 1
+    def count(self, name, amount=1):
+        self.by_step.setdefault(self.step, Counter())[name] += amount
 
     @contextmanager
     def counting(self):
@@ -58,11 +55,26 @@ class StepCounter(TorchDispatchMode):
             self.step += 1
             return train_step(trainer, *arguments, **settings)
 
+        with mock.patch.object(Trainer, "train_step", next_step), self:
+            yield
+
+
+class StepCounter(OperatorCounter):
+    """Counts ("collective" or "read", caller)."""
+
+    def observe(self, function, args):
+        if function.namespace == "c10d":
+            self.count(("collective", _caller()))
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count(("read", _caller()))
+
+    @contextmanager
+    def counting(self):
+        """Count the steps, and reads by methods too, of all trainers within the context."""
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(Trainer, "train_step", next_step))
             for name in READING_METHODS:
                 stack.enter_context(mock.patch.object(torch.Tensor, name, self._reading(name)))
-            stack.enter_context(self)
+            stack.enter_context(super().counting())
             yield
 
     def _reading(self, name):
@@ -71,7 +83,7 @@ class StepCounter(TorchDispatchMode):
         def read(tensor, *arguments, **settings):
             # Threads that read samples use these methods too.
             if threading.current_thread() is threading.main_thread():
-                self.count("read")
+                self.count(("read", _caller()))
             return method(tensor, *arguments, **settings)
 
         return read
