@@ -253,6 +253,10 @@ def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of all tensors and of the `model` options that affect the tokens."""
     model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
     model.pop("gradient_checkpointing", None)
+    # The option came later: models without it keep their ids.
+    quantizer = model.get("quantizer")
+    if isinstance(quantizer, dict) and not quantizer.get("keep"):
+        model["quantizer"] = {key: value for key, value in quantizer.items() if key != "keep"}
     digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -300,6 +300,17 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
             ["model.quantizer.entropy.estimate=group", "model.quantizer.entropy.group_size=5"],
             "bits 18 is not a multiple of entropy.group_size 5",
         ),
+        (["model.quantizer.keep=[9]"], "keep [9] must ascend and end with bits 18, such as [9, 18]; [] keeps all bits"),
+        (["model.quantizer.keep=[12, 6, 18]"], "keep [12, 6, 18] must ascend and end with bits 18"),
+        (["model.quantizer.keep=[6, 12]"], "keep [6, 12] must ascend and end with bits 18"),
+        (
+            [
+                "model.quantizer.entropy.estimate=group",
+                "model.quantizer.entropy.group_size=9",
+                "model.quantizer.keep=[6, 18]",
+            ],
+            "keep [6, 18] splits groups of entropy.group_size 9 bits; use multiples of it",
+        ),
         (["model.quantizer.kind=vq", "model.quantizer.codebook_size=1000"], "codebook_size 1000 is not a power of two"),
         (["model.quantizer.kind=fsq", "model.quantizer.levels=[8, 1]"], "model.quantizer.levels.1: Input should be gr"),
         (["model.quantizer.kind=fsq", "model.quantizer.bits=8"], "unknown key model.quantizer.bits; valid keys are k"),
@@ -330,7 +341,7 @@ def test_load_config_zero3_with_gan_or_accumulation_loads():
 def test_load_config_unknown_preset_is_suggested():
     """The error for an unknown preset suggests the most similar one."""
     assert load_error("imagenet128-bsq8") == ("unknown preset 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
-    assert "presets are demo, demo-gan, demo-video, imagenet128-bsq10" in load_error("xyz")
+    assert "presets are demo, demo-gan, demo-nested, demo-video, imagenet128-bsq10" in load_error("xyz")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -87,9 +88,19 @@ def test_model_id_depends_on_weights_and_model_only():
     same = written_id(weights)
     assert written_id(dict(reversed(weights.items())), training={"steps": 7}, description="another") == same
     assert written_id(weights, model={"gradient_checkpointing": True}) == same
+    assert written_id(weights, model={"quantizer": {"kind": "bsq", "keep": []}}) == same
+    assert written_id(weights, model={"quantizer": {"kind": "bsq", "keep": [9, 18]}}) != same
     assert written_id(weights, model={"patch_size": 16}) != same
     assert written_id(weights | {"a": torch.arange(4.0).reshape(2, 2)}) != same
     assert written_id(weights | {"a": torch.arange(4.0) + 1e-6}) != same
+
+
+def test_model_saved_again_keeps_id_of_older_folder(tmp_path):
+    """Options that a folder was written without, such as `keep`, do not change its id at their default."""
+    tokenizer = Tokenizer.from_pretrained(str(Path(__file__).parent / "golden/bsq-version-1/prior-1/tokenizer"))
+    tokenizer.save_pretrained(str(tmp_path))
+    assert "keep: []" in (tmp_path / "config.yaml").read_text()
+    assert Tokenizer.from_pretrained(str(tmp_path)).model_id == tokenizer.model_id
 
 
 def test_model_card_lists_size_rate_id_fields_and_metrics(folder, tmp_path):

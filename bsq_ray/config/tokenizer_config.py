@@ -49,11 +49,33 @@ class _BinaryQuantizerConfig(StrictModel):
     bits: int = Field(18, ge=1, le=128, description="Bits of a token (L).")
     entropy: EntropyConfig = Field(EntropyConfig(), description="The entropy penalty.")
     commitment_weight: float = Field(0.0, ge=0, description="Weight of the pull towards the chosen code.")
+    keep: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        description="Nested bits: numbers of leading bits that training keeps, ascending, the last one equal to bits. "
+        "Half of the images keep all bits, the others one of the smaller numbers. Then every prefix of a token can be "
+        "decoded. Empty: all images keep all bits.",
+    )
 
     @model_validator(mode="after")
     def _check_group_size_divides_bits(self) -> _BinaryQuantizerConfig:
         if self.entropy.estimate == "group" and self.bits % self.entropy.group_size:
             raise ValueError(f"bits {self.bits} is not a multiple of entropy.group_size {self.entropy.group_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> _BinaryQuantizerConfig:
+        if not self.keep:
+            return self
+        if len(self.keep) < 2 or sorted(set(self.keep)) != list(self.keep) or self.keep[-1] != self.bits:
+            raise ValueError(
+                f"keep {list(self.keep)} must ascend and end with bits {self.bits}, such as "
+                f"[{max(1, self.bits // 2)}, {self.bits}]; [] keeps all bits"
+            )
+        if self.entropy.estimate == "group" and any(kept % self.entropy.group_size for kept in self.keep):
+            raise ValueError(
+                f"keep {list(self.keep)} splits groups of entropy.group_size {self.entropy.group_size} bits; use "
+                "multiples of it"
+            )
         return self
 
 

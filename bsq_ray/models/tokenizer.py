@@ -21,7 +21,7 @@ from bsq_ray import config
 from bsq_ray.models.layers.mlp import init_weights
 from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
 from bsq_ray.models.pretrained import PretrainedModel
-from bsq_ray.models.quantizers import Quantized, build_quantizer
+from bsq_ray.models.quantizers import BinaryQuantizer, KeptBits, Quantized, build_quantizer
 from bsq_ray.models.streaming import StreamingWindow
 
 # A whole-clip transformer, or `StreamingWindow.push` over the next frames.
@@ -39,6 +39,16 @@ class Tokens:
 
     bits_BNL: Tensor
     grid: tuple[int, int, int]
+
+    def first(self, num_bits: int) -> Tokens:
+        """Return the tokens with their first `num_bits` bits, which a tokenizer with nested bits can decode.
+
+        Raises:
+            ValueError: the tokens have fewer bits, or `num_bits` is below 1.
+        """
+        if not 1 <= num_bits <= self.bits_BNL.shape[-1]:
+            raise ValueError(f"cannot keep {num_bits} bits of tokens of {self.bits_BNL.shape[-1]} bits; use 1 or more")
+        return Tokens(self.bits_BNL[..., :num_bits], self.grid)
 
 
 class TokenizerOutput(NamedTuple):
@@ -118,25 +128,31 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         """All transformer blocks, encoder first; `block.compile()` on each compiles the model in place."""
         return [cast(TransformerBlock, b) for part in (self.encoder, self.decoder) for b in part.transformer.blocks]
 
-    def forward(self, images_BCHW_or_BCTHW: Tensor, batch_statistics: Tensor | None = None) -> TokenizerOutput:
+    def forward(
+        self,
+        images_BCHW_or_BCTHW: Tensor,
+        batch_statistics: Tensor | None = None,
+        kept_bits: KeptBits | None = None,
+    ) -> TokenizerOutput:
         """Reconstruct through the quantizer, with gradients.
 
         Args:
             batch_statistics: mean of `batch_statistics` over all parts, if the images are a part of a batch.
+            kept_bits: nested bits: the number of bits from which each image is reconstructed; None: all bits.
 
         Raises:
             ValueError: the size of the images differs from the model's.
         """
         clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
-        quantized = self.quantizer(self._features(clips_B3THW), batch_statistics)
+        quantized = self.quantizer(self._features(clips_B3THW), batch_statistics, kept_bits)
         clips_B3THW = self._images(quantized.codes_BNC, self._grid(clips_B3THW))
         return TokenizerOutput(clips_B3THW.reshape(images_BCHW_or_BCTHW.shape), quantized)
 
     @torch.no_grad()
-    def batch_statistics(self, images_BCHW_or_BCTHW: Tensor) -> Tensor | None:
+    def batch_statistics(self, images_BCHW_or_BCTHW: Tensor, kept_bits: KeptBits | None = None) -> Tensor | None:
         """Return the quantizer's statistics of images, see `Quantizer.batch_statistics`; runs the encoder only."""
         clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
-        return self.quantizer.batch_statistics(self._features(clips_B3THW))
+        return self.quantizer.batch_statistics(self._features(clips_B3THW), kept_bits)
 
     @torch.no_grad()
     def encode(self, images_BCHW_or_BCTHW: Tensor) -> Tokens:
@@ -151,8 +167,21 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
     def decode(self, tokens: Tokens) -> Tensor:
         """Decode tokens to images (B, 3, H, W), or clips (B, 3, T, H, W) if T > 1; fp32 in [-1, 1].
 
+        A tokenizer with nested bits (`model.quantizer.keep`) also decodes tokens with fewer bits, see `Tokens.first`.
+
         Raises:
             ValueError: the grid or the number of bits differs from the model's.
+        """
+        self._check_has_all_bits(tokens)
+        return self.decode_cut_bits(tokens)
+
+    @torch.no_grad()
+    def decode_cut_bits(self, tokens: Tokens) -> Tensor:
+        """Decode like `decode`, with fewer bits also if the tokenizer was not trained for it: a baseline.
+
+        Raises:
+            ValueError: the grid differs from the model's, the tokens have more bits than the model's, or fewer and the
+                codes of its quantizer have no meaningful prefix (FSQ, VQ).
         """
         clips_B3THW = self._decode(self._validate_tokens(tokens, self.config.frames))
         return clips_B3THW.squeeze(2) if tokens.grid[0] == 1 else clips_B3THW
@@ -182,7 +211,7 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
                 bits differs from the model's.
         """
         window = StreamingWindow(self.decoder.transformer, overlap)
-        return (self._decode(self._validate_tokens(chunk), window.push) for chunk in chunks)
+        return (self._decode(self._validate_chunk(chunk), window.push) for chunk in chunks)
 
     def reconstruct(self, images_BCHW_or_BCTHW: Tensor) -> Tensor:
         """Encode and decode images; return fp32 images of the same shape in [-1, 1]."""
@@ -262,13 +291,30 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
             raise ValueError(
                 f"tokens have grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"
             )
-        expected = (t * h * w, self.quantizer.bits)
-        if tokens.bits_BNL.dtype != torch.bool or tuple(tokens.bits_BNL.shape[1:]) != expected:
+        num_tokens, num_bits = t * h * w, self.quantizer.bits
+        shape = tuple(tokens.bits_BNL.shape)
+        has_prefixes = isinstance(self.quantizer, BinaryQuantizer)
+        min_bits = 1 if has_prefixes else num_bits
+        is_valid = len(shape) == 3 and shape[1] == num_tokens and min_bits <= shape[2] <= num_bits
+        if tokens.bits_BNL.dtype != torch.bool or not is_valid:
             raise ValueError(
-                f"tokens must be booleans of shape (B, {expected[0]}, {expected[1]}), "
-                f"got {tokens.bits_BNL.dtype} {tuple(tokens.bits_BNL.shape)}"
+                f"tokens must be booleans of shape (B, {num_tokens}, {num_bits}), got {tokens.bits_BNL.dtype} {shape}"
             )
         return tokens
+
+    def _validate_chunk(self, tokens: Tokens) -> Tokens:
+        self._check_has_all_bits(tokens)
+        return self._validate_tokens(tokens)
+
+    def _check_has_all_bits(self, tokens: Tokens) -> None:
+        """Raise if tokens have fewer bits than the model's and it has no nested bits."""
+        shape, num_bits = tuple(tokens.bits_BNL.shape), self.quantizer.bits
+        if not self.quantizer.is_nested and len(shape) == 3 and 1 <= shape[2] < num_bits:
+            raise ValueError(
+                f"tokens have {shape[2]} of {num_bits} bits, but this model decodes all of them only: tokens must be "
+                f"booleans of shape (B, {shape[1]}, {num_bits}); train a tokenizer with nested bits, such as "
+                f"model.quantizer.keep=[{max(1, num_bits // 2)},{num_bits}], to decode fewer"
+            )
 
 
 def _format_frames(max_frames: int | None) -> str:

@@ -67,7 +67,7 @@ def resize_positions(position_SD: Tensor, side: int) -> Tensor:
 def _diff_configs(source_value: object, target_value: object, path: str = "") -> list[tuple[str, object, object]]:
     """Return dotted key and both values of every difference; keys used only by the training loss are ignored."""
     if isinstance(source_value, dict) and isinstance(target_value, dict):
-        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commitment_weight"})
+        keys = sorted((source_value.keys() | target_value.keys()) - {"entropy", "commitment_weight", "keep"})
         return [
             difference
             for key in keys

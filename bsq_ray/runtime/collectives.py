@@ -11,6 +11,11 @@ def num_workers() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def worker_rank() -> int:
+    """Return the rank in the process group, or 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def average_over_workers(values: Tensor) -> Tensor:
     """Return the mean of a tensor over all workers, detached; collective. One worker gets its own values."""
     averaged = values.detach()

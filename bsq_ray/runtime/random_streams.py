@@ -22,6 +22,7 @@ class RandomStream(StrEnum):
     IMAGE_CROP = "crop of an image: seed, epoch, sample"
     CLIP_CROP = "start and crop of a clip: seed, epoch, sample"
     TOKENIZER_CROP = "crops that are tokenized: seed"
+    KEPT_BITS = "kept bits of each sample of a batch: seed, step"
     TOKEN_MASK = "mask and class dropout: seed, step, key"
     GENERATED_IMAGE = "sampled tokens: seed, image"
     FREQUENCY_BASELINE = "rows of the per-position frequencies: seed, image"

@@ -5,6 +5,7 @@ import torch
 from real_clips import street_clip
 
 from bsq_ray import Tokenizer, config
+from bsq_ray.models.quantizers import KeptBits
 from bsq_ray.models.tokenizer import Tokens, patchify, unpatchify
 
 SIZES = {"width": 32, "layers": 2, "heads": 4}
@@ -94,6 +95,41 @@ def test_decode_matches_clamped_training_output(quantizer):
     decoded = tokenizer.decode(tokens)
     assert torch.equal(decoded, output.images.clamp(-1, 1))
     assert torch.equal(decoded, tokenizer.reconstruct(x))
+
+
+@pytest.mark.parametrize("num_bits", [1, 4, 7, 10])
+def test_nested_decode_equals_training_with_as_many_bits(num_bits):
+    """The first bits decode to the reconstruction of a training step that keeps as many."""
+    tokenizer, x = small_tokenizer(quantizer={"bits": 10, "keep": [4, 7, 10]}), images(2, 3, 32, 32)
+    kept_bits = KeptBits(torch.full((2,), num_bits), (torch.arange(10) < num_bits).float())
+    output, tokens = tokenizer(x, None, kept_bits), tokenizer.encode(x)
+    assert torch.equal(output.quantized.bits_BNL, tokens.bits_BNL)
+    assert torch.equal(tokenizer.decode(tokens.first(num_bits)), output.images.clamp(-1, 1))
+
+
+def test_decode_of_fewer_bits_needs_nested_tokenizer():
+    """An ordinary tokenizer rejects fewer bits, except in the baseline that cuts its codes."""
+    ordinary, x = small_tokenizer(), images(1, 3, 32, 32)
+    tokens = ordinary.encode(x)
+    with pytest.raises(ValueError, match=r"tokens have 4 of 10 bits, but .*model.quantizer.keep=\[5,10\]"):
+        ordinary.decode(tokens.first(4))
+    assert ordinary.decode_cut_bits(tokens.first(4)).shape == x.shape
+    assert torch.equal(ordinary.decode_cut_bits(tokens), ordinary.decode(tokens))
+    for num_bits in (0, 11):
+        with pytest.raises(ValueError, match=f"cannot keep {num_bits} bits of tokens of 10 bits"):
+            tokens.first(num_bits)
+    fsq = small_tokenizer(quantizer={"kind": "fsq", "levels": [8, 6]})
+    with pytest.raises(ValueError, match=r"booleans of shape \(B, 16, 6\)"):
+        fsq.decode_cut_bits(fsq.encode(x).first(3))
+
+
+def test_nested_clip_streams_fewer_bits():
+    tokenizer, clip = small_tokenizer(frames=2, quantizer={"bits": 10, "keep": [4, 10]}), street_clip(2, 32)
+    tokens = tokenizer.encode(clip).first(4)
+    [pixels] = tokenizer.decode_stream([tokens])
+    torch.testing.assert_close(pixels, tokenizer.decode(tokens))
+    with pytest.raises(ValueError, match="tokens have 4 of 10 bits"):
+        next(small_tokenizer(frames=2).decode_stream([tokens]))
 
 
 def test_encode_decode_record_no_grad_and_keep_mode():

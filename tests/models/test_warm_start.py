@@ -107,7 +107,12 @@ def test_warm_start_mismatch_lists_differing_keys(image_model, changes, message)
 
 
 def test_warm_start_ignores_training_only_keys(image_model):
-    quantizer = {"bits": 10, "commitment_weight": 0.25, "entropy": {"estimate": "group", "group_size": 5}}
+    quantizer = {
+        "bits": 10,
+        "commitment_weight": 0.25,
+        "entropy": {"estimate": "group", "group_size": 5},
+        "keep": [5, 10],
+    }
     initial_weights(small_config(4, quantizer=quantizer, gradient_checkpointing=True), image_model[0])
 
 

@@ -50,6 +50,7 @@ CASES = {
     "imagenet128-lfq18": IMAGES,
     "imagenet128-vq10": IMAGES,
     "demo-gan": IMAGES,
+    "demo-nested": IMAGES,
     "imagenet128-masked-lm": [*TOKENS, "model.num_classes=3"],
     "imagenet128-prior": TOKENS,
 }

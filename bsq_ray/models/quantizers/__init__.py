@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bsq_ray import config
+from bsq_ray.models.quantizers.binary import BinaryQuantizer
 from bsq_ray.models.quantizers.bsq import BinarySphericalQuantizer
 from bsq_ray.models.quantizers.fsq import FiniteScalarQuantizer
 from bsq_ray.models.quantizers.lfq import LookupFreeQuantizer
-from bsq_ray.models.quantizers.quantizer import Quantized, Quantizer
+from bsq_ray.models.quantizers.quantizer import KeptBits, Quantized, Quantizer
 from bsq_ray.models.quantizers.vq import VectorQuantizer
 
-__all__ = ["Quantized", "Quantizer", "build_quantizer"]
+__all__ = ["BinaryQuantizer", "KeptBits", "Quantized", "Quantizer", "build_quantizer"]
 
 
 def build_quantizer(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bsq_ray import config
-from bsq_ray.models.quantizers.binary import BinaryQuantizer
+from bsq_ray.models.quantizers.binary import BinaryQuantizer, NumberT
 from bsq_ray.models.quantizers.l2_normalize import l2_normalize
 
 
@@ -16,8 +15,9 @@ class BinarySphericalQuantizer(BinaryQuantizer):
     maps it to v. The quantization error is below sqrt(2 - 2 / sqrt(L)), so no commitment loss is needed.
     """
 
-    def __init__(self, quantizer_config: config.BSQConfig) -> None:
-        super().__init__(quantizer_config, scale=quantizer_config.bits**-0.5)
+    def code_scale(self, num_bits: NumberT) -> NumberT:
+        """Return 1 / sqrt(num_bits), so that codes have unit length."""
+        return num_bits**-0.5
 
     def project(self, v_BNC: Tensor) -> Tensor:
         """Project onto the unit sphere."""

@@ -50,41 +50,76 @@ class _BitStatistics(torch.autograd.Function):
         return slope_NL.mul_(inner_NL), None
 
 
+def weighted_bit_statistics(logits_NL: Tensor, weights_NL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of `bit_statistics` if tokens keep different numbers of bits.
+
+    Args:
+        weights_NL: 0 for a bit that a token does not keep, otherwise the inverse of the share of the batch's tokens
+            that keep the bit. The mean of a bit is then over the tokens that keep it, and means of parts of a batch
+            average to that of the batch.
+    """
+    probability_NL = torch.sigmoid(logits_NL)
+    entropy_NL = F.softplus(logits_NL) - logits_NL * probability_NL
+    return (entropy_NL * (weights_NL > 0)).sum() / len(logits_NL), (probability_NL * weights_NL).mean(0)
+
+
 def bitwise_codebook_entropy(
-    mean_L: Tensor, across_workers: bool = False, batch_mean_L: Tensor | None = None
+    mean_L: Tensor,
+    across_workers: bool = False,
+    batch_mean_L: Tensor | None = None,
+    share_L: Tensor | None = None,
 ) -> Tensor:
     """Return the entropy of the batch-averaged bits, summed over bits: the paper's upper bound. Scalar.
 
     Args:
         mean_L: mean probability of each bit over this worker's batch.
         batch_mean_L: the same over the whole batch, if it is known; then `across_workers` is ignored.
+        share_L: weight of each bit in the sum, the share of the batch's tokens that keep it; None: all tokens.
     """
     mean_L = _batch_mean(mean_L, across_workers, batch_mean_L)
+    if share_L is not None:
+        return (_entropy_terms(torch.stack([mean_L, 1 - mean_L])) * share_L).sum()
     return _entropy_terms(torch.cat([mean_L, 1 - mean_L])).sum()
 
 
 def grouped_codebook_entropy(
-    logits_NL: Tensor, group_size: int, across_workers: bool = False, batch_mean_GKK: Tensor | None = None
+    logits_NL: Tensor,
+    group_size: int,
+    across_workers: bool = False,
+    batch_mean_GKK: Tensor | None = None,
+    nested: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return the entropy of the batch-averaged distribution over the 2^g codes of each group, summed over groups.
 
     Args:
         batch_mean_GKK: mean of `mean_group_probabilities` over the whole batch, if it is known; then `across_workers`
             is ignored.
+        nested: weights_NL of `weighted_bit_statistics` and share_L of `bitwise_codebook_entropy`; a token keeps whole
+            groups. None: tokens keep all bits.
     """
-    mean_GKK = mean_group_probabilities(logits_NL, group_size)
-    return _entropy_terms(_batch_mean(mean_GKK, across_workers, batch_mean_GKK)).sum()
+    if nested is None:
+        mean_GKK = mean_group_probabilities(logits_NL, group_size)
+        return _entropy_terms(_batch_mean(mean_GKK, across_workers, batch_mean_GKK)).sum()
+    weights_NL, share_L = nested
+    mean_GKK = mean_group_probabilities(logits_NL, group_size, weights_NL)
+    terms_GKK = _entropy_terms(_batch_mean(mean_GKK, across_workers, batch_mean_GKK))
+    return (terms_GKK.sum((1, 2)) * share_L[::group_size]).sum()
 
 
-def mean_group_probabilities(logits_NL: Tensor, group_size: int) -> Tensor:
+def mean_group_probabilities(logits_NL: Tensor, group_size: int, weights_NL: Tensor | None = None) -> Tensor:
     """Return the batch-averaged distribution over the 2^g codes of each group, (G, K, K) with K·K = 2^g.
 
     The distribution over a group is the outer product of those over its two halves. The average of outer products is
     one matrix product, so the N·2^g probabilities are never in memory.
+
+    Args:
+        weights_NL: see `weighted_bit_statistics`; equal for all bits of a group. None: all weights are 1.
     """
     probability_GNg = torch.sigmoid(logits_NL).unflatten(-1, (-1, group_size)).transpose(0, 1)
     half = group_size // 2
     low_GNK = _joint(probability_GNg[..., :half])
+    if weights_NL is not None:
+        low_GNK = low_GNK * weights_NL[:, ::group_size].t().unsqueeze(-1)
     high_GNK = _joint(probability_GNg[..., half:])
     return torch.bmm(low_GNK.transpose(1, 2), high_GNK) / logits_NL.shape[0]
 

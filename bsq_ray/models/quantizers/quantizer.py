@@ -31,35 +31,63 @@ class Quantized(NamedTuple):
     stats: dict[str, Tensor]
 
 
+class KeptBits(NamedTuple):
+    """Nested bits in training: each sample of a part of a batch keeps a number of leading bits of its tokens.
+
+    Attributes:
+        num_kept_B: int64; number of bits that each sample keeps, 1 to L.
+        share_L: fp32; fraction of the samples of the whole batch that keep each bit.
+    """
+
+    num_kept_B: Tensor
+    share_L: Tensor
+
+    def mask(self) -> Tensor:
+        """Return booleans (B, 1, L): whether a sample keeps a bit."""
+        bit_L = torch.arange(len(self.share_L), device=self.share_L.device)
+        return bit_L < self.num_kept_B[:, None, None]
+
+
 class Quantizer(nn.Module, ABC):
     """Base class of the quantizers. All arithmetic is fp32, also under autocast.
 
     Attributes:
         bits: bits of a token (L).
         channels: channels of a vector (C).
+        is_nested: whether the decoder was trained on every prefix of the bits, so that fewer bits can be decoded.
     """
 
     bits: int
     channels: int
+    is_nested: bool = False
 
-    def forward(self, v_BNC: Tensor, batch_statistics: Tensor | None = None) -> Quantized:
+    def forward(
+        self, v_BNC: Tensor, batch_statistics: Tensor | None = None, kept_bits: KeptBits | None = None
+    ) -> Quantized:
         """Quantize vectors (B, N, C) of any float type.
 
         Args:
             batch_statistics: mean of `batch_statistics` over all parts, if the vectors are a part of a batch.
+            kept_bits: bits to keep of each sample; None keeps all. The result still has all bits.
         """
         with torch.autocast(v_BNC.device.type, enabled=False):
+            if kept_bits is not None:
+                return self.quantize_nested(v_BNC.float(), kept_bits, batch_statistics)
             if batch_statistics is None:
                 return self.quantize(v_BNC.float())
             return self.quantize_part(v_BNC.float(), batch_statistics)
 
-    def batch_statistics(self, v_BNC: Tensor) -> Tensor | None:
+    def batch_statistics(self, v_BNC: Tensor, kept_bits: KeptBits | None = None) -> Tensor | None:
         """Return means over the vectors that the loss is a nonlinear function of.
 
         A batch in parts has the loss and the gradient of the whole batch if every part is quantized with the mean of
         the parts' statistics. None: the loss is a mean over tokens, so parts need nothing of each other.
         """
         return None
+
+    def quantize_nested(self, v_BNC: Tensor, kept_bits: KeptBits, batch_statistics: Tensor | None) -> Quantized:
+        """Quantize with fewer bits of some samples; only for quantizers with the option `keep`."""
+        raise NotImplementedError(f"{type(self).__name__} has no nested bits")
 
     def quantize_part(self, v_BNC: Tensor, batch_statistics: Tensor) -> Quantized:
         """Quantize a part of a batch; see `forward`."""

@@ -43,7 +43,7 @@ class DataParallelEngine(Engine):
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | tuple[Tensor, ...] | None) -> Any:
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:

@@ -70,7 +70,7 @@ class DeepSpeedEngine(Engine):
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         self.module = module
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | tuple[Tensor, ...] | None) -> Any:
         return self._ds_engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:

@@ -39,7 +39,7 @@ class Engine(ABC):
     found_nonfinite: Tensor
 
     @abstractmethod
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | tuple[Tensor, ...] | None) -> Any:
         """Run the forward pass that `backward` belongs to."""
 
     @abstractmethod

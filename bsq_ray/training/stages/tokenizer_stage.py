@@ -28,25 +28,29 @@ from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.frame_layout import frames_time_major
+from bsq_ray.models.quantizers import KeptBits
 from bsq_ray.models.quantizers.usage import CodeUsage
-from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput
+from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput, Tokens
 from bsq_ray.runtime.collectives import average_over_workers, num_workers
 from bsq_ray.runtime.device import to_device
 from bsq_ray.training.schedule import ramp
+from bsq_ray.training.stages.nested_dropout import NestedDropout
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
 _NUM_SAMPLE_IMAGES = 8
 
 
 @dataclass(frozen=True)
-class AccumulationContext(StepContext):
-    """Statistics of the whole batch for the generator's phase on one of its micro batches.
+class GeneratorContext(StepContext):
+    """Values of the whole batch for the generator's phase on one of its micro batches.
 
     Attributes:
-        batch_statistics: see `Quantizer.batch_statistics`.
+        batch_statistics: see `Quantizer.batch_statistics`; None for a single micro batch.
+        kept_bits: nested bits of the micro batch; None without them.
     """
 
-    batch_statistics: Tensor
+    batch_statistics: Tensor | None
+    kept_bits: KeptBits | None
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,13 @@ class TokenizerStage(Stage):
             self.perceptual = PerceptualLoss(self.loss_config.perceptual_network).to(device)
         quantizer_config = run_config.model.quantizer
         self.num_bits = quantizer_config.bits
-        self.across_workers = (
-            quantizer_config.entropy.across_workers
-            if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig)
-            else False
-        )
+        self.across_workers = False
+        self.nested_dropout: NestedDropout | None = None
+        if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig):
+            self.across_workers = quantizer_config.entropy.across_workers
+            if quantizer_config.keep:
+                seed = run_config.training.seed
+                self.nested_dropout = NestedDropout(quantizer_config.keep, seed, self.across_workers)
         self._recent_bits: list[Tensor] = []
 
     def phases(self, step: int) -> list[str]:
@@ -95,41 +101,54 @@ class TokenizerStage(Stage):
         return ["generator", "discriminator"] if self._is_adversarial_step(step) else ["generator"]
 
     def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
-        """Average the quantizer's statistics over accumulated micro batches, with one more pass of the encoder.
+        """Sample the nested bits, and average the quantizer's statistics over accumulated micro batches.
 
         The codebook entropy is a function of these means, so its mean over micro batches is not that of the batch.
-        A single micro batch needs no extra pass: the quantizer averages over the workers in the forward pass.
+        The statistics take one more pass of the encoder. A single micro batch needs none: the quantizer averages over
+        the workers in the forward pass.
         """
-        contexts: list[StepContext | None] = [None] * len(micro_batches)
-        if len(micro_batches) == 1:
-            return contexts
-        tokenizer = cast(Tokenizer, engines["generator"].module)
-        parts = [tokenizer.batch_statistics(self._to_device(batch)) for batch in micro_batches]
+        kept_bits: list[KeptBits | None] = [None] * len(micro_batches)
+        if self.nested_dropout is not None:
+            kept_bits = list(
+                self.nested_dropout.sample([len(batch.keys) for batch in micro_batches], step, self.device)
+            )
+        mean = None
+        if len(micro_batches) > 1:
+            tokenizer = cast(Tokenizer, engines["generator"].module)
+            mean = self._mean_statistics(
+                [
+                    tokenizer.batch_statistics(self._to_device(batch), kept)
+                    for batch, kept in zip(micro_batches, kept_bits, strict=True)
+                ]
+            )
+        return [None if mean is None and kept is None else GeneratorContext(mean, kept) for kept in kept_bits]
+
+    def _mean_statistics(self, parts: list[Tensor | None]) -> Tensor | None:
+        """Return the mean of the micro batches' statistics over all micro batches and, if so configured, workers."""
         statistics = [part for part in parts if part is not None]
         if not statistics:
-            return contexts
+            return None
         mean = torch.stack(statistics).mean(0)
-        if self.across_workers:
-            mean = average_over_workers(mean)
-        return [AccumulationContext(mean)] * len(micro_batches)
+        return average_over_workers(mean) if self.across_workers else mean
 
     def loss(self, phase: str, batch: Batch, engines: Engines, context: StepContext | None, step: int) -> PhaseOutput:
         """Compute the loss of a phase; see `Stage.loss`."""
         if phase == "generator":
-            assert context is None or isinstance(context, AccumulationContext)
+            assert context is None or isinstance(context, GeneratorContext)
             return self._generator_loss(batch, engines, context, step)
         assert isinstance(context, DiscriminatorContext)
         return self._discriminator_loss(engines, context, step)
 
     def _generator_loss(
-        self, batch: Batch, engines: Engines, context: AccumulationContext | None, step: int
+        self, batch: Batch, engines: Engines, context: GeneratorContext | None, step: int
     ) -> PhaseOutput:
         loss_config, adversarial_config = self.loss_config, self.loss_config.adversarial
         real = self._to_device(batch)
         use_adaptive_weight = adversarial_config.adaptive_weight and self._is_adversarial_step(step)
         # The graph of an autograd.grad call must not run through an engine.
         generator = engines["generator"].module if use_adaptive_weight else engines["generator"]
-        output: TokenizerOutput = generator(real) if context is None else generator(real, context.batch_statistics)
+        inputs = () if context is None else (context.batch_statistics, context.kept_bits)
+        output: TokenizerOutput = generator(real, *inputs)
         fake = output.images.clamp(-1, 1)
         pixel_loss = F.l1_loss if loss_config.reconstruction == "l1" else F.mse_loss
         reconstruction = pixel_loss(fake if loss_config.clamp_reconstruction else output.images, real)
@@ -214,10 +233,26 @@ class TokenizerStage(Stage):
         real_BCHW, fake_BCHW = frames_time_major(real), frames_time_major(fake)
         original, reconstruction = to_uint8(real_BCHW), to_uint8(fake_BCHW)
         metrics = {"psnr": float(psnr(to_float(original), to_float(reconstruction)).mean())}
+        metrics |= self._psnr_of_fewer_bits(engines, real, output.quantized.bits_BNL)
         if self.perceptual is not None:
             metrics["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
         rows = [torch.cat(list(to_uint8(_sample_images(images))), dim=2) for images in (real, fake)]
         return metrics, torch.cat(rows, dim=1).cpu()
+
+    def _psnr_of_fewer_bits(self, engines: Engines, real: Tensor, bits_BNL: Tensor) -> dict[str, float]:
+        """Return the PSNR in dB at each smaller number of nested bits; costs a pass of the decoder for each."""
+        if self.nested_dropout is None:
+            return {}
+        tokenizer = cast(Tokenizer, engines["generator"].module)
+        original_BCHW = to_float(to_uint8(frames_time_major(real)))
+        side = tokenizer.config.grid_size
+        tokens = Tokens(bits_BNL, (1 if real.ndim == 4 else real.shape[2], side, side))
+        metrics = {}
+        for num_bits in self.nested_dropout.keep[:-1]:
+            fake = tokenizer.decode(tokens.first(num_bits))
+            fake_BCHW = to_float(to_uint8(frames_time_major(fake.reshape(real.shape))))
+            metrics[f"psnr_at_{num_bits}_bits"] = float(psnr(original_BCHW, fake_BCHW).mean())
+        return metrics
 
     def pop_metrics(self) -> dict[str, float]:
         """Return code usage and bit entropy of all workers' tokens since the last call; collective."""
