@@ -114,6 +114,10 @@ class EngineConfig(StrictModel):
         "bf16",
         description="bf16 autocast with fp32 weights, fp32 without TF32, or auto: bf16 if the hardware supports it.",
     )
+    communication_data_type: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Data type in which workers send gradients; bf16 halves these bytes and rounds each sum.",
+    )
     compile: bool = Field(False, description="Apply torch.compile to the transformer blocks.")
 
     @model_validator(mode="after")

@@ -8,24 +8,24 @@ from bsq_ray import config
 def communication_bytes(
     num_parameters: int, engine: config.EngineConfig, num_workers: int, accumulation_steps: int
 ) -> float:
-    """Return the bytes sent per step by each of N workers, for P parameters with fp32 gradients and weights.
+    """Return the bytes sent per step by each of N workers, for P parameters with fp32 weights.
 
-    A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · 4 P bytes for a reduce-scatter, and the same
-    for an all-gather. An all-reduce is both. Counted over two workers with DeepSpeed 0.19, which reduces whole buckets
-    instead of scattering them (Rajbhandari et al., "ZeRO", 2020, section 7, sends less):
+    A ring of N workers (Patarasuk and Yuan, 2009) sends (N - 1)/N · P elements for a reduce-scatter, and the same for
+    an all-gather. An all-reduce is both. Gradients have `engine.communication_data_type`, weights fp32. Rajbhandari et
+    al., "ZeRO", 2020, section 7:
 
     - data parallelism and stage 0: one all-reduce of the gradients;
-    - stage 1: one all-reduce of the gradients, then an all-gather of the updated weights;
-    - stage 2: an all-reduce of the gradients for every micro batch, and one all-gather of the weights;
-    - stage 3 (from the paper): for every micro batch, two all-gathers of the weights and one reduce-scatter.
+    - stages 1 and 2: one reduce-scatter of the accumulated gradients and one all-gather of the updated weights;
+    - stage 3: for every micro batch, two all-gathers of the weights and one reduce-scatter of the gradients.
     """
-    ring_bytes = (num_workers - 1) / num_workers * 4 * num_parameters
+    ring_elements = (num_workers - 1) / num_workers * num_parameters
+    gradient_bytes = 2 if engine.communication_data_type == "bf16" else 4
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     if stage == 0:
-        return 2 * ring_bytes
-    if stage == 1:
-        return 3 * ring_bytes
-    return (2 * accumulation_steps + 1) * ring_bytes if stage == 2 else 3 * accumulation_steps * ring_bytes
+        return 2 * gradient_bytes * ring_elements
+    if stage == 3:
+        return accumulation_steps * (2 * 4 + gradient_bytes) * ring_elements
+    return (gradient_bytes + 4) * ring_elements
 
 
 def muon_communication_bytes(num_elements: int, num_workers: int, half: bool) -> float:

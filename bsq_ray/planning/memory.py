@@ -15,8 +15,8 @@ from bsq_ray.planning.requirements import sample_requirements
 # Empirical: CUDA context and workspaces of libraries (1 GiB), and fragmented memory of the allocator (5 %).
 CONTEXT_BYTES = 2**30
 FRAGMENTATION_FRACTION = 0.05
-# DeepSpeed's default number of elements of the gradient buffer (`reduce_bucket_size`).
-_REDUCE_BUCKET_ELEMENTS = 500_000_000
+# Elements of a bucket of plain data parallelism, see `training.engines.gradient_buckets`.
+_BUCKET_ELEMENTS = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Memory:
         gradients: fp32 gradients.
         optimizer: AdamW's two moments or Muon's momentum, and ZeRO's fp32 copy of the weights.
         ema: moving average of the model's weights.
-        buckets: buffers in which ZeRO reduces gradients.
+        buckets: buffers from which workers send gradients.
         activations: activations of the phase with the most.
         overhead: context and fragmentation.
     """
@@ -51,12 +51,13 @@ class Memory:
 def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Memory:
     """Return the peak memory of one worker with micro batches of `micro_batch` samples."""
     sample, engine = sample_requirements(run), run.training.engine
-    state = _state_bytes(sum(sample.parameters.values()), engine, workers)
+    accumulates = run.training.batch_size > workers * micro_batch
+    state = _state_bytes(sum(sample.parameters.values()), engine, workers, accumulates)
     # Muon has one moment per element of its matrices; it is not combined with ZeRO.
     state["optimizer"] -= 4.0 * num_muon_elements(run)
     weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
-    # Only the engine whose backward pass is running has a buffer.
-    buckets = 4.0 * _REDUCE_BUCKET_ELEMENTS if engine.kind == "deepspeed" and engine.zero_stage in (1, 2) else 0.0
+    # Only the engine whose backward pass is running has buckets.
+    buckets = _bucket_bytes(max(sample.parameters.values()), engine, workers)
     ema = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0
     activations = micro_batch * max(sample.activations)
     used = weights + state["gradients"] + state["optimizer"] + ema + buckets + activations
@@ -83,17 +84,33 @@ def num_muon_elements(run: config.AnyConfig) -> int:
     return num_block_matrix_elements(run.model.transformer)
 
 
-def _state_bytes(parameters: int, engine: config.EngineConfig, workers: int) -> dict[str, float]:
+def _bucket_bytes(parameters: int, engine: config.EngineConfig, workers: int) -> float:
+    """Return the memory of the copies of gradients that one engine of P parameters sends, bytes.
+
+    Data parallelism copies one bucket at a time, which then replaces its gradients. ZeRO-1 and ZeRO-2 have all
+    gradients in one bucket, and N workers send a copy of it ordered by worker and receive 1/N.
+    """
+    if engine.kind == "ddp":
+        return 4.0 * min(parameters, _BUCKET_ELEMENTS) if workers > 1 else 0.0
+    if engine.zero_stage not in (1, 2):
+        return 0.0
+    sent_bytes = 2.0 if engine.communication_data_type == "bf16" else 4.0
+    copies = (1 + 1 / workers) * sent_bytes * parameters if workers > 1 else 0.0
+    return 4.0 * parameters + copies
+
+
+def _state_bytes(parameters: int, engine: config.EngineConfig, workers: int, accumulates: bool) -> dict[str, float]:
     """Return weights, gradients and optimizer state of P parameters on N workers, bytes.
 
     Rajbhandari et al., 2020, section 5. Without ZeRO: 4 P + 4 P + 8 P. ZeRO adds its own fp32 copy of the weights,
     4 P / N, even for fp32 weights. It partitions the moments (stage 1), the gradients (stage 2) and the weights (stage
-    3). With offloading, the copy and the moments are in host memory.
+    3). Stage 2 has all gradients while it accumulates them. With offloading, the copy and the moments are in host
+    memory.
     """
     stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     size = 4.0 * parameters
     return {
         "weights": size / workers if stage == 3 else size,
-        "gradients": size / workers if stage >= 2 else size,
+        "gradients": size / workers if stage == 3 or (stage == 2 and not accumulates) else size,
         "optimizer": 0.0 if engine.offload_optimizer else 3 * size / workers if stage else 2 * size,
     }

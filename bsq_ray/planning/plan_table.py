@@ -43,9 +43,16 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("throughput", f"{plan.samples_per_second:.4g} {sample.unit}/s"),
         ("network", f"{plan.communication_bytes / 1e9:.3g} GB sent by each GPU per step"),
+        ("network-bound", _network_bound(plan)),
         ("data rate", f"{plan.data_bytes_per_second / 1e6:.4g} MB/s over all nodes"),
         ("duration", f"{plan.days:.2f} days"),
     ]
+
+
+def _network_bound(plan: Plan) -> str:
+    if plan.network_bound_gpus is None:
+        return "on no number of GPUs with this global batch"
+    return f"from {plan.network_bound_gpus} GPUs on with this global batch (communication > computation)"
 
 
 def _gib(num_bytes: float) -> str:

@@ -31,6 +31,8 @@ class Plan:
         step_flops: operations per step of all GPUs.
         compute_s, communication_s: seconds per step, without overlap.
         communication_bytes: bytes that each GPU sends per step.
+        network_bound_gpus: smallest number of GPUs on which the same global batch takes longer to communicate than to
+            compute; None if there is none up to one sample per GPU.
         data_bytes_per_second: bytes that all GPUs read per second.
         samples_per_second: throughput of all GPUs.
         days: duration of the run.
@@ -48,6 +50,7 @@ class Plan:
     compute_s: float
     communication_s: float
     communication_bytes: float
+    network_bound_gpus: int | None
     data_bytes_per_second: float
     samples_per_second: float
     days: float
@@ -102,10 +105,13 @@ def make_plan(
     compute_per_sample = _compute_time_s(run, sample, gpu_spec, efficiency)
     compute_per_sample += extra_flops / (_peak_flops(run, gpu_spec) * efficiency)
     compute = micro_batch * accumulation * compute_per_sample
-    sent_bytes = communication_bytes(sum(sample.parameters.values()), training_config.engine, num_gpus, accumulation)
-    half = training_config.engine.precision != "fp32"
-    sent_bytes += muon_communication_bytes(num_muon_elements(run), num_gpus, half)
-    communication = communication_time_s(sent_bytes, num_gpus, gpus_per_node, gpu_spec.link_gb_per_s, network_gbit)
+    sent_bytes = _sent_bytes(run, sample, num_gpus)
+
+    def communication_s(workers: int) -> float:
+        num_bytes = _sent_bytes(run, sample, workers)
+        return communication_time_s(num_bytes, workers, gpus_per_node, gpu_spec.link_gb_per_s, network_gbit)
+
+    communication = communication_s(num_gpus)
     memory = training_memory(run, num_gpus, micro_batch)
     seconds = compute + communication
     return Plan(
@@ -120,6 +126,15 @@ def make_plan(
         compute_s=compute,
         communication_s=communication,
         communication_bytes=sent_bytes,
+        network_bound_gpus=next(
+            (
+                workers
+                for workers in range(2, training_config.batch_size + 1)
+                if training_config.batch_size % workers == 0
+                and communication_s(workers) > training_config.batch_size / workers * compute_per_sample
+            ),
+            None,
+        ),
         data_bytes_per_second=training_config.batch_size * sample.bytes_read / seconds,
         samples_per_second=training_config.batch_size / seconds,
         days=training_config.steps * seconds / 86400,
@@ -133,6 +148,15 @@ def reconstruction_rate(model: config.TokenizerModelConfig, gpu: str, efficiency
     products = tokenizer_forward_flops(model) / (gpu_spec.bf16_tflops * 1e12 * efficiency)
     # Without a backward pass every activation is written and read once.
     return 1 / (products + 2 * tokenizer_activation_bytes(model, half=True) / (gpu_spec.memory_gb_per_s * 1e9))
+
+
+def _sent_bytes(run: config.AnyConfig, sample: SampleRequirements, workers: int) -> float:
+    """Return the bytes that each worker sends per step; `workers` divides the global batch."""
+    engine, per_worker = run.training.engine, run.training.batch_size // workers
+    accumulation = max(1, per_worker // (run.training.micro_batch_size or per_worker))
+    sent_bytes = communication_bytes(sum(sample.parameters.values()), engine, workers, accumulation)
+    half = engine.precision != "fp32"
+    return sent_bytes + muon_communication_bytes(num_muon_elements(run), workers, half)
 
 
 def _compute_time_s(run: config.AnyConfig, sample: SampleRequirements, gpu_spec: GPUSpec, efficiency: float) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -80,6 +82,52 @@ def is_invalid_grad_norm(norm: Any) -> bool:
 def mask_nan_or_inf_with_val_inplace(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
     """Do what DeepSpeed's function of this name does, without copying `val` to the device, which would wait for it."""
     norm.masked_fill_(~torch.isfinite(norm), val)
+
+
+def reduce_scatter_gradients(engine: Any) -> None:
+    """Make ZeRO-1 and ZeRO-2 average each bucket of gradients with one reduce-scatter.
+
+    Why: DeepSpeed sends twice these bytes with an all-reduce of the bucket, or as many with one reduce per worker if
+        `zero_optimization.use_multi_rank_bucket_allreduce` is false, which waits for the network once per worker.
+    Seen in: DeepSpeed 0.19.8, `DeepSpeedZeroOptimizer.average_tensor`; its setting `reduce_scatter` chooses among both.
+    Public replacement: a setting for a reduce-scatter in stages 1 and 2.
+    Contract test: test_reduce_scatter_gradients_averages_partitions.
+    """
+    engine.optimizer.average_tensor = partial(_reduce_scatter_bucket, engine.optimizer)
+
+
+def _reduce_scatter_bucket(optimizer: Any, gradients: Tensor, communication_data_type: torch.dtype) -> None:
+    """Average a bucket, in place of DeepSpeed's `average_tensor`; only this worker's partition is written.
+
+    Args:
+        optimizer: ZeRO optimizer without offloading and overlapping.
+        gradients: flat gradients of the parameters in the bucket, in its order.
+    """
+    group = optimizer.dp_process_group
+    num_workers, rank = dist.get_world_size(group), dist.get_rank(group)
+    if num_workers == 1:
+        return
+    parts: list[list[Tensor]] = [[] for _ in range(num_workers)]
+    offset = 0
+    for group_index, parameter_index, parameter_id in optimizer.ipg_buckets[communication_data_type].params:
+        starts = optimizer.grad_start_offset[group_index]
+        next_offset = stop = offset + optimizer.bit16_groups[group_index][parameter_index].numel()
+        # A parameter at the end of a partition continues in the next one.
+        for owner in sorted(optimizer.param_to_partition_ids[group_index][parameter_id], reverse=True):
+            start = offset + starts[owner][parameter_id]
+            parts[owner].append(gradients[start:stop])
+            stop = start
+        offset = next_offset
+    sizes = [sum(map(len, own)) for own in parts]
+    sent = gradients.new_zeros(num_workers, max(sizes), dtype=communication_data_type)
+    for row, size, own in zip(sent, sizes, parts, strict=True):
+        if own:
+            row[:size] = torch.cat(own)
+    sums = torch.empty_like(sent[0])
+    dist.reduce_scatter_tensor(sums, sent.view(-1), group=group)
+    averages = sums[: sizes[rank]].to(gradients.dtype) / num_workers
+    for part, average in zip(parts[rank], averages.split([len(part) for part in parts[rank]]), strict=True):
+        part.copy_(average)
 
 
 def disable_shared_memory_op() -> None:

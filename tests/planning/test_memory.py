@@ -14,7 +14,9 @@ from bsq_ray.planning.activations import (
     perceptual_activation_bytes,
     tokenizer_activation_bytes,
 )
+from bsq_ray.planning.layer_costs import num_tokenizer_parameters
 from bsq_ray.planning.memory import training_memory
+from bsq_ray.training.engines.gradient_buckets import BUCKET_ELEMENTS
 from bsq_ray.training.optimizers.build import build_optimizers
 
 IMAGES = 4
@@ -131,6 +133,32 @@ def test_zero_partitions_more_state_at_each_stage():
     assert optimizer.optimizer == none.optimizer * 3 / 8
     assert gradients.gradients == none.gradients / 4
     assert weights.weights < gradients.weights == none.weights
+
+
+def test_zero_2_keeps_all_gradients_while_accumulating():
+    run = load_config("demo-gan", ["training.engine.zero_stage=2", "training.batch_size=64"])
+    whole, parts = training_memory(run, 4, 16), training_memory(run, 4, 8)
+    assert parts.gradients == 4 * whole.gradients
+
+
+@pytest.mark.parametrize(("workers", "num_elements"), [(1, 0), (2, 25_000_000)])
+def test_ddp_copies_one_bucket_of_gradients(workers, num_elements):
+    """Data parallelism has its gradients and the copy of one bucket, not of all of them."""
+    run = load_config("imagenet256-bsq18", ["training.engine.kind=ddp"])
+    assert BUCKET_ELEMENTS == 25_000_000
+    assert training_memory(run, workers, 4).buckets == 4 * num_elements
+
+
+def test_zero_bucket_has_the_size_of_the_larger_engine():
+    """ZeRO-1 has all gradients of one engine in a bucket, sends a copy of it and receives its own part."""
+    runs = [
+        load_config("imagenet256-bsq18", [f"training.engine.communication_data_type={name}"])
+        for name in ("fp32", "bf16")
+    ]
+    num_parameters = num_tokenizer_parameters(runs[0].model)
+    assert training_memory(runs[0], 1, 4).buckets == 4 * num_parameters
+    assert training_memory(runs[0], 4, 4).buckets == (4 + 4 + 4 / 4) * num_parameters
+    assert training_memory(runs[1], 4, 4).buckets == (4 + 2 + 2 / 4) * num_parameters
 
 
 @pytest.mark.parametrize("preset", ["demo-gan", "masked-lm-demo", "prior-demo"])

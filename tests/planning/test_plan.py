@@ -107,16 +107,37 @@ def test_plan_counts_the_matrices_that_muon_shares():
     assert plans[0].communication_bytes - plans[1].communication_bytes == 15 / 16 * 2 * num_elements
 
 
-def test_communication_bytes_match_ring_formulas():
-    run = load_config("imagenet128-bsq18")
-    assert communication_bytes(1000, run.training.engine, 1, 1) == 0
-    assert communication_bytes(1000, run.training.engine, 4, 1) == 3 * 3 / 4 * 4000
-    ddp = load_config("demo-gan", ["training.engine.kind=ddp"]).training.engine
-    assert communication_bytes(1000, ddp, 4, 1) == 2 * 3 / 4 * 4000
-    stage2 = load_config("demo-gan", ["training.engine.zero_stage=2"]).training.engine
-    assert communication_bytes(1000, stage2, 4, 3) == 7 * 3 / 4 * 4000
-    stage3 = load_config("demo-gan", ["training.engine.zero_stage=3"]).training.engine
-    assert communication_bytes(1000, stage3, 4, 2) == 6 * 3 / 4 * 4000
+@pytest.mark.parametrize(
+    ("engine", "sent_bytes"),
+    [
+        (["kind=ddp"], 2 * 4),
+        (["kind=ddp", "communication_data_type=bf16"], 2 * 2),
+        (["zero_stage=1"], 4 + 4),
+        (["zero_stage=1", "communication_data_type=bf16"], 2 + 4),
+        (["zero_stage=2"], 4 + 4),
+        (["zero_stage=3"], 3 * (4 + 4 + 4)),
+        (["zero_stage=3", "communication_data_type=bf16"], 3 * (4 + 4 + 2)),
+    ],
+)
+def test_communication_bytes_match_ring_formulas(engine, sent_bytes):
+    """Bytes per parameter of three micro batches: gradients in their data type, and weights in fp32."""
+    config = load_config("demo-gan", [f"training.engine.{override}" for override in engine]).training.engine
+    assert communication_bytes(1000, config, 1, 3) == 0
+    assert communication_bytes(1000, config, 4, 3) == sent_bytes * 3 / 4 * 1000
+
+
+def test_make_plan_names_gpus_at_which_network_is_limit():
+    """The smallest number of GPUs is named for which a plan communicates longer than it computes."""
+    run = load_config("imagenet256-bsq18", ["training.batch_size=1024"])
+    bound = make_plan(run, "h100", 8, network_gbit=200).network_bound_gpus
+    assert bound is not None
+    for num_gpus in (bound // 2, bound):
+        plan = make_plan(run, "h100", num_gpus, network_gbit=200)
+        assert (plan.communication_s > plan.compute_s) == (num_gpus == bound)
+        assert f"from {bound} GPUs on" in format_plan(plan)
+    alone = make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1"]), "h100", 1)
+    assert alone.network_bound_gpus is None
+    assert "on no number of GPUs" in format_plan(alone)
 
 
 def test_make_plan_single_node_ignores_network_bandwidth():

@@ -2,8 +2,10 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
+from process_group import spawn_group
 
 from bsq_ray.config import load_config
 from bsq_ray.runtime import _deepspeed_internals, _torch_internals
@@ -44,6 +46,31 @@ def test_disable_shared_memory_op_keeps_backend_without_op(engine):
 
     assert hasattr(sys.modules["deepspeed.comm.torch"], "TorchBackend")
     assert deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
+def partition_averages(rank, world_size):
+    """Average the gradients of a ZeRO-1 engine; return its flat gradients, averaged and of this worker alone."""
+    training_config = load_config("demo-gan", ["training.engine.zero_stage=1"]).training
+    torch.manual_seed(0)
+    # An odd number of values, so that a parameter is divided between the partitions and the last one is padded.
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
+    engine = build_engine(module, training_config, micro_batch=1, accumulation_steps=1, device=CPU)
+    inputs = torch.full((1, 5), 1.0 + rank)
+    own = torch.autograd.grad(engine.module(inputs).square().sum(), list(module.parameters()))
+    engine.backward(engine(inputs).square().sum())
+    averages = torch.cat([value.reshape(-1) for value in engine._ds_engine.optimizer.averaged_gradients[0]])
+    mappings = engine._ds_engine.optimizer.param_to_partition_ids[0].values()
+    return averages.numpy(), torch.cat([value.reshape(-1) for value in own]).numpy(), max(map(len, mappings))
+
+
+def test_reduce_scatter_gradients_averages_partitions():
+    """Each worker gets the averages of its partition of the flat gradients; a parameter lies in both."""
+    results = spawn_group(2, partition_averages)
+    averages = np.concatenate([result[0] for result in results])
+    expected = (results[0][1] + results[1][1]) / 2
+    assert results[0][2] == 2
+    # Parameters start at multiples of four values.
+    np.testing.assert_allclose(averages[averages != 0], expected[expected != 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

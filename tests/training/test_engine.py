@@ -25,6 +25,7 @@ ENGINES = {
     "zero 2 offloaded": ["training.engine.zero_stage=2", "training.engine.offload_optimizer=true"],
     "ddp": ["training.engine.kind=ddp"],
 }
+BF16_GRADIENTS = "training.engine.communication_data_type=bf16"
 
 
 def load_weights(out, name, which="model.plain"):
@@ -71,6 +72,12 @@ def runs(photo_shards, tmp_path_factory):
         "accumulated ddp": [*ENGINES["ddp"], "training.micro_batch_size=4"],
         "accumulated zero 1": ["training.micro_batch_size=4"],
         "accumulated zero 2": ["training.engine.zero_stage=2", "training.micro_batch_size=4"],
+        "accumulated zero 2 offloaded": [*ENGINES["zero 2 offloaded"], "training.micro_batch_size=4"],
+        "bf16 ddp": [*ENGINES["ddp"], BF16_GRADIENTS],
+        "bf16 zero 0": [*ENGINES["zero 0"], BF16_GRADIENTS],
+        "bf16 zero 1": [*ENGINES["zero 1"], BF16_GRADIENTS],
+        "bf16 zero 2": [*ENGINES["zero 2"], BF16_GRADIENTS],
+        "bf16 zero 3": [*ENGINES["zero 3"], BF16_GRADIENTS],
         "clipped ddp": [*ENGINES["ddp"], "training.optimizer.max_grad_norm=0.01"],
         "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.max_grad_norm=0.01"],
         "clipped zero 1": ["training.optimizer.max_grad_norm=0.01"],
@@ -85,6 +92,7 @@ def runs(photo_shards, tmp_path_factory):
     return out, {**two_workers, **variants, **one_worker}
 
 
+ACCUMULATED = ["accumulated ddp", "accumulated zero 1", "accumulated zero 2", "accumulated zero 2 offloaded"]
 DEEPSPEED = [engine for engine in ENGINES if engine != "ddp"]
 
 
@@ -159,7 +167,7 @@ def test_two_workers_match_one_at_same_batch(runs, engine):
     assert_same_run(*runs, f"alone {engine}", engine)
 
 
-@pytest.mark.parametrize("engine", ["accumulated ddp", "accumulated zero 1", "accumulated zero 2"])
+@pytest.mark.parametrize("engine", ACCUMULATED)
 def test_gradient_accumulation_matches_full_batch(runs, engine):
     """Accumulated micro batches give the step of the full batch."""
     assert_same_run(*runs, "full batch ddp", engine, uncompared={"codebook_entropy"})
@@ -171,6 +179,15 @@ def test_gradient_clipping_matches_across_engines(runs, engine):
     out, losses = runs
     assert_same_run(out, losses, "clipped ddp", engine)
     assert losses["clipped ddp"][-1]["loss"] != losses["full batch ddp"][-1]["loss"]
+
+
+@pytest.mark.parametrize("engine", ["bf16 ddp", "bf16 zero 0", "bf16 zero 1", "bf16 zero 2", "bf16 zero 3"])
+def test_bf16_gradients_change_losses_by_less_than_one_percent(runs, engine):
+    _, losses = runs
+    for left, right in zip(losses["full batch ddp"], losses[engine], strict=True):
+        for key in ("loss", "reconstruction", "loss/generator", "loss/discriminator"):
+            assert right[key] == pytest.approx(left[key], rel=1e-2), (left["step"], key)
+    assert losses[engine][-1]["loss"] != losses["full batch ddp"][-1]["loss"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

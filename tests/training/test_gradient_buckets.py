@@ -80,3 +80,60 @@ def test_gradient_buckets_start_during_backward_pass(averages):
     _, events = averages[0]
     assert [event for event in events if isinstance(event, int)] == [WIDTH * (WIDTH + 1)] * NUM_LAYERS
     assert events.index(WIDTH * (WIDTH + 1)) < events.index("0.weight")
+
+
+def average_once(rank, world_size, communication_dtype):
+    """Average the gradients of one backward pass.
+
+    Returns:
+        gradients by name, averaged and of this worker alone; the largest sum of bytes of gradients and buckets during
+        the pass; and the number of storages of the averages.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    buckets = GradientBuckets(model.parameters(), communication_dtype, bucket_elements=64 * 65)
+    peak_bytes = 0
+
+    def observe(*_):
+        nonlocal peak_bytes
+        tensors = [*(bucket.flat for bucket in buckets._buckets), *(value.grad for value in model.parameters())]
+        storages = [value.untyped_storage() for value in tensors if value is not None]
+        peak_bytes = max(peak_bytes, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(observe)
+    torch.manual_seed(1 + rank)
+    inputs = torch.randn(5, 64)
+    buckets.start()
+    model(inputs).square().sum().backward()
+    buckets.finish()
+    observe()
+    averaged = gradients(model)
+    num_storages = len({value.grad.untyped_storage().data_ptr() for value in model.parameters()})
+    alone = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    alone.load_state_dict(model.state_dict())
+    alone(inputs).square().sum().backward()
+    return averaged, gradients(alone), peak_bytes, num_storages
+
+
+def test_gradient_buckets_replace_their_gradients():
+    """While a backward pass runs, gradients and buckets together never take more than the gradients and one bucket."""
+    for _, own, peak_bytes, num_storages in spawn_group(2, average_once, torch.float32):
+        gradient_bytes = sum(value.nbytes for value in own.values())
+        assert num_storages == 8
+        assert peak_bytes <= gradient_bytes + 4 * 64 * 65
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_gradient_buckets_in_bf16_round_once_per_worker(num_workers):
+    """A bf16 average differs by at most one rounding per gradient and one per partial sum."""
+    results = spawn_group(num_workers, average_once, torch.bfloat16)
+    for name in results[0][0]:
+        own = np.stack([result[1][name] for result in results]).astype(np.float64)
+        error = np.abs(results[0][0][name] - own.mean(0))
+        # Rounding to 8 significant bits changes a value by at most 2^-8 of it, and no sum exceeds that of magnitudes.
+        num_roundings = 1 + (num_workers - 1)
+        assert (error <= num_roundings * 2.0**-8 * 1.01 * np.abs(own).mean(0)).all()
+        assert error.any()
+        for result in results[1:]:
+            np.testing.assert_array_equal(result[0][name], results[0][0][name])

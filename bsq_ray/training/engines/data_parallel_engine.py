@@ -20,6 +20,7 @@ class DataParallelEngine(Engine):
 
     Args:
         optimizers: by name of their state in a checkpoint; each parameter belongs to one of them.
+        communication_dtype: data type in which workers send their gradients.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class DataParallelEngine(Engine):
         max_grad_norm: float,
         accumulation_steps: int,
         found_nonfinite: Tensor,
+        communication_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.found_nonfinite = found_nonfinite
         for optimizer in optimizers.values():
@@ -38,7 +40,7 @@ class DataParallelEngine(Engine):
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = accumulation_steps
         self._num_micro_batches = 0
-        self._buckets = GradientBuckets(module.parameters())
+        self._buckets = GradientBuckets(module.parameters(), communication_dtype)
         if dist.is_initialized() and dist.get_world_size() > 1:
             for value in module.state_dict().values():
                 dist.broadcast(value, 0)

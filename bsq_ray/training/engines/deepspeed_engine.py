@@ -5,11 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from bsq_ray.runtime import _deepspeed_internals as internals
 from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
 from bsq_ray.training.engines.engine import Engine, gradient_norm
+
+# Optimizer states of ZeRO, and weights of ZeRO-3.
+_PARTITION_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_")
 
 
 class DeepSpeedEngine(Engine):
@@ -47,12 +51,25 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         ensure_process_group(device)
-        zero_config: dict[str, Any] = {"stage": training_config.engine.zero_stage}
+        zero_stage = training_config.engine.zero_stage
+        zero_config: dict[str, Any] = {"stage": zero_stage}
+        if zero_stage in (1, 2):
+            # All gradients in one bucket of their size, so that each worker owns an equal part of it.
+            zero_config["reduce_bucket_size"] = sum(parameter.numel() for parameter in module.parameters())
+            # Offloaded gradients are sent by one reduce per worker, with the same bytes as a reduce-scatter.
+            zero_config["use_multi_rank_bucket_allreduce"] = False
         if training_config.engine.offload_optimizer:
             zero_config["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        self._zero_stage = zero_stage
+        self._accumulation_steps = accumulation_steps
+        self._num_micro_batches = 0
+        # DeepSpeed's ZeRO-2 would send the gradients of each micro batch, so they are accumulated here.
+        self._accumulates = zero_stage == 2 and accumulation_steps > 1
+        self._accumulation = ExitStack()
         ds_config = {
             "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_accumulation_steps": 1 if self._accumulates else accumulation_steps,
+            "communication_data_type": training_config.engine.communication_data_type,
             # Always set, because DeepSpeed clips at norm 1 by default.
             "gradient_clipping": training_config.optimizer.max_grad_norm,
             "zero_optimization": zero_config,
@@ -61,25 +78,36 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,
         }
-        self._zero_stage = training_config.engine.zero_stage
         self._optimizer_device = torch.device("cpu") if training_config.engine.offload_optimizer else device
         self.found_nonfinite = found_nonfinite
         self._grad_norm = torch.zeros((), device=device)
         internals.keep_gradient_norm_on_device()
         optimizer.register_step_pre_hook(self._skip_if_nonfinite)
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+        if zero_stage in (1, 2) and not training_config.engine.offload_optimizer:
+            internals.reduce_scatter_gradients(self._ds_engine)
         self.module = module
 
     def __call__(self, *inputs: Tensor | tuple[Tensor, ...] | None) -> Any:
         return self._ds_engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
+        if self._accumulates:
+            if self._num_micro_batches % self._accumulation_steps == 0:
+                self._accumulation.enter_context(self._ds_engine.coalesce_grad_reduction())
+            loss = loss / self._accumulation_steps
         self._ds_engine.backward(loss)
 
     def step(self, learning_rate: float) -> Tensor | None:
+        self._num_micro_batches += 1
+        is_last_micro_batch = self._num_micro_batches % self._accumulation_steps == 0
+        if self._accumulates:
+            if not is_last_micro_batch:
+                return None
+            # Sends the accumulated gradients.
+            self._accumulation.close()
         for group in self._ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        is_last_micro_batch = bool(self._ds_engine.is_gradient_accumulation_boundary())
         if is_last_micro_batch and self._zero_stage == 0:
             # Stage 0 does not return the gradient norm.
             self._grad_norm = gradient_norm([p for p in self.module.parameters() if p.grad is not None])
@@ -104,6 +132,10 @@ class DeepSpeedEngine(Engine):
 
             internals.capture_checkpoint(self._ds_engine, scratch, "state", capture)
         return files
+
+    def rank_of_file(self, name: str) -> int | None:
+        match = _PARTITION_FILE.search(name)
+        return int(match[1]) if match else None
 
     def to_universal(self, folder: Path) -> None:
         if self._zero_stage > 0:

@@ -25,6 +25,9 @@ from bsq_ray import config
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters
 from bsq_ray.training.optimizers.build import build_adamw, build_optimizers
 
+# By the names of DeepSpeed's setting.
+COMMUNICATION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class Engine(ABC):
     """A module and its optimizer.
@@ -59,6 +62,10 @@ class Engine(ABC):
     @abstractmethod
     def snapshot(self) -> FileWriters:
         """Copy this worker's part of the state to host memory; collective."""
+
+    def rank_of_file(self, name: str) -> int | None:
+        """Return the only rank that loads this file of `snapshot`, if as many workers load it; None: all of them."""
+        return None
 
     @abstractmethod
     def to_universal(self, folder: Path) -> None:
@@ -114,7 +121,10 @@ def build_engine(
     if training_config.engine.kind == "ddp":
         optimizers = build_optimizers(module, training_config.optimizer, use_bf16=use_bf16)
         max_grad_norm = training_config.optimizer.max_grad_norm
-        return DataParallelEngine(module, optimizers, max_grad_norm, accumulation_steps, found_nonfinite)
+        communication_dtype = COMMUNICATION_DTYPES[training_config.engine.communication_data_type]
+        return DataParallelEngine(
+            module, optimizers, max_grad_norm, accumulation_steps, found_nonfinite, communication_dtype
+        )
     optimizer = build_adamw(module.parameters(), training_config.optimizer)
     if use_bf16:
         run_forward_in_autocast(module, device)
