@@ -13,7 +13,7 @@ from typing import Any
 
 from bsq_ray import config, storage
 from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log
-from bsq_ray.demos.token_pipeline import WORKERS, TokenPipeline
+from bsq_ray.demos.token_pipeline import WHOLE_PHOTOS, WORKERS, TokenPipeline
 
 _GUIDANCE_SCALES = (0.0, 0.5, 1.0, 2.0, 4.0)
 # Precision and recall use the third nearest neighbor.
@@ -58,7 +58,7 @@ def run_demo(
     """
     from bsq_ray.runtime.ray_session import ray_session
 
-    pipeline = TokenPipeline(images, out, minutes)
+    pipeline = TokenPipeline(images, out, minutes, WHOLE_PHOTOS)
     if pipeline.num_held_out < _MIN_HELD_OUT:
         raise ValueError(
             f"{images} has too few photos: one in ten of each class is held out, {pipeline.num_held_out} in total; add "

@@ -97,7 +97,7 @@ def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> 
     from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
     if not (dest / MANIFEST_FILE).exists():
-        pack = pack_images if sample_set is PHOTOS else pack_videos
+        pack = pack_images if sample_set.kind == "images" else pack_videos
         report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
         log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
         for line in report.damaged_files + report.too_short_files:

@@ -7,19 +7,41 @@ Each step calls the function behind the command of the same name. Running an int
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bsq_ray import config, storage
-from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log, pack_if_needed, split_by_content
+from bsq_ray.demos.prepare_data import PHOTOS, UNLIMITED_STEPS, log, pack_if_needed, split_by_content
 
 WORKERS = 2
 # One of this many photos of a class is held out.
 _HELD_OUT_EVERY = 10
 _MIN_PHOTOS_PER_CLASS = 5
-# Token rows per training photo, and the largest random resize before a crop.
-_NUM_CROPS, _MAX_CROP_SCALE = 12, 1.25
 # Fraction of the training time for the tokenizer; the second model gets the rest.
 _TOKENIZER_TIME_FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class TokenRecipe:
+    """Tokens that the second model of a demo learns.
+
+    Attributes:
+        preset: preset of the tokenizer.
+        max_side: longest side of a photo in the shards, pixels.
+        num_crops: rows of tokens per training photo.
+        max_crop_scale: largest random resize before a crop, as a multiple of the tokenizer's image size.
+    """
+
+    preset: str
+    max_side: int
+    num_crops: int
+    max_crop_scale: float
+
+
+# Generated images show whole photos.
+WHOLE_PHOTOS = TokenRecipe("demo", PHOTOS.max_side, 12, 1.25)
+# The codec's tiles are details of large photos.
+PHOTO_TILES = TokenRecipe("demo-tiles", 640, 40, 8.0)
 
 
 class TokenPipeline:
@@ -31,20 +53,21 @@ class TokenPipeline:
         classes: names of the classes.
     """
 
-    def __init__(self, images: Path | None, out: Path, minutes: float) -> None:
+    def __init__(self, images: Path | None, out: Path, minutes: float, recipe: TokenRecipe) -> None:
         """Collect the photos.
 
         Args:
             images: folder with a subfolder of photos for each class; None collects photos from packages.
             out: output folder.
             minutes: total training time of both models.
+            recipe: tokenizer and crops.
 
         Raises:
             ValueError: too few photos or classes.
         """
         if minutes <= 0:
             raise ValueError(f"--minutes {minutes} must be positive")
-        self.out, self.minutes = out, minutes
+        self.out, self.minutes, self.recipe = out, minutes, recipe
         self._folders = _collect_photos(images, out)
         self.num_held_out = sum(path.is_file() for path in self._folders["held_out"].rglob("*"))
         self.shards: dict[str, str] = {}
@@ -52,7 +75,7 @@ class TokenPipeline:
         self.classes: tuple[str, ...] = ()
 
     def prepare(self, overrides: tuple[str, ...]) -> None:
-        """Pack the photos, train a tokenizer (preset `demo`) on them, and write the token tables.
+        """Pack the photos, train a tokenizer on them, and write the token tables.
 
         Args:
             overrides: overrides of the configuration of the tokenizer.
@@ -61,13 +84,14 @@ class TokenPipeline:
         from bsq_ray.data.tokenize import tokenize
 
         self.shards = {
-            split: pack_if_needed(folder, self.out / "data" / split) for split, folder in self._folders.items()
+            split: pack_if_needed(folder, self.out / "data" / split, replace(PHOTOS, max_side=self.recipe.max_side))
+            for split, folder in self._folders.items()
         }
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
             raise ValueError(f"training and held-out photos in {self.out} have different classes; choose another --out")
-        tokenizer = self.train(config.load_config("demo", (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
-        for split, num_crops in (("train", _NUM_CROPS), ("held_out", 1)):
+        tokenizer = self.train(config.load_config(self.recipe.preset, (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
+        for split, num_crops in (("train", self.recipe.num_crops), ("held_out", 1)):
             self.token_tables[split] = str(self.out / "tokens" / split)
             result = tokenize(
                 tokenizer,
@@ -75,7 +99,7 @@ class TokenPipeline:
                 self.token_tables[split],
                 num_workers=WORKERS,
                 num_crops=num_crops,
-                scale=_MAX_CROP_SCALE,
+                scale=self.recipe.max_crop_scale,
                 flip=True,
             )
             log(f"{result.table.num_rows} rows of tokens in {self.token_tables[split]}")
