@@ -5,7 +5,7 @@ import torch
 from bsq_ray import Tokenizer, config
 
 
-def save_tokenizer(url, seed, frames=1):
+def save_tokenizer(url, seed, frames=1, **model_changes):
     """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, for images or clips, as a model folder."""
     torch.manual_seed(seed)
     decoder_config = config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32)
@@ -15,6 +15,7 @@ def save_tokenizer(url, seed, frames=1):
         encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=decoder_config,
         quantizer=config.BSQConfig(bits=10),
+        **model_changes,
     )
     Tokenizer(model_config).save_pretrained(str(url))
     return str(url)

@@ -25,7 +25,7 @@ from bsq_ray.codec.entropy_coding import TokenEncoder
 from bsq_ray.codec.frame_decoder import FrameDecoder
 from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, build_file, iter_gops
 from bsq_ray.codec.header import CODING_PRIOR, CODING_RAW, Header, TokenFormat, VideoHeader, validate_header
-from bsq_ray.codec.pixel_codec import PixelCodec
+from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, group_size
 from bsq_ray.media.color import SRGB, ColorDescription
@@ -72,7 +72,7 @@ class Codec:
         # Files are defined by fp32 logits and tokens, whatever the data type of the weights.
         self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
         self.batch_size = batch_size
-        self._pixel_codec = PixelCodec(self.tokenizer, decode_dtype, batch_size)
+        self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size)
         self._encoder = FrameEncoder(TokenEncoder(self.prior, batch_size) if self.prior else None, self._pixel_codec)
         self.token_format = TokenFormat(
             model_config.image_size,
@@ -175,8 +175,8 @@ class Codec:
         """Decompress an image, or a region of it.
 
         Args:
-            region: left, top, right and bottom edge in pixels. The tiles that overlap it and those next to them, which
-                take part in blending its seams, are decoded together with the rest of their groups.
+            region: left, top, right and bottom edge in pixels. The tiles that take part in its pixels are decoded
+                together with the rest of their groups.
             max_pixels: larger images are rejected.
             on_progress: called with groups done and their number; an exception raised by it stops the decoding.
             timings_s: the seconds of "tokenizer", "prior" and "coder" are added to it.

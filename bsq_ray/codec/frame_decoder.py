@@ -55,9 +55,8 @@ class FrameDecoder:
         self._container, self._header = container, container.header
         self._frames, self._prior, self._pixel_codec = frames, prior, pixel_codec
         self._batch_size, self._on_progress, self._timings_s = batch_size, on_progress, timings_s
-        # The tiles next to the region take part in blending its seams.
         all_tiles = Rect(0, 0, *self._header.tile_grid)
-        self._tiles = region.cover(self._header.tile_size).grow(1).intersect(all_tiles)
+        self._tiles = region.cover(self._header.tile_size).grow(pixel_codec.context_tiles).intersect(all_tiles)
         self._groups = list(self._header.iter_groups(self._tiles))
         self._region = region.relative_to(self._tiles.scale(self._header.tile_size))
         self._num_frames_done = self._num_groups_done = 0

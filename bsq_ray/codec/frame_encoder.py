@@ -10,12 +10,11 @@ T frames, H and W pixels, and in arrays of pixels C colors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bsq_ray.codec.container import write_container
 from bsq_ray.codec.entropy_coding import TokenEncoder
@@ -23,7 +22,6 @@ from bsq_ray.codec.header import Header, TokenFormat
 from bsq_ray.codec.pixel_codec import PixelCodec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import EncodedGroup, encode_group
-from bsq_ray.codec.tiles import split_tiles
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.runtime.progress_callback import ProgressCallback
 
@@ -56,7 +54,7 @@ class FrameEncoder:
 
     Args:
         token_encoder: entropy coder of the tokens; None stores them as raw bits.
-        pixel_codec: tokenizer that encodes tiles.
+        pixel_codec: runs the tokenizer.
     """
 
     def __init__(self, token_encoder: TokenEncoder | None, pixel_codec: PixelCodec) -> None:
@@ -84,19 +82,15 @@ class FrameEncoder:
         # Encoding one row of groups at a time limits the memory for tiles and tokens.
         for top in range(0, rows, header.group_size):
             strip = Rect(top, 0, min(top + header.group_size, rows), columns)
-            strip_CTHW = pixels_CTHW[:, :, strip.top * header.tile_size : strip.bottom * header.tile_size]
             with add_elapsed(timings_s, "tokenizer"):
-                bits_RCNL = self._encode_tiles(strip_CTHW, header, lambda: on_progress(len(groups), num_groups))
+                bits_RCNL = self._pixel_codec.encode_tiles(
+                    pixels_CTHW, strip, lambda: on_progress(len(groups), num_groups)
+                )
             for _, group_tiles in header.iter_groups(strip):
                 group_BNL = bits_RCNL[group_tiles.relative_to(strip).slices()].flatten(0, 1)
                 groups.append(encode_group(self._token_encoder, group_BNL, header.gop_size, timings_s))
                 on_progress(len(groups), num_groups)
         return groups
-
-    def _encode_tiles(self, pixels_CTHW: Tensor, header: Header, check_cancelled: Callable[[], None]) -> Tensor:
-        """Return the tokens (R, C, N, L) of the tiles of uint8 pixels."""
-        tiles = split_tiles(pixels_CTHW, header.tile_size)
-        return self._pixel_codec.encode(tiles.flatten(0, 1), check_cancelled).unflatten(0, tiles.shape[:2])
 
 
 def build_file(

@@ -1,16 +1,21 @@
 """Pixels of tiles to tokens, and tokens to pixels that are equal to the last bit on every machine.
 
-    encode: tiles ─fp32─▶ tokens               decode: tokens ─fp64─▶ windows ─▶ blended over seams ─▶ 8 bits
+    encode: pixels ─fp32─▶ tokens of each tile          decode: tokens ─fp64─▶ pixels ─▶ 8 bits
+
+Tokenizers with learned positions (`TilePixelCodec`) encode tile by tile, and decode windows that are blended over the
+seams between tiles. Tokenizers with local attention (`LocalPixelCodec`) have no seams: an image is computed as a whole,
+and large ones in blocks with all tokens that take part in them. Their tiles only group tokens in the file.
 
 8-bit values are rounded from fp64. Machines differ by 1e-13 of a level in fp64, which practically never crosses a
 rounding boundary. With fp32 it happens in every image.
 
-Shape suffixes: B tiles, C colors, T frames, H and W pixels, N tokens of a tile, L bits of a token, R and C rows and
-columns of tiles.
+Shape suffixes: B tiles, C colors, T frames, H and W pixels, R and C rows and columns of tiles, N tokens of a tile, L bits
+of a token; t frames, r and c rows and columns of tokens of the whole image.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -19,49 +24,43 @@ from torch import Tensor
 
 from bsq_ray.codec.entropy_coding import deterministic_fp32
 from bsq_ray.codec.rect import Rect
-from bsq_ray.codec.tiles import as_grid, blend_tiles
+from bsq_ray.codec.tiles import as_grid, as_tiles, blend_tiles, pad_to_tiles, split_tiles
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 _TOKENS_PER_PASS = 8192
-# Pixels of all frames blended at once; larger images are decoded in blocks.
+# Pixels of all frames decoded at once; larger images are decoded in blocks.
 _BLOCK_PIXELS = 2**23
+_LOCAL_BLOCK_PIXELS = 2**20
 _GRAY = 128
 
 
-class PixelCodec:
-    """Runs the tokenizer on tiles.
+class PixelCodec(ABC):
+    """Runs the tokenizer on an image or clip of any size.
 
     Args:
         tokenizer: in evaluation mode, in fp32; its decoder is converted to `decode_dtype` at the first decoding.
         decode_dtype: data type of decoding. fp32 takes half the time of fp64, and pixels may differ by a level between
             machines.
         batch_size: tiles in one pass; None chooses by the number of tokens.
+
+    Attributes:
+        context_tiles: number of tiles around a region that take part in decoding it.
     """
 
+    context_tiles: int
+    _block_pixels: int
+
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
-        model_config = tokenizer.config
         self.tokenizer, self.decode_dtype = tokenizer, decode_dtype
-        self.grid_size = model_config.grid_size
+        self.tile_size, self.grid_size = tokenizer.config.image_size, tokenizer.config.grid_size
         self._batch_size = batch_size
 
-    @property
-    def _device(self) -> torch.device:
-        return self.tokenizer.last_layer.device
-
-    def _tiles_per_pass(self, frames: int) -> int:
-        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
-
-    def encode(self, tiles_BCTHW: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
-        """Encode uint8 tiles to bits (B, N, L).
+    @abstractmethod
+    def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
+        """Encode a rectangle of tiles of uint8 frames to bits (R, C, N, L); edges are replicated to whole tiles.
 
         `check_cancelled` is called before each pass; an exception raised by it stops the encoding.
         """
-        parts = []
-        with deterministic_fp32(self._device):
-            for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
-                check_cancelled()
-                parts.append(self.tokenizer.encode(part.to(self._device).float().div_(127.5).sub_(1)).bits_BNL.cpu())
-        return torch.cat(parts)
 
     def decode_region(
         self,
@@ -74,22 +73,35 @@ class PixelCodec:
         """Decode a region to uint8 pixels (3, T, H, W); missing tiles are gray.
 
         Args:
-            bits_RCNL: tokens of the tiles of the region and of those next to it, which take part in blending its seams.
+            bits_RCNL: tokens of the tiles of the region and of the `context_tiles` around it.
             available_RC: False for missing tiles.
             frames: number of frames T.
             region: in pixels, counted from the top left corner of these tiles.
             check_cancelled: called before each pass; an exception raised by it stops the decoding.
         """
-        tile = self.tokenizer.config.image_size
+        self._convert_decoder()
+        tile = self.tile_size
         all_tiles = Rect(0, 0, *bits_RCNL.shape[:2])
         result_CTHW = torch.empty(3, frames, region.height, region.width, dtype=torch.uint8)
-        for block in region.cover(tile).blocks(max(1, int((_BLOCK_PIXELS / frames) ** 0.5) // tile)):
-            # Tiles of the block and those next to it; only the pixels of the block are kept.
-            context, inner = block.grow(1).intersect(all_tiles), block.scale(tile).intersect(region)
+        for block in region.cover(tile).blocks(max(1, int((self._block_pixels / frames) ** 0.5) // tile)):
+            # Tiles of the block and those around it; only the pixels of the block are kept.
+            context, inner = block.grow(self.context_tiles).intersect(all_tiles), block.scale(tile).intersect(region)
             block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_cancelled)
             source, target = inner.relative_to(context.scale(tile)), inner.relative_to(region)
             result_CTHW[:, :, *target.slices()] = block_CTHW[:, :, *source.slices()]
         return result_CTHW
+
+    @abstractmethod
+    def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
+        """Decode a token grid of whole tiles to pixels (3, T, H, W) in [-1, 1] on the CPU."""
+
+    @property
+    def _device(self) -> torch.device:
+        return self.tokenizer.last_layer.device
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Encode uint8 clips (B, 3, T, H, W) to bits (B, N, L) on the CPU."""
+        return self.tokenizer.encode(pixels.to(self._device).float().div_(127.5).sub_(1)).bits_BNL.cpu()
 
     def _decode_block(
         self,
@@ -100,25 +112,97 @@ class PixelCodec:
         check_cancelled: Callable[[], None],
     ) -> Tensor:
         """Decode a rectangle of tiles to uint8 pixels (3, T, H, W)."""
-        tile = self.tokenizer.config.image_size
-        grid_trcL = as_grid(bits_RCNL[tiles.slices()], frames)
-        pixels_CTHW = blend_tiles(
-            grid_trcL, self.grid_size, self.tokenizer.config.patch_size, partial(self._decode_windows, check_cancelled)
-        )
+        pixels_CTHW = self._decode_grid(as_grid(bits_RCNL[tiles.slices()], frames), check_cancelled)
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        available_HW = available_RC[tiles.slices()].repeat_interleave(tile, 0).repeat_interleave(tile, 1)
+        available_HW = available_RC[tiles.slices()]
+        for dimension in (0, 1):
+            available_HW = available_HW.repeat_interleave(self.tile_size, dimension)
         return torch.where(available_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
+
+    def _convert_decoder(self) -> None:
+        if self.tokenizer.from_code.weight.dtype != self.decode_dtype:
+            for module in (self.tokenizer.from_code, self.tokenizer.decoder):
+                module.to(self.decode_dtype)
+
+
+class TilePixelCodec(PixelCodec):
+    """Tokenizers that take images of one size."""
+
+    # Those next to a region take part in blending its seams.
+    context_tiles = 1
+    _block_pixels = _BLOCK_PIXELS
+
+    def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
+        """Encode each tile alone."""
+        tiles_RCCTHW = split_tiles(pixels_CTHW[:, :, *tiles.scale(self.tile_size).slices()], self.tile_size)
+        tiles_BCTHW, parts = tiles_RCCTHW.flatten(0, 1), []
+        with deterministic_fp32(self._device):
+            for part in tiles_BCTHW.split(self._tiles_per_pass(tiles_BCTHW.shape[2])):
+                check_cancelled()
+                parts.append(self._encode(part))
+        return torch.cat(parts).unflatten(0, tiles_RCCTHW.shape[:2])
+
+    def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
+        decode_windows = partial(self._decode_windows, check_cancelled)
+        return blend_tiles(bits_trcL, self.grid_size, self.tokenizer.config.patch_size, decode_windows)
 
     def _decode_windows(self, check_cancelled: Callable[[], None], bits_BNL: Tensor) -> Tensor:
         """Decode windows to (B, 3, T, H, W) on the CPU, fp32 values."""
         frames = bits_BNL.shape[1] // self.grid_size**2
         grid, parts = (frames, self.grid_size, self.grid_size), []
-        if self.tokenizer.from_code.weight.dtype != self.decode_dtype:
-            for module in (self.tokenizer.from_code, self.tokenizer.decoder):
-                module.to(self.decode_dtype)
         with deterministic_fp32(self._device):
             for part in bits_BNL.split(self._tiles_per_pass(frames)):
                 check_cancelled()
                 windows = self.tokenizer.decode(Tokens(part.to(self._device), grid)).cpu()
                 parts.append(windows if windows.ndim == 5 else windows.unsqueeze(2))
         return torch.cat(parts)
+
+    def _tiles_per_pass(self, frames: int) -> int:
+        return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
+
+
+class LocalPixelCodec(PixelCodec):
+    """Tokenizers of images of any size, in which a token attends to its neighborhood only."""
+
+    _block_pixels = _LOCAL_BLOCK_PIXELS
+
+    def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
+        super().__init__(tokenizer, decode_dtype, batch_size)
+        model_config = tokenizer.config
+        assert model_config.attention_radius is not None
+        # In each layer a token depends on those at most the radius away.
+        receptive_radius = model_config.attention_radius * max(model_config.encoder.layers, model_config.decoder.layers)
+        self.context_tiles = -(-receptive_radius // self.grid_size)
+
+    def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
+        """Encode blocks of tiles together with the tiles around them."""
+        height, width = pixels_CTHW.shape[2:]
+        all_tiles = Rect(0, 0, height, width).cover(self.tile_size)
+        bits_RCNL: Tensor | None = None
+        for block in tiles.blocks(max(1, int(self._block_pixels**0.5) // self.tile_size)):
+            check_cancelled()
+            inner, context = block.intersect(tiles), block.grow(self.context_tiles).intersect(all_tiles)
+            padded_CTHW = pad_to_tiles(pixels_CTHW[:, :, *context.scale(self.tile_size).slices()], self.tile_size)
+            with deterministic_fp32(self._device):
+                bits_NL = self._encode(padded_CTHW[None])[0]
+            grid_trcL = bits_NL.unflatten(0, (1, context.height * self.grid_size, context.width * self.grid_size))
+            if bits_RCNL is None:
+                shape = tiles.height, tiles.width, self.grid_size**2, bits_NL.shape[1]
+                bits_RCNL = torch.empty(shape, dtype=torch.bool)
+            block_RCNL = as_tiles(grid_trcL, self.grid_size)[inner.relative_to(context).slices()]
+            bits_RCNL[inner.relative_to(tiles).slices()] = block_RCNL
+        assert bits_RCNL is not None
+        return bits_RCNL
+
+    def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
+        check_cancelled()
+        grid = bits_trcL.shape[0], bits_trcL.shape[1], bits_trcL.shape[2]
+        with deterministic_fp32(self._device):
+            tokens = Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid)
+            return self.tokenizer.decode(tokens).cpu()[0].unsqueeze(1)
+
+
+def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> PixelCodec:
+    """Build the pixel codec for the attention of a tokenizer; arguments as of `PixelCodec`."""
+    codec_class = TilePixelCodec if tokenizer.config.attention_radius is None else LocalPixelCodec
+    return codec_class(tokenizer, decode_dtype, batch_size)

@@ -17,15 +17,27 @@ from bsq_ray.codec.rect import Rect
 
 def split_tiles(pixels_CTHW: Tensor, tile: int) -> Tensor:
     """Cut frames into tiles (R, C, 3, T, tile, tile); right and lower edges are replicated to fill the last tiles."""
+    padded_CTHW = pad_to_tiles(pixels_CTHW, tile)
+    return padded_CTHW.unfold(2, tile, tile).unfold(3, tile, tile).permute(2, 3, 0, 1, 4, 5)
+
+
+def pad_to_tiles(pixels_CTHW: Tensor, tile: int) -> Tensor:
+    """Replicate right and lower edges until height and width are multiples of `tile`."""
     _, _, height, width = pixels_CTHW.shape
-    padded = F.pad(pixels_CTHW.float(), (0, -width % tile, 0, -height % tile), mode="replicate").to(pixels_CTHW.dtype)
-    return padded.unfold(2, tile, tile).unfold(3, tile, tile).permute(2, 3, 0, 1, 4, 5)
+    padding = 0, -width % tile, 0, -height % tile
+    return F.pad(pixels_CTHW.float(), padding, mode="replicate").to(pixels_CTHW.dtype)
 
 
 def as_grid(bits_RCNL: Tensor, frames: int) -> Tensor:
     """Rearrange tokens by tile to the token grid of the whole image (t, r, c, L)."""
     side = round((bits_RCNL.shape[2] // frames) ** 0.5)
     return bits_RCNL.unflatten(2, (frames, side, side)).permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)
+
+
+def as_tiles(bits_trcL: Tensor, side: int) -> Tensor:
+    """Invert `as_grid`: the token grid (t, r, c, L) to tokens by tile (R, C, N, L) of `side` rows and columns."""
+    bits_tRrCcL = bits_trcL.unflatten(2, (-1, side)).unflatten(1, (-1, side))
+    return bits_tRrCcL.permute(1, 3, 0, 2, 4, 5).flatten(2, 4)
 
 
 def place_tiles(

@@ -136,6 +136,17 @@ class TokenizerModelConfig(StrictModel):
     patch_size: int = Field(8, ge=1, description="Side of the square patch that becomes one token, pixels.")
     frames: int = Field(1, ge=1, description="Frames of the longest clip; 1 for images.")
     causal: bool = Field(True, description="In clips, a token sees only its own frame and earlier ones.")
+    position: Literal["learned", "rotary"] = Field(
+        "learned",
+        description="Position embeddings; learned: all images have image_size; rotary: trained at image_size, used at "
+        "any size.",
+    )
+    attention_radius: int | None = Field(
+        None,
+        ge=1,
+        description="With rotary positions, a token attends to the tokens at most this many rows and columns away, so "
+        "the cost is linear in the image's size; null: to all tokens.",
+    )
     encoder: TransformerConfig = Field(TransformerConfig(), description="The ViT from patches to features.")
     decoder: DecoderConfig = Field(DecoderConfig(), description="The ViT from codes to patches.")
     quantizer: QuantizerConfig = Field(BSQConfig(), description="The bottleneck.")
@@ -148,6 +159,11 @@ class TokenizerModelConfig(StrictModel):
         """Tokens of a frame in each direction."""
         return self.image_size // self.patch_size
 
+    @property
+    def any_size(self) -> bool:
+        """True if images can have any size that is a multiple of the patch size."""
+        return self.position == "rotary"
+
     @field_validator("quantizer", mode="before")
     @classmethod
     def _default_kind_bsq(cls, value: Any) -> Any:
@@ -157,6 +173,24 @@ class TokenizerModelConfig(StrictModel):
     def _check_patch_size_divides_image_size(self) -> TokenizerModelConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rotary_positions(self) -> TokenizerModelConfig:
+        if self.position == "learned" and self.attention_radius is not None:
+            raise ValueError(
+                "attention_radius needs relative positions; set position to rotary, or attention_radius to null"
+            )
+        if self.position == "rotary" and self.frames > 1:
+            raise ValueError(
+                f"position rotary is for images, and frames is {self.frames}; use position learned for clips"
+            )
+        for name, sizes in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if self.position == "rotary" and sizes.width // sizes.heads % 4:
+                raise ValueError(
+                    f"position rotary needs heads of a multiple of 4 features, and {name}.width {sizes.width} has "
+                    f"{sizes.width // sizes.heads} per head; change {name}.heads"
+                )
         return self
 
 

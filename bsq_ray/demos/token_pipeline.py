@@ -90,7 +90,9 @@ class TokenPipeline:
         self.classes = read_manifest(self.shards["train"]).classes
         if self.classes != read_manifest(self.shards["held_out"]).classes:
             raise ValueError(f"training and held-out photos in {self.out} have different classes; choose another --out")
-        tokenizer = self.train(config.load_config(self.recipe.preset, (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards)
+        tokenizer = self.train(
+            config.load_config(self.recipe.preset, (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards
+        )
         for split, num_crops in (("train", self.recipe.num_crops), ("held_out", 1)):
             self.token_tables[split] = str(self.out / "tokens" / split)
             result = tokenize(

@@ -69,32 +69,35 @@ class StreamingWindow:
         self._num_frames = 0
         self._recent_BND: Tensor | None = None
 
-    def push(self, x_BND: Tensor) -> Tensor:
+    def push(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """Run the transformer on one or more further frames; return features of the same shape.
+
+        Args:
+            grid: rows and columns of tokens of a frame.
 
         Raises:
             ValueError: the batch size differs from that of earlier calls.
         """
-        tokens_per_frame = len(self.transformer.spatial_position)
+        tokens_per_frame = grid[0] * grid[1]
         if self._recent_BND is not None and len(self._recent_BND) != len(x_BND):
             raise ValueError(f"the stream started with batch size {len(self._recent_BND)} but got {len(x_BND)}")
         parts = []
         while x_BND.shape[1]:
             if self._num_frames == self.transformer.frames:
-                self._slide()
+                self._slide(grid)
             capacity = (self.transformer.frames - self._num_frames) * tokens_per_frame
             part_BND, x_BND = x_BND[:, :capacity], x_BND[:, capacity:]
-            parts.append(self.transformer(part_BND, self.caches))
+            parts.append(self.transformer(part_BND, self.caches, grid))
             self._num_frames += part_BND.shape[1] // tokens_per_frame
             self._keep_recent(part_BND, self.overlap * tokens_per_frame)
         return torch.cat(parts, 1)
 
-    def _slide(self) -> None:
+    def _slide(self, grid: tuple[int, int]) -> None:
         for cache in self.caches:
             cache.length = 0
         self._num_frames = self.overlap
         if self.overlap:
-            self.transformer(self._recent_BND, self.caches)
+            self.transformer(self._recent_BND, self.caches, grid)
 
     def _keep_recent(self, x_BND: Tensor, num_tokens: int) -> None:
         recent_BND = x_BND if self._recent_BND is None else torch.cat([self._recent_BND, x_BND], 1)

@@ -5,7 +5,8 @@
 Shape suffixes: B images or clips, T frames, H and W pixels, N tokens (time slowest, rows before columns), L bits of a
 token, C channels of a code, D width, P values of a patch.
 
-`images_BCHW_or_BCTHW` are floats in [-1, 1]: images (B, 3, H, W) or clips (B, 3, T, H, W).
+`images_BCHW_or_BCTHW` are floats in [-1, 1]: images (B, 3, H, W) or clips (B, 3, T, H, W). With rotary positions, H and
+W are any multiples of the patch size.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from bsq_ray import config
+from bsq_ray.models.layers.local_attention import RotaryPositions
 from bsq_ray.models.layers.mlp import init_weights
 from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
 from bsq_ray.models.pretrained import PretrainedModel
 from bsq_ray.models.quantizers import BinaryQuantizer, KeptBits, Quantized, build_quantizer
 from bsq_ray.models.streaming import StreamingWindow
 
-# A whole-clip transformer, or `StreamingWindow.push` over the next frames.
-TransformerFn = Callable[[Tensor], Tensor]
+# `StreamingWindow.push` over the next frames, given rows and columns of tokens of a frame.
+TransformerFn = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,14 @@ class Encoder(nn.Module):
         self.transformer = _build_transformer(model_config, model_config.encoder)
         init_weights(self.patch_embedding)
 
-    def forward(self, patches_BNP: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
-        """Map patches (B, N, P) to features (B, N, D); `transformer_fn` replaces the transformer."""
-        return (transformer_fn or self.transformer)(self.patch_embedding(patches_BNP))
+    def forward(
+        self, patches_BNP: Tensor, grid: tuple[int, int], transformer_fn: TransformerFn | None = None
+    ) -> Tensor:
+        """Map patches (B, N, P) of frames with a grid of rows and columns to features (B, N, D).
+
+        `transformer_fn` replaces the transformer.
+        """
+        return _run_transformer(self.transformer, self.patch_embedding(patches_BNP), grid, transformer_fn)
 
 
 class Decoder(nn.Module):
@@ -87,21 +94,32 @@ class Decoder(nn.Module):
         )
         init_weights(self.head)
 
-    def forward(self, x_BND: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
-        """Map features (B, N, D) to patches (B, N, P); `transformer_fn` replaces the transformer."""
-        return cast(Tensor, self.head((transformer_fn or self.transformer)(x_BND)))
+    def forward(self, x_BND: Tensor, grid: tuple[int, int], transformer_fn: TransformerFn | None = None) -> Tensor:
+        """Map features (B, N, D) of frames with a grid of rows and columns to patches (B, N, P).
+
+        `transformer_fn` replaces the transformer.
+        """
+        return cast(Tensor, self.head(_run_transformer(self.transformer, x_BND, grid, transformer_fn)))
+
+
+def _run_transformer(
+    transformer: VisionTransformer, x_BND: Tensor, grid: tuple[int, int], transformer_fn: TransformerFn | None
+) -> Tensor:
+    if transformer_fn is not None:
+        return transformer_fn(x_BND, grid)
+    return cast(Tensor, transformer(x_BND, grid=grid))
 
 
 def _build_transformer(
     model_config: config.TokenizerModelConfig, transformer_config: config.TransformerConfig
 ) -> VisionTransformer:
-    tokens_per_frame = model_config.grid_size**2
     return VisionTransformer(
         transformer_config,
-        tokens_per_frame,
+        model_config.grid_size**2,
         model_config.frames,
         model_config.causal,
         model_config.gradient_checkpointing,
+        RotaryPositions(model_config.attention_radius) if model_config.position == "rotary" else None,
     )
 
 
@@ -153,6 +171,11 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         """Return the quantizer's statistics of images, see `Quantizer.batch_statistics`; runs the encoder only."""
         clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
         return self.quantizer.batch_statistics(self._features(clips_B3THW), kept_bits)
+
+    @torch.no_grad()
+    def features(self, images_BCHW_or_BCTHW: Tensor) -> Tensor:
+        """Return the vectors (B, N, C) that `encode` quantizes; arguments and errors as of `encode`."""
+        return self._features(self._as_clips(images_BCHW_or_BCTHW, self.config.frames))
 
     @torch.no_grad()
     def encode(self, images_BCHW_or_BCTHW: Tensor) -> Tokens:
@@ -249,18 +272,20 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         return self._images(self.quantizer.dequantize(tokens.bits_BNL), tokens.grid, transformer_fn).clamp(-1, 1)
 
     def _features(self, clips_B3THW: Tensor, transformer_fn: TransformerFn | None = None) -> Tensor:
-        patches_BNP = patchify(clips_B3THW, self.config.patch_size)
-        return cast(Tensor, self.to_code(self.encoder(patches_BNP.to(self.to_code.weight.dtype), transformer_fn)))
+        patches_BNP = patchify(clips_B3THW, self.config.patch_size).to(self.to_code.weight.dtype)
+        features_BND = self.encoder(patches_BNP, self._grid(clips_B3THW)[1:], transformer_fn)
+        return cast(Tensor, self.to_code(features_BND))
 
     def _images(
         self, codes_BNC: Tensor, grid: tuple[int, int, int], transformer_fn: TransformerFn | None = None
     ) -> Tensor:
-        patches_BNP = self.decoder(self.from_code(codes_BNC.to(self.from_code.weight.dtype)), transformer_fn)
+        x_BND = self.from_code(codes_BNC.to(self.from_code.weight.dtype))
+        patches_BNP = self.decoder(x_BND, grid[1:], transformer_fn)
         return unpatchify(patches_BNP, grid, self.config.patch_size).float()
 
     def _grid(self, clips_B3THW: Tensor) -> tuple[int, int, int]:
-        side = self.config.grid_size
-        return clips_B3THW.shape[2], side, side
+        frames, height, width = clips_B3THW.shape[2:]
+        return frames, height // self.config.patch_size, width // self.config.patch_size
 
     def _as_clips(self, images: Tensor, max_frames: int | None = None) -> Tensor:
         """Check the images and insert the time dimension of (B, 3, H, W)."""
@@ -270,12 +295,13 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
             raise ValueError(f"images must have shape (B, 3, H, W) or (B, 3, T, H, W), got {shape}")
         if not images.is_floating_point():
             raise ValueError(f"images must be floats in [-1, 1], got {images.dtype}")
-        if shape[-2:] != (size, size):
-            patch_size = self.config.patch_size
-            is_multiple = shape[-2] % patch_size == 0 and shape[-1] % patch_size == 0
+        patch_size = self.config.patch_size
+        is_multiple = shape[-2] % patch_size == 0 and shape[-1] % patch_size == 0
+        if not (is_multiple and min(shape[-2:]) > 0 if self.config.any_size else shape[-2:] == (size, size)):
             patch_note = "" if is_multiple else f", which is not a multiple of {patch_size}"
+            sizes = f"sides that are multiples of {patch_size}" if self.config.any_size else f"{size} x {size}"
             raise ValueError(
-                f"images are {shape[-1]} x {shape[-2]} pixels{patch_note}, but this model takes {size} x {size}; "
+                f"images are {shape[-1]} x {shape[-2]} pixels{patch_note}, but this model takes {sizes}; "
                 "resize or crop them first"
             )
         clips_B3THW = images.unsqueeze(2) if images.ndim == 4 else images
@@ -287,9 +313,11 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
     def _validate_tokens(self, tokens: Tokens, max_frames: int | None = None) -> Tokens:
         t, h, w = tokens.grid
         side = self.config.grid_size
-        if t < 1 or (max_frames is not None and t > max_frames) or not h == w == side:
+        is_valid_size = min(h, w) > 0 if self.config.any_size else h == w == side
+        if t < 1 or (max_frames is not None and t > max_frames) or not is_valid_size:
+            sides = "any rows, any columns" if self.config.any_size else f"{side}, {side}"
             raise ValueError(
-                f"tokens have grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {side}, {side})"
+                f"tokens have grid {tokens.grid}, but this model takes ({_format_frames(max_frames)}, {sides})"
             )
         num_tokens, num_bits = t * h * w, self.quantizer.bits
         shape = tuple(tokens.bits_BNL.shape)

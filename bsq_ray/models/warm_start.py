@@ -47,6 +47,8 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     side = model_config.grid_size
     for part in _PARTS:
         spatial = f"{part}.transformer.spatial_position"
+        if spatial not in weights:  # rotary positions have no weights
+            continue
         weights[spatial] = resize_positions(weights[spatial], side)
         temporal = f"{part}.transformer.temporal_position"
         if model_config.frames > 1 and temporal not in weights:

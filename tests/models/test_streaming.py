@@ -161,7 +161,7 @@ def test_streaming_window_caches_stay_within_one_window():
     window = StreamingWindow(tokenizer.encoder.transformer, 2)
     with torch.no_grad():
         for _ in range(20):
-            window.push(torch.randn(1, S, 32))
+            window.push(torch.randn(1, S, 32), (4, 4))
             assert window.caches[0].length <= T * S
             assert window._recent_BND.shape[1] <= 2 * S
 

@@ -116,8 +116,9 @@ def test_tokenizer_forward_flops_are_exact(name, overrides):
         tokenizer = Tokenizer(model)
         patches_BNP = torch.zeros(2, model.frames * (model.image_size // model.patch_size) ** 2, patches)
         with FlopCounter() as counter:
-            codes_BNC = tokenizer.to_code(tokenizer.encoder(patches_BNP))
-            tokenizer.decoder(tokenizer.from_code(codes_BNC))
+            grid = model.grid_size, model.grid_size
+            codes_BNC = tokenizer.to_code(tokenizer.encoder(patches_BNP, grid))
+            tokenizer.decoder(tokenizer.from_code(codes_BNC), grid)
     assert counter.total == 2 * tokenizer_forward_flops(model)
 
 

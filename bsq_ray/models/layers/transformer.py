@@ -7,6 +7,8 @@ no attention mask, and masked pairs are not computed:
     queries of frame 1 ─▶ keys of frames 0, 1
     queries of frame 2 ─▶ keys of frames 0, 1, 2
 
+With rotary positions an image has any number of rows and columns (see `local_attention`).
+
 Shape suffixes: B clips, T frames, S tokens of one frame, N = T·S tokens of a clip (time slowest, rows before columns),
 M tokens of the clip and of the cached frames before it, D width, H attention heads, E width of one head.
 """
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bsq_ray import config
 from bsq_ray.models.layers.attention import attention, split_heads
 from bsq_ray.models.layers.kv_cache import KeyValueCache
+from bsq_ray.models.layers.local_attention import Neighborhood, RotaryPositions, local_attention
 from bsq_ray.models.layers.mlp import build_mlp, init_weights
 
 
@@ -34,9 +37,20 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); each span of tokens attends to itself, to earlier spans and to the cache."""
+    def forward(
+        self,
+        x_BND: Tensor,
+        span: int,
+        cache: KeyValueCache | None = None,
+        neighborhood: Neighborhood | None = None,
+    ) -> Tensor:
+        """Map (B, N, D) to (B, N, D); each span of tokens attends to itself, to earlier spans and to the cache.
+
+        With a neighborhood, each token of an image attends to the tokens near it instead.
+        """
         q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(x_BND), self.heads)
+        if neighborhood is not None:
+            return cast(Tensor, self.out(local_attention(q_BHNE, k_BHNE, v_BHNE, neighborhood).flatten(2)))
         if cache is not None:
             k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
         return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span).flatten(2)))
@@ -79,9 +93,15 @@ class TransformerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = build_mlp(width, mlp_ratio)
 
-    def forward(self, x_BND: Tensor, span: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); `span` and `cache` as in `SelfAttention`."""
-        x_BND = x_BND + self.attention(self.attention_norm(x_BND), span, cache)
+    def forward(
+        self,
+        x_BND: Tensor,
+        span: int,
+        cache: KeyValueCache | None = None,
+        neighborhood: Neighborhood | None = None,
+    ) -> Tensor:
+        """Map (B, N, D) to (B, N, D); the other arguments as in `SelfAttention`."""
+        x_BND = x_BND + self.attention(self.attention_norm(x_BND), span, cache, neighborhood)
         return x_BND + cast(Tensor, self.mlp(self.mlp_norm(x_BND)))
 
 
@@ -97,6 +117,7 @@ class VisionTransformer(nn.Module):
         frames: maximum number of frames; 1 for images.
         causal: whether a token attends only to its own and earlier frames.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        rotary: rotary instead of learned positions; images only.
     """
 
     def __init__(
@@ -106,12 +127,18 @@ class VisionTransformer(nn.Module):
         frames: int,
         causal: bool,
         gradient_checkpointing: bool,
+        rotary: RotaryPositions | None = None,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.frames = frames
+        self.tokens_per_frame = tokens_per_frame
         self.gradient_checkpointing = gradient_checkpointing
-        self.spatial_position = nn.Parameter(torch.empty(tokens_per_frame, transformer_config.width))
+        self.rotary = rotary
+        self.head_dim = transformer_config.width // transformer_config.heads
+        self.spatial_position = (
+            None if rotary else nn.Parameter(torch.empty(tokens_per_frame, transformer_config.width))
+        )
         self.temporal_position = nn.Parameter(torch.empty(frames, transformer_config.width)) if frames > 1 else None
         self.input_norm = nn.LayerNorm(transformer_config.width)
         self.blocks = nn.ModuleList(
@@ -121,34 +148,50 @@ class VisionTransformer(nn.Module):
         self.output_norm = nn.LayerNorm(transformer_config.width)
         self._init_weights()
 
-    def forward(self, x_BND: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self, x_BND: Tensor, caches: list[KeyValueCache] | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Map (B, N, D) to (B, N, D); N is 1 to `frames` times `tokens_per_frame`.
 
         Args:
             caches: one per block, from `new_caches`. x continues the cached frames and is appended to the caches.
+            grid: rows and columns of an image; required with rotary positions, which allow any.
         """
-        tokens_per_frame, _ = self.spatial_position.shape
-        frames = x_BND.shape[1] // tokens_per_frame
-        position_TSD = self.spatial_position.expand(frames, -1, -1)
-        if self.temporal_position is not None:
-            first = caches[0].length // tokens_per_frame if caches else 0
-            position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
-        span = tokens_per_frame if self.causal else x_BND.shape[1]
-        x_BND = self.input_norm(x_BND + position_TSD.flatten(0, 1))
+        neighborhood = None
+        if self.rotary is not None:
+            assert grid is not None
+            neighborhood = self.rotary.neighborhood(grid, self.head_dim, x_BND.device, self.input_norm.weight.dtype)
+        else:
+            x_BND = x_BND + self._learned_positions(x_BND.shape[1] // self.tokens_per_frame, caches)
+        span = self.tokens_per_frame if self.causal else x_BND.shape[1]
+        x_BND = self.input_norm(x_BND)
         for index, block in enumerate(self.blocks):
+            cache = caches[index] if caches else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # A block uses no random numbers, so there is no generator state to save.
-                x_BND = checkpoint(block, x_BND, span, use_reentrant=False, preserve_rng_state=False)
+                x_BND = checkpoint(
+                    block, x_BND, span, None, neighborhood, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BND = block(x_BND, span, caches[index] if caches else None)
+                x_BND = block(x_BND, span, cache, neighborhood)
         return cast(Tensor, self.output_norm(x_BND))
+
+    def _learned_positions(self, frames: int, caches: list[KeyValueCache] | None) -> Tensor:
+        """Return the position embeddings (N, D) of frames that continue the cached ones."""
+        assert self.spatial_position is not None
+        position_TSD = self.spatial_position.expand(frames, -1, -1)
+        if self.temporal_position is not None:
+            first = caches[0].length // self.tokens_per_frame if caches else 0
+            position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
+        return position_TSD.flatten(0, 1)
 
     def new_caches(self) -> list[KeyValueCache]:
         """Create empty caches for a clip of up to `frames` frames that arrives in parts; use without gradients."""
-        return [KeyValueCache(self.frames * len(self.spatial_position)) for _ in self.blocks]
+        return [KeyValueCache(self.frames * self.tokens_per_frame) for _ in self.blocks]
 
     def _init_weights(self) -> None:
-        nn.init.normal_(self.spatial_position, std=0.02)
+        if self.spatial_position is not None:
+            nn.init.normal_(self.spatial_position, std=0.02)
         if self.temporal_position is not None:
             nn.init.zeros_(self.temporal_position)
         init_weights(self.blocks)

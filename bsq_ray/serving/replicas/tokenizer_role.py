@@ -24,7 +24,7 @@ from torch import Tensor
 from bsq_ray import config, model_folder
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
-from bsq_ray.models.tokenizer import Tokenizer, Tokens, patchify
+from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import deadline_after
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.image_io import png_from_pixels, read_uploaded_image
@@ -102,8 +102,7 @@ class TokenizerEngine:
     @torch.no_grad()
     def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
         """Return features and bits, (B, N, C + L); calibration needs the features, because bits hide differences."""
-        patches_BNP = patchify(images_BCHW.to(self._device).unsqueeze(2), self.tokenizer.config.patch_size)
-        v_BNC = self.tokenizer.to_code(self.tokenizer.encoder(patches_BNP))
+        v_BNC = self.tokenizer.features(images_BCHW.to(self._device))
         return torch.cat([v_BNC, self.tokenizer.quantizer(v_BNC).bits_BNL.to(v_BNC.dtype)], -1)
 
     def _decode_bits(self, bits_BNL: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""The codec with a tokenizer of local attention: an image is computed as a whole, and no tile has an effect on it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_codecs import save_prior
+from small_models import save_tokenizer
+
+from bsq_ray import Codec, Tokenizer
+from bsq_ray.codec.pixel_codec import build_pixel_codec
+from bsq_ray.codec.rect import Rect
+from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
+from bsq_ray.models.tokenizer import Tokens
+
+# One layer on each side, and tiles of 4 x 4 tokens: one tile of context.
+LOCAL = {"position": "rotary", "attention_radius": 3}
+
+
+@pytest.fixture(scope="module")
+def local_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    return save_prior(folder / "prior", save_tokenizer(folder / "tokenizer", 0, **LOCAL))
+
+
+@pytest.fixture(scope="module")
+def local_codec(local_folder):
+    return Codec.from_pretrained(local_folder)
+
+
+@pytest.fixture(scope="module")
+def photo(photos):
+    return photos[0].resize((300, 170))
+
+
+@pytest.fixture(scope="module")
+def data(local_codec, photo):
+    return local_codec.compress(photo).data
+
+
+def whole_image(folder, photo):
+    """Tokens and pixels of the tokenizer for the whole image in one pass, edges replicated to whole tiles."""
+    tokenizer = Tokenizer.from_pretrained(f"{folder}/tokenizer")
+    pixels_CTHW = pad_to_tiles(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None], 32)
+    tokens = tokenizer.encode(pixels_CTHW[None, :, 0] / 127.5 - 1)
+    decoded = tokenizer.double().decode(tokens)[0, :, : photo.height, : photo.width]
+    return tokens, ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def test_decompress_equals_tokenizer_on_whole_image(local_folder, local_codec, photo, data):
+    """The codec decodes what the tokenizer reconstructs from the whole image in one pass."""
+    _, expected = whole_image(local_folder, photo)
+    assert np.array_equal(np.asarray(local_codec.decompress(data)), expected)
+
+
+def test_encode_tiles_of_rows_equal_whole_image(local_folder, photo, monkeypatch):
+    """Tokens of rows of tiles, in blocks of one tile, are those of the whole image."""
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec.LocalPixelCodec._block_pixels", 32**2)
+    tokens, _ = whole_image(local_folder, photo)
+    codec = build_pixel_codec(Tokenizer.from_pretrained(f"{local_folder}/tokenizer").eval(), torch.float64, None)
+    pixels_CTHW = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None]
+    expected_RCNL = as_tiles(tokens.bits_BNL[0].unflatten(0, tokens.grid), 4)
+    for tiles in (Rect(0, 0, 6, 10), Rect(2, 0, 4, 10), Rect(5, 0, 6, 10)):
+        bits_RCNL = codec.encode_tiles(pixels_CTHW, tiles, lambda: None)
+        assert torch.equal(bits_RCNL, expected_RCNL[tiles.slices()])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 33), (32, 32), (200, 40), (129, 257)])
+def test_local_codec_any_image_size_roundtrip(local_codec, photos, size):
+    photo = photos[1].resize(size)
+    assert local_codec.decompress(local_codec.compress(photo).data).size == size
+
+
+@pytest.mark.parametrize("region", [(0, 0, 300, 170), (10, 5, 40, 90), (100, 64, 101, 65), (33, 0, 150, 10)])
+def test_local_decompress_region_matches_crop(local_codec, data, region):
+    part = local_codec.decompress(data, region)
+    assert part.tobytes() == local_codec.decompress(data).crop(region).tobytes()
+
+
+def test_local_decompress_in_blocks_is_identical(local_folder, data, local_codec, monkeypatch):
+    whole = local_codec.decompress(data).tobytes()
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec.LocalPixelCodec._block_pixels", 70**2)
+    assert Codec.from_pretrained(local_folder).decompress(data).tobytes() == whole
+
+
+@pytest.mark.parametrize(("radius", "layers", "tiles"), [(3, 1, 1), (4, 1, 1), (4, 3, 3), (5, 3, 4)])
+def test_context_covers_receptive_field(tmp_path, radius, layers, tiles):
+    """Pixels change with tokens up to the context away, and with none farther away."""
+    torch.manual_seed(0)
+    url = save_tokenizer(tmp_path / "tokenizer", 0, position="rotary", attention_radius=radius)
+    model_config = Tokenizer.from_pretrained(url).config
+    decoder_config = model_config.decoder.model_copy(update={"layers": layers})
+    tokenizer = Tokenizer(model_config.model_copy(update={"decoder": decoder_config})).double().eval()
+    assert build_pixel_codec(tokenizer, torch.float64, None).context_tiles == tiles
+    columns = 2 * layers * radius + 3
+    bits_trcL = torch.rand(1, 2, columns, 10) < 0.5
+    changed_trcL = bits_trcL.clone()
+    changed_trcL[:, :, 0] ^= True
+    pixels = [tokenizer.decode(Tokens(bits.flatten(0, 2)[None], (1, 2, columns))) for bits in (bits_trcL, changed_trcL)]
+    difference_c = (pixels[0] - pixels[1]).abs().amax((0, 1, 2)).unflatten(0, (columns, 8)).amax(1)
+    assert difference_c[layers * radius] > 0
+    assert difference_c[layers * radius + 1 :].max() == 0
+
+
+def test_as_tiles_inverts_as_grid():
+    bits_RCNL = torch.rand(2, 3, 32, 5) < 0.5
+    assert torch.equal(as_tiles(as_grid(bits_RCNL, 2), 4), bits_RCNL)
+
+
+_COMPRESS_LARGE = """
+import resource, sys
+from PIL import Image
+from bsq_ray import Codec
+codec = Codec.from_pretrained(sys.argv[1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+codec.compress(Image.effect_noise((1100, 1100), 60).convert("RGB"))
+image = Image.effect_noise((2000, 4000), 60).convert("RGB")
+before = peak()
+codec.compress(image)
+print((peak() - before) / (2000 * 4000))
+"""
+
+
+def test_local_compress_large_image_needs_few_bytes_per_pixel(local_folder):
+    """Memory grows by less than 16 bytes per pixel: blocks of a limited size are encoded."""
+    words = [sys.executable, "-c", _COMPRESS_LARGE, f"{local_folder}/tokenizer"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    output = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    assert float(output.stdout) < 16

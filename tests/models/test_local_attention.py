@@ -1,0 +1,99 @@
+"""Rotary positions and attention to nearby tokens, against one attention over all pairs with explicit rotations.
+
+Shape suffixes: B images, H heads, N tokens, E width of a head.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bsq_ray.models.layers.attention import attention
+from bsq_ray.models.layers.local_attention import RotaryPositions, local_attention, rotate
+
+HEADS, HEAD_DIM = 2, 8
+CPU = torch.device("cpu")
+
+
+def reference(q_BHNE, k_BHNE, v_BHNE, grid, radius):
+    """Attention over all pairs in fp64; complex numbers rotate."""
+    positions = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).double()
+    frequency = 100.0 ** (-torch.arange(HEAD_DIM // 4, dtype=torch.float64) / (HEAD_DIM // 4))
+    turns = torch.polar(torch.ones(len(positions), 2, len(frequency)).double(), positions[..., None] * frequency)
+
+    def turn(x):
+        pairs = x.unflatten(-1, (2, 2, -1))  # row or column, real or imaginary, frequency
+        turned = torch.complex(pairs[..., 0, :], pairs[..., 1, :]) * turns
+        return torch.stack([turned.real, turned.imag], -2).flatten(-3)
+
+    scores = turn(q_BHNE) @ turn(k_BHNE).transpose(-1, -2) * HEAD_DIM**-0.5
+    distance = (positions[:, None] - positions).abs().amax(-1)
+    if radius is not None:
+        scores = scores.masked_fill(distance > radius, -torch.inf)
+    return (scores.softmax(-1) @ v_BHNE).transpose(1, 2)
+
+
+def random_qkv(grid, batch_size=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = 3, batch_size, HEADS, grid[0] * grid[1], HEAD_DIM
+    return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@given(rows=st.integers(1, 21), columns=st.integers(1, 21), radius=st.one_of(st.none(), st.integers(1, 6)))
+def test_local_attention_any_grid_equals_all_pairs(rows, columns, radius):
+    """Blocks, margins and padding change neither values nor gradients, for grids of one block and of many."""
+    grid, qkv = (rows, columns), random_qkv((rows, columns))
+    neighborhood = RotaryPositions(radius).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
+    result, expected = local_attention(*qkv, neighborhood), reference(*qkv, grid, radius)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(result)
+    gradients = [torch.autograd.grad((value * weights).sum(), qkv)[0] for value in (result, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+def test_local_attention_bf16_training_equals_fp32():
+    """The eager kernel that trains in bf16 masks the same pairs."""
+    grid, qkv = (16, 16), random_qkv((16, 16)).detach()
+    neighborhood = RotaryPositions(3).neighborhood(grid, HEAD_DIM, CPU, torch.float32)
+    half = qkv.bfloat16().requires_grad_()
+    result = local_attention(*half, neighborhood)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), reference(*qkv, grid, 3), rtol=0.05, atol=0.05)
+
+
+def test_rotate_shifted_positions_keep_scores():
+    """Scores depend on differences of positions only."""
+    q_BHNE, k_BHNE, _ = random_qkv((6, 7)).detach()
+    neighborhood = RotaryPositions(None).neighborhood((6, 7), HEAD_DIM, CPU, torch.float64)
+    q_BHNE, k_BHNE = (x[:, :, :1].expand(-1, -1, 42, -1) for x in (q_BHNE, k_BHNE))
+    scores = rotate(q_BHNE, neighborhood) @ rotate(k_BHNE, neighborhood).transpose(-1, -2)
+    scores = scores.unflatten(2, (6, 7)).unflatten(4, (6, 7))
+    torch.testing.assert_close(scores[:, :, :-2, :-3, :-2, :-3], scores[:, :, 2:, 3:, 2:, 3:])
+    assert (scores[:, :, 0, 0] - scores[:, :, 0, 0, :1, :1]).abs().max() > 0.1
+
+
+def test_neighborhood_without_radius_masks_nothing():
+    """Without a radius, and in grids that every neighborhood covers, fused attention needs no mask."""
+    for radius, grid in ((None, (30, 20)), (4, (5, 3))):
+        assert RotaryPositions(radius).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK is None
+    qkv = random_qkv((5, 3)).detach()
+    neighborhood = RotaryPositions(4).neighborhood((5, 3), HEAD_DIM, CPU, torch.float64)
+    q_BHNE, k_BHNE = (rotate(x, neighborhood) for x in qkv[:2])
+    assert torch.equal(local_attention(*qkv, neighborhood), attention(q_BHNE, k_BHNE, qkv[2]).transpose(1, 2))
+
+
+def test_neighborhood_from_inference_mode_can_train():
+    """Rotations that an evaluation has computed first can take part in a backward pass."""
+    with torch.inference_mode():
+        RotaryPositions(2).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)
+    qkv = random_qkv((9, 11))
+    local_attention(*qkv, RotaryPositions(2).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)).sum().backward()
+    assert qkv.grad is not None
+
+
+@pytest.mark.parametrize(("grid", "num_blocks"), [((16, 16), 1), ((17, 16), 6), ((64, 96), 96)])
+def test_neighborhood_large_grids_are_computed_in_blocks(grid, num_blocks):
+    """The number of pairs of a block does not grow with the grid."""
+    mask_WQK = RotaryPositions(4).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK
+    assert len(mask_WQK) == num_blocks
+    assert mask_WQK[0].numel() <= 256 * 256
