@@ -9,8 +9,8 @@ and large ones in blocks with all tokens that take part in them. Their tiles onl
 8-bit values are rounded from fp64. Machines differ by 1e-13 of a level in fp64, which practically never crosses a
 rounding boundary. With fp32 it happens in every image.
 
-Shape suffixes: B tiles, C colors, T frames, H and W pixels, R and C rows and columns of tiles, N tokens of a tile, L bits
-of a token; t frames, r and c rows and columns of tokens of the whole image.
+Shape suffixes: B tiles, C colors, T frames, H and W pixels, R and C rows and columns of tiles, N tokens of a tile, L
+bits of a token; t frames, r and c rows and columns of tokens of the whole image.
 """
 
 from __future__ import annotations

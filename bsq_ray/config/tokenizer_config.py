@@ -147,6 +147,12 @@ class TokenizerModelConfig(StrictModel):
         description="With rotary positions, a token attends to the tokens at most this many rows and columns away, so "
         "the cost is linear in the image's size; null: to all tokens.",
     )
+    position_period: int = Field(
+        8,
+        ge=1,
+        description="With rotary positions, learned embeddings that repeat every so many rows and columns are added; "
+        "must divide the rows of tokens of image_size.",
+    )
     encoder: TransformerConfig = Field(TransformerConfig(), description="The ViT from patches to features.")
     decoder: DecoderConfig = Field(DecoderConfig(), description="The ViT from codes to patches.")
     quantizer: QuantizerConfig = Field(BSQConfig(), description="The bottleneck.")
@@ -158,6 +164,11 @@ class TokenizerModelConfig(StrictModel):
     def grid_size(self) -> int:
         """Tokens of a frame in each direction."""
         return self.image_size // self.patch_size
+
+    @property
+    def position_rows(self) -> int:
+        """Rows and columns of learned position embeddings."""
+        return self.position_period if self.position == "rotary" else self.grid_size
 
     @property
     def any_size(self) -> bool:
@@ -183,7 +194,12 @@ class TokenizerModelConfig(StrictModel):
             )
         if self.position == "rotary" and self.frames > 1:
             raise ValueError(
-                f"position rotary is for images, and frames is {self.frames}; use position learned for clips"
+                f"position rotary is for images, but frames is {self.frames}; use learned for clips"
+            )
+        if self.position == "rotary" and self.grid_size % self.position_period:
+            raise ValueError(
+                f"position_period {self.position_period} does not divide the {self.grid_size} rows of tokens of "
+                f"image_size {self.image_size}; use a divisor"
             )
         for name, sizes in (("encoder", self.encoder), ("decoder", self.decoder)):
             if self.position == "rotary" and sizes.width // sizes.heads % 4:

@@ -119,8 +119,14 @@ def _build_transformer(
         model_config.frames,
         model_config.causal,
         model_config.gradient_checkpointing,
-        RotaryPositions(model_config.attention_radius) if model_config.position == "rotary" else None,
+        _rotary_positions(model_config),
     )
+
+
+def _rotary_positions(model_config: config.TokenizerModelConfig) -> RotaryPositions | None:
+    if model_config.position == "learned":
+        return None
+    return RotaryPositions(model_config.attention_radius, model_config.position_period)
 
 
 class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):

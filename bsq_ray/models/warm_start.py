@@ -22,8 +22,8 @@ _IGNORED_KEYS = {"image_size", "frames", "causal", "gradient_checkpointing"}
 def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict[str, Tensor]:
     """Return all weights of a new tokenizer, loaded from a model folder.
 
-    Spatial position embeddings are interpolated (bicubic) if the image size differs. Temporal ones are zero if the
-    source is an image model.
+    Spatial position embeddings are interpolated (bicubic) if the image size differs; those that repeat are kept.
+    Temporal ones are zero if the source is an image model.
 
     Args:
         url: path, fsspec URL or hub id of an image tokenizer, or of a video tokenizer with the same number of frames.
@@ -44,11 +44,9 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     if mismatches:
         raise ValueError(f"{url} cannot initialize this model: {'; '.join(mismatches)}")
     weights = dict(folder.weights)
-    side = model_config.grid_size
+    side = model_config.position_rows
     for part in _PARTS:
         spatial = f"{part}.transformer.spatial_position"
-        if spatial not in weights:  # rotary positions have no weights
-            continue
         weights[spatial] = resize_positions(weights[spatial], side)
         temporal = f"{part}.transformer.temporal_position"
         if model_config.frames > 1 and temporal not in weights:

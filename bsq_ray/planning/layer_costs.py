@@ -80,17 +80,17 @@ def code_channels(quantizer: config.QuantizerConfig) -> int:
 
 def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
     """Return the parameters of encoder, code projections, codebook if any, decoder and its two-layer head."""
-    position_rows = 0 if model.position == "rotary" else model.grid_size**2
+    positions = model.position_rows**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder, decoder = model.encoder, model.decoder
     codebook = model.quantizer.codebook_size * channels if isinstance(model.quantizer, config.VQConfig) else 0
     return (
         patch * encoder.width
-        + num_transformer_parameters(encoder, position_rows, model.frames)
+        + num_transformer_parameters(encoder, positions, model.frames)
         + (encoder.width + 1) * channels
         + codebook
         + (channels + 1) * decoder.width
-        + num_transformer_parameters(decoder, position_rows, model.frames)
+        + num_transformer_parameters(decoder, positions, model.frames)
         + (decoder.width + 1) * decoder.head_hidden_dim
         + (decoder.head_hidden_dim + 1) * patch
     )

@@ -17,7 +17,7 @@ from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
 from bsq_ray.models.tokenizer import Tokens
 
 # One layer on each side, and tiles of 4 x 4 tokens: one tile of context.
-LOCAL = {"position": "rotary", "attention_radius": 3}
+LOCAL = {"position": "rotary", "attention_radius": 3, "position_period": 4}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_local_decompress_in_blocks_is_identical(local_folder, data, local_codec
 def test_context_covers_receptive_field(tmp_path, radius, layers, tiles):
     """Pixels change with tokens up to the context away, and with none farther away."""
     torch.manual_seed(0)
-    url = save_tokenizer(tmp_path / "tokenizer", 0, position="rotary", attention_radius=radius)
+    url = save_tokenizer(tmp_path / "tokenizer", 0, **(LOCAL | {"attention_radius": radius}))
     model_config = Tokenizer.from_pretrained(url).config
     decoder_config = model_config.decoder.model_copy(update={"layers": layers})
     tokenizer = Tokenizer(model_config.model_copy(update={"decoder": decoder_config})).double().eval()

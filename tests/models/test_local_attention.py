@@ -43,7 +43,7 @@ def random_qkv(grid, batch_size=2, seed=0):
 def test_local_attention_any_grid_equals_all_pairs(rows, columns, radius):
     """Blocks, margins and padding change neither values nor gradients, for grids of one block and of many."""
     grid, qkv = (rows, columns), random_qkv((rows, columns))
-    neighborhood = RotaryPositions(radius).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
+    neighborhood = RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
     result, expected = local_attention(*qkv, neighborhood), reference(*qkv, grid, radius)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(result)
@@ -54,7 +54,7 @@ def test_local_attention_any_grid_equals_all_pairs(rows, columns, radius):
 def test_local_attention_bf16_training_equals_fp32():
     """The eager kernel that trains in bf16 masks the same pairs."""
     grid, qkv = (16, 16), random_qkv((16, 16)).detach()
-    neighborhood = RotaryPositions(3).neighborhood(grid, HEAD_DIM, CPU, torch.float32)
+    neighborhood = RotaryPositions(3, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float32)
     half = qkv.bfloat16().requires_grad_()
     result = local_attention(*half, neighborhood)
     assert result.dtype == torch.bfloat16
@@ -64,7 +64,7 @@ def test_local_attention_bf16_training_equals_fp32():
 def test_rotate_shifted_positions_keep_scores():
     """Scores depend on differences of positions only."""
     q_BHNE, k_BHNE, _ = random_qkv((6, 7)).detach()
-    neighborhood = RotaryPositions(None).neighborhood((6, 7), HEAD_DIM, CPU, torch.float64)
+    neighborhood = RotaryPositions(None, 1).neighborhood((6, 7), HEAD_DIM, CPU, torch.float64)
     q_BHNE, k_BHNE = (x[:, :, :1].expand(-1, -1, 42, -1) for x in (q_BHNE, k_BHNE))
     scores = rotate(q_BHNE, neighborhood) @ rotate(k_BHNE, neighborhood).transpose(-1, -2)
     scores = scores.unflatten(2, (6, 7)).unflatten(4, (6, 7))
@@ -75,9 +75,9 @@ def test_rotate_shifted_positions_keep_scores():
 def test_neighborhood_without_radius_masks_nothing():
     """Without a radius, and in grids that every neighborhood covers, fused attention needs no mask."""
     for radius, grid in ((None, (30, 20)), (4, (5, 3))):
-        assert RotaryPositions(radius).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK is None
+        assert RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK is None
     qkv = random_qkv((5, 3)).detach()
-    neighborhood = RotaryPositions(4).neighborhood((5, 3), HEAD_DIM, CPU, torch.float64)
+    neighborhood = RotaryPositions(4, 1).neighborhood((5, 3), HEAD_DIM, CPU, torch.float64)
     q_BHNE, k_BHNE = (rotate(x, neighborhood) for x in qkv[:2])
     assert torch.equal(local_attention(*qkv, neighborhood), attention(q_BHNE, k_BHNE, qkv[2]).transpose(1, 2))
 
@@ -85,15 +85,15 @@ def test_neighborhood_without_radius_masks_nothing():
 def test_neighborhood_from_inference_mode_can_train():
     """Rotations that an evaluation has computed first can take part in a backward pass."""
     with torch.inference_mode():
-        RotaryPositions(2).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)
+        RotaryPositions(2, 1).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)
     qkv = random_qkv((9, 11))
-    local_attention(*qkv, RotaryPositions(2).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)).sum().backward()
+    local_attention(*qkv, RotaryPositions(2, 1).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)).sum().backward()
     assert qkv.grad is not None
 
 
 @pytest.mark.parametrize(("grid", "num_blocks"), [((16, 16), 1), ((17, 16), 6), ((64, 96), 96)])
 def test_neighborhood_large_grids_are_computed_in_blocks(grid, num_blocks):
     """The number of pairs of a block does not grow with the grid."""
-    mask_WQK = RotaryPositions(4).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK
+    mask_WQK = RotaryPositions(4, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK
     assert len(mask_WQK) == num_blocks
     assert mask_WQK[0].numel() <= 256 * 256

@@ -54,9 +54,12 @@ class RotaryPositions:
 
     Attributes:
         radius: a token attends to the tokens at most this many rows and columns away; None attends to every token.
+        period: learned position embeddings repeat every so many rows and columns. They let the tokens of a neighborhood
+            describe different parts of it.
     """
 
     radius: int | None
+    period: int
 
     def neighborhood(
         self, grid: tuple[int, int], head_dim: int, device: torch.device, dtype: torch.dtype

@@ -136,9 +136,8 @@ class VisionTransformer(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.rotary = rotary
         self.head_dim = transformer_config.width // transformer_config.heads
-        self.spatial_position = (
-            None if rotary else nn.Parameter(torch.empty(tokens_per_frame, transformer_config.width))
-        )
+        num_positions = rotary.period**2 if rotary else tokens_per_frame
+        self.spatial_position = nn.Parameter(torch.empty(num_positions, transformer_config.width))
         self.temporal_position = nn.Parameter(torch.empty(frames, transformer_config.width)) if frames > 1 else None
         self.input_norm = nn.LayerNorm(transformer_config.width)
         self.blocks = nn.ModuleList(
@@ -161,6 +160,7 @@ class VisionTransformer(nn.Module):
         if self.rotary is not None:
             assert grid is not None
             neighborhood = self.rotary.neighborhood(grid, self.head_dim, x_BND.device, self.input_norm.weight.dtype)
+            x_BND = x_BND + self._periodic_positions(grid, self.rotary.period)
         else:
             x_BND = x_BND + self._learned_positions(x_BND.shape[1] // self.tokens_per_frame, caches)
         span = self.tokens_per_frame if self.causal else x_BND.shape[1]
@@ -178,20 +178,23 @@ class VisionTransformer(nn.Module):
 
     def _learned_positions(self, frames: int, caches: list[KeyValueCache] | None) -> Tensor:
         """Return the position embeddings (N, D) of frames that continue the cached ones."""
-        assert self.spatial_position is not None
         position_TSD = self.spatial_position.expand(frames, -1, -1)
         if self.temporal_position is not None:
             first = caches[0].length // self.tokens_per_frame if caches else 0
             position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
         return position_TSD.flatten(0, 1)
 
+    def _periodic_positions(self, grid: tuple[int, int], period: int) -> Tensor:
+        """Return the position embeddings (N, D) of a grid, which repeat in both directions."""
+        rows, columns = (torch.arange(length, device=self.spatial_position.device) % period for length in grid)
+        return self.spatial_position[(rows[:, None] * period + columns).flatten()]
+
     def new_caches(self) -> list[KeyValueCache]:
         """Create empty caches for a clip of up to `frames` frames that arrives in parts; use without gradients."""
         return [KeyValueCache(self.frames * self.tokens_per_frame) for _ in self.blocks]
 
     def _init_weights(self) -> None:
-        if self.spatial_position is not None:
-            nn.init.normal_(self.spatial_position, std=0.02)
+        nn.init.normal_(self.spatial_position, std=0.02)
         if self.temporal_position is not None:
             nn.init.zeros_(self.temporal_position)
         init_weights(self.blocks)
