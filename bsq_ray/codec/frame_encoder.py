@@ -79,9 +79,10 @@ class FrameEncoder:
         groups: list[EncodedGroup] = []
         rows, columns = header.tile_grid
         pixels_CTHW = torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)
-        # Encoding one row of groups at a time limits the memory for tiles and tokens.
-        for top in range(0, rows, header.group_size):
-            strip = Rect(top, 0, min(top + header.group_size, rows), columns)
+        # Encoding a few rows of groups at a time limits the memory for tiles and tokens.
+        strip_rows = header.group_size * self._pixel_codec.rows_of_groups(columns, header.group_size)
+        for top in range(0, rows, strip_rows):
+            strip = Rect(top, 0, min(top + strip_rows, rows), columns)
             with add_elapsed(timings_s, "tokenizer"):
                 bits_RCNL = self._pixel_codec.encode_tiles(
                     pixels_CTHW, strip, lambda: on_progress(len(groups), num_groups)

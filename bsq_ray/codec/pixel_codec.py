@@ -62,6 +62,10 @@ class PixelCodec(ABC):
         `check_cancelled` is called before each pass; an exception raised by it stops the encoding.
         """
 
+    def rows_of_groups(self, columns: int, group_size: int) -> int:
+        """Return how many rows of groups of tiles to encode at once; `columns` is the number of tiles in a row."""
+        return 1
+
     def decode_region(
         self,
         bits_RCNL: Tensor,
@@ -173,6 +177,10 @@ class LocalPixelCodec(PixelCodec):
         # In each layer a token depends on those at most the radius away.
         receptive_radius = model_config.attention_radius * max(model_config.encoder.layers, model_config.decoder.layers)
         self.context_tiles = -(-receptive_radius // self.grid_size)
+
+    def rows_of_groups(self, columns: int, group_size: int) -> int:
+        """Return enough rows for a block, so that few tiles are computed again as the context of others."""
+        return max(1, self._block_pixels // (columns * group_size * self.tile_size**2))
 
     def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
         """Encode blocks of tiles together with the tiles around them."""

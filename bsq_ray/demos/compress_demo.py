@@ -10,7 +10,7 @@ from typing import Any
 
 from bsq_ray import config
 from bsq_ray.demos.prepare_data import UNLIMITED_STEPS, log
-from bsq_ray.demos.token_pipeline import PHOTO_TILES, WORKERS, TokenPipeline
+from bsq_ray.demos.token_pipeline import PHOTO_DETAILS, WORKERS, TokenPipeline
 
 
 def run_demo(
@@ -28,7 +28,7 @@ def run_demo(
         out: output folder.
         minutes: total training time of both models.
         train_images: folder with one subfolder of training images per class; None collects photos from packages.
-        tokenizer_overrides, prior_overrides: `key=value` overrides of the presets `demo-tiles` and `prior-demo`.
+        tokenizer_overrides, prior_overrides: `key=value` overrides of the presets `demo-any-size` and `prior-demo`.
 
     Returns:
         The results of `evaluate_compression`.
@@ -39,7 +39,7 @@ def run_demo(
     from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression
     from bsq_ray.runtime.ray_session import ray_session
 
-    pipeline = TokenPipeline(train_images, out, minutes, PHOTO_TILES)
+    pipeline = TokenPipeline(train_images, out, minutes, PHOTO_DETAILS)
     if images is None:
         from bsq_ray.samples.wallpapers import collect_wallpapers
 

@@ -40,8 +40,8 @@ class TokenRecipe:
 
 # Generated images show whole photos.
 WHOLE_PHOTOS = TokenRecipe("demo", PHOTOS.max_side, 12, 1.25)
-# The codec's tiles are details of large photos.
-PHOTO_TILES = TokenRecipe("demo-tiles", 640, 40, 8.0)
+# The codec computes large photos, of which a crop is a detail.
+PHOTO_DETAILS = TokenRecipe("demo-any-size", 640, 40, 8.0)
 
 
 class TokenPipeline:
