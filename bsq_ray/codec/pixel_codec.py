@@ -97,7 +97,7 @@ class PixelCodec(ABC):
 
     @abstractmethod
     def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
-        """Decode a token grid of whole tiles to pixels (3, T, H, W) in [-1, 1] on the CPU."""
+        """Decode a token grid of whole tiles to fp64 pixels (3, T, H, W) in [-1, 1] on the CPU."""
 
     @property
     def _device(self) -> torch.device:
@@ -207,7 +207,7 @@ class LocalPixelCodec(PixelCodec):
         grid = bits_trcL.shape[0], bits_trcL.shape[1], bits_trcL.shape[2]
         with deterministic_fp32(self._device):
             tokens = Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid)
-            return self.tokenizer.decode(tokens).cpu()[0].unsqueeze(1)
+            return self.tokenizer.decode(tokens)[0].unsqueeze(1).cpu().double()
 
 
 def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> PixelCodec:

@@ -193,9 +193,7 @@ class TokenizerModelConfig(StrictModel):
                 "attention_radius needs relative positions; set position to rotary, or attention_radius to null"
             )
         if self.position == "rotary" and self.frames > 1:
-            raise ValueError(
-                f"position rotary is for images, but frames is {self.frames}; use learned for clips"
-            )
+            raise ValueError(f"position rotary is for images, but frames is {self.frames}; use learned for clips")
         if self.position == "rotary" and self.grid_size % self.position_period:
             raise ValueError(
                 f"position_period {self.position_period} does not divide the {self.grid_size} rows of tokens of "

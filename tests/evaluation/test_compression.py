@@ -18,6 +18,7 @@ from bsq_ray.evaluation.compression.evaluate_compression import PRIOR, RAW, eval
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.evaluation.compression.rate_distortion import interpolate_at_rate
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
+from bsq_ray.metrics.border_steps import border_step_ratio
 from bsq_ray.metrics.lpips import lpips
 
 MODEL_CONFIG = config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)
@@ -85,6 +86,19 @@ def test_points_match_file_sizes_and_decoded_images(results, model, folder):
     pair = [to_float(torch.from_numpy(each.astype(np.uint8)).permute(2, 0, 1)[None]) for each in (first, second)]
     assert jpeg["metrics"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
+
+
+def test_border_step_ratio_is_mean_over_images(results, model, folder):
+    """Tiles of 32 px and patches of 8 px, in the original and in the decoded image."""
+    evaluation, out = results
+    codec, ratios = Codec.from_pretrained(model), []
+    for path in sorted(folder.iterdir()):
+        photo = Image.open(path)
+        decoded = codec.decompress(codec.compress(photo).data)
+        ratios.append([border_step_ratio(np.asarray(image), 32, 8) for image in (photo, decoded)])
+    original, decoded = np.mean(ratios, 0)
+    assert evaluation["border_step_ratio"] == pytest.approx({"original": original, "decoded": decoded})
+    assert f"{decoded:.3f} (originals {original:.3f})" in (out / "results.md").read_text()
 
 
 def test_content_reader_returns_pixels_without_color_profile(photos, tmp_path):

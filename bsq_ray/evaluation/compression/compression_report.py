@@ -42,6 +42,11 @@ def compression_markdown(results: dict[str, Any]) -> str:
     ]
     if results["prior_savings"] is not None:
         lines.append(f"The prior saves {results['prior_savings']:.1%} of the raw files.")
+    if ratios := results.get("border_step_ratio"):
+        lines.append(
+            f"Steps between pixels across tile borders, relative to other borders of patches: {ratios['decoded']:.3f} "
+            f"(originals {ratios['original']:.3f})."
+        )
     for metric, items in results.get("undefined", {}).items():
         side = MIN_SIDES[metric]
         lines.append(

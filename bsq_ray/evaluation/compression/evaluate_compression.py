@@ -39,6 +39,7 @@ from bsq_ray.evaluation.compression.rate_distortion import (
 )
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.media.images import read_image
+from bsq_ray.metrics.border_steps import border_step_ratio
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import multi_scale_similarity
@@ -91,10 +92,11 @@ def evaluate_compression(
     dataset = find_dataset(data_url)
     reader = _ContentReader(dataset.kind, max_frames, max_side)
     points: dict[str, list[Point]] = {}
+    border_steps: dict[str, tuple[float | None, float | None]] = {}
     examples: list[dict[str, np.ndarray]] = []
     build_comparer = partial(_FileComparer, model_url, weights, reader)
     outputs = actor_map_ordered(list(dataset.items.values()), build_comparer, workers, address)
-    for name, (item_points, example) in zip(dataset.items, outputs, strict=True):
+    for name, (item_points, border_steps[name], example) in zip(dataset.items, outputs, strict=True):
         points[name] = item_points
         if len(examples) < _NUM_EXAMPLES:
             examples.append(example)
@@ -118,6 +120,7 @@ def evaluate_compression(
         "at_our_rate": {codec: interpolate_at_rate(rows, bsq_rate) for codec, rows in curves.items()},
         "bd_rate": mean_bd_rates(points, _ANCHOR[dataset.kind]),
         "undefined": _undefined_metrics(points),
+        "border_step_ratio": _mean_border_steps(list(border_steps.values())),
         "prior_savings": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in item_points] for name, item_points in points.items()},
     }
@@ -126,6 +129,15 @@ def evaluate_compression(
     storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
     storage.write_bytes(storage.join(out_url, "comparison.png"), render_examples(examples))
     return results
+
+
+def _mean_border_steps(ratios: list[tuple[float | None, float | None]]) -> dict[str, float] | None:
+    """Return the means of original and decoded images that have borders of tiles; None if there are none."""
+    defined = [(original, decoded) for original, decoded in ratios if original is not None and decoded is not None]
+    if not defined:
+        return None
+    original, decoded = np.mean(defined, 0).tolist()
+    return {"original": original, "decoded": decoded}
 
 
 def _undefined_metrics(points: Mapping[str, list[Point]]) -> dict[str, list[str]]:
@@ -157,12 +169,16 @@ class _FileComparer:
 
     def __init__(self, model_url: str, weights: WeightsKind, read: _ContentReader) -> None:
         self.read = read
-        self.bsq_runners = bsq_runners(Codec.from_pretrained(model_url, weights), read.kind)
+        codec = Codec.from_pretrained(model_url, weights)
+        self.bsq_runners = bsq_runners(codec, read.kind)
+        self.tile_size, self.patch_size = codec.token_format.tile_size, codec.token_format.patch_size
         self.standard_runners = _standard_runners(read.kind)
         self.anchor = _ANCHOR[read.kind]
 
-    def __call__(self, url: str) -> tuple[list[Point], dict[str, np.ndarray]]:
-        """Return all points of a file, and its example pixels (H, W, 3) by caption.
+    def __call__(self, url: str) -> tuple[list[Point], tuple[float | None, float | None], dict[str, np.ndarray]]:
+        """Return all points of a file, border step ratios, and its example pixels (H, W, 3) by caption.
+
+        The border step ratios are those of the original and of the BSQ codec's output, in the middle frame.
 
         The examples are the original, the BSQ codec, and the anchor at the nearest bit rate.
 
@@ -177,6 +193,7 @@ class _FileComparer:
             point, decoded_THW3 = _measure(name, 0.0, runner, content, original_THW3)
             points.append(point)
         example[_format_point(point)] = _middle_frame(decoded_THW3)
+        border_steps = self._border_step_ratio(original_THW3), self._border_step_ratio(decoded_THW3)
         rate, nearest = point.bits_per_pixel, (float("inf"), point, decoded_THW3)
         for name, runner in self.standard_runners.items():
             for quality in runner.qualities:
@@ -187,7 +204,10 @@ class _FileComparer:
                     nearest = (log_ratio, point, decoded_THW3)
         _, point, decoded_THW3 = nearest
         example[_format_point(point)] = _middle_frame(decoded_THW3)
-        return points, example
+        return points, border_steps, example
+
+    def _border_step_ratio(self, frames_THW3: np.ndarray) -> float | None:
+        return border_step_ratio(_middle_frame(frames_THW3), self.tile_size, self.patch_size)
 
 
 def _standard_runners(kind: Literal["images", "clips"]) -> Mapping[str, CodecRunner]:

@@ -99,29 +99,25 @@ def local_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, neighborhood
         return masked_attention(q_BHNE, k_BHNE, v_BHNE, mask_WQK).transpose(1, 2)
     assert neighborhood.radius is not None
     grid, radius, batch_size = neighborhood.grid, neighborhood.radius, len(q_BHNE)
-    queries, keys, values = (
-        _blocks(x, grid, margin) for x, margin in ((q_BHNE, 0), (k_BHNE, radius), (v_BHNE, radius))
-    )
-    y = masked_attention(queries, keys, values, mask_WQK.repeat(batch_size, 1, 1)[:, None])
-    return _unblock(y, batch_size, grid)
+    queries, keys, values = _blocks(q_BHNE, grid, 0), _blocks(k_BHNE, grid, radius), _blocks(v_BHNE, grid, radius)
+    masks = mask_WQK.unflatten(0, queries.shape[1:3])
+    rows = []
+    # One row of blocks at a time, because the margins of blocks overlap and are copied.
+    for row, mask in enumerate(masks):
+        q, k, v = (blocks[:, row].flatten(3, 4).flatten(0, 1) for blocks in (queries, keys, values))
+        y = masked_attention(q, k, v, mask.repeat(batch_size, 1, 1)[:, None])
+        y = y.unflatten(2, (_BLOCK, _BLOCK)).unflatten(0, (batch_size, -1))  # B block_columns H row column E
+        rows.append(y.permute(0, 3, 1, 4, 2, 5).flatten(2, 3))
+    return torch.cat(rows, 1)[:, : grid[0], : grid[1]].flatten(1, 2)
 
 
 def _blocks(x_BHNE: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
-    """Cut a grid into blocks with margins, (B·W, H, (block + 2 margin)², E); outside the grid is zero."""
+    """Return blocks with margins as a view, (B, block rows, block columns, H, side, side, E); zero outside the grid."""
     rows, columns = grid
     x = x_BHNE.unflatten(2, grid)
     x = F.pad(x, (0, 0, margin, margin + -columns % _BLOCK, margin, margin + -rows % _BLOCK))
     side = _BLOCK + 2 * margin
-    x = x.unfold(2, side, _BLOCK).unfold(3, side, _BLOCK)  # B H block_rows block_columns E side side
-    return x.permute(0, 2, 3, 1, 5, 6, 4).flatten(4, 5).flatten(0, 2)
-
-
-def _unblock(y: Tensor, batch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Join blocks (B·W, H, block², E) to (B, N, H, E) and remove what is outside the grid."""
-    rows, columns = grid
-    y = y.unflatten(0, (batch_size, -(-rows // _BLOCK), -(-columns // _BLOCK))).unflatten(4, (_BLOCK, _BLOCK))
-    y = y.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)  # B rows columns H E, with the padding
-    return y[:, :rows, :columns].flatten(1, 2)
+    return x.unfold(2, side, _BLOCK).unfold(3, side, _BLOCK).permute(0, 2, 3, 1, 5, 6, 4)
 
 
 def _mask(grid: tuple[int, int], radius: int) -> Tensor:

@@ -46,7 +46,7 @@ def whole_image(folder, photo):
     tokenizer = Tokenizer.from_pretrained(f"{folder}/tokenizer")
     pixels_CTHW = pad_to_tiles(torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None], 32)
     tokens = tokenizer.encode(pixels_CTHW[None, :, 0] / 127.5 - 1)
-    decoded = tokenizer.double().decode(tokens)[0, :, : photo.height, : photo.width]
+    decoded = tokenizer.double().decode(tokens)[0, :, : photo.height, : photo.width].double()
     return tokens, ((decoded + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
