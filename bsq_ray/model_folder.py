@@ -253,7 +253,10 @@ def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of all tensors and of the `model` options that affect the tokens."""
     model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
     model.pop("gradient_checkpointing", None)
-    # The option came later: models without it keep their ids.
+    # These options came later: models that do not use them keep their ids.
+    if model.get("position", "learned") == "learned":
+        for key in ("position", "attention_radius", "position_period"):
+            model.pop(key, None)
     quantizer = model.get("quantizer")
     if isinstance(quantizer, dict) and not quantizer.get("keep"):
         model["quantizer"] = {key: value for key, value in quantizer.items() if key != "keep"}
