@@ -80,7 +80,7 @@ def _build_neighborhood(
     angle_NE = torch.cat([position_N[:, None] * frequency_F for position_N in (row_N, row_N, column_N, column_N)], 1)
     rotations = [values.to(device, dtype) for values in (angle_NE.cos(), angle_NE.sin())]
     mask_WQK = None if radius is None or max(grid) <= radius + 1 else _mask(grid, radius).to(device)
-    return Neighborhood(grid, radius, *rotations, mask_WQK)
+    return Neighborhood(grid, radius, rotations[0], rotations[1], mask_WQK)
 
 
 def rotate(x_BHNE: Tensor, neighborhood: Neighborhood) -> Tensor:

@@ -27,7 +27,7 @@ from bsq_ray.models.quantizers.entropy import (
 from bsq_ray.models.quantizers.quantizer import KeptBits, Quantized, Quantizer
 
 # A number, or a floating-point tensor of numbers.
-NumberT = TypeVar("NumberT", float, Tensor)
+ScalarT = TypeVar("ScalarT", float, Tensor)
 
 
 class BinaryQuantizer(Quantizer):
@@ -45,7 +45,7 @@ class BinaryQuantizer(Quantizer):
         self.scale = self.code_scale(self.bits)
 
     @abstractmethod
-    def code_scale(self, num_bits: NumberT) -> NumberT:
+    def code_scale(self, num_bits: ScalarT) -> ScalarT:
         """Return the magnitude of the coordinates of codes, given their numbers of bits."""
 
     @abstractmethod

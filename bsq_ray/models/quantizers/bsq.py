@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bsq_ray.models.quantizers.binary import BinaryQuantizer, NumberT
+from bsq_ray.models.quantizers.binary import BinaryQuantizer, ScalarT
 from bsq_ray.models.quantizers.l2_normalize import l2_normalize
 
 
@@ -15,7 +15,7 @@ class BinarySphericalQuantizer(BinaryQuantizer):
     maps it to v. The quantization error is below sqrt(2 - 2 / sqrt(L)), so no commitment loss is needed.
     """
 
-    def code_scale(self, num_bits: NumberT) -> NumberT:
+    def code_scale(self, num_bits: ScalarT) -> ScalarT:
         """Return 1 / sqrt(num_bits), so that codes have unit length."""
         return num_bits**-0.5
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bsq_ray.models.quantizers.binary import BinaryQuantizer, NumberT
+from bsq_ray.models.quantizers.binary import BinaryQuantizer, ScalarT
 
 
 class LookupFreeQuantizer(BinaryQuantizer):
     """code = sign(v), with gradient 1; the quantization error is unbounded."""
 
-    def code_scale(self, num_bits: NumberT) -> NumberT:
+    def code_scale(self, num_bits: ScalarT) -> ScalarT:
         """Return 1 for any number of bits."""
         return num_bits**0.0
 
