@@ -1,11 +1,21 @@
 """Benchmarks record measurements: a table at the end of the run, and rows of docs/results/*.json."""
 
+from pathlib import Path
+
 import pytest
 from gpu_timing import DRY_RUN
 from result_files import write_results
 
+# Measurements take minutes on a quiet machine, and their baselines longer.
+_TIMEOUT_S = 3600
 _TABLE = pytest.StashKey[list[tuple[str, str, str]]]()
 _RESULTS = pytest.StashKey[dict[str, dict[str, dict]]]()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
 
 
 @pytest.fixture
