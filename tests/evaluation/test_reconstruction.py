@@ -3,11 +3,13 @@
 import json
 from importlib import metadata
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_models import save_tokenizer
 
-from bsq_ray import config
+from bsq_ray import Codec, config
 from bsq_ray.cli.info import format_info
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.evaluation.provenance import collect_provenance
@@ -142,6 +144,24 @@ def test_baseline_codec_preserves_patch_means():
     patches = MeanColorCodec(8, 48).reconstruct(images)
     assert torch.allclose(patches[:, :, :8, :8].mean((2, 3)), images[:, :, :8, :8].mean((2, 3)), atol=1e-4)
     assert patches[0, 0, :8, :8].unique().numel() == 1
+
+
+def test_reconstruct_file_of_any_size_keeps_size(photo_folders, tmp_path):
+    """A model for any size reconstructs the whole photo, here of sides that are no multiples of a patch."""
+    local = {"position": "rotary", "attention_radius": 3, "position_period": 4}
+    model = save_tokenizer(tmp_path / "model", 0, **local)
+    source = photo_folders[1] / "coffee.png"
+    photo = Image.open(source).convert("RGB").resize((299, 203))
+    photo.save(tmp_path / "photo.png")
+    summary = reconstruct_file(model, str(tmp_path / "photo.png"), tmp_path / "out.png")
+    side_by_side = Image.open(tmp_path / "out.png")
+    assert side_by_side.size == (2 * 299, 203)
+    assert side_by_side.crop((0, 0, 299, 203)).tobytes() == photo.tobytes()
+    codec = Codec.from_pretrained(model)
+    decoded = np.asarray(codec.decompress(codec.compress(photo).data)).astype(int)
+    assert np.abs(np.asarray(side_by_side.crop((299, 0, 598, 203))) - decoded).max() <= 1
+    # 10 x 7 tiles of 16 tokens of 10 bits.
+    assert f"299 x 203 px in {70 * 160} bits ({70 * 160 / (299 * 203):g} bits per pixel), PSNR" in summary
 
 
 def test_reconstruct_file_writes_side_by_side_image(model, photo_folders, tmp_path):

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
+from bsq_ray.codec.codec import Codec
+from bsq_ray.data.transforms import Interpolation, eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.plots.image_encoding import encode_png
 from bsq_ray.media.images import read_image
 from bsq_ray.media.video_reader import read_video
@@ -29,7 +30,8 @@ from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 def reconstruct_file(model_url: str, image_url: str, out: Path, weights: WeightsKind = "ema") -> str:
     """Write original and reconstruction side by side as PNG; return a sentence with bits and PSNR.
 
-    The image is resized to the model's size as in the evaluation (short side, center crop).
+    The image is resized to the model's size as in the evaluation (short side, center crop), unless the model takes any
+    size.
 
     Raises:
         ValueError: the model or the image cannot be read, or `out` is not a .png file.
@@ -41,18 +43,37 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Weights
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
     )
     image = read_image(image_url)
-    size = run.model.image_size
-    original = torch.from_numpy(eval_transform(image, size, run.data.eval_interpolation))
-    tokens = tokenizer.encode(to_float(original[None]))
-    [reconstruction] = to_uint8(tokenizer.decode(tokens))
+    if run.model.any_size:
+        original, reconstruction, num_bits = _reconstruct_whole(tokenizer, image)
+    else:
+        original, reconstruction, num_bits = _reconstruct_crop(tokenizer, image, run.data.eval_interpolation)
     side_by_side = np.concatenate([original.numpy(), reconstruction.numpy()], axis=2).transpose(1, 2, 0)
     storage.write_bytes(str(out), encode_png(Image.fromarray(side_by_side)))
     [quality] = psnr(to_float(original[None]), to_float(reconstruction[None])).tolist()
-    num_bits = tokens.bits_BNL[0].numel()
+    _, height, width = original.shape
     return (
-        f"{image_url}: {size} x {size} px in {num_bits} bits ({num_bits / size**2:g} bits per pixel), "
+        f"{image_url}: {width} x {height} px in {num_bits} bits ({num_bits / (width * height):g} bits per pixel), "
         f"PSNR {quality:.2f} dB; original and reconstruction are side by side in {out}"
     )
+
+
+def _reconstruct_crop(
+    tokenizer: Tokenizer, image: Image.Image, interpolation: Interpolation
+) -> tuple[Tensor, Tensor, int]:
+    """Return a crop of the model's size, its reconstruction, uint8 (3, H, W), and the number of bits."""
+    original = torch.from_numpy(eval_transform(image, tokenizer.config.image_size, interpolation))
+    tokens = tokenizer.encode(to_float(original[None]))
+    [reconstruction] = to_uint8(tokenizer.decode(tokens))
+    return original, reconstruction, tokens.bits_BNL[0].numel()
+
+
+def _reconstruct_whole(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor, int]:
+    """Return an image, its reconstruction in blocks of limited memory, uint8 (3, H, W), and the number of bits."""
+    codec = Codec(tokenizer, decode_dtype=torch.float32)
+    compressed = codec.compress(image)
+    pair = (np.array(each).transpose(2, 0, 1) for each in (image, codec.decompress(compressed.data)))
+    original, reconstruction = map(torch.from_numpy, pair)
+    return original, reconstruction, compressed.raw_bits
 
 
 def reconstruct_clip(
