@@ -43,6 +43,24 @@ class Reporter(Protocol):
         """Return the newest control signal."""
 
 
+@dataclass(frozen=True)
+class NodeFolder:
+    """A local folder that the workers of a node share.
+
+    Attributes:
+        path: the folder.
+        ranks: ranks of the workers that share it, ascending.
+    """
+
+    path: Path
+    ranks: list[int]
+
+    @property
+    def owner_rank(self) -> int:
+        """Rank of the worker that fills the folder."""
+        return self.ranks[0]
+
+
 @dataclass
 class WorkerContext:
     """One process of the run.
@@ -95,13 +113,13 @@ class WorkerContext:
             dist.barrier()
 
     @contextmanager
-    def node_local_dir(self) -> Iterator[tuple[Path, int]]:
-        """Yield a temporary folder shared by the workers of a node, and the rank of the one that fills it."""
+    def node_local_dir(self) -> Iterator[NodeFolder]:
+        """Yield a temporary folder shared by the workers of a node."""
         with tempfile.TemporaryDirectory() as own_dir:
             # Not by host name: two hosts can have the same, and containers of one host may not share files.
             dirs_by_rank = [Path(folder) for folder in self.all_gather_object(own_dir)]
-            owner_rank = next(rank for rank, folder in enumerate(dirs_by_rank) if folder.exists())
-            yield dirs_by_rank[owner_rank], owner_rank
+            ranks = [rank for rank, folder in enumerate(dirs_by_rank) if folder.exists()]
+            yield NodeFolder(dirs_by_rank[ranks[0]], ranks)
             self.barrier()
 
 

@@ -142,7 +142,7 @@ def test_checkpoint_of_512_workers_has_one_complete_index(tmp_path, monkeypatch)
     assert newest_progress(str(tmp_path / "many")).world == MANY
     (tmp_path / "loaded").mkdir()
     progress, warnings = load_checkpoint(str(tmp_path / "many"), tmp_path / "loaded")
-    assert (progress.position, warnings) == (7 * BATCH, [])
+    assert (progress.position, warnings) == (7 * BATCH, {})
     contents = {path.name: path.read_text() for path in (tmp_path / "loaded").iterdir()}
     assert contents == {f"rng-{rank}.pt": f"state of worker {rank}" for rank in range(MANY)}
     # The parts of a checkpoint are gathered twice, and each worker sends one description of its files.

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from process_group import spawn_group
 from small_runs import STEPS, RecordingReporter, local_worker, small_spec, train_runs
 from test_engine import ENGINES, UNCOMPARED
@@ -14,6 +17,7 @@ from test_engine import ENGINES, UNCOMPARED
 from bsq_ray import storage
 from bsq_ray.training.checkpoints.writer import list_checkpoints, newest_progress
 from bsq_ray.training.trainer import run_training
+from bsq_ray.training.worker_context import NodeFolder, WorkerContext
 
 EVERY_STEP = ["training.checkpoint_every=1", "training.keep_checkpoints=3"]
 
@@ -82,6 +86,86 @@ def test_resume_with_other_world_size_matches(stopped_runs, photo_shards, tmp_pa
     for record, expected in zip(alone, losses[f"{engine} uninterrupted"][HALF:], strict=True):
         for key, value in comparable_values(expected).items():
             assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+
+
+def resume_on_own_nodes(rank, world_size, shards, out, runs):
+    """Resume runs with each worker on a node of its own.
+
+    Returns:
+        by run, the bytes of each downloaded file by name, the steps, and the warnings.
+    """
+
+    @contextmanager
+    def own_folder(worker):
+        with tempfile.TemporaryDirectory() as folder:
+            yield NodeFolder(Path(folder), [worker.rank])
+            worker.barrier()
+
+    downloads = {}
+    download = storage.download
+
+    def counted(url, path):
+        download(url, path)
+        downloads[url.partition("/checkpoints/")[2]] = Path(path).stat().st_size
+
+    WorkerContext.node_local_dir, storage.download = own_folder, counted
+    results = {}
+    for name, overrides in runs.items():
+        downloads.clear()
+        reporter = RecordingReporter()
+        worker = WorkerContext(rank, world_size, torch.device("cpu"), "local", reporter)
+        run_training(small_spec(shards, f"{out}/{name}", overrides), worker)
+        warnings = [record["text"] for record in reporter.records if record["kind"] == "warning"]
+        results[name] = dict(downloads), [record["step"] for record in reporter.training_records], warnings
+    return results
+
+
+@pytest.fixture(scope="module")
+def separate_nodes(stopped_runs, photo_shards, tmp_path_factory):
+    """(files of the checkpoint, downloads of each node), by engine."""
+    out = tmp_path_factory.mktemp("nodes")
+    for engine in SEPARATED:
+        shutil.copytree(f"{stopped_runs[0]}/{engine}", out / engine)
+    folders = {engine: out / engine / "checkpoints" for engine in SEPARATED}
+    files = {
+        engine: {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*.*")}
+        for engine, folder in folders.items()
+    }
+    runs = {engine: ENGINES[engine] for engine in SEPARATED}
+    by_rank = spawn_group(2, resume_on_own_nodes, photo_shards, str(out), runs)
+    return {engine: (files[engine], [results[engine][0] for results in by_rank]) for engine in SEPARATED}
+
+
+SEPARATED = ["ddp", "zero 1", "zero 3"]
+
+
+@pytest.mark.parametrize("engine", SEPARATED)
+def test_resume_downloads_only_files_of_own_ranks(separate_nodes, engine):
+    """Each of two nodes downloads the files that both need and those of its own rank, and both together all of them."""
+    files, downloads = separate_nodes[engine]
+    files = {name: size for name, size in files.items() if not name.endswith("checkpoint.json")}
+    of_rank = [{name for name in files if f"rank_{rank}_" in name or f"rng-{rank}" in name} for rank in range(2)]
+    assert all(of_rank)
+    for rank in range(2):
+        assert downloads[rank] == {name: size for name, size in files.items() if name not in of_rank[1 - rank]}
+    if engine == "zero 3":
+        # Weights and optimizer states are divided, so a node downloads little more than half of the checkpoint.
+        assert sum(downloads[0].values()) < 0.7 * sum(files.values())
+
+
+def test_resume_skips_checkpoint_that_one_node_finds_damaged(photo_shards, tmp_path):
+    """A node whose own files are intact skips the checkpoint too."""
+    [_, _] = spawn_group(
+        2, train_runs, photo_shards, str(tmp_path), {"run": [*ENGINES["zero 1"], *EVERY_STEP]}, {"run": HALF}
+    )
+    [file] = (tmp_path / "run" / "checkpoints" / f"step-{HALF:07d}").glob("generator/**/*_rank_1_*")
+    flip_one_bit(file)
+    results = spawn_group(
+        2, resume_on_own_nodes, photo_shards, str(tmp_path), {"run": [*ENGINES["zero 1"], *EVERY_STEP]}
+    )
+    _, steps, [warning] = results[0]["run"]
+    assert steps == list(range(HALF, STEPS + 1))
+    assert f"step-{HALF:07d} is damaged and is skipped" in warning
 
 
 @pytest.fixture

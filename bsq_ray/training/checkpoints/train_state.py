@@ -7,6 +7,8 @@ rng-0.pt …                    random generators, one file per worker
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from bsq_ray.training.checkpoints.host_snapshot import FileWriters, safetensors_
 from bsq_ray.training.ema import EMA
 from bsq_ray.training.engines.engine import Engine
 from bsq_ray.training.worker_context import WorkerContext
+
+_RNG_FILE = re.compile(r"rng-(\d+)\.pt")
 
 
 @dataclass
@@ -39,6 +43,20 @@ class TrainState:
         if self.worker.is_main and self.ema is not None:
             files["ema.safetensors"] = safetensors_writer(self.ema.state_dict())
         return files
+
+    def loads_file(self, name: str, ranks: Collection[int] | None) -> bool:
+        """Return True if a worker of a node loads this file of a checkpoint.
+
+        Args:
+            ranks: ranks of the node's workers, or None if the checkpoint was written by another number of workers.
+        """
+        if match := _RNG_FILE.fullmatch(name):
+            return ranks is not None and int(match[1]) in ranks
+        engine_name, _, engine_file = name.partition("/")
+        if ranks is None or engine_name not in self.engines:
+            return True
+        rank = self.engines[engine_name].rank_of_file(engine_file)
+        return rank is None or rank in ranks
 
     def to_universal(self, folder: Path) -> None:
         """Convert a checkpoint for another number of workers, in place; one worker of a node calls it."""

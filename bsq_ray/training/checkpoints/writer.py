@@ -14,9 +14,8 @@ import json
 import re
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from bsq_ray import storage
+from bsq_ray.runtime.daemon_thread import run_in_thread
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters
 from bsq_ray.training.worker_context import WorkerContext
 
@@ -105,7 +105,9 @@ class CheckpointWriter:
         """
         self.wait()
         self._progress, self._is_publishing, self._start_time = progress, False, time.monotonic()
-        self._future = _run_in_thread(partial(self._write, _checkpoint_url(self._out_url, progress.step), files))
+        self._future = run_in_thread(
+            partial(self._write, _checkpoint_url(self._out_url, progress.step), files), "checkpoint"
+        )
 
     def advance(self) -> None:
         """Publish the checkpoint whose parts are written, or report that it is published.
@@ -134,7 +136,7 @@ class CheckpointWriter:
         files = [file for part, _ in results for file in part]
         index = {"version": 1, "progress": asdict(self._progress), "files": files}
         publish = partial(self._publish, step, index)
-        self._future = _run_in_thread(publish if self._worker.is_main else _noop)
+        self._future = run_in_thread(publish if self._worker.is_main else _noop, "checkpoint")
 
     def wait(self) -> None:
         """Wait until the checkpoint in progress is published; raises like `advance`."""
@@ -165,31 +167,44 @@ class CheckpointWriter:
         storage.retry_while_unavailable(operation, self._timeout_s, self._warnings.put)
 
 
-def load_checkpoint(out_url: str, folder: Path) -> tuple[RunProgress | None, list[str]]:
-    """Download the newest intact checkpoint into a local folder and verify every file.
+def load_checkpoint(
+    out_url: str,
+    folder: Path,
+    is_needed: Callable[[RunProgress, str], bool] = lambda progress, name: True,
+    excluded: Collection[str] = (),
+) -> tuple[RunProgress | None, dict[str, str]]:
+    """Download files of the newest intact checkpoint into an empty local folder and verify them.
+
+    Args:
+        folder: local folder; what it contains is removed.
+        is_needed: returns True for the name of a file to download from the checkpoint with this progress.
+        excluded: names of checkpoints that are damaged.
 
     Returns:
-        Its progress, None if there is none; and a warning for each damaged checkpoint that was skipped.
+        Its progress, None if there is none; and by name of each damaged checkpoint that was skipped, a warning.
 
     Raises:
         StorageUnavailableError: storage is unavailable, so the checkpoints cannot be verified.
     """
-    warnings: list[str] = []
+    damaged: dict[str, str] = {}
     for name in reversed(list_checkpoints(out_url)):
+        if name in excluded:
+            continue
         url = storage.join(out_url, "checkpoints", name)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             progress, files = _read_index(url)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(4) as pool:
-                list(pool.map(partial(_download, url, Path(scratch)), files))
-                for path in Path(scratch).iterdir():
-                    path.rename(folder / path.name)
+            needed = [file for file in files if is_needed(progress, file["name"])]
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(partial(_download, url, folder), needed))
         except storage.StorageUnavailableError:
             raise
         except ValueError as error:
-            warnings.append(f"the checkpoint {url} is damaged and is skipped: {error}")
+            damaged[name] = f"the checkpoint {url} is damaged and is skipped: {error}"
             continue
-        return progress, warnings
-    return None, warnings
+        return progress, damaged
+    return None, damaged
 
 
 def newest_progress(out_url: str) -> RunProgress | None:
@@ -212,10 +227,11 @@ def list_checkpoints(out_url: str) -> list[str]:
 
 
 def _checkpoint_url(out_url: str, step: int) -> str:
-    return storage.join(out_url, "checkpoints", _checkpoint_name(step))
+    return storage.join(out_url, "checkpoints", checkpoint_name(step))
 
 
-def _checkpoint_name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:07d}"
 
 
@@ -291,25 +307,11 @@ def _sha256(path: Path) -> str:
 def _remove_old(out_url: str, num_to_keep: int, step: int) -> None:
     """Remove all but the newest checkpoints up to `step`; later ones are damaged, as the run did not resume there."""
     root = storage.join(out_url, "checkpoints")
-    names_to_keep = set([name for name in list_checkpoints(out_url) if name <= _checkpoint_name(step)][-num_to_keep:])
+    names_to_keep = set([name for name in list_checkpoints(out_url) if name <= checkpoint_name(step)][-num_to_keep:])
     for name in storage.list_folder(root):
         # A folder without an index is left by an interrupted save.
         if name.startswith("step-") and name not in names_to_keep:
             storage.remove_folder(storage.join(root, name))
-
-
-def _run_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Call a function in a daemon thread, which does not block the exit of the process."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, name="checkpoint", daemon=True).start()
-    return future
 
 
 def _noop() -> None:
