@@ -1,13 +1,19 @@
 """Log of a run: one JSON object per line, without duplicate steps after a resume."""
 
 import json
+import os
+import threading
+from concurrent.futures import wait
 
 import pytest
 import torch
 from PIL import Image
 
 from bsq_ray import storage
+from bsq_ray.training.monitoring.metrics_file import read_metrics_file
 from bsq_ray.training.monitoring.metrics_log import MetricsLog
+from bsq_ray.training.monitoring.metrics_sinks import TensorBoardSink
+from bsq_ray.training.monitoring.segmented_log import SegmentedLogSink
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -79,6 +85,120 @@ def read_events(file):
         scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         content = content[16 + length :]
     return scalars
+
+
+def record_of(step):
+    return {"kind": "training", "step": step, "loss": 1 / step}
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Bytes of each write to storage, of whole files and of copies."""
+    sizes = []
+    write_text, upload = storage.write_text, storage.upload
+
+    def counted_write(url, text):
+        sizes.append(len(text))
+        write_text(url, text)
+
+    def counted_upload(path, url):
+        sizes.append(os.path.getsize(path))
+        upload(path, url)
+
+    monkeypatch.setattr(storage, "write_text", counted_write)
+    monkeypatch.setattr(storage, "upload", counted_upload)
+    return sizes
+
+
+@pytest.mark.parametrize("sink_type", [SegmentedLogSink, TensorBoardSink])
+def test_uploaded_bytes_are_linear_in_log_length(tmp_path, uploads, sink_type):
+    """A log twice or four times as long uploads twice or four times as many bytes, flushed after every second record.
+
+    A whole file that is written again would upload 4 and 16 times as many.
+    """
+    totals = []
+    for length in (200, 400, 800):
+        uploads.clear()
+        sink = sink_type(f"file://{tmp_path}/{length}", 0, segment_bytes=1000)
+        for step in range(1, length + 1):
+            sink.write(record_of(step))
+            if step % 2 == 0:
+                sink.flush()
+                # One upload runs at a time, so without waiting for it some flushes would upload nothing.
+                wait([sink._background._future])
+        sink.close()
+        totals.append(sum(uploads))
+    assert totals[1] == pytest.approx(2 * totals[0], rel=0.1)
+    assert totals[2] == pytest.approx(4 * totals[0], rel=0.1)
+
+
+@pytest.mark.parametrize("last_step", [0, 3, 50, 100])
+def test_segmented_log_resumed_continues_after_last_step(tmp_path, last_step):
+    """A resumed log drops later records, rewrites no earlier segment, and is read as one."""
+    out = f"file://{tmp_path}"
+    sink = SegmentedLogSink(out, 0, segment_bytes=500)
+    for step in range(1, 101):
+        sink.write(record_of(step))
+        sink.close()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(before) > 5
+    resumed = SegmentedLogSink(out, last_step, segment_bytes=500)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(kept.keys() & {name for name in before if kept.get(name) != before[name]}) <= 1
+    assert [record["step"] for record in read_metrics_file(f"{out}/metrics.jsonl").records] == [
+        *range(1, last_step + 1)
+    ]
+    for step in range(last_step + 1, 121):
+        resumed.write(record_of(step))
+        resumed.close()
+    assert read_metrics_file(f"{out}/metrics.jsonl").records == [record_of(step) for step in range(1, 121)]
+
+
+def test_segments_copied_to_disk_become_one_file(tmp_path):
+    """A run that is copied from an object store resumes on a local disk with its whole log."""
+    sink = SegmentedLogSink(f"file://{tmp_path}", 0, segment_bytes=100)
+    for step in range(1, 11):
+        sink.write(record_of(step))
+        sink.close()
+    assert len(list(tmp_path.iterdir())) > 2
+    MetricsLog(str(tmp_path), 8, trackers=()).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_segmented_log_flush_does_not_wait_for_storage(tmp_path, monkeypatch):
+    """A flush returns while storage hangs, and records of a failed upload are part of the next one."""
+    out, write_text = f"file://{tmp_path}", storage.write_text
+    sink, released = SegmentedLogSink(out, 0), threading.Event()
+
+    def hang_and_fail(url, text):
+        assert released.wait(60)
+        raise storage.StorageUnavailableError("503")
+
+    monkeypatch.setattr(storage, "write_text", hang_and_fail)
+    sink.write(record_of(1))
+    sink.flush()
+    sink.write(record_of(2))
+    sink.flush()
+    released.set()
+    wait([sink._background._future])
+    monkeypatch.setattr(storage, "write_text", write_text)
+    with pytest.raises(storage.StorageUnavailableError, match="503"):
+        sink.flush()
+    sink.close()
+    assert steps(out) == [1, 2]
+
+
+def test_tensorboard_files_of_a_run_contain_all_scalars(tmp_path):
+    """Each scalar is in one of the files, which are as many as their size requires."""
+    sink = TensorBoardSink(str(tmp_path), 0, segment_bytes=500)
+    for step in range(1, 101):
+        sink.write(record_of(step))
+        sink.flush()
+    sink.close()
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert len(files) > 5
+    assert [event[1] for file in files for event in read_events(file)] == list(range(1, 101))
 
 
 def test_metrics_log_scalars_reach_tensorboard(tmp_path):

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bsq_ray import config, storage
 from bsq_ray.training.monitoring.background_sink import BackgroundSink
+from bsq_ray.training.monitoring.metrics_file import LOG_FILE
 from bsq_ray.training.monitoring.metrics_sinks import JsonLinesSink, MetricsSink, build_tracker
+from bsq_ray.training.monitoring.segmented_log import SegmentedLogSink
 
-# Files on object stores and those of TensorBoard are rewritten whole, so not at every record.
+# Segments on object stores and files of TensorBoard are written again, so not at every record.
 _FLUSH_INTERVAL_S = 30.0
-_LOG_FILE = "metrics.jsonl"
 _NETWORK_TRACKERS = ("mlflow", "wandb")
 
 
@@ -50,7 +51,7 @@ class MetricsLog:
         self._out_url, self._on_warning = out_url, on_warning
         self._last_flush = 0.0
         self._sinks: dict[str, MetricsSink] = {}
-        for name in (_LOG_FILE, *trackers):
+        for name in (LOG_FILE, *trackers):
             try:
                 self._sinks[name] = self._build_sink(name, last_step, run_config)
             except storage.StorageUnavailableError:
@@ -79,10 +80,10 @@ class MetricsLog:
         storage.write_bytes(storage.join(self._out_url, "samples", f"{name}.png"), png.getvalue())
 
     def flush(self) -> None:
-        """Make all records visible.
+        """Make all records visible: at once on a local disk, in threads on an object store.
 
         Raises:
-            StorageUnavailableError: storage is unavailable; the records are kept for the next call.
+            StorageUnavailableError: storage is, or was at the last call, unavailable; the records are kept.
         """
         self._last_flush = time.monotonic()
         for name in list(self._sinks):
@@ -100,11 +101,12 @@ class MetricsLog:
             self._sinks.pop(name, None)
 
     def _build_sink(self, name: str, last_step: int, run_config: config.AnyConfig | None) -> MetricsSink:
-        if name == _LOG_FILE:
-            json_lines = JsonLinesSink(self._out_url, last_step)
-            if json_lines.warning:
-                self._on_warning(json_lines.warning)
-            return json_lines
+        if name == LOG_FILE:
+            sink_type = JsonLinesSink if storage.is_local(self._out_url) else SegmentedLogSink
+            log_file = sink_type(self._out_url, last_step)
+            if log_file.warning:
+                self._on_warning(log_file.warning)
+            return log_file
         if name in _NETWORK_TRACKERS:
             return BackgroundSink(lambda: build_tracker(name, self._out_url, last_step, run_config))
         return build_tracker(name, self._out_url, last_step, run_config)

@@ -1,6 +1,6 @@
 """Sinks for the metrics of a run: `metrics.jsonl` and experiment trackers.
 
-record ─▶ MetricsLog ─▶ JsonLinesSink (always)
+record ─▶ MetricsLog ─▶ JsonLinesSink, or SegmentedLogSink on object stores (always)
                      └▶ TensorBoardSink, MLflowSink, WandbSink (training.trackers)
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from typing import Any, Protocol
 
 from bsq_ray import config, storage
 from bsq_ray.config.loader import flatten
-from bsq_ray.training.monitoring.metrics_file import read_metrics_file
+from bsq_ray.runtime.daemon_thread import BackgroundUpload
+from bsq_ray.training.monitoring.metrics_file import read_later_segments, read_metrics_file, segment_url
+from bsq_ray.training.monitoring.segmented_log import SEGMENT_BYTES
 
 # Python packages of trackers that are not dependencies of bsq_ray.
 _OPTIONAL_PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
@@ -32,10 +35,10 @@ class MetricsSink(Protocol):
         """Log a record with `kind`, `step` and JSON values; it may be buffered until `flush`."""
 
     def flush(self) -> None:
-        """Write all buffered records to their destination.
+        """Write all buffered records to their destination, or start a thread that does.
 
         Raises:
-            StorageUnavailableError: storage is unavailable; the data is kept for the next call.
+            StorageUnavailableError: storage is, or was at the last call, unavailable; the data is kept.
         """
 
     def close(self) -> None:
@@ -73,22 +76,23 @@ def build_tracker(name: str, out_url: str, last_step: int, run_config: config.An
 
 
 class JsonLinesSink:
-    """Appends records to `metrics.jsonl`; drops records after `last_step`, which an interrupted run has written.
+    """Appends records to a local `metrics.jsonl`; drops records after `last_step`, written by an interrupted run.
 
-    A local file is appended to at every record. Object stores cannot append, so `flush` rewrites the whole object.
+    Segments of a log that was copied from an object store become part of the file.
 
     Attributes:
         warning: message about damaged lines of the existing file, which are dropped; empty without any.
     """
 
     def __init__(self, out_url: str, last_step: int) -> None:
-        self._is_local = storage.is_local(out_url)
-        self._url = storage.join(out_url, "metrics.jsonl")
+        self._url = segment_url(out_url, 0)
         previous = read_metrics_file(self._url)
         self.warning = previous.warning
-        self._previous_lines = [f"{json.dumps(record)}\n" for record in previous.records if record["step"] <= last_step]
+        lines = [f"{json.dumps(record)}\n" for record in previous.records if record["step"] <= last_step]
         self._pending_lines: list[str] = []
-        storage.write_text(self._url, "".join(self._previous_lines))
+        storage.write_text(self._url, "".join(lines))
+        for url in read_later_segments(out_url):
+            storage.remove(url)
 
     def write(self, record: dict[str, Any]) -> None:
         """Log a record.
@@ -97,14 +101,10 @@ class JsonLinesSink:
             StorageUnavailableError: storage is unavailable; the record is kept for the next call.
         """
         self._pending_lines.append(f"{json.dumps(record)}\n")
-        if self._is_local:
-            self.flush()
+        self.flush()
 
     def flush(self) -> None:
         """Write all records; see `MetricsSink.flush`."""
-        if not self._is_local:
-            storage.write_text(self._url, "".join(self._previous_lines + self._pending_lines))
-            return
         data = "".join(self._pending_lines).encode()
         with storage.translate_errors(self._url, "write"), open(storage.filesystem(self._url)[1], "ab", 0) as file:
             end = file.tell()
@@ -120,20 +120,21 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """Writes scalars to `tensorboard/` under "kind/name"."""
+    """Writes scalars to `tensorboard/` under "kind/name"; a thread copies the file until it is full.
 
-    def __init__(self, out_url: str, last_step: int) -> None:
-        from tensorboardX import SummaryWriter
+    Args:
+        out_url: folder of the run.
+        last_step: last completed step of a resumed run; 0 for a new run.
+        segment_bytes: size at which the next file is opened.
+    """
 
-        self._out_url = out_url
-        self._temp_dir = tempfile.TemporaryDirectory()
+    def __init__(self, out_url: str, last_step: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._out_url, self._last_step, self._segment_bytes = out_url, last_step, segment_bytes
         # Write to a local folder and copy from there: on a full disk the writer's thread exits and later calls block.
-        # The step is part of the name, so that a run resumed within a second does not overwrite its own file.
-        self._writer = SummaryWriter(
-            self._temp_dir.name,
-            purge_step=last_step + 1 if last_step else None,
-            filename_suffix=f".step-{last_step:07d}",
-        )
+        self._temp_dir = tempfile.TemporaryDirectory()
+        self._num_full, self._uploaded_bytes = 0, 0
+        self._writer = self._open_file()
+        self._background = BackgroundUpload(self._upload, "tensorboard")
 
     def write(self, record: dict[str, Any]) -> None:
         for name, value in scalars_of(record).items():
@@ -141,17 +142,42 @@ class TensorBoardSink:
 
     def flush(self) -> None:
         self._writer.flush()
-        self._upload()
+        if sum(path.stat().st_size for path in self._folder(self._num_full).iterdir()) >= self._segment_bytes:
+            # Closing waits for the writer's queue.
+            self._writer.close()
+            self._num_full += 1
+            self._writer = self._open_file()
+        self._background.start()
 
     def close(self) -> None:
-        # Closing waits for the writer's queue.
         self._writer.close()
-        self._upload()
+        self._background.finish()
         self._temp_dir.cleanup()
 
+    def _folder(self, number: int) -> Path:
+        return Path(self._temp_dir.name) / f"{number:06d}"
+
+    def _open_file(self) -> Any:
+        from tensorboardX import SummaryWriter
+
+        # Step and number are part of the name, so that no file of the same second is overwritten.
+        return SummaryWriter(
+            str(self._folder(self._num_full)),
+            purge_step=self._last_step + 1 if self._last_step and not self._num_full else None,
+            filename_suffix=f".step-{self._last_step:07d}-{self._num_full:06d}",
+        )
+
     def _upload(self) -> None:
-        for path in Path(self._temp_dir.name).iterdir():
-            storage.upload(str(path), storage.join(self._out_url, "tensorboard", path.name))
+        """Copy the open file, unless it has not grown, and for the last time those that are full."""
+        num_full = self._num_full
+        for path in sorted(Path(self._temp_dir.name).glob("*/*")):
+            size = path.stat().st_size
+            if size > self._uploaded_bytes:
+                storage.upload(str(path), storage.join(self._out_url, "tensorboard", path.name))
+                self._uploaded_bytes = size
+            if int(path.parent.name) < num_full:
+                shutil.rmtree(path.parent)
+                self._uploaded_bytes = 0
 
 
 class MLflowSink:
