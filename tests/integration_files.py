@@ -6,6 +6,7 @@ INTEGRATION = (
     "codec/test_image_codec.py",
     "codec/test_trained.py",
     "codec/test_video_codec.py",
+    "data/test_batch_mixture.py",
     "data/test_clips.py",
     "data/test_file_cache.py",
     "data/test_growth.py",

@@ -68,10 +68,7 @@ def can_split_batch(run_config: AnyConfig, world_size: int) -> bool:
 
 
 def _check_adversarial_loss(run_config: TokenizerConfig, micro_batch: int, accumulation_steps: int) -> None:
-    """Check that the terms that relate samples to each other do not depend on how the batch is split.
-
-    The minibatch standard deviation has groups of images, or of frames if clips are scored frame by frame.
-    """
+    """Check that the terms that relate samples to each other do not depend on how the batch is split."""
     adversarial = run_config.loss.adversarial
     if not adversarial.weight:
         return
@@ -81,9 +78,25 @@ def _check_adversarial_loss(run_config: TokenizerConfig, micro_batch: int, accum
             "computes them part by part; set adaptive_weight to false, training.micro_batch_size to null, or use "
             f"{accumulation_steps} times as many workers"
         )
-    if adversarial.discriminator == "patchgan":
-        return
     frames = 1 if adversarial.discriminator == "stylegan2-3d" else run_config.model.frames
+    check_discriminator_groups(run_config, micro_batch, frames)
+
+
+def check_discriminator_groups(run_config: AnyConfig, micro_batch: int, frames: int) -> None:
+    """Check that the discriminator's groups of images or frames are those of the whole batch.
+
+    Args:
+        micro_batch: samples of one worker's micro batch.
+        frames: images that the discriminator scores for each sample.
+
+    Raises:
+        ValueError: the groups of a micro batch differ; the message states what to change.
+    """
+    if not isinstance(run_config, TokenizerConfig):
+        return
+    adversarial = run_config.loss.adversarial
+    if not adversarial.weight or adversarial.discriminator == "patchgan":
+        return
     batch_size, max_size = run_config.training.batch_size, adversarial.stddev_group_size
     expected, actual = (stddev_group_size(frames * size, max_size) for size in (batch_size, micro_batch))
     if actual != expected:

@@ -56,12 +56,14 @@ class DataSource(ABC):
         shard_sizes: samples of each shard, int64 (shards,).
         sample_bytes: size of one sample's values.
         notes: warnings to show to the user.
+        max_batches_per_read: largest number of global batches whose samples `read` can combine; None: any number.
     """
 
     url: str
     hash: str
     sample_bytes: int
     notes: tuple[str, ...] = ()
+    max_batches_per_read: int | None = None
 
     @property
     @abstractmethod
@@ -72,6 +74,11 @@ class DataSource(ABC):
     def num_samples(self) -> int:
         """Samples of all shards together."""
         return int(self.shard_sizes.sum())
+
+    @property
+    def evaluated(self) -> DataSource:
+        """Return the part of the data set that evaluations read."""
+        return self
 
     def order(self, seed: int, data_config: config.DataOrderConfig) -> Order:
         """Return the order in which training reads the data set."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bsq_ray import config
+from bsq_ray.data.batch_mixture import BatchMixtureSource
 from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.data_source import DataSource
 from bsq_ray.data.image_source import ImageSource
@@ -16,27 +19,80 @@ def build_source(run: config.AnyConfig, url: str) -> DataSource:
 
     Args:
         run: configuration of the run; its stage decides the kind of data.
-        url: folder of the data set, or YAML file of a mixture.
+        url: folder of the data set, or YAML file of a mixture; a mixture of images and videos has batches of each kind.
 
     Raises:
         ValueError: the data set is missing, damaged, or of another kind.
     """
     if is_mixture(url):
-        datasets = read_mixture(url).datasets
-        sources = [build_source(run, dataset.url) for dataset in datasets]
-        if empty := [source.url for source in sources if not source.num_samples]:
-            raise ValueError(f"{empty[0]} contains no samples; remove it from {url}")
-        weights = [dataset.weight for dataset in datasets if dataset.weight is not None]
-        return MixtureSource(url, sources, weights or None)
+        return _build_mixture(run, url)
     if not isinstance(run, config.TokenizerConfig):
         return TokenSource(read_table(url), run.model, run.training.storage_timeout_s)
     manifest = read_manifest(url)
-    if manifest.kind == "images" and run.model.frames > 1:
+    _check_has_videos(run, url, [manifest.kind])
+    return build_pixel_source(run, manifest)
+
+
+def _build_mixture(run: config.AnyConfig, url: str) -> DataSource:
+    """Open the data sets of a mixture; those of a causal video tokenizer are videos, or videos and images."""
+    datasets = read_mixture(url).datasets
+    sources = [
+        build_pixel_source(run, read_manifest(dataset.url))
+        if isinstance(run, config.TokenizerConfig) and not is_mixture(dataset.url)
+        else build_source(run, dataset.url)
+        for dataset in datasets
+    ]
+    if empty := [source.url for source in sources if not source.num_samples]:
+        raise ValueError(f"{empty[0]} contains no samples; remove it from {url}")
+    weights = [
+        source.num_samples if dataset.weight is None else dataset.weight
+        for dataset, source in zip(datasets, sources, strict=True)
+    ]
+    if not isinstance(run, config.TokenizerConfig) or run.model.frames == 1:
+        return MixtureSource(url, sources, weights)
+    are_images = [isinstance(source, ImageSource) for source in sources]
+    _check_has_videos(run, url, ["images" if is_image else "videos" for is_image in are_images])
+    if not any(are_images):
+        return MixtureSource(url, sources, weights)
+    _check_trains_on_images(run, url, sources)
+    images, clips = (
+        MixtureSource(
+            url,
+            [source for source, is_image in zip(sources, are_images, strict=True) if is_image == takes_images],
+            [weight for weight, is_image in zip(weights, are_images, strict=True) if is_image == takes_images],
+        )
+        for takes_images in (True, False)
+    )
+    return BatchMixtureSource(images, clips, run.training.batch_size)
+
+
+def _check_has_videos(run: config.TokenizerConfig, url: str, kinds: Sequence[str]) -> None:
+    if run.model.frames > 1 and set(kinds) == {"images"}:
         raise ValueError(
             f"{url} contains images, but {run.name} trains on clips of {run.model.frames} frames; "
-            "pack videos with `bsq-ray data pack --kind videos`, or train with model.frames=1"
+            "pack videos with `bsq-ray data pack --kind videos`, list them and the images in a YAML file for --data, "
+            "or train with model.frames=1"
         )
-    return build_pixel_source(run, manifest)
+
+
+def _check_trains_on_images(run: config.TokenizerConfig, url: str, sources: Sequence[DataSource]) -> None:
+    """Check that a video tokenizer can train on images, too.
+
+    Raises:
+        ValueError: the model is not causal, its discriminator scores whole clips, or mixtures are nested.
+    """
+    if any(isinstance(source, BatchMixtureSource) for source in sources):
+        raise ValueError(f"{url} lists a YAML file of images and videos; list its data sets instead")
+    if not run.model.causal:
+        raise ValueError(
+            f"{url} mixes images and videos, and only a causal model takes an image as a clip of one frame; set "
+            "model.causal=true, or list videos only"
+        )
+    if run.loss.adversarial.weight and run.loss.adversarial.discriminator == "stylegan2-3d":
+        raise ValueError(
+            f"{url} mixes images and videos, and the discriminator stylegan2-3d scores whole clips; set "
+            "loss.adversarial.discriminator=stylegan2, or list videos only"
+        )
 
 
 def build_pixel_source(run: config.TokenizerConfig, manifest: Manifest) -> DataSource:

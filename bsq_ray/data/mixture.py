@@ -46,7 +46,9 @@ class WeightedDataset(StrictModel):
 class Mixture(StrictModel):
     """Data sets that a run reads together, from a YAML file."""
 
-    datasets: tuple[WeightedDataset, ...] = Field(min_length=1, description="Data sets of one kind.")
+    datasets: tuple[WeightedDataset, ...] = Field(
+        min_length=1, description="Data sets of one kind; for a causal video tokenizer videos, or videos and images."
+    )
 
     @model_validator(mode="after")
     def _check_weights(self) -> Mixture:
@@ -128,12 +130,11 @@ class MixtureSource(DataSource):
 
     def order(self, seed: int, data_config: config.DataOrderConfig) -> MixtureOrder:  # type: ignore[override]
         """Return the order in which training reads the data sets."""
-        units = np.rint(np.cumsum(self.weights) / np.sum(self.weights) * _UNITS).astype(np.int64)
         orders = [
             Order(source.shard_sizes, seed, data_config.interleave, data_config.shuffle_block_size)
             for source in self.sources
         ]
-        return MixtureOrder(tuple(orders), tuple(units.tolist()), seed)
+        return MixtureOrder(tuple(orders), share_ends(self.weights), seed)
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
         """Read samples of all data sets; their randomness is that of a run of their data set alone."""
@@ -180,7 +181,7 @@ class MixtureOrder:
 
     Args:
         orders: order of each data set.
-        unit_ends: cumulative shares of the data sets in units of 2^-30; the last is 2^30.
+        unit_ends: cumulative shares of the data sets, see `share_ends`.
         seed: seed of the run.
     """
 
@@ -195,7 +196,7 @@ class MixtureOrder:
             epochs and samples, both int64 (P,); samples are numbered through the data sets.
         """
         epochs_P, samples_P = np.empty_like(positions_P), np.empty_like(positions_P)
-        source_P, local_P = self._split(positions_P)
+        source_P, local_P = split_positions(positions_P, self.unit_ends, RandomStream.MIXTURE_ORDER, self.seed)
         first = 0
         for number, order in enumerate(self.orders):
             rows = np.flatnonzero(source_P == number)
@@ -205,26 +206,43 @@ class MixtureOrder:
             first += order.num_samples
         return epochs_P, samples_P
 
-    def _split(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the data set of each position, and its position in the order of this data set."""
-        source_P, local_P = np.empty_like(positions_P), np.empty_like(positions_P)
-        block_P, slot_P = np.divmod(positions_P, _BLOCK)
-        for block in np.unique(block_P).tolist():
-            rows = np.flatnonzero(block_P == block)
-            source_K, local_K = _split_block(self.unit_ends, self.seed, block)
-            source_P[rows], local_P[rows] = source_K[slot_P[rows]], local_K[slot_P[rows]]
-        return source_P, local_P
+
+def share_ends(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return the cumulative shares of positive weights in units of 2^-30; the last is 2^30."""
+    return tuple(np.rint(np.cumsum(weights) / np.sum(weights) * _UNITS).astype(np.int64).tolist())
+
+
+def split_positions(
+    positions_P: np.ndarray, unit_ends: tuple[int, ...], stream: RandomStream, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the part of each position, and its position in this part; both int64 (P,).
+
+    Args:
+        positions_P: positions, int64 (P,).
+        unit_ends: cumulative shares of the parts.
+        stream: stream of the random order in a block of 1,024 positions.
+        seed: seed of the run.
+    """
+    source_P, local_P = np.empty_like(positions_P), np.empty_like(positions_P)
+    block_P, slot_P = np.divmod(positions_P, _BLOCK)
+    for block in np.unique(block_P).tolist():
+        rows = np.flatnonzero(block_P == block)
+        source_K, local_K = _split_block(unit_ends, stream, seed, block)
+        source_P[rows], local_P[rows] = source_K[slot_P[rows]], local_K[slot_P[rows]]
+    return source_P, local_P
 
 
 @lru_cache(64)
-def _split_block(unit_ends: tuple[int, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _split_block(
+    unit_ends: tuple[int, ...], stream: RandomStream, seed: int, block: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the data set of each position of a block, and its position in this data set; both int64 (K,)."""
     # Python's integers do not overflow.
     starts, stops = (
         np.diff([0, *(number * _BLOCK * end // _UNITS for end in unit_ends)]) for number in (block, block + 1)
     )
     source_K = np.repeat(np.arange(len(unit_ends)), stops - starts)
-    source_K = stream_rng(RandomStream.MIXTURE_ORDER, seed, block).permutation(source_K)
+    source_K = stream_rng(stream, seed, block).permutation(source_K)
     local_K = np.empty_like(source_K)
     for number, start in enumerate(starts.tolist()):
         is_source_K = source_K == number

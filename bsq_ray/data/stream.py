@@ -100,7 +100,8 @@ def training_batches(
     """
     skipped = skipped or SkippedSamples(data_config.max_skipped_samples)
     local_batch_size = batch_size // world_size
-    chunk_size = local_batch_size * max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
+    num_batches = max(1, min(_CHUNK_SAMPLES, _CHUNK_BYTES // source.sample_bytes) // local_batch_size)
+    chunk_size = local_batch_size * min(num_batches, source.max_batches_per_read or num_batches)
     worker_positions(position, position, batch_size, rank, world_size)  # raises before anything starts
     read = _ChunkReader(source, data_config, seed, position, chunk_size, batch_size, rank, world_size)
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))

@@ -127,7 +127,8 @@ class EvalLoop:
 
     def _source(self) -> DataSource:
         held_out_url = self._spec.held_out_url
-        return build_source(self._spec.config, held_out_url) if held_out_url else self._train_source
+        source = build_source(self._spec.config, held_out_url) if held_out_url else self._train_source
+        return source.evaluated
 
     def _share(self, source: DataSource, skipped: SkippedSamples) -> Iterator[Batch]:
         """Yield this worker's batches; every worker gets the same number, and empty ones as a placeholder."""

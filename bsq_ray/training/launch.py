@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.config.batch_split import valid_world_sizes
+from bsq_ray.config.batch_split import check_discriminator_groups, split_batch, valid_world_sizes
+from bsq_ray.data.batch_mixture import BatchMixtureSource
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.mixture import is_mixture, store_mixture
 from bsq_ray.models.warm_start import initial_weights
@@ -81,7 +82,7 @@ def train(
     run_config = resolve_tokenizer(run_config, data_url)
     spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
     world_sizes = valid_world_sizes(run_config, num_workers if min_workers is None else min_workers, num_workers)
-    _validate(spec, resume)
+    _validate(spec, world_sizes, resume)
     spec = _store_mixtures(spec)
     storage.write_text(storage.join(out_url, "config.yaml"), config.dump_config(run_config))
     summary = RunSummary()
@@ -147,8 +148,11 @@ def _write_summary(result: RunResult, num_workers: int, spec: RunSpec, on_record
     )
 
 
-def _validate(spec: RunSpec, resume: bool) -> None:
+def _validate(spec: RunSpec, world_sizes: Sequence[int], resume: bool) -> None:
     """Check everything that can be known to be wrong before anything is started.
+
+    Args:
+        world_sizes: numbers of workers that the run may have.
 
     Raises:
         ValueError: configuration, data and folder do not fit together.
@@ -161,6 +165,10 @@ def _validate(spec: RunSpec, resume: bool) -> None:
     for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
         if not data_source.num_samples:
             raise ValueError(f"{data_source.url} contains no samples")
+    if isinstance(source, BatchMixtureSource):
+        # The numbers of workers are valid for clips, of which the discriminator scores several frames each.
+        for world_size in world_sizes:
+            check_discriminator_groups(spec.config, split_batch(spec.config, max(1, world_size))[0], frames=1)
     checkpoints = list_checkpoints(spec.out_url)
     if checkpoints and not resume:
         raise ValueError(

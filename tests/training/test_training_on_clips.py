@@ -48,6 +48,34 @@ def test_clip_training_resumed_is_bit_identical(runs, video_shards):
         assert (value == right[key]).all(), key
 
 
+@pytest.fixture(scope="module")
+def images_and_clips(photo_shards, video_shards, tmp_path_factory):
+    """A file with images and videos."""
+    path = tmp_path_factory.mktemp("mixture") / "mixture.yaml"
+    path.write_text(f"datasets: [{{url: {photo_shards}, weight: 1}}, {{url: {video_shards}, weight: 1}}]\n")
+    return str(path)
+
+
+def test_images_and_clips_train_in_one_run(images_and_clips, tmp_path):
+    """Two workers take the steps of one on batches of both kinds, and a stopped run resumes bit-identically."""
+    overrides = [*CLIPS, *RUNS["ddp"], "training.steps=6", "training.checkpoint_every=3"]
+    runs, out = {"whole": overrides}, str(tmp_path)
+    [two_workers, _] = spawn_group(2, train_runs, images_and_clips, out, {"two": overrides})
+    whole = train_runs(0, 1, images_and_clips, out, runs)
+    assert_same_run(out, {**two_workers, **whole}, "whole", "two")
+    train_runs(0, 1, images_and_clips, out, {"resumed": overrides}, stop_after={"resumed": 3})
+    resumed = train_runs(0, 1, images_and_clips, out, {"resumed": overrides})["resumed"]
+    assert [record["loss"] for record in resumed] == [record["loss"] for record in whole["whole"][3:]]
+
+
+def test_image_batches_that_change_groups_are_rejected(images_and_clips, tmp_path):
+    """Groups of the discriminator are checked for images, too: four frames of a clip fill one, one image does not."""
+    overrides = [*CLIPS, "training.micro_batch_size=1", "model.quantizer.entropy.codebook_weight=0"]
+    run_config = small_spec(images_and_clips, tmp_path, overrides).config
+    with pytest.raises(ValueError, match="groups of 1 for its minibatch standard deviation"):
+        train(run_config, images_and_clips, str(tmp_path / "run"), 0)
+
+
 def test_clip_discriminator_3d_trains(video_shards, tmp_path):
     """The 3D discriminator trains on clips, including the R1 penalty."""
     listener = RecordingReporter()
