@@ -235,3 +235,26 @@ def test_training_batches_shifted_shard_is_detected(damaged_manifest, tmp_path):
         batches(
             damaged_manifest, 10, batch_size=4, data_config=DATA_CONFIG.model_copy(update={"max_skipped_samples": 1})
         )
+
+
+class ComparedText(str):
+    """A text that counts its comparisons."""
+
+    num_comparisons = 0
+
+    def __eq__(self, other):
+        ComparedText.num_comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_skipped_samples_are_found_without_scanning():
+    """Repeated reports of damaged samples are compared with themselves, not with all others."""
+    reports = [ComparedText(f"shard: {number}: damaged") for number in range(2000)]
+    skipped = SkippedSamples(limit=2000)
+    for first in range(0, 2000, 100):
+        skipped.add(reports[first : first + 100])
+        skipped.add([ComparedText(text) for text in reports[:100]])
+    assert skipped.samples == reports
+    assert ComparedText.num_comparisons < 10 * 2000
