@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from bsq_ray.cli.extras import require_extra
-from bsq_ray.cli.options import AddressOption, ProgressBar, WeightsOption, announce_ray, drop_none, parse_weights
+from bsq_ray.cli.options import (
+    AddressOption,
+    ProgressBar,
+    WeightsOption,
+    announce_ray,
+    drop_none,
+    parse_ints,
+    parse_weights,
+)
 
 
 def evaluate_reconstruction(
@@ -21,6 +29,12 @@ def evaluate_reconstruction(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of samples to evaluate. Default: all.")] = None,
     max_skipped_samples: Annotated[int, typer.Option(min=0, help="Maximum number of unreadable samples to skip.")] = 0,
+    bits: Annotated[
+        str | None, typer.Option(help="Also measure a tokenizer with nested bits at these bits per token: 6,9,12.")
+    ] = None,
+    cut_bits: Annotated[
+        str | None, typer.Option(help="Baseline: also measure an ordinary tokenizer with its tokens cut to these bits.")
+    ] = None,
     published: Annotated[bool, typer.Option("--published", help="Add published results to the output.")] = False,
     address: AddressOption = None,
 ) -> None:
@@ -30,6 +44,7 @@ def evaluate_reconstruction(
     """
     require_extra("evaluate reconstruction", "eval", *(("ray",) if workers else ()))
     weights_kind = parse_weights(weights)
+    num_bits, num_cut_bits = parse_ints(bits or "", "--bits"), parse_ints(cut_bits or "", "--cut-bits")
 
     from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction as evaluate
 
@@ -46,6 +61,8 @@ def evaluate_reconstruction(
             limit=limit,
             show_published=published,
             max_skipped_samples=max_skipped_samples,
+            bits=num_bits,
+            cut_bits=num_cut_bits,
             on_progress=on_progress,
         )
     _print_results(out, "reconstructions.png")

@@ -139,6 +139,47 @@ def test_model_of_tiny_images_raises(held_out_shards, tmp_path):
         evaluate_reconstruction(str(tmp_path / "model"), held_out_shards, str(tmp_path / "out"), workers=0)
 
 
+def nested_model(url, keep):
+    """The tokenizer of `model` with 8 bits."""
+    torch.manual_seed(0)
+    model_config = config.TokenizerModelConfig(
+        image_size=32,
+        encoder=config.TransformerConfig(width=32, layers=1, heads=2),
+        decoder=config.DecoderConfig(width=32, layers=1, heads=2, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=8, keep=keep),
+    )
+    Tokenizer(model_config).save_pretrained(str(url))
+    return str(url)
+
+
+def test_evaluation_of_fewer_bits_adds_rows(held_out_shards, tmp_path):
+    """Nested bits and the baseline of cut bits have the metrics of an evaluation of the decoded prefixes."""
+    nested, ordinary = nested_model(tmp_path / "nested", (4, 8)), nested_model(tmp_path / "ordinary", ())
+    options = dict(workers=0, batch_size=6)
+    rows = evaluate_reconstruction(nested, held_out_shards, str(tmp_path / "a"), bits=[2, 4], **options)["rows"]
+    cut = evaluate_reconstruction(ordinary, held_out_shards, str(tmp_path / "b"), cut_bits=[4], **options)["rows"]
+    assert list(rows) == ["model", "2 bits", "4 bits", "mean color"]
+    assert [row["bits_per_pixel"] * 64 for row in rows.values()] == [8, 2, 4, 8]
+    assert "| 4 bits |" in (tmp_path / "a" / "results.md").read_text()
+    # Both have the same weights and differ in what they were trained for only.
+    assert cut["cut to 4 bits"] == pytest.approx(rows["4 bits"])
+    assert cut["model"]["psnr"] == pytest.approx(rows["model"]["psnr"])
+    assert len({row["psnr"] for row in rows.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": [4]}, r"no nested bits \(model.quantizer.keep\); measure it with cut_bits \(--cut-bits\)"),
+        ({"cut_bits": [36]}, "cannot measure 36 of 36 bits; use 1 to 35"),
+        ({"cut_bits": [0]}, "cannot measure 0 of 36 bits"),
+    ],
+)
+def test_evaluation_of_impossible_bits_raises(model, held_out_shards, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, **options)
+
+
 def test_baseline_codec_preserves_patch_means():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     patches = MeanColorCodec(8, 48).reconstruct(images)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ from bsq_ray.metrics.fid import FeatureStatistics, sampling_ranks
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.quantizers.usage import CodeUsage
-from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.precision import enable_strict_fp32
 
@@ -65,6 +66,7 @@ class ReconstructionMetrics(ABC):
         model_url: model folder of a tokenizer.
         weights: weights of the folder to use, "ema" or "raw".
         num_samples: size of the data set; determines the fraction of samples returned as examples.
+        bits_of_rows: further rows, by name: the number of bits of each token that is decoded.
 
     Attributes:
         networks: names of the metric networks.
@@ -72,12 +74,15 @@ class ReconstructionMetrics(ABC):
 
     networks: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
+    def __init__(
+        self, model_url: str, weights: WeightsKind, num_samples: int, bits_of_rows: Mapping[str, int] | None = None
+    ) -> None:
         enable_strict_fp32()
         self.device = default_device()
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
         self.baseline_codec = MeanColorCodec(model_config.patch_size, model_config.quantizer.bits)
+        self.bits_of_rows = dict(bits_of_rows or {})
         self.example_fraction = min(1.0, _MAX_EXAMPLES / num_samples)
 
     @abstractmethod
@@ -103,9 +108,11 @@ class ReconstructionMetrics(ABC):
         if not samples.keys:
             return result
         original = to_float(torch.from_numpy(samples.values_P).to(self.device))
-        decoded, bits_BNL, result.seconds = self._reconstruct(original)
-        result.packed_bits = pack_bits(bits_BNL).cpu().numpy()
+        decoded, tokens, result.seconds = self._reconstruct(original)
+        result.packed_bits = pack_bits(tokens.bits_BNL).cpu().numpy()
         rows = dict(zip(ROWS, (decoded, self.reconstruct_baseline(original)), strict=True))
+        for row, num_bits in self.bits_of_rows.items():
+            rows[row] = self.tokenizer.decode_cut_bits(tokens.first(num_bits)).reshape(original.shape)
         rows = {row: to_float(to_uint8(values)) for row, values in rows.items()}
         for row, values in (rows | {"original": original}).items():
             features_BD = self.features(values)
@@ -114,21 +121,21 @@ class ReconstructionMetrics(ABC):
         for row, values in rows.items():
             sample_metrics = self.sample_metrics(original, values)
             result.metrics[row] = {name: value.double().cpu().numpy() for name, value in sample_metrics.items()}
-        pixels = [to_uint8(values).cpu().numpy() for values in (original, *rows.values())]
+        pixels = [to_uint8(values).cpu().numpy() for values in (original, *(rows[row] for row in ROWS))]
         result.comparisons = [
             Comparison(samples.keys[n], np.stack([row[n] for row in pixels]), *self._example_scores(result, n))
             for n in self._select_examples(result)
         ]
         return result
 
-    def _reconstruct(self, original: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return the reconstructions, the bits of the tokens (B, N, L) and the duration in seconds."""
+    def _reconstruct(self, original: Tensor) -> tuple[Tensor, Tokens, float]:
+        """Return the reconstructions, the tokens and the duration in seconds."""
         start = time.perf_counter()
         tokens = self.tokenizer.encode(original)
         decoded = self.tokenizer.decode(tokens)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return decoded, tokens.bits_BNL, time.perf_counter() - start
+        return decoded, tokens, time.perf_counter() - start
 
     def _example_scores(self, result: BatchMetrics, index: int) -> tuple[list[float], list[float]]:
         values = ([float(result.metrics[row][name][index].mean()) for row in ROWS] for name in ("lpips", "psnr"))
@@ -153,15 +160,17 @@ class MetricAccumulator:
     Args:
         bits: number of bits per token (L).
         metrics_type: class that computed the batch metrics.
+        further_rows: names of the rows besides `ROWS`, which stand between them.
     """
 
-    def __init__(self, bits: int, metrics_type: type[ReconstructionMetrics]) -> None:
+    def __init__(self, bits: int, metrics_type: type[ReconstructionMetrics], further_rows: Iterable[str] = ()) -> None:
         self.usage = CodeUsage(bits)
         self.skipped: list[str] = []
         self.comparisons: list[Comparison] = []
         self.lpips_scores: list[float] = []
         self.num_samples, self._seconds, self._bits, self._metrics_type = 0, 0.0, bits, metrics_type
-        self._sums: dict[str, dict[str, np.ndarray]] = {row: {} for row in ROWS}
+        self._rows = (ROWS[0], *further_rows, *ROWS[1:])
+        self._sums: dict[str, dict[str, np.ndarray]] = {row: {} for row in self._rows}
         self._features: dict[str, FeatureStatistics] = {}
 
     def update(self, part: BatchMetrics) -> None:
@@ -198,16 +207,16 @@ class MetricAccumulator:
 
     def compute(self) -> dict[str, dict[str, float]]:
         """Return metrics by row and name; `samples_per_second` is the throughput of one worker."""
-        metrics = {row: {name: float(value.mean()) for name, value in self._means(row).items()} for row in ROWS}
+        metrics = {row: {name: float(value.mean()) for name, value in self._means(row).items()} for row in self._rows}
         if self._features:
-            for row in ROWS:
+            for row in self._rows:
                 metrics[row] |= self._metrics_type.distribution_metrics(self._features["original"], self._features[row])
         metrics["model"] |= self.usage.compute() | {"samples_per_second": self.num_samples / self._seconds}
         return metrics
 
     def per_frame(self) -> dict[str, dict[str, list[float]]]:
         """Return the mean metrics at each frame index of clips, by row and name."""
-        return {row: {name: v.tolist() for name, v in self._means(row).items() if v.ndim} for row in ROWS}
+        return {row: {name: v.tolist() for name, v in self._means(row).items() if v.ndim} for row in self._rows}
 
     def _means(self, row: str) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) / self.num_samples for name, value in self._sums[row].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
@@ -22,8 +23,10 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
-    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
-        super().__init__(model_url, weights, num_samples)
+    def __init__(
+        self, model_url: str, weights: WeightsKind, num_samples: int, bits_of_rows: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(model_url, weights, num_samples, bits_of_rows)
         self.i3d = I3D().to(self.device)
 
     def reconstruct_baseline(self, original: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ workers or stores the features of all samples. For clips the driver also writes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ def evaluate_reconstruction(
     limit: int | None = None,
     show_published: bool = False,
     max_skipped_samples: int = 0,
+    bits: Sequence[int] = (),
+    cut_bits: Sequence[int] = (),
     on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Measure a tokenizer on packed images or videos; write results.json, results.md and reconstructions.png.
@@ -70,6 +72,9 @@ def evaluate_reconstruction(
         limit: evaluate only the first images or clips, at most this number; None for all.
         show_published: append published results to results.md.
         max_skipped_samples: number of unreadable images or clips that may be skipped.
+        bits: numbers of bits per token that a tokenizer with nested bits is also measured at, each in a row "k bits".
+        cut_bits: numbers of bits that an ordinary tokenizer is also measured at, as a baseline for nested bits: its
+            tokens are cut, which its decoder was not trained for. Each has a row "cut to k bits".
         on_progress: called with the finished and the total number of images or clips.
 
     Returns:
@@ -77,13 +82,15 @@ def evaluate_reconstruction(
         also {"per_frame": {"model": {"psnr": [first frame, second frame, …], …}, …}}.
 
     Raises:
-        ValueError: the model or the data does not exist, or they do not match.
+        ValueError: the model or the data does not exist, or they do not match; or the tokenizer has fewer bits, or no
+            nested bits.
         RuntimeError: more than `max_skipped_samples` samples cannot be read.
     """
     # Actors may have another working folder.
     model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url, weights)
     run_config = config.require_stage(folder.config, config.TokenizerConfig, model_url)
+    bits_of_rows = _bits_of_rows(run_config.model.quantizer, bits, cut_bits)
     manifest = read_manifest(data_url)
     source = build_pixel_source(run_config, manifest)
     batch_size = batch_size or _DEFAULT_BATCH_SIZES[manifest.kind]
@@ -96,7 +103,9 @@ def evaluate_reconstruction(
             f"{model_url} has images of {size} x {size} pixels; measuring needs {MIN_SIDE['alex']} or more, because "
             "LPIPS is not defined for smaller ones"
         )
-    task = _EvaluationTask(run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total)
+    task = _EvaluationTask(
+        run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total, bits_of_rows
+    )
     accumulator = task.make_accumulator()
     skipped_samples = SkippedSamples(max_skipped_samples)
     for part in _run_locally(task) if workers == 0 else _run_on_ray(task, workers, address):
@@ -106,12 +115,39 @@ def evaluate_reconstruction(
     return _write_results(accumulator, task, out_url, show_published)
 
 
+def _bits_of_rows(
+    quantizer_config: config.QuantizerConfig, bits: Sequence[int], cut_bits: Sequence[int]
+) -> dict[str, int]:
+    """Return the number of bits of each row that decodes fewer bits than the tokenizer has.
+
+    Raises:
+        ValueError: the tokenizer has fewer bits, no nested bits, or no codes that can be cut.
+    """
+    if not bits and not cut_bits:
+        return {}
+    if not isinstance(quantizer_config, config.BSQConfig | config.LFQConfig):
+        raise ValueError(f"tokens of a {quantizer_config.kind} quantizer cannot be cut; use a BSQ or LFQ tokenizer")
+    if bits and not quantizer_config.keep:
+        raise ValueError(
+            "the tokenizer has no nested bits (model.quantizer.keep); measure it with cut_bits (--cut-bits), a "
+            "baseline that it was not trained for"
+        )
+    wrong = [number for number in (*bits, *cut_bits) if not 1 <= number < quantizer_config.bits]
+    if wrong:
+        raise ValueError(
+            f"cannot measure {wrong[0]} of {quantizer_config.bits} bits; use 1 to {quantizer_config.bits - 1}, all "
+            "bits are measured anyway"
+        )
+    return {f"{number} bits": number for number in bits} | {f"cut to {number} bits": number for number in cut_bits}
+
+
 @dataclass(frozen=True)
 class _EvaluationTask:
     """Model, data and options of one evaluation.
 
     Attributes:
         total: number of images or clips to evaluate.
+        bits_of_rows: number of bits of each row that decodes fewer bits than the tokenizer has.
     """
 
     run_config: config.TokenizerConfig
@@ -122,6 +158,7 @@ class _EvaluationTask:
     source: DataSource
     batch_size: int
     total: int
+    bits_of_rows: Mapping[str, int]
 
     @property
     def model_config(self) -> config.TokenizerModelConfig:
@@ -132,10 +169,10 @@ class _EvaluationTask:
         return ImageReconstructionMetrics if self.manifest.kind == "images" else ClipReconstructionMetrics
 
     def build_metrics(self) -> ReconstructionMetrics:
-        return self.metrics_type(self.model_url, self.weights, self.total)
+        return self.metrics_type(self.model_url, self.weights, self.total, self.bits_of_rows)
 
     def make_accumulator(self) -> MetricAccumulator:
-        return MetricAccumulator(self.model_config.quantizer.bits, self.metrics_type)
+        return MetricAccumulator(self.model_config.quantizer.bits, self.metrics_type, self.bits_of_rows)
 
     def accumulate(self, batches: Iterable[BatchMetrics]) -> MetricAccumulator:
         accumulator = self.make_accumulator()
@@ -195,8 +232,8 @@ def _write_results(
         raise RuntimeError(f"only {accumulator.num_samples} of {expected} of {task.manifest.url} could be read")
     model, is_video = task.model_config, task.manifest.kind == "videos"
     metrics = accumulator.compute()
-    for row_metrics in metrics.values():
-        row_metrics["bits_per_pixel"] = model.quantizer.bits / model.patch_size**2
+    for row, row_metrics in metrics.items():
+        row_metrics["bits_per_pixel"] = task.bits_of_rows.get(row, model.quantizer.bits) / model.patch_size**2
     unit, num_frames = ("frames_per_second", model.frames) if is_video else ("images_per_second", 1)
     metrics["model"][unit] = metrics["model"].pop("samples_per_second") * num_frames
     results: dict[str, Any] = {

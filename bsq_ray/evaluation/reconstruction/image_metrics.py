@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
@@ -18,8 +20,10 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
-    def __init__(self, model_url: str, weights: WeightsKind, num_samples: int) -> None:
-        super().__init__(model_url, weights, num_samples)
+    def __init__(
+        self, model_url: str, weights: WeightsKind, num_samples: int, bits_of_rows: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(model_url, weights, num_samples, bits_of_rows)
         self.inception = Inception().to(self.device)
 
     def reconstruct_baseline(self, original: Tensor) -> Tensor:
