@@ -67,14 +67,23 @@ def compress(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
     source: Annotated[str, typer.Argument(metavar="IN", help="Image or video, or - for stdin.")],
     out: Annotated[str, typer.Argument(metavar="OUT.bsq", help="Output file, or - for stdout.")],
+    bits: Annotated[int | None, typer.Option(min=1, help="Nested bits: bits per token to store. Default: all.")] = None,
+    target_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Nested bits: store as many bits per token as fit into this file size.")
+    ] = None,
+    target_lpips: Annotated[
+        float | None, typer.Option(help="Nested bits: store as few bits per token as reach this LPIPS (alex).")
+    ] = None,
     weights: WeightsOption = "ema",
 ) -> None:
     """Compress an image or a video to a .bsq file."""
     from bsq_ray.codec.files import compress_file
+    from bsq_ray.codec.rate import Rate
 
+    rate = Rate(bits, target_bytes, target_lpips)
     weights_kind = parse_weights(weights)
     with ProgressBar("compressing") as on_progress:
-        summary = compress_file(model, source, out, weights=weights_kind, on_progress=on_progress)
+        summary = compress_file(model, source, out, weights=weights_kind, on_progress=on_progress, rate=rate)
     print(summary, file=sys.stderr)
 
 

@@ -14,20 +14,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from bsq_ray import config, model_folder
-from bsq_ray.codec.container import Container, read_image_container, read_video_container
+from bsq_ray.codec.container import Container, read_container, read_image_container, read_video_container
 from bsq_ray.codec.entropy_coding import TokenEncoder
+from bsq_ray.codec.file_coders import FileCoder, GroupFileCoder, PlaneFileCoder
 from bsq_ray.codec.frame_decoder import FrameDecoder
-from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, build_file, iter_gops
-from bsq_ray.codec.header import CODING_PRIOR, CODING_RAW, Header, TokenFormat, VideoHeader, validate_header
+from bsq_ray.codec.frame_encoder import CompressedFile, FrameEncoder, iter_gops
+from bsq_ray.codec.header import (
+    CODING_PLANES,
+    CODING_PRIOR,
+    CODING_RAW,
+    Header,
+    TokenFormat,
+    VideoHeader,
+    validate_header,
+)
 from bsq_ray.codec.pixel_codec import build_pixel_codec
+from bsq_ray.codec.rate import PlaneLayout, Rate
 from bsq_ray.codec.rect import Rect
-from bsq_ray.codec.tile_groups import EncodedGroup, group_size
+from bsq_ray.codec.tile_groups import group_size
 from bsq_ray.media.color import SRGB, ColorDescription
 from bsq_ray.media.images import to_srgb
 from bsq_ray.media.limits import MAX_PIXELS
@@ -73,7 +84,9 @@ class Codec:
         self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
         self.batch_size = batch_size
         self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size)
-        self._encoder = FrameEncoder(TokenEncoder(self.prior, batch_size) if self.prior else None, self._pixel_codec)
+        self._token_encoder = TokenEncoder(self.prior, batch_size) if self.prior else None
+        self._encoder = FrameEncoder(self._pixel_codec)
+        self._plane_layout = _plane_layout(model_config.quantizer) if prior is None else None
         self.token_format = TokenFormat(
             model_config.image_size,
             model_config.patch_size,
@@ -102,11 +115,18 @@ class Codec:
         prior = Prior.from_pretrained(url, weights).to(device)
         return cls(Tokenizer.from_token_model(url, prior.config).to(device), prior, batch_size, decode_dtype)
 
-    def compress(self, image: Image.Image, on_progress: ProgressCallback = no_progress) -> CompressedFile:
+    def compress(
+        self, image: Image.Image, on_progress: ProgressCallback = no_progress, rate: Rate = Rate()
+    ) -> CompressedFile:
         """Compress an image after conversion to sRGB; transparent pixels are blended with white.
 
+        Args:
+            on_progress: called with groups done and their number; an exception raised by it stops the encoding.
+            rate: bits per token, or a target; other than all bits only with nested bits.
+
         Raises:
-            ValueError: the image exceeds the size limit of the format, or the tokenizer takes whole clips only.
+            ValueError: the image exceeds the size limit of the format, the tokenizer takes whole clips only or has no
+                nested bits, or the rate cannot be reached.
         """
         model_config = self.tokenizer.config
         if model_config.frames > 1 and not model_config.causal:
@@ -116,8 +136,12 @@ class Codec:
         pixels_THWC = np.array(to_srgb(image))[None]
         header = self._make_header(pixels_THWC.shape[2], pixels_THWC.shape[1], None)
         timings_s: dict[str, float] = {}
-        groups = self._encoder.encode_gop(header, pixels_THWC, timings_s, on_progress)
-        return build_file(header, self.token_format, groups, timings_s)
+        coder = self._start_coding(rate, header, timings_s)
+        coder.add(self._encoder.encode_gop(header, pixels_THWC, coder.encode, timings_s, on_progress))
+        if rate.target_lpips is None:
+            return coder.finish(header)
+        assert isinstance(coder, PlaneFileCoder)
+        return coder.finish_with_lpips(header, pixels_THWC[0], self.decompress)
 
     def compress_clip(
         self,
@@ -125,6 +149,7 @@ class Codec:
         frame_rate: Fraction | int,
         color: ColorDescription = SRGB,
         on_progress: ProgressCallback = no_progress,
+        rate: Rate = Rate(),
     ) -> CompressedFile:
         """Compress a clip, one group of pictures at a time.
 
@@ -133,36 +158,43 @@ class Codec:
             frame_rate: frames per second.
             color: color space, stored for players; pixel values are not converted.
             on_progress: called with the number of frames done and 0, because the total is unknown.
+            rate: as in `compress`; without `target_lpips`, for which all frames would be in memory.
 
         Raises:
-            ValueError: there are no frames, their sizes differ or are too large, or the frame rate is out of range.
+            ValueError: there are no frames, their sizes differ or are too large, or the frame rate is out of range; or
+                as in `compress`.
         """
+        if rate.target_lpips is not None:
+            raise ValueError("--target-lpips is for images; choose --bits or --target-bytes for a clip")
         frame_rate = Fraction(frame_rate)
         if frame_rate <= 0 or max(frame_rate.numerator, frame_rate.denominator) >= 2**32:
             raise ValueError(f"the frame rate {frame_rate} must be positive, its numerator and denominator below 2^32")
         timings_s: dict[str, float] = {}
-        groups: list[EncodedGroup] = []
         num_frames, gop_size = 0, self.tokenizer.config.frames
         header: Header | None = None
+        coder: FileCoder[Any] | None = None
         for pixels_THWC in iter_gops(frames, gop_size):
             num_frames += len(pixels_THWC)
             if header is None:
                 clip = VideoHeader(1, gop_size, frame_rate, color)
                 header = self._make_header(pixels_THWC.shape[2], pixels_THWC.shape[1], clip)
+                coder = self._start_coding(rate, header, timings_s)
+            assert coder is not None
             if pixels_THWC.shape[1:3] != (header.height, header.width):
                 raise ValueError("the frames of a clip must have the same size")
             # Pad the last group by repeating its last frame.
             padded_THWC = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], gop_size - len(pixels_THWC), 0)])
             frames_before = num_frames - len(pixels_THWC)
-            groups += self._encoder.encode_gop(
-                header, padded_THWC, timings_s, lambda *_, done=frames_before: on_progress(done, 0)
+            coder.add(
+                self._encoder.encode_gop(
+                    header, padded_THWC, coder.encode, timings_s, lambda *_, done=frames_before: on_progress(done, 0)
+                )
             )
             on_progress(num_frames, 0)
-        if header is None:
+        if header is None or coder is None:
             raise ValueError("the clip has no frames")
         assert header.clip is not None
-        header = replace(header, clip=replace(header.clip, num_frames=num_frames))
-        return build_file(header, self.token_format, groups, timings_s)
+        return coder.finish(replace(header, clip=replace(header.clip, num_frames=num_frames)))
 
     def decompress(
         self,
@@ -248,11 +280,38 @@ class Codec:
         )
         return self._decode_frames(container, range(num_available), None, no_progress, {}), num_available
 
+    def available_bits(self, data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+        """Return the bits per token that a file decodes to, and those that it had before it was cut.
+
+        Raises:
+            ValueError: as `decompress`.
+        """
+        container = read_container(data, self.token_format, False, max_pixels)
+        return container.num_bits, sum(container.header.plane_bits) or container.header.bits
+
+    def _start_coding(self, rate: Rate, header: Header, timings_s: dict[str, float]) -> FileCoder[Any]:
+        """Return the coder of the groups of a file.
+
+        Raises:
+            ValueError: the models cannot code this rate.
+        """
+        if self._plane_layout is not None:
+            return PlaneFileCoder(self._plane_layout, rate, self.token_format, timings_s)
+        if not rate.is_default:
+            raise ValueError(
+                "this model codes all bits of a token, so the rate is fixed; --bits, --target-bytes and --target-lpips "
+                "need a tokenizer trained with nested bits (model.quantizer.keep)"
+            )
+        return GroupFileCoder(self._token_encoder, header.gop_size, self.token_format, timings_s)
+
     def _make_header(self, width: int, height: int, clip: VideoHeader | None) -> Header:
+        coding = CODING_PRIOR if self.prior else CODING_RAW
+        if self._plane_layout is not None:
+            coding = CODING_PLANES
         header = Header(
             width,
             height,
-            CODING_PRIOR if self.prior else CODING_RAW,
+            coding,
             group_size(self.prior),
             self.token_format.model_key,
             tile_size=self.token_format.tile_size,
@@ -300,6 +359,14 @@ class Codec:
             matches = header.gop_size == model_config.frames
         if not matches or header.group_size > group_size(self.prior):
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
+        if header.plane_bits and self._plane_layout is None:
+            raise ValueError("the file contains planes of nested bits, which these models do not have")
+
+
+def _plane_layout(quantizer_config: config.QuantizerConfig) -> PlaneLayout | None:
+    """Return the planes of a quantizer with nested bits, otherwise None."""
+    keep = quantizer_config.keep if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig) else ()
+    return PlaneLayout(keep) if keep else None
 
 
 def _model_id(model: Tokenizer | Prior) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 
 from bsq_ray.codec import format_v1
 from bsq_ray.codec.header import (
-    CODING_PRIOR,
+    CODING_PLANES,
     GROUP_SIZES,
     MAGIC,
     VERSION,
@@ -26,8 +26,10 @@ from bsq_ray.codec.header import (
     TokenFormat,
     VideoHeader,
     check_clip,
+    read_planes,
     validate_header,
 )
+from bsq_ray.codec.plane_index import PlaneIndex, read_plane_index
 from bsq_ray.codec.varint import read_varint, write_varint
 from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.limits import MAX_PIXELS
@@ -48,6 +50,7 @@ class Container:
         binding: bytes that the checksums of tokens extend over.
         is_preview: the file may be truncated.
         index_v1: checksums of version 1; None for version 2.
+        planes: positions of the planes of nested bits; None for other codings, whose groups have one payload each.
     """
 
     header: Header
@@ -57,6 +60,12 @@ class Container:
     binding: bytes
     is_preview: bool
     index_v1: np.ndarray | None = None
+    planes: PlaneIndex | None = None
+
+    @property
+    def num_bits(self) -> int:
+        """Number of bits per token that can be decoded: those of the planes before the end of the file."""
+        return self.header.bits if self.planes is None else self.planes.num_bits
 
     def payload(self, group_index: int) -> bytes | None:
         """Return the payload of a group, or None if the file is truncated before its end.
@@ -84,11 +93,15 @@ class Container:
 
     def may_be_truncated(self, group_index: int) -> bool:
         """Return whether a preview cannot know if this group is complete: version 2 does not store its size."""
-        return self.is_preview and self.index_v1 is None and group_index == len(self.sizes_G) - 1
+        return (
+            self.is_preview and self.index_v1 is None and self.planes is None and group_index == len(self.sizes_G) - 1
+        )
 
     @property
     def num_complete_groups(self) -> int:
         """Number of groups whose payload is complete; the end of the last group is only known by its checksum."""
+        if self.planes is not None:
+            return self.header.num_groups
         return int(((self.sizes_G >= 0) & (self.offsets_G + self.sizes_G <= len(self.data))).sum())
 
 
@@ -149,6 +162,10 @@ def read_container(
     )
     validate_header(header, max_pixels)
     binding = data[:start] + token_format.pack()
+    if header.coding == CODING_PLANES:
+        planes = read_plane_index(data, header, start, binding)
+        none_G = np.empty(0, np.int64)
+        return Container(header, data, none_G, none_G, binding, not require_complete, planes=planes)
     sizes, end = _read_sizes(data, header, start)
     check_bytes = _CRC_BYTES * header.gop_size
     starts_G = end + np.cumsum([0, *(size + check_bytes for size in sizes)], dtype=np.int64) + check_bytes
@@ -181,9 +198,9 @@ def _read_sizes(data: bytes, header: Header, start: int) -> tuple[list[int], int
 
 
 def _check_models(header: Header, token_format: TokenFormat) -> None:
-    if header.coding == CODING_PRIOR and not token_format.prior_id:
+    if header.has_prior and not token_format.prior_id:
         raise ValueError(f"the file was written with a prior ({header.models_text}); load the prior's model folder")
-    if header.coding != CODING_PRIOR and token_format.prior_id:
+    if not header.has_prior and token_format.prior_id:
         raise ValueError("the file was written without a prior; load the tokenizer's model folder")
     if not header.is_written_with(token_format.tokenizer_id, token_format.prior_id):
         ids = f"tokenizer {token_format.tokenizer_id[:8].hex()}"
@@ -250,10 +267,17 @@ def _read_header(data: bytes, max_pixels: int) -> tuple[Header, int]:
     key = data[offset : offset + 2]
     if len(key) < 2:
         raise ValueError("the file is truncated: it ends inside its header")
-    group_size = GROUP_SIZES[flags >> 6]
-    header = Header(width + 1, height + 1, flags >> 4 & 3, group_size, key, clip=clip)
+    group_size, coding, offset = GROUP_SIZES[flags >> 6], flags >> 4 & 3, offset + 2
+    plane_bits: tuple[int, ...] = ()
+    has_plane_prior = False
+    if coding == CODING_PLANES:
+        plane_bits, has_plane_prior, offset = read_planes(data, offset)
+    header = Header(
+        width + 1, height + 1, coding, group_size, key, clip=clip, plane_bits=plane_bits,
+        has_plane_prior=has_plane_prior,
+    )  # fmt: skip
     validate_header(header, max_pixels)
-    return header, offset + 2
+    return header, offset
 
 
 def _read_clip(data: bytes, offset: int) -> tuple[VideoHeader, int]:

@@ -26,6 +26,7 @@ from bsq_ray import storage
 from bsq_ray.codec.codec import Box, Codec, CompressedFile
 from bsq_ray.codec.container import read_header
 from bsq_ray.codec.header import VideoHeader
+from bsq_ray.codec.rate import Rate
 from bsq_ray.media.decode_error import UnknownFormatError, translate_decode_errors
 from bsq_ray.media.images import decode_image
 from bsq_ray.media.limits import MAX_PIXELS
@@ -85,11 +86,15 @@ def compress_file(
     destination: str,
     weights: WeightsKind = "ema",
     on_progress: ProgressCallback = no_progress,
+    rate: Rate = Rate(),
 ) -> str:
     """Compress an image or video file; return one line with sizes and times.
 
+    Args:
+        rate: bits per token, or a target; other than all bits only with nested bits.
+
     Raises:
-        ValueError: the model or the file cannot be read, or the result cannot be written.
+        ValueError: the model or the file cannot be read, the rate cannot be reached, or the result cannot be written.
     """
     codec = Codec.from_pretrained(model_url, weights)
     start_time = time.perf_counter()
@@ -97,17 +102,19 @@ def compress_file(
         image = None if source.lower().endswith(VIDEO_SUFFIXES) else _open_image(file, source)
         try:
             if image is not None:
-                compressed, description = codec.compress(image, on_progress), f"{image.width} x {image.height} px"
+                compressed, description = codec.compress(image, on_progress, rate), f"{image.width} x {image.height} px"
             else:
                 file.seek(0)
-                compressed, description = _compress_video(codec, read_video(file), on_progress)
+                compressed, description = _compress_video(codec, read_video(file), on_progress, rate)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     _write_output(destination, compressed.data)
     return f"{source}: {description} {_summary(compressed)}, {time.perf_counter() - start_time:.2f} s in total"
 
 
-def _compress_video(codec: Codec, video: VideoStream, on_progress: ProgressCallback) -> tuple[CompressedFile, str]:
+def _compress_video(
+    codec: Codec, video: VideoStream, on_progress: ProgressCallback, rate: Rate
+) -> tuple[CompressedFile, str]:
     size = (0, 0)
 
     def frames() -> Iterator[np.ndarray]:
@@ -117,7 +124,7 @@ def _compress_video(codec: Codec, video: VideoStream, on_progress: ProgressCallb
             yield frame
 
     compressed = codec.compress_clip(
-        frames(), video.frame_rate, video.color, lambda done, _: on_progress(done, video.num_frames)
+        frames(), video.frame_rate, video.color, lambda done, _: on_progress(done, video.num_frames), rate
     )
     sound_note = ", without its sound" if video.has_audio else ""
     return (
@@ -135,7 +142,10 @@ def _summary(compressed: CompressedFile) -> str:
             f"({fraction:.1%}) with the prior, plus {compressed.side_info_bits / 8:.0f} of side information"
         )
     timing_note = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in compressed.timings_s.items())
-    return f"in {len(compressed.data)} bytes, {compressed.bits_per_pixel:.4f} bits per pixel{prior_note}; {timing_note}"
+    return (
+        f"in {len(compressed.data)} bytes, {compressed.bits_per_pixel:.4f} bits per pixel, {compressed.num_bits} bits "
+        f"per token{prior_note}; {timing_note}"
+    )
 
 
 def decompress_file(
@@ -187,6 +197,9 @@ def decompress_file(
             )
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    available, stored = codec.available_bits(data, selection.max_pixels)
+    if available < stored:
+        description += f", {available} of {stored} bits per token, because the file is cut"
     timing_note = ", ".join(f"{name} {elapsed_s:.2f} s" for name, elapsed_s in timings_s.items())
     return f"{source}: {description}; {timing_note}, {time.perf_counter() - start_time:.2f} s in total"
 

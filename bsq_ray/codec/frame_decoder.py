@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bsq_ray.codec.container import Container
 from bsq_ray.codec.pixel_codec import PixelCodec
+from bsq_ray.codec.plane_groups import decode_plane_groups
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import decode_groups, max_groups_per_pass
 from bsq_ray.codec.tiles import place_tiles
@@ -71,7 +72,9 @@ class FrameDecoder:
             frame_ranges = [self._frames_of_gop(gop) for gop in gops]
             # With a causal tokenizer, frames do not depend on the tokens of later frames.
             is_causal = self._pixel_codec.tokenizer.config.causal
-            num_frames = max(r.stop for r in frame_ranges) if is_causal else self._header.gop_size
+            # The checksums of planes extend over all frames.
+            can_stop_early = is_causal and self._container.planes is None
+            num_frames = max(r.stop for r in frame_ranges) if can_stop_early else self._header.gop_size
             bits_GRCNL, available_GRC = self._decode_tokens(gops, num_frames)
             for bits_RCNL, available_RC, frame_range in zip(bits_GRCNL, available_GRC, frame_ranges, strict=True):
                 yield from self._compose(bits_RCNL, available_RC, num_frames, frame_range)
@@ -93,29 +96,35 @@ class FrameDecoder:
         """Return bits (G, R, C, N, L) of the first `num_frames` frames, and which tiles (G, R, C) are available."""
         header, groups = self._header, self._groups
         shape = len(gops), self._tiles.height, self._tiles.width
-        bits_GRCNL = torch.zeros(*shape, num_frames * header.tokens_per_frame, header.bits, dtype=torch.bool)
+        bits_GRCNL = torch.zeros(
+            *shape, num_frames * header.tokens_per_frame, self._container.num_bits, dtype=torch.bool
+        )
         available_GRC = torch.zeros(shape, dtype=torch.bool)
         groups_to_decode = [
             (gop * header.groups_per_gop + number, tiles.height * tiles.width)
             for gop in gops
             for number, tiles in groups
         ]
-        decoded = decode_groups(
-            self._prior,
-            self._container,
-            groups_to_decode,
-            num_frames,
-            self._batch_size,
-            self._timings_s,
-            self._report_progress,
-        )
-        for index, bits_BNL in decoded:
+        for index, bits_BNL in self._decode_groups(groups_to_decode, num_frames):
             self._num_groups_done += 1
             gop, (_, tiles) = index // len(groups), groups[index % len(groups)]
             group_RCNL = bits_BNL.unflatten(0, (tiles.height, tiles.width))
             place_tiles(bits_GRCNL[gop], available_GRC[gop], group_RCNL, tiles, self._tiles)
             self._report_progress()
         return bits_GRCNL, available_GRC
+
+    def _decode_groups(self, groups: list[tuple[int, int]], num_frames: int) -> Iterator[tuple[int, Tensor]]:
+        if self._container.planes is not None:
+            return decode_plane_groups(self._container, groups, self._report_progress)
+        return decode_groups(
+            self._prior,
+            self._container,
+            groups,
+            num_frames,
+            self._batch_size,
+            self._timings_s,
+            self._report_progress,
+        )
 
     def _compose(
         self, bits_RCNL: Tensor, available_RC: Tensor, num_frames: int, frame_range: range

@@ -10,20 +10,25 @@ T frames, H and W pixels, and in arrays of pixels C colors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bsq_ray.codec.container import write_container
-from bsq_ray.codec.entropy_coding import TokenEncoder
 from bsq_ray.codec.header import Header, TokenFormat
 from bsq_ray.codec.pixel_codec import PixelCodec
+from bsq_ray.codec.plane_groups import BitRange
+from bsq_ray.codec.plane_index import EncodedPlane, plane_ranges, write_planes
 from bsq_ray.codec.rect import Rect
-from bsq_ray.codec.tile_groups import EncodedGroup, encode_group
+from bsq_ray.codec.tile_groups import EncodedGroup
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.runtime.progress_callback import ProgressCallback
+
+GroupT = TypeVar("GroupT")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class CompressedFile:
         side_info_bits: number of bits of side information; 0 without a prior.
         timings_s: seconds spent in "tokenizer", "prior" and "coder".
         num_frames: number of frames; 1 for an image.
+        num_bits: number of bits per token in the file.
     """
 
     data: bytes
@@ -47,36 +53,41 @@ class CompressedFile:
     side_info_bits: int
     timings_s: dict[str, float]
     num_frames: int = 1
+    num_bits: int = 0
 
 
 class FrameEncoder:
     """Encodes groups of pictures.
 
     Args:
-        token_encoder: entropy coder of the tokens; None stores them as raw bits.
         pixel_codec: runs the tokenizer.
     """
 
-    def __init__(self, token_encoder: TokenEncoder | None, pixel_codec: PixelCodec) -> None:
-        self._token_encoder, self._pixel_codec = token_encoder, pixel_codec
+    def __init__(self, pixel_codec: PixelCodec) -> None:
+        self._pixel_codec = pixel_codec
 
     def encode_gop(
         self,
         header: Header,
         pixels_THWC: np.ndarray,
+        encode: Callable[[Tensor], GroupT],
         timings_s: dict[str, float],
         on_progress: ProgressCallback,
-    ) -> list[EncodedGroup]:
+    ) -> list[GroupT]:
         """Encode one group of pictures.
 
         Args:
             header: header of the file.
             pixels_THWC: uint8, T = header.gop_size.
+            encode: encodes the tokens (B, N, L) of a group.
             timings_s: elapsed seconds are added to its entries.
             on_progress: called with the finished and the total number of groups; an exception raised by it cancels.
+
+        Returns:
+            The results of `encode`, in the order of the file.
         """
         num_groups = header.groups_per_gop
-        groups: list[EncodedGroup] = []
+        groups: list[GroupT] = []
         rows, columns = header.tile_grid
         pixels_CTHW = torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)
         # Encoding a few rows of groups at a time limits the memory for tiles and tokens.
@@ -88,27 +99,52 @@ class FrameEncoder:
                     pixels_CTHW, strip, lambda: on_progress(len(groups), num_groups)
                 )
             for _, group_tiles in header.iter_groups(strip):
-                group_BNL = bits_RCNL[group_tiles.relative_to(strip).slices()].flatten(0, 1)
-                groups.append(encode_group(self._token_encoder, group_BNL, header.gop_size, timings_s))
+                groups.append(encode(bits_RCNL[group_tiles.relative_to(strip).slices()].flatten(0, 1)))
                 on_progress(len(groups), num_groups)
         return groups
 
 
 def build_file(
-    header: Header, token_format: TokenFormat, groups: list[EncodedGroup], timings_s: dict[str, float]
+    header: Header, token_format: TokenFormat, groups: Sequence[EncodedGroup], timings_s: dict[str, float]
 ) -> CompressedFile:
     """Assemble a file from all groups, in the order of the file."""
     payloads, bits_crcs = [group.payload for group in groups], [group.bits_crcs for group in groups]
     data = write_container(header, token_format, payloads, bits_crcs)
+    return _with_statistics(data, header, header.bits, groups, timings_s)
+
+
+def build_plane_file(
+    header: Header,
+    token_format: TokenFormat,
+    groups: Sequence[Mapping[BitRange, EncodedPlane]],
+    plane_bits: tuple[int, ...],
+    timings_s: dict[str, float],
+) -> CompressedFile:
+    """Assemble a file with planes from all groups, in the order of the file."""
+    header = replace(header, plane_bits=plane_bits)
+    planes_PG = [[group[plane] for group in groups] for plane in plane_ranges(plane_bits)]
+    data = write_planes(header, token_format, planes_PG)
+    all_planes = [plane for planes_G in planes_PG for plane in planes_G]
+    return _with_statistics(data, header, sum(plane_bits), all_planes, timings_s)
+
+
+def _with_statistics(
+    data: bytes,
+    header: Header,
+    num_bits: int,
+    parts: Sequence[EncodedGroup | EncodedPlane],
+    timings_s: dict[str, float],
+) -> CompressedFile:
     rows, columns = header.tile_grid
     return CompressedFile(
         data,
         bits_per_pixel=8 * len(data) / (header.width * header.height * header.num_frames),
-        raw_bits=rows * columns * header.tokens_per_frame * header.bits * header.gop_size * header.num_gops,
-        cross_entropy_bits=sum(group.cross_entropy_bits for group in groups),
-        side_info_bits=sum(group.side_info_bits for group in groups),
+        raw_bits=rows * columns * header.tokens_per_tile * num_bits * header.num_gops,
+        cross_entropy_bits=sum(part.cross_entropy_bits for part in parts),
+        side_info_bits=sum(part.side_info_bits for part in parts),
         timings_s=timings_s,
         num_frames=header.num_frames,
+        num_bits=num_bits,
     )
 
 

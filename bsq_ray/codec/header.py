@@ -14,7 +14,9 @@ from bsq_ray.media.color import ColorDescription
 from bsq_ray.media.limits import MAX_PIXELS
 
 MAGIC, VERSION = b"BSQ1", 2
-CODING_RAW, CODING_PRIOR = 0, 1
+CODING_RAW, CODING_PRIOR, CODING_PLANES = 0, 1, 2
+# Bit of the number of planes that marks entropy coding with a prior.
+_PLANES_PRIOR_FLAG = 128
 # Sides of a group in tiles; the header contains the index.
 GROUP_SIZES = (1, 2, 4)
 # Tiles are padded, so an image one pixel high can decode to a hundred times its pixels. Callers cannot change this.
@@ -71,13 +73,15 @@ class Header:
 
     Attributes:
         width, height: size of the image in pixels.
-        coding: `CODING_RAW` (no entropy coding) or `CODING_PRIOR`.
+        coding: `CODING_RAW` (no entropy coding), `CODING_PRIOR`, or `CODING_PLANES` (nested bits, see `planes`).
         group_size: side of a group in tiles.
         model_key: see `TokenFormat`; empty in version 1.
         tokenizer, prior: first 8 bytes of the models' ids in version 1; the prior's are zero with `CODING_RAW`.
         tile_size, patch_size, bits: see `TokenFormat`; zero until the models are known.
         version: version of the format.
         clip: timing and color of a clip; None for an image.
+        plane_bits: number of bits of a token in each plane, with `CODING_PLANES`.
+        has_plane_prior: planes are entropy coded with a prior.
     """
 
     width: int
@@ -92,6 +96,18 @@ class Header:
     bits: int = 0
     version: int = VERSION
     clip: VideoHeader | None = field(default=None, kw_only=True)
+    plane_bits: tuple[int, ...] = field(default=(), kw_only=True)
+    has_plane_prior: bool = field(default=False, kw_only=True)
+
+    @property
+    def has_prior(self) -> bool:
+        """Return whether the tokens are entropy coded with a prior."""
+        return self.coding == CODING_PRIOR or self.has_plane_prior
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Number of coded tokens per tile, of all frames of a group of pictures."""
+        return self.gop_size * self.tokens_per_frame
 
     @property
     def tile_grid(self) -> tuple[int, int]:
@@ -165,7 +181,27 @@ class Header:
             rate = self.clip.frame_rate
             fields = self.clip.num_frames, self.clip.gop_size, rate.numerator, rate.denominator
             packed += b"".join(map(write_varint, fields)) + bytes(self.clip.color)
-        return packed + self.model_key
+        packed += self.model_key
+        if self.coding == CODING_PLANES:
+            packed += bytes([len(self.plane_bits) | _PLANES_PRIOR_FLAG * self.has_plane_prior, *self.plane_bits])
+        return packed
+
+
+def read_planes(data: bytes, offset: int) -> tuple[tuple[int, ...], bool, int]:
+    """Return the bits of each plane, whether they are coded with a prior, and the offset after them.
+
+    Raises:
+        ValueError: the data ends, or there is no plane or one without bits.
+    """
+    if offset >= len(data):
+        raise ValueError("the file is truncated: it ends inside its header")
+    count, has_prior = data[offset] & ~_PLANES_PRIOR_FLAG, bool(data[offset] & _PLANES_PRIOR_FLAG)
+    plane_bits = tuple(data[offset + 1 : offset + 1 + count])
+    if len(plane_bits) < count:
+        raise ValueError("the file is truncated: it ends inside its header")
+    if not count or min(plane_bits) < 1 or sum(plane_bits) > 128:
+        raise ValueError("the file is damaged: its header has invalid planes")
+    return plane_bits, has_prior, offset + 1 + count
 
 
 def _model_key(tokenizer_id: bytes, prior_id: bytes) -> bytes:
@@ -182,13 +218,14 @@ def validate_header(header: Header, max_pixels: int = MAX_PIXELS) -> None:
         raise ValueError(
             f"the file claims {header.width} x {header.height} pixels; the limit is 1 to {max_pixels} pixels"
         )
-    is_valid = header.coding in (CODING_RAW, CODING_PRIOR) and 1 <= header.group_size <= GROUP_SIZES[-1]
+    is_valid = header.coding in (CODING_RAW, CODING_PRIOR, CODING_PLANES) and 1 <= header.group_size <= GROUP_SIZES[-1]
     if header.tile_size or header.version == 1:
         is_valid = is_valid and bool(
             header.patch_size
             and header.tile_size >= header.patch_size
             and header.tile_size % header.patch_size == 0
             and 1 <= header.bits <= 128
+            and sum(header.plane_bits) <= header.bits
         )
     if not is_valid:
         raise ValueError("the file is damaged: its header has invalid tiles, tokens or coding")

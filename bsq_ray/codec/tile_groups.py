@@ -19,7 +19,7 @@ from torch import Tensor
 from bsq_ray.codec.bitstream import BitstreamError, GroupBitstream, GroupBitstreamV1
 from bsq_ray.codec.container import Container
 from bsq_ray.codec.entropy_coding import TokenEncoder, decode_tokens
-from bsq_ray.codec.header import CODING_PRIOR, Header
+from bsq_ray.codec.header import Header
 from bsq_ray.codec.side_info import SideInfoError
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
@@ -56,9 +56,9 @@ def encode_group(
     encoder: TokenEncoder | None, bits_BNL: Tensor, num_frames: int, timings_s: dict[str, float]
 ) -> EncodedGroup:
     """Encode the tokens of a group; without an encoder as raw bits."""
-    bits_crcs = [zlib.crc32(_pack(part)) for part in bits_BNL.chunk(num_frames, 1)]
+    bits_crcs = [zlib.crc32(pack_tokens(part)) for part in bits_BNL.chunk(num_frames, 1)]
     if encoder is None:
-        return EncodedGroup(_pack(bits_BNL), bits_crcs, 0.0, 0)
+        return EncodedGroup(pack_tokens(bits_BNL), bits_crcs, 0.0, 0)
     encoded = encoder.encode(bits_BNL, timings_s)
     return EncodedGroup(encoded.data, bits_crcs, encoded.cross_entropy_bits, encoded.side_info_bits)
 
@@ -101,8 +101,8 @@ def decode_groups(
             )  # fmt: skip
             for group_index, bits_BNL in zip(group_indices, decoded, strict=True):
                 for frame, part in enumerate(bits_BNL.chunk(num_frames, 1)):
-                    if not container.has_tokens(group_index, frame, _pack(part)):
-                        raise ValueError(_mismatch_message(container.header, group_index))
+                    if not container.has_tokens(group_index, frame, pack_tokens(part)):
+                        raise ValueError(mismatch_message(container.header, group_index))
         except ValueError:
             if container.may_be_truncated(group_indices[0]):
                 continue
@@ -134,7 +134,7 @@ def _decode_payloads(
     """Return the bits (B, N, L) of the first tokens of each group."""
     num_coded_tokens = header.gop_size * header.tokens_per_frame
     if prior is None:
-        return [_unpack(payloads[0], tile_counts[0], num_coded_tokens, header.bits)[:, :num_tokens]]
+        return [unpack_tokens(payloads[0], tile_counts[0], num_coded_tokens, header.bits)[:, :num_tokens]]
     bitstream_type = GroupBitstreamV1 if header.version == 1 else GroupBitstream
     try:
         return decode_tokens(
@@ -142,19 +142,25 @@ def _decode_payloads(
             bitstream_type,
         )  # fmt: skip
     except (BitstreamError, SideInfoError) as error:
-        raise ValueError(_mismatch_message(header, first_group)) from error
+        raise ValueError(mismatch_message(header, first_group)) from error
 
 
-def _mismatch_message(header: Header, group_index: int) -> str:
+def mismatch_message(header: Header, group_index: int) -> str:
+    """Return the message of the error that a group's tokens do not match their checksum."""
     message = f"group {group_index} does not match its checksum: the file is damaged"
     if header.version > 1:
         message += " or truncated"
-    if header.coding == CODING_PRIOR:
+    if header.has_prior:
         message += ", or this machine's logits differ from the encoder's by more than the file allows"
     return message
 
 
-def _unpack(payload: bytes, num_tiles: int, num_tokens: int, bits: int) -> Tensor:
+def unpack_tokens(payload: bytes, num_tiles: int, num_tokens: int, bits: int) -> Tensor:
+    """Return the bits (num_tiles, num_tokens, bits) of a payload without a prior.
+
+    Raises:
+        ValueError: the payload has another size.
+    """
     num_bits = num_tiles * num_tokens * bits
     if len(payload) != -(-num_bits // 8):
         problem = "truncated" if len(payload) < -(-num_bits // 8) else "damaged"
@@ -165,7 +171,8 @@ def _unpack(payload: bytes, num_tiles: int, num_tokens: int, bits: int) -> Tenso
     return unpack_bits(packed, num_bits).view(num_tiles, num_tokens, bits)
 
 
-def _pack(bits: Tensor) -> bytes:
+def pack_tokens(bits: Tensor) -> bytes:
+    """Pack bits of any shape into bytes; the last byte is padded with zeros."""
     packed: bytes = pack_bits(bits.flatten()).numpy().tobytes()
     return packed
 

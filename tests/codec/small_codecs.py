@@ -25,6 +25,24 @@ def save_codec(folder, prior_config=PRIOR_CONFIG):
     return save_prior(folder, save_tokenizer(folder.parent / f"{folder.name}-tokenizer", 0), prior_config)
 
 
+def save_nested_tokenizer(url, frames=1):
+    """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, trained for 4, 7 and 10 bits in name only."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    model_config = config.TokenizerModelConfig(
+        image_size=32,
+        frames=frames,
+        encoder=config.TransformerConfig(**sizes),
+        decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+        quantizer=config.BSQConfig(bits=10, keep=(4, 7, 10)),
+    )
+    tokenizer = Tokenizer(model_config)
+    with torch.no_grad():
+        tokenizer.decoder.head[-1].weight.mul_(5)
+    tokenizer.save_pretrained(str(url))
+    return str(url)
+
+
 class NoisyPrior(torch.nn.Module):
     """A prior on another machine: every logit differs by up to an amount, at random."""
 

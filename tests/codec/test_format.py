@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_codecs import save_clip_codec
+from small_codecs import save_clip_codec, save_nested_tokenizer
 
 from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.codec import probabilities
 from bsq_ray.codec.bitstream import encode_nodes
 from bsq_ray.codec.container import read_container
 from bsq_ray.codec.header import TokenFormat
+from bsq_ray.codec.rate import Rate
 from bsq_ray.models.tokenizer import Tokens
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "bsq-format.md").read_text()
@@ -132,8 +133,14 @@ def read_varint(data, offset):
             return value, offset
 
 
+def group_tiles(tokens, g, down, across, group):
+    """The tiles of a group, as a view."""
+    gop, row, column = g // (down * across), g // across % down * group, g % across * group
+    return tokens[gop, row : row + group, column : column + group]
+
+
 def read_file(data, token_format, prior):
-    """Header fields, and the bits (GOP, row, column of tiles, token, bit)."""
+    """Header fields, and the bits (GOP, row, column of tiles, token, bit); of a cut file, those of its whole planes."""
     tile, patch, size, tokenizer_id, prior_id = token_format
     assert data[:4] == b"BSQ1"
     assert data[4] & 7 == 2
@@ -141,6 +148,7 @@ def read_file(data, token_format, prior):
     width, offset = read_varint(data, 5)
     height, offset = read_varint(data, offset)
     width, height, frames, t = width + 1, height + 1, 1, 1
+    image_width = width
     if is_clip:
         frames, offset = read_varint(data, offset)
         t, offset = read_varint(data, offset)
@@ -148,10 +156,38 @@ def read_file(data, token_format, prior):
             _, offset = read_varint(data, offset)
         offset += 4
     assert data[offset : offset + 2] == hashlib.sha256(tokenizer_id + prior_id).digest()[:2]
-    header, offset = data[: offset + 2], offset + 2
+    offset, planes, with_prior = offset + 2, [], coding == 1
+    if coding == 2:
+        count, with_prior = data[offset] & 127, data[offset] >> 7
+        planes, offset = list(data[offset + 1 : offset + 1 + count]), offset + 1 + count
+    header = data[:offset]
     rows, columns, gops = -(-height // tile), -(-width // tile), -(-frames // t)
     across, down, side = -(-columns // group), -(-rows // group), tile // patch
     num_groups, lengths = gops * down * across, []
+    bound_ids = struct.pack("<HBB", tile, patch, size) + tokenizer_id + prior_id
+    if coding == 2:
+        for _ in range(len(planes) * num_groups):
+            length, offset = read_varint(data, offset)
+            lengths.append(length)
+        assert struct.unpack_from("<I", data, offset)[0] == zlib.crc32(data[:offset])
+        offset += 4
+        assert offset + 4 * len(lengths) + sum(lengths) >= len(data)
+        parts = []
+        for p, width in enumerate(planes):
+            plane_lengths = lengths[p * num_groups : (p + 1) * num_groups]
+            if offset + 4 * num_groups + sum(plane_lengths) > len(data):
+                break
+            bits = np.zeros((gops, rows, columns, t * side * side, width), bool)
+            for g, length in enumerate(plane_lengths):
+                check, payload = struct.unpack_from("<I", data, offset)[0], data[offset + 4 : offset + 4 + length]
+                offset += 4 + length
+                part = group_tiles(bits, g, down, across, group)
+                values = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")
+                part[:] = values[: part.size].reshape(part.shape)
+                bound = struct.pack("<IHI", g, p, length) + header + bound_ids
+                assert zlib.crc32(pack(part) + bound) == check
+            parts.append(bits)
+        return (image_width, height, frames, t, tile, patch), np.concatenate(parts, -1)
     if num_groups > 1:
         for _ in range(num_groups - 1):
             length, offset = read_varint(data, offset)
@@ -164,10 +200,9 @@ def read_file(data, token_format, prior):
         offset += 4 * t
         end = offset + lengths[g] if g < num_groups - 1 else len(data)
         payload, offset = data[offset:end], end
-        gop, row, column = g // (down * across), g // across % down * group, g % across * group
-        part = tokens[gop, row : row + group, column : column + group]
+        part = group_tiles(tokens, g, down, across, group)
         tiles = part.shape[0] * part.shape[1]
-        if coding:
+        if with_prior:
             bits = decode_payload(
                 payload, logit_function(prior), tiles, t * side * side, prior.config.num_sub_tokens,
                 prior.config.sub_bits,
@@ -178,8 +213,8 @@ def read_file(data, token_format, prior):
         part[:] = bits.reshape(part.shape)
         for f, check in enumerate(checks):
             packed = pack(part.reshape(tiles, t, side * side, size)[:, f])
-            bound = struct.pack("<IHI", g, f, len(payload)) + header + struct.pack("<HBB", tile, patch, size)
-            assert zlib.crc32(packed + bound + tokenizer_id + prior_id) == check
+            bound = struct.pack("<IHI", g, f, len(payload)) + header + bound_ids
+            assert zlib.crc32(packed + bound) == check
     return (width, height, frames, t, tile, patch), tokens
 
 
@@ -263,6 +298,29 @@ def test_reference_decoder_decodes_clips(tmp_path, photos):
     header_fields, tokens = read_file(data, token_format(codec), Prior.from_pretrained(folder))
     decoded = np.concatenate([decode_frames(gop, header_fields, tokenizer) for gop in tokens])[:6]
     assert (decoded == np.stack(list(codec.decompress_clip(data)))).all()
+
+
+@pytest.mark.parametrize("num_bits", [4, 7, 9])
+def test_reference_decoder_decodes_planes(tmp_path, photos, num_bits):
+    """Also files that are cut inside their last plane."""
+    codec = Codec.from_pretrained(save_nested_tokenizer(tmp_path))
+    tokenizer = Tokenizer.from_pretrained(str(tmp_path)).double()
+    data = codec.compress(photos[0].resize((150, 40)), rate=Rate(num_bits)).data
+    for part in (data, data[:-1]) if num_bits > 4 else (data,):
+        header_fields, tokens = read_file(part, token_format(codec), None)
+        assert tokens.shape[-1] == codec.available_bits(part)[0]
+        assert decode_frames(tokens[0], header_fields, tokenizer)[0].tobytes() == codec.decompress(part).tobytes()
+
+
+def test_format_page_planes_example_decodes():
+    for size, num_bits in ((None, 4), (-1, 3)):
+        data = example("planes")[:size]
+        header_fields, tokens = read_file(data, EXAMPLE_FORMAT, None)
+        assert header_fields == (20, 10, 1, 1, 16, 8)
+        values = np.array([[1, 2, 4, 8], [15, 0, 9, 6]]) % 2**num_bits
+        assert (tokens[0, 0] @ (1 << np.arange(num_bits)) == values).all()
+        planes = read_container(data, TokenFormat(*EXAMPLE_FORMAT)).planes
+        assert planes.payload(0, 0) == pack(tokens[0, 0][..., :3])
 
 
 def test_format_page_probabilities_are_correct():
