@@ -257,6 +257,8 @@ def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
     if model.get("position", "learned") == "learned":
         for key in ("position", "attention_radius", "position_period"):
             model.pop(key, None)
+    if model.get("order") == "token":
+        del model["order"]
     quantizer = model.get("quantizer")
     if isinstance(quantizer, dict) and not quantizer.get("keep"):
         model["quantizer"] = {key: value for key, value in quantizer.items() if key != "keep"}

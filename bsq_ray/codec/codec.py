@@ -86,7 +86,7 @@ class Codec:
         self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size)
         self._token_encoder = TokenEncoder(self.prior, batch_size) if self.prior else None
         self._encoder = FrameEncoder(self._pixel_codec)
-        self._plane_layout = _plane_layout(model_config.quantizer) if prior is None else None
+        self._plane_layout = _plane_layout(model_config.quantizer, prior)
         self.token_format = TokenFormat(
             model_config.image_size,
             model_config.patch_size,
@@ -204,7 +204,7 @@ class Codec:
         on_progress: ProgressCallback = no_progress,
         timings_s: dict[str, float] | None = None,
     ) -> Image.Image:
-        """Decompress an image, or a region of it.
+        """Decompress an image, or a region of it. A cut file with planes gives an image of fewer bits per token.
 
         Args:
             region: left, top, right and bottom edge in pixels. The tiles that take part in its pixels are decoded
@@ -296,11 +296,11 @@ class Codec:
             ValueError: the models cannot code this rate.
         """
         if self._plane_layout is not None:
-            return PlaneFileCoder(self._plane_layout, rate, self.token_format, timings_s)
+            return PlaneFileCoder(self._token_encoder, self._plane_layout, rate, self.token_format, timings_s)
         if not rate.is_default:
             raise ValueError(
                 "this model codes all bits of a token, so the rate is fixed; --bits, --target-bytes and --target-lpips "
-                "need a tokenizer trained with nested bits (model.quantizer.keep)"
+                "need a tokenizer trained with nested bits (model.quantizer.keep), and a prior with model.order plane"
             )
         return GroupFileCoder(self._token_encoder, header.gop_size, self.token_format, timings_s)
 
@@ -318,6 +318,7 @@ class Codec:
             patch_size=self.token_format.patch_size,
             bits=self.token_format.bits,
             clip=clip,
+            has_plane_prior=self._plane_layout is not None and self.prior is not None,
         )
         validate_header(header)
         return header
@@ -361,12 +362,27 @@ class Codec:
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
         if header.plane_bits and self._plane_layout is None:
             raise ValueError("the file contains planes of nested bits, which these models do not have")
+        if self._plane_layout is not None and any(bits % self._plane_layout.unit for bits in header.plane_bits):
+            raise ValueError("the file is damaged: its planes are not whole sub-tokens of the prior")
 
 
-def _plane_layout(quantizer_config: config.QuantizerConfig) -> PlaneLayout | None:
-    """Return the planes of a quantizer with nested bits, otherwise None."""
+def _plane_layout(quantizer_config: config.QuantizerConfig, prior: Prior | None) -> PlaneLayout | None:
+    """Return the planes of a quantizer with nested bits; None if files contain all bits.
+
+    Raises:
+        ValueError: the prior codes planes, and the quantizer has no nested bits.
+    """
     keep = quantizer_config.keep if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig) else ()
-    return PlaneLayout(keep) if keep else None
+    if prior is None:
+        return PlaneLayout(keep) if keep else None
+    if prior.config.order == "token":
+        return None
+    if not keep:
+        raise ValueError(
+            "the prior codes planes (model.order plane), but its tokenizer has no nested bits (model.quantizer.keep); "
+            "train a prior with model.order token"
+        )
+    return PlaneLayout(keep, prior.config.sub_bits)
 
 
 def _model_id(model: Tokenizer | Prior) -> bytes:

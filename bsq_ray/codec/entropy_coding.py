@@ -3,7 +3,8 @@
     encode: logits in one pass, in fp32 and fp64 ─▶ integer probabilities of the nodes on the paths ─▶ range coder
     decode: token by token with cached keys and values, all tiles of several groups at once, in fp32
 
-Both visit the nodes in the same order: token, sub-token, depth, tile. `bitstream.py` specifies the bytes of a group.
+Both visit the nodes in the same order: token, sub-token, depth, tile. Planes have an order and a decoder of their own,
+see `plane_decoding.py`. `bitstream.py` specifies the bytes of a group.
 
 The encoder's logits are those of fp64. Their difference from fp32 is the error that a decoder makes, so the encoder
 chooses a tolerance of at least four times the largest difference in the group.
@@ -70,12 +71,33 @@ class TokenEncoder:
         with add_elapsed(timings_s, "coder"):
             return encode_nodes(logits_NSkB, chosen_NSkB, choose_method(error, self._max_exponent))
 
+    def encode_planes(
+        self, bits_BNL: Tensor, ranges: Sequence[tuple[int, int]], timings_s: dict[str, float]
+    ) -> list[EncodedTokens]:
+        """Encode planes of a group, with a prior in the order "plane".
+
+        Args:
+            bits_BNL: bool; all tokens of the group.
+            ranges: first bit of each plane and the bit after its last one, multiples of a sub-token's bits.
+            timings_s: the seconds of "prior" and "coder" are added to it.
+        """
+        with add_elapsed(timings_s, "prior"):
+            num_bits = max(stop for _, stop in ranges)
+            logits_NSkB, chosen_NSkB, error = self._path_logits(bits_BNL[..., :num_bits])
+        method, sub_bits = choose_method(error, self._max_exponent), self._prior.config.sub_bits
+        with add_elapsed(timings_s, "coder"):
+            planes = [slice(start // sub_bits, stop // sub_bits) for start, stop in ranges]
+            # Sub-tokens before tokens.
+            logits_SNkB, chosen_SNkB = logits_NSkB.swapaxes(0, 1), chosen_NSkB.swapaxes(0, 1)
+            return [encode_nodes(logits_SNkB[plane], chosen_SNkB[plane], method) for plane in planes]
+
     def _path_logits(self, bits_BNL: Tensor) -> tuple[np.ndarray, np.ndarray, float]:
         """Return logits (float64) and chosen bits (int32) of the path nodes, (N, S, k, B), and the error of fp32."""
         if self._reference_prior is None:
             self._reference_prior = copy.deepcopy(self._prior).double()
         sub_bits, device = self._prior.config.sub_bits, self._prior.start.device
-        batch_size = self._batch_size or max(1, _TOKENS_PER_PASS // bits_BNL.shape[1])
+        sequence_length = bits_BNL.shape[1] * self._prior.config.sequence_length // self._prior.config.num_tokens
+        batch_size = self._batch_size or max(1, _TOKENS_PER_PASS // sequence_length)
         logits, chosen, error = [], [], 0.0
         with deterministic_fp32(device):
             for part_BNL in bits_BNL.split(batch_size):
@@ -127,10 +149,7 @@ def decode_tokens(
         for data, count in zip(payloads, tile_counts, strict=True)
     ]
     num_tiles = sum(tile_counts)
-    batch_sizes = [
-        min(batch_size or num_tiles, num_tiles - start) for start in range(0, num_tiles, batch_size or num_tiles)
-    ]
-    boundaries = np.cumsum([0, *tile_counts])
+    batch_sizes = split_sizes(num_tiles, batch_size)
     tokens_BNS = torch.zeros(num_tiles, num_tokens, model_config.num_sub_tokens, dtype=torch.long)
     with deterministic_fp32(device):
         decoders = [prior.start_decoding(size, num_tokens) for size in batch_sizes]
@@ -144,19 +163,32 @@ def decode_tokens(
                     parts = [prior.node_logits(h, previous) for h, previous in zip(features, earlier, strict=True)]
                     logits_BK = torch.cat(parts)[:, 0].double().cpu().numpy()
                 with add_elapsed(timings_s, "coder"):
-                    value_B = np.zeros(num_tiles, np.int64)
-                    node_B = np.zeros(num_tiles, np.int64)
-                    for depth in range(model_config.sub_bits):
-                        node_logits_B = logits_BK[np.arange(num_tiles), node_B]
-                        bit_B = np.concatenate(
-                            [
-                                stream.next_bits(node_logits_B[boundaries[g] : boundaries[g + 1]])
-                                for g, stream in enumerate(bitstreams)
-                            ]
-                        )
-                        value_B |= bit_B << depth
-                        node_B = 2 * node_B + 1 + bit_B
+                    value_B = decode_sub_token(bitstreams, tile_counts, logits_BK, model_config.sub_bits)
                 tokens_BNS[:, n, s] = torch.from_numpy(value_B)
             for decoder, part_BS in zip(decoders, tokens_BNS[:, n].to(device).split(batch_sizes), strict=True):
                 decoder.push(part_BS)
     return list(integers_to_bits(tokens_BNS, model_config.sub_bits).split(list(tile_counts)))
+
+
+def split_sizes(num_tiles: int, batch_size: int | None) -> list[int]:
+    """Return the number of tiles in each pass; None puts all tiles in one."""
+    size = batch_size or num_tiles
+    return [min(size, num_tiles - start) for start in range(0, num_tiles, size)]
+
+
+def decode_sub_token(
+    bitstreams: Sequence[GroupBitstream], tile_counts: Sequence[int], logits_BK: np.ndarray, sub_bits: int
+) -> np.ndarray:
+    """Decode a sub-token of every tile of several groups, int64 (B,), given the logits of all its nodes."""
+    num_tiles = len(logits_BK)
+    boundaries = np.cumsum([0, *tile_counts])
+    value_B = np.zeros(num_tiles, np.int64)
+    node_B = np.zeros(num_tiles, np.int64)
+    for depth in range(sub_bits):
+        node_logits_B = logits_BK[np.arange(num_tiles), node_B]
+        bit_B = np.concatenate(
+            [stream.next_bits(node_logits_B[boundaries[g] : boundaries[g + 1]]) for g, stream in enumerate(bitstreams)]
+        )
+        value_B |= bit_B << depth
+        node_B = 2 * node_B + 1 + bit_B
+    return value_B

@@ -26,21 +26,21 @@ from bsq_ray.codec.rate import PlaneLayout, Rate
 from bsq_ray.codec.tile_groups import EncodedGroup, encode_group
 from bsq_ray.metrics.lpips import MIN_SIDE, lpips
 
-GroupT = TypeVar("GroupT")
+EncodedT = TypeVar("EncodedT")
 
 
-class FileCoder(ABC, Generic[GroupT]):
+class FileCoder(ABC, Generic[EncodedT]):
     """Encodes the groups of one file."""
 
     def __init__(self, token_format: TokenFormat, timings_s: dict[str, float]) -> None:
         self._token_format, self._timings_s = token_format, timings_s
-        self._groups: list[GroupT] = []
+        self._groups: list[EncodedT] = []
 
     @abstractmethod
-    def encode(self, bits_BNL: Tensor) -> GroupT:
+    def encode(self, bits_BNL: Tensor) -> EncodedT:
         """Encode the tokens of a group."""
 
-    def add(self, groups: Sequence[GroupT]) -> None:
+    def add(self, groups: Sequence[EncodedT]) -> None:
         """Append encoded groups to the file."""
         self._groups += groups
 
@@ -78,15 +78,22 @@ class PlaneFileCoder(FileCoder[dict[BitRange, EncodedPlane]]):
         ValueError: the tokens cannot be cut to the bits of the rate.
     """
 
-    def __init__(self, layout: PlaneLayout, rate: Rate, token_format: TokenFormat, timings_s: dict[str, float]) -> None:
+    def __init__(
+        self,
+        token_encoder: TokenEncoder | None,
+        layout: PlaneLayout,
+        rate: Rate,
+        token_format: TokenFormat,
+        timings_s: dict[str, float],
+    ) -> None:
         super().__init__(token_format, timings_s)
-        self._layout, self._rate = layout, rate
+        self._token_encoder, self._layout, self._rate = token_encoder, layout, rate
         self._candidates = layout.candidates(rate)
         self._ranges = layout.ranges(self._candidates)
 
     def encode(self, bits_BNL: Tensor) -> dict[BitRange, EncodedPlane]:
         """See `FileCoder.encode`; planes of different candidates overlap."""
-        return encode_planes(self._ranges, bits_BNL)
+        return encode_planes(self._token_encoder, self._ranges, bits_BNL, self._timings_s)
 
     def finish(self, header: Header) -> CompressedFile:
         """Return the largest file that fits.

@@ -115,7 +115,9 @@ class FrameDecoder:
 
     def _decode_groups(self, groups: list[tuple[int, int]], num_frames: int) -> Iterator[tuple[int, Tensor]]:
         if self._container.planes is not None:
-            return decode_plane_groups(self._container, groups, self._report_progress)
+            return decode_plane_groups(
+                self._prior, self._container, groups, self._batch_size, self._timings_s, self._report_progress
+            )
         return decode_groups(
             self._prior,
             self._container,

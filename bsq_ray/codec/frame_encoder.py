@@ -28,7 +28,7 @@ from bsq_ray.codec.tile_groups import EncodedGroup
 from bsq_ray.codec.timing import add_elapsed
 from bsq_ray.runtime.progress_callback import ProgressCallback
 
-GroupT = TypeVar("GroupT")
+EncodedT = TypeVar("EncodedT")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class FrameEncoder:
         self,
         header: Header,
         pixels_THWC: np.ndarray,
-        encode: Callable[[Tensor], GroupT],
+        encode: Callable[[Tensor], EncodedT],
         timings_s: dict[str, float],
         on_progress: ProgressCallback,
-    ) -> list[GroupT]:
+    ) -> list[EncodedT]:
         """Encode one group of pictures.
 
         Args:
@@ -87,7 +87,7 @@ class FrameEncoder:
             The results of `encode`, in the order of the file.
         """
         num_groups = header.groups_per_gop
-        groups: list[GroupT] = []
+        groups: list[EncodedT] = []
         rows, columns = header.tile_grid
         pixels_CTHW = torch.from_numpy(pixels_THWC).permute(3, 0, 1, 2)
         # Encoding a few rows of groups at a time limits the memory for tiles and tokens.

@@ -180,4 +180,4 @@ def pack_tokens(bits: Tensor) -> bytes:
 def _cache_bytes_per_tile(prior: Prior) -> int:
     """Return the bytes of the keys and values of one tile."""
     model_config = prior.config
-    return 2 * 4 * model_config.layers * model_config.width * model_config.num_tokens
+    return 2 * 4 * model_config.layers * model_config.width * model_config.sequence_length

@@ -126,6 +126,18 @@ class MaskedLMConfig(StrictModel):
 class PriorModelConfig(TokenModelConfig):
     """Causal Transformer that predicts the bits of each token autoregressively (paper section 4.2)."""
 
+    order: Literal["token", "plane"] = Field(
+        "token",
+        description="token: all sub-tokens of a token before the next token; plane: sub-token s of all tokens before "
+        "sub-token s + 1 of any, for tokenizers with nested bits. The sequence of plane is as many times longer as a "
+        "token has sub-tokens.",
+    )
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of the Transformer: tokens, or sub-tokens in the order plane."""
+        return self.num_tokens * (self.num_sub_tokens if self.order == "plane" else 1)
+
 
 class PriorConfig(StrictModel):
     """Configuration of a training run of a prior."""

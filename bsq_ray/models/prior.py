@@ -14,8 +14,11 @@ least significant bit first. The logit of a node gives the probability that its 
 
 The training loss sums the cross-entropy of the nodes on the path, which is the code length of the sub-token.
 
-Shape suffixes: B images, N tokens, S sub-tokens of a token, K nodes of a tree, k bits of a sub-token, D width, H heads,
-E width of one head, L bits of a token.
+With the order "plane", the sequence is sub-token 1 of all tokens, then sub-token 2 of all tokens, and so on. Its input
+at a position is the sub-token before it in this order, and the earlier sub-tokens of its own token.
+
+Shape suffixes: B images, N tokens, S sub-tokens of a token, M = S·N positions in the order "plane", K nodes of a tree,
+k bits of a sub-token, D width, H heads, E width of one head, L bits of a token.
 """
 
 from __future__ import annotations
@@ -76,30 +79,34 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
         self.earlier = nn.Embedding(max(1, model_config.num_sub_tokens - 1) * num_values, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.trees = nn.ModuleList(nn.Linear(width, num_values - 1) for _ in range(model_config.num_sub_tokens))
+        # Embedding of the index of a sub-token, in the order "plane".
+        self.plane: nn.Parameter | None = None
+        if model_config.order == "plane":
+            self.plane = nn.Parameter(torch.empty(model_config.num_sub_tokens, width))
         init_weights(self)
-        for parameter in (self.start, self.position):
-            nn.init.trunc_normal_(parameter, std=0.02)
+        for parameter in (self.start, self.position, self.plane):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, sub_tokens_BNS: Tensor) -> Tensor:
         """Return fp32 logits (B, N, S, K) of all nodes of every token, in one forward pass.
 
-        N may be less than the model's number of tokens, for example the tokens of the first frames of a clip.
+        N may be less than the model's number of tokens, for example the tokens of the first frames of a clip. In the
+        order "plane" S may be less, too, and logits of sub-tokens then depend on N.
         """
-        x_BND = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), self._embed(sub_tokens_BNS[:, :-1])], 1)
-        x_BND = x_BND + self.position[: x_BND.shape[1]]
+        num_sub_tokens = sub_tokens_BNS.shape[-1]
+        x_BND = self._token_inputs(sub_tokens_BNS) if self.plane is None else self._plane_inputs(sub_tokens_BNS)
         for block in self.blocks:
             x_BND = block(x_BND)
         h_BND = self.output_norm(x_BND)
-        return torch.stack(
-            [self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s in range(self.config.num_sub_tokens)], 2
-        )
+        features = [h_BND] * num_sub_tokens if self.plane is None else h_BND.chunk(num_sub_tokens, 1)
+        return torch.stack([self.node_logits(h_BND, sub_tokens_BNS[..., :s]) for s, h_BND in enumerate(features)], 2)
 
     def node_logits(self, h_BND: Tensor, earlier_BNs: Tensor) -> Tensor:
         """Return fp32 logits (B, N, K) of the nodes of sub-token s, given the s earlier sub-tokens of the token."""
         sub_token_index = earlier_BNs.shape[-1]
         if sub_token_index:
-            row_offsets_s = torch.arange(sub_token_index, device=earlier_BNs.device) * 2**self.config.sub_bits
-            h_BND = h_BND + self.earlier(earlier_BNs + row_offsets_s).sum(-2)
+            h_BND = h_BND + self.earlier(earlier_BNs + self._row_offsets(earlier_BNs)).sum(-2)
         return cast(Tensor, self.trees[sub_token_index](self.head(h_BND))).float()
 
     def start_decoding(self, batch_size: int, num_tokens: int | None = None) -> IncrementalDecoder:
@@ -109,11 +116,42 @@ class Prior(PretrainedModel[config.PriorModelConfig]):
             batch_size: number of images.
             num_tokens: maximum number of tokens to decode; None stands for all tokens of the model.
         """
+        assert self.plane is None
         return IncrementalDecoder(self, batch_size, num_tokens or self.config.num_tokens)
 
+    def start_plane_decoding(self, batch_size: int, num_tokens: int | None = None) -> PlaneDecoder:
+        """Return a decoder for a batch in the order "plane", sub-token by sub-token with a KV cache.
+
+        Args:
+            batch_size: number of images.
+            num_tokens: number of tokens of an image; None stands for all tokens of the model.
+        """
+        return PlaneDecoder(self, batch_size, num_tokens or self.config.num_tokens)
+
+    def _token_inputs(self, sub_tokens_BNS: Tensor) -> Tensor:
+        x_BND = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), self._embed(sub_tokens_BNS[:, :-1])], 1)
+        return x_BND + self.position[: x_BND.shape[1]]
+
+    def _plane_inputs(self, sub_tokens_BNS: Tensor) -> Tensor:
+        """Return the inputs (B, M, D): the previous sub-token, and the earlier ones of the same token."""
+        assert self.plane is not None
+        num_tokens, num_planes = sub_tokens_BNS.shape[1:]
+        rows_BNS = sub_tokens_BNS + self._row_offsets(sub_tokens_BNS)
+        previous_BMD = self.embedding(rows_BNS.transpose(1, 2).flatten(1)[:, :-1])
+        x_BMD = torch.cat([self.start.expand(len(sub_tokens_BNS), 1, -1), previous_BMD], 1)
+        x_BMD = x_BMD + (self.position[:num_tokens] + self.plane[:num_planes, None]).flatten(0, 1)
+        if num_planes == 1:
+            return x_BMD
+        earlier_BNSD = self.earlier(rows_BNS[..., :-1]).cumsum(2)
+        own_BMD = earlier_BNSD.transpose(1, 2).flatten(1, 2)
+        return torch.cat([x_BMD[:, :num_tokens], x_BMD[:, num_tokens:] + own_BMD], 1)
+
     def _embed(self, sub_tokens_BNS: Tensor) -> Tensor:
-        row_offsets_S = torch.arange(self.config.num_sub_tokens, device=sub_tokens_BNS.device) * 2**self.config.sub_bits
-        return cast(Tensor, self.embedding(sub_tokens_BNS + row_offsets_S).sum(2))
+        return cast(Tensor, self.embedding(sub_tokens_BNS + self._row_offsets(sub_tokens_BNS)).sum(2))
+
+    def _row_offsets(self, sub_tokens_BNS: Tensor) -> Tensor:
+        """Return the first row of each sub-token in the tables."""
+        return torch.arange(sub_tokens_BNS.shape[-1], device=sub_tokens_BNS.device) * 2**self.config.sub_bits
 
 
 class IncrementalDecoder:
@@ -139,6 +177,39 @@ class IncrementalDecoder:
         """Append the decoded token, the input of the next `next_features`."""
         self._position += 1
         self._next_B1D = self.prior._embed(sub_tokens_BS[:, None])
+
+
+class PlaneDecoder:
+    """Decodes sub-token by sub-token in the order "plane", with a KV cache.
+
+    For sub-token 1 of all tokens, then sub-token 2 of all tokens, and so on: call `next_features`, then
+    `Prior.node_logits`, then `push`.
+    """
+
+    def __init__(self, prior: Prior, batch_size: int, num_tokens: int) -> None:
+        assert prior.plane is not None
+        self.prior, self._num_tokens = prior, num_tokens
+        self._plane: Tensor = prior.plane
+        self._caches = [KeyValueCache(num_tokens * prior.config.num_sub_tokens) for _ in prior.blocks]
+        self._previous_B1D = prior.start.expand(batch_size, 1, -1)
+        self._step = 0
+
+    def next_features(self, earlier_B1s: Tensor) -> Tensor:
+        """Compute the features (B, 1, D) of the next sub-token, given the earlier sub-tokens of its token."""
+        plane, position = divmod(self._step, self._num_tokens)
+        assert earlier_B1s.shape[-1] == plane
+        x_B1D = self._previous_B1D + (self.prior.position[position] + self._plane[plane])
+        if plane:
+            x_B1D = x_B1D + self.prior.earlier(earlier_B1s + self.prior._row_offsets(earlier_B1s)).sum(-2)
+        for block, cache in zip(self.prior.blocks, self._caches, strict=True):
+            x_B1D = block(x_B1D, cache)
+        return cast(Tensor, self.prior.output_norm(x_B1D))
+
+    def push(self, sub_tokens_B: Tensor) -> None:
+        """Append the decoded sub-token, the input of the next `next_features`."""
+        first_row = self._step // self._num_tokens * 2**self.prior.config.sub_bits
+        self._previous_B1D = self.prior.embedding(sub_tokens_B[:, None] + first_row)
+        self._step += 1
 
 
 def binary_tree_nodes(sub_tokens: Tensor, sub_bits: int) -> tuple[Tensor, Tensor]:

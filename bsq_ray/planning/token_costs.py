@@ -21,29 +21,31 @@ def num_token_model_parameters(model: config.TokenModelConfig) -> int:
     """Return the parameters of all layers.
 
     Masked language model: table S (V + 1) D, classes C D, positions (N + 1) D, a norm, and a bias for every value.
-    Prior: tables S V D and (S - 1) V D, positions N D and a start, a norm, and S trees of V - 1 nodes. Both: blocks,
-    and a head of D² + D and a norm.
+    Prior: tables S V D and (S - 1) V D, positions N D and a start, a norm, S trees of V - 1 nodes, and in the order
+    "plane" S D. Both: blocks, and a head of D² + D and a norm.
     """
     width, values, sub_tokens = model.width, 2**model.sub_bits, model.num_sub_tokens
     shared = num_block_parameters(model.transformer) + 2 * width + width**2 + 3 * width + (model.num_tokens + 1) * width
     if isinstance(model, config.MaskedLMModelConfig):
         return shared + sub_tokens * ((values + 1) * width + values) + (model.num_classes + 1) * width
     tables = (sub_tokens + max(1, sub_tokens - 1)) * values * width
+    tables += sub_tokens * width if _is_plane_order(model) else 0
     return shared + tables + sub_tokens * (width + 1) * (values - 1)
 
 
 def token_model_forward_flops(model: config.TokenModelConfig) -> int:
     """Return the operations of a forward pass for one sample.
 
-    The head costs 2 D² per token and each sub-token's logits 2 D V. The prior runs its head for every sub-token. Scores
-    that the causal mask removes are counted.
+    The head costs 2 D² per token and each sub-token's logits 2 D V. The prior runs its head for every sub-token, and
+    its blocks on S N positions in the order "plane". Scores that the causal mask removes are counted.
     """
     width, tokens, sub_tokens = model.width, model.num_tokens, model.num_sub_tokens
     if isinstance(model, config.MaskedLMModelConfig):
         blocks = blocks_flops(model.transformer, tokens + 1, 1) + _class_flops(model)
         return blocks + 2 * tokens * width * (width + sub_tokens * 2**model.sub_bits)
     nodes = 2**model.sub_bits - 1
-    return blocks_flops(model.transformer, tokens, 1) + 2 * tokens * sub_tokens * width * (width + nodes)
+    blocks = blocks_flops(model.transformer, _sequence_length(model), 1)
+    return blocks + 2 * tokens * sub_tokens * width * (width + nodes)
 
 
 def token_model_step_flops(model: config.TokenModelConfig) -> int:
@@ -74,7 +76,16 @@ def token_model_activation_bytes(model: config.TokenModelConfig, half: bool) -> 
         classes = (operand_bytes + 4 * half) * (model.num_classes + 1)
         return (model.num_tokens + 1) * per_token + model.num_tokens * (head + logits) + classes
     nodes = 4 * (2**model.sub_bits - 1)
-    return model.num_tokens * (per_token + model.num_sub_tokens * (head + nodes + 16 * model.sub_bits))
+    heads = model.num_tokens * model.num_sub_tokens * (head + nodes + 16 * model.sub_bits)
+    return _sequence_length(model) * per_token + heads
+
+
+def _is_plane_order(model: config.TokenModelConfig) -> bool:
+    return isinstance(model, config.PriorModelConfig) and model.order == "plane"
+
+
+def _sequence_length(model: config.TokenModelConfig) -> int:
+    return model.sequence_length if isinstance(model, config.PriorModelConfig) else model.num_tokens
 
 
 def _class_flops(model: config.MaskedLMModelConfig) -> int:

@@ -25,8 +25,8 @@ def save_codec(folder, prior_config=PRIOR_CONFIG):
     return save_prior(folder, save_tokenizer(folder.parent / f"{folder.name}-tokenizer", 0), prior_config)
 
 
-def save_nested_tokenizer(url, frames=1):
-    """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, trained for 4, 7 and 10 bits in name only."""
+def save_nested_tokenizer(url, frames=1, keep=(4, 7, 10)):
+    """A tokenizer of 4 x 4 tokens of 10 bits at 32 px, trained for these numbers of bits in name only."""
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     model_config = config.TokenizerModelConfig(
@@ -34,13 +34,19 @@ def save_nested_tokenizer(url, frames=1):
         frames=frames,
         encoder=config.TransformerConfig(**sizes),
         decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
-        quantizer=config.BSQConfig(bits=10, keep=(4, 7, 10)),
+        quantizer=config.BSQConfig(bits=10, keep=keep),
     )
     tokenizer = Tokenizer(model_config)
     with torch.no_grad():
         tokenizer.decoder.head[-1].weight.mul_(5)
     tokenizer.save_pretrained(str(url))
     return str(url)
+
+
+def save_nested_codec(folder):
+    """Folder of a prior over planes of 2 bits; the tokenizer has 4, 8 and 10 nested bits."""
+    tokenizer_url = save_nested_tokenizer(folder.parent / f"{folder.name}-tokenizer", keep=(4, 8, 10))
+    return save_prior(folder, tokenizer_url, PRIOR_CONFIG.model_copy(update={"sub_bits": 2, "order": "plane"}))
 
 
 class NoisyPrior(torch.nn.Module):
@@ -53,6 +59,9 @@ class NoisyPrior(torch.nn.Module):
 
     def start_decoding(self, batch_size, num_tokens):
         return self.prior.start_decoding(batch_size, num_tokens)
+
+    def start_plane_decoding(self, batch_size, num_tokens):
+        return self.prior.start_plane_decoding(batch_size, num_tokens)
 
     def node_logits(self, h_BND, earlier_BNs):
         logits = self.prior.node_logits(h_BND, earlier_BNs).double()

@@ -115,7 +115,10 @@ def test_read_container_truncated_file_needs_opt_in():
         ({"coding": 2}, "its header has invalid planes"),
         ({"coding": 2, "plane_bits": (0, 3)}, "its header has invalid planes"),
         ({"coding": 2, "plane_bits": (8, 3)}, "invalid tiles, tokens or coding"),
-        ({"coding": 2, "plane_bits": (1,) * 10, "width": 2**18, "height": 512, "group_size": 1}, "header and index nee"),
+        (
+            {"coding": 2, "plane_bits": (1,) * 10, "width": 2**18, "height": 512, "group_size": 1},
+            "header and index nee",
+        ),
         ({"coding": 3}, "invalid tiles, tokens or coding"),
         ({"clip": VideoHeader(2**32 - 1, 65535, Fraction(1), SRGB)}, "header and index need"),
         ({"clip": VideoHeader(2**32 - 1, 1, Fraction(1), SRGB)}, "header and index need"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_codecs import save_clip_codec, save_nested_tokenizer
+from small_codecs import save_clip_codec, save_nested_codec, save_nested_tokenizer
 
 from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.codec import probabilities
@@ -120,6 +120,23 @@ def decode_payload(payload, logit, tiles, tokens, sub_tokens, k):
     return bits
 
 
+def decode_plane_payload(payload, logit, bits, sub_tokens, k):
+    """Decode a plane of some sub-tokens into bits (tile, token, bit), after the planes before it."""
+    coder, number = RangeDecoder(payload), 0
+    method, shift, choices = read_side_info(lambda: coder.decode_bit(2**15))
+    for s in sub_tokens:
+        for n in range(bits.shape[1]):
+            node = [0] * len(bits)
+            for depth in range(k):
+                for tile in range(len(bits)):
+                    x = logit(bits, tile, n, s, node[tile])
+                    p = 2**15 if method == 11 else probability(x, choices.get(number), shift)
+                    bit = coder.decode_bit(p)
+                    bits[tile, n, s * k + depth] = bit
+                    node[tile] = 2 * node[tile] + 1 + bit
+                    number += 1
+
+
 def pack(bits):
     return np.packbits(bits.ravel(), bitorder="little").tobytes()
 
@@ -172,22 +189,29 @@ def read_file(data, token_format, prior):
         assert struct.unpack_from("<I", data, offset)[0] == zlib.crc32(data[:offset])
         offset += 4
         assert offset + 4 * len(lengths) + sum(lengths) >= len(data)
-        parts = []
+        tokens, num_bits = np.zeros((gops, rows, columns, t * side * side, size), bool), 0
+        logits = {g: logit_function(prior) if with_prior else None for g in range(num_groups)}
         for p, width in enumerate(planes):
             plane_lengths = lengths[p * num_groups : (p + 1) * num_groups]
             if offset + 4 * num_groups + sum(plane_lengths) > len(data):
                 break
-            bits = np.zeros((gops, rows, columns, t * side * side, width), bool)
             for g, length in enumerate(plane_lengths):
                 check, payload = struct.unpack_from("<I", data, offset)[0], data[offset + 4 : offset + 4 + length]
                 offset += 4 + length
-                part = group_tiles(bits, g, down, across, group)
-                values = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")
-                part[:] = values[: part.size].reshape(part.shape)
+                part = group_tiles(tokens, g, down, across, group)
+                bits = part.reshape(-1, t * side * side, size)
+                plane = slice(num_bits, num_bits + width)
+                if with_prior:
+                    k = prior.config.sub_bits
+                    decode_plane_payload(payload, logits[g], bits, range(plane.start // k, plane.stop // k), k)
+                else:
+                    values = np.unpackbits(np.frombuffer(payload, np.uint8), bitorder="little")
+                    bits[..., plane] = values[: bits[..., plane].size].reshape(bits[..., plane].shape)
+                part[:] = bits.reshape(part.shape)
                 bound = struct.pack("<IHI", g, p, length) + header + bound_ids
-                assert zlib.crc32(pack(part) + bound) == check
-            parts.append(bits)
-        return (image_width, height, frames, t, tile, patch), np.concatenate(parts, -1)
+                assert zlib.crc32(pack(bits[..., plane]) + bound) == check
+            num_bits += width
+        return (image_width, height, frames, t, tile, patch), tokens[..., :num_bits]
     if num_groups > 1:
         for _ in range(num_groups - 1):
             length, offset = read_varint(data, offset)
@@ -309,6 +333,17 @@ def test_reference_decoder_decodes_planes(tmp_path, photos, num_bits):
     for part in (data, data[:-1]) if num_bits > 4 else (data,):
         header_fields, tokens = read_file(part, token_format(codec), None)
         assert tokens.shape[-1] == codec.available_bits(part)[0]
+        assert decode_frames(tokens[0], header_fields, tokenizer)[0].tobytes() == codec.decompress(part).tobytes()
+
+
+def test_reference_decoder_decodes_planes_with_prior(tmp_path, photos):
+    folder = save_nested_codec(tmp_path / "prior")
+    codec, prior = Codec.from_pretrained(folder), Prior.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(f"{folder}/tokenizer").double()
+    data = codec.compress(photos[0].resize((70, 20)), rate=Rate(6)).data
+    for part, num_bits in ((data, 6), (data[:-1], 4)):
+        header_fields, tokens = read_file(part, token_format(codec), prior)
+        assert tokens.shape[-1] == num_bits
         assert decode_frames(tokens[0], header_fields, tokenizer)[0].tobytes() == codec.decompress(part).tobytes()
 
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trained import save_trained
+from trained import random_crops, save_trained, train_tokenizer
 
 from bsq_ray import Codec
 from bsq_ray.codec import tiles
 from bsq_ray.codec.container import read_container
+from bsq_ray.metrics.psnr import psnr
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,24 @@ def test_small_image_has_few_bytes_above_cross_entropy(trained_folder, photos, s
         compressed = codec.compress(photo.resize(size))
         assert len(compressed.data) - compressed.cross_entropy_bits / 8 < 16 + 0.005 * compressed.cross_entropy_bits / 8
         assert codec.decompress(compressed.data).size == size
+
+
+@pytest.mark.slow
+def test_nested_bits_are_better_than_cut_bits(photo_folders, photos):
+    """At every smaller number of bits, held-out photos have a higher PSNR than with the cut tokens of another run."""
+    train_photos = [Image.open(path).convert("RGB").resize((256, 256)) for path in sorted(photo_folders[0].iterdir())]
+    keep = (6, 9, 12, 18)
+    nested, ordinary = (train_tokenizer(train_photos, np.random.default_rng(0), 600, numbers) for numbers in (keep, ()))
+    images_BCHW = random_crops([photo.resize((256, 256)) for photo in photos], 64, np.random.default_rng(1))
+
+    def psnr_at(tokenizer, num_bits):
+        return float(psnr(images_BCHW, tokenizer.decode_cut_bits(tokenizer.encode(images_BCHW).first(num_bits))).mean())
+
+    values = {k: (psnr_at(nested, k), psnr_at(ordinary, k)) for k in keep}
+    print(f"PSNR in dB of nested and of cut bits: {values}")
+    assert all(values[k][0] > values[k][1] + 0.5 for k in keep[:-1])
+    assert values[18][0] > values[18][1] - 1
+    assert values[6][0] < values[9][0] < values[12][0] < values[18][0]
 
 
 def border_step_ratio(pixels, tile):

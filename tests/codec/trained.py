@@ -1,5 +1,7 @@
 """Train a tokenizer and a prior on real photos for seconds, for tests that need trained models."""
 
+from itertools import count
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from bsq_ray import Prior, Tokenizer, config
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.prior import code_length
 from bsq_ray.models.quantizers.bits import bits_to_integers
+from bsq_ray.training.stages.nested_dropout import NestedDropout
 
 SIDE = 64
 _SIZES = {"width": 64, "layers": 2, "heads": 2}
@@ -36,26 +39,35 @@ def train(model, steps, learning_rate, compute_loss):
     return model.eval()
 
 
-def save_trained(folder, photos, steps=300):
-    """Model folder of a prior on 8 x 8 tokens of 18 bits at 64 px, with its tokenizer."""
-    rng = np.random.default_rng(0)
-    photos = [photo.resize((256, 256)) for photo in photos]
+def train_tokenizer(photos, rng, steps, keep=()):
+    """A tokenizer of 8 x 8 tokens of 18 bits at 64 px, trained on crops of photos of 256 pixels."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(
         config.TokenizerModelConfig(
             image_size=SIDE,
             encoder=config.TransformerConfig(**_SIZES),
             decoder=config.DecoderConfig(**_SIZES, head_hidden_dim=128),
-            quantizer=config.BSQConfig(bits=18),
+            quantizer=config.BSQConfig(bits=18, keep=keep),
         )
     )
+    dropout = NestedDropout(keep, 0, across_workers=True) if keep else None
+    step_numbers = count()
 
     def reconstruction_loss():
         images = random_crops(photos, 8, rng)
-        out = tokenizer(images)
+        inputs = (None, *dropout.sample([8], next(step_numbers), torch.device("cpu"))) if dropout else ()
+        out = tokenizer(images, *inputs)
         return F.l1_loss(out.images, images) + 0.02 * out.quantized.loss
 
-    train(tokenizer, steps, 3e-3, reconstruction_loss).save_pretrained(f"{folder}/tokenizer")
+    return train(tokenizer, steps, 3e-3, reconstruction_loss)
+
+
+def save_trained(folder, photos, steps=300):
+    """Model folder of a prior on 8 x 8 tokens of 18 bits at 64 px, with its tokenizer."""
+    rng = np.random.default_rng(0)
+    photos = [photo.resize((256, 256)) for photo in photos]
+    tokenizer = train_tokenizer(photos, rng, steps)
+    tokenizer.save_pretrained(f"{folder}/tokenizer")
     tokens = torch.cat([tokenizer.encode(random_crops(photos, 64, rng)).bits_BNL for _ in range(10)])
     sub_tokens_XNS = bits_to_integers(tokens, 9)
     prior = Prior(config.PriorModelConfig(grid=(1, 8, 8), bits=18, sub_bits=9, dropout=0, **_SIZES))

@@ -82,6 +82,60 @@ def test_incremental_decoder_matches_parallel_pass(grid):
             decoder.push(sub_tokens_BNS[:, n])
 
 
+@pytest.mark.parametrize("sub_bits", [1, 3])
+def test_plane_prior_is_causal_in_order_of_planes(sub_bits):
+    """A sub-token depends on exactly those before it: earlier planes of all tokens, then earlier tokens."""
+    prior = small_prior(order="plane", sub_bits=sub_bits)
+    base, (num_tokens, num_planes) = random_tokens(1, prior), (6, 6 // sub_bits)
+    logits = prior(base)
+    for plane, n in [(0, 0), (0, 5), (1, 2), (num_planes - 1, 4)]:
+        changed = base.clone()
+        changed[0, n, plane] ^= 1
+        differs_NS = (prior(changed) != logits).any(-1)[0]
+        order_NS = torch.arange(num_planes) * num_tokens + torch.arange(num_tokens)[:, None]
+        assert torch.equal(differs_NS, order_NS > plane * num_tokens + n)
+
+
+@pytest.mark.parametrize("sub_bits", [1, 2, 6])
+def test_plane_decoder_matches_parallel_pass(sub_bits):
+    prior = small_prior(order="plane", sub_bits=sub_bits)
+    with torch.no_grad():
+        for tree in prior.trees:
+            tree.weight.mul_(20)
+        sub_tokens_BNS = random_tokens(2, prior)
+        logits_BNSK = prior(sub_tokens_BNS)
+        assert logits_BNSK.std() > 0.5
+        decoder = prior.start_plane_decoding(2)
+        for s in range(6 // sub_bits):
+            for n in range(6):
+                earlier_B1s = sub_tokens_BNS[:, n : n + 1, :s]
+                step = prior.node_logits(decoder.next_features(earlier_B1s), earlier_B1s)[:, 0]
+                assert (step - logits_BNSK[:, n, s]).abs().max() < 1e-4
+                decoder.push(sub_tokens_BNS[:, n, s])
+
+
+def test_plane_prior_of_first_planes_matches_all():
+    prior = small_prior(order="plane")
+    sub_tokens_BNS = random_tokens(2, prior)
+    torch.testing.assert_close(prior(sub_tokens_BNS[..., :1]), prior(sub_tokens_BNS)[:, :, :1], rtol=0, atol=1e-5)
+
+
+def test_plane_prior_learns_from_later_tokens_of_earlier_plane():
+    """The second plane repeats the first one of the next token, which only this order has seen."""
+    prior = small_prior(order="plane").train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
+    for seed in range(200):
+        sub_tokens_BNS = random_tokens(32, prior, seed)
+        sub_tokens_BNS[..., 1] = sub_tokens_BNS[..., 0].roll(-1, 1)
+        nats_BNS = code_length(prior(sub_tokens_BNS), sub_tokens_BNS, 3)
+        optimizer.zero_grad()
+        nats_BNS.sum((1, 2)).mean().backward()
+        optimizer.step()
+    bits_S = nats_BNS.mean((0, 1)) / math.log(2)
+    assert bits_S[0].item() == pytest.approx(3, abs=0.3)
+    assert bits_S[1].item() < 0.5
+
+
 def test_prior_prefix_matches_full_sequence():
     """Such as those of a clip's first frames."""
     prior = small_prior(grid=(3, 2, 2))

@@ -17,7 +17,7 @@ from bsq_ray.planning.token_costs import (
 )
 
 PRESETS = [name for name in preset_names() if load_config(name).stage != "tokenizer"]
-SMALL = ["masked-lm-demo", "prior-demo"]
+SMALL = ["masked-lm-demo", "prior-demo", "prior-demo-nested"]
 SAMPLES = 4
 
 
