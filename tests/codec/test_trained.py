@@ -55,7 +55,7 @@ def test_nested_bits_are_better_than_cut_bits(photo_folders, photos):
 
     values = {k: (psnr_at(nested, k), psnr_at(ordinary, k)) for k in keep}
     print(f"PSNR in dB of nested and of cut bits: {values}")
-    assert all(values[k][0] > values[k][1] + 0.5 for k in keep[:-1])
+    assert all(values[k][0] > values[k][1] + 0.2 for k in keep[:-1])
     assert values[18][0] > values[18][1] - 1
     assert values[6][0] < values[9][0] < values[12][0] < values[18][0]
 
