@@ -253,12 +253,23 @@ class TokenizerLossConfig(StrictModel):
     perceptual_network: Literal["vgg", "alex"] = Field(
         "vgg", description="Network of LPIPS in training; evaluation uses alex."
     )
+    gram_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the texture loss: squared differences of the Gram matrices of LPIPS's feature maps.",
+    )
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="The discriminator and its losses.")
     quantizer_weight: float = Field(0.1, ge=0, description="Final weight of the quantizer's penalty.")
     quantizer_weight_start_factor: float = Field(3.0, ge=0, description="Factor on that weight at step 0.")
     quantizer_weight_ramp_steps: int = Field(
         2000, ge=0, description="Steps over which that factor falls linearly to 1."
     )
+
+    @model_validator(mode="after")
+    def _check_gram_has_features(self) -> TokenizerLossConfig:
+        if self.gram_weight and not self.perceptual_weight:
+            raise ValueError("gram_weight uses the feature maps of LPIPS; set perceptual_weight above 0, too")
+        return self
 
 
 class ShardCacheConfig(StrictModel):

@@ -54,14 +54,18 @@ class LPIPSNetwork(nn.Module):
 
     def features(self, images_BCHW: Tensor) -> list[Tensor]:
         """Return five fp32 feature maps (B, C, H, W) of images in [-1, 1], L2-normalized over the channels."""
+        # Normalize in fp32: the squares of half-precision features overflow or lose precision.
+        return [normalize_channels(map_BCHW.float()) for map_BCHW in self.feature_maps(images_BCHW)]
+
+    def feature_maps(self, images_BCHW: Tensor) -> list[Tensor]:
+        """Return five feature maps (B, C, H, W) of images in [-1, 1], as the ReLUs return them, ≥ 0."""
         x_BCHW = (images_BCHW - self.get_buffer("shift")) / self.get_buffer("scale")
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         maps = []
         for trunk_slice in self.trunk:
             x_BCHW = trunk_slice(x_BCHW)
             maps.append(x_BCHW)
-        # Normalize in fp32: the squares of half-precision features overflow or lose precision.
-        return [_normalize(map_BCHW.float()) for map_BCHW in maps]
+        return maps
 
     def distance(self, first: list[Tensor], second: list[Tensor]) -> Tensor:
         """Return the LPIPS distance of each pair, fp32 (B,), from the features of both images."""
@@ -77,7 +81,8 @@ class LPIPSNetwork(nn.Module):
         return self.distance(self.features(first_BCHW), self.features(second_BCHW))
 
 
-def _normalize(features_BCHW: Tensor) -> Tensor:
+def normalize_channels(features_BCHW: Tensor) -> Tensor:
+    """Divide the features (B, C, H, W) of each position by their L2 norm over the channels."""
     return features_BCHW / (features_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 

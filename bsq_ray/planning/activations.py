@@ -64,7 +64,8 @@ def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: in
     """Return the bytes that LPIPS of one reconstructed image saves; the original's features are freed before.
 
     Each convolution saves its output, which its ReLU overwrites. A pooling saves its output and 8-byte indices. At the
-    five layers the difference of the unit features is fp32; so are the features, which is a copy under autocast.
+    five layers the difference of the unit features is fp32; so are the features, which is a copy under autocast. The
+    texture loss reads that copy, and saves the fp32 differences of the Gram matrices.
     """
     if not loss.perceptual_weight:
         return 0
@@ -75,6 +76,8 @@ def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: in
         total += sum(operand_bytes * layer.out_channels * layer.output_size**2 for layer in layers)
         compared = layers[-1].out_channels * layers[-1].output_size ** 2
         total += 4 * compared * (2 if half else 1)
+        if loss.gram_weight:
+            total += 4 * layers[-1].out_channels ** 2
         next_layer = slices[number + 1][0] if number + 1 < len(slices) else None
         if next_layer is not None and next_layer.output_size < layers[-1].output_size:
             total += (

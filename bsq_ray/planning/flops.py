@@ -59,7 +59,8 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
 
     Returns:
         generator: forward and backward pass, and with gradient checkpointing the recomputation.
-        LPIPS: of the reconstruction with its gradient, and of the original.
+        LPIPS: of the reconstruction with its gradient, and of the original; with the texture loss, of its Gram
+            matrices.
         discriminator: in the generator's phase and in its own, with R1 averaged over the steps.
     """
     model, loss = run.model, run.loss
@@ -77,6 +78,10 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)
         perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
+        if loss.gram_weight:
+            # Products F Fᵀ of both images, and two more for the gradient.
+            last_layers = [layers[-1] for layers in slices]
+            perceptual += 4 * model.frames * sum(2 * (la.out_channels * la.output_size) ** 2 for la in last_layers)
     layers = discriminator_layers(loss.adversarial, model.image_size, model.frames)
     discriminator = discriminator_inputs_per_sample(loss.adversarial, model.frames) * _discriminator_flops(
         layers, loss.adversarial

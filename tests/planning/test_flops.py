@@ -127,6 +127,7 @@ def test_tokenizer_forward_flops_are_exact(name, overrides):
     [
         [],
         ["loss.perceptual_network=vgg", "model.gradient_checkpointing=true"],
+        ["loss.perceptual_network=vgg", "loss.gram_weight=1", "loss.adversarial.weight=0"],
         ["loss.adversarial.discriminator=patchgan", "loss.perceptual_weight=0"],
         ["loss.adversarial.r1_gamma=0", "loss.adversarial.channel_base=4096"],
         ["model.frames=4"],

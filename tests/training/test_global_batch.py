@@ -44,15 +44,18 @@ IMAGES = [
 ]
 # Dropout draws other random numbers on every worker.
 TOKENS = ["model.width=16", "model.layers=1", "model.heads=2", "model.dropout=0", "model.grid=[1, 4, 4]"]
+TEXTURE = [*IMAGES, "loss.perceptual_weight=0.1", "loss.perceptual_network=vgg", "loss.gram_weight=10"]
+# By name: preset and overrides.
 CASES = {
-    "imagenet128-bsq18": IMAGES,
-    "imagenet128-bsq18-group9": IMAGES,
-    "imagenet128-lfq18": IMAGES,
-    "imagenet128-vq10": IMAGES,
-    "demo-gan": IMAGES,
-    "demo-nested": IMAGES,
-    "imagenet128-masked-lm": [*TOKENS, "model.num_classes=3"],
-    "imagenet128-prior": TOKENS,
+    "imagenet128-bsq18": ("imagenet128-bsq18", IMAGES),
+    "imagenet128-bsq18-group9": ("imagenet128-bsq18-group9", IMAGES),
+    "imagenet128-lfq18": ("imagenet128-lfq18", IMAGES),
+    "imagenet128-vq10": ("imagenet128-vq10", IMAGES),
+    "demo-gan": ("demo-gan", IMAGES),
+    "demo-nested": ("demo-nested", IMAGES),
+    "texture loss": ("imagenet128-bsq18-no-gan", TEXTURE),
+    "imagenet128-masked-lm": ("imagenet128-masked-lm", [*TOKENS, "model.num_classes=3"]),
+    "imagenet128-prior": ("imagenet128-prior", TOKENS),
 }
 
 
@@ -70,8 +73,8 @@ def token_table(folder):
 def train_all(rank, world_size, urls, out, overrides):
     """Take a few steps of every case; return losses and weights of each."""
     results = {}
-    for name, small in CASES.items():
-        run_config = load_config(name, [*small, *ALL, *overrides])
+    for name, (preset, small) in CASES.items():
+        run_config = load_config(preset, [*small, *ALL, *overrides])
         url = urls[run_config.stage == "tokenizer"]
         worker = WorkerContext(rank, world_size, torch.device("cpu"), "local", RecordingReporter())
         trainer = Trainer(RunSpec(run_config, url, f"{out}/{name}"), worker)
@@ -106,11 +109,11 @@ def runs(photo_shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("split", ["two workers", "four micro batches", "two workers, two micro batches"])
-@pytest.mark.parametrize("preset", CASES)
-def test_preset_takes_same_steps_for_any_split(runs, preset, split):
+@pytest.mark.parametrize("case", CASES)
+def test_preset_takes_same_steps_for_any_split(runs, case, split):
     """Weights after two steps, and norms of all gradients, are those of one worker with the whole batch."""
-    expected_scalars, expected = runs["one worker"][preset]
-    scalars, weights = runs[split][preset]
+    expected_scalars, expected = runs["one worker"][case]
+    scalars, weights = runs[split][case]
     for key in weights:
         np.testing.assert_allclose(weights[key], expected[key], atol=1e-6, err_msg=key)
     for key in (key for key in scalars if key.startswith("grad_norm/")):

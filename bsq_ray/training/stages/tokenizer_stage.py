@@ -1,6 +1,7 @@
 """Training stage of the tokenizer: generator (encoder, quantizer, decoder) against discriminator.
 
     x ─generator─▶ x̂   generator: |x - x̂| + LPIPS + softplus(-D(x̂)) + quantizer penalty       (paper equation 2)
+                        with loss.gram_weight: + distance of the Gram matrices of LPIPS's feature maps
     x, sg(x̂) ─D─▶       discriminator: softplus(-D(x)) + softplus(D(x̂)), every 16th step + R1
 
 LPIPS and the image discriminators score clips frame by frame; losses are means over frames.
@@ -155,8 +156,11 @@ class TokenizerStage(Stage):
         scalars = {"reconstruction": reconstruction, "quantizer": output.quantized.loss}
         total = loss_config.reconstruction_weight * reconstruction
         if self.perceptual is not None:
-            scalars["perceptual"] = self.perceptual(frames_time_major(fake), frames_time_major(real)).mean()
+            perceptual_terms = self._perceptual_terms(self.perceptual, frames_time_major(fake), frames_time_major(real))
+            scalars |= {name: values_B.mean() for name, values_B in perceptual_terms.items()}
             total = total + loss_config.perceptual_weight * scalars["perceptual"]
+            if "gram" in scalars:
+                total = total + loss_config.gram_weight * scalars["gram"]
         fake_logits: Tensor | None = None
         if self._is_adversarial_step(step):
             scalars["loss/generator"], fake_logits = self._adversarial_term(self._discriminator_input(fake), engines)
@@ -174,6 +178,15 @@ class TokenizerStage(Stage):
         scalars = {"loss": total, **scalars, **output.quantized.stats}
         next_context = DiscriminatorContext(self._discriminator_input(real), fake_logits)
         return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, next_context)
+
+    def _perceptual_terms(
+        self, perceptual: PerceptualLoss, fake_BCHW: Tensor, real_BCHW: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the terms on the features of LPIPS by name, unweighted (B,): "perceptual", and "gram" if configured."""
+        if not self.loss_config.gram_weight:
+            return {"perceptual": perceptual(fake_BCHW, real_BCHW)}
+        distance_B, gram_B = perceptual.with_texture(fake_BCHW, real_BCHW)
+        return {"perceptual": distance_B, "gram": gram_B}
 
     def _to_device(self, batch: Batch) -> Tensor:
         return to_float(to_device(batch.values_B, self.device))
@@ -235,7 +248,7 @@ class TokenizerStage(Stage):
         metrics = {"psnr": float(psnr(to_float(original), to_float(reconstruction)).mean())}
         metrics |= self._psnr_of_fewer_bits(engines, real, output.quantized.bits_BNL)
         if self.perceptual is not None:
-            metrics["perceptual"] = float(self.perceptual(fake_BCHW, real_BCHW).mean())
+            metrics |= self._perceptual_metrics(self.perceptual, fake_BCHW, real_BCHW)
         rows = [torch.cat(list(to_uint8(_sample_images(images))), dim=2) for images in (real, fake)]
         return metrics, torch.cat(rows, dim=1).cpu()
 
@@ -252,6 +265,26 @@ class TokenizerStage(Stage):
             fake = tokenizer.decode(tokens.first(num_bits))
             fake_BCHW = to_float(to_uint8(frames_time_major(fake.reshape(real.shape))))
             metrics[f"psnr_at_{num_bits}_bits"] = float(psnr(original_BCHW, fake_BCHW).mean())
+        return metrics
+
+    def _perceptual_metrics(self, perceptual: PerceptualLoss, fake_BCHW: Tensor, real_BCHW: Tensor) -> dict[str, float]:
+        """Return LPIPS and, with the texture loss, its value and the ratio of the weighted gradients' norms.
+
+        The gradients are those of the reconstructed images. With ratio 1, both terms move the pixels alike.
+        """
+        loss_config = self.loss_config
+        if not loss_config.gram_weight:
+            return {"perceptual": float(perceptual(fake_BCHW, real_BCHW).mean())}
+        with torch.enable_grad():
+            images_BCHW = fake_BCHW.detach().requires_grad_()
+            terms = self._perceptual_terms(perceptual, images_BCHW, real_BCHW)
+            norms = {
+                name: torch.autograd.grad(values_B.sum(), images_BCHW, retain_graph=True)[0].norm()
+                for name, values_B in terms.items()
+            }
+        metrics = {name: float(values_B.detach().mean()) for name, values_B in terms.items()}
+        ratio = loss_config.gram_weight * norms["gram"] / (loss_config.perceptual_weight * norms["perceptual"])
+        metrics["gram_gradient_ratio"] = float(ratio.nan_to_num())
         return metrics
 
     def pop_metrics(self) -> dict[str, float]:

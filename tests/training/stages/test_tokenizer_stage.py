@@ -76,6 +76,32 @@ def test_generator_loss_is_weighted_sum_of_terms(batch):
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_gram_weight_adds_texture_to_generator_loss(batch):
+    overrides = ["loss.perceptual_weight=0.3", "loss.perceptual_network=alex", "loss.adversarial.weight=0"]
+    without, with_gram = (losses(batch, *overrides, *more)[1]["generator"] for more in ([], ["loss.gram_weight=5"]))
+    assert "gram" not in without[1]
+    assert float(with_gram[1]["gram"]) > 0
+    expected = without[0].detach() + 5 * with_gram[1]["gram"]
+    assert float(with_gram[0].detach()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_gram_gradient_ratio_is_that_of_weighted_terms(batch):
+    """Evaluations report how strongly the texture loss moves the pixels, relative to LPIPS."""
+    overrides = ["loss.perceptual_weight=0.3", "loss.perceptual_network=alex", "loss.adversarial.weight=0"]
+    (stage, engines), (double, double_engines) = (build(*overrides, f"loss.gram_weight={w}") for w in (5, 10))
+    metrics, _ = stage.evaluate(batch, engines)
+    real = to_float(batch.values_B)
+    with torch.no_grad():
+        images = stage.modules["generator"](real).images.clamp(-1, 1)
+    images.requires_grad_()
+    terms = stage.perceptual.with_texture(images, real)
+    lpips, gram = (torch.autograd.grad(term.sum(), images, retain_graph=True)[0].norm() for term in terms)
+    assert metrics["gram_gradient_ratio"] == pytest.approx(float(5 * gram / (0.3 * lpips)), rel=1e-4)
+    doubled, _ = double.evaluate(batch, double_engines)
+    assert doubled["gram_gradient_ratio"] == pytest.approx(2 * metrics["gram_gradient_ratio"], rel=1e-4)
+    assert doubled["gram"] == pytest.approx(float(terms[1].mean().detach()), rel=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "loss"), [("l1", F.l1_loss), ("l2", F.mse_loss)])
 def test_reconstruction_loss_follows_config(batch, kind, loss):
     stage, results = losses(batch, f"loss.reconstruction={kind}", "loss.reconstruction_weight=2")
