@@ -8,28 +8,29 @@ README.md                 model card
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
-import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bsq_ray import config, storage
+from bsq_ray.model_ids import KeptTokens, compute_model_id, compute_tokens_id
 from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 WeightsKind = Literal["ema", "raw"]
 
 _WEIGHTS_FILE, _RAW_WEIGHTS_FILE = "model.safetensors", "model.plain.safetensors"
+_DISCRIMINATOR_FILE = "discriminator.safetensors"
 # Value of the metadata key "weights" for raw weights; part of the file format.
 _RAW_METADATA = "plain"
+# Metadata key of the ids of earlier models with the same tokens, separated by commas.
+_SAME_TOKENS_METADATA = "same_tokens"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,15 @@ class ModelFolder:
         config: training configuration of the model.
         weights: tensors by name, on the CPU.
         model_id: SHA-256 (hexadecimal) of the `model` part of the configuration and the weights.
+        tokens_id: id that all decoders of the same tokens share, see `model_ids`; None if this is not a tokenizer.
+        same_tokens: ids of earlier models with the same tokens, whose decoder was trained further.
     """
 
     config: config.AnyConfig
     weights: dict[str, Tensor]
     model_id: str
+    tokens_id: str | None = None
+    same_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ def write_model_folder(
     metrics: Mapping[str, float] | None = None,
     card_fields: Mapping[str, str] | None = None,
     measured_on: str = "",
+    kept_tokens: KeptTokens | None = None,
 ) -> str:
     """Write a model folder, replacing the model in it.
 
@@ -83,6 +89,7 @@ def write_model_folder(
         metrics: metrics for the model card, by name.
         card_fields: additional rows of the model card, for example the data set and its hash.
         measured_on: samples, data set and precision of the metrics, for the model card.
+        kept_tokens: tokens of earlier models; recorded if the weights still produce them.
 
     Returns:
         The id of the model.
@@ -92,13 +99,12 @@ def write_model_folder(
     """
     run_config = config.parse_config(config_text, "the configuration of the model")
     text = config.dump_config(run_config)
-    model_id = _write_weights(
-        storage.join(url, _WEIGHTS_FILE), text, weights, _RAW_METADATA if raw_weights is None else "ema"
-    )
+    kind = _RAW_METADATA if raw_weights is None else "ema"
+    model_id = _write_weights(storage.join(url, _WEIGHTS_FILE), text, weights, kind, kept_tokens)
     if raw_weights is None:
         storage.remove(storage.join(url, _RAW_WEIGHTS_FILE))
     else:
-        _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, _RAW_METADATA)
+        _write_weights(storage.join(url, _RAW_WEIGHTS_FILE), text, raw_weights, _RAW_METADATA, kept_tokens)
     storage.write_text(
         storage.join(url, "README.md"),
         _model_card(run_config, model_id, metrics or {}, card_fields or {}, measured_on),
@@ -134,13 +140,14 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
         raise ValueError(
             f"{url} contains no raw weights: {_RAW_WEIGHTS_FILE} is missing and {_WEIGHTS_FILE} contains the EMA"
         )
-    model_id = _model_id(text, tensors)
+    model_id = compute_model_id(text, tensors)
     if model_id != header["id"]:
         raise ValueError(
             f"{path} and {storage.join(folder, 'config.yaml')} do not match: one of them changed after the model was "
             f"written (stored id {header['id'][:12]}, computed id {model_id[:12]}); write or download the folder again"
         )
-    return ModelFolder(run_config, tensors, model_id)
+    same_tokens = tuple(filter(None, header.get(_SAME_TOKENS_METADATA, "").split(",")))
+    return ModelFolder(run_config, tensors, model_id, compute_tokens_id(run_config, tensors), same_tokens)
 
 
 def load_model_folder_config(url: str) -> config.AnyConfig:
@@ -175,6 +182,18 @@ def read_model_header(url: str) -> ModelHeader:
     return ModelHeader(folder, run_config, model_id, num_bytes)
 
 
+def load_discriminator_weights(url: str) -> dict[str, Tensor] | None:
+    """Read the weights of the discriminator that a model was trained with; None if the folder has none.
+
+    Raises:
+        ValueError: the folder does not exist, or the file is damaged.
+    """
+    path = storage.join(_resolve_folder(url, (_DISCRIMINATOR_FILE,)), _DISCRIMINATOR_FILE)
+    if not storage.exists(path):
+        return None
+    return _parse_safetensors(storage.read_bytes(path), path)[0]
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a module after checking all keys and shapes.
 
@@ -203,8 +222,8 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(weights))
 
 
-def _resolve_folder(url: str) -> str:
-    """Return `url` if it is a model folder, or the local copy of a model from a model hub."""
+def _resolve_folder(url: str, hub_files: Sequence[str] = (_WEIGHTS_FILE, _RAW_WEIGHTS_FILE)) -> str:
+    """Return `url` if it is a model folder, or the local copy of `hub_files` of a model from a model hub."""
     model_url = storage.join(url, "model")
     if storage.exists(storage.join(model_url, _WEIGHTS_FILE)) and not storage.exists(storage.join(url, _WEIGHTS_FILE)):
         raise ValueError(f"{url} is a run folder; use its model folder {model_url}")
@@ -222,51 +241,43 @@ def _resolve_folder(url: str) -> str:
             f"model folder {url} does not exist; to load it from the model hub, install huggingface_hub"
         ) from None
     try:
-        return str(snapshot_download(url, allow_patterns=["config.yaml", _WEIGHTS_FILE, _RAW_WEIGHTS_FILE]))
+        return str(snapshot_download(url, allow_patterns=["config.yaml", *hub_files]))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model folder {url} does not exist, and the model hub returned an error: {' '.join(str(error).split())}"
         ) from error
 
 
-def _write_weights(url: str, config_text: str, weights: Mapping[str, Tensor], kind: str) -> str:
+def _write_weights(
+    url: str, config_text: str, weights: Mapping[str, Tensor], kind: str, kept_tokens: KeptTokens | None
+) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    model_id = _model_id(config_text, tensors)
-    storage.write_bytes(url, safetensors.torch.save(tensors, {"format": "pt", "id": model_id, "weights": kind}))
+    model_id = compute_model_id(config_text, tensors)
+    metadata = {"format": "pt", "id": model_id, "weights": kind}
+    if kept_tokens is not None:
+        run_config = config.parse_config(config_text, "the configuration of the model")
+        if compute_tokens_id(run_config, tensors) == kept_tokens.tokens_id:
+            metadata[_SAME_TOKENS_METADATA] = ",".join(kept_tokens.model_ids)
+    storage.write_bytes(url, safetensors.torch.save(tensors, metadata))
     return model_id
 
 
 def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    data = storage.read_bytes(url)
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        description = describe_wrong_binary(data) or f"is damaged or not a safetensors file: {error}"
-        raise ValueError(f"{url} {description}") from error
+    tensors, header = _parse_safetensors(storage.read_bytes(url), url)
     if not {"id", "weights"} <= header.keys():
         raise ValueError(f"{url} is not part of a model folder: its metadata has no model id")
     return tensors, header
 
 
-def _model_id(config_text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of all tensors and of the `model` options that affect the tokens."""
-    model: dict[str, Any] = dict(yaml.safe_load(config_text).get("model", {}))
-    model.pop("gradient_checkpointing", None)
-    # These options came later: models that do not use them keep their ids.
-    if model.get("position", "learned") == "learned":
-        for key in ("position", "attention_radius", "position_period"):
-            model.pop(key, None)
-    if model.get("order") == "token":
-        del model["order"]
-    quantizer = model.get("quantizer")
-    if isinstance(quantizer, dict) and not quantizer.get("keep"):
-        model["quantizer"] = {key: value for key, value in quantizer.items() if key != "keep"}
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _parse_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file."""
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError) as error:
+        description = describe_wrong_binary(data) or f"is damaged or not a safetensors file: {error}"
+        raise ValueError(f"{source} {description}") from error
+    return tensors, header
 
 
 def _truncate(keys: list[str], max_keys: int = 5) -> str:

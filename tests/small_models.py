@@ -2,7 +2,8 @@
 
 import torch
 
-from bsq_ray import Tokenizer, config
+from bsq_ray import Tokenizer, config, model_folder
+from bsq_ray.model_ids import KeptTokens
 
 
 def save_tokenizer(url, seed, frames=1, **model_changes):
@@ -19,3 +20,15 @@ def save_tokenizer(url, seed, frames=1, **model_changes):
     )
     Tokenizer(model_config).save_pretrained(str(url))
     return str(url)
+
+
+def retrain_decoder(url, out):
+    """A tokenizer with the tokens of the model folder `url` and another decoder, as a model folder."""
+    folder = model_folder.load_model_folder(url)
+    weights = {
+        name: value + 0.02 if name.startswith("decoder.head") else value for name, value in folder.weights.items()
+    }
+    kept_tokens = KeptTokens(folder.tokens_id, (folder.model_id, *folder.same_tokens))
+    text = config.dump_config(folder.config)
+    model_folder.write_model_folder(str(out), text, weights, kept_tokens=kept_tokens)
+    return str(out)

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from bsq_ray import Tokenizer, config, model_folder
+from bsq_ray.model_ids import compute_tokens_id
 
 SIZES = {"width": 16, "layers": 1, "heads": 2}
 
@@ -93,6 +94,47 @@ def test_model_id_depends_on_weights_and_model_only():
     assert written_id(weights, model={"patch_size": 16}) != same
     assert written_id(weights | {"a": torch.arange(4.0).reshape(2, 2)}) != same
     assert written_id(weights | {"a": torch.arange(4.0) + 1e-6}) != same
+
+
+def test_tokens_id_depends_on_encoder_and_quantizer_only():
+    """The tokens id ignores decoder and training options; it covers what turns images into tokens."""
+
+    def written_id(changed="", **keys):
+        model = small_tokenizer().config.model_dump() | keys
+        run = config.TokenizerConfig.model_validate({"name": "m", "model": model})
+        tokenizer = Tokenizer(run.model)
+        tokenizer.load_state_dict(weights)
+        if changed:
+            with torch.no_grad():
+                tokenizer.get_parameter(changed).view(-1)[0] += 1e-6
+        model_folder.write_model_folder("memory://ids/t", config.dump_config(run), tokenizer.state_dict())
+        return model_folder.load_model_folder("memory://ids/t").tokens_id
+
+    weights = small_tokenizer().state_dict()
+    same, quantizer = written_id(), small_tokenizer().config.quantizer.model_dump()
+    assert len(same) == 64
+    assert written_id("decoder.head.0.bias") == written_id("from_code.weight") == same
+    assert written_id(gradient_checkpointing=True) == same
+    assert written_id(quantizer=quantizer | {"commitment_weight": 0.25, "entropy": {"weight": 0.5}}) == same
+    assert written_id(quantizer=quantizer | {"kind": "lfq"}) != same
+    assert written_id("encoder.patch_embedding.weight") != same
+    assert written_id("to_code.bias") != same
+
+
+def test_tokens_id_of_vq_covers_codebook_and_not_decoder():
+    model = small_tokenizer().config.model_copy(update={"quantizer": config.VQConfig(kind="vq", codebook_size=16)})
+    run, ids = config.TokenizerConfig(name="m", model=model), []
+    tokenizer = Tokenizer(model)
+    for changed in (tokenizer.from_code.weight, tokenizer.decoder.head[0].bias, tokenizer.quantizer.codebook):
+        ids.append(compute_tokens_id(run, tokenizer.state_dict()))
+        with torch.no_grad():
+            changed.view(-1)[0] += 1
+    ids.append(compute_tokens_id(run, tokenizer.state_dict()))
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
+def test_token_models_have_no_tokens_id():
+    assert compute_tokens_id(config.PriorConfig(name="p"), {}) is None
 
 
 def test_model_saved_again_keeps_id_of_older_folder(tmp_path):

@@ -26,6 +26,7 @@ PAGES = [
     "docs/guides/train.md",
     "docs/guides/generate.md",
     "docs/guides/compress.md",
+    "docs/guides/fine-tune.md",
     "docs/guides/video.md",
     "docs/guides/sweep.md",
     "docs/guides/plan.md",

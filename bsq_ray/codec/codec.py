@@ -39,6 +39,7 @@ from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rate import PlaneLayout, Rate
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import group_size
+from bsq_ray.codec.written_format import readable_formats, written_format
 from bsq_ray.media.color import SRGB, ColorDescription
 from bsq_ray.media.images import to_srgb
 from bsq_ray.media.limits import MAX_PIXELS
@@ -94,6 +95,7 @@ class Codec:
             _model_id(tokenizer),
             _model_id(prior) if prior else b"",
         )
+        self.token_formats = readable_formats(self.token_format, tokenizer.same_tokens)
 
     @classmethod
     def from_pretrained(
@@ -216,7 +218,7 @@ class Codec:
         Raises:
             ValueError: the file is damaged, of other models, of a newer version or a clip, or the region is outside.
         """
-        container = read_image_container(data, self.token_format, True, max_pixels)
+        container = read_image_container(data, written_format(self.token_formats, data, max_pixels), True, max_pixels)
         [pixels_HWC] = self._decode_frames(
             container, range(1), region, on_progress, {} if timings_s is None else timings_s
         )
@@ -242,7 +244,7 @@ class Codec:
         Raises:
             ValueError: as `decompress`, or the clip does not have these frames.
         """
-        container = read_video_container(data, self.token_format, True, max_pixels)
+        container = read_video_container(data, written_format(self.token_formats, data, max_pixels), True, max_pixels)
         num_frames = container.header.num_frames
         frame_range = range(num_frames) if frames is None else frames
         if not (0 <= frame_range.start < frame_range.stop <= num_frames and frame_range.step == 1):
@@ -257,7 +259,7 @@ class Codec:
         Raises:
             ValueError: the data ends before the end of the index, or is damaged.
         """
-        container = read_image_container(data, self.token_format, False, max_pixels)
+        container = read_image_container(data, written_format(self.token_formats, data, max_pixels), False, max_pixels)
         fraction = 0.0
 
         def record_fraction(done: int, total: int) -> None:
@@ -273,7 +275,7 @@ class Codec:
         Raises:
             ValueError: the data ends before the end of the index, or is damaged.
         """
-        container = read_video_container(data, self.token_format, False, max_pixels)
+        container = read_video_container(data, written_format(self.token_formats, data, max_pixels), False, max_pixels)
         header = container.header
         num_available = min(
             header.num_frames, -(-container.num_complete_groups // header.groups_per_gop) * header.gop_size
@@ -286,7 +288,7 @@ class Codec:
         Raises:
             ValueError: as `decompress`.
         """
-        container = read_container(data, self.token_format, False, max_pixels)
+        container = read_container(data, written_format(self.token_formats, data, max_pixels), False, max_pixels)
         return container.num_bits, sum(container.header.plane_bits) or container.header.bits
 
     def _start_coding(self, rate: Rate, header: Header, timings_s: dict[str, float]) -> FileCoder[Any]:

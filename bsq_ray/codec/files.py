@@ -27,6 +27,7 @@ from bsq_ray.codec.codec import Box, Codec, CompressedFile
 from bsq_ray.codec.container import read_header
 from bsq_ray.codec.header import VideoHeader
 from bsq_ray.codec.rate import Rate
+from bsq_ray.codec.written_format import decoder_remark
 from bsq_ray.media.decode_error import UnknownFormatError, translate_decode_errors
 from bsq_ray.media.images import decode_image
 from bsq_ray.media.limits import MAX_PIXELS
@@ -195,6 +196,8 @@ def decompress_file(
             description = _decompress_video(
                 codec, data, selection, clip, destination, kind or "mkv", on_progress, timings_s
             )
+        if note := decoder_remark(codec.token_formats, data, selection.max_pixels):
+            description += f", {note}"
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     available, stored = codec.available_bits(data, selection.max_pixels)

@@ -26,6 +26,9 @@ class TokenModelConfig(StrictModel):
     tokenizer: str | None = Field(
         None, description="Model id of the tokenizer; null: the tokenizer of the training token table."
     )
+    tokens_id: str | None = Field(
+        None, description="Id of its tokens, which all decoders of these tokens share; null: that of the token table."
+    )
     grid: tuple[int, int, int] = Field(
         (1, 16, 16), description="Frames, rows and columns of tokens; must match the token table."
     )
@@ -36,6 +39,17 @@ class TokenModelConfig(StrictModel):
     heads: int = Field(8, ge=1, description="Attention heads; must divide the width.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of a block's MLP, as a multiple of the width.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout after attention and after MLP, in training.")
+
+    def accepts_tokens(self, tokenizer_id: str | None, tokens_id: str | None) -> bool:
+        """Return True if the model can read tokens of a tokenizer: ids of the tokens count, or of models without them.
+
+        Args:
+            tokenizer_id: model id of the tokenizer.
+            tokens_id: id of its tokens; None if unknown.
+        """
+        if self.tokens_id is not None and tokens_id is not None:
+            return self.tokens_id == tokens_id
+        return self.tokenizer in (None, tokenizer_id)
 
     @model_validator(mode="after")
     def _check_sizes(self) -> TokenModelConfig:

@@ -307,6 +307,16 @@ class DataConfig(DataOrderConfig):
         return self
 
 
+class TokenizerTrainingConfig(TrainingConfig):
+    """Training run of a tokenizer: that of every model, and which part is trained."""
+
+    only: Literal["decoder"] | None = Field(
+        None,
+        description="decoder: train the decoder alone, and keep the tokens of the model given by --init; null: train "
+        "everything.",
+    )
+
+
 class TokenizerConfig(StrictModel):
     """Configuration of a training run of a tokenizer."""
 
@@ -318,7 +328,7 @@ class TokenizerConfig(StrictModel):
     )
     loss: TokenizerLossConfig = Field(TokenizerLossConfig(), description="The objective of the generator.")
     data: DataConfig = Field(DataConfig(), description="Order of the samples and transforms to training images.")
-    training: TrainingConfig = Field(TrainingConfig(), description="Training run.")
+    training: TokenizerTrainingConfig = Field(TokenizerTrainingConfig(), description="Training run.")
 
     @model_validator(mode="after")
     def _check_3d_discriminator_has_frames(self) -> TokenizerConfig:

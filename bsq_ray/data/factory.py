@@ -122,5 +122,6 @@ def resolve_tokenizer(run: config.AnyConfig, url: str) -> config.AnyConfig:
         return run
     if is_mixture(url):
         url = read_mixture(url).datasets[0].url
-    tokenizer = read_table(url).info.tokenizer_id
-    return run.model_copy(update={"model": run.model.model_copy(update={"tokenizer": tokenizer})})
+    info = read_table(url).info
+    update = {"tokenizer": info.tokenizer_id, "tokens_id": info.tokens_id}
+    return run.model_copy(update={"model": run.model.model_copy(update=update)})

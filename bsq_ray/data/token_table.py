@@ -49,6 +49,7 @@ class TokenTableInfo:
         classes: names of the labels.
         views: number of rows per image or clip: the center crop, then random crops.
         dataset: hash of the data set and of the options that select crops and clips.
+        tokens_id: id that all decoders of these tokens share; None in tables of earlier versions.
     """
 
     tokenizer_id: str
@@ -57,6 +58,7 @@ class TokenTableInfo:
     classes: tuple[str, ...]
     views: int
     dataset: str
+    tokens_id: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +146,13 @@ def completed_part(url: str, info: TokenTableInfo) -> tuple[int, str] | None:
     except (pa.ArrowException, OSError):
         return None
     metadata = footer.metadata or {}
-    if metadata.get(b"bsq_ray", b"").decode() != _to_json(info) or b"rows_sha256" not in metadata:
+    if b"bsq_ray" not in metadata or b"rows_sha256" not in metadata:
+        return None
+    stored, expected = json.loads(metadata[b"bsq_ray"]), json.loads(_to_json(info))
+    if "tokens_id" not in stored:
+        # The part of an earlier version.
+        expected.pop("tokens_id", None)
+    if stored != expected:
         return None
     return footer.num_rows, metadata[b"rows_sha256"].decode()
 
@@ -205,7 +213,7 @@ class TokenSource(DataSource):
                 that match.
         """
         info = table.info
-        if model.tokenizer not in (None, info.tokenizer_id):
+        if not model.accepts_tokens(info.tokenizer_id, info.tokens_id):
             raise ValueError(
                 f"the tokens in {table.url} were written by tokenizer {info.tokenizer_id[:12]}, "
                 f"but the model requires tokenizer {str(model.tokenizer)[:12]}; use a table of that tokenizer"
@@ -285,4 +293,4 @@ def _read_row_group(url: str, group: int, digest: str) -> tuple[list[str], np.nd
 
 
 def _to_json(info: TokenTableInfo) -> str:
-    return json.dumps(info.__dict__, sort_keys=True)
+    return json.dumps({key: value for key, value in info.__dict__.items() if value is not None}, sort_keys=True)

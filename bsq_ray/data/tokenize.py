@@ -98,9 +98,14 @@ def tokenize(
     if manifest.kind == "videos":
         dataset += f" stride {run.data.frame_stride} clips {run.data.clips_per_video}"
     info = TokenTableInfo(
-        folder.model_id, run.model.quantizer.bits, (frames, side, side), manifest.classes, num_crops, dataset
+        _bundle_tokenizer(folder, model_url, out_url),
+        run.model.quantizer.bits,
+        (frames, side, side),
+        manifest.classes,
+        num_crops,
+        dataset,
+        folder.tokens_id,
     )
-    _bundle_tokenizer(folder.model_id, model_url, out_url)
     names = [f"part-{number:06}.parquet" for number in range(manifest.num_shards)]
     parts = completed_parts(out_url, names, info)
     missing = [number for number, name in enumerate(names) if name not in parts]
@@ -118,17 +123,23 @@ def tokenize(
     return TokenizeResult(table, len(missing), skipped)
 
 
-def _bundle_tokenizer(model_id: str, model_url: str, out_url: str) -> None:
+def _bundle_tokenizer(folder: model_folder.ModelFolder, model_url: str, out_url: str) -> str:
+    """Copy the tokenizer into the table unless the table has one of the same tokens; return the id of the copy.
+
+    Raises:
+        ValueError: the table has a tokenizer of other tokens.
+    """
     bundled_url = storage.join(out_url, TOKENIZER_FOLDER)
     if storage.exists(storage.join(bundled_url, "config.yaml")):
-        bundled_id = model_folder.load_model_folder(bundled_url).model_id
-        if bundled_id != model_id:
+        bundled = model_folder.load_model_folder(bundled_url)
+        if bundled.tokens_id != folder.tokens_id:
             raise ValueError(
-                f"{out_url} has tokens of another tokenizer ({bundled_id[:12]}, {model_url} is {model_id[:12]}); "
-                "choose another --out"
+                f"{out_url} has tokens of another tokenizer ({bundled.model_id[:12]}, {model_url} is "
+                f"{folder.model_id[:12]}); choose another --out"
             )
-    else:
-        storage.copy_folder(model_url, bundled_url)
+        return bundled.model_id
+    storage.copy_folder(model_url, bundled_url)
+    return folder.model_id
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         run_config_class: class of the run configuration.
         config: the `model` part of the run configuration.
         model_id: SHA-256 of weights and configuration if read from a model folder, else None.
+        tokens_id, same_tokens: see `model_folder.ModelFolder`.
     """
 
     run_config_class: ClassVar[type[config.AnyConfig]]
@@ -30,6 +31,8 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         super().__init__()
         self.config = model_config
         self.model_id: str | None = None
+        self.tokens_id: str | None = None
+        self.same_tokens: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, url: str, weights: WeightsKind = "ema") -> Self:
@@ -50,7 +53,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         run_config: Any = config.require_stage(folder.config, cls.run_config_class, url)
         model = cls(run_config.model)
         model_folder.load_weights(model, folder.weights, url)
-        model.model_id = folder.model_id
+        model.model_id, model.tokens_id, model.same_tokens = folder.model_id, folder.tokens_id, folder.same_tokens
         return model.eval()
 
     def save_pretrained(

@@ -255,16 +255,17 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
             model_config: configuration of the token model.
 
         Raises:
-            ValueError: the folder has no tokenizer, or the model was trained with another one.
+            ValueError: the folder has no tokenizer, or the model was trained on the tokens of another one.
         """
         from bsq_ray import storage
 
         tokenizer_url = storage.join(url, "tokenizer")
         tokenizer = cls.from_pretrained(tokenizer_url)
-        if model_config.tokenizer not in (None, tokenizer.model_id):
+        if not model_config.accepts_tokens(tokenizer.model_id, tokenizer.tokens_id):
             raise ValueError(
                 f"{tokenizer_url} contains tokenizer {str(tokenizer.model_id)[:12]}, but the model in {url} "
-                f"was trained on tokens of {str(model_config.tokenizer)[:12]}; put that tokenizer there"
+                f"was trained on tokens of {str(model_config.tokenizer)[:12]}; put that tokenizer there, or one whose "
+                "decoder alone was trained further"
             )
         return tokenizer
 

@@ -1,4 +1,6 @@
-"""Warm start: initial weights of a tokenizer from a trained one, including inflation of an image to a video model.
+"""Warm start: initial weights of a tokenizer and of its discriminator from trained ones.
+
+An image model also initializes a video model.
 
 The only new weights of a video model, its temporal position embeddings, are zero. So a one-frame clip, and in a causal
 model the first frame of any clip, is reconstructed exactly as by the image model.
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bsq_ray import config, model_folder
 
@@ -52,6 +54,26 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
         if model_config.frames > 1 and temporal not in weights:
             weights[temporal] = torch.zeros(model_config.frames, weights[spatial].shape[1])
     return weights
+
+
+def initial_discriminator(discriminator: nn.Module, url: str) -> tuple[dict[str, Tensor] | None, str]:
+    """Return the weights of the discriminator that was trained with a tokenizer.
+
+    Args:
+        discriminator: new discriminator, which is not changed.
+        url: model folder of the tokenizer.
+
+    Returns:
+        Weights by name, and an empty text; or None and the reason, if the folder has no discriminator, or one of
+        another architecture.
+    """
+    weights = model_folder.load_discriminator_weights(url)
+    if weights is None:
+        return None, f"{url} contains no discriminator, so a new one is trained"
+    expected = {name: value.shape for name, value in discriminator.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != expected:
+        return None, f"the discriminator in {url} has another architecture, so a new one is trained"
+    return weights, ""
 
 
 def resize_positions(position_SD: Tensor, side: int) -> Tensor:

@@ -6,6 +6,7 @@ under bf16 autocast and 4 in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from bsq_ray import config
@@ -43,12 +44,30 @@ def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -
 
     With gradient checkpointing each block saves its fp32 input, and one block at a time saves everything.
     """
-    tokens = model.frames * model.grid_size**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
+    per_token = (2 if half else 4) * (patch + model.decoder.head_hidden_dim) + 12 * patch + 24 * channels
+    return _tokens(model) * (per_token + _transformer_bytes(model, (model.encoder, model.decoder), half))
+
+
+def decoder_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> int:
+    """Return the bytes that a tokenizer saves for one image or clip if its decoder alone is trained."""
+    patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
+    per_token = (2 if half else 4) * (channels + model.decoder.head_hidden_dim) + 12 * patch
+    return _tokens(model) * (per_token + _transformer_bytes(model, (model.decoder,), half))
+
+
+def _tokens(model: config.TokenizerModelConfig) -> int:
+    return model.frames * model.grid_size**2
+
+
+def _transformer_bytes(
+    model: config.TokenizerModelConfig, transformers: Sequence[config.TransformerConfig], half: bool
+) -> int:
+    """Return the bytes that transformers save per token."""
     operand_bytes = 2 if half else 4
     per_frame = model.causal and model.frames > 1
-    per_token = operand_bytes * (patch + model.decoder.head_hidden_dim) + 12 * patch + 24 * channels
-    for sizes in (model.encoder, model.decoder):
+    per_token = 0
+    for sizes in transformers:
         # The two outer norms, and the projection that follows.
         per_token += 8 * sizes.width + 16 + operand_bytes * sizes.width
         if not model.gradient_checkpointing:
@@ -56,8 +75,8 @@ def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -
         else:
             per_token += sizes.layers * 4 * sizes.width
     if model.gradient_checkpointing:
-        per_token += max(block_activation_bytes(sizes, half, per_frame) for sizes in (model.encoder, model.decoder))
-    return tokens * per_token
+        per_token += max(block_activation_bytes(sizes, half, per_frame) for sizes in transformers)
+    return per_token
 
 
 def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: int, half: bool) -> int:
@@ -133,7 +152,8 @@ def generator_phase_bytes(run: config.TokenizerConfig) -> float:
     num_inputs = discriminator_inputs_per_sample(loss.adversarial, model.frames)
     bytes_per_input = discriminator_activation_bytes(loss.adversarial, model.image_size, half, model.frames)
     perceptual = model.frames * perceptual_activation_bytes(loss, model.image_size, half)
-    return tokenizer_activation_bytes(model, half) + perceptual + num_inputs * bytes_per_input
+    tokenizer_bytes = decoder_activation_bytes if run.training.only == "decoder" else tokenizer_activation_bytes
+    return tokenizer_bytes(model, half) + perceptual + num_inputs * bytes_per_input
 
 
 def discriminator_phase_bytes(run: config.TokenizerConfig) -> float:

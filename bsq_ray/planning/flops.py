@@ -40,18 +40,19 @@ def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
     """Return the operations of encoder, projections and decoder for one clip, without a codebook search."""
     frame_tokens = model.grid_size**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
-    encoder, decoder = model.encoder, model.decoder
-    per_token = (
-        patch * encoder.width
-        + encoder.width * channels
-        + channels * decoder.width
-        + (decoder.width + patch) * decoder.head_hidden_dim
-    )
     return (
-        2 * model.frames * frame_tokens * per_token
-        + blocks_flops(encoder, frame_tokens, model.frames, model.causal)
-        + blocks_flops(decoder, frame_tokens, model.frames, model.causal)
+        2 * model.frames * frame_tokens * (patch + channels) * model.encoder.width
+        + blocks_flops(model.encoder, frame_tokens, model.frames, model.causal)
+        + _decoder_forward_flops(model)
     )
+
+
+def _decoder_forward_flops(model: config.TokenizerModelConfig) -> int:
+    """Return the operations from codes to patches for one clip."""
+    frame_tokens, decoder = model.grid_size**2, model.decoder
+    patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
+    per_token = channels * decoder.width + (decoder.width + patch) * decoder.head_hidden_dim
+    return 2 * model.frames * frame_tokens * per_token + blocks_flops(decoder, frame_tokens, model.frames, model.causal)
 
 
 def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
@@ -66,14 +67,21 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
     model, loss = run.model, run.loss
     forward = tokenizer_forward_flops(model)
     frame_tokens = model.grid_size**2
+    trained_flops, transformers = forward, [model.encoder, model.decoder]
     # The images need no gradient.
     input_gradient_flops = 2 * model.frames * frame_tokens * 3 * model.patch_size**2 * model.encoder.width
+    if run.training.only == "decoder":
+        trained_flops, transformers = _decoder_forward_flops(model), [model.decoder]
+        # The codes need no gradient.
+        input_gradient_flops = 2 * model.frames * frame_tokens * code_channels(model.quantizer) * model.decoder.width
     recomputed_flops = sum(
         blocks_flops(sizes, frame_tokens, model.frames, model.causal)
         - _last_matmul_flops(sizes, frame_tokens * model.frames)
-        for sizes in (model.encoder, model.decoder)
+        for sizes in transformers
     )
-    generator = 3 * forward - input_gradient_flops + (recomputed_flops if model.gradient_checkpointing else 0)
+    generator = forward + 2 * trained_flops - input_gradient_flops
+    if model.gradient_checkpointing:
+        generator += recomputed_flops
     perceptual = 0
     if loss.perceptual_weight:
         slices = perceptual_layers(loss.perceptual_network, model.image_size)

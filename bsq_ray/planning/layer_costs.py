@@ -82,14 +82,22 @@ def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
     """Return the parameters of encoder, code projections, codebook if any, decoder and its two-layer head."""
     positions = model.position_rows**2
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
-    encoder, decoder = model.encoder, model.decoder
+    encoder = model.encoder
     codebook = model.quantizer.codebook_size * channels if isinstance(model.quantizer, config.VQConfig) else 0
     return (
         patch * encoder.width
         + num_transformer_parameters(encoder, positions, model.frames)
         + (encoder.width + 1) * channels
         + codebook
-        + (channels + 1) * decoder.width
+        + num_decoder_parameters(model)
+    )
+
+
+def num_decoder_parameters(model: config.TokenizerModelConfig) -> int:
+    """Return the parameters that turn codes into patches: code projection, decoder and its two-layer head."""
+    decoder, positions, patch = model.decoder, model.position_rows**2, 3 * model.patch_size**2
+    return (
+        (code_channels(model.quantizer) + 1) * decoder.width
         + num_transformer_parameters(decoder, positions, model.frames)
         + (decoder.width + 1) * decoder.head_hidden_dim
         + (decoder.head_hidden_dim + 1) * patch

@@ -80,7 +80,8 @@ def num_muon_elements(run: config.AnyConfig) -> int:
         kernels = 0
         if run.training.optimizer.muon.convolutions:
             kernels = num_kernel_elements(run.loss.adversarial, run.model.image_size, run.model.frames)
-        return num_block_matrix_elements(run.model.encoder) + num_block_matrix_elements(run.model.decoder) + kernels
+        encoder = 0 if run.training.only == "decoder" else num_block_matrix_elements(run.model.encoder)
+        return encoder + num_block_matrix_elements(run.model.decoder) + kernels
     return num_block_matrix_elements(run.model.transformer)
 
 

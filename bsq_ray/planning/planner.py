@@ -176,7 +176,7 @@ def _peak_flops(run: config.AnyConfig, gpu_spec: GPUSpec) -> float:
 
 def _statistics_flops(run: config.AnyConfig) -> float:
     """Return the operations per sample of the encoder pass that collects statistics before gradient accumulation."""
-    if not isinstance(run.model, config.TokenizerModelConfig):
+    if not isinstance(run, config.TokenizerConfig) or run.training.only == "decoder":
         return 0.0
     is_binary = isinstance(run.model.quantizer, config.BSQConfig | config.LFQConfig)
     return tokenizer_forward_flops(run.model) / 2 if is_binary else 0.0

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from bsq_ray import config
 from bsq_ray.planning.activations import discriminator_phase_bytes, generator_phase_bytes
 from bsq_ray.planning.flops import tokenizer_step_flops
-from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers
+from bsq_ray.planning.layer_costs import (
+    num_decoder_parameters,
+    num_discriminator_parameters,
+    num_tokenizer_parameters,
+    perceptual_layers,
+)
 from bsq_ray.planning.token_costs import (
     num_token_model_parameters,
     token_model_activation_bytes,
@@ -50,7 +55,8 @@ def sample_requirements(run: config.AnyConfig) -> SampleRequirements:
 
 def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     model, loss = run.model, run.loss
-    generator = num_tokenizer_parameters(model)
+    tokenizer = num_tokenizer_parameters(model)
+    generator = num_decoder_parameters(model) if run.training.only == "decoder" else tokenizer
     discriminator = num_discriminator_parameters(loss.adversarial, model.image_size, model.frames)
     perceptual = 0
     if loss.perceptual_weight:
@@ -61,8 +67,8 @@ def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     return SampleRequirements(
         unit="images" if model.frames == 1 else "clips",
         parameters={"generator": generator, "discriminator": discriminator},
-        frozen_parameters=perceptual,
-        weight_copy_bytes=2 * (generator + discriminator + perceptual) if half else 4 * discriminator,
+        frozen_parameters=perceptual + tokenizer - generator,
+        weight_copy_bytes=2 * (tokenizer + discriminator + perceptual) if half else 4 * discriminator,
         flops=tokenizer_step_flops(run),
         activations=(generator_phase_bytes(run), discriminator_phase_bytes(run)),
         bytes_read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,

@@ -13,7 +13,7 @@ class EMA:
     The decay of update t is d = min(decay, (1 + t) / (10 + t)), so that the average forgets the initial weights.
 
     Args:
-        module: the average starts as an fp32 copy of its state dict.
+        module: the average starts as an fp32 copy of its state dict, without parameters that require no gradients.
         decay: upper limit of d, 0 ≤ decay < 1.
     """
 
@@ -23,7 +23,10 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.num_updates = 0
-        self.average = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
+        frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        self.average = {
+            name: value.detach().float().clone() for name, value in module.state_dict().items() if name not in frozen
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

@@ -150,7 +150,8 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
     Dropout is off inside. What follows draws the random numbers it would draw without the evaluation.
     """
-    modules = list(modules)
+    # Each part has its own mode: frozen parts of a module in training stay in evaluation mode.
+    modules = [part for module in modules for part in module.modules()]
     was_training = [module.training for module in modules]
     gpus = {parameter.device for module in modules for parameter in module.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(gpus, device_type="cuda"):
@@ -160,4 +161,4 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
             yield
         finally:
             for module, mode in zip(modules, was_training, strict=True):
-                module.train(mode)
+                module.training = mode

@@ -48,7 +48,13 @@ def write_model(
     url = storage.join(spec.out_url, "model")
     card_fields = card_fields | ({"initialized from": spec.init_url} if spec.init_url else {})
     model_folder.write_model_folder(
-        url, config.dump_config(spec.config), *weights, measurement.metrics, card_fields, measurement.measured_on
+        url,
+        config.dump_config(spec.config),
+        *weights,
+        measurement.metrics,
+        card_fields,
+        measurement.measured_on,
+        spec.kept_tokens,
     )
     for name, state in extra_modules.items():
         storage.write_bytes(storage.join(url, f"{name}.safetensors"), safetensors.torch.save(state))

@@ -18,6 +18,7 @@ from bsq_ray.config.batch_split import check_discriminator_groups, split_batch, 
 from bsq_ray.data.batch_mixture import BatchMixtureSource
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.mixture import is_mixture, store_mixture
+from bsq_ray.model_ids import KeptTokens, compute_tokens_id
 from bsq_ray.models.warm_start import initial_weights
 from bsq_ray.runtime.ray_session import ray_session
 from bsq_ray.runtime.signals import stop_on_signal
@@ -82,8 +83,7 @@ def train(
     run_config = resolve_tokenizer(run_config, data_url)
     spec = RunSpec(run_config, data_url, out_url, held_out_url and storage.absolute(held_out_url), minutes, init_url)
     world_sizes = valid_world_sizes(run_config, num_workers if min_workers is None else min_workers, num_workers)
-    _validate(spec, world_sizes, resume)
-    spec = _store_mixtures(spec)
+    spec = _store_mixtures(_validate(spec, world_sizes, resume))
     storage.write_text(storage.join(out_url, "config.yaml"), config.dump_config(run_config))
     summary = RunSummary()
     with _console(on_record) as console:
@@ -148,11 +148,14 @@ def _write_summary(result: RunResult, num_workers: int, spec: RunSpec, on_record
     )
 
 
-def _validate(spec: RunSpec, world_sizes: Sequence[int], resume: bool) -> None:
+def _validate(spec: RunSpec, world_sizes: Sequence[int], resume: bool) -> RunSpec:
     """Check everything that can be known to be wrong before anything is started.
 
     Args:
         world_sizes: numbers of workers that the run may have.
+
+    Returns:
+        The specification with the tokens that the run keeps.
 
     Raises:
         ValueError: configuration, data and folder do not fit together.
@@ -178,10 +181,31 @@ def _validate(spec: RunSpec, world_sizes: Sequence[int], resume: bool) -> None:
     progress = newest_progress(spec.out_url)
     if progress:
         check_resumable(progress, spec.config, source, spec.out_url)
-    elif spec.init_url:
+    if isinstance(spec.config, config.TokenizerConfig) and spec.config.training.only == "decoder":
+        return replace(spec, kept_tokens=_kept_tokens(spec.config, spec.init_url))
+    if not progress and spec.init_url:
         initial_weights(
             config.require_stage(spec.config, config.TokenizerConfig, "--init: this run").model, spec.init_url
         )
+    return spec
+
+
+def _kept_tokens(run_config: config.TokenizerConfig, init_url: str | None) -> KeptTokens:
+    """Return the tokens of the model that a training of the decoder starts from.
+
+    Raises:
+        ValueError: there is no such model, or the configuration would change its tokens.
+    """
+    if init_url is None:
+        raise ValueError("training.only=decoder keeps the tokens of a trained model; name its folder with --init")
+    folder = model_folder.load_model_folder(init_url)
+    tokens_id = compute_tokens_id(run_config, initial_weights(run_config.model, init_url))
+    if tokens_id is None or tokens_id != folder.tokens_id:
+        raise ValueError(
+            f"training.only=decoder keeps the tokens of {init_url}, but model.image_size, model.frames or model.causal "
+            "differs from that model; use its values"
+        )
+    return KeptTokens(tokens_id, (folder.model_id, *folder.same_tokens))
 
 
 @contextmanager

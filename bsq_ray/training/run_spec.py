@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from bsq_ray import config
 from bsq_ray.config.loader import flatten
 from bsq_ray.data.data_source import DataSource
+from bsq_ray.model_ids import KeptTokens
 from bsq_ray.training.checkpoints.writer import RunProgress
 
 # Keys that cannot change when a run resumes; every other key, such as the number of steps, may change.
@@ -15,6 +16,8 @@ _FIXED_ON_RESUME = {
     "data": ("interleave", "shuffle_block_size"),
     "engine": ("kind", "zero_stage"),
 }
+# Keys of the model that may change: they change no weights, or checkpoints of earlier versions do not have them.
+_FREE_MODEL_KEYS = {"gradient_checkpointing", "tokens_id"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class RunSpec:
         minutes: time limit for training and its evaluations; the schedule then follows the elapsed time. None trains
             all steps.
         init_url: URL of a model folder with the initial weights of a new run; None starts from random weights.
+        kept_tokens: tokens of that model if the decoder alone is trained; otherwise None.
     """
 
     config: config.AnyConfig
@@ -37,6 +41,7 @@ class RunSpec:
     held_out_url: str | None = None
     minutes: float | None = None
     init_url: str | None = None
+    kept_tokens: KeptTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,14 @@ def check_resumable(progress: RunProgress, run_config: config.AnyConfig, source:
 
 def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
     """Return the values of the keys that cannot change within a run, by dotted key."""
-    values: dict[str, object] = flatten(run_config.model.model_dump(exclude={"gradient_checkpointing"}), "model.")
+    values: dict[str, object] = flatten(run_config.model.model_dump(exclude=_FREE_MODEL_KEYS), "model.")
     if isinstance(run_config, config.TokenizerConfig):
         adversarial = run_config.loss.adversarial
         values["loss.adversarial"] = adversarial.weight > 0
         if adversarial.weight:
             for key in ("discriminator", "channel_base", "channel_max"):
                 values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
+        values["training.only"] = run_config.training.only
     values["training.ema"] = run_config.training.ema_decay > 0
     part_configs = {"training": run_config.training, "data": run_config.data, "engine": run_config.training.engine}
     for name, keys in _FIXED_ON_RESUME.items():

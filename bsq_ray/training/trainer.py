@@ -200,8 +200,7 @@ class Trainer:
         for micro_batch, context in zip(batches, contexts, strict=True):
             for phase in self.stage.phases(self.step):
                 engine = self.engines[phase]
-                for name, module in self.stage.modules.items():
-                    module.requires_grad_(name == phase)
+                self.stage.select_phase(phase)
                 with self.autocast:
                     output = self.stage.loss(phase, micro_batch, self.engines, context, self.step)
                 context = output.context
@@ -262,7 +261,7 @@ class Trainer:
             samples=self.source.num_samples,
             steps=self.training_config.steps,
         )
-        for note in self.source.notes:
+        for note in (*self.source.notes, *self.stage.notes):
             self.recorder.warn(note)
 
     def _save_checkpoint(self) -> None:
@@ -296,7 +295,7 @@ class Trainer:
         states = gather_weights(self.engines)
         raw = exported = states.pop(self.main_name)
         if self.ema is not None:
-            exported = {key: self.ema.average[key].to(value) for key, value in raw.items()}
+            exported = {key: self.ema.average.get(key, value).to(value) for key, value in raw.items()}
             # Training has ended, so the EMA weights can replace the raw weights in the module.
             with self.engines[self.main_name].gathered_parameters(modify=True):
                 self.stage.modules[self.main_name].load_state_dict(exported)

@@ -1,6 +1,7 @@
 """Test the commands: files, pipes, regions, and messages for mistakes."""
 
 import io
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,8 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from PIL import Image
-from small_models import save_tokenizer
+from small_codecs import save_codec
+from small_models import retrain_decoder, save_tokenizer
 
+from bsq_ray import Prior, Tokenizer, config
 from bsq_ray.codec.files import DecodeSelection, compress_file, decompress_file
 from bsq_ray.codec.header import VideoHeader
 from bsq_ray.media.color import SRGB
@@ -65,6 +68,38 @@ def test_compress_file_photo_with_preview_is_an_image(model, photo, tmp_path):
     for path in (plain, with_preview):
         compress_file(model, str(path), f"{path}.bsq")
     assert (tmp_path / "a.jpg.bsq").read_bytes() == (tmp_path / "b.jpg.bsq").read_bytes()
+
+
+@pytest.mark.parametrize("has_prior", [False, True])
+def test_decompress_file_of_earlier_decoder_adds_remark(model, photo, tmp_path, has_prior):
+    """A tokenizer with the same tokens decodes the file to its own pixels; one with other tokens does not."""
+    first = save_codec(tmp_path / "prior") if has_prior else model
+    second = shutil.copytree(first, tmp_path / "second")
+    tokenizer = "tokenizer" if has_prior else "."
+    retrain_decoder(f"{first}/{tokenizer}", second / tokenizer)
+    if has_prior:
+        _store_tokens_id(first, second)
+    compress_file(str(first), photo, str(tmp_path / "first.bsq"))
+    summary = decompress_file(str(second), str(tmp_path / "first.bsq"), str(tmp_path / "first.png"))
+    assert "written with another decoder of the same tokens" in summary
+    compress_file(str(second), photo, str(tmp_path / "second.bsq"))
+    assert "another decoder" not in decompress_file(
+        str(second), str(tmp_path / "second.bsq"), str(tmp_path / "second.png")
+    )
+    assert Image.open(tmp_path / "first.png").tobytes() == Image.open(tmp_path / "second.png").tobytes()
+    decompress_file(str(first), str(tmp_path / "first.bsq"), str(tmp_path / "own.png"))
+    assert Image.open(tmp_path / "own.png").tobytes() != Image.open(tmp_path / "first.png").tobytes()
+    with pytest.raises(ValueError, match="load the prior's model folder" if has_prior else "load its models"):
+        decompress_file(save_tokenizer(tmp_path / "other", 1), str(tmp_path / "first.bsq"), str(tmp_path / "x.png"))
+
+
+def _store_tokens_id(*urls):
+    """Let priors accept every decoder of the tokens of their tokenizer; both have the id of the first one."""
+    tokens_id = Tokenizer.from_pretrained(f"{urls[0]}/tokenizer").tokens_id
+    for url in urls:
+        prior = Prior.from_pretrained(str(url))
+        run_config = config.PriorConfig(name="p", model=prior.config.model_copy(update={"tokens_id": tokens_id}))
+        prior.save_pretrained(str(url), run_config)
 
 
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(100), Fraction(30000, 1001)])

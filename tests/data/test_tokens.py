@@ -1,13 +1,15 @@
 """Token tables: complete, equal to the tokenizer's output, resumable, and rejected by incompatible models."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_models import save_tokenizer
+from small_models import retrain_decoder, save_tokenizer
 
 from bsq_ray import Tokenizer, config, storage
 from bsq_ray.data import image_source, token_table
@@ -15,7 +17,7 @@ from bsq_ray.data.factory import build_pixel_source, build_source, resolve_token
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.stream import training_batches
-from bsq_ray.data.token_table import TokenSource, read_table
+from bsq_ray.data.token_table import TokenSource, completed_part, read_table, write_part
 from bsq_ray.data.tokenize import tokenize
 from bsq_ray.data.transforms import to_float
 from bsq_ray.models.quantizers.bits import unpack_bits
@@ -148,6 +150,59 @@ def test_mixture_of_token_tables_belongs_to_one_tokenizer(table, model, held_out
     keys = [key for shard in read_manifest(held_out_shards).shards for key in shard.keys]
     batch = next(training_batches(source, config.DataOrderConfig(), batch_size=64, rank=0, world_size=1, seed=0))
     assert 0.2 < np.isin(batch.keys, keys).mean() < 0.8
+
+
+def test_token_table_continues_with_new_decoder_of_its_tokens(table, model, photo_shards, tmp_path):
+    """A tokenizer with the same tokens resumes a table, which keeps the first tokenizer; other tokens are rejected."""
+    url = shutil.copytree(table.url, tmp_path / "tokens")
+    (url / "tokens.json").unlink()
+    (url / table.parts[0][0]).unlink()
+    retrained = retrain_decoder(model, tmp_path / "retrained")
+    resumed = tokenize(retrained, photo_shards, str(url), num_workers=0, num_crops=2, flip=True, batch_size=5)
+    assert resumed.num_written == 1
+    assert (resumed.table.info, resumed.table.parts) == (table.info, table.parts)
+    other = save_tokenizer(tmp_path / "other", 1)
+    with pytest.raises(ValueError, match="has tokens of another tokenizer"):
+        tokenize(other, photo_shards, str(url), num_workers=0, num_crops=2, flip=True)
+
+
+@pytest.mark.parametrize("has_tokens_id", [True, False])
+def test_token_source_checks_tokens_id_or_tokenizer_id(table, has_tokens_id):
+    """Tables and models that have tokens ids are compared by them, others by the id of the whole tokenizer."""
+    info = table.info
+    ids = {"tokenizer": info.tokenizer_id, "tokens_id": info.tokens_id if has_tokens_id else None}
+    model_config, other = MODEL.model_copy(update=ids), "0" * 64
+
+    def open_table(**ids):
+        return TokenSource(replace(table, info=replace(info, **ids)), model_config)
+
+    def assert_rejected(**ids):
+        with pytest.raises(ValueError, match="were written by tokenizer"):
+            open_table(**ids)
+
+    open_table()
+    open_table(tokens_id=None)
+    (open_table if has_tokens_id else assert_rejected)(tokenizer_id=other)
+    (assert_rejected if has_tokens_id else open_table)(tokens_id=other)
+    assert_rejected(tokenizer_id=other, tokens_id=None)
+
+
+def test_resolve_tokenizer_stores_both_ids(table):
+    run = resolve_tokenizer(config.MaskedLMConfig(name="m", model=MODEL), table.url)
+    assert (run.model.tokenizer, run.model.tokens_id) == (table.info.tokenizer_id, table.info.tokens_id)
+    assert len(table.info.tokens_id) == 64
+
+
+def test_parts_without_tokens_id_are_kept(table):
+    """A table that an earlier version began is continued: its parts have no tokens id."""
+    url = f"{table.url}/{table.parts[0][0]}"
+    current = replace(table.info, tokens_id="f" * 64)
+    assert completed_part(url, current) is None
+    rows = TokenSource(table, MODEL).read_eval(range(2))
+    old = replace(table.info, tokens_id=None)
+    write_part(f"{table.url}/old.parquet", old, rows.keys, rows.labels_P, np.zeros(2, np.int16), rows.values_P)
+    assert completed_part(f"{table.url}/old.parquet", current)[0] == 2
+    assert completed_part(f"{table.url}/old.parquet", replace(current, bits=9)) is None
 
 
 @pytest.fixture(scope="module")

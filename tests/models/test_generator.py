@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from small_models import retrain_decoder
 from test_masked_lm import small_model
 from test_tokenizer import small_tokenizer
 
@@ -62,6 +63,36 @@ def test_generator_wrong_tokenizer_in_folder_raises(tmp_path):
     Tokenizer(small_tokenizer().config).save_pretrained(str(tmp_path / "model" / "tokenizer"))
     with pytest.raises(ValueError, match=f"was trained on tokens of {tokenizer_id[:12]}"):
         Generator.from_pretrained(str(tmp_path / "model"))
+
+
+def test_generator_samples_with_new_decoder_of_its_tokens(tmp_path):
+    """A tokenizer whose decoder was trained further replaces the first one: same tokens, other pixels."""
+    url = str(tmp_path / "model")
+    small_tokenizer().save_pretrained(f"{url}/tokenizer")
+    first = Tokenizer.from_pretrained(f"{url}/tokenizer")
+    ids = {"tokenizer": first.model_id, "tokens_id": first.tokens_id}
+    small_model(grid=[1, 4, 4], bits=10, sub_bits=5, **ids).save_pretrained(url)
+    images = Generator.from_pretrained(url).generate([0, 3], seed=1)
+    retrain_decoder(f"{url}/tokenizer", f"{url}/tokenizer")
+    again = Generator.from_pretrained(url)
+    assert again.tokenizer.model_id != first.model_id
+    bits_BNL = again.tokenizer.encode(images).bits_BNL
+    assert torch.equal(bits_BNL, first.encode(images).bits_BNL)
+    assert not torch.equal(again.generate([0, 3], seed=1), images)
+    torch.manual_seed(9)
+    Tokenizer(small_tokenizer().config).save_pretrained(f"{url}/tokenizer")
+    with pytest.raises(ValueError, match="put that tokenizer there, or one whose decoder alone was trained further"):
+        Generator.from_pretrained(url)
+
+
+def test_generator_without_tokens_id_needs_its_tokenizer(tmp_path):
+    """Models of earlier versions know the id of the whole tokenizer only."""
+    url = str(tmp_path / "model")
+    tokenizer_id = small_tokenizer().save_pretrained(f"{url}/tokenizer")
+    small_model(grid=[1, 4, 4], bits=10, sub_bits=5, tokenizer=tokenizer_id).save_pretrained(url)
+    retrain_decoder(f"{url}/tokenizer", f"{url}/tokenizer")
+    with pytest.raises(ValueError, match=f"was trained on tokens of {tokenizer_id[:12]}"):
+        Generator.from_pretrained(url)
 
 
 def test_generator_from_tokenizer_folder_raises(tmp_path):

@@ -10,6 +10,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
+    decoder_activation_bytes,
     discriminator_activation_bytes,
     perceptual_activation_bytes,
     tokenizer_activation_bytes,
@@ -76,6 +77,40 @@ def test_tokenizer_activation_bytes_within_five_percent(overrides, half, fused_a
 
 
 @pytest.mark.parametrize("half", [True, False])
+@cases(["model.quantizer.bits=36", "model.decoder.mlp_ratio=2"])
+def test_decoder_activation_bytes_within_five_percent(overrides, half, fused_attention):
+    """With frozen tokens the encoder saves nothing."""
+    model = load_config("demo-gan", overrides).model
+    tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
+    for part in (tokenizer.encoder, tokenizer.to_code, tokenizer.quantizer):
+        part.requires_grad_(False)
+
+    def forward():
+        with autocast(half):
+            output = tokenizer(images_BCHW)
+            return (output.images - images_BCHW).abs().mean(), output.images.clamp(-1, 1)
+
+    trained = [value for value in tokenizer.parameters() if value.requires_grad]
+    copies = 2 * sum(value.numel() for value in trained) if half else 0
+    saved_bytes = saved_tensor_bytes(forward, tokenizer, copies)
+    assert decoder_activation_bytes(model, half) == pytest.approx(saved_bytes / IMAGES, rel=0.05)
+
+
+def test_training_of_decoder_alone_needs_less_memory():
+    """Gradients, moments and average are those of the decoder; weights are those of the whole model."""
+    run, full = load_config("demo-gan", ["training.only=decoder"]), load_config("demo-gan")
+    planned, planned_full = training_memory(run, 1, 4), training_memory(full, 1, 4)
+    tokenizer = Tokenizer(run.model)
+    frozen = [*tokenizer.encoder.parameters(), *tokenizer.to_code.parameters(), *tokenizer.quantizer.parameters()]
+    num_frozen = sum(value.numel() for value in frozen)
+    assert planned_full.gradients - planned.gradients == 4 * num_frozen
+    assert planned_full.optimizer - planned.optimizer == 12 * num_frozen
+    assert planned_full.ema - planned.ema == 4 * num_frozen
+    assert planned_full.weights == planned.weights
+    assert planned.activations < planned_full.activations
+
+
+@pytest.mark.parametrize("half", [True, False])
 @cases(["model.image_size=128", "loss.adversarial.channel_base=8192"], ["loss.adversarial.discriminator=patchgan"])
 def test_discriminator_activation_bytes_within_ten_percent(overrides, half):
     """The formula is within ten percent of the bytes that PyTorch saves for the discriminator's backward pass."""
@@ -119,7 +154,7 @@ def test_lpips_activation_bytes_within_five_percent(overrides, half):
 
     def forward():
         with autocast(half):
-            return network.with_texture(reconstruction, original) if loss.gram_weight else network(reconstruction, original)
+            return (network.with_texture if loss.gram_weight else network)(reconstruction, original)
 
     copies = 2 * sum(value.numel() for value in network.lpips.trunk.parameters()) if half else 0
     saved_bytes = saved_tensor_bytes(forward, network, copies)

@@ -73,16 +73,17 @@ def local_worker(reporter):
     return WorkerContext(0, 1, torch.device("cpu"), "local", reporter)
 
 
-def train_runs(rank, world_size, shards, out, runs, stop_after=None):
+def train_runs(rank, world_size, shards, out, runs, stop_after=None, init_url=None):
     """Train each of `runs` (overrides by name) in turn; return the training records of each by name.
 
     Args:
         stop_after: by name, the step after which a stop is requested.
+        init_url: model folder that initializes the runs.
     """
     losses = {}
     for name, overrides in runs.items():
         reporter = RecordingReporter((stop_after or {}).get(name))
-        spec = small_spec(shards, f"{out}/{name}", overrides)
+        spec = small_spec(shards, f"{out}/{name}", overrides, init_url=init_url)
         run_training(spec, WorkerContext(rank, world_size, torch.device("cpu"), "local", reporter))
         losses[name] = reporter.training_records
     return losses

@@ -1,6 +1,6 @@
 """State that training changes: engines, averaged weights and random generators.
 
-generator/… discriminator/…   state of each engine, one part per worker
+generator/… discriminator/…   state of each engine, one part per worker; frozen.safetensors: parameters not trained
 ema.safetensors               averaged weights, written by rank 0
 rng-0.pt …                    random generators, one file per worker
 """

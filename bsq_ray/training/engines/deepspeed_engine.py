@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 from bsq_ray import config
 from bsq_ray.runtime import _deepspeed_internals as internals
 from bsq_ray.runtime._torch_internals import skip_steps_if_set
-from bsq_ray.training.checkpoints.host_snapshot import FileWriters, torch_save_writer
+from bsq_ray.training.checkpoints.host_snapshot import FileWriters, safetensors_writer, torch_save_writer
 from bsq_ray.training.engines.engine import Engine, gradient_norm
 
 # Optimizer states of ZeRO, and weights of ZeRO-3.
 _PARTITION_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_")
+# Parameters that are not trained, in a checkpoint.
+_FROZEN_FILE = "frozen.safetensors"
 
 
 class DeepSpeedEngine(Engine):
@@ -83,6 +86,7 @@ class DeepSpeedEngine(Engine):
         self._grad_norm = torch.zeros((), device=device)
         internals.keep_gradient_norm_on_device()
         optimizer.register_step_pre_hook(self._skip_if_nonfinite)
+        self._frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         if zero_stage in (1, 2) and not training_config.engine.offload_optimizer:
             internals.reduce_scatter_gradients(self._ds_engine)
@@ -131,6 +135,10 @@ class DeepSpeedEngine(Engine):
                 files[Path(path).relative_to(scratch).as_posix()] = torch_save_writer(state)
 
             internals.capture_checkpoint(self._ds_engine, scratch, "state", capture)
+        if self._frozen:
+            with self._gathered(list(self._frozen.values())):
+                if dist.get_rank() == 0:
+                    files[_FROZEN_FILE] = safetensors_writer(self._frozen)
         return files
 
     def rank_of_file(self, name: str) -> int | None:
@@ -147,15 +155,29 @@ class DeepSpeedEngine(Engine):
         path, _ = self._ds_engine.load_checkpoint(str(folder), tag="universal" if use_universal else "state")
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
+        if use_universal and self._frozen:
+            self._load_frozen(folder)
+
+    def _load_frozen(self, folder: Path) -> None:
+        """Load the frozen parameters, which the universal format does not contain."""
+        tensors = safetensors.torch.load_file(folder / _FROZEN_FILE)
+        with self._gathered(list(self._frozen.values()), modify=True), torch.no_grad():
+            for name, parameter in self._frozen.items():
+                parameter.copy_(tensors[name])
 
     @contextmanager
     def gathered_parameters(self, modify: bool = False) -> Iterator[None]:
+        with self._gathered(list(self.module.parameters()), modify):
+            yield
+
+    @contextmanager
+    def _gathered(self, parameters: list[nn.Parameter], modify: bool = False) -> Iterator[None]:
         if self._zero_stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0 if modify else None):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
             yield
 
 

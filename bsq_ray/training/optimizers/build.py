@@ -17,9 +17,9 @@ _MIN_KERNEL_DIMS = 4
 
 
 def build_adamw(parameters: Iterable[nn.Parameter], optimizer_config: config.OptimizerConfig) -> torch.optim.AdamW:
-    """Build AdamW with the configured rates."""
+    """Build AdamW with the configured rates for the parameters that require gradients."""
     return torch.optim.AdamW(
-        sorted(parameters, key=_is_unaligned),
+        sorted(_trained(parameters), key=_is_unaligned),
         lr=optimizer_config.base_learning_rate,
         betas=optimizer_config.betas,
         weight_decay=optimizer_config.weight_decay,
@@ -31,7 +31,7 @@ def build_adamw(parameters: Iterable[nn.Parameter], optimizer_config: config.Opt
 def build_optimizers(
     module: nn.Module, optimizer_config: config.OptimizerConfig, *, use_bf16: bool
 ) -> dict[str, torch.optim.Optimizer]:
-    """Build the optimizers of all parameters, by the name of their state in a checkpoint.
+    """Build the optimizers of the parameters that require gradients, by the name of their state in a checkpoint.
 
     Args:
         use_bf16: orthogonalize matrices in bf16 instead of fp32.
@@ -89,11 +89,16 @@ def describe_optimizers(modules: Mapping[str, nn.Module], optimizer_config: conf
 def _split_parameters(
     module: nn.Module, optimizer_config: config.OptimizerConfig
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters of Muon and those of AdamW."""
+    """Return the parameters of Muon and those of AdamW; those that require no gradients have no optimizer."""
     matrices: dict[str, nn.Parameter] = {}
     if optimizer_config.kind == "muon":
         matrices = muon_matrices(module, convolutions=optimizer_config.muon.convolutions)
-    return list(matrices.values()), [value for name, value in module.named_parameters() if name not in matrices]
+    rest = [value for name, value in module.named_parameters() if name not in matrices]
+    return _trained(matrices.values()), _trained(rest)
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _millions(parameters: Iterable[nn.Parameter]) -> str:

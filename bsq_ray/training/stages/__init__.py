@@ -13,7 +13,7 @@ import torch
 
 from bsq_ray import config
 from bsq_ray.data.data_source import DataSource
-from bsq_ray.models.warm_start import initial_weights
+from bsq_ray.models.warm_start import initial_discriminator, initial_weights
 from bsq_ray.training.stages.masked_lm_stage import MaskedLMStage
 from bsq_ray.training.stages.prior_stage import PriorStage
 from bsq_ray.training.stages.stage import Stage
@@ -34,7 +34,8 @@ def build_stage(
     """Build the stage of a configuration, with its modules on the device.
 
     Args:
-        init_url: model folder that initializes the first module; only with a tokenizer configuration.
+        init_url: model folder that initializes the first module and the discriminator, if both have one; only with a
+            tokenizer configuration.
 
     Raises:
         ValueError: see `find_stage_class`; or the model folder does not fit.
@@ -44,6 +45,12 @@ def build_stage(
         assert isinstance(run_config, config.TokenizerConfig)
         main_module = next(iter(stage.modules.values()))
         main_module.load_state_dict(initial_weights(run_config.model, init_url))
+        if "discriminator" in stage.modules:
+            weights, reason = initial_discriminator(stage.modules["discriminator"], init_url)
+            if weights is None:
+                stage.notes = (reason,)
+            else:
+                stage.modules["discriminator"].load_state_dict(weights)
     return stage
 
 

@@ -64,9 +64,25 @@ class Stage(ABC):
 
     Attributes:
         modules: modules to optimize, by name; each gets an engine. The first one is averaged and published.
+        notes: remarks on the initial weights, which the run logs when it starts.
     """
 
     modules: dict[str, nn.Module]
+    notes: tuple[str, ...] = ()
+
+    def frozen_parts(self) -> Sequence[nn.Module]:
+        """Return parts of the modules that are never trained: no gradients, no optimizer state. By default none.
+
+        Call `requires_grad_(False)` on them before engines are built.
+        """
+        return ()
+
+    def select_phase(self, phase: str) -> None:
+        """Make the trained parameters of the phase's module require gradients, and no others."""
+        for name, module in self.modules.items():
+            module.requires_grad_(name == phase)
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
 
     @abstractmethod
     def phases(self, step: int) -> list[str]:

@@ -4,6 +4,8 @@
                         with loss.gram_weight: + distance of the Gram matrices of LPIPS's feature maps
     x, sg(x̂) ─D─▶       discriminator: softplus(-D(x)) + softplus(D(x̂)), every 16th step + R1
 
+With training.only = decoder, encoder and quantizer are frozen, and the quantizer penalty is left out.
+
 LPIPS and the image discriminators score clips frame by frame; losses are means over frames.
 
 Shape suffixes: B images or clips, C channels, T frames, H and W pixels, N tokens, L bits. "images" without a suffix are
@@ -75,6 +77,11 @@ class TokenizerStage(Stage):
         self.loss_config = run_config.loss
         self.device = device
         tokenizer = Tokenizer(run_config.model).to(device)
+        self._frozen_parts: tuple[nn.Module, ...] = ()
+        if run_config.training.only == "decoder":
+            self._frozen_parts = tokenizer.encoder, tokenizer.to_code, tokenizer.quantizer
+        for part in self._frozen_parts:
+            part.requires_grad_(False).eval()
         if run_config.training.engine.compile:
             compile_blocks(tokenizer.blocks)
         self.modules: dict[str, nn.Module] = {"generator": tokenizer}
@@ -97,6 +104,10 @@ class TokenizerStage(Stage):
                 self.nested_dropout = NestedDropout(quantizer_config.keep, seed, self.across_workers)
         self._recent_bits: list[Tensor] = []
 
+    def frozen_parts(self) -> Sequence[nn.Module]:
+        """Return the parts that determine the tokens if the decoder alone is trained, otherwise none."""
+        return self._frozen_parts
+
     def phases(self, step: int) -> list[str]:
         """Return the generator and, from its start step on, the discriminator."""
         return ["generator", "discriminator"] if self._is_adversarial_step(step) else ["generator"]
@@ -114,7 +125,7 @@ class TokenizerStage(Stage):
                 self.nested_dropout.sample([len(batch.keys) for batch in micro_batches], step, self.device)
             )
         mean = None
-        if len(micro_batches) > 1:
+        if len(micro_batches) > 1 and not self._frozen_parts:
             tokenizer = cast(Tokenizer, engines["generator"].module)
             mean = self._mean_statistics(
                 [
@@ -173,16 +184,15 @@ class TokenizerStage(Stage):
         quantizer_weight = loss_config.quantizer_weight * ramp(
             step, loss_config.quantizer_weight_ramp_steps, loss_config.quantizer_weight_start_factor
         )
-        total = total + quantizer_weight * output.quantized.loss
+        if not self._frozen_parts:
+            total = total + quantizer_weight * output.quantized.loss
         self._recent_bits.append(output.quantized.bits_BNL.detach())
         scalars = {"loss": total, **scalars, **output.quantized.stats}
         next_context = DiscriminatorContext(self._discriminator_input(real), fake_logits)
         return PhaseOutput(total, {name: value.detach() for name, value in scalars.items()}, next_context)
 
-    def _perceptual_terms(
-        self, perceptual: PerceptualLoss, fake_BCHW: Tensor, real_BCHW: Tensor
-    ) -> dict[str, Tensor]:
-        """Return the terms on the features of LPIPS by name, unweighted (B,): "perceptual", and "gram" if configured."""
+    def _perceptual_terms(self, perceptual: PerceptualLoss, fake_BCHW: Tensor, real_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return the terms on the features of LPIPS by name, unweighted (B,): "perceptual" and, if used, "gram"."""
         if not self.loss_config.gram_weight:
             return {"perceptual": perceptual(fake_BCHW, real_BCHW)}
         distance_B, gram_B = perceptual.with_texture(fake_BCHW, real_BCHW)
