@@ -316,6 +316,10 @@ def test_load_config_lists_every_mistake_with_its_file(write_config):
         (["model.quantizer.kind=fsq", "model.quantizer.bits=8"], "unknown key model.quantizer.bits; valid keys are k"),
         (["training.stage_options.noise=0.1"], "stage_options are arguments of stage_class; set stage_class too"),
         (["loss.adversarial.discriminator=stylegan2-3d"], "stylegan2-3d scores whole clips; set model.frames above 1"),
+        (
+            ["training.bit_noise.images=0.1", "model.quantizer.kind=vq"],
+            "bit_noise flips signs, and codes of vq have none",
+        ),
         (["loss.gram_weight=1", "loss.perceptual_weight=0"], "gram_weight uses the feature maps of LPIPS; set percep"),
         (
             ["training.engine.zero_stage=3", "training.micro_batch_size=4"],

@@ -21,6 +21,7 @@ from bsq_ray.config.token_models import (
 )
 from bsq_ray.config.tokenizer_config import (
     AdversarialConfig,
+    BitNoiseConfig,
     BSQConfig,
     DataConfig,
     DecoderConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "AdversarialConfig",
     "AnyConfig",
     "BSQConfig",
+    "BitNoiseConfig",
     "DataConfig",
     "DataOrderConfig",
     "DecoderConfig",

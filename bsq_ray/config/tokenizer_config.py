@@ -307,14 +307,33 @@ class DataConfig(DataOrderConfig):
         return self
 
 
+class BitNoiseConfig(StrictModel):
+    """Random bit flips between quantizer and decoder, so that the decoder tolerates wrong tokens (Qiu et al., 2025)."""
+
+    images: float = Field(0.0, ge=0, le=1, description="Share of images or clips with flipped bits; 0 flips none.")
+    rate: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="Highest probability with which a bit flips; each image has its own, uniform between 0 and it.",
+    )
+    until: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="Fraction of training.steps after which no bit flips; the highest probability falls linearly to 0.",
+    )
+
+
 class TokenizerTrainingConfig(TrainingConfig):
-    """Training run of a tokenizer: that of every model, and which part is trained."""
+    """Training run of a tokenizer: that of every model, the trained part, and bit noise."""
 
     only: Literal["decoder"] | None = Field(
         None,
         description="decoder: train the decoder alone, and keep the tokens of the model given by --init; null: train "
         "everything.",
     )
+    bit_noise: BitNoiseConfig = Field(BitNoiseConfig(), description="Random bit flips between quantizer and decoder.")
 
 
 class TokenizerConfig(StrictModel):
@@ -336,6 +355,15 @@ class TokenizerConfig(StrictModel):
             raise ValueError(
                 "loss.adversarial.discriminator stylegan2-3d scores whole clips; set model.frames above 1, or choose "
                 "stylegan2 or patchgan, which score clips frame by frame"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_bit_noise_has_signs(self) -> TokenizerConfig:
+        if self.training.bit_noise.images and not isinstance(self.model.quantizer, BSQConfig | LFQConfig):
+            raise ValueError(
+                f"training.bit_noise flips signs, and codes of {self.model.quantizer.kind} have none; use "
+                "model.quantizer.kind bsq or lfq, or set training.bit_noise.images to 0"
             )
         return self
 

@@ -23,7 +23,7 @@ from bsq_ray.models.layers.local_attention import RotaryPositions
 from bsq_ray.models.layers.mlp import init_weights
 from bsq_ray.models.layers.transformer import TransformerBlock, VisionTransformer
 from bsq_ray.models.pretrained import PretrainedModel
-from bsq_ray.models.quantizers import BinaryQuantizer, KeptBits, Quantized, build_quantizer
+from bsq_ray.models.quantizers import BinaryQuantizer, KeptBits, Quantized, build_quantizer, flip_signs
 from bsq_ray.models.streaming import StreamingWindow
 
 # `StreamingWindow.push` over the next frames, given rows and columns of tokens of a frame.
@@ -157,19 +157,22 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         images_BCHW_or_BCTHW: Tensor,
         batch_statistics: Tensor | None = None,
         kept_bits: KeptBits | None = None,
+        flipped_BNL: Tensor | None = None,
     ) -> TokenizerOutput:
         """Reconstruct through the quantizer, with gradients.
 
         Args:
             batch_statistics: mean of `batch_statistics` over all parts, if the images are a part of a batch.
             kept_bits: nested bits: the number of bits from which each image is reconstructed; None: all bits.
+            flipped_BNL: bits of binary codes that flip before the decoder, bool; None: none.
 
         Raises:
             ValueError: the size of the images differs from the model's.
         """
         clips_B3THW = self._as_clips(images_BCHW_or_BCTHW, self.config.frames)
         quantized = self.quantizer(self._features(clips_B3THW), batch_statistics, kept_bits)
-        clips_B3THW = self._images(quantized.codes_BNC, self._grid(clips_B3THW))
+        codes_BNC = quantized.codes_BNC if flipped_BNL is None else flip_signs(quantized.codes_BNC, flipped_BNL)
+        clips_B3THW = self._images(codes_BNC, self._grid(clips_B3THW))
         return TokenizerOutput(clips_B3THW.reshape(images_BCHW_or_BCTHW.shape), quantized)
 
     @torch.no_grad()

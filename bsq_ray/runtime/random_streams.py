@@ -24,6 +24,8 @@ class RandomStream(StrEnum):
     CLIP_CROP = "start and crop of a clip: seed, epoch, sample"
     TOKENIZER_CROP = "crops that are tokenized: seed"
     KEPT_BITS = "kept bits of each sample of a batch: seed, step"
+    BIT_NOISE = "flipped bits of a sample: seed, step, position in the batch"
+    EVALUATION_BIT_NOISE = "flipped bits of a sample: key"
     TOKEN_MASK = "mask and class dropout: seed, step, key"
     GENERATED_IMAGE = "sampled tokens: seed, image"
     FREQUENCY_BASELINE = "rows of the per-position frequencies: seed, image"

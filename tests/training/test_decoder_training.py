@@ -25,7 +25,9 @@ from bsq_ray.training.trainer import Trainer, run_training
 ONLY = "training.only=decoder"
 DECODER = ("decoder.", "from_code.")
 HALF = STEPS // 2
-RUNS = {name: [*overrides, ONLY] for name, overrides in ENGINES.items()}
+# Bit noise is a function of seed and step, so it must not change what resumed runs and other engines do.
+NOISE = ["training.bit_noise.images=0.5", "training.bit_noise.rate=0.4", "training.bit_noise.until=1"]
+RUNS = {name: [*overrides, ONLY, *NOISE] for name, overrides in ENGINES.items()}
 FAST = ("ddp", "zero 1", "zero 3")
 EVERY_ENGINE = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in ENGINES]
 
@@ -126,7 +128,7 @@ def test_decoder_training_has_no_state_of_frozen_parts(base, photo_shards, tmp_p
 
 
 def test_init_loads_discriminator_of_the_model(base, photo_shards):
-    """A fine-tuning goes on with the discriminator that the model was trained with."""
+    """Fine-tuning continues with the discriminator that the model was trained with."""
     run_config = load_config(PRESET, [*SMALL, ONLY])
     stage = build_stage(run_config, None, torch.device("cpu"), base)
     expected = safetensors.numpy.load_file(f"{base}/discriminator.safetensors")

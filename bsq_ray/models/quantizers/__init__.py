@@ -7,10 +7,10 @@ from bsq_ray.models.quantizers.binary import BinaryQuantizer
 from bsq_ray.models.quantizers.bsq import BinarySphericalQuantizer
 from bsq_ray.models.quantizers.fsq import FiniteScalarQuantizer
 from bsq_ray.models.quantizers.lfq import LookupFreeQuantizer
-from bsq_ray.models.quantizers.quantizer import KeptBits, Quantized, Quantizer
+from bsq_ray.models.quantizers.quantizer import KeptBits, Quantized, Quantizer, flip_signs
 from bsq_ray.models.quantizers.vq import VectorQuantizer
 
-__all__ = ["BinaryQuantizer", "KeptBits", "Quantized", "Quantizer", "build_quantizer"]
+__all__ = ["BinaryQuantizer", "KeptBits", "Quantized", "Quantizer", "build_quantizer", "flip_signs"]
 
 
 def build_quantizer(

@@ -102,6 +102,15 @@ class Quantizer(nn.Module, ABC):
         """Return the fp32 codes (B, N, C) of bits; equal to the codes that `forward` returned with them."""
 
 
+def flip_signs(codes_BNC: Tensor, flipped_BNC: Tensor) -> Tensor:
+    """Negate coordinates of binary codes, as if their bits were flipped; the gradient of the codes stays the same.
+
+    Args:
+        flipped_BNC: bool, True where a bit flips.
+    """
+    return straight_through(torch.where(flipped_BNC, -codes_BNC, codes_BNC), codes_BNC)
+
+
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
     """Return `value` exactly in the forward pass, with the gradient of `surrogate` in the backward pass."""
     return value.detach() + (surrogate - surrogate.detach())

@@ -138,7 +138,7 @@ class DeepSpeedEngine(Engine):
         if self._frozen:
             with self._gathered(list(self._frozen.values())):
                 if dist.get_rank() == 0:
-                    files[_FROZEN_FILE] = safetensors_writer(self._frozen)
+                    files[_FROZEN_FILE] = safetensors_writer({**self._frozen})
         return files
 
     def rank_of_file(self, name: str) -> int | None:

@@ -37,6 +37,7 @@ from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput, Tokens
 from bsq_ray.runtime.collectives import average_over_workers, num_workers
 from bsq_ray.runtime.device import to_device
 from bsq_ray.training.schedule import ramp
+from bsq_ray.training.stages.bit_noise import BitNoise
 from bsq_ray.training.stages.nested_dropout import NestedDropout
 from bsq_ray.training.stages.stage import Engines, PhaseOutput, Stage, StepContext, compile_blocks
 
@@ -50,10 +51,12 @@ class GeneratorContext(StepContext):
     Attributes:
         batch_statistics: see `Quantizer.batch_statistics`; None for a single micro batch.
         kept_bits: nested bits of the micro batch; None without them.
+        flipped_BNL: bits that flip before the decoder; None if none can.
     """
 
     batch_statistics: Tensor | None
     kept_bits: KeptBits | None
+    flipped_BNL: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ class TokenizerStage(Stage):
             if quantizer_config.keep:
                 seed = run_config.training.seed
                 self.nested_dropout = NestedDropout(quantizer_config.keep, seed, self.across_workers)
+        training_config = run_config.training
+        self.bit_noise = BitNoise(training_config.bit_noise, training_config.seed, training_config.steps)
+        self._tokens_per_frame = run_config.model.grid_size**2
         self._recent_bits: list[Tensor] = []
 
     def frozen_parts(self) -> Sequence[nn.Module]:
@@ -113,7 +119,7 @@ class TokenizerStage(Stage):
         return ["generator", "discriminator"] if self._is_adversarial_step(step) else ["generator"]
 
     def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
-        """Sample the nested bits, and average the quantizer's statistics over accumulated micro batches.
+        """Sample nested bits and bit noise, and average the quantizer's statistics over accumulated micro batches.
 
         The codebook entropy is a function of these means, so its mean over micro batches is not that of the batch.
         The statistics take one more pass of the encoder. A single micro batch needs none: the quantizer averages over
@@ -133,7 +139,16 @@ class TokenizerStage(Stage):
                     for batch, kept in zip(micro_batches, kept_bits, strict=True)
                 ]
             )
-        return [None if mean is None and kept is None else GeneratorContext(mean, kept) for kept in kept_bits]
+        flips = self.bit_noise.sample([self._token_shape(batch) for batch in micro_batches], step, self.device)
+        return [
+            None if mean is None and kept is None and flipped_BNL is None else GeneratorContext(mean, kept, flipped_BNL)
+            for kept, flipped_BNL in zip(kept_bits, flips, strict=True)
+        ]
+
+    def _token_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Return the shape (B, N, L) of the bits of a batch of images or clips."""
+        frames = 1 if batch.values_B.ndim == 4 else batch.values_B.shape[2]
+        return len(batch.keys), frames * self._tokens_per_frame, self.num_bits
 
     def _mean_statistics(self, parts: list[Tensor | None]) -> Tensor | None:
         """Return the mean of the micro batches' statistics over all micro batches and, if so configured, workers."""
@@ -159,7 +174,7 @@ class TokenizerStage(Stage):
         use_adaptive_weight = adversarial_config.adaptive_weight and self._is_adversarial_step(step)
         # The graph of an autograd.grad call must not run through an engine.
         generator = engines["generator"].module if use_adaptive_weight else engines["generator"]
-        inputs = () if context is None else (context.batch_statistics, context.kept_bits)
+        inputs = () if context is None else (context.batch_statistics, context.kept_bits, context.flipped_BNL)
         output: TokenizerOutput = generator(real, *inputs)
         fake = output.images.clamp(-1, 1)
         pixel_loss = F.l1_loss if loss_config.reconstruction == "l1" else F.mse_loss
