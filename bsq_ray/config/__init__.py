@@ -33,6 +33,7 @@ from bsq_ray.config.tokenizer_config import (
     TokenizerConfig,
     TokenizerLossConfig,
     TokenizerModelConfig,
+    TokenizerTrainingConfig,
     VQConfig,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerLossConfig",
     "TokenizerModelConfig",
+    "TokenizerTrainingConfig",
     "TrainingConfig",
     "TransformerConfig",
     "VQConfig",

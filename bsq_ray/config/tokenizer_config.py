@@ -349,6 +349,11 @@ class TokenizerConfig(StrictModel):
     data: DataConfig = Field(DataConfig(), description="Order of the samples and transforms to training images.")
     training: TokenizerTrainingConfig = Field(TokenizerTrainingConfig(), description="Training run.")
 
+    @field_validator("training", mode="before")
+    @classmethod
+    def _accept_training_of_every_model(cls, value: Any) -> Any:
+        return value.model_dump() if type(value) is TrainingConfig else value
+
     @model_validator(mode="after")
     def _check_3d_discriminator_has_frames(self) -> TokenizerConfig:
         if self.loss.adversarial.discriminator == "stylegan2-3d" and self.model.frames == 1:
