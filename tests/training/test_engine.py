@@ -74,9 +74,7 @@ def runs(photo_shards, tmp_path_factory):
         "accumulated zero 2": ["training.engine.zero_stage=2", "training.micro_batch_size=4"],
         "accumulated zero 2 offloaded": [*ENGINES["zero 2 offloaded"], "training.micro_batch_size=4"],
         "bf16 ddp": [*ENGINES["ddp"], BF16_GRADIENTS],
-        "bf16 zero 0": [*ENGINES["zero 0"], BF16_GRADIENTS],
         "bf16 zero 1": [*ENGINES["zero 1"], BF16_GRADIENTS],
-        "bf16 zero 2": [*ENGINES["zero 2"], BF16_GRADIENTS],
         "bf16 zero 3": [*ENGINES["zero 3"], BF16_GRADIENTS],
         "clipped ddp": [*ENGINES["ddp"], "training.optimizer.max_grad_norm=0.01"],
         "clipped zero 0": [*ENGINES["zero 0"], "training.optimizer.max_grad_norm=0.01"],
@@ -181,7 +179,7 @@ def test_gradient_clipping_matches_across_engines(runs, engine):
     assert losses["clipped ddp"][-1]["loss"] != losses["full batch ddp"][-1]["loss"]
 
 
-@pytest.mark.parametrize("engine", ["bf16 ddp", "bf16 zero 0", "bf16 zero 1", "bf16 zero 2", "bf16 zero 3"])
+@pytest.mark.parametrize("engine", ["bf16 ddp", "bf16 zero 1", "bf16 zero 3"])
 def test_bf16_gradients_change_losses_by_less_than_one_percent(runs, engine):
     _, losses = runs
     for left, right in zip(losses["full batch ddp"], losses[engine], strict=True):
