@@ -81,6 +81,8 @@ def test_files_cut_anywhere_decode_to_last_whole_plane(nested_codec, photo):
         assert (image, stored) == (pixels[available], 10)
         decoded_bits.append(available)
     assert all("the file is truncated" in message for message in messages)
+    planes = read_container(data, nested_codec.token_format).planes
+    assert len(messages) == planes.offsets_PG[0, -1] + planes.sizes_PG[0, -1] - 5, "every size from there on decodes"
     assert sorted(set(decoded_bits)) == [4, 7, 10]
     assert decoded_bits == sorted(decoded_bits)
     # All sizes are known, so nothing but whole planes is missing.
