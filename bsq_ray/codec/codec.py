@@ -362,6 +362,8 @@ class Codec:
             matches = header.gop_size == model_config.frames
         if not matches or header.group_size > group_size(self.prior):
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
+        if header.coding == CODING_PRIOR and self.prior is not None and self.prior.config.order != "token":
+            raise ValueError("the file is damaged: it is coded token by token, and the prior codes planes")
         if header.plane_bits and self._plane_layout is None:
             raise ValueError("the file contains planes of nested bits, which these models do not have")
         if self._plane_layout is not None and any(bits % self._plane_layout.unit for bits in header.plane_bits):

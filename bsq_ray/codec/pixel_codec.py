@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bsq_ray.codec.entropy_coding import deterministic_fp32
@@ -30,7 +31,8 @@ from bsq_ray.models.tokenizer import Tokenizer, Tokens
 _TOKENS_PER_PASS = 8192
 # Pixels of all frames decoded at once; larger images are decoded in blocks.
 _BLOCK_PIXELS = 2**23
-_LOCAL_BLOCK_PIXELS = 2**20
+# Tokens computed at once by local attention, with those around a block.
+_LOCAL_BLOCK_TOKENS = 2**14
 _GRAY = 128
 
 
@@ -48,7 +50,6 @@ class PixelCodec(ABC):
     """
 
     context_tiles: int
-    _block_pixels: int
 
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
         self.tokenizer, self.decode_dtype = tokenizer, decode_dtype
@@ -87,13 +88,21 @@ class PixelCodec(ABC):
         tile = self.tile_size
         all_tiles = Rect(0, 0, *bits_RCNL.shape[:2])
         result_CTHW = torch.empty(3, frames, region.height, region.width, dtype=torch.uint8)
-        for block in region.cover(tile).blocks(max(1, int((self._block_pixels / frames) ** 0.5) // tile)):
+        for block in region.cover(tile).blocks(self._block_tiles(frames)):
             # Tiles of the block and those around it; only the pixels of the block are kept.
             context, inner = block.grow(self.context_tiles).intersect(all_tiles), block.scale(tile).intersect(region)
             block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_cancelled)
             source, target = inner.relative_to(context.scale(tile)), inner.relative_to(region)
             result_CTHW[:, :, *target.slices()] = block_CTHW[:, :, *source.slices()]
         return result_CTHW
+
+    @abstractmethod
+    def _block_tiles(self, frames: int) -> int:
+        """Return the tiles in each direction of a block that is decoded at once."""
+
+    def _decodable_tiles(self, available_RC: Tensor) -> Tensor:
+        """Return the tiles whose pixels do not depend on missing tiles, beyond the blending of seams."""
+        return available_RC
 
     @abstractmethod
     def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
@@ -118,7 +127,7 @@ class PixelCodec(ABC):
         """Decode a rectangle of tiles to uint8 pixels (3, T, H, W)."""
         pixels_CTHW = self._decode_grid(as_grid(bits_RCNL[tiles.slices()], frames), check_cancelled)
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        available_HW = available_RC[tiles.slices()]
+        available_HW = self._decodable_tiles(available_RC)[tiles.slices()]
         for dimension in (0, 1):
             available_HW = available_HW.repeat_interleave(self.tile_size, dimension)
         return torch.where(available_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
@@ -134,7 +143,6 @@ class TilePixelCodec(PixelCodec):
 
     # Those next to a region take part in blending its seams.
     context_tiles = 1
-    _block_pixels = _BLOCK_PIXELS
 
     def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
         """Encode each tile alone."""
@@ -161,14 +169,18 @@ class TilePixelCodec(PixelCodec):
                 parts.append(windows if windows.ndim == 5 else windows.unsqueeze(2))
         return torch.cat(parts)
 
+    def _block_tiles(self, frames: int) -> int:
+        return max(1, int((_BLOCK_PIXELS / frames) ** 0.5) // self.tile_size)
+
     def _tiles_per_pass(self, frames: int) -> int:
         return self._batch_size or max(1, _TOKENS_PER_PASS // (frames * self.grid_size**2))
 
 
 class LocalPixelCodec(PixelCodec):
-    """Tokenizers of images of any size, in which a token attends to its neighborhood only."""
+    """Tokenizers of images of any size, in which a token attends to its neighborhood only.
 
-    _block_pixels = _LOCAL_BLOCK_PIXELS
+    The number of tokens limits a pass; `batch_size` has no effect.
+    """
 
     def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
         super().__init__(tokenizer, decode_dtype, batch_size)
@@ -180,14 +192,14 @@ class LocalPixelCodec(PixelCodec):
 
     def rows_of_groups(self, columns: int, group_size: int) -> int:
         """Return enough rows for a block, so that few tiles are computed again as the context of others."""
-        return max(1, self._block_pixels // (columns * group_size * self.tile_size**2))
+        return max(1, _LOCAL_BLOCK_TOKENS // (columns * group_size * self.grid_size**2))
 
     def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
         """Encode blocks of tiles together with the tiles around them."""
         height, width = pixels_CTHW.shape[2:]
         all_tiles = Rect(0, 0, height, width).cover(self.tile_size)
         bits_RCNL: Tensor | None = None
-        for block in tiles.blocks(max(1, int(self._block_pixels**0.5) // self.tile_size)):
+        for block in tiles.blocks(self._block_tiles(1)):
             check_cancelled()
             inner, context = block.intersect(tiles), block.grow(self.context_tiles).intersect(all_tiles)
             padded_CTHW = pad_to_tiles(pixels_CTHW[:, :, *context.scale(self.tile_size).slices()], self.tile_size)
@@ -202,6 +214,16 @@ class LocalPixelCodec(PixelCodec):
         assert bits_RCNL is not None
         return bits_RCNL
 
+    def _block_tiles(self, frames: int) -> int:
+        side = int((_LOCAL_BLOCK_TOKENS / frames) ** 0.5) // self.grid_size
+        return max(1, side - 2 * self.context_tiles)
+
+    def _decodable_tiles(self, available_RC: Tensor) -> Tensor:
+        side = 2 * self.context_tiles + 1
+        missing_11RC = (~available_RC)[None, None].float()
+        near_missing = F.max_pool2d(missing_11RC, side, stride=1, padding=self.context_tiles)
+        return near_missing[0, 0] == 0
+
     def _decode_grid(self, bits_trcL: Tensor, check_cancelled: Callable[[], None]) -> Tensor:
         check_cancelled()
         grid = bits_trcL.shape[0], bits_trcL.shape[1], bits_trcL.shape[2]
@@ -211,6 +233,15 @@ class LocalPixelCodec(PixelCodec):
 
 
 def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> PixelCodec:
-    """Build the pixel codec for the attention of a tokenizer; arguments as of `PixelCodec`."""
+    """Build the pixel codec for the attention of a tokenizer; arguments as of `PixelCodec`.
+
+    Raises:
+        ValueError: the tokenizer takes any size, and each token attends to all others.
+    """
+    if tokenizer.config.any_size and tokenizer.config.attention_radius is None:
+        raise ValueError(
+            "the codec needs local attention for images of any size, because its cost is linear in their size; train the "
+            "tokenizer with model.attention_radius, such as 4"
+        )
     codec_class = TilePixelCodec if tokenizer.config.attention_radius is None else LocalPixelCodec
     return codec_class(tokenizer, decode_dtype, batch_size)

@@ -29,19 +29,21 @@ class TokenRecipe:
         preset: preset of the tokenizer.
         max_side: longest side of a photo in the shards, pixels.
         num_crops: rows of tokens per training photo.
+        num_held_out_crops: rows of tokens per held-out photo; the first one is the whole photo.
         max_crop_scale: largest random resize before a crop, as a multiple of the tokenizer's image size.
     """
 
     preset: str
     max_side: int
     num_crops: int
+    num_held_out_crops: int
     max_crop_scale: float
 
 
 # Generated images show whole photos.
-WHOLE_PHOTOS = TokenRecipe("demo", PHOTOS.max_side, 12, 1.25)
+WHOLE_PHOTOS = TokenRecipe("demo", PHOTOS.max_side, 12, 1, 1.25)
 # The codec computes large photos, of which a crop is a detail.
-PHOTO_DETAILS = TokenRecipe("demo-any-size", 640, 40, 8.0)
+PHOTO_DETAILS = TokenRecipe("demo-any-size", 640, 40, 8, 8.0)
 
 
 class TokenPipeline:
@@ -93,7 +95,7 @@ class TokenPipeline:
         tokenizer = self.train(
             config.load_config(self.recipe.preset, (UNLIMITED_STEPS, *overrides)), "tokenizer", self.shards
         )
-        for split, num_crops in (("train", self.recipe.num_crops), ("held_out", 1)):
+        for split, num_crops in (("train", self.recipe.num_crops), ("held_out", self.recipe.num_held_out_crops)):
             self.token_tables[split] = str(self.out / "tokens" / split)
             result = tokenize(
                 tokenizer,

@@ -20,14 +20,14 @@ def border_step_ratio(pixels_HW3: np.ndarray, tile_size: int, patch_size: int) -
     Returns:
         The ratio, or None if the image has no border of tiles or none of other patches, or no steps there.
     """
-    tile_steps, patch_steps = [], []
+    ratios, weights = [], []
     for axis in (0, 1):
         step = np.abs(np.diff(pixels_HW3.astype(np.float32), axis=axis)).mean(axis=(1 - axis, 2))
         position = np.arange(1, len(step) + 1)
         is_tile, is_patch = position % tile_size == 0, position % patch_size == 0
-        tile_steps.append(step[is_tile])
-        patch_steps.append(step[is_patch & ~is_tile])
-    at_tiles, at_patches = np.concatenate(tile_steps), np.concatenate(patch_steps)
-    if not (at_tiles.size and at_patches.size and at_patches.mean() > 0):
-        return None
-    return float(at_tiles.mean() / at_patches.mean())
+        at_tiles, at_patches = step[is_tile], step[is_patch & ~is_tile]
+        if at_tiles.size and at_patches.size and at_patches.mean() > 0:
+            ratios.append(at_tiles.mean() / at_patches.mean())
+            weights.append(at_tiles.size)
+    # Directions are compared each with itself, because their steps differ.
+    return float(np.average(ratios, weights=weights)) if ratios else None

@@ -48,8 +48,9 @@ class Tokens:
         Raises:
             ValueError: the tokens have fewer bits, or `num_bits` is below 1.
         """
-        if not 1 <= num_bits <= self.bits_BNL.shape[-1]:
-            raise ValueError(f"cannot keep {num_bits} bits of tokens of {self.bits_BNL.shape[-1]} bits; use 1 or more")
+        max_bits = self.bits_BNL.shape[-1]
+        if not 1 <= num_bits <= max_bits:
+            raise ValueError(f"cannot keep {num_bits} bits of tokens of {max_bits} bits; use 1 to {max_bits}")
         return Tokens(self.bits_BNL[..., :num_bits], self.grid)
 
 
@@ -348,10 +349,12 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         """Raise if tokens have fewer bits than the model's and it has no nested bits."""
         shape, num_bits = tuple(tokens.bits_BNL.shape), self.quantizer.bits
         if not self.quantizer.is_nested and len(shape) == 3 and 1 <= shape[2] < num_bits:
+            keep = f"model.quantizer.keep=[{max(1, num_bits // 2)},{num_bits}]"
+            other = "" if isinstance(self.quantizer, BinaryQuantizer) else "model.quantizer.kind=bsq and "
             raise ValueError(
                 f"tokens have {shape[2]} of {num_bits} bits, but this model decodes all of them only: tokens must be "
                 f"booleans of shape (B, {shape[1]}, {num_bits}); train a tokenizer with nested bits, such as "
-                f"model.quantizer.keep=[{max(1, num_bits // 2)},{num_bits}], to decode fewer"
+                f"{other}{keep}, to decode fewer"
             )
 
 

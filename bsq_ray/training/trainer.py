@@ -143,6 +143,7 @@ class Trainer:
             with timer.data_wait_timer():
                 batch = next(batches)
             lr = peak_lr * schedule_factor(training_config.schedule, self.step, training_config.steps, control.progress)
+            self.stage.progress = control.progress
             self.train_step(batch, lr, scalars)
             self.step = self.recorder.step = self.step + 1
             self.elapsed = timer.elapsed

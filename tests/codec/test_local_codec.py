@@ -58,7 +58,7 @@ def test_decompress_equals_tokenizer_on_whole_image(local_folder, local_codec, p
 
 def test_encode_tiles_of_rows_equal_whole_image(local_folder, photo, monkeypatch):
     """Tokens of rows of tiles, in blocks of one tile, are those of the whole image."""
-    monkeypatch.setattr("bsq_ray.codec.pixel_codec.LocalPixelCodec._block_pixels", 32**2)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16)
     tokens, _ = whole_image(local_folder, photo)
     codec = build_pixel_codec(Tokenizer.from_pretrained(f"{local_folder}/tokenizer").eval(), torch.float64, None)
     pixels_CTHW = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None]
@@ -82,8 +82,26 @@ def test_local_decompress_region_matches_crop(local_codec, data, region):
 
 def test_local_decompress_in_blocks_is_identical(local_folder, data, local_codec, monkeypatch):
     whole = local_codec.decompress(data).tobytes()
-    monkeypatch.setattr("bsq_ray.codec.pixel_codec.LocalPixelCodec._block_pixels", 70**2)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16**2)
     assert Codec.from_pretrained(local_folder).decompress(data).tobytes() == whole
+
+
+def test_local_preview_shows_only_pixels_of_available_tokens(local_codec, photos):
+    """Tiles next to missing ones are gray, because their pixels depend on missing tokens."""
+    data = local_codec.compress(photos[2].resize((300, 280))).data
+    whole = np.asarray(local_codec.decompress(data))
+    image, fraction = local_codec.preview(data[: len(data) * 2 // 3])
+    pixels, is_gray = np.asarray(image), (np.asarray(image) == 128).all(-1)
+    assert 0.2 < fraction < 0.8
+    assert (pixels[~is_gray] == whole[~is_gray]).all()
+    assert 0.2 < (~is_gray).mean() < 0.6
+    assert np.array_equal(np.asarray(local_codec.preview(data)[0]), whole)
+
+
+def test_codec_full_attention_of_any_size_raises(tmp_path):
+    url = save_tokenizer(tmp_path / "tokenizer", 0, **(LOCAL | {"attention_radius": None}))
+    with pytest.raises(ValueError, match="the codec needs local attention for images of any size"):
+        Codec.from_pretrained(url)
 
 
 @pytest.mark.parametrize(("radius", "layers", "tiles"), [(3, 1, 1), (4, 1, 1), (4, 3, 3), (5, 3, 4)])

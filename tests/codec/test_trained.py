@@ -9,6 +9,7 @@ from trained import random_crops, save_trained, train_tokenizer
 from bsq_ray import Codec
 from bsq_ray.codec import tiles
 from bsq_ray.codec.container import read_container
+from bsq_ray.metrics.border_steps import border_step_ratio
 from bsq_ray.metrics.psnr import psnr
 
 
@@ -60,27 +61,13 @@ def test_nested_bits_are_better_than_cut_bits(photo_folders, photos):
     assert values[6][0] < values[9][0] < values[12][0] < values[18][0]
 
 
-def border_step_ratio(pixels, tile):
-    """Return the mean absolute difference of adjacent pixels across tile borders, relative to that elsewhere."""
-    ratios = []
-    for axis in (0, 1):
-        step = np.abs(np.diff(pixels.astype(float), axis=axis)).mean(axis=(1 - axis, 2))
-        border = np.zeros(len(step), bool)
-        border[tile - 1 :: tile] = True
-        # Next to other borders of tokens, which are no borders of tiles.
-        token = np.zeros(len(step), bool)
-        token[7::8] = True
-        ratios.append(step[border].mean() / step[token & ~border].mean())
-    return float(np.mean(ratios))
-
-
 def test_blended_tile_borders_look_like_token_borders(trained_folder, photos, monkeypatch):
     """Blending removes seams that tiles decoded separately have: on average, and more than it adds on any photo."""
     codec = Codec.from_pretrained(f"{trained_folder}/tokenizer")
     files = [codec.compress(photo.resize((320, 256))).data for photo in photos[:6]]
-    blended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
+    blended = [border_step_ratio(np.asarray(codec.decompress(data)), 64, 8) for data in files]
     monkeypatch.setattr(tiles, "_blend_weight", _unblended_weight)
-    unblended = [border_step_ratio(np.asarray(codec.decompress(data)), 64) for data in files]
+    unblended = [border_step_ratio(np.asarray(codec.decompress(data)), 64, 8) for data in files]
     print(f"difference across borders of tiles over borders of tokens: {blended}, tiles decoded apart {unblended}")
     assert np.mean(blended) < 1.1
     removed = np.subtract(unblended, blended)

@@ -75,7 +75,7 @@ def test_rotate_shifted_positions_keep_scores():
 def test_neighborhood_without_radius_masks_nothing():
     """Without a radius, and in grids that every neighborhood covers, fused attention needs no mask."""
     for radius, grid in ((None, (30, 20)), (4, (5, 3))):
-        assert RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK is None
+        assert RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).row_masks is None
     qkv = random_qkv((5, 3)).detach()
     neighborhood = RotaryPositions(4, 1).neighborhood((5, 3), HEAD_DIM, CPU, torch.float64)
     q_BHNE, k_BHNE = (rotate(x, neighborhood) for x in qkv[:2])
@@ -91,9 +91,10 @@ def test_neighborhood_from_inference_mode_can_train():
     assert qkv.grad is not None
 
 
-@pytest.mark.parametrize(("grid", "num_blocks"), [((16, 16), 1), ((17, 16), 6), ((64, 96), 96)])
-def test_neighborhood_large_grids_are_computed_in_blocks(grid, num_blocks):
-    """The number of pairs of a block does not grow with the grid."""
-    mask_WQK = RotaryPositions(4, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).mask_WQK
-    assert len(mask_WQK) == num_blocks
-    assert mask_WQK[0].numel() <= 256 * 256
+@pytest.mark.parametrize("grid", [(17, 16), (64, 96), (1, 5000), (3000, 2000)])
+def test_neighborhood_tables_grow_with_sides_of_grid(grid):
+    """Cached tables have a size of rows plus columns, not of the number of tokens."""
+    neighborhood = RotaryPositions(4, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
+    tensors = [value for value in neighborhood if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4
+    assert sum(value.numel() for value in tensors) < 64 * (grid[0] + grid[1] + 16)

@@ -43,7 +43,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Weights
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
     )
     image = read_image(image_url)
-    if run.model.any_size:
+    if run.model.attention_radius is not None:
         original, reconstruction, num_bits = _reconstruct_whole(tokenizer, image)
     else:
         original, reconstruction, num_bits = _reconstruct_crop(tokenizer, image, run.data.eval_interpolation)

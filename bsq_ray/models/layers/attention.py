@@ -32,10 +32,8 @@ def causal_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
     return _softmax_weighted_sum(scores_BHNN.masked_fill(future_mask_NN, -torch.inf), v_BHNE)
 
 
-def masked_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, mask_NM: Tensor | None) -> Tensor:
-    """Attend from every query to the keys for which the mask (…, N, M) is True; None attends to every key."""
-    if mask_NM is None:
-        return attention(q_BHNE, k_BHME, v_BHME)
+def masked_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, mask_NM: Tensor) -> Tensor:
+    """Attend from every query to the keys for which the mask (…, N, M) is True."""
     if not _should_use_eager(q_BHNE, k_BHME):
         return F.scaled_dot_product_attention(q_BHNE, k_BHME, v_BHME, attn_mask=mask_NM)
     return _softmax_weighted_sum(_scores(q_BHNE, k_BHME).masked_fill(~mask_NM, -torch.inf), v_BHME)

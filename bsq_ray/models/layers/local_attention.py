@@ -9,7 +9,7 @@ Rotary position embedding (Su et al., 2021, section 3.2) in two dimensions: one 
 the row, the other by the column.
 
 Shape suffixes: B images, H heads, N = r·c tokens of a grid of r rows and c columns, E width of a head, F = E / 4
-frequencies, W blocks, Q queries and K keys of a block.
+frequencies, W blocks of a row, Q queries and K keys of a block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray.models.layers.attention import masked_attention
+from bsq_ray.models.layers.attention import attention, masked_attention
 
 # Positions are small numbers of patches, so the longest wavelength is about 630 patches.
 _ROTARY_BASE = 100.0
@@ -32,20 +32,22 @@ _BLOCK = 8
 
 
 class Neighborhood(NamedTuple):
-    """Geometry of a grid. This is a tuple because torch.compile traces the tensors in tuples.
+    """Geometry of a grid, in tables of one axis. This is a tuple because torch.compile traces the tensors in tuples.
 
     Attributes:
         grid: rows and columns of tokens.
         radius: maximum distance in rows and in columns; None attends to every token.
-        cos_NE, sin_NE: rotation of each channel of queries and keys.
-        mask_WQK: True where a query attends to a key; W is 1 if all tokens are one block. None: no key is masked.
+        row_rotation, column_rotation: cosines and sines, (2, rows, E / 2) and (2, columns, E / 2).
+        row_masks, column_masks: for each block along an axis, which positions attend to which; (1, rows, rows) and (1,
+            columns, columns) if all tokens are one block. None: no pair is masked.
     """
 
     grid: tuple[int, int]
     radius: int | None
-    cos_NE: Tensor
-    sin_NE: Tensor
-    mask_WQK: Tensor | None
+    row_rotation: Tensor
+    column_rotation: Tensor
+    row_masks: Tensor | None
+    column_masks: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -73,42 +75,63 @@ class RotaryPositions:
 def _build_neighborhood(
     grid: tuple[int, int], radius: int | None, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Neighborhood:
-    rows, columns = grid
-    row_N = torch.arange(rows).repeat_interleave(columns)
-    column_N = torch.arange(columns).repeat(rows)
     frequency_F = _ROTARY_BASE ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    angle_NE = torch.cat([position_N[:, None] * frequency_F for position_N in (row_N, row_N, column_N, column_N)], 1)
-    rotations = [values.to(device, dtype) for values in (angle_NE.cos(), angle_NE.sin())]
-    mask_WQK = None if radius is None or max(grid) <= radius + 1 else _mask(grid, radius).to(device)
-    return Neighborhood(grid, radius, rotations[0], rotations[1], mask_WQK)
+    rotations = [_rotation(length, frequency_F).to(device, dtype) for length in grid]
+    if radius is None or max(grid) <= radius + 1:
+        return Neighborhood(grid, radius, rotations[0], rotations[1], None, None)
+    is_one_block = grid[0] * grid[1] <= _MAX_DENSE_TOKENS
+    masks = [(_dense_mask if is_one_block else _axis_masks)(length, radius).to(device) for length in grid]
+    return Neighborhood(grid, radius, rotations[0], rotations[1], masks[0], masks[1])
+
+
+def _rotation(length: int, frequency_F: Tensor) -> Tensor:
+    angle_NF = torch.arange(length)[:, None] * frequency_F
+    angle_NE2 = torch.cat([angle_NF, angle_NF], 1)
+    return torch.stack([angle_NE2.cos(), angle_NE2.sin()])
 
 
 def rotate(x_BHNE: Tensor, neighborhood: Neighborhood) -> Tensor:
-    """Rotate queries or keys by their positions; the type is kept."""
-    a, b, c, d = x_BHNE.chunk(4, -1)
-    turned_BHNE = torch.cat([-b, a, -d, c], -1)
-    rotated_BHNE = x_BHNE * neighborhood.cos_NE + turned_BHNE * neighborhood.sin_NE
-    return rotated_BHNE.to(x_BHNE.dtype)
+    """Rotate queries or keys by their positions, one half by the row and one by the column; the type is kept."""
+    by_row, by_column = x_BHNE.unflatten(2, neighborhood.grid).chunk(2, -1)  # B H rows columns E/2
+    cos, sin = neighborhood.row_rotation[:, :, None]
+    rotated = [by_row * cos + _quarter_turn(by_row) * sin]
+    cos, sin = neighborhood.column_rotation
+    rotated.append(by_column * cos + _quarter_turn(by_column) * sin)
+    return torch.cat(rotated, -1).flatten(2, 3).to(x_BHNE.dtype)
+
+
+def _quarter_turn(x: Tensor) -> Tensor:
+    real, imaginary = x.chunk(2, -1)
+    return torch.cat([-imaginary, real], -1)
 
 
 def local_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, neighborhood: Neighborhood) -> Tensor:
     """Attend from every token to its neighborhood; return (B, N, H, E)."""
     q_BHNE, k_BHNE = rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood)
-    mask_WQK = neighborhood.mask_WQK
-    if mask_WQK is None or len(mask_WQK) == 1:
-        return masked_attention(q_BHNE, k_BHNE, v_BHNE, mask_WQK).transpose(1, 2)
+    row_masks, column_masks = neighborhood.row_masks, neighborhood.column_masks
+    if row_masks is None or column_masks is None:
+        return attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2)
+    if neighborhood.grid[0] * neighborhood.grid[1] <= _MAX_DENSE_TOKENS:
+        mask_NN = _pair_masks(row_masks[0], column_masks)[0]
+        return masked_attention(q_BHNE, k_BHNE, v_BHNE, mask_NN).transpose(1, 2)
     assert neighborhood.radius is not None
     grid, radius, batch_size = neighborhood.grid, neighborhood.radius, len(q_BHNE)
     queries, keys, values = _blocks(q_BHNE, grid, 0), _blocks(k_BHNE, grid, radius), _blocks(v_BHNE, grid, radius)
-    masks = mask_WQK.unflatten(0, queries.shape[1:3])
     rows = []
     # One row of blocks at a time, because the margins of blocks overlap and are copied.
-    for row, mask in enumerate(masks):
+    for row, row_mask in enumerate(row_masks):
         q, k, v = (blocks[:, row].flatten(3, 4).flatten(0, 1) for blocks in (queries, keys, values))
-        y = masked_attention(q, k, v, mask.repeat(batch_size, 1, 1)[:, None])
+        mask_WQK = _pair_masks(row_mask, column_masks)
+        y = masked_attention(q, k, v, mask_WQK.repeat(batch_size, 1, 1)[:, None])
         y = y.unflatten(2, (_BLOCK, _BLOCK)).unflatten(0, (batch_size, -1))  # B block_columns H row column E
         rows.append(y.permute(0, 3, 1, 4, 2, 5).flatten(2, 3))
     return torch.cat(rows, 1)[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+def _pair_masks(row_mask: Tensor, column_masks: Tensor) -> Tensor:
+    """Return the masks (W, Q, K) of the blocks in a row of blocks: pairs near in both directions."""
+    mask = row_mask[:, None, :, None] & column_masks[:, None, :, None, :]  # W row column row column
+    return mask.flatten(3, 4).flatten(1, 2)
 
 
 def _blocks(x_BHNE: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
@@ -120,16 +143,9 @@ def _blocks(x_BHNE: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
     return x.unfold(2, side, _BLOCK).unfold(3, side, _BLOCK).permute(0, 2, 3, 1, 5, 6, 4)
 
 
-def _mask(grid: tuple[int, int], radius: int) -> Tensor:
-    """Return the mask (W, Q, K): one block without margins for small grids, otherwise blocks with margins."""
-    rows, columns = grid
-    if rows * columns <= _MAX_DENSE_TOKENS:
-        near_rows, near_columns = (_near(i, i, radius) for i in (torch.arange(rows), torch.arange(columns)))
-        return (near_rows[:, None, :, None] & near_columns[:, None, :]).flatten(2).flatten(0, 1)[None]
-    row_masks = _axis_masks(rows, radius)
-    column_masks = _axis_masks(columns, radius)
-    mask = row_masks[:, None, :, None, :, None] & column_masks[None, :, None, :, None, :]
-    return mask.flatten(4, 5).flatten(2, 3).flatten(0, 1)
+def _dense_mask(length: int, radius: int) -> Tensor:
+    position = torch.arange(length)
+    return _near(position, position, radius)[None]
 
 
 def _axis_masks(length: int, radius: int) -> Tensor:

@@ -58,7 +58,9 @@ class DeepSpeedEngine(Engine):
         zero_config: dict[str, Any] = {"stage": zero_stage}
         if zero_stage in (1, 2):
             # All gradients in one bucket of their size, so that each worker owns an equal part of it.
-            zero_config["reduce_bucket_size"] = sum(parameter.numel() for parameter in module.parameters())
+            zero_config["reduce_bucket_size"] = sum(
+                parameter.numel() for parameter in module.parameters() if parameter.requires_grad
+            )
             # Offloaded gradients are sent by one reduce per worker, with the same bytes as a reduce-scatter.
             zero_config["use_multi_rank_bucket_allreduce"] = False
         if training_config.engine.offload_optimizer:

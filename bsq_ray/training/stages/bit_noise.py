@@ -28,30 +28,30 @@ class BitNoise:
     Args:
         noise_config: share of images, and their flip probabilities.
         seed: seed of the run.
-        num_steps: steps of the run, over which the probabilities fall to 0.
     """
 
-    def __init__(self, noise_config: config.BitNoiseConfig, seed: int, num_steps: int) -> None:
+    def __init__(self, noise_config: config.BitNoiseConfig, seed: int) -> None:
         self._config, self._seed = noise_config, seed
-        self._num_noisy_steps = round(noise_config.until * num_steps)
 
-    def max_rate(self, step: int) -> float:
-        """Return the highest flip probability at a step, which falls linearly to 0."""
-        return self._config.rate * max(0.0, 1 - step / self._num_noisy_steps) if self._num_noisy_steps else 0.0
+    def max_rate(self, progress: float) -> float:
+        """Return the highest flip probability at a fraction of the run, which falls linearly to 0."""
+        until = self._config.until
+        return self._config.rate * max(0.0, 1 - progress / until) if until else 0.0
 
     def sample(
-        self, token_shapes: Sequence[tuple[int, int, int]], step: int, device: torch.device
+        self, token_shapes: Sequence[tuple[int, int, int]], step: int, progress: float, device: torch.device
     ) -> list[Tensor | None]:
         """Return the bits that flip in each of this worker's micro batches, bool (B, N, L) on the device.
 
         Args:
             token_shapes: (B, N, L) of each micro batch.
             step: steps taken, from 0.
+            progress: fraction of the run that is done, by steps or by time.
 
         Returns:
             A mask for each micro batch; None for all if no bit can flip at this step.
         """
-        max_rate = self.max_rate(step)
+        max_rate = self.max_rate(progress)
         if not max_rate * self._config.images:
             return [None] * len(token_shapes)
         num_parts, world_size, rank = len(token_shapes), num_workers(), worker_rank()

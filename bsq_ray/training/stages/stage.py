@@ -65,10 +65,12 @@ class Stage(ABC):
     Attributes:
         modules: modules to optimize, by name; each gets an engine. The first one is averaged and published.
         notes: remarks on the initial weights, which the run logs when it starts.
+        progress: fraction of the run that is done, by steps or by time; set by the training loop before each step.
     """
 
     modules: dict[str, nn.Module]
     notes: tuple[str, ...] = ()
+    progress: float = 0.0
 
     def frozen_parts(self) -> Sequence[nn.Module]:
         """Return parts of the modules that are never trained: no gradients, no optimizer state. By default none.

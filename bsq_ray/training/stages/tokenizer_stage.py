@@ -106,7 +106,7 @@ class TokenizerStage(Stage):
                 seed = run_config.training.seed
                 self.nested_dropout = NestedDropout(quantizer_config.keep, seed, self.across_workers)
         training_config = run_config.training
-        self.bit_noise = BitNoise(training_config.bit_noise, training_config.seed, training_config.steps)
+        self.bit_noise = BitNoise(training_config.bit_noise, training_config.seed)
         self._tokens_per_frame = run_config.model.grid_size**2
         self._recent_bits: list[Tensor] = []
 
@@ -139,7 +139,8 @@ class TokenizerStage(Stage):
                     for batch, kept in zip(micro_batches, kept_bits, strict=True)
                 ]
             )
-        flips = self.bit_noise.sample([self._token_shape(batch) for batch in micro_batches], step, self.device)
+        token_shapes = [self._token_shape(batch) for batch in micro_batches]
+        flips = self.bit_noise.sample(token_shapes, step, self.progress, self.device)
         return [
             None if mean is None and kept is None and flipped_BNL is None else GeneratorContext(mean, kept, flipped_BNL)
             for kept, flipped_BNL in zip(kept_bits, flips, strict=True)

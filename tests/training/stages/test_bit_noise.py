@@ -39,9 +39,9 @@ def test_bit_noise_has_configured_share_and_mean_rate():
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]))
 def test_bit_noise_of_parts_is_that_of_the_batch(seed, step, batch_per_part, num_parts):
     """Micro batches have the flips of their positions in the batch."""
-    noise = BitNoise(config.BitNoiseConfig(images=0.7, rate=0.5), seed, 10**7)
-    [whole] = noise.sample([(batch_per_part * num_parts, 4, 5)], step, CPU)
-    parts = noise.sample([(batch_per_part, 4, 5)] * num_parts, step, CPU)
+    noise = BitNoise(config.BitNoiseConfig(images=0.7, rate=0.5), seed)
+    [whole] = noise.sample([(batch_per_part * num_parts, 4, 5)], step, 0.3, CPU)
+    parts = noise.sample([(batch_per_part, 4, 5)] * num_parts, step, 0.3, CPU)
     for index, part in enumerate(parts):
         assert torch.equal(part, whole[index::num_parts])
 
@@ -57,10 +57,11 @@ def test_bit_noise_changes_with_step_position_and_seed():
 
 
 def test_bit_noise_falls_linearly_and_ends():
-    noise = BitNoise(config.BitNoiseConfig(images=1, rate=0.4, until=0.5), 0, 200)
-    assert [noise.max_rate(step) for step in (0, 50, 75)] == pytest.approx([0.4, 0.2, 0.1])
-    assert noise.sample([(2, 4, 5)], 99, CPU) != [None]
-    assert noise.sample([(2, 4, 5)], 100, CPU) == [None]
+    """By the progress of the run, so also in runs with a time limit and any number of steps."""
+    noise = BitNoise(config.BitNoiseConfig(images=1, rate=0.4, until=0.5), 0)
+    assert [noise.max_rate(progress) for progress in (0, 0.25, 0.375)] == pytest.approx([0.4, 0.2, 0.1])
+    assert noise.sample([(2, 4, 5)], 99, 0.49, CPU) != [None]
+    assert noise.sample([(2, 4, 5)], 99, 0.5, CPU) == [None]
 
 
 def test_flip_signs_negates_codes_and_keeps_gradient():
@@ -90,9 +91,10 @@ def test_flipped_bits_reach_the_decoder_alone(batch):
 def test_bit_noise_without_flips_is_bit_identical(batch):
     """At rate 0, and after the last noisy step, a step is that of a run without noise."""
     expected = losses(batch, "loss.adversarial.weight=0")[1]["generator"]
-    for overrides, step in (("training.bit_noise.rate=0", 0), ("training.bit_noise.until=1e-6", 1)):
+    for overrides, progress in (("training.bit_noise.rate=0", 0), ("training.bit_noise.until=0.5", 0.5)):
         stage, engines = build(*NOISE, overrides)
-        assert stage.prepare_step([batch], engines, step) == [None]
+        stage.progress = progress
+        assert stage.prepare_step([batch], engines, 0) == [None]
         total, _ = run_phases(stage, engines, batch, 0)["generator"]
         assert torch.equal(total, expected[0])
     # Nor does an empty mask change anything.
