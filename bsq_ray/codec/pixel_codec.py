@@ -240,8 +240,8 @@ def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_siz
     """
     if tokenizer.config.any_size and tokenizer.config.attention_radius is None:
         raise ValueError(
-            "the codec needs local attention for images of any size, because its cost is linear in their size; train the "
-            "tokenizer with model.attention_radius, such as 4"
+            "the codec needs local attention for images of any size, because its cost is linear in their size; train "
+            "the tokenizer with model.attention_radius, such as 4"
         )
     codec_class = TilePixelCodec if tokenizer.config.attention_radius is None else LocalPixelCodec
     return codec_class(tokenizer, decode_dtype, batch_size)

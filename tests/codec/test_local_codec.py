@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_codecs import save_prior
 from small_models import save_tokenizer
 
@@ -16,6 +18,7 @@ from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
 from bsq_ray.models.tokenizer import Tokens
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "bsq-local-attention"
 # One layer on each side, and tiles of 4 x 4 tokens: one tile of context.
 LOCAL = {"position": "rotary", "attention_radius": 3, "position_period": 4}
 
@@ -126,6 +129,13 @@ def test_context_covers_receptive_field(tmp_path, radius, layers, tiles):
 def test_as_tiles_inverts_as_grid():
     bits_RCNL = torch.rand(2, 3, 32, 5) < 0.5
     assert torch.equal(as_tiles(as_grid(bits_RCNL, 2), 4), bits_RCNL)
+
+
+def test_decompress_golden_file_of_local_attention():
+    """Rotations, repeating embeddings and blocks of earlier versions decode to the same bytes."""
+    codec = Codec.from_pretrained(str(GOLDEN / "tokenizer"))
+    decoded = codec.decompress((GOLDEN / "photo.bsq").read_bytes())
+    assert decoded.tobytes() == Image.open(GOLDEN / "photo.png").tobytes()
 
 
 _COMPRESS_LARGE = """

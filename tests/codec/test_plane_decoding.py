@@ -8,8 +8,9 @@ import torch
 from small_codecs import NoisyPrior, save_nested_codec, save_nested_tokenizer
 
 from bsq_ray import Codec, Prior
-from bsq_ray.codec.container import read_container
+from bsq_ray.codec.container import read_container, write_container
 from bsq_ray.codec.entropy_coding import TokenEncoder
+from bsq_ray.codec.header import CODING_PRIOR, Header
 from bsq_ray.codec.plane_decoding import decode_planes
 from bsq_ray.codec.plane_index import plane_ranges
 from bsq_ray.codec.rate import Rate
@@ -152,4 +153,14 @@ def test_prior_in_token_order_stores_all_nested_bits(plane_codec, codec, photo):
         both.compress(photo, rate=Rate(4))
     assert isinstance(codec.prior, Prior)
     with pytest.raises(ValueError, match="was written with the models"):
+        plane_codec.decompress(data)
+
+
+def test_decompress_other_coding_with_plane_prior_raises(plane_codec):
+    """A damaged file that names the other coding raises the error of damaged files."""
+    codec_format = plane_codec.token_format
+    sizes = {"tile_size": codec_format.tile_size, "patch_size": codec_format.patch_size, "bits": codec_format.bits}
+    header = Header(64, 32, CODING_PRIOR, 1, codec_format.model_key, **sizes)
+    data = write_container(header, codec_format, [bytes(20)] * header.num_groups, [[0]] * header.num_groups)
+    with pytest.raises(ValueError, match="it is coded token by token, and the prior codes planes"):
         plane_codec.decompress(data)

@@ -53,6 +53,7 @@ CASES = {
     "imagenet128-vq10": ("imagenet128-vq10", IMAGES),
     "demo-gan": ("demo-gan", IMAGES),
     "demo-nested": ("demo-nested", IMAGES),
+    "demo-any-size": ("demo-any-size", [*IMAGES, "model.attention_radius=2"]),
     "bit noise": ("imagenet128-bsq18", [*IMAGES, "training.bit_noise.images=0.6", "training.bit_noise.rate=0.3"]),
     "texture loss": ("imagenet128-bsq18-no-gan", TEXTURE),
     "imagenet128-masked-lm": ("imagenet128-masked-lm", [*TOKENS, "model.num_classes=3"]),
