@@ -51,7 +51,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
 
 def _network_bound(plan: Plan) -> str:
     if plan.network_bound_gpus is None:
-        return "on no number of GPUs with this global batch"
+        return "at no valid number of GPUs with this global batch"
     return f"from {plan.network_bound_gpus} GPUs on with this global batch (communication > computation)"
 
 

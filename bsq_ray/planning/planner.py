@@ -89,7 +89,7 @@ def make_plan(
     Raises:
         ValueError: the GPU is unknown, a number is out of range, or the batch cannot be divided among the workers.
     """
-    from bsq_ray.config.batch_split import split_batch
+    from bsq_ray.config.batch_split import can_split_batch, split_batch
 
     gpu_spec = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if num_gpus < 1 or gpus_per_node < 1:
@@ -130,7 +130,7 @@ def make_plan(
             (
                 workers
                 for workers in range(2, training_config.batch_size + 1)
-                if training_config.batch_size % workers == 0
+                if can_split_batch(run, workers)
                 and communication_s(workers) > training_config.batch_size / workers * compute_per_sample
             ),
             None,

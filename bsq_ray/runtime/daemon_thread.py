@@ -38,19 +38,37 @@ class BackgroundUpload:
     def __init__(self, upload: Callable[[], None], name: str) -> None:
         self._upload, self._name = upload, name
         self._future: Future[Any] | None = None
+        self._lock = threading.Lock()
+        self._is_running = self._has_new_data = False
 
     def start(self) -> None:
-        """Start an upload, unless one is running.
+        """Start an upload, or let the running one upload the new data, too.
 
         Raises:
             Exception: the previous upload failed; another one has been started.
         """
-        previous = self._future
-        if previous is not None and not previous.done():
-            return
-        self._future = run_in_thread(self._upload, self._name)
+        with self._lock:
+            if self._is_running:
+                self._has_new_data = True
+                return
+            self._is_running = True
+        previous, self._future = self._future, run_in_thread(self._upload_until_done, self._name)
         if previous is not None:
             previous.result()
+
+    def _upload_until_done(self) -> None:
+        while True:
+            try:
+                self._upload()
+            except BaseException:
+                with self._lock:
+                    self._is_running = self._has_new_data = False
+                raise
+            with self._lock:
+                if not self._has_new_data:
+                    self._is_running = False
+                    return
+                self._has_new_data = False
 
     def finish(self) -> None:
         """Wait for the running upload, then upload the rest in this thread.

@@ -137,7 +137,7 @@ def test_make_plan_names_gpus_at_which_network_is_limit():
         assert f"from {bound} GPUs on" in format_plan(plan)
     alone = make_plan(load_config("imagenet256-bsq18", ["training.batch_size=1"]), "h100", 1)
     assert alone.network_bound_gpus is None
-    assert "on no number of GPUs" in format_plan(alone)
+    assert "at no valid number of GPUs" in format_plan(alone)
 
 
 def test_make_plan_single_node_ignores_network_bandwidth():
