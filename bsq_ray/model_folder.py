@@ -322,7 +322,8 @@ def _model_card(
 
 def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:
     model = run_config.model
-    shape = f"(B, 3, {f'1 to {model.frames}, ' if model.frames > 1 else ''}{model.image_size}, {model.image_size})"
+    sides = "H, W" if model.any_size else f"{model.image_size}, {model.image_size}"
+    shape = f"(B, 3, {f'1 to {model.frames}, ' if model.frames > 1 else ''}{sides})"
     example = [
         "from bsq_ray import Tokenizer",
         "",
@@ -337,7 +338,8 @@ def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str],
         ]
     unit = "image" if model.frames == 1 else "frame"
     rows = {
-        "input": f"{model.image_size} x {model.image_size} pixels"
+        "input": ("any size, trained at " if model.any_size else "")
+        + f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
         "tokens": f"{model.grid_size**2} per {unit}, one per {model.patch_size} x "
         f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",

@@ -66,7 +66,8 @@ def _format_run(run_config: config.AnyConfig) -> str:
         model = run_config.model
         num_tokens = model.grid_size**2
         lines = [
-            f"{model.image_size} px images, {num_tokens} tokens of {model.quantizer.bits} bits "
+            f"{'images of any size, trained at ' if model.any_size else ''}{model.image_size} px"
+            f"{'' if model.any_size else ' images'}, {num_tokens} tokens of {model.quantizer.bits} bits "
             f"({model.quantizer.kind}), {model.quantizer.bits / model.patch_size**2:g} bits per pixel",
             f"encoder {model.encoder.layers} x {model.encoder.width}, "
             f"decoder {model.decoder.layers} x {model.decoder.width}",

@@ -105,7 +105,9 @@ class EngineConfig(StrictModel):
 
     kind: Literal["deepspeed", "ddp"] = Field("deepspeed", description="Distributed training engine.")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="ZeRO stage; partitions nothing (0), optimizer state (1), + gradients (2), + parameters (3)."
+        1,
+        description="ZeRO stage; partitions nothing (0), optimizer state (1), + gradients (2), + parameters (3). "
+        "Stage 2 frees gradients of other partitions only after all are averaged.",
     )
     offload_optimizer: bool = Field(
         False, description="Keep optimizer state in host memory: slower, saves 12 bytes of GPU memory per parameter."
