@@ -13,6 +13,7 @@ from bsq_ray.cli.options import (
     WeightsOption,
     announce_ray,
     drop_none,
+    parse_floats,
     parse_ints,
     parse_weights,
 )
@@ -35,6 +36,9 @@ def evaluate_reconstruction(
     cut_bits: Annotated[
         str | None, typer.Option(help="Baseline: also measure an ordinary tokenizer with its tokens cut to these bits.")
     ] = None,
+    flips: Annotated[
+        str | None, typer.Option(help="Also decode tokens whose bits flip with these probabilities: 0.02,0.05,0.1.")
+    ] = None,
     published: Annotated[bool, typer.Option("--published", help="Add published results to the output.")] = False,
     address: AddressOption = None,
 ) -> None:
@@ -44,6 +48,7 @@ def evaluate_reconstruction(
     """
     require_extra("evaluate reconstruction", "eval", *(("ray",) if workers else ()))
     weights_kind = parse_weights(weights)
+    flip_rates = parse_floats(flips or "", "--flips")
     num_bits, num_cut_bits = parse_ints(bits or "", "--bits"), parse_ints(cut_bits or "", "--cut-bits")
 
     from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction as evaluate
@@ -63,6 +68,7 @@ def evaluate_reconstruction(
             max_skipped_samples=max_skipped_samples,
             bits=num_bits,
             cut_bits=num_cut_bits,
+            flip_rates=flip_rates,
             on_progress=on_progress,
         )
     _print_results(out, "reconstructions.png")

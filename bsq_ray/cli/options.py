@@ -40,6 +40,18 @@ def parse_ints(text: str, option: str) -> list[int]:
         raise ValueError(f"{option} {text} is not a list of integers; separate them by commas, such as 1,2") from None
 
 
+def parse_floats(text: str, option: str) -> list[float]:
+    """Parse numbers with commas between them.
+
+    Raises:
+        ValueError: a part is not a number.
+    """
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} {text} is not a list of numbers; write them as 0.1,0.2") from None
+
+
 def parse_int_range(text: str, option: str) -> tuple[int, int]:
     """Parse a number, such as 8, or a range, such as 4-8, to its lowest and highest value.
 

@@ -14,9 +14,10 @@ from bsq_ray.cli.info import format_info
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.evaluation.provenance import collect_provenance
 from bsq_ray.evaluation.reconstruction.baseline import MeanColorCodec
+from bsq_ray.evaluation.reconstruction.batch_metrics import flip_bits
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
 from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_file
-from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.models.tokenizer import Tokenizer, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,38 @@ def test_evaluation_of_fewer_bits_adds_rows(held_out_shards, tmp_path):
 def test_evaluation_of_impossible_bits_raises(model, held_out_shards, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, **options)
+
+
+def test_evaluation_of_flipped_bits_adds_rows(model, held_out_shards, results, tmp_path):
+    """Each flip rate has a row with all metrics; they do not depend on batches, and other rows stay the same."""
+    rates = {"flip_rates": [0.02, 0.4]}
+    rows, others = (
+        evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, batch_size=size, **rates)["rows"]
+        for size in (5, 3)
+    )
+    assert list(rows) == ["model", "2 % of bits flipped", "40 % of bits flipped", "mean color"]
+    for row in list(rows)[1:3]:
+        assert {"psnr", "lpips", "kid", "rfid"} < rows[row].keys()
+        assert rows[row] == pytest.approx(others[row], rel=1e-5, abs=1e-6)
+    assert rows["model"]["psnr"] == results[0]["rows"]["model"]["psnr"]
+    assert rows["model"]["bits_per_pixel"] == rows["40 % of bits flipped"]["bits_per_pixel"]
+
+
+def test_flip_bits_has_the_rate_and_depends_on_keys():
+    """At each rate that share of bits flips; the flips of a lower rate are among those of a higher one."""
+    tokens = Tokens(torch.zeros(2, 256, 18, dtype=torch.bool), (1, 16, 16))
+    low, high = (flip_bits(tokens, rate, ["a", "b"]).bits_BNL for rate in (0.05, 0.2))
+    assert low.float().mean() == pytest.approx(0.05, abs=0.01)
+    assert high.float().mean() == pytest.approx(0.2, abs=0.02)
+    assert (low & high).equal(low)
+    assert not torch.equal(high[0], high[1])
+    assert torch.equal(flip_bits(Tokens(tokens.bits_BNL[:1], tokens.grid), 0.2, ["b"]).bits_BNL[0], high[1])
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.5, float("nan")])
+def test_evaluation_of_impossible_flip_rate_raises(model, held_out_shards, tmp_path, rate):
+    with pytest.raises(ValueError, match="is not a probability above 0"):
+        evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, flip_rates=[rate])
 
 
 def test_baseline_codec_preserves_patch_means():

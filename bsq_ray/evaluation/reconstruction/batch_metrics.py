@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.runtime.device import default_device
 from bsq_ray.runtime.precision import enable_strict_fp32
+from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 ROWS = ("model", "mean color")
 # Approximate number of example images per evaluation, selected by a hash of the sample keys.
@@ -67,6 +68,7 @@ class ReconstructionMetrics(ABC):
         weights: weights of the folder to use, "ema" or "raw".
         num_samples: size of the data set; determines the fraction of samples returned as examples.
         bits_of_rows: further rows, by name: the number of bits of each token that is decoded.
+        flip_rates: further rows, by name: the probability with which each bit is flipped before decoding.
 
     Attributes:
         networks: names of the metric networks.
@@ -75,14 +77,19 @@ class ReconstructionMetrics(ABC):
     networks: ClassVar[tuple[str, ...]]
 
     def __init__(
-        self, model_url: str, weights: WeightsKind, num_samples: int, bits_of_rows: Mapping[str, int] | None = None
+        self,
+        model_url: str,
+        weights: WeightsKind,
+        num_samples: int,
+        bits_of_rows: Mapping[str, int] | None = None,
+        flip_rates: Mapping[str, float] | None = None,
     ) -> None:
         enable_strict_fp32()
         self.device = default_device()
         self.tokenizer = Tokenizer.from_pretrained(model_url, weights).to(self.device)
         model_config = self.tokenizer.config
         self.baseline_codec = MeanColorCodec(model_config.patch_size, model_config.quantizer.bits)
-        self.bits_of_rows = dict(bits_of_rows or {})
+        self.bits_of_rows, self.flip_rates = dict(bits_of_rows or {}), dict(flip_rates or {})
         self.example_fraction = min(1.0, _MAX_EXAMPLES / num_samples)
 
     @abstractmethod
@@ -113,6 +120,8 @@ class ReconstructionMetrics(ABC):
         rows = dict(zip(ROWS, (decoded, self.reconstruct_baseline(original)), strict=True))
         for row, num_bits in self.bits_of_rows.items():
             rows[row] = self.tokenizer.decode_cut_bits(tokens.first(num_bits)).reshape(original.shape)
+        for row, rate in self.flip_rates.items():
+            rows[row] = self.tokenizer.decode(flip_bits(tokens, rate, samples.keys)).reshape(original.shape)
         rows = {row: to_float(to_uint8(values)) for row, values in rows.items()}
         for row, values in (rows | {"original": original}).items():
             features_BD = self.features(values)
@@ -146,6 +155,17 @@ class ReconstructionMetrics(ABC):
         score_B = lpips_per_sample(result)
         sampled = np.flatnonzero(sampling_ranks(result.keys) <= self.example_fraction * (2.0**64 - 1))
         return sorted({int(score_B.argmin()), int(score_B.argmax()), *sampled.tolist()})
+
+
+def flip_bits(tokens: Tokens, rate: float, keys: Sequence[str]) -> Tokens:
+    """Flip each bit with a probability; the flips depend on the key of the sample and on the rate alone.
+
+    Bits that flip at a rate also flip at every higher one.
+    """
+    shape = tuple(tokens.bits_BNL.shape[1:])
+    rngs = [stream_rng(RandomStream.EVALUATION_BIT_NOISE, key) for key in keys]
+    flipped_BNL = torch.from_numpy(np.stack([rng.random(shape) < rate for rng in rngs]))
+    return Tokens(tokens.bits_BNL ^ flipped_BNL.to(tokens.bits_BNL.device), tokens.grid)
 
 
 def lpips_per_sample(batch: BatchMetrics) -> np.ndarray:

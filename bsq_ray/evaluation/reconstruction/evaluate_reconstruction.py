@@ -57,6 +57,7 @@ def evaluate_reconstruction(
     max_skipped_samples: int = 0,
     bits: Sequence[int] = (),
     cut_bits: Sequence[int] = (),
+    flip_rates: Sequence[float] = (),
     on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
     """Measure a tokenizer on packed images or videos; write results.json, results.md and reconstructions.png.
@@ -75,6 +76,8 @@ def evaluate_reconstruction(
         bits: numbers of bits per token that a tokenizer with nested bits is also measured at, each in a row "k bits".
         cut_bits: numbers of bits that an ordinary tokenizer is also measured at, as a baseline for nested bits: its
             tokens are cut, which its decoder was not trained for. Each has a row "cut to k bits".
+        flip_rates: probabilities with which each bit is flipped before decoding, each in a row "p % of bits flipped".
+            The flips depend on the keys of the samples, not on the number of workers.
         on_progress: called with the finished and the total number of images or clips.
 
     Returns:
@@ -91,6 +94,7 @@ def evaluate_reconstruction(
     folder = model_folder.load_model_folder(model_url, weights)
     run_config = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     bits_of_rows = _bits_of_rows(run_config.model.quantizer, bits, cut_bits)
+    flips_of_rows = _flips_of_rows(flip_rates)
     manifest = read_manifest(data_url)
     source = build_pixel_source(run_config, manifest)
     batch_size = batch_size or _DEFAULT_BATCH_SIZES[manifest.kind]
@@ -104,7 +108,16 @@ def evaluate_reconstruction(
             "LPIPS is not defined for smaller ones"
         )
     task = _EvaluationTask(
-        run_config, folder.model_id, model_url, weights, manifest, source, batch_size, total, bits_of_rows
+        run_config,
+        folder.model_id,
+        model_url,
+        weights,
+        manifest,
+        source,
+        batch_size,
+        total,
+        bits_of_rows,
+        flips_of_rows,
     )
     accumulator = task.make_accumulator()
     skipped_samples = SkippedSamples(max_skipped_samples)
@@ -141,6 +154,18 @@ def _bits_of_rows(
     return {f"{number} bits": number for number in bits} | {f"cut to {number} bits": number for number in cut_bits}
 
 
+def _flips_of_rows(flip_rates: Sequence[float]) -> dict[str, float]:
+    """Return the flip probability of each row that decodes flipped bits.
+
+    Raises:
+        ValueError: a rate is out of range.
+    """
+    for rate in flip_rates:
+        if not 0 < rate <= 1:
+            raise ValueError(f"flip rate {rate:g} is not a probability above 0; use values such as 0.02,0.05,0.1")
+    return {f"{100 * rate:g} % of bits flipped": rate for rate in flip_rates}
+
+
 @dataclass(frozen=True)
 class _EvaluationTask:
     """Model, data and options of one evaluation.
@@ -148,6 +173,7 @@ class _EvaluationTask:
     Attributes:
         total: number of images or clips to evaluate.
         bits_of_rows: number of bits of each row that decodes fewer bits than the tokenizer has.
+        flips_of_rows: flip probability of each row that decodes flipped bits.
     """
 
     run_config: config.TokenizerConfig
@@ -159,6 +185,7 @@ class _EvaluationTask:
     batch_size: int
     total: int
     bits_of_rows: Mapping[str, int]
+    flips_of_rows: Mapping[str, float]
 
     @property
     def model_config(self) -> config.TokenizerModelConfig:
@@ -169,10 +196,11 @@ class _EvaluationTask:
         return ImageReconstructionMetrics if self.manifest.kind == "images" else ClipReconstructionMetrics
 
     def build_metrics(self) -> ReconstructionMetrics:
-        return self.metrics_type(self.model_url, self.weights, self.total, self.bits_of_rows)
+        return self.metrics_type(self.model_url, self.weights, self.total, self.bits_of_rows, self.flips_of_rows)
 
     def make_accumulator(self) -> MetricAccumulator:
-        return MetricAccumulator(self.model_config.quantizer.bits, self.metrics_type, self.bits_of_rows)
+        further_rows = (*self.bits_of_rows, *self.flips_of_rows)
+        return MetricAccumulator(self.model_config.quantizer.bits, self.metrics_type, further_rows)
 
     def accumulate(self, batches: Iterable[BatchMetrics]) -> MetricAccumulator:
         accumulator = self.make_accumulator()

@@ -21,9 +21,14 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
     def __init__(
-        self, model_url: str, weights: WeightsKind, num_samples: int, bits_of_rows: Mapping[str, int] | None = None
+        self,
+        model_url: str,
+        weights: WeightsKind,
+        num_samples: int,
+        bits_of_rows: Mapping[str, int] | None = None,
+        flip_rates: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(model_url, weights, num_samples, bits_of_rows)
+        super().__init__(model_url, weights, num_samples, bits_of_rows, flip_rates)
         self.inception = Inception().to(self.device)
 
     def reconstruct_baseline(self, original: Tensor) -> Tensor:
