@@ -15,8 +15,7 @@ def save_tokenizer(url, seed, frames=1, **model_changes):
         frames=frames,
         encoder=config.TransformerConfig(width=32, layers=1, heads=2),
         decoder=decoder_config,
-        quantizer=config.BSQConfig(bits=10),
-        **model_changes,
+        **({"quantizer": config.BSQConfig(bits=10)} | model_changes),
     )
     Tokenizer(model_config).save_pretrained(str(url))
     return str(url)

@@ -213,6 +213,13 @@ def test_evaluation_of_impossible_flip_rate_raises(model, held_out_shards, tmp_p
         evaluate_reconstruction(model, held_out_shards, str(tmp_path), workers=0, flip_rates=[rate])
 
 
+def test_evaluation_of_flipped_bits_without_signs_raises(held_out_shards, tmp_path):
+    """A flipped bit of finite scalar quantization may give a level that does not exist."""
+    url = save_tokenizer(tmp_path / "model", 0, quantizer=config.FSQConfig(kind="fsq", levels=(5, 5)))
+    with pytest.raises(ValueError, match="bits of the quantizer fsq are no signs"):
+        evaluate_reconstruction(url, held_out_shards, str(tmp_path / "out"), workers=0, flip_rates=[0.1])
+
+
 def test_baseline_codec_preserves_patch_means():
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     patches = MeanColorCodec(8, 48).reconstruct(images)

@@ -94,7 +94,7 @@ def evaluate_reconstruction(
     folder = model_folder.load_model_folder(model_url, weights)
     run_config = config.require_stage(folder.config, config.TokenizerConfig, model_url)
     bits_of_rows = _bits_of_rows(run_config.model.quantizer, bits, cut_bits)
-    flips_of_rows = _flips_of_rows(flip_rates)
+    flips_of_rows = _flips_of_rows(run_config.model.quantizer, flip_rates)
     manifest = read_manifest(data_url)
     source = build_pixel_source(run_config, manifest)
     batch_size = batch_size or _DEFAULT_BATCH_SIZES[manifest.kind]
@@ -154,12 +154,17 @@ def _bits_of_rows(
     return {f"{number} bits": number for number in bits} | {f"cut to {number} bits": number for number in cut_bits}
 
 
-def _flips_of_rows(flip_rates: Sequence[float]) -> dict[str, float]:
+def _flips_of_rows(quantizer_config: config.QuantizerConfig, flip_rates: Sequence[float]) -> dict[str, float]:
     """Return the flip probability of each row that decodes flipped bits.
 
     Raises:
-        ValueError: a rate is out of range.
+        ValueError: a rate is out of range, or flipped bits may be no code of the quantizer.
     """
+    if flip_rates and not isinstance(quantizer_config, config.BSQConfig | config.LFQConfig):
+        raise ValueError(
+            f"bits of the quantizer {quantizer_config.kind} are no signs, so flipping one may give no code at all; "
+            "evaluate a tokenizer with quantizer bsq or lfq, or leave out the flips"
+        )
     for rate in flip_rates:
         if not 0 < rate <= 1:
             raise ValueError(f"flip rate {rate:g} is not a probability above 0; use values such as 0.02,0.05,0.1")
