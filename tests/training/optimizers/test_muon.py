@@ -223,10 +223,13 @@ def test_muon_convolutions_take_kernels_as_matrices(kind):
     optimizers = build.build_optimizers(discriminator, run.training.optimizer, use_bf16=True)
     rates = {"lr": run.training.optimizer.base_learning_rate, "weight_decay": 1e-4}
     expected = torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw", **rates)
+    before = {name: matrix.detach().clone() for name, matrix in matrices.items()}
     for optimizer in (*optimizers.values(), expected):
         optimizer.step()
     for name, kernel in kernels.items():
-        torch.testing.assert_close(kernel.flatten(1), matrices[name], rtol=1e-5, atol=1e-6)
+        step, expected_step = kernel.flatten(1) - before[name], matrices[name] - before[name]
+        # Matrix units of some processors add bf16 products of a stack of matrices in another order than of one.
+        assert (step - expected_step).norm() < 0.03 * expected_step.norm()
 
 
 def test_describe_optimizers_counts_parameters():
