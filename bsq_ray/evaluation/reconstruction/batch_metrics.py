@@ -91,6 +91,11 @@ class ReconstructionMetrics(ABC):
         self.baseline_codec = MeanColorCodec(model_config.patch_size, model_config.quantizer.bits)
         self.bits_of_rows, self.flip_rates = dict(bits_of_rows or {}), dict(flip_rates or {})
         self.example_fraction = min(1.0, _MAX_EXAMPLES / num_samples)
+        self.load_feature_network()
+
+    @abstractmethod
+    def load_feature_network(self) -> None:
+        """Load the network of `features` on the device; called once, when the tokenizer is loaded."""
 
     @abstractmethod
     def reconstruct_baseline(self, original: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.per_frame import clip_psnr, flicker, metric_per_frame
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
-from bsq_ray.model_folder import WeightsKind
 from bsq_ray.models.frame_layout import clips_from_batch_major, frames_batch_major
 
 
@@ -23,15 +21,8 @@ class ClipReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fvd-i3d")
 
-    def __init__(
-        self,
-        model_url: str,
-        weights: WeightsKind,
-        num_samples: int,
-        bits_of_rows: Mapping[str, int] | None = None,
-        flip_rates: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(model_url, weights, num_samples, bits_of_rows, flip_rates)
+    def load_feature_network(self) -> None:
+        """Load I3D."""
         self.i3d = I3D().to(self.device)
 
     def reconstruct_baseline(self, original: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from bsq_ray.evaluation.reconstruction.batch_metrics import ReconstructionMetrics
@@ -12,7 +10,6 @@ from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.lpips import lpips
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.metrics.ssim import structural_similarity
-from bsq_ray.model_folder import WeightsKind
 
 
 class ImageReconstructionMetrics(ReconstructionMetrics):
@@ -20,15 +17,8 @@ class ImageReconstructionMetrics(ReconstructionMetrics):
 
     networks = ("lpips-alex", "lpips-vgg", "fid-inception")
 
-    def __init__(
-        self,
-        model_url: str,
-        weights: WeightsKind,
-        num_samples: int,
-        bits_of_rows: Mapping[str, int] | None = None,
-        flip_rates: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(model_url, weights, num_samples, bits_of_rows, flip_rates)
+    def load_feature_network(self) -> None:
+        """Load Inception."""
         self.inception = Inception().to(self.device)
 
     def reconstruct_baseline(self, original: Tensor) -> Tensor:

@@ -86,8 +86,12 @@ class Quantizer(nn.Module, ABC):
         return None
 
     def quantize_nested(self, v_BNC: Tensor, kept_bits: KeptBits, batch_statistics: Tensor | None) -> Quantized:
-        """Quantize with fewer bits of some samples; only for quantizers with the option `keep`."""
-        raise NotImplementedError(f"{type(self).__name__} has no nested bits")
+        """Quantize with fewer bits of some samples.
+
+        Raises:
+            ValueError: the quantizer has no option `keep`.
+        """
+        raise ValueError(f"{type(self).__name__} has no nested bits; use quantizer bsq or lfq")
 
     def quantize_part(self, v_BNC: Tensor, batch_statistics: Tensor) -> Quantized:
         """Quantize a part of a batch; see `forward`."""

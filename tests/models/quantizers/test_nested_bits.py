@@ -143,5 +143,5 @@ def test_nested_codes_equal_those_of_prefixes():
 def test_quantizer_without_prefixes_rejects_kept_bits():
     quantizer = build_quantizer(config.FSQConfig(kind="fsq", levels=(8, 8)))
     assert not isinstance(quantizer, BinaryQuantizer)
-    with pytest.raises(NotImplementedError, match="FiniteScalarQuantizer has no nested bits"):
+    with pytest.raises(ValueError, match="FiniteScalarQuantizer has no nested bits"):
         quantizer(torch.zeros(1, 1, 2), None, kept_bits(torch.ones(1, dtype=torch.long)))
