@@ -289,6 +289,12 @@ class DataConfig(DataOrderConfig):
     resize_range: tuple[float, float] = Field(
         (1.0, 1.0), description="[low, high]: short side before the random crop, as a multiple of image_size."
     )
+    max_enlargement: float | None = Field(
+        None,
+        ge=1,
+        description="Largest factor by which a random crop enlarges an image; resize_range ends there for small images, "
+        "except that every image reaches image_size; null: no limit.",
+    )
     random_flip: bool = Field(False, description="Mirror half of the images.")
     eval_interpolation: Literal["lanczos", "bilinear"] = Field(
         "lanczos", description="Filter that resizes evaluation images; it moves PSNR by more than 2 dB."

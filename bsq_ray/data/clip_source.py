@@ -177,7 +177,12 @@ class ClipSource(DataSource):
             shard, index, starts = self.locate(first + (sample - first + step) % num_clips)
             entry, video, start = shard.entry(index), shard.video(index), int(rng.integers(starts.start, starts.stop))
             crop = sample_crop(
-                (video.width, video.height), self.size, data_config.resize_range, data_config.random_flip, rng
+                (video.width, video.height),
+                self.size,
+                data_config.resize_range,
+                data_config.max_enlargement,
+                data_config.random_flip,
+                rng,
             )
             try:
                 clip = self._read_clip(shard, index, start, files, crop)

@@ -61,7 +61,8 @@ class ImageSource(DataSource):
 
     def _random_crop(self, image: Image.Image, sample: int, epoch: int, seed: int) -> np.ndarray:
         rng = stream_rng(RandomStream.IMAGE_CROP, seed, epoch, sample)
-        return train_transform(image, self.size, self.data_config.resize_range, self.data_config.random_flip, rng)
+        data = self.data_config
+        return train_transform(image, self.size, data.resize_range, data.max_enlargement, data.random_flip, rng)
 
     def _fetch(
         self, samples: Iterable[int], block: SampleBlock

@@ -50,6 +50,7 @@ def sample_crop(
     image_size: tuple[int, int],
     size: int,
     resize_range: tuple[float, float],
+    max_enlargement: float | None,
     random_flip: bool,
     rng: np.random.Generator,
 ) -> Crop:
@@ -59,20 +60,30 @@ def sample_crop(
         image_size: width and height, pixels.
         size: side of the result, pixels.
         resize_range: range of a random factor; the short side is resized to `size` times this factor.
+        max_enlargement: the range ends where the image would be enlarged more than this, but not below its start;
+            None: no limit.
         random_flip: mirror half of the crops.
         rng: the only source of randomness.
     """
-    factor = size * rng.uniform(*resize_range) / min(image_size)
+    low, high = resize_range
+    if max_enlargement is not None:
+        high = max(low, min(high, max_enlargement * min(image_size) / size))
+    factor = size * rng.uniform(low, high) / min(image_size)
     width, height = (max(size, round(side * factor)) for side in image_size)
     left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
     return Crop(size, (height, width), top, left, random_flip and bool(rng.random() < 0.5))
 
 
 def train_transform(
-    image: Image.Image, size: int, resize_range: tuple[float, float], random_flip: bool, rng: np.random.Generator
+    image: Image.Image,
+    size: int,
+    resize_range: tuple[float, float],
+    max_enlargement: float | None,
+    random_flip: bool,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Crop one image with `sample_crop`; returns uint8 (3, size, size)."""
-    return sample_crop(image.size, size, resize_range, random_flip, rng)(image)
+    return sample_crop(image.size, size, resize_range, max_enlargement, random_flip, rng)(image)
 
 
 def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) -> np.ndarray:
