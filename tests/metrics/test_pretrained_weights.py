@@ -67,6 +67,21 @@ def test_resolve_i3d_is_not_downloaded_and_is_verified(monkeypatch, tmp_path):
         pretrained_weights.resolve("fvd-i3d", str(tmp_path / "other.ckpt"))
 
 
+def test_resolve_dists_comes_from_its_package_or_a_folder(monkeypatch, tmp_path):
+    """The channel weights of DISTS come from their package or a folder, and the error names both."""
+    first = pretrained_weights.resolve("dists")
+    assert first.source == "DISTS-pytorch 0.1"
+    assert {name: tuple(each.shape) for name, each in first.tensors.items()} == {"alpha": (1475,), "beta": (1475,)}
+    [folder] = find_spec("DISTS_pytorch").submodule_search_locations
+    monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None)
+    assert pretrained_weights.resolve("dists").sha256 == first.sha256, "from the cache"
+    monkeypatch.setenv("BSQ_RAY_CACHE", str(tmp_path / "another cache"))
+    with pytest.raises(ValueError, match=r"--no-deps DISTS-pytorch==0.1`, or put the file weights.pt in a folder"):
+        pretrained_weights.resolve("dists")
+    monkeypatch.setenv("BSQ_RAY_WEIGHTS", folder)
+    assert torch.equal(pretrained_weights.resolve("dists").tensors["alpha"], first.tensors["alpha"])
+
+
 def test_resolve_modified_package_file_raises(monkeypatch, tmp_path):
     class Spec:
         submodule_search_locations = (str(tmp_path),)
