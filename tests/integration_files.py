@@ -19,6 +19,7 @@ INTEGRATION = (
     "data/test_wallpapers.py",
     "evaluation/test_clip_reconstruction.py",
     "evaluation/test_compression.py",
+    "evaluation/test_distortion.py",
     "evaluation/test_generation.py",
     "evaluation/test_reconstruct_clip.py",
     "evaluation/test_reconstruction.py",

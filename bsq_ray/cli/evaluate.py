@@ -119,13 +119,22 @@ def evaluate_generation(
 
 def evaluate_compression(
     model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (no entropy coding).")],
-    data: Annotated[str, typer.Option(help="Folder of images or clips: Kodak, MCL-JCV, UVG or your own.")],
+    data: Annotated[
+        str, typer.Option(help="Folder of images or clips: Kodak, CLIC 2020, DIV2K, MCL-JCV, UVG or your own.")
+    ],
     out: Annotated[str, typer.Option(help="Folder or URL of the results.")],
     workers: Annotated[int, typer.Option(min=0, help="Evaluation workers. 0 evaluates without Ray.")] = 1,
     frames: Annotated[
         int | None, typer.Option(min=1, help="Number of frames to use from the start of each clip. Default: all.")
     ] = None,
     max_side: Annotated[int | None, typer.Option(min=8, help="Longer side to downscale to, in pixels.")] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Bits per token of a tokenizer with nested bits: 6,9,12. Default: those of its training."),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Metrics. PSNR is always measured; DISTS takes most of the time.")
+    ] = "psnr,ms_ssim,lpips,dists",
     weights: WeightsOption = "ema",
     address: AddressOption = None,
 ) -> None:
@@ -135,6 +144,7 @@ def evaluate_compression(
     """
     require_extra("evaluate compression", "eval", "bjontegaard", *(("ray",) if workers else ()))
     weights_kind = parse_weights(weights)
+    num_bits = parse_ints(bits or "", "--bits")
 
     from bsq_ray.evaluation.compression.evaluate_compression import evaluate_compression as evaluate
 
@@ -148,6 +158,8 @@ def evaluate_compression(
             address=address,
             max_frames=frames,
             max_side=max_side,
+            bits=num_bits,
+            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
             weights=weights_kind,
             on_progress=on_progress,
         )

@@ -87,7 +87,7 @@ class Codec:
         self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size)
         self._token_encoder = TokenEncoder(self.prior, batch_size) if self.prior else None
         self._encoder = FrameEncoder(self._pixel_codec)
-        self._plane_layout = _plane_layout(model_config.quantizer, prior)
+        self.plane_layout = _plane_layout(model_config.quantizer, prior)
         self.token_format = TokenFormat(
             model_config.image_size,
             model_config.patch_size,
@@ -297,8 +297,8 @@ class Codec:
         Raises:
             ValueError: the models cannot code this rate.
         """
-        if self._plane_layout is not None:
-            return PlaneFileCoder(self._token_encoder, self._plane_layout, rate, self.token_format, timings_s)
+        if self.plane_layout is not None:
+            return PlaneFileCoder(self._token_encoder, self.plane_layout, rate, self.token_format, timings_s)
         if not rate.is_default:
             raise ValueError(
                 "this model codes all bits of a token, so the rate is fixed; --bits, --target-bytes and --target-lpips "
@@ -308,7 +308,7 @@ class Codec:
 
     def _make_header(self, width: int, height: int, clip: VideoHeader | None) -> Header:
         coding = CODING_PRIOR if self.prior else CODING_RAW
-        if self._plane_layout is not None:
+        if self.plane_layout is not None:
             coding = CODING_PLANES
         header = Header(
             width,
@@ -320,7 +320,7 @@ class Codec:
             patch_size=self.token_format.patch_size,
             bits=self.token_format.bits,
             clip=clip,
-            has_plane_prior=self._plane_layout is not None and self.prior is not None,
+            has_plane_prior=self.plane_layout is not None and self.prior is not None,
         )
         validate_header(header)
         return header
@@ -364,9 +364,9 @@ class Codec:
             raise ValueError("the file is damaged: its tiles, tokens or frames do not match its models")
         if header.coding == CODING_PRIOR and self.prior is not None and self.prior.config.order != "token":
             raise ValueError("the file is damaged: it is coded token by token, and the prior codes planes")
-        if header.plane_bits and self._plane_layout is None:
+        if header.plane_bits and self.plane_layout is None:
             raise ValueError("the file contains planes of nested bits, which these models do not have")
-        if self._plane_layout is not None and any(bits % self._plane_layout.unit for bits in header.plane_bits):
+        if self.plane_layout is not None and any(bits % self.plane_layout.unit for bits in header.plane_bits):
             raise ValueError("the file is damaged: its planes are not whole sub-tokens of the prior")
 
 

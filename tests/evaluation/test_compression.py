@@ -12,14 +12,20 @@ from PIL import Image, ImageCms
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, config
+from bsq_ray.cli.main import main
+from bsq_ray.codec.rate import Rate
 from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression import evaluate_compression as compression
+from bsq_ray.evaluation.compression.compression_report import compression_markdown
 from bsq_ray.evaluation.compression.evaluate_compression import PRIOR, RAW, evaluate_compression
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs
 from bsq_ray.evaluation.compression.rate_distortion import interpolate_at_rate
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.metrics.border_steps import border_step_ratio
+from bsq_ray.metrics.dists import dists, load_network
 from bsq_ray.metrics.lpips import lpips
+from bsq_ray.models import pretrained_weights
+from bsq_ray.models.pretrained_weights import resolve_once
 
 MODEL_CONFIG = config.PriorModelConfig(grid=(1, 4, 4), bits=10, sub_bits=5, width=32, layers=1, heads=2, dropout=0)
 
@@ -62,10 +68,15 @@ def test_evaluation_writes_results_table_and_plots(results):
     assert evaluation["dataset"] == "Kodak (2 of 24)"
     assert (evaluation["num_items"], evaluation["kind"], evaluation["anchor"]) == (2, "images", "JPEG")
     assert evaluation["curves"].keys() == {RAW, PRIOR, "JPEG", "JPEG 2000", "WebP", "AVIF", "JPEG XL"}
-    assert evaluation["bd_rate"].keys() == {"WebP"}
+    assert evaluation["bd_rates"].keys() == {"psnr", "ms_ssim", "lpips", "dists"}
+    assert all(rates.keys() == {"WebP"} for rates in evaluation["bd_rates"].values())
+    assert evaluation["bd_rates"]["psnr"]["WebP"]["percent"] < 0
     table = (out / "results.md").read_text()
     assert f"| {PRIOR} |" in table
+    assert "| at our rate | bits/pixel | PSNR | MS-SSIM | LPIPS | DISTS | encode s | decode s |" in table
+    assert "| BD-rate against JPEG | PSNR | MS-SSIM | LPIPS | DISTS |" in table
     assert "Kodak (2 of 24)" in table
+    assert "Warning: 2 of 2 images do not have the 768 pixels of Kodak" in table
     assert Image.open(out / "curves.png").width > 1000
     assert Image.open(out / "comparison.png").width == 2 * 262 + 6
 
@@ -85,6 +96,7 @@ def test_points_match_file_sizes_and_decoded_images(results, model, folder):
     assert jpeg["metrics"]["psnr"] == pytest.approx(10 * np.log10(255**2 / ((first - second) ** 2).mean()), abs=1e-3)
     pair = [to_float(torch.from_numpy(each.astype(np.uint8)).permute(2, 0, 1)[None]) for each in (first, second)]
     assert jpeg["metrics"]["lpips"] == pytest.approx(lpips(*pair).item(), abs=1e-5)
+    assert jpeg["metrics"]["dists"] == pytest.approx(dists(*pair).item(), abs=1e-5)
     assert jpeg["encode_seconds"] > 0 < jpeg["decode_seconds"]
 
 
@@ -145,8 +157,13 @@ def test_tokenizer_without_prior_has_raw_bits_only(model, folder, tmp_path, monk
     jpeg = {"JPEG": replace(standard_codecs()["JPEG"], qualities=(20,))}
     monkeypatch.setattr(compression, "standard_codecs", lambda: jpeg)
     tokenizer = f"{model}/tokenizer"
-    evaluation = evaluate_compression(tokenizer, str(folder), str(tmp_path), workers=0, max_side=190)
+    evaluation = evaluate_compression(
+        tokenizer, str(folder), str(tmp_path), workers=0, max_side=190, metrics=["lpips", "ms_ssim"]
+    )
     assert evaluation["curves"].keys() == {RAW, "JPEG"}
+    assert evaluation["metrics"] == ("psnr", "ms_ssim", "lpips"), "PSNR is always measured"
+    assert "dists" not in evaluation["curves"][RAW][0]
+    assert "DISTS" not in (tmp_path / "results.md").read_text()
     assert evaluation["prior_savings"] is None
     assert "saves" not in (tmp_path / "results.md").read_text()
 
@@ -162,7 +179,13 @@ def test_clips_are_compared_with_video_codecs(video_folders, tmp_path, monkeypat
     monkeypatch.setattr(compression, "standard_video_codecs", lambda: few)
     out = tmp_path / "out"
     evaluation = evaluate_compression(
-        str(tmp_path / "model"), str(tmp_path / "set"), str(out), workers=0, max_frames=3, max_side=320
+        str(tmp_path / "model"),
+        str(tmp_path / "set"),
+        str(out),
+        workers=0,
+        max_frames=3,
+        max_side=320,
+        metrics=("ms_ssim", "lpips"),
     )
     assert (evaluation["dataset"], evaluation["kind"], evaluation["anchor"]) == ("UVG (1 of 7)", "clips", "H.264")
     assert evaluation["curves"].keys() == {RAW, PRIOR, "H.264", "HEVC", "AV1"}
@@ -172,12 +195,131 @@ def test_clips_are_compared_with_video_codecs(video_folders, tmp_path, monkeypat
     assert "at most 3 frames each" in (out / "results.md").read_text()
 
 
+NESTED = config.BSQConfig(bits=10, keep=(2, 4, 8, 10))
+
+
+@pytest.fixture(scope="module")
+def nested_model(tmp_path_factory):
+    """Model folder of an untrained prior of planes, with a tokenizer of nested bits."""
+    url = tmp_path_factory.mktemp("nested")
+    torch.manual_seed(0)
+    Prior(MODEL_CONFIG.model_copy(update={"order": "plane", "sub_bits": 2})).save_pretrained(str(url))
+    save_tokenizer(url / "tokenizer", 0, quantizer=NESTED)
+    return str(url)
+
+
+@pytest.fixture
+def small_set(photos, tmp_path, monkeypatch):
+    """One small photo, and JPEG as the only standard codec."""
+    jpeg = {"JPEG": replace(standard_codecs()["JPEG"], qualities=(5, 35, 70))}
+    monkeypatch.setattr(compression, "standard_codecs", lambda: jpeg)
+    (tmp_path / "set").mkdir()
+    photos[0].resize((64, 48)).save(tmp_path / "set" / "a.png")
+    return str(tmp_path / "set")
+
+
+def test_nested_bits_give_a_point_at_each_number_of_bits(nested_model, small_set, tmp_path):
+    """One command measures the whole curve, with the sizes and pixels of files of fewer bits."""
+    evaluation = evaluate_compression(nested_model, small_set, str(tmp_path), workers=0)
+    codec, photo = Codec.from_pretrained(nested_model), Image.open(f"{small_set}/a.png")
+    for name in (RAW, PRIOR):
+        assert [row["quality"] for row in evaluation["curves"][name]] == [2, 4, 8, 10]
+    for row in evaluation["curves"][PRIOR]:
+        data = codec.compress(photo, rate=Rate(bits=int(row["quality"]))).data
+        assert row["bits_per_pixel"] == 8 * len(data) / (64 * 48)
+        error = np.asarray(codec.decompress(data)).astype(float) - np.asarray(photo)
+        assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / (error**2).mean()), abs=1e-3)
+    assert list(evaluation["at_bits"]) == ["2", "4", "8", "10"]
+    assert evaluation["at_bits"]["10"] == evaluation["at_our_rate"]
+    assert evaluation["at_bits"]["4"][PRIOR] == evaluation["curves"][PRIOR][1]
+    assert evaluation["at_bits"]["4"][RAW] == evaluation["curves"][RAW][1]
+    table = (tmp_path / "results.md").read_text()
+    assert all(f"| at {bits} bits per token | bits/pixel |" in table for bits in (2, 4, 8, 10))
+
+
+def test_table_names_bd_rates_without_common_quality(results):
+    """The BD-rate table distinguishes no overlap, an overlap of some images, and codecs without a curve."""
+    rates = {"AVIF": {"percent": None, "num_items": 0}, "WebP": {"percent": -12.34, "num_items": 1}}
+    table = compression_markdown(results[0] | {"bd_rates": {"psnr": rates, "dists": {"WebP": rates["WebP"]}}})
+    assert "| BD-rate against JPEG | PSNR | DISTS |" in table
+    assert "| AVIF | no overlap | – |" in table
+    assert "| WebP | -12.3 % (1 of 2) | -12.3 % (1 of 2) |" in table
+    assert "| JPEG XL | no overlap" not in table
+
+
+def test_bits_select_the_points_of_nested_bits(nested_model, small_set, tmp_path):
+    evaluation = evaluate_compression(nested_model, small_set, str(tmp_path), workers=0, bits=(6, 4), metrics=())
+    for name in (RAW, PRIOR):
+        assert [row["quality"] for row in evaluation["curves"][name]] == [4, 6]
+    saved = 1 - evaluation["curves"][PRIOR][1]["bits_per_pixel"] / evaluation["curves"][RAW][1]["bits_per_pixel"]
+    assert evaluation["prior_savings"] == saved, "with the most bits"
+
+
+def test_prior_in_token_order_has_one_point(nested_model, small_set, tmp_path):
+    """A prior of whole tokens codes all bits: raw bits have a curve, and the prior a point."""
+    shutil.copytree(f"{nested_model}/tokenizer", tmp_path / "prior" / "tokenizer")
+    Prior(MODEL_CONFIG).save_pretrained(str(tmp_path / "prior"))
+    evaluation = evaluate_compression(str(tmp_path / "prior"), small_set, str(tmp_path), workers=0, metrics=())
+    assert [row["quality"] for row in evaluation["curves"][RAW]] == [2, 4, 8, 10]
+    assert len(evaluation["curves"][PRIOR]) == 1
+    assert evaluation["at_our_rate"][RAW]["quality"] == 10
+    assert evaluation["at_bits"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": (3,)}, "tokens cannot be cut to 3 bits; use 2 to 10 in steps of 2"),
+        ({"bits": (12,)}, "tokens cannot be cut to 12 bits; use 1 to 10"),
+        ({"metrics": ("psnr", "vmaf")}, "unknown metric 'vmaf'; use psnr, ms_ssim, lpips, dists"),
+    ],
+)
+def test_invalid_bits_and_metrics_raise(nested_model, small_set, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_compression(nested_model, small_set, str(tmp_path), workers=0, **options)
+
+
+def test_command_passes_bits_and_metrics(nested_model, small_set, tmp_path, capsys):
+    """The command prints the tables; an invalid option is one line without a traceback."""
+    command = ["evaluate", "compression", "--model", nested_model, "--data", small_set, "--workers", "0"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--out", str(tmp_path / "out"), "--bits", "4,6", "--metrics", "psnr, lpips"])
+    assert not exit_.value.code
+    printed = capsys.readouterr().out
+    assert "| at 4 bits per token | bits/pixel | PSNR | LPIPS | encode s | decode s |" in printed
+    assert "| at 6 bits per token |" in printed
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--out", str(tmp_path / "out"), "--metrics", "psnr,vmaf"])
+    assert exit_.value.code == 2
+    assert "unknown metric 'vmaf'" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_bits_of_a_tokenizer_without_nested_bits_raise(model, small_set, tmp_path):
+    with pytest.raises(ValueError, match=r"--bits needs a tokenizer trained with nested bits"):
+        evaluate_compression(model, small_set, str(tmp_path), workers=0, bits=(5,))
+
+
+def test_missing_weights_of_dists_raise_before_compression(model, small_set, tmp_path, monkeypatch):
+    """The message names the package; without DISTS the evaluation works."""
+    load_network.cache_clear()
+    resolve_once.cache_clear()
+    monkeypatch.setenv("BSQ_RAY_CACHE", str(tmp_path / "cache"))
+    find_spec = pretrained_weights.find_spec
+    monkeypatch.setattr(pretrained_weights, "find_spec", lambda name: None if "DISTS" in name else find_spec(name))
+    with pytest.raises(ValueError, match="pip install --no-deps DISTS-pytorch==0.1"):
+        evaluate_compression(model, small_set, str(tmp_path), workers=0)
+    evaluate_compression(model, small_set, str(tmp_path), workers=0, metrics=("psnr",))
+
+
 # Sizes of images, and the metrics that are not defined for some of them.
 SMALL_IMAGES = {
     "one below 161": ([(192, 176), (100, 300)], {"ms_ssim": ["1.png"]}),
     "all below 161": ([(160, 300), (40, 31)], {"ms_ssim": ["0.png", "1.png"]}),
     "one below 31": ([(192, 176), (30, 200)], {"ms_ssim": ["1.png"], "lpips": ["1.png"]}),
-    "icons": ([(16, 16), (24, 30)], {"ms_ssim": ["0.png", "1.png"], "lpips": ["0.png", "1.png"]}),
+    "icons": (
+        [(16, 16), (24, 30)],
+        {"ms_ssim": ["0.png", "1.png"], "lpips": ["0.png", "1.png"], "dists": ["0.png"]},
+    ),
 }
 
 
@@ -192,7 +334,7 @@ def test_metrics_without_a_value_for_small_images_are_named(model, photos, tmp_p
     evaluation = evaluate_compression(f"{model}/tokenizer", str(tmp_path / "set"), str(tmp_path), workers=0)
     assert evaluation["undefined"] == undefined
     table = (tmp_path / "results.md").read_text()
-    for metric, name in (("ms_ssim", "MS-SSIM"), ("lpips", "LPIPS")):
+    for metric, name in (("ms_ssim", "MS-SSIM"), ("lpips", "LPIPS"), ("dists", "DISTS")):
         items = undefined.get(metric, [])
         assert (f"{name} is not defined for {len(items)} of the 2 images" in table) == bool(items)
         assert (metric in evaluation["curves"]["JPEG"][0]) == (len(items) < 2)

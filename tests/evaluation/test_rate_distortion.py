@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from scipy.interpolate import Akima1DInterpolator
 
 from bsq_ray.evaluation.compression.rate_distortion import (
+    MeanBDRate,
     Point,
     bd_rates,
+    compare_at_point,
     interpolate_at_rate,
     mean_bd_rates,
     mean_curves,
@@ -77,6 +79,74 @@ def test_bd_rate_matches_numerical_integration():
     assert bd_rates({"a": first, "b": second}, "a")["b"] == pytest.approx(expected, abs=0.01)
 
 
+# Values of a good codec, and of one that needs twice its rate, with the quality that the BD-rate is integrated over.
+METRICS = {
+    "psnr": ([28, 31, 34, 36, 39], lambda value: value),
+    "ms_ssim": ([0.8, 0.9, 0.95, 0.98, 0.99], lambda value: -10 * np.log10(1 - value)),
+    "lpips": ([0.5, 0.4, 0.25, 0.15, 0.1], lambda value: -value),
+    "dists": ([0.3, 0.22, 0.15, 0.1, 0.06], lambda value: -value),
+}
+
+
+@pytest.mark.parametrize(("metric", "values", "quality"), [(name, *each) for name, each in METRICS.items()])
+def test_bd_rate_of_each_metric_is_negative_for_savings(metric, values, quality):
+    """Lower LPIPS and DISTS are better: a codec with half the rate at equal values has -50 %, for every metric."""
+
+    def metric_curve(rates, values):
+        return [{"bits_per_pixel": rate, metric: value} for rate, value in zip(rates, values, strict=True)]
+
+    halved = [rate / 2 for rate in RATES]
+    curves = {"anchor": metric_curve(RATES, values), "half": metric_curve(halved, values)}
+    assert bd_rates(curves, "anchor", metric) == {"half": pytest.approx(-50, abs=0.01)}
+    # Another slope: compare with an integral over the common range.
+    other = [0.9 * value for value in values]
+    curves["other"] = metric_curve(halved, other)
+    qualities = [quality(np.array(each)) for each in (values, other)]
+    at = np.linspace(max(q[0] for q in qualities), min(q[-1] for q in qualities), 200_001)
+    logs = [Akima1DInterpolator(q, np.log(r))(at) for q, r in zip(qualities, (RATES, halved), strict=True)]
+    expected = 100 * (np.exp((logs[1] - logs[0]).mean()) - 1)
+    assert bd_rates(curves, "anchor", metric)["other"] == pytest.approx(expected, abs=0.01)
+
+
+def test_bd_rate_of_lpips_uses_the_falling_part_of_a_curve():
+    """A point with a higher rate and a higher, worse LPIPS does not count."""
+    anchor = [
+        {"bits_per_pixel": rate, "lpips": value} for rate, value in zip(RATES, [0.5, 0.4, 0.3, 0.2, 0.1], strict=True)
+    ]
+    folded = [*anchor[:2], {"bits_per_pixel": 0.3, "lpips": 0.45}, *anchor[2:]]
+    assert bd_rates({"a": anchor, "folded": folded}, "a", "lpips") == {"folded": pytest.approx(0, abs=1e-6)}
+
+
+def test_mean_bd_rate_counts_items_whose_curves_overlap():
+    def points(codec, psnrs):
+        return [point(codec, n, rate, psnr) for n, (rate, psnr) in enumerate(zip(RATES, psnrs, strict=True))]
+
+    anchor, near, far = [28, 30, 33, 35, 38], [29, 31, 34, 36, 39], [58, 60, 63, 65, 68]
+    items = {
+        "x": points("A", anchor) + points("B", near) + points("C", far),
+        "y": points("A", anchor) + points("B", far) + points("C", far),
+    }
+    rates = mean_bd_rates(items, "A")
+    assert rates["B"].num_items == 1
+    assert -50 < rates["B"].percent < 0
+    assert rates["C"] == MeanBDRate(None, 0)
+    assert mean_bd_rates(items, "A", "dists") == {}, "these points have no DISTS"
+
+
+def test_compare_at_point_shows_models_with_equal_bits():
+    """Standard codecs are interpolated at the rate; the model's own codecs are shown with as many bits per token."""
+    curves = {
+        "raw": [row(0.2, 30) | {"quality": 6}, row(0.4, 34) | {"quality": 12}],
+        "prior": [row(0.1, 30) | {"quality": 6}, row(0.3, 34) | {"quality": 12}],
+        "only all bits": [row(0.25, 34) | {"quality": 0}],
+        "JPEG": [row(0.05, 26) | {"quality": 5}, row(0.2, 30) | {"quality": 50}],
+    }
+    rows = compare_at_point(curves, curves["prior"][0], ("raw", "prior", "only all bits"))
+    assert [rows[name]["bits_per_pixel"] for name in curves] == [0.2, 0.1, 0.25, 0.1]
+    assert rows["JPEG"]["psnr"] == pytest.approx(28)
+    assert compare_at_point(curves, curves["prior"][1], ("raw", "prior"))["JPEG"] is None
+
+
 def test_mean_bd_rate_is_independent_of_bit_allocation():
     """A codec with half the anchor's rate has the same BD-rate at equal qualities and at equal PSNR of both images."""
     easy, hard = [36, 39, 42, 45, 48], [20, 23, 26, 29, 32]
@@ -92,8 +162,8 @@ def test_mean_bd_rate_is_independent_of_bit_allocation():
         ]
         items[name] = points
     bd_rate_by_codec = mean_bd_rates(items, "A")
-    assert bd_rate_by_codec["B"] == pytest.approx(-50, abs=0.01)
-    assert bd_rate_by_codec["C"] == pytest.approx(-50, abs=1)
+    assert bd_rate_by_codec["B"] == MeanBDRate(pytest.approx(-50, abs=0.01), 2)
+    assert bd_rate_by_codec["C"] == MeanBDRate(pytest.approx(-50, abs=1), 2)
 
 
 def test_bd_rate_without_common_range_is_none():

@@ -8,7 +8,7 @@ Shape suffixes: T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,14 @@ import numpy as np
 from PIL import Image
 
 from bsq_ray.codec.codec import Codec
+from bsq_ray.codec.rate import Rate
 from bsq_ray.evaluation.compression.clip_files import VideoClip
 from bsq_ray.evaluation.compression.image_codecs import ImageCodec
 from bsq_ray.evaluation.compression.video_codecs import VideoCodec
 
 RAW, PRIOR = "BSQ, raw bits", "BSQ with prior"
-# The BSQ codec has no quality setting.
-_SINGLE_QUALITY = (0.0,)
+# The quality setting of the BSQ codec is the number of bits per token; without nested bits it has none.
+_ALL_BITS = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class ImageRunner:
         return cls(codec.qualities, codec.encode, codec.decode)
 
     @classmethod
-    def from_bsq(cls, codec: Codec) -> ImageRunner:
-        """Return a runner of the BSQ codec."""
-        return cls(_SINGLE_QUALITY, lambda image, quality: codec.compress(image).data, codec.decompress)
+    def from_bsq(cls, codec: Codec, qualities: tuple[float, ...]) -> ImageRunner:
+        """Return a runner of the BSQ codec; qualities are numbers of bits per token, 0 for all."""
+        return cls(qualities, lambda image, quality: codec.compress(image, rate=_rate(quality)).data, codec.decompress)
 
     def encode(self, image: Image.Image, quality: float) -> bytes:
         """Return the content of the compressed file."""
@@ -78,11 +79,11 @@ class VideoRunner:
         return cls(codec.qualities, codec.encode, codec.decode)
 
     @classmethod
-    def from_bsq(cls, codec: Codec) -> VideoRunner:
-        """Return a runner of the BSQ codec."""
+    def from_bsq(cls, codec: Codec, qualities: tuple[float, ...]) -> VideoRunner:
+        """Return a runner of the BSQ codec; qualities are numbers of bits per token, 0 for all."""
         return cls(
-            _SINGLE_QUALITY,
-            lambda clip, quality: codec.compress_clip(clip.frames_THW3, clip.frame_rate).data,
+            qualities,
+            lambda clip, quality: codec.compress_clip(clip.frames_THW3, clip.frame_rate, rate=_rate(quality)).data,
             lambda data: np.stack(list(codec.decompress_clip(data))),
         )
 
@@ -98,8 +99,36 @@ class VideoRunner:
 CodecRunner = ImageRunner | VideoRunner
 
 
-def bsq_runners(codec: Codec, kind: Literal["images", "clips"]) -> dict[str, CodecRunner]:
-    """Return runners of the BSQ codec by name: with raw bits, and with the prior if there is one."""
+def bsq_runners(codec: Codec, kind: Literal["images", "clips"], bits: Sequence[int] = ()) -> dict[str, CodecRunner]:
+    """Return runners of the BSQ codec by name: with raw bits, and with the prior if there is one.
+
+    Args:
+        codec: codec of a tokenizer, or of a prior.
+        kind: "images" or "clips".
+        bits: numbers of bits per token of a tokenizer with nested bits; empty uses those that it was trained with.
+
+    Raises:
+        ValueError: the tokenizer has no nested bits, or files cannot have so many bits.
+    """
     codecs = {RAW: codec} if codec.prior is None else {RAW: Codec(codec.tokenizer), PRIOR: codec}
+    if bits and codecs[RAW].plane_layout is None:
+        raise ValueError(
+            "--bits needs a tokenizer trained with nested bits (model.quantizer.keep); without the option, this model "
+            "is measured with all its bits"
+        )
     runner_type = ImageRunner if kind == "images" else VideoRunner
-    return {name: runner_type.from_bsq(each) for name, each in codecs.items()}
+    return {name: runner_type.from_bsq(each, _bsq_qualities(each, bits)) for name, each in codecs.items()}
+
+
+def _bsq_qualities(codec: Codec, bits: Sequence[int]) -> tuple[float, ...]:
+    """Return the numbers of bits to measure, ascending; the marker of all bits if the codec has no nested bits."""
+    layout = codec.plane_layout
+    if layout is None:
+        return (_ALL_BITS,)
+    if not bits:
+        return tuple(number for number in layout.keep if number % layout.unit == 0)
+    return tuple(sorted({number for each in bits for number in layout.candidates(Rate(bits=each))}))
+
+
+def _rate(quality: float) -> Rate:
+    return Rate() if quality == _ALL_BITS else Rate(bits=int(quality))

@@ -1,9 +1,9 @@
 """Compare the BSQ codec with standard codecs on a folder of images or clips.
 
-    image or clip ─every codec, every quality─▶ file ─▶ bits per pixel, PSNR, MS-SSIM, LPIPS, seconds ─▶ table, plots
+    image or clip ─every codec, every quality─▶ file ─▶ bits per pixel, metrics, seconds ─▶ table, plots
 
 A standard codec is compared at our rate, interpolated between its two nearest qualities, and by BD-rate against JPEG
-or H.264.
+or H.264. A tokenizer with nested bits has a curve, too, with a point at each number of bits.
 
 Shape suffixes: T frames (1 for an image), H and W pixels.
 """
@@ -12,45 +12,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bsq_ray import model_folder, storage
 from bsq_ray.codec.codec import Codec
-from bsq_ray.data.transforms import to_float
 from bsq_ray.evaluation.compression.clip_files import VideoClip, read_video_clip
 from bsq_ray.evaluation.compression.codec_runners import PRIOR, RAW, CodecRunner, ImageRunner, VideoRunner, bsq_runners
 from bsq_ray.evaluation.compression.compression_report import compression_markdown, plot_curves, render_examples
 from bsq_ray.evaluation.compression.datasets import find_dataset
+from bsq_ray.evaluation.compression.distortion import METRICS, DistortionMeter
 from bsq_ray.evaluation.compression.image_codecs import standard_codecs, without_metadata
-from bsq_ray.evaluation.compression.rate_distortion import (
-    METRICS,
-    MIN_SIDES,
-    Point,
-    interpolate_at_rate,
-    mean_bd_rates,
-    mean_curves,
-)
+from bsq_ray.evaluation.compression.rate_distortion import Point, Row, compare_at_point, mean_bd_rates, mean_curves
 from bsq_ray.evaluation.compression.video_codecs import standard_video_codecs
 from bsq_ray.media.images import read_image
+from bsq_ray.metrics import dists
 from bsq_ray.metrics.border_steps import border_step_ratio
-from bsq_ray.metrics.lpips import lpips
-from bsq_ray.metrics.psnr import psnr
-from bsq_ray.metrics.ssim import multi_scale_similarity
 from bsq_ray.model_folder import WeightsKind
 from bsq_ray.runtime.actor_pool import actor_map_ordered
 from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 
 _ANCHOR = {"images": "JPEG", "clips": "H.264"}
 _NUM_EXAMPLES = 6
-# LPIPS uses this many evenly spaced frames of a clip: it takes as long as all other metrics together.
-_LPIPS_FRAMES = 8
 
 Content = Image.Image | VideoClip
 
@@ -64,6 +52,8 @@ def evaluate_compression(
     address: str | None = None,
     max_frames: int | None = None,
     max_side: int | None = None,
+    bits: Sequence[int] = (),
+    metrics: Sequence[str] = METRICS,
     weights: WeightsKind = "ema",
     on_progress: ProgressCallback = no_progress,
 ) -> dict[str, Any]:
@@ -77,6 +67,9 @@ def evaluate_compression(
         address: Ray cluster; None starts one on this machine.
         max_frames: number of frames of each clip that are used; None uses all.
         max_side: larger images and frames are shrunk to this longer side before compression, pixels.
+        bits: numbers of bits per token at which a tokenizer with nested bits is measured; empty uses those that it
+            was trained with.
+        metrics: names of the metrics; PSNR is always measured. DISTS takes most of the time.
         weights: "ema" or "raw" weights of the model folder.
         on_progress: called with the finished and the total number of files.
 
@@ -84,8 +77,10 @@ def evaluate_compression(
         The content of results.json.
 
     Raises:
-        ValueError: the folder contains nothing that can be measured, or the model does not exist.
+        ValueError: the folder contains nothing that can be measured, the model does not exist or has no nested bits, or
+            a metric is unknown.
     """
+    metrics = _select_metrics(metrics)
     # Actors may have another working folder.
     model_url, data_url, out_url = model_folder.absolute_url(model_url), *map(storage.absolute, (data_url, out_url))
     folder = model_folder.load_model_folder(model_url, weights)
@@ -94,7 +89,7 @@ def evaluate_compression(
     points: dict[str, list[Point]] = {}
     border_steps: dict[str, tuple[float | None, float | None]] = {}
     examples: list[dict[str, np.ndarray]] = []
-    build_comparer = partial(_FileComparer, model_url, weights, reader)
+    build_comparer = partial(_FileComparer, model_url, weights, reader, tuple(bits), metrics)
     outputs = actor_map_ordered(list(dataset.items.values()), build_comparer, workers, address)
     for name, (item_points, border_steps[name], example) in zip(dataset.items, outputs, strict=True):
         points[name] = item_points
@@ -102,7 +97,8 @@ def evaluate_compression(
             examples.append(example)
         on_progress(len(points), len(dataset.items))
     curves = mean_curves(points)
-    bsq_rate = curves.get(PRIOR, curves[RAW])[0]["bits_per_pixel"]
+    # Without nested bits the curve has one point.
+    bsq_curve, anchor = curves.get(PRIOR, curves[RAW]), _ANCHOR[dataset.kind]
     results = {
         "model": model_url,
         "model_id": folder.model_id,
@@ -112,23 +108,45 @@ def evaluate_compression(
         "kind": dataset.kind,
         "num_items": len(points),
         "ignored": dataset.ignored,
+        "dataset_warnings": dataset.warnings,
         "max_frames": max_frames,
         "max_side": max_side,
         "workers": workers,
-        "anchor": _ANCHOR[dataset.kind],
+        "metrics": metrics,
+        "anchor": anchor,
         "curves": curves,
-        "at_our_rate": {codec: interpolate_at_rate(rows, bsq_rate) for codec, rows in curves.items()},
-        "bd_rate": mean_bd_rates(points, _ANCHOR[dataset.kind]),
-        "undefined": _undefined_metrics(points),
+        "at_our_rate": compare_at_point(curves, bsq_curve[-1], (RAW, PRIOR)),
+        "at_bits": {
+            f"{point['quality']:g}": compare_at_point(curves, point, (RAW, PRIOR))
+            for point in bsq_curve
+            if len(bsq_curve) > 1
+        },
+        "bd_rates": {
+            name: {codec: asdict(rate) for codec, rate in mean_bd_rates(points, anchor, name).items()}
+            for name in metrics
+        },
+        "undefined": _undefined_metrics(points, metrics),
         "border_step_ratio": _mean_border_steps(list(border_steps.values())),
-        "prior_savings": 1 - bsq_rate / curves[RAW][0]["bits_per_pixel"] if PRIOR in curves else None,
+        "prior_savings": _prior_savings(curves[RAW], curves[PRIOR]) if PRIOR in curves else None,
         "per_item": {name: [asdict(point) for point in item_points] for name, item_points in points.items()},
     }
     storage.write_text(storage.join(out_url, "results.json"), json.dumps(results, indent=1))
     storage.write_text(storage.join(out_url, "results.md"), compression_markdown(results) + "\n")
-    storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, (RAW, PRIOR)))
+    storage.write_bytes(storage.join(out_url, "curves.png"), plot_curves(curves, metrics, (RAW, PRIOR)))
     storage.write_bytes(storage.join(out_url, "comparison.png"), render_examples(examples))
     return results
+
+
+def _select_metrics(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the metrics in the order of the report, PSNR always among them."""
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"unknown metric {unknown[0]!r}; use {', '.join(METRICS)}")
+    return tuple(name for name in METRICS if name == "psnr" or name in names)
+
+
+def _prior_savings(raw_curve: Sequence[Row], prior_curve: Sequence[Row]) -> float:
+    """Return the fraction of the raw files' size that the prior saves, with all bits of the tokens."""
+    return 1 - prior_curve[-1]["bits_per_pixel"] / raw_curve[-1]["bits_per_pixel"]
 
 
 def _mean_border_steps(ratios: list[tuple[float | None, float | None]]) -> dict[str, float] | None:
@@ -140,9 +158,9 @@ def _mean_border_steps(ratios: list[tuple[float | None, float | None]]) -> dict[
     return {"original": original, "decoded": decoded}
 
 
-def _undefined_metrics(points: Mapping[str, list[Point]]) -> dict[str, list[str]]:
+def _undefined_metrics(points: Mapping[str, list[Point]], metrics: Sequence[str]) -> dict[str, list[str]]:
     """Return the items for which a metric is not defined, by the name of the metric."""
-    missing = {name: [item for item, each in points.items() if name not in each[0].metrics] for name in METRICS}
+    missing = {name: [item for item, each in points.items() if name not in each[0].metrics] for name in metrics}
     return {name: items for name, items in missing.items() if items}
 
 
@@ -167,10 +185,20 @@ class _ContentReader:
 class _FileComparer:
     """Run every codec at every quality on one image or clip."""
 
-    def __init__(self, model_url: str, weights: WeightsKind, read: _ContentReader) -> None:
-        self.read = read
+    def __init__(
+        self,
+        model_url: str,
+        weights: WeightsKind,
+        read: _ContentReader,
+        bits: tuple[int, ...],
+        metrics: tuple[str, ...],
+    ) -> None:
+        self.read, self.metrics = read, metrics
+        if "dists" in metrics:
+            # Missing weights are reported before anything is compressed.
+            dists.load_network("cpu")
         codec = Codec.from_pretrained(model_url, weights)
-        self.bsq_runners = bsq_runners(codec, read.kind)
+        self.bsq_runners = bsq_runners(codec, read.kind, bits)
         self.tile_size, self.patch_size = codec.token_format.tile_size, codec.token_format.patch_size
         self.standard_runners = _standard_runners(read.kind)
         self.anchor = _ANCHOR[read.kind]
@@ -178,7 +206,8 @@ class _FileComparer:
     def __call__(self, url: str) -> tuple[list[Point], tuple[float | None, float | None], dict[str, np.ndarray]]:
         """Return all points of a file, border step ratios, and its example pixels (H, W, 3) by caption.
 
-        The border step ratios are those of the original and of the BSQ codec's output, in the middle frame.
+        The border step ratios are those of the original and of the BSQ codec's output with all bits, in the middle
+        frame.
 
         The examples are the original, the BSQ codec, and the anchor at the nearest bit rate.
 
@@ -187,17 +216,18 @@ class _FileComparer:
         """
         content = self.read(url)
         original_THW3 = _to_frames(content)
-        points: list[Point] = []
+        meter, points = DistortionMeter(original_THW3, self.metrics), []
         example = {"original": _middle_frame(original_THW3)}
         for name, runner in self.bsq_runners.items():
-            point, decoded_THW3 = _measure(name, 0.0, runner, content, original_THW3)
-            points.append(point)
+            for quality in runner.qualities:
+                point, decoded_THW3 = _measure(name, quality, runner, content, meter)
+                points.append(point)
         example[_format_point(point)] = _middle_frame(decoded_THW3)
         border_steps = self._border_step_ratio(original_THW3), self._border_step_ratio(decoded_THW3)
         rate, nearest = point.bits_per_pixel, (float("inf"), point, decoded_THW3)
         for name, runner in self.standard_runners.items():
             for quality in runner.qualities:
-                point, decoded_THW3 = _measure(name, quality, runner, content, original_THW3)
+                point, decoded_THW3 = _measure(name, quality, runner, content, meter)
                 points.append(point)
                 log_ratio = abs(float(np.log(point.bits_per_pixel / rate)))
                 if name == self.anchor and log_ratio < nearest[0]:
@@ -226,7 +256,7 @@ def _to_frames(content: Content) -> np.ndarray:
 
 
 def _measure(
-    codec: str, quality: float, runner: CodecRunner, content: Any, original_THW3: np.ndarray
+    codec: str, quality: float, runner: CodecRunner, content: Any, meter: DistortionMeter
 ) -> tuple[Point, np.ndarray]:
     """Encode and decode an image or clip; return the measured point and the decoded frames."""
     start = time.perf_counter()
@@ -234,30 +264,9 @@ def _measure(
     encoded = time.perf_counter()
     decoded_THW3 = runner.decode(data)
     decoded = time.perf_counter()
-    assert decoded_THW3.shape == original_THW3.shape, f"{codec} returned {decoded_THW3.shape}"
-    rate = 8 * len(data) / float(np.prod(original_THW3.shape[:3]))
-    distortion = _distortion(original_THW3, decoded_THW3)
+    rate = 8 * len(data) / float(np.prod(decoded_THW3.shape[:3]))
+    distortion = meter.measure(decoded_THW3)
     return Point(codec, quality, rate, distortion, encoded - start, decoded - encoded), decoded_THW3
-
-
-def _distortion(original_THW3: np.ndarray, decoded_THW3: np.ndarray) -> dict[str, float]:
-    """Return the mean of each metric over frames, of LPIPS over some of them, if the frames are large enough for it."""
-    num_frames, min_side = len(original_THW3), min(original_THW3.shape[1:3])
-    metrics: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-        "psnr": psnr, "ms_ssim": multi_scale_similarity, "lpips": lpips
-    }  # fmt: skip
-    lpips_frames = set(np.linspace(0, num_frames - 1, min(num_frames, _LPIPS_FRAMES)).round().astype(int).tolist())
-    values: Mapping[str, list[float]] = {name: [] for name in METRICS if min_side >= MIN_SIDES[name]}
-    for t in range(num_frames):
-        pair = _to_tensor(original_THW3[t]), _to_tensor(decoded_THW3[t])
-        for name, each in values.items():
-            if name != "lpips" or t in lpips_frames:
-                each.append(float(metrics[name](*pair)))
-    return {name: float(np.mean(each)) for name, each in values.items()}
-
-
-def _to_tensor(pixels_HW3: np.ndarray) -> torch.Tensor:
-    return to_float(torch.from_numpy(np.array(pixels_HW3)).permute(2, 0, 1)[None])
 
 
 def _format_point(point: Point) -> str:

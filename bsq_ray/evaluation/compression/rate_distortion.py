@@ -10,17 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bsq_ray.metrics.lpips import MIN_SIDE
-from bsq_ray.metrics.ssim import MS_SSIM_SIDE
+from bsq_ray.evaluation.compression.distortion import LOWER_IS_BETTER, METRICS
 
-METRICS = ("psnr", "ms_ssim", "lpips")
-# Smallest height and width for which a metric is defined.
-MIN_SIDES = {"psnr": 1, "ms_ssim": MS_SSIM_SIDE + 1, "lpips": MIN_SIDE["alex"]}
 Row = dict[str, float]
 # Mean points of each codec by its name, with ascending rates.
 Curves = dict[str, list[Row]]
 # Minimum number of points of a curve for a BD-rate.
-_MIN_POINTS = 4
+_MIN_POINTS = 3
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,9 @@ class Point:
 
     Attributes:
         codec: name of the codec.
-        quality: quality setting of the codec.
+        quality: quality setting of the codec; bits per token of BSQ with nested bits.
         bits_per_pixel: of the whole file, headers included; for a clip, over the pixels of all its frames.
-        metrics: PSNR in dB, and MS-SSIM and LPIPS (alex) if the image is large enough for them.
+        metrics: PSNR in dB, and MS-SSIM, LPIPS (alex) and DISTS if the image is large enough for them.
         encode_seconds, decode_seconds: for the whole image or clip.
     """
 
@@ -70,6 +66,24 @@ def _mean_metrics(points: Sequence[Point]) -> dict[str, float]:
     return {name: float(np.mean(each)) for name, each in values.items() if each}
 
 
+def compare_at_point(curves: Curves, point: Row, models: Sequence[str]) -> dict[str, Row | None]:
+    """Return the metrics of every codec at the rate of a model's point.
+
+    Args:
+        curves: mean points of each codec.
+        point: the point of a model.
+        models: names of the model's own codecs: they are shown with as many bits as the point, or with their most, and
+            not interpolated.
+    """
+    rate, quality = point["bits_per_pixel"], point["quality"]
+    return {
+        codec: next((row for row in rows if row["quality"] == quality), rows[-1])
+        if codec in models
+        else interpolate_at_rate(rows, rate)
+        for codec, rows in curves.items()
+    }
+
+
 def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
     """Interpolate the metrics of a codec at a rate, linearly in the logarithm of the rate.
 
@@ -86,44 +100,57 @@ def interpolate_at_rate(curve: Sequence[Row], rate: float) -> Row | None:
     return {"bits_per_pixel": rate} | row
 
 
-def mean_bd_rates(points_by_item: Mapping[str, Sequence[Point]], anchor: str) -> dict[str, float | None]:
-    """Return the mean BD-rate over items, see `bd_rates`; items without a BD-rate are excluded.
+@dataclass(frozen=True)
+class MeanBDRate:
+    """Mean BD-rate of a codec over images or clips.
+
+    Attributes:
+        percent: difference in bits, percent of the anchor's bits; None if no item's curves overlap.
+        num_items: number of items whose curves overlap.
+    """
+
+    percent: float | None
+    num_items: int
+
+
+def mean_bd_rates(
+    points_by_item: Mapping[str, Sequence[Point]], anchor: str, metric: str = "psnr"
+) -> dict[str, MeanBDRate]:
+    """Return the mean BD-rate over the items whose curves overlap, see `bd_rates`.
 
     The BD-rate of mean curves would depend on how a codec distributes bits among items: at equal PSNR, at equal rate,
     or, as most do, with equal quantizers.
     """
     rates_by_codec: dict[str, list[float | None]] = defaultdict(list)
     for name, points in points_by_item.items():
-        for codec, bd_rate in bd_rates(mean_curves({name: points}), anchor).items():
+        for codec, bd_rate in bd_rates(mean_curves({name: points}), anchor, metric).items():
             rates_by_codec[codec].append(bd_rate)
     defined = {codec: [bd_rate for bd_rate in each if bd_rate is not None] for codec, each in rates_by_codec.items()}
-    return {codec: float(np.mean(each)) if each else None for codec, each in defined.items()}
+    return {codec: MeanBDRate(float(np.mean(each)) if each else None, len(each)) for codec, each in defined.items()}
 
 
-def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
-    """Return the difference in bits at equal PSNR, percent of the anchor's bits, for codecs with a curve.
+def bd_rates(curves: Curves, anchor: str, metric: str = "psnr") -> dict[str, float | None]:
+    """Return the difference in bits at equal quality, percent of the anchor's bits, for codecs with a curve.
 
-    Negative values are savings. Bjøntegaard's difference (VCEG-M33) with Akima interpolation over the common PSNR range
-    (package `bjontegaard`); None where the curves have no common range.
+    Negative values are savings, for every metric. Bjøntegaard's difference (VCEG-M33) with Akima interpolation over the
+    common range of the metric (package `bjontegaard`): of PSNR, MS-SSIM in dB, and the negatives of LPIPS and DISTS.
+
+    Returns:
+        The BD-rates; None for a codec whose curve does not overlap with the anchor's. Codecs with too few points are
+        excluded, and all codecs if the anchor has too few.
     """
     import bjontegaard
 
-    def pareto_front(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-        # Where a higher rate has a lower PSNR, the curve is not monotonic; only its Pareto front counts.
-        front: list[Row] = []
-        for row in rows:
-            if not front or (row["psnr"] > front[-1]["psnr"] and row["bits_per_pixel"] > front[-1]["bits_per_pixel"]):
-                front.append(row)
-        return [row["bits_per_pixel"] for row in front], [row["psnr"] for row in front]
-
-    anchor_curve = pareto_front(curves[anchor])
+    fronts = {codec: _pareto_front(rows, metric) for codec, rows in curves.items()}
+    fronts = {codec: front for codec, front in fronts.items() if len(front) >= _MIN_POINTS}
+    if anchor not in fronts:
+        return {}
+    anchor_curve = _to_columns(fronts.pop(anchor))
     rates: dict[str, float | None] = {}
-    for codec, rows in curves.items():
-        codec_curve = pareto_front(rows)
-        if codec == anchor or len(rows) < _MIN_POINTS:
-            continue
+    for codec, front in fronts.items():
+        codec_curve = _to_columns(front)
         low, high = max(anchor_curve[1][0], codec_curve[1][0]), min(anchor_curve[1][-1], codec_curve[1][-1])
-        if low >= high or min(len(anchor_curve[0]), len(codec_curve[0])) < _MIN_POINTS:
+        if low >= high:
             rates[codec] = None
             continue
         with warnings.catch_warnings():
@@ -134,3 +161,30 @@ def bd_rates(curves: Curves, anchor: str) -> dict[str, float | None]:
             )
             rates[codec] = float(bd_rate)
     return rates
+
+
+def _pareto_front(rows: Sequence[Row], metric: str) -> list[tuple[float, float]]:
+    """Return (rate, quality) of the points at which a higher rate has a higher quality, ascending.
+
+    Elsewhere the curve is not monotonic, and has no rate at a quality.
+    """
+    front: list[tuple[float, float]] = []
+    for row in rows:
+        if metric not in row:
+            continue
+        rate, quality = row["bits_per_pixel"], _quality(row[metric], metric)
+        if not front or (quality > front[-1][1] and rate > front[-1][0]):
+            front.append((rate, quality))
+    return front
+
+
+def _quality(value: float, metric: str) -> float:
+    """Map a metric to a value that grows with the quality, and about linearly with the logarithm of the rate."""
+    if metric in LOWER_IS_BETTER:
+        return -value
+    # MS-SSIM approaches 1; 1e-10 stands for an identical image.
+    return -10 * math.log10(max(1 - value, 1e-10)) if metric == "ms_ssim" else value
+
+
+def _to_columns(front: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [rate for rate, _ in front], [quality for _, quality in front]
