@@ -13,7 +13,7 @@ LAYERS = [
     {"runtime"},
     {"storage"},
     {"config", "media"},
-    {"model_ids", "samples"},
+    {"model_card", "model_ids", "samples"},
     {"model_folder"},
     {"models", "planning"},
     {"losses", "metrics"},
