@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from bsq_ray import config
+from bsq_ray.config.base import StrictModel
+
+# Rows that every card gets from the model and its configuration.
+_MODEL_ROWS = {"model id", "input", "output", "tokens", "rate", "classes"}
+# Cells of a table row; a bar inside a cell is escaped.
+_ROW = re.compile(r"\| (?P<name>.*?) \| (?P<value>.*) \|")
+
+
+class CardContent(StrictModel):
+    """Parts of a model card that do not follow from the model.
+
+    Attributes:
+        fields: rows of the card, such as data, licenses, recipe and seeds.
+        metrics: measured values by name.
+        measured_on: samples, data set and precision of the metrics.
+    """
+
+    fields: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    measured_on: str = ""
+
+    def merge(self, newer: CardContent) -> CardContent:
+        """Return a card with the rows of both; metrics are those of `newer` if it has any."""
+        measured = newer if newer.metrics else self
+        return CardContent(
+            fields=self.fields | newer.fields, metrics=measured.metrics, measured_on=measured.measured_on
+        )
+
+
+def parse_model_card(text: str) -> CardContent:
+    """Return what a card of `render_model_card` contains besides the properties of its model."""
+    properties, _, measurements = text.partition("| metric | value |")
+    measured_on = re.search(r"^Measured on (.*)\.$", properties, re.MULTILINE)
+    fields = {name: value for name, value in _read_rows(properties) if name not in _MODEL_ROWS}
+    metrics = {name: float(value) for name, value in _read_rows(measurements)}
+    return CardContent(fields=fields, metrics=metrics, measured_on=measured_on[1] if measured_on else "")
 
 
 def render_model_card(
@@ -22,14 +61,14 @@ def render_model_card(
             _masked_lm_card(run_config) if isinstance(run_config, config.MaskedLMConfig) else _prior_card(run_config)
         )
     rows = {"model id": f"`{model_id}`", **model_rows, **card_fields}
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    table = ["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())]
     if metrics:
         table += [
             "",
             *([f"Measured on {measured_on}.", ""] if measured_on else []),
             "| metric | value |",
             "|---|---|",
-            *(f"| {name} | {value:.5g} |" for name, value in metrics.items()),
+            *(f"| {_cell(name)} | {value:.5g} |" for name, value in metrics.items()),
         ]
     heading = [
         "---",
@@ -40,6 +79,15 @@ def render_model_card(
     ]
     description = [run_config.description, ""] if run_config.description else []
     return "\n".join([*heading, "", *description, "```python", *example, "```", "", *table, ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def _read_rows(text: str) -> list[tuple[str, str]]:
+    matches = (_ROW.fullmatch(line) for line in text.splitlines())
+    return [(match["name"], match["value"].replace(r"\|", "|")) for match in matches if match and match["name"].strip()]
 
 
 def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str], dict[str, str]]:

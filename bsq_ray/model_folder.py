@@ -4,6 +4,8 @@ config.yaml               configuration of the run
 model.safetensors         weights: the EMA if training maintained one, otherwise the raw weights
 model.plain.safetensors   raw weights, only if model.safetensors contains the EMA
 README.md                 model card
+
+Weights are stored as fp32, or as fp16 or bf16 in exported models; all of them are loaded as fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from bsq_ray import config, storage
 from bsq_ray.model_card import render_model_card
-from bsq_ray.model_ids import KeptTokens, compute_model_id, compute_tokens_id
+from bsq_ray.model_ids import HALF_DTYPES, KeptTokens, compute_model_id, compute_tokens_id
 from bsq_ray.runtime.wrong_files import describe_wrong_binary
+from bsq_ray.shipped_models.catalog import describe_shipped_models, find_shipped_model
 
 WeightsKind = Literal["ema", "raw"]
 
@@ -40,7 +43,8 @@ class ModelFolder:
 
     Attributes:
         config: training configuration of the model.
-        weights: tensors by name, on the CPU.
+        weights: tensors by name, on the CPU; floating-point weights are fp32.
+        kind: "ema" if `weights` were averaged, otherwise "raw".
         model_id: SHA-256 (hexadecimal) of the `model` part of the configuration and the weights.
         tokens_id: id that all decoders of the same tokens share, see `model_ids`; None if this is not a tokenizer.
         same_tokens: ids of earlier models with the same tokens, whose decoder was trained further.
@@ -48,6 +52,7 @@ class ModelFolder:
 
     config: config.AnyConfig
     weights: dict[str, Tensor]
+    kind: WeightsKind
     model_id: str
     tokens_id: str | None = None
     same_tokens: tuple[str, ...] = ()
@@ -62,12 +67,14 @@ class ModelHeader:
         config: training configuration of the model.
         model_id: stored id of the model.
         num_bytes: size of the file of its main weights.
+        same_tokens: see `ModelFolder`.
     """
 
     url: str
     config: config.AnyConfig
     model_id: str
     num_bytes: int
+    same_tokens: tuple[str, ...] = ()
 
 
 def write_model_folder(
@@ -79,6 +86,7 @@ def write_model_folder(
     card_fields: Mapping[str, str] | None = None,
     measured_on: str = "",
     kept_tokens: KeptTokens | None = None,
+    kind: WeightsKind | None = None,
 ) -> str:
     """Write a model folder, replacing the model in it.
 
@@ -86,11 +94,12 @@ def write_model_folder(
         url: path or fsspec URL of the folder.
         config_text: configuration as YAML; defaults are added before it is written.
         weights: main weights, loaded by default.
-        raw_weights: raw weights, if `weights` are an EMA; None if `weights` are raw.
+        raw_weights: raw weights, if `weights` are an EMA; None if `weights` are raw, or the raw ones are not published.
         metrics: metrics for the model card, by name.
         card_fields: additional rows of the model card, for example the data set and its hash.
         measured_on: samples, data set and precision of the metrics, for the model card.
         kept_tokens: tokens of earlier models; recorded if the weights still produce them.
+        kind: kind of `weights`; None: an EMA if there are raw weights, otherwise raw.
 
     Returns:
         The id of the model.
@@ -100,8 +109,9 @@ def write_model_folder(
     """
     run_config = config.parse_config(config_text, "the configuration of the model")
     text = config.dump_config(run_config)
-    kind = _RAW_METADATA if raw_weights is None else "ema"
-    model_id = _write_weights(storage.join(url, _WEIGHTS_FILE), text, weights, kind, kept_tokens)
+    is_raw = raw_weights is None if kind is None else kind == "raw"
+    stored_kind = _RAW_METADATA if is_raw else "ema"
+    model_id = _write_weights(storage.join(url, _WEIGHTS_FILE), text, weights, stored_kind, kept_tokens)
     if raw_weights is None:
         storage.remove(storage.join(url, _RAW_WEIGHTS_FILE))
     else:
@@ -117,13 +127,17 @@ def write_model_folder(
 def absolute_url(url: str) -> str:
     """Return a name of the model folder that is valid in a process with another working folder.
 
-    A name that is not an existing local path stays as it is: it may be the id of a model hub.
+    The name of a shipped model becomes its folder. Any other name that is not an existing local path stays as it is: it
+    may be the id of a model hub.
     """
+    url = _shipped_folder(url) or url
     return storage.absolute(url) if storage.is_local(url) and storage.exists(url) else url
 
 
 def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
-    """Read a model folder from a path, an fsspec URL, or a model hub id such as `someone/bsq-18`.
+    """Read a model folder from a path, an fsspec URL, the name of a shipped model, or an id such as `someone/bsq-18`.
+
+    A local folder with a `config.yaml` takes precedence over the shipped model of the same name.
 
     Args:
         weights: "ema" for the main weights of the folder, "raw" for the weights without EMA.
@@ -131,7 +145,7 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
     Raises:
         ValueError: the folder does not exist, a file is missing or damaged, or weights and configuration do not match.
     """
-    folder = _resolve_folder(url)
+    folder = resolve_folder(url)
     text = storage.read_text(storage.join(folder, "config.yaml"))
     run_config = config.parse_config(text, storage.join(folder, "config.yaml"))
     has_raw_file = weights == "raw" and storage.exists(storage.join(folder, _RAW_WEIGHTS_FILE))
@@ -147,8 +161,10 @@ def load_model_folder(url: str, weights: WeightsKind = "ema") -> ModelFolder:
             f"{path} and {storage.join(folder, 'config.yaml')} do not match: one of them changed after the model was "
             f"written (stored id {header['id'][:12]}, computed id {model_id[:12]}); write or download the folder again"
         )
-    same_tokens = tuple(filter(None, header.get(_SAME_TOKENS_METADATA, "").split(",")))
-    return ModelFolder(run_config, tensors, model_id, compute_tokens_id(run_config, tensors), same_tokens)
+    kind: WeightsKind = "raw" if header["weights"] == _RAW_METADATA else "ema"
+    return ModelFolder(
+        run_config, tensors, kind, model_id, compute_tokens_id(run_config, tensors), _parse_same_tokens(header)
+    )
 
 
 def load_model_folder_config(url: str) -> config.AnyConfig:
@@ -157,7 +173,7 @@ def load_model_folder_config(url: str) -> config.AnyConfig:
     Raises:
         ValueError: the folder does not exist, or its configuration is invalid.
     """
-    path = storage.join(_resolve_folder(url), "config.yaml")
+    path = storage.join(resolve_folder(url), "config.yaml")
     return config.parse_config(storage.read_text(path), path)
 
 
@@ -167,7 +183,7 @@ def read_model_header(url: str) -> ModelHeader:
     Raises:
         ValueError: the folder does not exist, its configuration is invalid, or its weights have no header.
     """
-    folder = _resolve_folder(url)
+    folder = resolve_folder(url)
     path = storage.join(folder, "config.yaml")
     run_config = config.parse_config(storage.read_text(path), path)
     weights_url = storage.join(folder, _WEIGHTS_FILE)
@@ -177,10 +193,11 @@ def read_model_header(url: str) -> ModelHeader:
         header_size = int.from_bytes(file.read(8), "little")
         data = file.read(header_size) if header_size < num_bytes else b""
     try:
-        model_id = json.loads(data)["__metadata__"]["id"]
+        metadata = json.loads(data)["__metadata__"]
+        model_id = metadata["id"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{weights_url} is damaged or not part of a model folder: it has no model id") from error
-    return ModelHeader(folder, run_config, model_id, num_bytes)
+    return ModelHeader(folder, run_config, model_id, num_bytes, _parse_same_tokens(metadata))
 
 
 def load_discriminator_weights(url: str) -> dict[str, Tensor] | None:
@@ -189,7 +206,7 @@ def load_discriminator_weights(url: str) -> dict[str, Tensor] | None:
     Raises:
         ValueError: the folder does not exist, or the file is damaged.
     """
-    path = storage.join(_resolve_folder(url, (_DISCRIMINATOR_FILE,)), _DISCRIMINATOR_FILE)
+    path = storage.join(resolve_folder(url, (_DISCRIMINATOR_FILE,)), _DISCRIMINATOR_FILE)
     if not storage.exists(path):
         return None
     return _parse_safetensors(storage.read_bytes(path), path)[0]
@@ -223,16 +240,29 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     module.load_state_dict(dict(weights))
 
 
-def _resolve_folder(url: str, hub_files: Sequence[str] = (_WEIGHTS_FILE, _RAW_WEIGHTS_FILE)) -> str:
-    """Return `url` if it is a model folder, or the local copy of `hub_files` of a model from a model hub."""
+def resolve_folder(url: str, hub_files: Sequence[str] = (_WEIGHTS_FILE, _RAW_WEIGHTS_FILE)) -> str:
+    """Return `url` if it is a model folder, the folder of a shipped model, or a local copy of one from a model hub.
+
+    Args:
+        hub_files: files of the model that are copied from the hub.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     model_url = storage.join(url, "model")
     if storage.exists(storage.join(model_url, _WEIGHTS_FILE)) and not storage.exists(storage.join(url, _WEIGHTS_FILE)):
         raise ValueError(f"{url} is a run folder; use its model folder {model_url}")
     if storage.exists(storage.join(url, "config.yaml")):
         return url
+    if shipped_url := _shipped_folder(url):
+        return shipped_url
     parent_exists = "/" in url and storage.exists(url.rpartition("/")[0] or "/")
     if parent_exists and not storage.exists(url):
         raise ValueError(f"model folder {url} does not exist")
+    if "/" not in url and not storage.exists(url):
+        raise ValueError(
+            f"model folder {url} does not exist, and no shipped model has this name: {describe_shipped_models()}"
+        )
     if parent_exists or storage.exists(url) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", url):
         raise ValueError(f"{url} is not a model folder: it has no config.yaml")
     try:
@@ -247,6 +277,14 @@ def _resolve_folder(url: str, hub_files: Sequence[str] = (_WEIGHTS_FILE, _RAW_WE
         raise ValueError(
             f"model folder {url} does not exist, and the model hub returned an error: {' '.join(str(error).split())}"
         ) from error
+
+
+def _shipped_folder(url: str) -> str | None:
+    """Return the folder of the shipped model with this name, unless a local model or run folder has the name, too."""
+    if "/" in url or storage.is_url(url) or storage.exists(storage.join(url, "config.yaml")):
+        return None
+    model = find_shipped_model(url)
+    return None if model is None else str(model.folder)
 
 
 def _write_weights(
@@ -267,7 +305,11 @@ def _read_weights(url: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, header = _parse_safetensors(storage.read_bytes(url), url)
     if not {"id", "weights"} <= header.keys():
         raise ValueError(f"{url} is not part of a model folder: its metadata has no model id")
-    return tensors, header
+    return {name: value.float() if value.dtype in HALF_DTYPES else value for name, value in tensors.items()}, header
+
+
+def _parse_same_tokens(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(filter(None, metadata.get(_SAME_TOKENS_METADATA, "").split(",")))
 
 
 def _parse_safetensors(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,6 +2,8 @@
 
 model_id    all weights and the `model` options: what a file or a service refers to
 tokens_id   weights and options from images to tokens: equal for all decoders of the same tokens
+
+Weights of 16 bits have the ids of the equal fp32 weights, so that an id does not depend on how weights are stored.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from bsq_ray import config
 
+# Data types of weights that fp32 represents exactly.
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Parts of a tokenizer that turn images into tokens; a quantizer has weights if it has a codebook.
 _TOKEN_PARTS = ("encoder.", "to_code.", "quantizer.")
 # Options of quantizers that only training or decoding uses.
@@ -89,6 +93,8 @@ def compute_tokens_id(run_config: config.AnyConfig, tensors: Mapping[str, Tensor
 def _digest(options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
+        if tensor.dtype in HALF_DTYPES:
+            tensor = tensor.float()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

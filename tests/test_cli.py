@@ -37,7 +37,7 @@ def test_help_lists_expected_commands(run_cli):
     help_lines = run_cli("--help")[1].split("Commands:")[1].splitlines()
     assert {line.split()[0] for line in help_lines if line.startswith("  ") and line[2] != " "} == {
         "quickstart", "demo-generate", "demo-compress", "data", "train", "sweep", "tokenize", "evaluate", "reconstruct",
-        "generate", "compress", "decompress", "plan", "import-reference", "info", "serve",
+        "generate", "compress", "decompress", "plan", "import-reference", "info", "serve", "models", "export",
     }  # fmt: skip
     assert all(name in run_cli("data", "--help")[1] for name in ("pack", "index", "inspect"))
     assert all(name in run_cli("evaluate", "--help")[1] for name in ("reconstruction", "generation"))

@@ -46,15 +46,19 @@ def generate(
 
 
 def reconstruct(
-    model: Annotated[str, typer.Option(help="Model folder.")],
     source: Annotated[str, typer.Argument(metavar="IN", help="Image, or video of any length.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output file: .png for an image, .mp4 for a video.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or name of a shipped model. Default: the model photo.")
+    ] = None,
     weights: WeightsOption = "ema",
 ) -> None:
     """Encode and decode one image or video."""
     from bsq_ray.evaluation.reconstruction.reconstruct_file import reconstruct_clip, reconstruct_file
+    from bsq_ray.shipped_models.catalog import DEFAULT_TOKENIZER, default_model_folder
 
     weights_kind = parse_weights(weights)
+    model = model or default_model_folder(DEFAULT_TOKENIZER)
     if out.suffix.lower() != ".mp4":
         print(reconstruct_file(model, source, out, weights=weights_kind))
         return
@@ -64,9 +68,15 @@ def reconstruct(
 
 
 def compress(
-    model: Annotated[str, typer.Option(help="Model folder of a prior, or of a tokenizer (raw bits).")],
     source: Annotated[str, typer.Argument(metavar="IN", help="Image or video, or - for stdin.")],
     out: Annotated[str, typer.Argument(metavar="OUT.bsq", help="Output file, or - for stdout.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder of a prior or of a tokenizer (raw bits), or name of a shipped model. "
+            "Default: the model photo-prior."
+        ),
+    ] = None,
     bits: Annotated[int | None, typer.Option(min=1, help="Nested bits: bits per token to store. Default: all.")] = None,
     target_bytes: Annotated[
         int | None, typer.Option(min=1, help="Nested bits: store as many bits per token as fit into this file size.")
@@ -79,8 +89,10 @@ def compress(
     """Compress an image or a video to a .bsq file."""
     from bsq_ray.codec.files import compress_file
     from bsq_ray.codec.rate import Rate
+    from bsq_ray.shipped_models.catalog import DEFAULT_CODEC, default_model_folder
 
     rate = Rate(bits, target_bytes, target_lpips)
+    model = model or default_model_folder(DEFAULT_CODEC)
     weights_kind = parse_weights(weights)
     with ProgressBar("compressing") as on_progress:
         summary = compress_file(model, source, out, weights=weights_kind, on_progress=on_progress, rate=rate)
@@ -88,7 +100,6 @@ def compress(
 
 
 def decompress(
-    model: Annotated[str, typer.Option(help="Model folder that compressed the file.")],
     source: Annotated[str, typer.Argument(metavar="IN.bsq", help="Compressed file, or - for stdin.")],
     out: Annotated[
         str,
@@ -96,6 +107,10 @@ def decompress(
             metavar="OUT", help="Output file: .png or .webp; .mp4 or .mkv for a clip; - writes PNG or MKV to stdout."
         ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model folder that compressed the file. Default: the shipped model that wrote the file."),
+    ] = None,
     region: Annotated[str | None, typer.Option(help="Decode only this box: left,top,right,bottom in pixels.")] = None,
     frame: Annotated[int | None, typer.Option(help="Decode only the clip frame with this index, from 0.")] = None,
     seek: Annotated[float | None, typer.Option(help="Decode only the clip frame at this time, in seconds.")] = None,

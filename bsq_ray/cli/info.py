@@ -5,16 +5,23 @@ from __future__ import annotations
 from bsq_ray import config, storage
 from bsq_ray.cli.extras import require_extra
 from bsq_ray.config.loader import suggest
+from bsq_ray.shipped_models.catalog import find_shipped_model
 
 
 def format_info(target: str) -> str:
-    """Describe a model folder, run folder, packed data set, token table or preset in a few lines.
+    """Describe a model, run folder, packed data set, token table or preset in a few lines.
+
+    A shipped model and the preset of its training may have the same name; both are described.
 
     Raises:
         ValueError: `target` is none of these.
     """
     if target in config.preset_names():
-        return f"preset {target}\n{_format_run(config.load_config(target))}"
+        preset_text = f"preset {target}\n{_format_run(config.load_config(target))}"
+        model = find_shipped_model(target)
+        return preset_text if model is None else f"{preset_text}\n\n{format_info(str(model.folder))}"
+    if not storage.is_url(target) and not storage.exists(target) and (model := find_shipped_model(target)):
+        target = str(model.folder)
     if storage.exists(storage.join(target, "model.safetensors")):
         # Here, because the module imports torch, which describing a preset does not need.
         from bsq_ray import model_folder

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bsq_ray.cli import data, demos, evaluate, inference, serve, sweep, train
+from bsq_ray.cli import data, demos, evaluate, inference, models, serve, sweep, train
 from bsq_ray.cli.extras import MissingExtraError, missing_extra_message
 from bsq_ray.runtime.standard_streams import prepare_standard_streams
 
@@ -42,6 +42,8 @@ app.command("generate")(inference.generate)
 app.command("compress")(inference.compress)
 app.command("decompress")(inference.decompress)
 app.command("serve")(serve.serve)
+app.command("models")(models.models)
+app.command("export")(models.export)
 app.command("info")(inference.info)
 app.command("import-reference")(inference.import_reference)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 import typer
 
 if TYPE_CHECKING:
+    from bsq_ray.model_export import ExportDtype
     from bsq_ray.model_folder import WeightsKind
 
 AddressOption = Annotated[
@@ -77,6 +78,20 @@ def parse_weights(name: str) -> WeightsKind:
     if name not in kinds:
         raise ValueError(f"unknown --weights {name}; choose {' or '.join(kinds)}")
     return cast("WeightsKind", name)
+
+
+def parse_dtype(name: str) -> ExportDtype:
+    """Parse the value of --dtype.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    from bsq_ray.model_export import ExportDtype
+
+    dtypes = get_args(ExportDtype)
+    if name not in dtypes:
+        raise ValueError(f"unknown --dtype {name}; choose {', '.join(dtypes[:-1])} or {dtypes[-1]}")
+    return cast("ExportDtype", name)
 
 
 def parse_device(name: str) -> Literal["auto", "cpu", "gpu"]:

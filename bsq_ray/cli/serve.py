@@ -11,7 +11,12 @@ from bsq_ray.cli.options import AddressOption, OverridesArgument
 
 
 def serve(
-    model: Annotated[list[str], typer.Option(help="Model folder or NAME=FOLDER. Repeat for several models.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model folder or NAME=FOLDER. Repeat for several models. Default: all models of the package."
+        ),
+    ] = None,
     overrides: OverridesArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on, on the head node.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 selects a free one.")] = 8000,
@@ -29,9 +34,9 @@ def serve(
     The token is the value of BSQ_RAY_TOKEN (at least 16 characters), or a new one that is printed.
     """
     from bsq_ray.runtime.signals import stop_on_signal
-    from bsq_ray.serving.server import ServerHandle, parse_settings, serve_app
+    from bsq_ray.serving.server import ServerHandle, parse_settings, serve_app, shipped_model_options
 
-    settings = parse_settings(model, host, require_token=token, overrides=overrides or [])
+    settings = parse_settings(model or shipped_model_options(), host, require_token=token, overrides=overrides or [])
 
     def report_start(server: ServerHandle) -> None:
         print(f"loading {', '.join(settings.models)}; {server.url}healthz reports progress", file=sys.stderr)

@@ -27,6 +27,7 @@ from bsq_ray.codec.codec import Box, Codec, CompressedFile
 from bsq_ray.codec.container import read_header
 from bsq_ray.codec.header import VideoHeader
 from bsq_ray.codec.rate import Rate
+from bsq_ray.codec.shipped_codec import find_shipped_codec
 from bsq_ray.codec.written_format import decoder_remark
 from bsq_ray.media.decode_error import UnknownFormatError, translate_decode_errors
 from bsq_ray.media.images import decode_image
@@ -150,7 +151,7 @@ def _summary(compressed: CompressedFile) -> str:
 
 
 def decompress_file(
-    model_url: str,
+    model_url: str | None,
     source: str,
     destination: str,
     selection: DecodeSelection = DecodeSelection(),
@@ -162,6 +163,9 @@ def decompress_file(
     The file name extension selects the format: PNG or lossless WebP for an image or a frame, MP4 (H.264) or MKV (FFV1,
     lossless) for a clip. The standard output receives PNG or MKV.
 
+    Args:
+        model_url: model folder that wrote the file; None finds it among the shipped models.
+
     Raises:
         ValueError: the model or the file cannot be read, the file is damaged, or the extension does not fit.
     """
@@ -169,12 +173,15 @@ def decompress_file(
     kind = destination.rsplit(".", 1)[-1].lower() if has_name else ""
     if kind and kind not in _IMAGE_FORMATS | _VIDEO_CONTAINERS:
         raise ValueError(f"{destination} must end in .png or .webp (an image or a frame), or .mp4 or .mkv (a clip)")
-    codec = Codec.from_pretrained(model_url, weights)
+    # A wrong folder is reported before the input is read, which may be a pipe.
+    codec = None if model_url is None else Codec.from_pretrained(model_url, weights)
     with _open_input(source) as file:
         data = file.read()
-    start_time = time.perf_counter()
     timings_s: dict[str, float] = {}
     try:
+        if codec is None:
+            codec = Codec.from_pretrained(find_shipped_codec(data, selection.max_pixels), weights)
+        start_time = time.perf_counter()
         clip = read_header(data, selection.max_pixels).clip
         frame = None if clip is None else selection.resolve_frame(clip)
         if clip is None and (selection.frame is not None or selection.time_s is not None):

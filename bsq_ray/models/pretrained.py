@@ -39,7 +39,7 @@ class PretrainedModel(nn.Module, Generic[ConfigT]):
         """Load a model folder; return the model on the CPU in evaluation mode.
 
         Args:
-            url: path, fsspec URL or model hub id.
+            url: path, fsspec URL, name of a shipped model, or model hub id.
             weights: "ema" for the main weights of the folder, which are averaged if the training averaged them;
                 "raw" for the weights without averaging.
 

@@ -261,9 +261,9 @@ class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):
         Raises:
             ValueError: the folder has no tokenizer, or the model was trained on the tokens of another one.
         """
-        from bsq_ray import storage
+        from bsq_ray import model_folder, storage
 
-        tokenizer_url = storage.join(url, "tokenizer")
+        tokenizer_url = storage.join(model_folder.absolute_url(url), "tokenizer")
         tokenizer = cls.from_pretrained(tokenizer_url)
         if not model_config.accepts_tokens(tokenizer.model_id, tokenizer.tokens_id):
             raise ValueError(

@@ -26,6 +26,7 @@ from bsq_ray.serving.service_config import (
     Settings,
     token_from_environment,
 )
+from bsq_ray.shipped_models.catalog import DEFAULT_CODEC, describe_shipped_models, list_shipped_models
 
 # Ray Serve's processes read these when they start. A variable that is already set keeps its value.
 _SERVE_ENVIRONMENT = {
@@ -88,6 +89,18 @@ def parse_settings(
     return validate_mapping(
         {"models": folders_by_name, "authentication": authentication}, overrides, Settings, "bsq-ray serve"
     )
+
+
+def shipped_model_options() -> list[str]:
+    """Return all shipped models as NAME=FOLDER. The default codec is first, so it serves requests without a model.
+
+    Raises:
+        ValueError: this version ships no models.
+    """
+    models = sorted(list_shipped_models(), key=lambda model: (model.name != DEFAULT_CODEC, model.name))
+    if not models:
+        raise ValueError(f"{describe_shipped_models()}; name a model folder with --model")
+    return [f"{model.name}={model.folder}" for model in models]
 
 
 def _split_name(text: str) -> tuple[str | None, str]:

@@ -1,0 +1,100 @@
+"""Export a model folder for publication: weights of 16 bits, without the files that only training reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bsq_ray import config, model_folder, storage
+from bsq_ray.model_card import CardContent, parse_model_card
+from bsq_ray.model_ids import KeptTokens
+
+ExportDtype = Literal["float16", "bfloat16", "float32"]
+
+_DTYPES: dict[ExportDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+_TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """Result of an export.
+
+    Attributes:
+        model_id: id of the written model; another one than before if rounding changed a weight.
+        num_bytes: size of the weights file.
+        tokens_changed: rounding changed the tokens of a tokenizer, so that models on its tokens need new ones.
+    """
+
+    model_id: str
+    num_bytes: int
+    tokens_changed: bool
+
+
+def export_model(
+    url: str,
+    out_url: str,
+    dtype: ExportDtype = "float16",
+    weights: model_folder.WeightsKind = "ema",
+    card: CardContent = CardContent(),
+) -> ExportedModel:
+    """Write a model folder with one set of weights in the given data type, and the card of the source.
+
+    Computations stay in fp32, because weights are loaded as fp32. Raw weights and the discriminator are left out. The
+    tokenizer of a token model is copied unchanged: other weights would have other tokens.
+
+    Args:
+        url: model folder to export.
+        out_url: folder to write.
+        dtype: data type of the stored weights.
+        weights: "ema" or "raw" weights of the source.
+        card: further rows of the card, and metrics that replace those of the training.
+
+    Raises:
+        ValueError: the source cannot be read, the destination is the source, or a weight is too large for the type.
+    """
+    folder_url = model_folder.resolve_folder(url)
+    if storage.absolute(folder_url) == storage.absolute(out_url):
+        raise ValueError(f"{out_url} is the model to export; choose another folder for the result")
+    folder = model_folder.load_model_folder(folder_url, weights)
+    card_url = storage.join(folder_url, "README.md")
+    source_card = parse_model_card(storage.read_text(card_url)) if storage.exists(card_url) else CardContent()
+    rounded = {name: _round(name, value, _DTYPES[dtype]) for name, value in folder.weights.items()}
+    is_exact = all(torch.equal(rounded[name].float(), value.float()) for name, value in folder.weights.items())
+    stored_as = dtype if is_exact else f"{dtype}, rounded from the float32 weights of model {folder.model_id[:12]}"
+    card = source_card.merge(card)
+    kept_tokens = KeptTokens(folder.tokens_id, folder.same_tokens) if folder.tokens_id and folder.same_tokens else None
+    model_id = model_folder.write_model_folder(
+        out_url,
+        config.dump_config(folder.config),
+        rounded,
+        metrics=card.metrics,
+        card_fields=card.fields | ({} if is_exact and "weights" in card.fields else {"weights": stored_as}),
+        measured_on=card.measured_on,
+        kept_tokens=kept_tokens,
+        kind=folder.kind,
+    )
+    bundled_url = storage.join(folder_url, _TOKENIZER_FOLDER)
+    if storage.exists(storage.join(bundled_url, "config.yaml")):
+        storage.copy_folder(bundled_url, storage.join(out_url, _TOKENIZER_FOLDER))
+    header = model_folder.read_model_header(out_url)
+    tokens_changed = (
+        folder.tokens_id is not None and model_folder.load_model_folder(out_url).tokens_id != folder.tokens_id
+    )
+    return ExportedModel(model_id, header.num_bytes, tokens_changed)
+
+
+def _round(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a tensor of floats; return any other tensor unchanged."""
+    if not value.is_floating_point():
+        return value
+    rounded = value.to(dtype)
+    if not torch.equal(rounded.isfinite(), value.isfinite()):
+        raise ValueError(f"{name} contains values above {torch.finfo(dtype).max:g}; choose --dtype bfloat16 or float32")
+    return rounded
