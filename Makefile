@@ -5,7 +5,7 @@ READY := .venv/.ready
 FAST := not slow and not ray and not integration and not benchmark
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo-generate demo-compress test-fast test test-slow test-long test-gpu test-internals \
+.PHONY: help install quickstart demo-generate demo-compress pretrained test-fast test test-slow test-long test-gpu test-internals \
 	lint format docs docs-serve benchmark speedrun build clean
 
 help:            ## print this list
@@ -28,6 +28,10 @@ demo-generate: $(READY) ## train a generator on labeled photos and generate imag
 
 demo-compress: $(READY) ## train a codec and compare it with the standard ones
 	$(BIN)/bsq-ray demo-compress
+
+pretrained: $(READY) ## list the recipes of the models in the package, and train them
+	$(BIN)/bsq-ray pretrain
+	$(BIN)/bsq-ray pretrain photo
 
 test-fast: $(READY) ## unit tests without Ray; under 2 minutes on two cores
 	$(BIN)/python -m pytest -m '$(FAST)'

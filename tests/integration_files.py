@@ -17,6 +17,7 @@ INTEGRATION = (
     "data/test_stream.py",
     "data/test_tokens.py",
     "data/test_wallpapers.py",
+    "demos/test_pretrain.py",
     "evaluation/test_clip_reconstruction.py",
     "evaluation/test_compression.py",
     "evaluation/test_distortion.py",

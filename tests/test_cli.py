@@ -38,6 +38,7 @@ def test_help_lists_expected_commands(run_cli):
     assert {line.split()[0] for line in help_lines if line.startswith("  ") and line[2] != " "} == {
         "quickstart", "demo-generate", "demo-compress", "data", "train", "sweep", "tokenize", "evaluate", "reconstruct",
         "generate", "compress", "decompress", "plan", "import-reference", "info", "serve", "models", "export",
+        "pretrain",
     }  # fmt: skip
     assert all(name in run_cli("data", "--help")[1] for name in ("pack", "index", "inspect"))
     assert all(name in run_cli("evaluate", "--help")[1] for name in ("reconstruction", "generation"))
@@ -101,6 +102,9 @@ def test_help_lists_expected_commands(run_cli):
             "b.xyz must end in .png (for an image) or .mp4 (for a video)",
         ),
         (["serve", "--model", "/none"], "model folder /none does not exist"),
+        (["pretrain", "fotos"], "unknown recipe fotos; choose photo"),
+        (["pretrain", "photo", "--minutes", "0"], "--minutes 0.0 must be positive"),
+        (["pretrain", "photo", "--device", "tpu"], "unknown --device tpu; choose auto, cpu or gpu"),
         (["quickstart", "--minutes", "0"], "--minutes 0.0 must be positive"),
         (["quickstart", "--videos", "somewhere"], "--images excludes --video and --videos"),
         (["quickstart", "--video", "--images", "somewhere"], "give a folder of images, or --video"),

@@ -44,6 +44,7 @@ app.command("decompress")(inference.decompress)
 app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("export")(models.export)
+app.command("pretrain")(models.pretrain)
 app.command("info")(inference.info)
 app.command("import-reference")(inference.import_reference)
 

@@ -1,12 +1,14 @@
-"""Commands about model folders: list those of the package, export one for publication."""
+"""Commands about model folders: list those of the package, train them, export one for publication."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bsq_ray.cli.options import WeightsOption, parse_dtype, parse_weights
+from bsq_ray.cli.extras import require_extra
+from bsq_ray.cli.options import WeightsOption, parse_device, parse_dtype, parse_weights
 
 
 def models() -> None:
@@ -38,3 +40,34 @@ def export(
     print(f"exported model {exported.model_id[:12]} to {out}, {exported.num_bytes / 1e6:.1f} MB")
     if exported.tokens_changed:
         print("rounding changed the tokens: tokenize and train token models with the exported tokenizer")
+
+
+def pretrain(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Recipe. Default: list all recipes.")] = None,
+    out: Annotated[Path, typer.Option(help="Working folder of data and runs.")] = Path("pretrained"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Training time of all models, minutes. Default: the steps of the presets.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU if there is one.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Training processes on Ray. 0 trains without Ray.")] = 0,
+    models_folder: Annotated[
+        Path | None, typer.Option(help="Folder of the trained models. Default: that of the package.")
+    ] = None,
+) -> None:
+    """Train the models of the package. The same command resumes an interrupted training."""
+    require_extra("pretrain", "train", *(("ray",) if workers else ()))
+
+    from bsq_ray.demos.pretrain import find_recipe, format_recipes, run_recipe
+
+    if recipe is None:
+        print(format_recipes())
+        return
+    folder = run_recipe(
+        find_recipe(recipe),
+        out,
+        minutes=minutes,
+        device=parse_device(device),
+        num_workers=workers,
+        models_folder=models_folder,
+    )
+    print(f"model: {folder}")

@@ -91,14 +91,18 @@ def _file_vector(path: Path) -> np.ndarray | None:
         return None
 
 
-def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS) -> str:
-    """Pack a folder into `dest` unless `dest` already contains a manifest; return the URL of `dest`."""
+def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS, num_workers: int | None = None) -> str:
+    """Pack a folder into `dest` unless `dest` already contains a manifest; return the URL of `dest`.
+
+    Args:
+        num_workers: number of parallel Ray tasks; 0 packs in this process, None uses all CPUs of the cluster.
+    """
     from bsq_ray.data.manifest import MANIFEST_FILE
     from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 
     if not (dest / MANIFEST_FILE).exists():
         pack = pack_images if sample_set.kind == "images" else pack_videos
-        report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side))
+        report = pack(str(folder), str(dest), PackOptions(max_side=sample_set.max_side, num_workers=num_workers))
         log(f"packed {report.manifest.num_samples} {sample_set.name} into {dest}")
         for line in report.damaged_files + report.too_short_files:
             log(f"skipped {line}")
