@@ -20,22 +20,6 @@ from bsq_ray.training.worker_context import Device
 
 
 @dataclass(frozen=True)
-class RecipePhotos:
-    """Photos of a recipe.
-
-    Attributes:
-        train, held_out: folders.
-        data: origin of the photos, for the model card.
-        licenses: licenses of the photos, for the model card.
-    """
-
-    train: Path
-    held_out: Path
-    data: str
-    licenses: str
-
-
-@dataclass(frozen=True)
 class PretrainRecipe:
     """A tokenizer and a prior on its tokens.
 
@@ -43,7 +27,8 @@ class PretrainRecipe:
         name: name of the recipe, for commands.
         description: one line for the list of recipes.
         tokenizer_preset, prior_preset: presets; their names are those of the models.
-        collect: returns the photos; its argument is the working folder of the recipe.
+        collect: returns the folders of training and held-out photos; its argument is the working folder of the recipe.
+        licenses: returns the license of the training photos of each package, for the model card.
         max_side: longest side of a photo in the shards, pixels.
         num_crops: rows of tokens per training photo; a held-out photo has four.
         tokenizer_time_fraction: fraction of limited training time for the tokenizer.
@@ -53,30 +38,38 @@ class PretrainRecipe:
     description: str
     tokenizer_preset: str
     prior_preset: str
-    collect: Callable[[Path], RecipePhotos]
+    collect: Callable[[Path], tuple[Path, Path]]
+    licenses: Callable[[], dict[str, str]]
     max_side: int = 768
     num_crops: int = 64
     tokenizer_time_fraction: float = 0.7
 
 
-def _collect_photos(folder: Path) -> RecipePhotos:
+def _collect_photos(folder: Path) -> tuple[Path, Path]:
     from bsq_ray.samples.labeled_photos import collect_labeled_photos
-    from bsq_ray.samples.training_photos import SOURCES, collect_training_photos
+    from bsq_ray.samples.training_photos import collect_training_photos
 
     packages = folder / "packages"
-    train = collect_training_photos(folder / "photos", packages)
-    # No training photo is a near-duplicate of these.
+    # No training photo is a near-duplicate of the held-out ones.
     _, held_out = collect_labeled_photos(packages / "labeled", packages)
-    return RecipePhotos(
-        train,
-        held_out,
-        f"photos of the packages {', '.join(source.package for source in SOURCES)}",
-        "; ".join(f"{source.package}: {source.license}" for source in SOURCES),
-    )
+    return collect_training_photos(folder / "photos", packages), held_out
+
+
+def _photo_licenses() -> dict[str, str]:
+    from bsq_ray.samples.training_photos import SOURCES
+
+    return {source.package: source.license for source in SOURCES}
 
 
 RECIPES = (
-    PretrainRecipe("photo", "tokenizer and prior for photos of any size", "photo", "photo-prior", _collect_photos),
+    PretrainRecipe(
+        "photo",
+        "tokenizer and prior for photos of any size",
+        "photo",
+        "photo-prior",
+        _collect_photos,
+        _photo_licenses,
+    ),
 )
 _NUM_HELD_OUT_CROPS = 4
 
@@ -114,7 +107,7 @@ def run_recipe(
     """Train the models of a recipe and write them to the folder of shipped models.
 
     Args:
-        out: working folder: photos, shards, runs and token tables.
+        out: working folder: photos, shards, runs and token tables. Photos are not collected if it contains shards.
         minutes: total training time of both models; None trains for the steps of the presets.
         num_workers: processes of training, packing and tokenizing; 0 runs everything in this process, without Ray.
         models_folder: folder of shipped models; None: that of this package.
@@ -133,19 +126,14 @@ def run_recipe(
     if minutes is not None and minutes <= 0:
         raise ValueError(f"--minutes {minutes} must be positive")
     run = _RecipeRun(recipe, out, minutes, device, num_workers)
-    photos = recipe.collect(out)
     with nullcontext() if num_workers == 0 else ray_session():
-        sample_set = replace(PHOTOS, max_side=recipe.max_side)
-        shards = {
-            split: pack_if_needed(folder, out / "data" / split, sample_set, num_workers)
-            for split, folder in (("train", photos.train), ("held_out", photos.held_out))
-        }
+        shards = run.pack()
         tokenizer_config = config.require_stage(
             run.load_config(recipe.tokenizer_preset, overrides[0]), config.TokenizerConfig, recipe.tokenizer_preset
         )
         tokenizer = str(out / "tokenizer-fp16")
         run.train(tokenizer_config, "tokenizer", shards)
-        run.export("tokenizer", tokenizer, tokenizer_config, photos)
+        run.export("tokenizer", tokenizer, tokenizer_config)
         tables = {}
         for split, num_crops in (("train", recipe.num_crops), ("held_out", _NUM_HELD_OUT_CROPS)):
             tables[split] = str(out / "tokens" / split)
@@ -162,7 +150,7 @@ def run_recipe(
         prior_config = run.load_config(recipe.prior_preset, overrides[1])
         run.train(prior_config, "prior", tables)
     shipped = (models_folder or catalog.MODELS_FOLDER) / prior_config.name
-    run.export("prior", str(shipped), prior_config, photos)
+    run.export("prior", str(shipped), prior_config)
     log(f"wrote {shipped}")
     return shipped
 
@@ -174,6 +162,20 @@ class _RecipeRun:
     minutes: float | None
     device: Device
     num_workers: int
+
+    def pack(self) -> dict[str, str]:
+        """Collect and pack the photos; return the URLs of the shards by split.
+
+        Photos that are packed are not collected again, so that a node without access to packages can train.
+        """
+        from bsq_ray.data.manifest import MANIFEST_FILE
+
+        folders = {split: self.out / "data" / split for split in ("train", "held_out")}
+        if not all((folder / MANIFEST_FILE).exists() for folder in folders.values()):
+            sample_set = replace(PHOTOS, max_side=self.recipe.max_side)
+            for photos, folder in zip(self.recipe.collect(self.out), folders.values(), strict=True):
+                pack_if_needed(photos, folder, sample_set, self.num_workers)
+        return {split: str(folder) for split, folder in folders.items()}
 
     def load_config(self, preset: str, overrides: tuple[str, ...]) -> config.AnyConfig:
         """Return the configuration of a model; limited time replaces the steps of the preset."""
@@ -203,20 +205,21 @@ class _RecipeRun:
         except Interrupted as stop:
             raise Interrupted(f"{stop}. Run the same command again to resume") from None
 
-    def export(self, name: str, dest: str, run_config: config.AnyConfig, photos: RecipePhotos) -> None:
+    def export(self, name: str, dest: str, run_config: config.AnyConfig) -> None:
         """Write the model of a run with weights in fp16 and the card of the recipe."""
         from bsq_ray.model_export import export_model
 
         model_url = str(self.out / name / "model")
-        export_model(model_url, dest, card=self._card(model_url, run_config, photos))
+        export_model(model_url, dest, card=self._card(model_url, run_config))
 
-    def _card(self, model_url: str, run_config: config.AnyConfig, photos: RecipePhotos) -> CardContent:
+    def _card(self, model_url: str, run_config: config.AnyConfig) -> CardContent:
         """Return the card of the training, with paths relative to the working folder, and the recipe."""
         trained = parse_model_card(storage.read_text(storage.join(model_url, "README.md")))
         folder = f"{storage.absolute(str(self.out))}/"
+        licenses = self.recipe.licenses()
         fields = {
-            "data": photos.data,
-            "licenses": photos.licenses,
+            "data": f"photos of the packages {', '.join(licenses)}",
+            "licenses": "; ".join(f"{package}: {name}" for package, name in licenses.items()),
             "recipe": f"`bsq-ray pretrain {self.recipe.name}`, preset {run_config.name}"
             + (f", {self.minutes:g} minutes for all models" if self.minutes else ""),
             "seeds": str(run_config.training.seed),

@@ -10,8 +10,7 @@ import pytest
 
 from bsq_ray import Codec, Tokenizer, config, model_folder
 from bsq_ray.cli import main
-from bsq_ray.demos import pretrain
-from bsq_ray.demos.pretrain import RECIPES, RecipePhotos, find_recipe, run_recipe
+from bsq_ray.demos.pretrain import RECIPES, find_recipe, run_recipe
 from bsq_ray.model_card import parse_model_card
 from bsq_ray.shipped_models.catalog import DEFAULT_CODEC, DEFAULT_TOKENIZER
 
@@ -33,11 +32,16 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.modules["ray"] = None
-from bsq_ray.demos.pretrain import RecipePhotos, find_recipe, run_recipe
+from bsq_ray.demos.pretrain import find_recipe, run_recipe
 
 train, held_out, out, overrides = json.loads(sys.argv[1])
-photos = RecipePhotos(Path(train), Path(held_out), "sample photos", "CC0")
-recipe = replace(find_recipe("photo"), collect=lambda folder: photos, num_crops=2, max_side=160)
+recipe = replace(
+    find_recipe("photo"),
+    collect=lambda folder: (Path(train), Path(held_out)),
+    licenses=lambda: {"samples": "CC0"},
+    num_crops=2,
+    max_side=160,
+)
 options = dict(device="cpu", models_folder=Path(out, "shipped"), overrides=tuple(map(tuple, overrides)))
 run_recipe(recipe, Path(out, "work"), **options)
 """
@@ -86,10 +90,10 @@ def test_photo_recipe_uses_photos_with_licenses(small_photos, tmp_path, monkeypa
 
     monkeypatch.setattr(training_photos, "collect_training_photos", lambda destination, packages: destination)
     monkeypatch.setattr(labeled_photos, "collect_labeled_photos", lambda destination, packages: small_photos)
-    photos = find_recipe("photo").collect(tmp_path)
-    assert (photos.train, photos.held_out) == (tmp_path / "photos", small_photos[1])
-    assert photos.licenses.startswith("gcompris-qt-data: GPL-3+")
-    assert "mate-backgrounds" in photos.data
+    assert find_recipe("photo").collect(tmp_path) == (tmp_path / "photos", small_photos[1])
+    licenses = find_recipe("photo").licenses()
+    assert licenses["gcompris-qt-data"].startswith("GPL-3+")
+    assert "mate-backgrounds" in licenses
 
 
 def test_recipe_runs_without_ray_and_resumes(small_photos, tmp_path, photos):
@@ -104,7 +108,8 @@ def test_recipe_runs_without_ray_and_resumes(small_photos, tmp_path, photos):
     assert codec.decompress(data).size == image.size
     for folder in (shipped, shipped / "tokenizer"):
         card = parse_model_card((folder / "README.md").read_text())
-        assert (card.fields["data"], card.fields["licenses"], card.fields["seeds"]) == ("sample photos", "CC0", "0")
+        assert card.fields["data"] == "photos of the packages samples"
+        assert (card.fields["licenses"], card.fields["seeds"]) == ("samples: CC0", "0")
         assert card.fields["recipe"].startswith("`bsq-ray pretrain photo`, preset photo")
         assert card.fields["weights"].startswith("float16, rounded from the float32 weights of model ")
         assert card.fields["steps"] == "2"
@@ -113,18 +118,9 @@ def test_recipe_runs_without_ray_and_resumes(small_photos, tmp_path, photos):
     # The prior learned the tokens of the rounded tokenizer, which is the one that is shipped.
     prior_config = model_folder.load_model_folder_config(str(shipped)).model
     assert prior_config.tokenizer == Tokenizer.from_pretrained(str(shipped / "tokenizer")).model_id
-    again = pretrain.run_recipe(
-        replace(
-            find_recipe("photo"),
-            collect=lambda folder: RecipePhotos(*small_photos, "sample photos", "CC0"),
-            num_crops=2,
-            max_side=160,
-        ),
-        tmp_path / "work",
-        device="cpu",
-        models_folder=tmp_path / "again",
-        overrides=OVERRIDES,
-    )
+    # Photos that are packed are not collected again.
+    recipe = replace(find_recipe("photo"), collect=lambda folder: 1 / 0, num_crops=2)
+    again = run_recipe(recipe, tmp_path / "work", device="cpu", models_folder=tmp_path / "again", overrides=OVERRIDES)
     assert Codec.from_pretrained(str(again)).compress(image).data == data
 
 
