@@ -172,7 +172,10 @@ def test_models_lists_kind_size_tokens_and_measurements(shipped, run_cli):
     status, out, _ = run_cli("models")
     assert status == 0
     tokenizer, prior = out.split("\n\n")
-    assert tokenizer.startswith("photo: tokenizer, 0.1 MB, tokens of 10 bits, 0.15625 bits per pixel\n")
+    tokenizer_folder = shipped / "photo-prior" / "tokenizer"
+    assert tokenizer.startswith(
+        f"photo: tokenizer, 0.1 MB, tokens of 10 bits, 0.15625 bits per pixel\n  {tokenizer_folder}\n"
+    )
     assert "psnr 21.5 on 3 photos" in tokenizer
     assert prior.startswith("photo-prior: prior, 0.1 MB, tokens of 10 bits\n")
     assert str(shipped / "photo-prior") in prior

@@ -21,7 +21,7 @@ def _format_model(model: ShippedModel) -> str:
     header = model_folder.read_model_header(str(model.folder))
     lines = [
         f"{model.name}: {header.config.stage}, {header.num_bytes / 1e6:.1f} MB, {_format_bits(header.config)}",
-        f"  {header.config.description}",
+        *([f"  {header.config.description}"] if header.config.description else []),
         f"  {model.folder}",
     ]
     card = parse_model_card((model.folder / "README.md").read_text())
