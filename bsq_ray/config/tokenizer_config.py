@@ -250,8 +250,10 @@ class TokenizerLossConfig(StrictModel):
         "outside then have no gradient.",
     )
     perceptual_weight: float = Field(0.1, ge=0, description="Weight of LPIPS; 0 does not load its network.")
-    perceptual_network: Literal["vgg", "alex"] = Field(
-        "vgg", description="Network of LPIPS in training; evaluation uses alex."
+    perceptual_network: Literal["vgg", "alex", "alex+vgg"] = Field(
+        "vgg",
+        description="Network of LPIPS in training; alex+vgg: the mean of both, since each misses errors that the other "
+        "sees. Evaluation uses alex.",
     )
     gram_weight: float = Field(
         0.0,
@@ -264,6 +266,13 @@ class TokenizerLossConfig(StrictModel):
     quantizer_weight_ramp_steps: int = Field(
         2000, ge=0, description="Steps over which that factor falls linearly to 1."
     )
+
+    @property
+    def perceptual_networks(self) -> tuple[Literal["vgg", "alex"], ...]:
+        """The networks whose LPIPS distances are averaged."""
+        if self.perceptual_network == "alex+vgg":
+            return ("alex", "vgg")
+        return (self.perceptual_network,)
 
     @model_validator(mode="after")
     def _check_gram_has_features(self) -> TokenizerLossConfig:
@@ -292,8 +301,8 @@ class DataConfig(DataOrderConfig):
     max_enlargement: float | None = Field(
         None,
         ge=1,
-        description="Largest factor by which a random crop enlarges an image; resize_range ends there for small images, "
-        "except that every image reaches image_size; null: no limit.",
+        description="Largest factor by which a random crop enlarges an image; resize_range ends there for small images, but "
+        "every image reaches image_size; null: no limit.",
     )
     random_flip: bool = Field(False, description="Mirror half of the images.")
     eval_interpolation: Literal["lanczos", "bilinear"] = Field(

@@ -6,6 +6,7 @@ Shape suffixes: B images, C channels, H and W pixels, P positions of a feature m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +17,46 @@ from bsq_ray.models.lpips_network import LPIPSNetwork, NetworkName, normalize_ch
 class PerceptualLoss(nn.Module):
     """LPIPS distance between reconstructions and originals, with gradients for the reconstructions only.
 
-    The network is frozen and stays in evaluation mode.
+    The networks are frozen and stay in evaluation mode.
 
     Args:
-        network: "vgg" (the paper's training loss) or "alex" (the usual metric).
+        networks: "vgg" (the paper's training loss), "alex" (the usual metric), or both, whose distances are averaged.
 
     Raises:
-        ValueError: the network's published weights are not available.
+        ValueError: a network's published weights are not available.
     """
 
-    def __init__(self, network: NetworkName) -> None:
+    def __init__(self, *networks: NetworkName) -> None:
         super().__init__()
-        self.lpips = LPIPSNetwork(network)
+        self.networks = nn.ModuleList(map(LPIPSNetwork, networks))
 
     def forward(self, reconstruction_BCHW: Tensor, original_BCHW: Tensor) -> Tensor:
         """Return the LPIPS distance of each pair of images in [-1, 1], fp32 (B,)."""
-        with torch.no_grad():
-            original_features = self.lpips.features(original_BCHW)
-        return self.lpips.distance(self.lpips.features(reconstruction_BCHW), original_features)
+        distances = []
+        for network in self._lpips_networks():
+            with torch.no_grad():
+                original_features = network.features(original_BCHW)
+            distances.append(network.distance(network.features(reconstruction_BCHW), original_features))
+        return torch.stack(distances).mean(0)
 
     def with_texture(self, reconstruction_BCHW: Tensor, original_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return the LPIPS distance and the Gram-matrix distance of each pair, both fp32 (B,), from the same features.
 
         See `gram_distance`. The network runs once per image, as in `forward`.
         """
-        with torch.no_grad():
-            original_maps = [map_BCHW.float() for map_BCHW in self.lpips.feature_maps(original_BCHW)]
-        maps = [map_BCHW.float() for map_BCHW in self.lpips.feature_maps(reconstruction_BCHW)]
-        features = [normalize_channels(map_BCHW) for map_BCHW in maps]
-        original_features = [normalize_channels(map_BCHW) for map_BCHW in original_maps]
-        return self.lpips.distance(features, original_features), gram_distance(maps, original_maps)
+        distances, gram_distances = [], []
+        for network in self._lpips_networks():
+            with torch.no_grad():
+                original_maps = [map_BCHW.float() for map_BCHW in network.feature_maps(original_BCHW)]
+            maps = [map_BCHW.float() for map_BCHW in network.feature_maps(reconstruction_BCHW)]
+            features = [normalize_channels(map_BCHW) for map_BCHW in maps]
+            original_features = [normalize_channels(map_BCHW) for map_BCHW in original_maps]
+            distances.append(network.distance(features, original_features))
+            gram_distances.append(gram_distance(maps, original_maps))
+        return torch.stack(distances).mean(0), torch.stack(gram_distances).mean(0)
+
+    def _lpips_networks(self) -> list[LPIPSNetwork]:
+        return [cast(LPIPSNetwork, network) for network in self.networks]
 
 
 def gram_distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:

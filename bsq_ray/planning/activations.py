@@ -89,21 +89,20 @@ def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: in
     if not loss.perceptual_weight:
         return 0
     operand_bytes = 2 if half else 4
-    slices = perceptual_layers(loss.perceptual_network, image_size)
-    total = operand_bytes * 3 * image_size**2
-    for number, layers in enumerate(slices):
-        total += sum(operand_bytes * layer.out_channels * layer.output_size**2 for layer in layers)
-        compared = layers[-1].out_channels * layers[-1].output_size ** 2
-        total += 4 * compared * (2 if half else 1)
-        if loss.gram_weight:
-            total += 4 * layers[-1].out_channels ** 2
-        next_layer = slices[number + 1][0] if number + 1 < len(slices) else None
-        if next_layer is not None and next_layer.output_size < layers[-1].output_size:
-            total += (
-                (8 + operand_bytes)
-                * next_layer.in_channels
-                * pooled_side(loss.perceptual_network, layers[-1].output_size) ** 2
-            )
+    total = 0
+    for network in loss.perceptual_networks:
+        slices = perceptual_layers(network, image_size)
+        total += operand_bytes * 3 * image_size**2
+        for number, layers in enumerate(slices):
+            total += sum(operand_bytes * layer.out_channels * layer.output_size**2 for layer in layers)
+            compared = layers[-1].out_channels * layers[-1].output_size ** 2
+            total += 4 * compared * (2 if half else 1)
+            if loss.gram_weight:
+                total += 4 * layers[-1].out_channels ** 2
+            next_layer = slices[number + 1][0] if number + 1 < len(slices) else None
+            if next_layer is not None and next_layer.output_size < layers[-1].output_size:
+                pooled = pooled_side(network, layers[-1].output_size)
+                total += (8 + operand_bytes) * next_layer.in_channels * pooled**2
     return total
 
 

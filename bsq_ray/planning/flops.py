@@ -83,9 +83,9 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
     if model.gradient_checkpointing:
         generator += recomputed_flops
     perceptual = 0
-    if loss.perceptual_weight:
-        slices = perceptual_layers(loss.perceptual_network, model.image_size)
-        perceptual = 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
+    for network in loss.perceptual_networks if loss.perceptual_weight else ():
+        slices = perceptual_layers(network, model.image_size)
+        perceptual += 3 * model.frames * sum(layer.flops for layers in slices for layer in layers)
         if loss.gram_weight:
             # Products F Fᵀ of both images, and two more for the gradient.
             last_layers = [layers[-1] for layers in slices]

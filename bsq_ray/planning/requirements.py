@@ -60,8 +60,8 @@ def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     discriminator = num_discriminator_parameters(loss.adversarial, model.image_size, model.frames)
     perceptual = 0
     if loss.perceptual_weight:
-        slices = perceptual_layers(loss.perceptual_network, model.image_size)
-        perceptual = sum(layer.num_parameters for layers in slices for layer in layers)
+        networks = [perceptual_layers(network, model.image_size) for network in loss.perceptual_networks]
+        perceptual = sum(layer.num_parameters for slices in networks for layers in slices for layer in layers)
     # bf16 copies of all weights, or fp32 copies of the discriminator's scaled weights (equalized learning rate).
     half = run.training.engine.precision != "fp32"
     return SampleRequirements(

@@ -42,7 +42,7 @@ def test_lpips_matches_reference_values(coffee, chelsea, network, jpeg, blurred,
 def test_perceptual_loss_equals_network_distance(coffee, chelsea, network):
     loss = PerceptualLoss(network)
     a, b = tensor(coffee.resize((64, 64))), tensor(chelsea.resize((64, 64)))
-    torch.testing.assert_close(loss(a, b), loss.lpips(a, b), rtol=0, atol=0)
+    torch.testing.assert_close(loss(a, b), loss.networks[0](a, b), rtol=0, atol=0)
 
 
 def test_lpips_gradients_reach_reconstruction_only(coffee):
@@ -80,7 +80,7 @@ def test_gram_distance_matches_sums_over_positions(pairs, network):
     """Each element of a Gram matrix is the mean product of two channels of the unnormalized features."""
     loss = PerceptualLoss(network)
     _, distance_B = loss.with_texture(*pairs)
-    maps = [[np.float64(map_BCHW.detach()) for map_BCHW in loss.lpips.feature_maps(images)] for images in pairs]
+    maps = [[np.float64(map_BCHW.detach()) for map_BCHW in loss.networks[0].feature_maps(images)] for images in pairs]
     for index, distance in enumerate(distance_B.tolist()):
         expected = 0.0
         for first, second in zip(*maps, strict=True):
@@ -94,7 +94,7 @@ def test_gram_distance_matches_sums_over_positions(pairs, network):
 
 def test_gram_distance_gradient_matches_finite_differences(pairs):
     """In fp64, through the network to the pixels, along random directions."""
-    network = PerceptualLoss("alex").lpips.double()
+    network = PerceptualLoss("alex").networks[0].double()
     reconstruction, original = (images.double() for images in pairs)
     original_maps = network.feature_maps(original)
 
@@ -119,7 +119,7 @@ def test_gram_distance_passes_gradcheck():
 
 def test_gram_distance_ignores_positions(pairs):
     """Moving the features of an image to other positions changes no texture."""
-    maps = PerceptualLoss("alex").lpips.feature_maps(pairs[0])
+    maps = PerceptualLoss("alex").networks[0].feature_maps(pairs[0])
     moved = [map_BCHW.flip(3).roll(1, 2) for map_BCHW in maps]
     torch.testing.assert_close(gram_distance(maps, moved), torch.zeros(2), rtol=0, atol=1e-9)
     assert (gram_distance(maps, [2 * map_BCHW for map_BCHW in maps]) > 1e-6).all()
@@ -144,7 +144,7 @@ def test_texture_runs_network_once_per_image(pairs):
         nonlocal num_calls
         num_calls += 1
 
-    loss.lpips.trunk[0].register_forward_hook(count)
+    loss.networks[0].trunk[0].register_forward_hook(count)
     loss.with_texture(*pairs)
     assert num_calls == 2
 
@@ -155,3 +155,12 @@ def test_gram_distance_bf16_stays_close_to_fp32(pairs):
         _, half_B = loss.with_texture(*pairs)
     assert half_B.dtype == torch.float32
     torch.testing.assert_close(half_B, loss.with_texture(*pairs)[1], rtol=0.1, atol=0)
+
+
+def test_mean_of_both_networks(pairs):
+    """With both networks, LPIPS and texture loss are the means of their values with each."""
+    both = PerceptualLoss("alex", "vgg")
+    first, second = pairs
+    for measure in (PerceptualLoss.forward, lambda loss, *images: torch.stack(loss.with_texture(*images))):
+        each = [measure(PerceptualLoss(network), first, second) for network in ("alex", "vgg")]
+        torch.testing.assert_close(measure(both, first, second), sum(each) / 2)

@@ -88,7 +88,7 @@ def test_parameter_counts_match_released_code(name, generator, discriminator):
 @pytest.mark.parametrize("network", ["vgg", "alex"])
 def test_perceptual_network_parameter_count_is_exact(network):
     num_planned = sum(layer.num_parameters for layers in perceptual_layers(network, 64) for layer in layers)
-    assert num_planned == count_parameters(PerceptualLoss(network).lpips.trunk)
+    assert num_planned == count_parameters(PerceptualLoss(network).networks[0].trunk)
 
 
 @pytest.mark.parametrize("frames", [16, 6, 5])
@@ -128,6 +128,7 @@ def test_tokenizer_forward_flops_are_exact(name, overrides):
         [],
         ["loss.perceptual_network=vgg", "model.gradient_checkpointing=true"],
         ["loss.perceptual_network=vgg", "loss.gram_weight=1", "loss.adversarial.weight=0"],
+        ["loss.perceptual_network=alex+vgg", "loss.gram_weight=1"],
         ["loss.adversarial.discriminator=patchgan", "loss.perceptual_weight=0"],
         ["training.only=decoder", "loss.perceptual_weight=0", "loss.adversarial.weight=0"],
         ["training.only=decoder", "model.gradient_checkpointing=true", "loss.adversarial.channel_base=512"],

@@ -146,17 +146,22 @@ def test_clip_discriminator_bytes_within_ten_percent(frames):
 
 
 @pytest.mark.parametrize("half", [True, False])
-@cases(["loss.perceptual_network=vgg"], ["loss.perceptual_network=vgg", "loss.gram_weight=1"])
+@cases(
+    ["loss.perceptual_network=vgg"],
+    ["loss.perceptual_network=vgg", "loss.gram_weight=1"],
+    ["loss.perceptual_network=alex+vgg"],
+)
 def test_lpips_activation_bytes_within_five_percent(overrides, half):
     loss = load_config("demo-gan", overrides).loss
-    network, original = PerceptualLoss(loss.perceptual_network), random_images(64)
+    network, original = PerceptualLoss(*loss.perceptual_networks), random_images(64)
     reconstruction = random_images(64).requires_grad_()
 
     def forward():
         with autocast(half):
             return (network.with_texture if loss.gram_weight else network)(reconstruction, original)
 
-    copies = 2 * sum(value.numel() for value in network.lpips.trunk.parameters()) if half else 0
+    trunks = [lpips.trunk for lpips in network.networks]
+    copies = 2 * sum(value.numel() for trunk in trunks for value in trunk.parameters()) if half else 0
     saved_bytes = saved_tensor_bytes(forward, network, copies)
     assert perceptual_activation_bytes(loss, 64, half) == pytest.approx(saved_bytes / IMAGES, rel=0.05)
 

@@ -95,7 +95,7 @@ class TokenizerStage(Stage):
             self.modules["discriminator"] = discriminator.to(device)
         self.perceptual: PerceptualLoss | None = None
         if self.loss_config.perceptual_weight:
-            self.perceptual = PerceptualLoss(self.loss_config.perceptual_network).to(device)
+            self.perceptual = PerceptualLoss(*self.loss_config.perceptual_networks).to(device)
         quantizer_config = run_config.model.quantizer
         self.num_bits = quantizer_config.bits
         self.across_workers = False
