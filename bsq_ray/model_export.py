@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,7 @@ def export_model(
     dtype: ExportDtype = "float16",
     weights: model_folder.WeightsKind = "ema",
     card: CardContent = CardContent(),
+    prior_side: int | None = None,
 ) -> ExportedModel:
     """Write a model folder with one set of weights in the given data type, and the card of the source.
 
@@ -55,14 +56,19 @@ def export_model(
         dtype: data type of the stored weights.
         weights: "ema" or "raw" weights of the source.
         card: further rows of the card, and metrics that replace those of the training.
+        prior_side: rows and columns of tokens that a prior predicts together, at most those of its training; None: the
+            same as in training. See `_reduce_prior`.
 
     Raises:
-        ValueError: the source cannot be read, the destination is the source, or a weight is too large for the type.
+        ValueError: the source cannot be read, the destination is the source, a weight is too large for the type, or
+            the model has no such reduced form.
     """
     folder_url = model_folder.resolve_folder(url)
     if storage.absolute(folder_url) == storage.absolute(out_url):
         raise ValueError(f"{out_url} is the model to export; choose another folder for the result")
     folder = model_folder.load_model_folder(folder_url, weights)
+    if prior_side is not None:
+        folder = _reduce_prior(folder, folder_url, prior_side)
     card_url = storage.join(folder_url, "README.md")
     source_card = parse_model_card(storage.read_text(card_url)) if storage.exists(card_url) else CardContent()
     rounded = {name: _round(name, value, _DTYPES[dtype]) for name, value in folder.weights.items()}
@@ -88,6 +94,39 @@ def export_model(
         folder.tokens_id is not None and model_folder.load_model_folder(out_url).tokens_id != folder.tokens_id
     )
     return ExportedModel(model_id, header.num_bytes, tokens_changed)
+
+
+def _reduce_prior(folder: model_folder.ModelFolder, url: str, side: int) -> model_folder.ModelFolder:
+    """Return a prior of the upper left `side` x `side` tokens of its grid.
+
+    Attention costs time quadratic in the tokens of a tile, so the codec becomes faster, and files become larger because
+    tokens have less context. Tokens above and to the left are in the same places as in training.
+
+    Raises:
+        ValueError: this is no prior of images, its grid is smaller, or its tokenizer takes images of one size only.
+    """
+    run = config.require_stage(folder.config, config.PriorConfig, url)
+    frames, rows, columns = run.model.grid
+    tokenizer_url = storage.join(url, _TOKENIZER_FOLDER)
+    tokenizer = config.require_stage(
+        model_folder.load_model_folder_config(tokenizer_url), config.TokenizerConfig, tokenizer_url
+    )
+    if frames > 1 or not tokenizer.model.any_size:
+        raise ValueError(f"the tiles of {url} have one size, because its tokenizer is not for images of any size")
+    if not 1 <= side <= min(rows, columns):
+        raise ValueError(f"{url} predicts {rows} x {columns} tokens together; choose at most {min(rows, columns)}")
+    if side % tokenizer.model.position_period:
+        raise ValueError(
+            f"tiles of {side} x {side} tokens do not fit the repeating position embeddings of {tokenizer_url}; choose "
+            f"a multiple of model.position_period {tokenizer.model.position_period}"
+        )
+    model_config = run.model.model_copy(update={"grid": (1, side, side)})
+    position_RCD = folder.weights["position"].unflatten(0, (rows, columns))
+    return replace(
+        folder,
+        config=run.model_copy(update={"model": model_config}),
+        weights=folder.weights | {"position": position_RCD[:side, :side].flatten(0, 1).contiguous()},
+    )
 
 
 def _round(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,10 @@ def export(
         str | None,
         typer.Option(help="YAML file with parts of the model card: fields (texts), metrics (numbers), measured_on."),
     ] = None,
+    prior_side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows and columns of tokens that a prior predicts together. Default: as in training."),
+    ] = None,
     weights: WeightsOption = "ema",
 ) -> None:
     """Write a model folder for publication: weights of 16 bits, without raw weights and discriminator."""
@@ -36,7 +40,7 @@ def export(
     from bsq_ray.model_export import export_model
 
     content = CardContent() if card is None else load_yaml_as(card, CardContent)
-    exported = export_model(model, out, parse_dtype(dtype), parse_weights(weights), content)
+    exported = export_model(model, out, parse_dtype(dtype), parse_weights(weights), content, prior_side)
     print(f"exported model {exported.model_id[:12]} to {out}, {exported.num_bytes / 1e6:.1f} MB")
     if exported.tokens_changed:
         print("rounding changed the tokens: tokenize and train token models with the exported tokenizer")

@@ -74,22 +74,27 @@ class Codec:
         decode_dtype: torch.dtype = torch.float64,
     ) -> None:
         model_config = tokenizer.config
+        side = model_config.grid_size
         if prior is not None:
-            side = model_config.grid_size
+            # Images of any size can be divided into tiles of any size.
+            side = prior.config.grid[1] if model_config.any_size else side
             is_compatible = (
-                prior.config.grid == (model_config.frames, side, side) and prior.config.bits == tokenizer.quantizer.bits
+                prior.config.grid == (model_config.frames, side, side)
+                and prior.config.bits == tokenizer.quantizer.bits
+                # Tiles start where the repeating position embeddings do.
+                and (not model_config.any_size or side % model_config.position_period == 0)
             )
             if not is_compatible:
                 raise ValueError("tokenizer and prior do not match: their tokens differ in number or bits")
         # Files are defined by fp32 logits and tokens, whatever the data type of the weights.
         self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
         self.batch_size = batch_size
-        self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size)
+        self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size, side)
         self._token_encoder = TokenEncoder(self.prior, batch_size) if self.prior else None
         self._encoder = FrameEncoder(self._pixel_codec)
         self.plane_layout = _plane_layout(model_config.quantizer, prior)
         self.token_format = TokenFormat(
-            model_config.image_size,
+            side * model_config.patch_size,
             model_config.patch_size,
             tokenizer.quantizer.bits,
             _model_id(tokenizer),

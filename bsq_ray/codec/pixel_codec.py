@@ -44,6 +44,7 @@ class PixelCodec(ABC):
         decode_dtype: data type of decoding. fp32 takes half the time of fp64, and pixels may differ by a level between
             machines.
         batch_size: tiles in one pass; None chooses by the number of tokens.
+        grid_size: rows and columns of tokens of a tile; other than the tokenizer's only if it takes any size.
 
     Attributes:
         context_tiles: number of tiles around a region that take part in decoding it.
@@ -51,9 +52,9 @@ class PixelCodec(ABC):
 
     context_tiles: int
 
-    def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None, grid_size: int) -> None:
         self.tokenizer, self.decode_dtype = tokenizer, decode_dtype
-        self.tile_size, self.grid_size = tokenizer.config.image_size, tokenizer.config.grid_size
+        self.tile_size, self.grid_size = grid_size * tokenizer.config.patch_size, grid_size
         self._batch_size = batch_size
 
     @abstractmethod
@@ -182,8 +183,8 @@ class LocalPixelCodec(PixelCodec):
     The number of tokens limits a pass; `batch_size` has no effect.
     """
 
-    def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> None:
-        super().__init__(tokenizer, decode_dtype, batch_size)
+    def __init__(self, tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None, grid_size: int) -> None:
+        super().__init__(tokenizer, decode_dtype, batch_size, grid_size)
         model_config = tokenizer.config
         assert model_config.attention_radius is not None
         # In each layer a token depends on those at most the radius away.
@@ -232,7 +233,9 @@ class LocalPixelCodec(PixelCodec):
             return self.tokenizer.decode(tokens)[0].unsqueeze(1).cpu().double()
 
 
-def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None) -> PixelCodec:
+def build_pixel_codec(
+    tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_size: int | None, grid_size: int
+) -> PixelCodec:
     """Build the pixel codec for the attention of a tokenizer; arguments as of `PixelCodec`.
 
     Raises:
@@ -244,4 +247,4 @@ def build_pixel_codec(tokenizer: Tokenizer, decode_dtype: torch.dtype, batch_siz
             "the tokenizer with model.attention_radius, such as 4"
         )
     codec_class = TilePixelCodec if tokenizer.config.attention_radius is None else LocalPixelCodec
-    return codec_class(tokenizer, decode_dtype, batch_size)
+    return codec_class(tokenizer, decode_dtype, batch_size, grid_size)

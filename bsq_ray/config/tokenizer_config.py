@@ -301,8 +301,8 @@ class DataConfig(DataOrderConfig):
     max_enlargement: float | None = Field(
         None,
         ge=1,
-        description="Largest factor by which a random crop enlarges an image; resize_range ends there for small images, but "
-        "every image reaches image_size; null: no limit.",
+        description="Largest factor by which a random crop enlarges an image: resize_range ends there for small "
+        "images, but every image reaches image_size; null: no limit.",
     )
     random_flip: bool = Field(False, description="Mirror half of the images.")
     eval_interpolation: Literal["lanczos", "bilinear"] = Field(

@@ -32,6 +32,7 @@ class PretrainRecipe:
         max_side: longest side of a photo in the shards, pixels.
         num_crops: rows of tokens per training photo; a held-out photo has four.
         tokenizer_time_fraction: fraction of limited training time for the tokenizer.
+        prior_side: see `export_model`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class PretrainRecipe:
     max_side: int = 768
     num_crops: int = 64
     tokenizer_time_fraction: float = 0.7
+    prior_side: int | None = None
 
 
 def _collect_photos(folder: Path) -> tuple[Path, Path]:
@@ -69,6 +71,7 @@ RECIPES = (
         "photo-prior",
         _collect_photos,
         _photo_licenses,
+        prior_side=8,
     ),
 )
 _NUM_HELD_OUT_CROPS = 4
@@ -150,7 +153,7 @@ def run_recipe(
         prior_config = run.load_config(recipe.prior_preset, overrides[1])
         run.train(prior_config, "prior", tables)
     shipped = (models_folder or catalog.MODELS_FOLDER) / prior_config.name
-    run.export("prior", str(shipped), prior_config)
+    run.export("prior", str(shipped), prior_config, recipe.prior_side)
     log(f"wrote {shipped}")
     return shipped
 
@@ -205,12 +208,12 @@ class _RecipeRun:
         except Interrupted as stop:
             raise Interrupted(f"{stop}. Run the same command again to resume") from None
 
-    def export(self, name: str, dest: str, run_config: config.AnyConfig) -> None:
+    def export(self, name: str, dest: str, run_config: config.AnyConfig, prior_side: int | None = None) -> None:
         """Write the model of a run with weights in fp16 and the card of the recipe."""
         from bsq_ray.model_export import export_model
 
         model_url = str(self.out / name / "model")
-        export_model(model_url, dest, card=self._card(model_url, run_config))
+        export_model(model_url, dest, card=self._card(model_url, run_config), prior_side=prior_side)
 
     def _card(self, model_url: str, run_config: config.AnyConfig) -> CardContent:
         """Return the card of the training, with paths relative to the working folder, and the recipe."""

@@ -16,6 +16,7 @@ from bsq_ray import Codec, Tokenizer
 from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
+from bsq_ray.model_export import export_model
 from bsq_ray.models.tokenizer import Tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bsq-local-attention"
@@ -63,12 +64,40 @@ def test_encode_tiles_of_rows_equal_whole_image(local_folder, photo, monkeypatch
     """Tokens of rows of tiles, in blocks of one tile, are those of the whole image."""
     monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16)
     tokens, _ = whole_image(local_folder, photo)
-    codec = build_pixel_codec(Tokenizer.from_pretrained(f"{local_folder}/tokenizer").eval(), torch.float64, None)
+    codec = build_pixel_codec(Tokenizer.from_pretrained(f"{local_folder}/tokenizer").eval(), torch.float64, None, 4)
     pixels_CTHW = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None]
     expected_RCNL = as_tiles(tokens.bits_BNL[0].unflatten(0, tokens.grid), 4)
     for tiles in (Rect(0, 0, 6, 10), Rect(2, 0, 4, 10), Rect(5, 0, 6, 10)):
         bits_RCNL = codec.encode_tiles(pixels_CTHW, tiles, lambda: None)
         assert torch.equal(bits_RCNL, expected_RCNL[tiles.slices()])
+
+
+def test_exported_prior_of_smaller_tiles_decodes_the_same_pixels(photo, tmp_path):
+    """Tiles of a prior may be smaller than in training: whole tiles have the same tokens and pixels."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", 0, **(LOCAL | {"position_period": 2}))
+    url = save_prior(tmp_path / "prior", tokenizer)
+    export_model(url, str(tmp_path / "small"), "float32", prior_side=2)
+    codecs = [Codec.from_pretrained(folder) for folder in (url, str(tmp_path / "small"))]
+    photo = photo.crop((0, 0, 288, 160))
+    files = [codec.compress(photo).data for codec in codecs]
+    assert [codec.token_format.tile_size for codec in codecs] == [32, 16]
+    for region in (None, (33, 10, 150, 90), (288 - 17, 0, 288, 160)):
+        whole, parts = (codec.decompress(data, region) for codec, data in zip(codecs, files, strict=True))
+        assert parts.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "side", "message"),
+    [
+        ("prior", 5, "predicts 4 x 4 tokens together"),
+        ("prior", 2, "multiple of model.position_period 4"),
+        ("tokenizer", 4, "prior"),
+    ],
+)
+def test_export_impossible_tiles_raises(local_folder, tmp_path, url, side, message):
+    source = local_folder if url == "prior" else f"{local_folder}/tokenizer"
+    with pytest.raises(ValueError, match=message):
+        export_model(source, str(tmp_path / "small"), prior_side=side)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 33), (32, 32), (200, 40), (129, 257)])
@@ -115,7 +144,7 @@ def test_context_covers_receptive_field(tmp_path, radius, layers, tiles):
     model_config = Tokenizer.from_pretrained(url).config
     decoder_config = model_config.decoder.model_copy(update={"layers": layers})
     tokenizer = Tokenizer(model_config.model_copy(update={"decoder": decoder_config})).double().eval()
-    assert build_pixel_codec(tokenizer, torch.float64, None).context_tiles == tiles
+    assert build_pixel_codec(tokenizer, torch.float64, None, 4).context_tiles == tiles
     columns = 2 * layers * radius + 3
     bits_trcL = torch.rand(1, 2, columns, 10) < 0.5
     changed_trcL = bits_trcL.clone()
