@@ -1,9 +1,11 @@
 """Fixtures that tests share: one Ray session, real photos and clips, packed shards, an S3 server on loopback."""
 
+import faulthandler
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -30,6 +32,8 @@ import torch
 from integration_files import INTEGRATION
 
 torch.set_num_threads(2)
+_EXIT_TIMEOUT_S = 120
+_exit_status = 0
 # A busy machine exceeds any deadline per example.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
@@ -151,6 +155,25 @@ def pytest_configure(config):
     # All other tests run without a GPU: DeepSpeed uses one kind of device per process.
     if not any("gpu" in argument for argument in (config.getoption("markexpr"), *config.args)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """End the process if a thread of a test never ends: the interpreter would wait for it forever."""
+    global _exit_status
+    threading.Thread(target=_end_process, args=(_exit_status,), daemon=True).start()
+
+
+def pytest_sessionfinish(exitstatus):
+    global _exit_status
+    _exit_status = int(exitstatus)
+
+
+def _end_process(status):
+    time.sleep(_EXIT_TIMEOUT_S)
+    print(f"the process did not end within {_EXIT_TIMEOUT_S} s after the tests; its threads:", file=sys.stderr)
+    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+    os._exit(status)
 
 
 def pytest_collection_modifyitems(items):
