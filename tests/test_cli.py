@@ -83,6 +83,7 @@ def test_help_lists_expected_commands(run_cli):
         (["demo-generate", "--images", "/none"], "/none does not exist"),
         (["demo-generate", "--minutes", "-1"], "--minutes -1.0 must be positive"),
         (["demo-compress", "--minutes", "0"], "--minutes 0.0 must be positive"),
+        (["demo-compress", "--model", "photo-prior", "--train-images", "x"], "--train-images is for training"),
         (["import-reference", "/none.pt", "--config", "demo", "--out", "y"], "/none.pt"),
         (["info", "/none"], "is not a model folder"),
         (["info", "demmo"], "a token table or a preset; did you mean demo?"),

@@ -60,12 +60,18 @@ def demo_compress(
     train_images: Annotated[
         Path | None, typer.Option(help="Training images, in class folders. Default: collected photos.")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Compare this model, such as photo-prior, instead of training one.")
+    ] = None,
 ) -> None:
     """Train a tokenizer and a prior, and compare them with standard codecs on unseen images."""
     require_extra("demo-compress", "all", "bjontegaard", "imagecodecs")
 
-    from bsq_ray.demos.compress_demo import run_demo
+    from bsq_ray.demos.compress_demo import compare_model, run_demo
     from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
-    print(compression_markdown(run_demo(images, out, minutes, train_images)))
+    if model is not None and train_images is not None:
+        raise ValueError("--train-images is for training; leave it out with --model, which trains nothing")
+    results = run_demo(images, out, minutes, train_images) if model is None else compare_model(model, images, out)
+    print(compression_markdown(results))
     print(f"plot: {out}/evaluation/curves.png\ncomparison: {out}/evaluation/comparison.png")

@@ -103,7 +103,7 @@ def test_full_training_step_speed(name, precision, mode, record):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("batch", [32, 64])
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_training_step_utilization(name, batch, compiled, record_measurement):
+def test_training_step_utilization(name, batch, compiled, record):
     """Step time and the GPU's busy time in it, fraction of the peak, and memory next to the planned."""
     resolve_once("lpips-vgg")
     overrides = ["training.engine.kind=ddp", f"training.engine.compile={'true' if compiled else 'false'}"]
@@ -123,10 +123,14 @@ def test_training_step_utilization(name, batch, compiled, record_measurement):
         pytest.skip("the GPU's memory is insufficient")
     plan = make_plan(run, PLANNED_GPU, 1)
     utilization = plan.step_flops / seconds / (find_gpu(PLANNED_GPU).bf16_tflops * 1e12)
-    record_measurement(
-        f"{name}, batch {batch}, {'compiled' if compiled else 'eager'}",
-        f"{1000 * seconds:.1f} ms, GPU busy {busy_ms:.1f} ms, {utilization:.1%} of the peak of {PLANNED_GPU}",
-        f"{peak:.1f} GB, planned {plan.memory.total / 1e9:.1f} GB",
+    record(
+        "step-utilization-h200",
+        f"{run.model.image_size}-{batch}-{'compiled' if compiled else 'eager'}",
+        step_ms=1000 * seconds,
+        busy_ms=busy_ms,
+        utilization=utilization,
+        memory_gb=peak,
+        planned_gb=plan.memory.total / 1e9,
     )
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import save_tokenizer
 
 from bsq_ray.demos import compress_demo, generate_demo
 
@@ -50,6 +51,22 @@ def test_compress_demo_compares_on_unseen_images(labeled_folder, photos, tmp_pat
     assert (tmp_path / "demo" / "evaluation" / "curves.png").exists()
     with pytest.raises(ValueError, match="two or more class folders"):
         compress_demo.run_demo(images, tmp_path / "other", 0.1, images)
+    assert "dists" not in results["metrics"]
+
+
+def test_compress_demo_compares_a_given_model(photos, tmp_path, ray_local, monkeypatch):
+    """A trained model is compared without training, in all metrics; an unknown one is an error before any work."""
+    monkeypatch.setattr(compress_demo, "WORKERS", 0)
+    (tmp_path / "images").mkdir()
+    photos[2].resize((192, 176)).save(tmp_path / "images" / "unseen.png")
+    model = save_tokenizer(tmp_path / "tokenizer", 0)
+    results = compress_demo.compare_model(model, tmp_path / "images", tmp_path / "demo")
+    assert results["num_items"] == 1
+    assert {"psnr", "lpips", "dists"} <= set(results["metrics"])
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["evaluation"]
+    with pytest.raises(ValueError, match="does not exist|no shipped model"):
+        compress_demo.compare_model("no-such-model", None, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_generate_demo_too_few_photos_raises(photos, tmp_path):
