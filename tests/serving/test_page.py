@@ -1,125 +1,29 @@
 """The page in a real browser: compression, comparison, download, generation; by mouse and keyboard, wide and narrow."""
 
 import asyncio
-import shutil
-import socket
-import threading
 import time
-from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
-from local_service import make_app, save_models, save_video_models
+from local_service import save_models, save_video_models
+from page_browser import needs_browser, open_page, wait_for
 from PIL import Image
 from small_videos import make_street_video
 
 from bsq_ray import Codec
 from bsq_ray.codec.files import compress_file
-from bsq_ray.serving.http.admission import hash_token
 from bsq_ray.serving.service_config import Settings
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 TOKEN = "the-token-of-this-test"
 
-pytestmark = [
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver; .ci/run installs them"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return Settings(models=save_models(folder) | {"clips": save_video_models(folder)["clips"]})
-
-
-@pytest.fixture(scope="module")
-def start_server():
-    """Return a function that starts an ASGI application on loopback, and returns its URL."""
-    servers = []
-
-    def start(app):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="error"))
-        threading.Thread(target=server.run, daemon=True).start()
-        servers.append(server)
-        wait_for(lambda: server.started)
-        return f"http://127.0.0.1:{port}/"
-
-    yield start
-    for server in servers:
-        server.should_exit = True
-
-
-@pytest.fixture(scope="module")
-def serve(settings, replicas, start_server):
-    """Return a function that starts the service, with or without a token, and returns its URL."""
-
-    def start(token=None, **loading_replicas):
-        models = settings.models | dict.fromkeys(loading_replicas, settings.models["small"])
-        served_settings = settings.model_copy(update={"models": models})
-        return start_server(make_app(served_settings, replicas | loading_replicas, token and hash_token(token)))
-
-    return start
-
-
-def wait_for(condition, timeout_s=60):
-    expires_at = time.monotonic() + timeout_s
-    while not (result := condition()):
-        assert time.monotonic() < expires_at, "timeout"
-        time.sleep(0.05)
-    return result
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory):
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def browser(downloads):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def open_page(browser, url, width=1100, height=900):
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    browser.get(url)
-    find = lambda name: browser.find_element("id", name)  # noqa: E731
-    return SimpleNamespace(
-        find=find,
-        text=lambda name: find(name).text,
-        wait_shown=lambda name: wait_for(lambda: find(name).is_displayed()),
-        run=browser.execute_script,
-    )
-
-
-@pytest.fixture
-def page(browser, serve, url):
-    page = open_page(browser, url)
-    page.wait_shown("compress")
-    return page
-
-
-@pytest.fixture(scope="module")
-def url(serve):
-    return serve()
 
 
 @pytest.fixture(scope="module")
