@@ -36,7 +36,7 @@ from bsq_ray.codec.header import (
     validate_header,
 )
 from bsq_ray.codec.pixel_codec import build_pixel_codec
-from bsq_ray.codec.rate import PlaneLayout, Rate
+from bsq_ray.codec.rate import Rate, build_plane_layout
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tile_groups import group_size
 from bsq_ray.codec.written_format import readable_formats, written_format
@@ -92,7 +92,7 @@ class Codec:
         self._pixel_codec = build_pixel_codec(self.tokenizer, decode_dtype, batch_size, side)
         self._token_encoder = TokenEncoder(self.prior, batch_size) if self.prior else None
         self._encoder = FrameEncoder(self._pixel_codec)
-        self.plane_layout = _plane_layout(model_config.quantizer, prior)
+        self.plane_layout = build_plane_layout(model_config.quantizer, prior.config if prior else None)
         self.token_format = TokenFormat(
             side * model_config.patch_size,
             model_config.patch_size,
@@ -296,6 +296,15 @@ class Codec:
         container = read_container(data, written_format(self.token_formats, data, max_pixels), False, max_pixels)
         return container.num_bits, sum(container.header.plane_bits) or container.header.bits
 
+    def plane_ends(self, data: bytes, max_pixels: int = MAX_PIXELS) -> list[int]:
+        """Return the number of bytes up to the end of each whole plane; a file without planes is one.
+
+        Raises:
+            ValueError: as `decompress`.
+        """
+        planes = read_container(data, written_format(self.token_formats, data, max_pixels), False, max_pixels).planes
+        return [len(data)] if planes is None else planes.ends
+
     def _start_coding(self, rate: Rate, header: Header, timings_s: dict[str, float]) -> FileCoder[Any]:
         """Return the coder of the groups of a file.
 
@@ -373,25 +382,6 @@ class Codec:
             raise ValueError("the file contains planes of nested bits, which these models do not have")
         if self.plane_layout is not None and any(bits % self.plane_layout.unit for bits in header.plane_bits):
             raise ValueError("the file is damaged: its planes are not whole sub-tokens of the prior")
-
-
-def _plane_layout(quantizer_config: config.QuantizerConfig, prior: Prior | None) -> PlaneLayout | None:
-    """Return the planes of a quantizer with nested bits; None if files contain all bits.
-
-    Raises:
-        ValueError: the prior codes planes, and the quantizer has no nested bits.
-    """
-    keep = quantizer_config.keep if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig) else ()
-    if prior is None:
-        return PlaneLayout(keep) if keep else None
-    if prior.config.order == "token":
-        return None
-    if not keep:
-        raise ValueError(
-            "the prior codes planes (model.order plane), but its tokenizer has no nested bits (model.quantizer.keep); "
-            "train a prior with model.order token"
-        )
-    return PlaneLayout(keep, prior.config.sub_bits)
 
 
 def _model_id(model: Tokenizer | Prior) -> bytes:

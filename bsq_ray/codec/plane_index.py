@@ -56,6 +56,11 @@ class PlaneIndex:
         """Number of bits of a token in all whole planes."""
         return sum(self.plane_bits)
 
+    @property
+    def ends(self) -> list[int]:
+        """Byte offset of the end of each whole plane."""
+        return [int(end) for end in self.offsets_PG[:, -1] + self.sizes_PG[:, -1]]
+
     def payload(self, plane: int, group_index: int) -> bytes:
         """Return the payload of a group in a plane."""
         start = int(self.offsets_PG[plane, group_index])

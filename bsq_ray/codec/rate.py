@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bsq_ray import config
 from bsq_ray.codec.plane_groups import BitRange
 from bsq_ray.codec.plane_index import plane_ranges
 
@@ -51,6 +52,11 @@ class PlaneLayout:
     keep: tuple[int, ...]
     unit: int = 1
 
+    @property
+    def selectable_bits(self) -> Sequence[int]:
+        """Numbers of bits per token that a file can store, ascending."""
+        return range(self.unit, self.keep[-1] + 1, self.unit)
+
     def plane_bits(self, num_bits: int) -> tuple[int, ...]:
         """Return the bits of each plane of tokens with their first `num_bits` bits."""
         stops = [stop for stop in self.keep if stop < num_bits and stop % self.unit == 0] + [num_bits]
@@ -70,8 +76,29 @@ class PlaneLayout:
         if rate.is_default:
             return [all_bits]
         if rate.bits is None:
-            return range(self.unit, all_bits + 1, self.unit)
+            return self.selectable_bits
         if rate.bits > all_bits or rate.bits % self.unit:
             step = f" in steps of {self.unit}, the bits of a sub-token of the prior" if self.unit > 1 else ""
             raise ValueError(f"tokens cannot be cut to {rate.bits} bits; use {self.unit} to {all_bits}{step}")
         return [rate.bits]
+
+
+def build_plane_layout(
+    quantizer_config: config.QuantizerConfig, prior_config: config.PriorModelConfig | None
+) -> PlaneLayout | None:
+    """Return the planes of a quantizer with nested bits; None if files contain all bits.
+
+    Raises:
+        ValueError: the prior codes planes, and the quantizer has no nested bits.
+    """
+    keep = quantizer_config.keep if isinstance(quantizer_config, config.BSQConfig | config.LFQConfig) else ()
+    if prior_config is None:
+        return PlaneLayout(keep) if keep else None
+    if prior_config.order == "token":
+        return None
+    if not keep:
+        raise ValueError(
+            "the prior codes planes (model.order plane), but its tokenizer has no nested bits (model.quantizer.keep); "
+            "train a prior with model.order token"
+        )
+    return PlaneLayout(keep, prior_config.sub_bits)

@@ -14,6 +14,23 @@ BSQ_MEDIA_TYPE = "application/x-bsq"
 
 
 @dataclass(frozen=True)
+class DecodedPart:
+    """The part of a .bsq file that was decoded: all of it, or the first planes of nested bits.
+
+    Attributes:
+        num_bits: number of bits per token that were decoded.
+        stored_bits: number of bits per token of the file, before it was cut.
+        num_bytes: size of this part.
+        available_bytes: size of all whole planes in the request.
+    """
+
+    num_bits: int
+    stored_bits: int
+    num_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True)
 class MediaFile:
     """An image or video file with its metadata.
 
@@ -23,6 +40,7 @@ class MediaFile:
         num_pixels: number of pixels of the image, or of all frames of the video.
         num_frames: number of frames of a video; None for an image.
         psnr: PSNR with respect to the original in dB, mean over frames; None if there is no original.
+        decoded_part: the part of a .bsq file that it was decoded from; None for other requests.
     """
 
     data: bytes
@@ -30,6 +48,7 @@ class MediaFile:
     num_pixels: int
     num_frames: int | None = None
     psnr: float | None = None
+    decoded_part: DecodedPart | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
@@ -68,6 +69,7 @@ def create_app(
     app.add_middleware(PrefetchedBodyMiddleware, skip_receive=prefetch_bodies)
     app.add_exception_handler(ApiError, _handle_api_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(RequestValidationError, _handle_invalid_parameter)
     app.add_exception_handler(Exception, _handle_unexpected_error)
     admission = AdmissionControl(limits, token_hash, loopback_only)
     app.include_router(InferenceEndpoints(models, admission, limits).router())
@@ -123,6 +125,12 @@ async def _handle_api_error(_: Request, error: Exception) -> JSONResponse:
 async def _handle_http_exception(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": str(error.detail).lower()}, error.status_code, error.headers)
+
+
+async def _handle_invalid_parameter(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return JSONResponse({"error": f"{first['loc'][-1]}: {first['msg'][0].lower()}{first['msg'][1:]}"}, 422)
 
 
 async def _handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:

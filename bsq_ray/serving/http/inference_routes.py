@@ -33,6 +33,13 @@ _REJECTED_CONTENT_TYPES = ("multipart/", "text/", "application/json", "applicati
 ModelParameter = Annotated[
     str | None, Query(description="name or ID of the model; default: the first one with this capability")
 ]
+BitsParameter = Annotated[
+    int | None,
+    Query(ge=1, description="bits per token of a model with nested bits, one of its `selectable_bits`; default: all"),
+]
+PlanesParameter = Annotated[
+    int | None, Query(ge=1, description="number of leading planes of nested bits to decode; default: all")
+]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -116,33 +123,45 @@ class InferenceEndpoints:
         bits_per_pixel = target.metadata["bits_per_pixel"]
         return _file_response(file, {"X-Model": target.name, **_bits_per_pixel_header(bits_per_pixel)})
 
-    async def compress(self, request: Request, model: ModelParameter = None) -> Response:
+    async def compress(self, request: Request, model: ModelParameter = None, bits: BitsParameter = None) -> Response:
         """The file can have any size; sound is not kept.
 
         Video formats: MP4, MOV, 3GP, MKV, WebM, AVI, Ogg and WMV. Without a model name the first video model
         compresses videos. Headers: X-Bits-Per-Pixel, X-Frames of a video.
         """
         async with self._admitted_file(request) as data:
-            target, file = await self._run_on_upload("compress", model, data)
+            target, file = await self._run_on_upload("compress", model, data, bits)
         name = "image" if file.num_frames is None else "clip"
         headers = {"X-Model": target.name, "Content-Disposition": f'attachment; filename="{name}.bsq"'}
         return _file_response(file, {**headers, **_bits_per_pixel_header(8 * len(file.data) / file.num_pixels)})
 
-    async def decompress(self, request: Request, model: ModelParameter = None) -> Response:
+    async def decompress(
+        self, request: Request, model: ModelParameter = None, planes: PlanesParameter = None
+    ) -> Response:
         """The file names the model that decompresses it.
 
         A video is MKV (FFV1, lossless), or with `Accept: video/mp4` MP4 (H.264), which browsers can play.
+        A file of nested bits that is cut decodes to its last whole plane. Headers: X-Bits-Per-Token, the bits per
+        token that were decoded and those of the file before it was cut, such as 12/24; X-Bytes, the bytes that were
+        decoded and those of all whole planes in the body; X-Bits-Per-Pixel of the decoded bytes; X-Frames of a video.
         """
         async with self._admitted_file(request) as data:
             target = self._models.model_for_bsq(data, model)
-            call = target.replicas_for("decompress").call("decompress", data, _video_media_type(request, MKV))
-            file = await with_timeout(self._timeout_s, call)
-        return _file_response(file, {"X-Model": target.name, **_bits_per_pixel_header(8 * len(data) / file.num_pixels)})
+            call = target.replicas_for("decompress").call("decompress", data, _video_media_type(request, MKV), planes)
+            file: MediaFile = await with_timeout(self._timeout_s, call)
+        part = file.decoded_part
+        assert part is not None
+        headers = {
+            "X-Model": target.name,
+            "X-Bits-Per-Token": f"{part.num_bits}/{part.stored_bits}",
+            "X-Bytes": f"{part.num_bytes}/{part.available_bytes}",
+        }
+        return _file_response(file, {**headers, **_bits_per_pixel_header(8 * part.num_bytes / file.num_pixels)})
 
-    async def measure(self, request: Request, model: ModelParameter = None) -> Response:
+    async def measure(self, request: Request, model: ModelParameter = None, bits: BitsParameter = None) -> Response:
         """Bits per pixel, PSNR, LPIPS, and the sizes of JPEG and WebP files of equal PSNR and of equal LPIPS."""
         async with self._admitted_file(request) as data:
-            target, report = await self._run_on_upload("measure", model, data)
+            target, report = await self._run_on_upload("measure", model, data, bits)
         return JSONResponse({"model": target.name, **report})
 
     async def generate(self, request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bsq_ray import config, model_folder, storage
+from bsq_ray.codec.rate import PlaneLayout, build_plane_layout
 
 
 def tokenizer_fields(model_config: config.TokenizerModelConfig, tokenizer_id: str | None) -> dict[str, Any]:
@@ -19,9 +20,14 @@ def tokenizer_fields(model_config: config.TokenizerModelConfig, tokenizer_id: st
     }
 
 
-def codec_fields(tokenizer_id: str | None, prior_id: str | None) -> dict[str, Any]:
-    """Return the fields of a codec: the ids that its files contain."""
-    return {"tokenizer_id": tokenizer_id, "prior_id": prior_id}
+def codec_fields(tokenizer_id: str | None, prior_id: str | None, layout: PlaneLayout | None) -> dict[str, Any]:
+    """Return the fields of a codec: the ids that its files contain, and the numbers of bits per token to select from.
+
+    Args:
+        layout: planes of nested bits; None if the rate is fixed.
+    """
+    selectable_bits = list(layout.selectable_bits) if layout else []
+    return {"tokenizer_id": tokenizer_id, "prior_id": prior_id, "selectable_bits": selectable_bits}
 
 
 def generator_fields(
@@ -53,11 +59,13 @@ def stored_fields(url: str) -> dict[str, Any]:
     """
     header = model_folder.read_model_header(url)
     if isinstance(header.config, config.TokenizerConfig):
-        return codec_fields(header.model_id, None) | tokenizer_fields(header.config.model, header.model_id)
+        layout = build_plane_layout(header.config.model.quantizer, None)
+        return codec_fields(header.model_id, None, layout) | tokenizer_fields(header.config.model, header.model_id)
     tokenizer_url = storage.join(header.url, "tokenizer")
     tokenizer = model_folder.read_model_header(tokenizer_url)
-    if isinstance(header.config, config.PriorConfig):
-        return codec_fields(tokenizer.model_id, header.model_id)
     tokenizer_config = config.require_stage(tokenizer.config, config.TokenizerConfig, tokenizer_url)
+    if isinstance(header.config, config.PriorConfig):
+        layout = build_plane_layout(tokenizer_config.model.quantizer, header.config.model)
+        return codec_fields(tokenizer.model_id, header.model_id, layout)
     tokenizer_entry = tokenizer_fields(tokenizer_config.model, tokenizer.model_id)
     return generator_fields(header.config.model, header.config.sampling, header.model_id, tokenizer_entry)
