@@ -49,6 +49,7 @@ INTEGRATION = (
     "serving/test_api_limits.py",
     "serving/test_nested_bits.py",
     "serving/test_page.py",
+    "serving/test_page_planes.py",
     "serving/test_shared_replicas.py",
     "serving/test_video_requests.py",
     "test_command_paths.py",

@@ -44,6 +44,7 @@ async function loadModels() {
   updateModelSelect("compress", "codec", new Option("automatic, by file type", ""));
   updateModelSelect("generate", "generator");
   byId("codec-row").hidden = byId("codec").options.length < 3;
+  showRates();
   // Input stays while other models are still loading.
   if (byId("generator").value !== selectedGenerator) showClasses();
   if (models.some((model) => !model.ready)) setTimeout(loadModels, 2000);
@@ -58,6 +59,36 @@ function updateModelSelect(capability, select, ...otherOptions) {
   byId(capability).hidden = capable.length === 0;
 }
 
+// The model that compresses a file: the selected one, or the one that the service chooses.
+function codecFor(isVideo) {
+  const capable = models.filter((model) => model.ready && model.capabilities.includes("compress"));
+  const isChosen = byId("codec").value ? ({ name }) => name === byId("codec").value : ({ frames }) => frames > 1 === isVideo;
+  return capable.find(isChosen) ?? capable[0];
+}
+
+// Only models with nested bits have rates to select. The selected rate stays while other models load.
+function showRates() {
+  const { name, selectable_bits: rates } = codecFor(false) ?? { name: "", selectable_bits: [] };
+  byId("bits-row").hidden = rates.length < 2;
+  if (rates.length < 2 || byId("bits").dataset.model === name) return;
+  Object.assign(byId("bits"), { min: rates[0], max: rates.at(-1), step: rates[1] - rates[0], value: rates.at(-1) });
+  byId("bits").dataset.model = name;
+  showSelectedBits();
+}
+
+function showSelectedBits() {
+  byId("bits-value").textContent = `${byId("bits").value} of ${byId("bits").max}`;
+  byId("bits").setAttribute("aria-valuetext", byId("bits-value").textContent);
+}
+
+// The model and the rate that are selected for a file, as parameters of a request.
+function selectedRate(file) {
+  const model = codecFor(file.type.startsWith("video/"))?.name;
+  const { dataset, value, max, parentElement: row } = byId("bits");
+  if (!row.hidden && dataset.model === model && value !== max) return { model, bits: value };
+  return byId("codec").value ? { model: byId("codec").value } : {};
+}
+
 byId("access").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("token", byId("token").value.trim());
@@ -70,6 +101,8 @@ const formatBytes = (count) => (count < 10000 ? `${count}` : `${Math.round(count
 const objectUrls = new Map();
 // Responses to any but the latest request are discarded.
 let latestRequest = 0;
+// Compressed again when another rate is selected.
+let latestOriginal = null;
 
 function setObjectUrl(id, attribute, blob) {
   if (objectUrls.has(id)) URL.revokeObjectURL(objectUrls.get(id));
@@ -114,6 +147,7 @@ async function prepareUpload(file) {
 
 async function openUpload(file) {
   const requestId = ++latestRequest;
+  latestOriginal = null;
   byId("result").hidden = true;
   byId("sizes").hidden = true;
   for (const id of ["original-video", "decoded-video"]) byId(id).pause();
@@ -127,29 +161,53 @@ async function openUpload(file) {
 }
 
 // Browsers cannot play the default video format. An image is a PNG.
-const decompress = (file) => request("v1/decompress", { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
+const decompress = (file, query) => request(`v1/decompress${query}`, { method: "POST", body: file, headers: { Accept: "video/mp4, */*" } });
+
+// Both values of a header such as "12/24".
+const readPair = (headers, name) => headers.get(name).split("/").map(Number);
+
+// Decodes the first plane of nested bits, then 2, 4, 8 … until all of them; other files are one plane. Each response
+// decodes from the start of the file, so doubling bounds the time of all responses to about twice that of the last one.
+async function* decodePlanes(file) {
+  for (let planes = 1; ; planes *= 2) {
+    const response = await decompress(file, planes === Infinity ? "" : `?planes=${planes}`);
+    yield { decoded: await response.blob(), headers: response.headers };
+    const [numBytes, availableBytes] = readPair(response.headers, "X-Bytes");
+    if (numBytes === availableBytes) return;
+    // Each response with a clip is a whole video, so all planes follow the first one.
+    if (response.headers.has("X-Frames")) planes = Infinity;
+  }
+}
+
+// Displays a file, sharper with each plane. Returns the headers of the last response, or null if another file was opened.
+async function showPlanes(file, original, requestId) {
+  let lastHeaders = null;
+  if (requestId === latestRequest) setStatus("compress-status", "Decompressing …");
+  for await (const { decoded, headers } of decodePlanes(file)) {
+    if (requestId !== latestRequest) return null;
+    if (lastHeaders) await updateDecoded(decoded, headers);
+    else await showResult(decoded, original, file, headers);
+    lastHeaders = headers;
+  }
+  return requestId === latestRequest ? lastHeaders : null;
+}
 
 async function openBsqFile(file, requestId) {
-  setStatus("compress-status", "Decompressing …");
-  const response = await decompress(file);
-  const decoded = await response.blob();
-  if (requestId !== latestRequest) return;
-  await showResult(decoded, null, file, response.headers);
-  setStatus("compress-status", `${file.name ?? "The file"}, written with the model ${response.headers.get("X-Model")}.`);
+  const headers = await showPlanes(file, null, requestId);
+  if (headers) setStatus("compress-status", `${file.name ?? "The file"}, written with the model ${headers.get("X-Model")}.`);
 }
 
 async function openOriginal(file, requestId) {
   setStatus("compress-status", file.type.startsWith("video/") ? "Compressing … videos take longer than images." : "Compressing …");
   const { blob, isScaled, isVisible, size } = await prepareUpload(file);
-  const selected = byId("codec").value;
-  const response = await request(`v1/compress${selected && `?model=${encodeURIComponent(selected)}`}`, { method: "POST", body: blob });
+  latestOriginal = file;
+  const rate = selectedRate(file);
+  const response = await request(`v1/compress?${new URLSearchParams(rate)}`, { method: "POST", body: blob });
   const compressed = await response.blob();
   const isVideo = response.headers.has("X-Frames");
-  if (isVideo && requestId === latestRequest) setStatus("compress-status", "Decompressing …");
-  const decoded = await (await decompress(compressed)).blob();
-  if (requestId !== latestRequest) return;
-  await showResult(decoded, isVideo ? file : isVisible ? blob : null, compressed, response.headers);
-  const model = response.headers.get("X-Model");
+  const headers = await showPlanes(compressed, isVideo ? file : isVisible ? blob : null, requestId);
+  if (!headers) return;
+  const model = headers.get("X-Model");
   if (isVideo) {
     const ratio = compressed.size / file.size;
     const relativeSize = ratio < 0.995 ? `${(100 * ratio).toFixed(1)} %` : `${ratio.toFixed(2)} times the size`;
@@ -157,17 +215,17 @@ async function openOriginal(file, requestId) {
     return;
   }
   setStatus("compress-status", `${isScaled ? `Downscaled to ${size} pixels. ` : ""}Measuring …`);
-  const report = await (await request(`v1/measure?model=${encodeURIComponent(model)}`, { method: "POST", body: blob })).json();
+  const report = await (await request(`v1/measure?${new URLSearchParams({ ...rate, model })}`, { method: "POST", body: blob })).json();
   if (requestId !== latestRequest) return;
-  showMetrics([...rateEntries(compressed, response.headers), ["PSNR", `${report.psnr.toFixed(2)} dB`], ...(report.lpips === null ? [] : [["LPIPS", report.lpips.toFixed(3)]])]);
+  showMetrics([...rateEntries(headers), ["PSNR", `${report.psnr.toFixed(2)} dB`], ...(report.lpips === null ? [] : [["LPIPS", report.lpips.toFixed(3)]])]);
   compareSizes(report);
   setStatus("compress-status", isScaled ? `Downscaled to ${size} pixels.` : "Done.");
 }
 
-const rateEntries = (file, headers) => [
-  ["bits", (8 * file.size).toLocaleString("en")],
+const rateEntries = (headers) => [
+  ["bits", (8 * readPair(headers, "X-Bytes")[0]).toLocaleString("en")],
   ["bits per pixel", Number(headers.get("X-Bits-Per-Pixel")).toFixed(3)],
-  ["bytes", formatBytes(file.size)],
+  ["bytes", formatBytes(readPair(headers, "X-Bytes")[0])],
   ...(headers.has("X-Frames") ? [["frames", headers.get("X-Frames")]] : []),
 ];
 
@@ -175,30 +233,38 @@ async function showResult(decoded, original, file, headers) {
   const isVideo = headers.has("X-Frames");
   byId("videos").hidden = !isVideo;
   byId("image-comparison").hidden = isVideo;
-  if (isVideo) showVideos(decoded, original);
-  else await showImages(decoded, original);
+  showOriginal(original, isVideo);
+  await updateDecoded(decoded, headers);
+  if (!isVideo) fitComparison();
   setObjectUrl("download", "href", new Blob([file], { type: "application/x-bsq" }));
   byId("download").download = isVideo ? "clip.bsq" : "image.bsq";
-  showMetrics(rateEntries(file, headers));
   byId("result").hidden = false;
 }
 
-async function showImages(decoded, original) {
-  setObjectUrl("decoded", "src", decoded);
+async function updateDecoded(decoded, headers) {
+  const isVideo = headers.has("X-Frames");
+  setObjectUrl(isVideo ? "decoded-video" : "decoded", "src", decoded);
+  if (!isVideo) await byId("decoded").decode();
+  showMetrics(rateEntries(headers));
+  const [numBits, storedBits] = readPair(headers, "X-Bits-Per-Token");
+  const [numBytes, availableBytes] = readPair(headers, "X-Bytes").map((count) => count.toLocaleString("en"));
+  const bits = `${numBits} of ${storedBits} bits per token`;
+  if (numBytes !== availableBytes) byId("planes").textContent = `${bits}, from the first ${numBytes} of ${availableBytes} bytes`;
+  else byId("planes").textContent = `${bits}, from ${numBytes} bytes${numBits < storedBits ? ", because the file is cut" : ""}`;
+}
+
+function showOriginal(original, isVideo) {
+  byId("original-video-figure").hidden = original === null;
   byId("compare").classList.toggle("alone", original === null);
   byId("slider-help").hidden = original === null;
-  if (original) setObjectUrl("original", "src", original);
-  await byId("decoded").decode();
+  if (original) setObjectUrl(isVideo ? "original-video" : "original", "src", original);
+}
+
+function fitComparison() {
   // Small images are displayed at twice their size, never wider than the page.
   const width = byId("decoded").naturalWidth;
   byId("compare").style.width = `${width < 420 ? 2 * width : width}px`;
   moveSlider(50);
-}
-
-function showVideos(decoded, original) {
-  byId("original-video-figure").hidden = original === null;
-  if (original) setObjectUrl("original-video", "src", original);
-  setObjectUrl("decoded-video", "src", decoded);
 }
 
 // A video that the browser cannot play is hidden.
@@ -244,6 +310,9 @@ function moveSlider(percent) {
   byId("compare").style.setProperty("--at", `${percent}%`);
 }
 
+byId("codec").addEventListener("change", showRates);
+byId("bits").addEventListener("input", showSelectedBits);
+byId("bits").addEventListener("change", () => latestOriginal && openUpload(latestOriginal));
 byId("slider").addEventListener("input", (event) => moveSlider(event.target.value));
 byId("file").addEventListener("change", (event) => event.target.files[0] && openUpload(event.target.files[0]));
 for (const name of ["dragover", "dragleave", "drop"]) {
