@@ -1,6 +1,7 @@
 """Every file and notebook in examples/ runs, on small models and real photos."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.models.masked_lm import MaskedLM
@@ -56,7 +58,7 @@ def run(name, *arguments, cwd, **environment):
 def test_examples_are_listed_and_short():
     files = sorted(EXAMPLES.rglob("*.py")) + sorted(EXAMPLES.rglob("*.ipynb"))
     listed = (EXAMPLES / "README.md").read_text()
-    assert len(files) == 8
+    assert len(files) == 9
     for path in files:
         assert f"({path.relative_to(EXAMPLES)})" in listed, path
         assert path.suffix != ".py" or len(path.read_text().splitlines()) < 60, path
@@ -67,6 +69,13 @@ def test_encode_decode_writes_tokens_and_reconstruction(models, photo, tmp_path)
     assert "grid (1, 8, 8), 10 bits per token" in printed
     assert (tmp_path / "reconstruction.tokens").stat().st_size == 64 * 2
     assert (tmp_path / "reconstruction.png").exists()
+
+
+def test_compare_with_jpeg_writes_panels_of_at_most_the_same_bytes(models, photo, tmp_path):
+    printed = run("07_compare_with_jpeg.py", photo, "out.png", "--model", models[0], "--crop", "9,8,59,48", cwd=tmp_path)
+    sizes = [int(text.replace(",", "")) for text in re.findall(r"([\d,]+) bytes", printed)]
+    assert len(sizes) == 3
+    assert Image.open(tmp_path / "out.png").size == (4 * 54 - 4, 40 + 26)
 
 
 @pytest.mark.slow
