@@ -47,7 +47,7 @@ INTEGRATION = (
     "runtime/test_ray_internals.py",
     "serving/test_api.py",
     "serving/test_api_limits.py",
-    "serving/test_nested_bits.py",
+    "serving/test_service_rates.py",
     "serving/test_page.py",
     "serving/test_page_planes.py",
     "serving/test_shared_replicas.py",
