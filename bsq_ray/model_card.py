@@ -111,8 +111,9 @@ def _tokenizer_card(run_config: config.TokenizerConfig) -> tuple[str, list[str],
         "input": ("any size, trained at " if model.any_size else "")
         + f"{model.image_size} x {model.image_size} pixels"
         + (f", up to {model.frames} frames" if model.frames > 1 else ""),
-        "tokens": f"{model.grid_size**2} per {unit}, one per {model.patch_size} x "
-        f"{model.patch_size} pixels, {model.quantizer.bits} bits each ({model.quantizer.kind})",
+        "tokens": ("" if model.any_size else f"{model.grid_size**2} per {unit}, ")
+        + f"one per {model.patch_size} x {model.patch_size} pixels, {model.quantizer.bits} bits each "
+        f"({model.quantizer.kind})",
         "rate": f"{model.quantizer.bits / model.patch_size**2:g} bits per pixel before entropy coding",
     }
     return "image-tokenizer" if model.frames == 1 else "video-tokenizer", example, rows

@@ -47,8 +47,8 @@ def export_model(
 ) -> ExportedModel:
     """Write a model folder with one set of weights in the given data type, and the card of the source.
 
-    Computations stay in fp32, because weights are loaded as fp32. Raw weights and the discriminator are left out. The
-    tokenizer of a token model is copied unchanged: other weights would have other tokens.
+    Computations stay in fp32, because weights are loaded as fp32. Raw weights and the discriminator are not written.
+    The tokenizer of a token model is copied unchanged: other weights would have other tokens.
 
     Args:
         url: model folder to export.
@@ -67,13 +67,18 @@ def export_model(
     if storage.absolute(folder_url) == storage.absolute(out_url):
         raise ValueError(f"{out_url} is the model to export; choose another folder for the result")
     folder = model_folder.load_model_folder(folder_url, weights)
+    trained_config = folder.config
     if prior_side is not None:
         folder = _reduce_prior(folder, folder_url, prior_side)
     card_url = storage.join(folder_url, "README.md")
     source_card = parse_model_card(storage.read_text(card_url)) if storage.exists(card_url) else CardContent()
     rounded = {name: _round(name, value, _DTYPES[dtype]) for name, value in folder.weights.items()}
     is_exact = all(torch.equal(rounded[name].float(), value.float()) for name, value in folder.weights.items())
-    stored_as = dtype if is_exact else f"{dtype}, rounded from the float32 weights of model {folder.model_id[:12]}"
+    _, _, earlier_rounding = source_card.fields.get("weights", "").partition(", ")
+    rounding = earlier_rounding if is_exact else f"rounded from the float32 weights of model {folder.model_id[:12]}"
+    stored_as = ", ".join(filter(None, (dtype, rounding)))
+    if prior_side is not None:
+        source_card = note_prior_side(source_card, trained_config, prior_side)
     card = source_card.merge(card)
     kept_tokens = KeptTokens(folder.tokens_id, folder.same_tokens) if folder.tokens_id and folder.same_tokens else None
     model_id = model_folder.write_model_folder(
@@ -81,7 +86,7 @@ def export_model(
         config.dump_config(folder.config),
         rounded,
         metrics=card.metrics,
-        card_fields=card.fields | ({} if is_exact and "weights" in card.fields else {"weights": stored_as}),
+        card_fields=card.fields | {"weights": stored_as},
         measured_on=card.measured_on,
         kept_tokens=kept_tokens,
         kind=folder.kind,
@@ -96,6 +101,21 @@ def export_model(
     return ExportedModel(model_id, header.num_bytes, tokens_changed)
 
 
+def note_prior_side(card: CardContent, trained_config: config.AnyConfig, side: int) -> CardContent:
+    """Return the card with the tokens that the prior predicted together in training and in its metrics."""
+    assert isinstance(trained_config, config.PriorConfig)
+    _, rows, columns = trained_config.model.grid
+    if (rows, columns) == (side, side):
+        return card
+    tiles = f"tiles of {rows} x {columns} tokens"
+    return card.model_copy(
+        update={
+            "fields": card.fields | {"trained with": f"{tiles}; exported for {side} x {side}"},
+            "measured_on": card.measured_on and f"{card.measured_on}, {tiles}",
+        }
+    )
+
+
 def _reduce_prior(folder: model_folder.ModelFolder, url: str, side: int) -> model_folder.ModelFolder:
     """Return a prior of the upper left `side` x `side` tokens of its grid.
 
@@ -105,7 +125,9 @@ def _reduce_prior(folder: model_folder.ModelFolder, url: str, side: int) -> mode
     Raises:
         ValueError: this is no prior of images, its grid is smaller, or its tokenizer takes images of one size only.
     """
-    run = config.require_stage(folder.config, config.PriorConfig, url)
+    run = folder.config
+    if not isinstance(run, config.PriorConfig):
+        raise ValueError(f"--prior-side is for priors; {url} is a model of stage {run.stage}")
     frames, rows, columns = run.model.grid
     tokenizer_url = storage.join(url, _TOKENIZER_FOLDER)
     tokenizer = config.require_stage(

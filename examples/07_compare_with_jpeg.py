@@ -1,6 +1,6 @@
-"""Show a photo beside its .bsq file and JPEG and WebP files of the same number of bytes.
+"""Compare a photo in a .bsq file with JPEG and WebP files of at most the same number of bytes.
 
-    python examples/07_compare_with_jpeg.py photo.jpg comparison.png --model photo-prior --crop 200,60,600,360
+python examples/07_compare_with_jpeg.py photo.jpg comparison.png --model photo-prior --crop 200,60,600,360
 """
 
 import argparse
@@ -11,17 +11,17 @@ from PIL import Image, ImageDraw, ImageFont
 from bsq_ray import Codec
 
 
-def compress_to_size(photo, file_format, num_bytes):
-    """Return the file of the highest quality that has at most this many bytes, or else the smallest file."""
-    low, high, best = 0, 100, b""
+def compress_to_size(photo: Image.Image, file_format: str, num_bytes: int) -> bytes:
+    """Return the file of the highest quality that has at most this many bytes, or else that of the lowest quality."""
+    files = {}
+    low, high = 0, 101
     while low < high:
         quality = (low + high) // 2
         buffer = io.BytesIO()
         photo.save(buffer, file_format, quality=quality)
-        if buffer.tell() <= num_bytes or not best:
-            best = buffer.getvalue()
+        files[quality] = buffer.getvalue()
         low, high = (quality + 1, high) if buffer.tell() <= num_bytes else (low, quality)
-    return best
+    return files[max(low - 1, 0)]
 
 
 parser = argparse.ArgumentParser()
@@ -37,7 +37,8 @@ data = codec.compress(photo).data
 panels = [("original", photo), (f"bsq_ray, {len(data):,} bytes", codec.decompress(data))]
 for file_format in ("JPEG", "WEBP"):
     file = compress_to_size(photo, file_format, len(data))
-    panels.append((f"{file_format}, {len(file):,} bytes", Image.open(io.BytesIO(file))))
+    note = " (its smallest)" if len(file) > len(data) else ""
+    panels.append((f"{file_format}, {len(file):,} bytes{note}", Image.open(io.BytesIO(file))))
 
 box = tuple(map(int, arguments.crop.split(","))) if arguments.crop else (0, 0, *photo.size)
 width, height, title = box[2] - box[0], box[3] - box[1], 26

@@ -71,11 +71,22 @@ def test_encode_decode_writes_tokens_and_reconstruction(models, photo, tmp_path)
     assert (tmp_path / "reconstruction.png").exists()
 
 
-def test_compare_with_jpeg_writes_panels_of_at_most_the_same_bytes(models, photo, tmp_path):
-    printed = run("07_compare_with_jpeg.py", photo, "out.png", "--model", models[0], "--crop", "9,8,59,48", cwd=tmp_path)
-    sizes = [int(text.replace(",", "")) for text in re.findall(r"([\d,]+) bytes", printed)]
-    assert len(sizes) == 3
-    assert Image.open(tmp_path / "out.png").size == (4 * 54 - 4, 40 + 26)
+@pytest.mark.parametrize("side", [40, 600])
+def test_compare_with_jpeg_writes_panels_of_at_most_the_same_bytes(models, photo, tmp_path, side):
+    """A format that cannot be as small is marked; the headers of tiny JPEG files are larger than a whole .bsq file."""
+    with Image.open(photo) as image:
+        image.resize((side, side)).save(photo)
+    printed = run(
+        "07_compare_with_jpeg.py", photo, "out.png", "--model", models[0], "--crop", "0,8,30,28", cwd=tmp_path
+    )
+    panels = re.findall(r"(\w+), ([\d,]+) bytes( \(its smallest\))?", printed)
+    sizes = {name: int(text.replace(",", "")) for name, text, _ in panels}
+    assert list(sizes) == ["bsq_ray", "JPEG", "WEBP"]
+    for name, _, note in panels[1:]:
+        assert (sizes[name] > sizes["bsq_ray"]) == bool(note)
+        assert note or sizes[name] > 0.8 * sizes["bsq_ray"]
+    assert bool(panels[1][2]) == (side == 40)
+    assert Image.open(tmp_path / "out.png").size == (4 * 34 - 4, 20 + 26)
 
 
 @pytest.mark.slow

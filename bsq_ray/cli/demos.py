@@ -71,7 +71,7 @@ def demo_compress(
     from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
     if model is not None and train_images is not None:
-        raise ValueError("--train-images is for training; leave it out with --model, which trains nothing")
+        raise ValueError("--train-images is for training; omit it with --model, which trains nothing")
     results = run_demo(images, out, minutes, train_images) if model is None else compare_model(model, images, out)
     print(compression_markdown(results))
     print(f"plot: {out}/evaluation/curves.png\ncomparison: {out}/evaluation/comparison.png")

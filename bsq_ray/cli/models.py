@@ -53,7 +53,9 @@ def pretrain(
         float | None, typer.Option(help="Training time of all models, minutes. Default: the steps of the presets.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, gpu, or auto: a GPU if there is one.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Training processes on Ray. 0 trains without Ray.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Training processes on Ray, which also reads the data. 0: without Ray.")
+    ] = 0,
     models_folder: Annotated[
         Path | None, typer.Option(help="Folder of the trained models. Default: that of the package.")
     ] = None,

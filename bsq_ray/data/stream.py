@@ -32,7 +32,7 @@ Executor = Literal["ray", "local"]
 
 # Samples and bytes of crops per task: enough to hide the overhead of a task, few enough to start soon and fit memory.
 _CHUNK_SAMPLES, _CHUNK_BYTES = 256, 12 * 2**20
-# Decoding and resizing release Python's lock, so threads use that many cores.
+# Decoding and resizing release Python's lock, so threads use several cores; on a GPU, Ray reads in other processes.
 _MAX_LOCAL_THREADS = 16
 # Chunks per Ray Data execution, and executions ahead of the consumed one.
 _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3

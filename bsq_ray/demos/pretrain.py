@@ -210,10 +210,13 @@ class _RecipeRun:
 
     def export(self, name: str, dest: str, run_config: config.AnyConfig, prior_side: int | None = None) -> None:
         """Write the model of a run with weights in fp16 and the card of the recipe."""
-        from bsq_ray.model_export import export_model
+        from bsq_ray.model_export import export_model, note_prior_side
 
         model_url = str(self.out / name / "model")
-        export_model(model_url, dest, card=self._card(model_url, run_config), prior_side=prior_side)
+        card = self._card(model_url, run_config)
+        if prior_side is not None:
+            card = note_prior_side(card, run_config, prior_side)
+        export_model(model_url, dest, card=card, prior_side=prior_side)
 
     def _card(self, model_url: str, run_config: config.AnyConfig) -> CardContent:
         """Return the card of the training, with paths relative to the working folder, and the recipe."""

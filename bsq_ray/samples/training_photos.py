@@ -2,7 +2,7 @@
 
     packages ─▶ photos ─shrunk─▶ not near-duplicates of photos that are evaluated ─▶ folder/SOURCE/NAME.jpg
 
-Photos in packages that do not state the rights of the photos, and drawings, are left out. The folder can be packed with
+Photos in packages that do not state the rights of the photos, and drawings, are skipped. The folder can be packed with
 `bsq-ray data pack`.
 """
 
@@ -91,7 +91,7 @@ def collect_training_photos(destination: Path, packages: Path) -> Path:
     """Write the photos as JPEG to `destination/SOURCE` unless they exist; return `destination`.
 
     Their longest side is at most `MAX_SIDE` pixels. Near-duplicates of the wallpapers that compare codecs, and of the
-    held-out photos of the demos, are left out.
+    held-out photos of the demos, are skipped.
 
     Args:
         destination: folder of the photos.
