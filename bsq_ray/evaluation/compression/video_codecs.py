@@ -18,6 +18,7 @@ import numpy as np
 
 from bsq_ray.evaluation.compression.clip_files import VideoClip
 from bsq_ray.media.color import frame_color, frame_to_rgb, planes_to_rgb, stored_planes
+from bsq_ray.runtime.thread_scheduling import normal_scheduling
 
 _THREADS = "4"
 # Otherwise SVT-AV1 prints its version to stderr.
@@ -54,6 +55,8 @@ class VideoCodec:
                 # The decoder then converts to RGB as the source is converted.
                 stream.codec_context.colorspace = clip.stored.color.matrix
                 stream.codec_context.color_range = 2 if clip.stored.color.full_range else 1
+            with normal_scheduling():
+                output.start_encoding()
             for frame in clip.frames_420():
                 output.mux(stream.encode(frame))
             output.mux(stream.encode(None))
