@@ -12,7 +12,7 @@ from PIL import Image
 from small_codecs import save_prior
 from small_models import save_tokenizer
 
-from bsq_ray import Codec, Tokenizer
+from bsq_ray import Codec, Prior, Tokenizer
 from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
@@ -84,6 +84,20 @@ def test_exported_prior_of_smaller_tiles_decodes_the_same_pixels(photo, tmp_path
     for region in (None, (33, 10, 150, 90), (288 - 17, 0, 288, 160)):
         whole, parts = (codec.decompress(data, region) for codec, data in zip(codecs, files, strict=True))
         assert parts.tobytes() == whole.tobytes()
+
+
+def test_exported_prior_of_smaller_tiles_keeps_the_places_of_tokens(tmp_path):
+    """A token has the position embedding of its row and column; the first row predicts as in the trained prior."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", 0, **(LOCAL | {"position_period": 2}))
+    url = save_prior(tmp_path / "prior", tokenizer)
+    export_model(url, str(tmp_path / "small"), "float32", prior_side=2)
+    trained, small = Prior.from_pretrained(url), Prior.from_pretrained(str(tmp_path / "small"))
+    columns = trained.config.grid[2]
+    for row in range(2):
+        for column in range(2):
+            assert torch.equal(small.position[2 * row + column], trained.position[columns * row + column])
+    tokens_BNS = torch.randint(2**trained.config.sub_bits, (3, 2, trained.config.num_sub_tokens))
+    torch.testing.assert_close(small(tokens_BNS), trained(tokens_BNS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from bsq_ray import config, storage
 from bsq_ray.data import shard_reader
 from bsq_ray.data.clip_source import ClipLayout, ClipSource
 from bsq_ray.data.factory import build_pixel_source, build_source
+from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import read_manifest
-from bsq_ray.data.pack import PackOptions, pack_videos
+from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
 from bsq_ray.data.stream import SkippedSamples, evaluation_batches, evaluation_dataset, training_batches
 from bsq_ray.data.transforms import eval_transform
 from bsq_ray.media.frame_display import display_rgb
@@ -76,6 +77,30 @@ def test_read_uses_one_crop_for_all_frames(photos, tmp_path):
     assert np.abs(clip_3THW - clip_3THW[:, :1]).mean() < 3
     other = source.read(np.array([0]), np.array([1]), seed=1).values_P[0].astype(float)
     assert np.abs(clip_3THW - other).mean() > 6
+
+
+def test_max_enlargement_limits_the_crops_of_images_and_clips(photos, tmp_path):
+    """For samples of 96 x 64 pixels and crops of 32, a range up to 8 without enlargement is a range up to 2."""
+    from small_videos import make_video
+
+    for kind, pack, data in (("images", pack_images, None), ("videos", pack_videos, [*range(0, 400, 40)])):
+        folder = tmp_path / kind
+        folder.mkdir()
+        small = photos[0].resize((96, 64))
+        if data is None:
+            small.save(folder / "small.png")
+        else:
+            (folder / "small.mkv").write_bytes(make_video(small, data))
+        pack(str(folder), str(tmp_path / f"packed-{kind}"), PackOptions(num_workers=0, min_frames=4))
+        manifest = read_manifest(str(tmp_path / f"packed-{kind}"))
+        crops = []
+        for options in ({"resize_range": (1.0, 8.0), "max_enlargement": 1.0}, {"resize_range": (1.0, 2.0)}):
+            data_config = config.DataConfig(interleave=2, **options)
+            source = (
+                ImageSource(manifest, data_config, 32) if data is None else ClipSource(manifest, data_config, 32, 4)
+            )
+            crops.append(source.read(np.zeros(6, int), np.arange(6), seed=3).values_P)
+        assert (crops[0] == crops[1]).all()
 
 
 @given(

@@ -30,10 +30,13 @@ def test_realtime_threads_become_normal(realtime_allowed):
     end = threading.Event()
     with normal_scheduling():
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-        threading.Thread(target=end.wait).start()
-        assert os.SCHED_RR in policies()
-    assert policies() == {os.SCHED_OTHER}
+        threading.Thread(target=end.wait, daemon=True).start()
+        during = policies()
+    after = policies()
     end.set()
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    assert os.SCHED_RR in during
+    assert after == {os.SCHED_OTHER}
 
 
 def test_realtime_caller_stays_realtime(realtime_allowed):
