@@ -42,19 +42,15 @@ class PretrainRecipe:
     collect: Callable[[Path], tuple[Path, Path]]
     licenses: Callable[[], dict[str, str]]
     max_side: int = 768
-    num_crops: int = 64
+    num_crops: int = 32
     tokenizer_time_fraction: float = 0.7
     prior_side: int | None = None
 
 
 def _collect_photos(folder: Path) -> tuple[Path, Path]:
-    from bsq_ray.samples.labeled_photos import collect_labeled_photos
     from bsq_ray.samples.training_photos import collect_training_photos
 
-    packages = folder / "packages"
-    # No training photo is a near-duplicate of the held-out ones.
-    _, held_out = collect_labeled_photos(packages / "labeled", packages)
-    return collect_training_photos(folder / "photos", packages), held_out
+    return collect_training_photos(folder / "photos", folder / "packages")
 
 
 def _photo_licenses() -> dict[str, str]:

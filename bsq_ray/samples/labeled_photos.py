@@ -88,17 +88,28 @@ def _iter_photos(packages: Path) -> Iterator[tuple[str, str, bytes]]:
             name = Path(member.name)
             if name.suffix == ".jpeg" and name.stem[:1] in _FOODS and (file := tar.extractfile(member)):
                 yield _FOODS[name.stem[0]], name.stem, file.read()
-    unpacked = unpack_debian_package(packages, "gcompris-qt-data", _FALLBACK_HINT)
+    for resource, path, content in iter_qt_photos(packages, _FALLBACK_HINT):
+        label = _SCENES.get(resource) or next((c for part, c in _OBJECTS.items() if f"/{part}" in path), None)
+        if label:
+            yield label, f"{resource}-{Path(path).stem}", content
+
+
+def iter_qt_photos(packages: Path, fallback_hint: str) -> Iterator[tuple[str, str, bytes]]:
+    """Yield resource, path and content of each photo of `gcompris-qt-data`; those of "categorization" include drawings.
+
+    Args:
+        packages: folder in which fetched packages are kept.
+        fallback_hint: end of an error message, an alternative for the user.
+
+    Raises:
+        ValueError: the package cannot be fetched.
+    """
+    unpacked = unpack_debian_package(packages, "gcompris-qt-data", fallback_hint)
     for file_path in sorted(unpacked.glob("usr/share/gcompris-qt/rcc/*.rcc")):
-        resource = file_path.stem
-        if resource not in _SCENES and resource != "categorization":
-            continue
-        for path, content in read_qt_resources(file_path.read_bytes()).items():
-            if not path.endswith(_PHOTO_SUFFIXES):
-                continue
-            label = _SCENES.get(resource) or next((c for part, c in _OBJECTS.items() if f"/{part}" in path), None)
-            if label:
-                yield label, f"{resource}-{Path(path).stem}", content
+        if file_path.stem in _SCENES or file_path.stem == "categorization":
+            for path, content in read_qt_resources(file_path.read_bytes()).items():
+                if path.endswith(_PHOTO_SUFFIXES):
+                    yield file_path.stem, path, content
 
 
 def read_qt_resources(data: bytes) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from bsq_ray.media.images import to_srgb
 from bsq_ray.media.near_duplicates import near_duplicate_pairs, stack_vectors, thumbnail_vector
-from bsq_ray.samples.labeled_photos import collect_labeled_photos, read_qt_resources
+from bsq_ray.samples.labeled_photos import collect_labeled_photos, iter_qt_photos
 from bsq_ray.samples.package_download import download_package, unpack_debian_package
 from bsq_ray.samples.photos import collect_photos
 from bsq_ray.samples.wallpapers import collect_wallpapers
@@ -31,7 +31,6 @@ MAX_SIDE = 768
 _MIN_WIDTH_FOR_QUARTERS = 4 * MAX_SIDE // 2
 _MIN_SIDE = 128
 _FALLBACK_HINT = "or train on your own photos with `bsq-ray data pack` and `bsq-ray train`"
-_RESOURCES = ("explore_monuments", "explore_world_animals", "explore_farm_animals", "erase", "categorization")
 # Groups of the resource "categorization" that are photos.
 _PHOTO_GROUPS = ("/fishes", "/monuments", "/tools", "/renewable", "/household")
 
@@ -87,11 +86,11 @@ SOURCES = (
 )  # fmt: skip
 
 
-def collect_training_photos(destination: Path, packages: Path) -> Path:
-    """Write the photos as JPEG to `destination/SOURCE` unless they exist; return `destination`.
+def collect_training_photos(destination: Path, packages: Path) -> tuple[Path, Path]:
+    """Write the photos as JPEG to `destination/SOURCE` unless they exist; return (training, held-out) folders.
 
     Their longest side is at most `MAX_SIDE` pixels. Near-duplicates of the wallpapers that compare codecs, and of the
-    held-out photos of the demos, are skipped.
+    held-out photos of the demos, are skipped. The held-out photos are those of the generation demo.
 
     Args:
         destination: folder of the photos.
@@ -100,10 +99,11 @@ def collect_training_photos(destination: Path, packages: Path) -> Path:
     Raises:
         ValueError: a package cannot be fetched.
     """
-    complete = destination / ".complete"
+    complete, held_out = destination / ".complete", packages / "labeled" / "held_out"
     if complete.exists():
-        return destination
-    evaluated_MD = _evaluated_vectors(packages)
+        return destination, held_out
+    _, held_out = collect_labeled_photos(packages / "labeled", packages)
+    evaluated_MD = _evaluated_vectors(held_out, packages)
     known_digests: set[str] = set()
     for source in SOURCES:
         folder = destination / source.package.replace("/", "-").lstrip("@")
@@ -122,14 +122,13 @@ def collect_training_photos(destination: Path, packages: Path) -> Path:
                 part.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
                 part.save(folder / f"{name}-{digest[:6]}{suffix}.jpg", quality=92, subsampling=0)
     complete.touch()
-    return destination
+    return destination, held_out
 
 
-def _evaluated_vectors(packages: Path) -> np.ndarray:
+def _evaluated_vectors(held_out: Path, packages: Path) -> np.ndarray:
     """Return the vectors of photos that evaluations use."""
-    _, labeled = collect_labeled_photos(packages / "labeled", packages)
     _, quickstart = collect_photos(packages / "quickstart")
-    folders = labeled, quickstart, collect_wallpapers(packages / "wallpapers", packages)
+    folders = held_out, quickstart, collect_wallpapers(packages / "wallpapers", packages)
     paths = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     vectors = []
     for path in paths:
@@ -174,13 +173,9 @@ def _iter_files(source: PhotoSource, packages: Path) -> Iterator[tuple[str, byte
 
 
 def _iter_qt_photos(packages: Path) -> Iterator[tuple[str, bytes]]:
-    unpacked = unpack_debian_package(packages, "gcompris-qt-data", _FALLBACK_HINT)
-    for resource in _RESOURCES:
-        data = (unpacked / f"usr/share/gcompris-qt/rcc/{resource}.rcc").read_bytes()
-        for path, content in read_qt_resources(data).items():
-            is_photo = resource != "categorization" or any(group in path for group in _PHOTO_GROUPS)
-            if is_photo and path.endswith((".webp", ".jpg", ".jpeg")):
-                yield f"{resource}-{Path(path).stem}", content
+    for resource, path, content in iter_qt_photos(packages, _FALLBACK_HINT):
+        if resource != "categorization" or any(group in path for group in _PHOTO_GROUPS):
+            yield f"{resource}-{Path(path).stem}", content
 
 
 def _iter_npm_photos(packages: Path) -> Iterator[tuple[str, bytes]]:

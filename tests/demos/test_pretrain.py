@@ -85,12 +85,11 @@ def test_pretrain_without_recipe_lists_recipes(capsys):
     )
 
 
-def test_photo_recipe_uses_photos_with_licenses(small_photos, tmp_path, monkeypatch):
-    from bsq_ray.samples import labeled_photos, training_photos
+def test_photo_recipe_uses_photos_with_licenses(tmp_path, monkeypatch):
+    from bsq_ray.samples import training_photos
 
-    monkeypatch.setattr(training_photos, "collect_training_photos", lambda destination, packages: destination)
-    monkeypatch.setattr(labeled_photos, "collect_labeled_photos", lambda destination, packages: small_photos)
-    assert find_recipe("photo").collect(tmp_path) == (tmp_path / "photos", small_photos[1])
+    monkeypatch.setattr(training_photos, "collect_training_photos", lambda *folders: folders)
+    assert find_recipe("photo").collect(tmp_path) == (tmp_path / "photos", tmp_path / "packages")
     licenses = find_recipe("photo").licenses()
     assert licenses["gcompris-qt-data"].startswith("GPL-3+")
     assert "mate-backgrounds" in licenses
