@@ -74,10 +74,7 @@ def parse_weights(name: str) -> WeightsKind:
     """
     from bsq_ray.model_folder import WeightsKind
 
-    kinds = get_args(WeightsKind)
-    if name not in kinds:
-        raise ValueError(f"unknown --weights {name}; choose {' or '.join(kinds)}")
-    return cast("WeightsKind", name)
+    return cast("WeightsKind", _parse_choice("--weights", name, get_args(WeightsKind)))
 
 
 def parse_dtype(name: str) -> ExportDtype:
@@ -88,10 +85,7 @@ def parse_dtype(name: str) -> ExportDtype:
     """
     from bsq_ray.model_export import ExportDtype
 
-    dtypes = get_args(ExportDtype)
-    if name not in dtypes:
-        raise ValueError(f"unknown --dtype {name}; choose {', '.join(dtypes[:-1])} or {dtypes[-1]}")
-    return cast("ExportDtype", name)
+    return cast("ExportDtype", _parse_choice("--dtype", name, get_args(ExportDtype)))
 
 
 def parse_device(name: str) -> Literal["auto", "cpu", "gpu"]:
@@ -100,9 +94,13 @@ def parse_device(name: str) -> Literal["auto", "cpu", "gpu"]:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"unknown --device {name}; choose auto, cpu or gpu")
-    return cast(Literal["auto", "cpu", "gpu"], name)
+    return cast(Literal["auto", "cpu", "gpu"], _parse_choice("--device", name, ("auto", "cpu", "gpu")))
+
+
+def _parse_choice(option: str, name: str, choices: Sequence[str]) -> str:
+    if name not in choices:
+        raise ValueError(f"unknown {option} {name}; choose {', '.join(choices[:-1])} or {choices[-1]}")
+    return name
 
 
 def resume_command(arguments: Sequence[str]) -> str:
