@@ -32,8 +32,6 @@ Executor = Literal["ray", "local"]
 
 # Samples and bytes of crops per task: enough to hide the overhead of a task, few enough to start soon and fit memory.
 _CHUNK_SAMPLES, _CHUNK_BYTES = 256, 12 * 2**20
-# Decoding and resizing release Python's lock, so threads use several cores; on a GPU, Ray reads in other processes.
-_MAX_LOCAL_THREADS = 16
 # Chunks per Ray Data execution, and executions ahead of the consumed one.
 _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
 
@@ -256,7 +254,7 @@ def _local_blocks(
     read: Callable[[int], SampleBlock], num_ahead: int, num_chunks: int | None = None
 ) -> Iterator[SampleBlock]:
     """Yield chunks read by threads, `num_ahead` before the consumer; endless if `num_chunks` is None."""
-    num_threads = min(_MAX_LOCAL_THREADS, os.cpu_count() or 1)
+    num_threads = min(4, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
     remaining = iter(range(num_chunks)) if num_chunks is not None else count()
     pending: deque[Future[SampleBlock]] = deque(
