@@ -9,6 +9,9 @@ import typer
 
 from bsq_ray.cli.extras import require_extra
 
+# Training time of the demos that train two models, minutes.
+_MINUTES = 16.0
+
 
 def quickstart(
     images: Annotated[
@@ -41,7 +44,7 @@ def demo_generate(
         Path | None, typer.Option(help="Folder with a subfolder of images for each class. Default: collected photos.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-generate"),
-    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = 16.0,
+    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = _MINUTES,
 ) -> None:
     """Train a tokenizer and a masked language model on labeled images, and generate images of the classes."""
     require_extra("demo-generate", "all")
@@ -56,7 +59,7 @@ def demo_compress(
         Path | None, typer.Option(help="Folder of images to compress. Default: 24 collected images.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo-compress"),
-    minutes: Annotated[float, typer.Option(help="Training time, minutes.")] = 16.0,
+    minutes: Annotated[float | None, typer.Option(help="Training time, minutes. Default: 16.")] = None,
     train_images: Annotated[
         Path | None, typer.Option(help="Training images, in class folders. Default: collected photos.")
     ] = None,
@@ -70,8 +73,11 @@ def demo_compress(
     from bsq_ray.demos.compress_demo import compare_model, run_demo
     from bsq_ray.evaluation.compression.compression_report import compression_markdown
 
-    if model is not None and train_images is not None:
-        raise ValueError("--train-images is for training; omit it with --model, which trains nothing")
-    results = run_demo(images, out, minutes, train_images) if model is None else compare_model(model, images, out)
+    if model is None:
+        results = run_demo(images, out, _MINUTES if minutes is None else minutes, train_images)
+    elif minutes is None and train_images is None:
+        results = compare_model(model, images, out)
+    else:
+        raise ValueError("--minutes and --train-images are for training; omit them with --model, which trains nothing")
     print(compression_markdown(results))
     print(f"plot: {out}/evaluation/curves.png\ncomparison: {out}/evaluation/comparison.png")

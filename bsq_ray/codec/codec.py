@@ -79,13 +79,16 @@ class Codec:
             # Images of any size can be divided into tiles of any size.
             side = prior.config.grid[1] if model_config.any_size else side
             is_compatible = (
-                prior.config.grid == (model_config.frames, side, side)
-                and prior.config.bits == tokenizer.quantizer.bits
-                # Tiles start where the repeating position embeddings do.
-                and (not model_config.any_size or side % model_config.position_period == 0)
+                prior.config.grid == (model_config.frames, side, side) and prior.config.bits == tokenizer.quantizer.bits
             )
             if not is_compatible:
                 raise ValueError("tokenizer and prior do not match: their tokens differ in number or bits")
+            # Tiles start where the repeating position embeddings do.
+            if model_config.any_size and side % model_config.position_period:
+                raise ValueError(
+                    f"tokenizer and prior do not match: the prior's {side} rows of tokens are not a multiple of the "
+                    f"tokenizer's model.position_period {model_config.position_period}"
+                )
         # Files are defined by fp32 logits and tokens, whatever the data type of the weights.
         self.tokenizer, self.prior = tokenizer.float().eval(), prior.float().eval() if prior else None
         self.batch_size = batch_size
