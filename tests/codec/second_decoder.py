@@ -231,7 +231,7 @@ def read_file(data, token_format, prior):
 
 
 def token_format(codec):
-    """What the models of a codec determine: sides of a tile and of a patch, bits of a token, and the ids."""
+    """Return sides of a tile and of a patch, bits of a token, and the ids: all that the models determine."""
     prior_id = bytes.fromhex(codec.prior.model_id) if codec.prior else b""
     model_config = codec.tokenizer.config
     tile = model_config.image_size
