@@ -51,7 +51,8 @@ def write_results(name: str, rows: Rows, folder: Path = RESULTS) -> list[str]:
     result["date"] = datetime.date.today().isoformat()
     result["commit"] = _commit()
     result["machine"] = _machine(with_gpu=bool(result["machine"].get("gpu")))
-    result["versions"] = {package: metadata.version(package) for package in result["versions"]}
+    # Without the local part of a version, such as "+cpu".
+    result["versions"] = {package: metadata.version(package).split("+")[0] for package in result["versions"]}
     path.write_text(_to_json(result), encoding="utf-8")
     return [row_id for row_id in by_id if row_id not in rows]
 

@@ -94,7 +94,7 @@ def serve_preset(preset, folder):
 
 
 @pytest.mark.parametrize("preset", _MODELS)
-def test_serving_speed(preset, photos, tmp_path, record_measurement):
+def test_serving_speed(preset, photos, tmp_path, record):
     file = io.BytesIO()
     photos[0].save(file, "JPEG", quality=90)
     body = file.getvalue()
@@ -115,17 +115,19 @@ def test_serving_speed(preset, photos, tmp_path, record_measurement):
         torch.set_num_threads(2)
     service_ms, model_ms = (statistics.median(column) for column in zip(*rounds_ms, strict=True))
     overheads_ms = sorted(service - model for service, model in rounds_ms)
-    overhead_ms = statistics.median(overheads_ms)
-    record_measurement(
-        f"service, {preset}, one request at a time: p50",
-        f"{service_ms:.1f} ms",
-        f"the model alone {model_ms:.1f} ms: {overhead_ms:.1f} ms overhead "
-        f"({overheads_ms[0]:.1f} to {overheads_ms[-1]:.1f})",
+    p50_ms, p99_ms = (1e3 * latencies_s[int(len(latencies_s) * quantile)] for quantile in (0.5, 0.99))
+    record(
+        "serving-cpu",
+        preset,
+        p50_ms=service_ms,
+        model_ms=model_ms,
+        overhead_ms=statistics.median(overheads_ms),
+        overhead_min_ms=overheads_ms[0],
+        overhead_max_ms=overheads_ms[-1],
+        images_per_s=rate,
+        p50_16_ms=p50_ms,
+        p99_16_ms=p99_ms,
+        model_images_per_s=model_rate,
+        throughput_ratio=rate / model_rate,
+        start_s=startup_s,
     )
-    p50, p99 = (1e3 * latencies_s[int(len(latencies_s) * quantile)] for quantile in (0.5, 0.99))
-    record_measurement(
-        "… 16 at a time: throughput, p50, p99",
-        f"{rate:.3g} images/s, {p50:.0f} ms, {p99:.0f} ms",
-        f"the model alone in its best batch {model_rate:.3g} images/s: ratio {rate / model_rate:.2f}",
-    )
-    record_measurement("… startup until the service responds, Ray included", f"{startup_s:.1f} s")

@@ -107,7 +107,8 @@ class NaiveTrainingSteps:
             name: torch.optim.AdamW(module.parameters(), lr=1e-4, foreach=False)
             for name, module in stage.modules.items()
         }
-        self.perceptual = stage.perceptual.lpips.to(memory_format=torch.contiguous_format)
+        [lpips] = stage.perceptual.networks
+        self.perceptual = lpips.to(memory_format=torch.contiguous_format)
         self.batch, self.device = random_batch(run), device
         self.half = run.training.engine.precision == "bf16"
 
