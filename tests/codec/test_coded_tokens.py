@@ -1,11 +1,17 @@
 """Entropy coding: exact roundtrips on any machine, at the size given by the cross entropy."""
 
+import copy
+
 import pytest
 import torch
 from small_codecs import NoisyPrior
 
 from bsq_ray import Prior, config
+from bsq_ray.codec.bitstream import GroupBitstream
 from bsq_ray.codec.entropy_coding import TokenEncoder, decode_tokens
+from bsq_ray.codec.side_info import MAX_TOLERANCE_EXPONENT, choose_method, tolerance_of_method
+from bsq_ray.models.prior import binary_tree_nodes
+from bsq_ray.models.quantizers.bits import bits_to_integers
 
 
 def random_bits(num_tiles, seed=0):
@@ -73,6 +79,22 @@ def test_encoder_allows_for_the_error_of_its_model(factor):
     assert torch.equal(decode(NoisyPrior(prior, noise), coded.data, 16), random_bits(16))
     if factor >= 1e6:
         assert len(coded.data) <= 16 * 16 * 10 // 8 + 2
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_tolerance_is_eight_times_the_error_of_every_fourth_tile(batch_size):
+    """Whatever the batch size, in which other tiles would be the fourth ones."""
+    prior, bits_BNL = sharp_prior(3e3), random_bits(16)
+    exact_prior = copy.deepcopy(prior).double()
+    sub_tokens_BNS = bits_to_integers(bits_BNL, 5)
+    nodes_BNSk, _ = binary_tree_nodes(sub_tokens_BNS, 5)
+    with torch.no_grad():
+        exact, rounded = (model(sub_tokens_BNS).gather(-1, nodes_BNSk).double() for model in (exact_prior, prior))
+    errors_B = (exact - rounded).abs().amax((1, 2, 3))
+    data = TokenEncoder(prior, batch_size).encode(bits_BNL).data
+    method = choose_method(2 * float(errors_B[::4].max()), MAX_TOLERANCE_EXPONENT)
+    assert GroupBitstream(data, 16, 16 * 16 * 10)._side_info.method == method
+    assert 8 * float(errors_B[::4].max()) <= tolerance_of_method(method) < 16 * float(errors_B[::4].max())
 
 
 def test_encoded_bytes_are_as_few_as_possible(codec):
