@@ -6,8 +6,8 @@
 Both visit the nodes in the same order: token, sub-token, depth, tile. Planes have an order and a decoder of their own,
 see `plane_decoding.py`. `bitstream.py` specifies the bytes of a group.
 
-The encoder's logits are those of fp64. Their difference from fp32 is the error that a decoder makes. The encoder measures
-it on a fourth of the tiles of a group, and chooses a tolerance of at least eight times the largest difference.
+The encoder's logits are those of fp64. Their difference from fp32 is the error that a decoder makes. The encoder
+measures it on a fourth of the tiles of a group, and chooses a tolerance of at least eight times the largest difference.
 
 Shape suffixes: B tiles, N tokens, S sub-tokens of a token, k bits of a sub-token (depths of its tree), K nodes of a
 tree, L bits.
