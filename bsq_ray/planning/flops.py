@@ -17,18 +17,36 @@ from bsq_ray.planning.layer_costs import (
     perceptual_layers,
 )
 
+# As in models/layers/local_attention.py: the largest grid that is computed as a whole, and the side of a block.
+MAX_DENSE_TOKENS, LOCAL_BLOCK = 256, 8
 
-def blocks_flops(transformer: config.TransformerConfig, frame_tokens: int, frames: int, causal: bool = False) -> int:
-    """Return the operations of the blocks' forward pass for one clip of N = frames · frame_tokens tokens.
+
+def blocks_flops(transformer: config.TransformerConfig, tokens: int, pairs: int) -> int:
+    """Return the operations of the blocks' forward pass for one sample of N tokens.
 
     Per block 2 N (4 D² + 2 D h) for the projections and 4 D for each pair of a query and a key, scores and weighted
-    values together (Kaplan et al., 2020, section 2.1): N² pairs, or with block-causal attention T (T + 1) / 2 times the
-    pairs of a frame.
+    values together (Kaplan et al., 2020, section 2.1).
+
+    Args:
+        pairs: pairs of a query and a key that attention computes, masked ones included.
     """
-    tokens = frames * frame_tokens
     width, hidden = transformer.width, int(transformer.width * transformer.mlp_ratio)
-    pairs = frame_tokens**2 * frames * (frames + 1) // 2 if causal else tokens**2
     return transformer.layers * (2 * tokens * (4 * width**2 + 2 * width * hidden) + 4 * pairs * width)
+
+
+def attention_pairs(model: config.TokenizerModelConfig) -> int:
+    """Return the pairs of a query and a key that a block of the tokenizer computes for one image or clip.
+
+    N² pairs, or with block-causal attention T (T + 1) / 2 times the pairs of a frame. Local attention computes images
+    of many tokens in blocks of 8 x 8 queries, each with the keys at most `attention_radius` rows and columns away.
+    """
+    frame_tokens, radius = model.grid_size**2, model.attention_radius
+    if radius is not None and frame_tokens > MAX_DENSE_TOKENS and model.grid_size > radius + 1:
+        num_blocks = (-(-model.grid_size // LOCAL_BLOCK)) ** 2
+        return num_blocks * LOCAL_BLOCK**2 * (LOCAL_BLOCK + 2 * radius) ** 2
+    if model.causal:
+        return frame_tokens**2 * model.frames * (model.frames + 1) // 2
+    return (model.frames * frame_tokens) ** 2
 
 
 def _last_matmul_flops(transformer: config.TransformerConfig, tokens: int) -> int:
@@ -42,17 +60,17 @@ def tokenizer_forward_flops(model: config.TokenizerModelConfig) -> int:
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     return (
         2 * model.frames * frame_tokens * (patch + channels) * model.encoder.width
-        + blocks_flops(model.encoder, frame_tokens, model.frames, model.causal)
+        + blocks_flops(model.encoder, model.frames * frame_tokens, attention_pairs(model))
         + _decoder_forward_flops(model)
     )
 
 
 def _decoder_forward_flops(model: config.TokenizerModelConfig) -> int:
     """Return the operations from codes to patches for one clip."""
-    frame_tokens, decoder = model.grid_size**2, model.decoder
+    tokens, decoder = model.frames * model.grid_size**2, model.decoder
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     per_token = channels * decoder.width + (decoder.width + patch) * decoder.head_hidden_dim
-    return 2 * model.frames * frame_tokens * per_token + blocks_flops(decoder, frame_tokens, model.frames, model.causal)
+    return 2 * tokens * per_token + blocks_flops(decoder, tokens, attention_pairs(model))
 
 
 def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
@@ -75,7 +93,7 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
         # The codes need no gradient.
         input_gradient_flops = 2 * model.frames * frame_tokens * code_channels(model.quantizer) * model.decoder.width
     recomputed_flops = sum(
-        blocks_flops(sizes, frame_tokens, model.frames, model.causal)
+        blocks_flops(sizes, frame_tokens * model.frames, attention_pairs(model))
         - _last_matmul_flops(sizes, frame_tokens * model.frames)
         for sizes in transformers
     )

@@ -41,10 +41,11 @@ def token_model_forward_flops(model: config.TokenModelConfig) -> int:
     """
     width, tokens, sub_tokens = model.width, model.num_tokens, model.num_sub_tokens
     if isinstance(model, config.MaskedLMModelConfig):
-        blocks = blocks_flops(model.transformer, tokens + 1, 1) + _class_flops(model)
+        blocks = blocks_flops(model.transformer, tokens + 1, (tokens + 1) ** 2) + _class_flops(model)
         return blocks + 2 * tokens * width * (width + sub_tokens * 2**model.sub_bits)
     nodes = 2**model.sub_bits - 1
-    blocks = blocks_flops(model.transformer, _sequence_length(model), 1)
+    length = _sequence_length(model)
+    blocks = blocks_flops(model.transformer, length, length**2)
     return blocks + 2 * tokens * sub_tokens * width * (width + nodes)
 
 

@@ -107,6 +107,9 @@ def test_clip_discriminator_parameter_count_is_exact(frames):
         ("imagenet256-bsq36", []),
         ("ucf101-bsq18", ["model.gradient_checkpointing=false"]),
         ("ucf101-bsq18-noncausal", ["model.gradient_checkpointing=false"]),
+        ("photo", []),
+        ("photo", ["model.image_size=160"]),
+        ("photo", ["model.image_size=160", "model.attention_radius=30"]),
     ],
 )
 def test_tokenizer_forward_flops_are_exact(name, overrides):
