@@ -69,6 +69,7 @@ INTEGRATION = (
     "training/test_gradient_buckets.py",
     "training/test_late_nonfinite.py",
     "training/test_launch.py",
+    "training/test_partition_buckets.py",
     "training/test_published_steps.py",
     "training/test_ray_trainer.py",
     "training/test_resume.py",

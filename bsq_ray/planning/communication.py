@@ -15,7 +15,8 @@ def communication_bytes(
     al., "ZeRO", 2020, section 7:
 
     - data parallelism and stage 0: one all-reduce of the gradients;
-    - stages 1 and 2: one reduce-scatter of the accumulated gradients and one all-gather of the updated weights;
+    - stages 1 and 2: reductions of the accumulated gradients to their owners, which send as much as one reduce-scatter,
+      and one all-gather of the updated weights;
     - stage 3: for every micro batch, two all-gathers of the weights and one reduce-scatter of the gradients.
     """
     ring_elements = (num_workers - 1) / num_workers * num_parameters

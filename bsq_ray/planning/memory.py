@@ -15,7 +15,7 @@ from bsq_ray.planning.requirements import sample_requirements
 # Empirical: CUDA context and workspaces of libraries (1 GiB), and fragmented memory of the allocator (5 %).
 CONTEXT_BYTES = 2**30
 FRAGMENTATION_FRACTION = 0.05
-# Elements of a bucket of plain data parallelism, see `training.engines.gradient_buckets`.
+# Elements of a bucket of plain data parallelism, see `training.engines.backward_buckets`.
 _BUCKET_ELEMENTS = 25_000_000
 
 
@@ -88,15 +88,15 @@ def num_muon_elements(run: config.AnyConfig) -> int:
 def _bucket_bytes(parameters: int, engine: config.EngineConfig, workers: int) -> float:
     """Return the memory of the copies of gradients that one engine of P parameters sends, bytes.
 
-    Data parallelism copies one bucket at a time, which then replaces its gradients. ZeRO-1 and ZeRO-2 have all
-    gradients in one bucket, and N workers send a copy of it ordered by worker and receive 1/N.
+    A bucket replaces the gradients that it was copied from. Data parallelism needs the copy of one bucket. ZeRO-1 and
+    ZeRO-2 need all buckets until DeepSpeed has copied the gradients to its own buffer of their size.
     """
     if engine.kind == "ddp":
         return 4.0 * min(parameters, _BUCKET_ELEMENTS) if workers > 1 else 0.0
     if engine.zero_stage not in (1, 2):
         return 0.0
     sent_bytes = 2.0 if engine.communication_data_type == "bf16" else 4.0
-    copies = (1 + 1 / workers) * sent_bytes * parameters if workers > 1 else 0.0
+    copies = sent_bytes * parameters if workers > 1 else 0.0
     return 4.0 * parameters + copies
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def capture_checkpoint(engine: Any, folder: str, tag: str, on_save: Callable[[Any, str], None]) -> None:
@@ -84,50 +85,72 @@ def mask_nan_or_inf_with_val_inplace(norm: Tensor, device: torch.device | None =
     norm.masked_fill_(~torch.isfinite(norm), val)
 
 
-def reduce_scatter_gradients(engine: Any) -> None:
-    """Make ZeRO-1 and ZeRO-2 average each bucket of gradients with one reduce-scatter.
+@dataclass(frozen=True)
+class PartitionSlice:
+    """Elements `start` to `stop` of a flat parameter, which the worker of rank `owner` optimizes."""
 
-    Why: DeepSpeed sends twice these bytes with an all-reduce of the bucket, or as many with one reduce per worker if
-        `zero_optimization.use_multi_rank_bucket_allreduce` is false, which waits for the network once per worker.
-    Seen in: DeepSpeed 0.19.8, `DeepSpeedZeroOptimizer.average_tensor`; its setting `reduce_scatter` chooses among both.
-    Public replacement: a setting for a reduce-scatter in stages 1 and 2.
-    Contract test: test_reduce_scatter_gradients_averages_partitions.
+    owner: int
+    start: int
+    stop: int
+
+
+def partition_slices(engine: Any) -> dict[nn.Parameter, list[PartitionSlice]]:
+    """Return by trainable parameter the owners of its elements in ZeRO-1 and ZeRO-2; slices are in ascending order.
+
+    Why: each worker gets the gradients that it optimizes with, while the backward pass is running.
+    Seen in: DeepSpeed 0.19.8, `DeepSpeedZeroOptimizer.param_to_partition_ids` and `grad_start_offset`.
+    Public replacement: a function that returns the partitions of a parameter.
+    Contract test: test_zero_optimizes_with_averages_of_own_slices.
     """
-    engine.optimizer.average_tensor = partial(_reduce_scatter_bucket, engine.optimizer)
+    optimizer = engine.optimizer
+    slices = {}
+    for group_index, parameters in enumerate(optimizer.bit16_groups):
+        for parameter in parameters:
+            parameter_id = optimizer.get_param_id(parameter)
+            owners = sorted(optimizer.param_to_partition_ids[group_index].get(parameter_id, ()))
+            starts = [optimizer.grad_start_offset[group_index][owner][parameter_id] for owner in owners]
+            stops = [*starts[1:], parameter.numel()]
+            slices[parameter] = list(map(PartitionSlice, owners, starts, stops))
+    return slices
 
 
-def _reduce_scatter_bucket(optimizer: Any, gradients: Tensor, communication_data_type: torch.dtype) -> None:
-    """Average a bucket, in place of DeepSpeed's `average_tensor`; only this worker's partition is written.
+def replace_gradient_averages(engine: Any, averages: Callable[[], Iterable[tuple[nn.Parameter, Tensor]]]) -> None:
+    """Make ZeRO-1 and ZeRO-2 send no gradients, and optimize with the averages that the caller computes.
+
+    Why: DeepSpeed sends gradients after the backward pass, either twice the bytes with an all-reduce, or with one
+        reduce per worker, each of which waits for the network. With `zero_optimization.overlap_comm` it sends them
+        during the backward pass, but the host waits for the device before each reduction.
+    Seen in: DeepSpeed 0.19.8, `DeepSpeedZeroOptimizer.average_tensor`.
+    Public replacement: a setting for reductions without `synchronize` during the backward pass.
+    Contract test: test_zero_optimizes_with_averages_of_own_slices.
+
+    Args:
+        averages: yields parameters, and the flat average of the slice that this worker optimizes.
+    """
+    engine.optimizer.average_tensor = partial(_write_averages, engine.optimizer, averages)
+
+
+def _write_averages(
+    optimizer: Any,
+    averages: Callable[[], Iterable[tuple[nn.Parameter, Tensor]]],
+    gradients: Tensor,
+    communication_data_type: torch.dtype,
+) -> None:
+    """Replace the slices of this worker in a bucket, in place of DeepSpeed's `average_tensor`.
 
     Args:
         optimizer: ZeRO optimizer without offloading and overlapping.
-        gradients: flat gradients of the parameters in the bucket, in its order.
+        gradients: flat gradients of all parameters that have one, in the order of the bucket.
     """
-    group = optimizer.dp_process_group
-    num_workers, rank = dist.get_world_size(group), dist.get_rank(group)
-    if num_workers == 1:
-        return
-    parts: list[list[Tensor]] = [[] for _ in range(num_workers)]
-    offset = 0
+    rank = dist.get_rank(optimizer.dp_process_group)
+    starts, offset = {}, 0
     for group_index, parameter_index, parameter_id in optimizer.ipg_buckets[communication_data_type].params:
-        starts = optimizer.grad_start_offset[group_index]
-        next_offset = stop = offset + optimizer.bit16_groups[group_index][parameter_index].numel()
-        # A parameter at the end of a partition continues in the next one.
-        for owner in sorted(optimizer.param_to_partition_ids[group_index][parameter_id], reverse=True):
-            start = offset + starts[owner][parameter_id]
-            parts[owner].append(gradients[start:stop])
-            stop = start
-        offset = next_offset
-    sizes = [sum(map(len, own)) for own in parts]
-    sent = gradients.new_zeros(num_workers, max(sizes), dtype=communication_data_type)
-    for row, size, own in zip(sent, sizes, parts, strict=True):
-        if own:
-            row[:size] = torch.cat(own)
-    sums = torch.empty_like(sent[0])
-    dist.reduce_scatter_tensor(sums, sent.view(-1), group=group)
-    averages = sums[: sizes[rank]].to(gradients.dtype) / num_workers
-    for part, average in zip(parts[rank], averages.split([len(part) for part in parts[rank]]), strict=True):
-        part.copy_(average)
+        parameter = optimizer.bit16_groups[group_index][parameter_index]
+        starts[parameter] = offset + optimizer.grad_start_offset[group_index][rank].get(parameter_id, 0)
+        offset += parameter.numel()
+    for parameter, average in averages():
+        start = starts[parameter]
+        gradients[start : start + average.numel()].copy_(average)
 
 
 def disable_shared_memory_op() -> None:

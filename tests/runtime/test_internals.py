@@ -1,12 +1,10 @@
 """Contracts with private APIs of DeepSpeed and PyTorch; a new version that changes one fails here."""
 
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from process_group import spawn_group
 
 from bsq_ray.config import load_config
@@ -50,36 +48,46 @@ def test_disable_shared_memory_op_keeps_backend_without_op(engine):
     assert deepspeed.comm.comm.cdb.shm_comm_op is None
 
 
-def partition_averages(rank, world_size):
-    """Average the gradients of a ZeRO-1 engine.
+def gradients_of_optimizer(rank, world_size):
+    """Take a step of each stage with gradients that differ between workers.
 
     Returns:
-        flat gradients, averaged and of this worker alone; the largest number of partitions of a parameter; and the
-        number of reduce-scatters.
+        by stage, the flat gradients that the optimizer steps with, and those of this worker alone, in the order of the
+        optimizer; and the owners of the slices of each parameter.
     """
-    training_config = load_config("demo-gan", ["training.engine.zero_stage=1"]).training
+    return {stage: gradients_of_stage(rank, stage) for stage in (1, 2)}
+
+
+def gradients_of_stage(rank, stage):
+    overrides = [f"training.engine.zero_stage={stage}", "training.optimizer.max_grad_norm=0"]
+    training_config = load_config("demo-gan", overrides).training
     torch.manual_seed(0)
     # An odd number of values, so that a parameter is divided between the partitions and the last one is padded.
     module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
     engine = build_engine(module, training_config, micro_batch=1, accumulation_steps=1, device=CPU)
+    slices = _deepspeed_internals.partition_slices(engine._ds_engine)
     inputs = torch.full((1, 5), 1.0 + rank)
-    own = torch.autograd.grad(engine.module(inputs).square().sum(), list(module.parameters()))
-    with mock.patch.object(dist, "reduce_scatter_tensor", wraps=dist.reduce_scatter_tensor) as reduce_scatter:
-        engine.backward(engine(inputs).square().sum())
-    averages = torch.cat([value.reshape(-1) for value in engine._ds_engine.optimizer.averaged_gradients[0]])
-    mappings = engine._ds_engine.optimizer.param_to_partition_ids[0].values()
+    own = torch.autograd.grad(engine.module(inputs).square().sum(), list(slices))
+    stepped = []
+    engine._ds_engine.optimizer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: stepped.append(optimizer.param_groups[0]["params"][0].grad.clone())
+    )
+    engine.backward(engine(inputs).square().sum())
+    engine.step(1e-3)
     own_values = torch.cat([value.reshape(-1) for value in own])
-    return averages.numpy(), own_values.numpy(), max(map(len, mappings)), reduce_scatter.call_count
+    return stepped[0].numpy(), own_values.numpy(), [[part.owner for part in parts] for parts in slices.values()]
 
 
-def test_reduce_scatter_gradients_averages_partitions():
-    """Each worker gets the averages of its partition of the flat gradients; a parameter lies in both."""
-    results = spawn_group(2, partition_averages)
-    averages = np.concatenate([result[0] for result in results])
-    expected = (results[0][1] + results[1][1]) / 2
-    assert [result[2:] for result in results] == [(2, 1), (2, 1)]
-    # Parameters start at multiples of four values.
-    np.testing.assert_allclose(averages[averages != 0], expected[expected != 0], rtol=1e-6)
+def test_zero_optimizes_with_averages_of_own_slices():
+    """Each worker steps with the averages of its partition of the flat gradients; a parameter lies in both."""
+    results = spawn_group(2, gradients_of_optimizer)
+    for stage in (1, 2):
+        (first, own, owners), (second, own_of_other, owners_of_other) = (by_stage[stage] for by_stage in results)
+        assert owners == owners_of_other
+        assert [0, 1] in owners
+        averages, expected = np.concatenate([first, second]), (own + own_of_other) / 2
+        # Parameters start at multiples of four values.
+        np.testing.assert_allclose(averages[averages != 0], expected[expected != 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

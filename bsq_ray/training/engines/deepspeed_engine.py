@@ -23,7 +23,9 @@ from bsq_ray import config
 from bsq_ray.runtime import _deepspeed_internals as internals
 from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, safetensors_writer, torch_save_writer
-from bsq_ray.training.engines.engine import Engine, gradient_norm
+from bsq_ray.training.engines.backward_buckets import BUCKET_ELEMENTS
+from bsq_ray.training.engines.engine import COMMUNICATION_DTYPES, Engine, gradient_norm
+from bsq_ray.training.engines.partition_buckets import PartitionBuckets
 
 # Optimizer states of ZeRO, and weights of ZeRO-3.
 _PARTITION_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_")
@@ -33,6 +35,9 @@ _FROZEN_FILE = "frozen.safetensors"
 
 class DeepSpeedEngine(Engine):
     """Training engine that wraps a module in DeepSpeed.
+
+    Args:
+        bucket_elements: number of elements that closes a bucket of gradients in ZeRO-1 and ZeRO-2.
 
     Raises:
         ValueError: DeepSpeed was already imported with another device type in this process.
@@ -46,6 +51,7 @@ class DeepSpeedEngine(Engine):
         micro_batch: int,
         accumulation_steps: int,
         found_nonfinite: Tensor,
+        bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
         device = found_nonfinite.device
         # Suppress DeepSpeed's messages on stdout that there is no GPU and no tensor parallelism.
@@ -57,19 +63,22 @@ class DeepSpeedEngine(Engine):
         zero_stage = training_config.engine.zero_stage
         zero_config: dict[str, Any] = {"stage": zero_stage}
         if zero_stage in (1, 2):
-            # All gradients in one bucket of their size, so that each worker owns an equal part of it.
+            # All gradients in one bucket of their size: their averages are written to it in one call.
             zero_config["reduce_bucket_size"] = sum(
                 parameter.numel() for parameter in module.parameters() if parameter.requires_grad
             )
             # Offloaded gradients are sent by one reduce per worker, with the same bytes as a reduce-scatter.
             zero_config["use_multi_rank_bucket_allreduce"] = False
-        if training_config.engine.offload_optimizer:
+        offloads = training_config.engine.offload_optimizer
+        if offloads:
             zero_config["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self._zero_stage = zero_stage
         self._accumulation_steps = accumulation_steps
         self._num_micro_batches = 0
-        # DeepSpeed's ZeRO-2 would send the gradients of each micro batch, so they are accumulated here.
-        self._accumulates = zero_stage == 2 and accumulation_steps > 1
+        sends_in_backward = zero_stage in (1, 2) and not offloads
+        # DeepSpeed gets the gradients of ZeRO-1 and ZeRO-2 after the last backward pass of a step, which sends them.
+        # Offloaded ZeRO-2 would send those of each micro batch.
+        self._accumulates = sends_in_backward or (zero_stage == 2 and accumulation_steps > 1)
         self._accumulation = ExitStack()
         ds_config = {
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -83,15 +92,24 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "steps_per_print": sys.maxsize,
         }
-        self._optimizer_device = torch.device("cpu") if training_config.engine.offload_optimizer else device
+        self._optimizer_device = torch.device("cpu") if offloads else device
         self.found_nonfinite = found_nonfinite
         self._grad_norm = torch.zeros((), device=device)
         internals.keep_gradient_norm_on_device()
         optimizer.register_step_pre_hook(self._skip_if_nonfinite)
         self._frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
-        if zero_stage in (1, 2) and not training_config.engine.offload_optimizer:
-            internals.reduce_scatter_gradients(self._ds_engine)
+        slices: dict[nn.Parameter, list[internals.PartitionSlice]] = {}
+        if sends_in_backward:
+            by_parameter = internals.partition_slices(self._ds_engine)
+            slices = {
+                parameter: by_parameter[parameter] for parameter in module.parameters() if parameter in by_parameter
+            }
+        communication_dtype = COMMUNICATION_DTYPES[training_config.engine.communication_data_type]
+        # Without slices it sends nothing.
+        self._buckets = PartitionBuckets(slices, communication_dtype, bucket_elements)
+        if sends_in_backward:
+            internals.replace_gradient_averages(self._ds_engine, self._buckets.averages)
         self.module = module
 
     def __call__(self, *inputs: Tensor | tuple[Tensor, ...] | None) -> Any:
@@ -102,7 +120,14 @@ class DeepSpeedEngine(Engine):
             if self._num_micro_batches % self._accumulation_steps == 0:
                 self._accumulation.enter_context(self._ds_engine.coalesce_grad_reduction())
             loss = loss / self._accumulation_steps
-        self._ds_engine.backward(loss)
+        if (self._num_micro_batches + 1) % self._accumulation_steps == 0:
+            self._buckets.start()
+        try:
+            self._ds_engine.backward(loss)
+        except BaseException:
+            # The other workers may not have failed. So nothing more is sent, not even when the engine is destroyed.
+            self._buckets.cancel()
+            raise
 
     def step(self, learning_rate: float) -> Tensor | None:
         self._num_micro_batches += 1
@@ -110,7 +135,7 @@ class DeepSpeedEngine(Engine):
         if self._accumulates:
             if not is_last_micro_batch:
                 return None
-            # Sends the accumulated gradients.
+            # Passes the accumulated gradients to DeepSpeed.
             self._accumulation.close()
         for group in self._ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate
