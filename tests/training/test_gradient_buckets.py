@@ -124,6 +124,21 @@ def test_gradient_buckets_replace_their_gradients():
         assert peak_bytes <= gradient_bytes + 4 * 64 * 65
 
 
+def average_fp64(rank, world_size):
+    """Return the average of a gradient in fp64 over the workers."""
+    model = nn.Linear(1, 1, bias=False).double()
+    buckets = GradientBuckets(model.parameters(), torch.float32)
+    buckets.start()
+    model(torch.tensor([[1 + (rank + 1) * 2.0**-40]], dtype=torch.float64)).sum().backward()
+    buckets.finish()
+    return gradients(model)["weight"]
+
+
+def test_gradients_in_fp64_keep_their_precision():
+    for [[average]] in spawn_group(2, average_fp64):
+        assert average == 1 + 1.5 * 2.0**-40
+
+
 @pytest.mark.parametrize("num_workers", [2, 4])
 def test_gradient_buckets_in_bf16_round_once_per_worker(num_workers):
     """A bf16 average differs by at most one rounding per gradient and one per partial sum."""

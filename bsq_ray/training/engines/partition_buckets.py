@@ -68,7 +68,7 @@ class PartitionBuckets(BackwardBuckets):
                 assert parameter.grad is not None
                 parts.append(parameter.grad.reshape(-1)[part.start : part.stop])
             parts.append(parts[-1].new_zeros(sizes[-1] - size))
-        bucket.flat = torch.cat(parts).to(self._communication_dtype)
+        bucket.flat = self._convert(torch.cat(parts))
         for parameter in bucket.sent:
             # DeepSpeed expects a gradient and uses only the slice that is replaced by its average, so NaN takes one
             # element of memory and would reveal any other use.
