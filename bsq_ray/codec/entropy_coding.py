@@ -7,7 +7,7 @@ Both visit the nodes in the same order: token, sub-token, depth, tile. Planes ha
 see `plane_decoding.py`. `bitstream.py` specifies the bytes of a group.
 
 The encoder's logits are those of fp64. Their difference from fp32 is the error that a decoder makes. The encoder
-measures it on a fourth of the tiles of a group, and chooses a tolerance of at least eight times the largest difference.
+measures it on every fifth tile of a group, and chooses a tolerance of at least eight times the largest difference.
 
 Shape suffixes: B tiles, N tokens, S sub-tokens of a token, k bits of a sub-token (depths of its tree), K nodes of a
 tree, L bits.
@@ -31,9 +31,9 @@ from bsq_ray.models.quantizers.bits import bits_to_integers, integers_to_bits
 
 # Tokens in one pass if the caller does not set the batch size.
 _TOKENS_PER_PASS = 8192
-# The error of fp32 is measured on every fourth tile, because it costs a pass in fp32. Other tiles of the shipped prior
-# have up to 2.5 times the error, so twice the largest one counts.
-_TILES_PER_ERROR, _ERROR_FACTOR = 4, 2
+# The error of fp32 is measured on every fifth tile, the diagonal of a group of 4 x 4, because it costs a pass in fp32.
+# Other tiles may have a larger error, so the measured one is doubled.
+_TILES_PER_ERROR, _ERROR_FACTOR = 5, 2
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def choose_method(max_logit_error: float, max_exponent: int) -> int:
     """Return the method with the smallest tolerance of at least four times the fp32 error of the logits.
 
     Args:
-        max_logit_error: largest difference between a logit in fp32 and its true value.
+        max_logit_error: bound of the difference between a logit in fp32 and its true value.
         max_exponent: lower bound of the tolerance, as 2^-max_exponent.
 
     Returns:

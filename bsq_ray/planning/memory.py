@@ -56,7 +56,7 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
     # Muon has one moment per element of its matrices; it is not combined with ZeRO.
     state["optimizer"] -= 4.0 * num_muon_elements(run)
     weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
-    # Only the engine whose backward pass is running has buckets.
+    # Only one engine at a time has buckets.
     buckets = _bucket_bytes(max(sample.parameters.values()), engine, workers)
     ema = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0
     activations = micro_batch * max(sample.activations)
@@ -89,7 +89,8 @@ def _bucket_bytes(parameters: int, engine: config.EngineConfig, workers: int) ->
     """Return the memory of the copies of gradients that one engine of P parameters sends, bytes.
 
     A bucket replaces the gradients that it was copied from. Data parallelism needs the copy of one bucket. ZeRO-1 and
-    ZeRO-2 need all buckets until DeepSpeed has copied the gradients to its own buffer of their size.
+    ZeRO-2 keep all buckets until their averages are in DeepSpeed's buffer, which has the size of the gradients. It is
+    allocated after the backward pass but counted beside the activations, so their plan is an upper bound.
     """
     if engine.kind == "ddp":
         return 4.0 * min(parameters, _BUCKET_ELEMENTS) if workers > 1 else 0.0

@@ -82,8 +82,8 @@ def test_encoder_allows_for_the_error_of_its_model(factor):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
-def test_tolerance_is_eight_times_the_error_of_every_fourth_tile(batch_size):
-    """Whatever the batch size, in which other tiles would be the fourth ones."""
+def test_tolerance_is_eight_times_the_error_of_every_fifth_tile(batch_size):
+    """Whatever the batch size, in which other tiles would be the fifth ones."""
     prior, bits_BNL = sharp_prior(3e3), random_bits(16)
     exact_prior = copy.deepcopy(prior).double()
     sub_tokens_BNS = bits_to_integers(bits_BNL, 5)
@@ -92,9 +92,9 @@ def test_tolerance_is_eight_times_the_error_of_every_fourth_tile(batch_size):
         exact, rounded = (model(sub_tokens_BNS).gather(-1, nodes_BNSk).double() for model in (exact_prior, prior))
     errors_B = (exact - rounded).abs().amax((1, 2, 3))
     data = TokenEncoder(prior, batch_size).encode(bits_BNL).data
-    method = choose_method(2 * float(errors_B[::4].max()), MAX_TOLERANCE_EXPONENT)
+    method = choose_method(2 * float(errors_B[::5].max()), MAX_TOLERANCE_EXPONENT)
     assert GroupBitstream(data, 16, 16 * 16 * 10)._side_info.method == method
-    assert 8 * float(errors_B[::4].max()) <= tolerance_of_method(method) < 16 * float(errors_B[::4].max())
+    assert 8 * float(errors_B[::5].max()) <= tolerance_of_method(method) < 16 * float(errors_B[::5].max())
 
 
 def test_encoded_bytes_are_as_few_as_possible(codec):

@@ -20,7 +20,11 @@ from bsq_ray import Codec
 from bsq_ray.codec.entropy_coding import deterministic_fp32
 from bsq_ray.shipped_models.catalog import DEFAULT_CODEC
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the processor has no AVX-512"),
+]
 
 LIMITS = {
     "AVX-512": {},

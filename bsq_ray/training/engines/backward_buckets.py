@@ -60,7 +60,7 @@ class BackwardBuckets(ABC):
     Args:
         parameters: in the order of the forward pass; those that require gradients now are sent.
         communication_dtype: data type that is sent and summed. bf16 rounds each gradient once, and each partial sum
-            once per worker that adds to it. With fp32, gradients in fp64 are sent in fp64.
+            once per worker that adds to it.
         bucket_elements: number of elements that closes a bucket.
     """
 
@@ -97,10 +97,6 @@ class BackwardBuckets(ABC):
     @abstractmethod
     def _send(self, bucket: Bucket) -> None:
         """Copy the gradients of `bucket.sent` to `bucket.flat`, release them, and start `bucket.works`."""
-
-    def _convert(self, flat: Tensor) -> Tensor:
-        is_fp64 = flat.dtype == torch.float64 and self._communication_dtype == torch.float32
-        return flat if is_fp64 else flat.to(self._communication_dtype)
 
     @torch.no_grad()
     def _summed_buckets(self) -> Iterator[Bucket]:

@@ -31,7 +31,7 @@ class GradientBuckets(BackwardBuckets):
         """Average the remaining gradients and set all averages; parameters without a gradient stay without."""
         for bucket in self._summed_buckets():
             assert bucket.flat is not None
-            flat = bucket.flat.to(bucket.sent[0].dtype)
+            flat = bucket.flat if bucket.flat.dtype == torch.float64 else bucket.flat.float()
             flat /= num_workers()
             parts = flat.split([align(parameter.numel(), _ALIGNED_ELEMENTS) for parameter in bucket.sent])
             for parameter, part in zip(bucket.sent, parts, strict=True):
@@ -45,7 +45,10 @@ class GradientBuckets(BackwardBuckets):
             parts += [parameter.grad.reshape(-1), parameter.grad.new_zeros(padding)]
             # The bucket has the only copy until `finish`.
             parameter.grad = None
-        bucket.flat = self._convert(torch.cat(parts))
+        flat = torch.cat(parts)
+        # Models in fp64, which only comparisons train, keep their precision.
+        is_fp64 = flat.dtype == torch.float64 and self._communication_dtype == torch.float32
+        bucket.flat = flat if is_fp64 else flat.to(self._communication_dtype)
         work = dist.all_reduce(bucket.flat, async_op=True)
         assert work is not None
         bucket.works = [work]

@@ -1,4 +1,4 @@
-"""Averages of gradients on the worker that optimizes with them, by one reduction per bucket and owner.
+"""Average gradients on the worker that owns their optimizer state, by one reduction per bucket and owner.
 
     bucket:         │ slices of owner 1     │ slices of owner 2 │
                       reduce to worker 1      reduce to worker 2
@@ -68,7 +68,7 @@ class PartitionBuckets(BackwardBuckets):
                 assert parameter.grad is not None
                 parts.append(parameter.grad.reshape(-1)[part.start : part.stop])
             parts.append(parts[-1].new_zeros(sizes[-1] - size))
-        bucket.flat = self._convert(torch.cat(parts))
+        bucket.flat = torch.cat(parts).to(self._communication_dtype)
         for parameter in bucket.sent:
             # DeepSpeed expects a gradient and uses only the slice that is replaced by its average, so NaN takes one
             # element of memory and would reveal any other use.
@@ -84,8 +84,7 @@ class PartitionBuckets(BackwardBuckets):
         for parameter in parameters:
             for part in self._slices[parameter]:
                 by_owner.setdefault(part.owner, []).append((parameter, part))
-        # A reduction passes around the ring from the worker after its owner to the owner. So the next one in ascending
-        # order starts where this one has passed first, and in descending order where it ends.
+        # Ascending, so that a reduction around the ring starts at a worker that the one before has passed first.
         return dict(sorted(by_owner.items()))
 
 
