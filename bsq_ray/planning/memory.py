@@ -90,7 +90,7 @@ def _bucket_bytes(parameters: int, engine: config.EngineConfig, workers: int) ->
 
     A bucket replaces the gradients that it was copied from. Data parallelism needs the copy of one bucket. ZeRO-1 and
     ZeRO-2 keep all buckets until their averages are in DeepSpeed's buffer, which has the size of the gradients. It is
-    allocated after the backward pass but counted beside the activations, so their plan is an upper bound.
+    allocated after the backward pass but counted together with the activations, so their plan is an upper bound.
     """
     if engine.kind == "ddp":
         return 4.0 * min(parameters, _BUCKET_ELEMENTS) if workers > 1 else 0.0
