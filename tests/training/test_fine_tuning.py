@@ -12,7 +12,7 @@ _MAX_INCREASE = 1.1
 # Small crops and batches, so that a step takes a second on two cores. The learning rates, which scale with the batch,
 # are those of the preset, and are reached early.
 _SMALL = ["model.image_size=64", "training.batch_size=8", "training.steps=100", "training.eval_every=10"]
-_SMALL += ["training.optimizer.base_learning_rate=6.4e-3", "training.optimizer.muon.base_learning_rate=1.92e-2"]
+_SMALL += ["training.optimizer.base_learning_rate=3.2e-3", "training.optimizer.muon.base_learning_rate=9.6e-3"]
 _SMALL += ["training.schedule.warmup_steps=20"]
 
 
