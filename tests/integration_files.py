@@ -4,6 +4,7 @@
 INTEGRATION = (
     "codec/test_files.py",
     "codec/test_image_codec.py",
+    "codec/test_plane_damage.py",
     "codec/test_trained.py",
     "codec/test_video_codec.py",
     "data/test_batch_mixture.py",
