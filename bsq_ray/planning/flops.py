@@ -18,7 +18,7 @@ from bsq_ray.planning.layer_costs import (
 )
 
 # As in models/layers/local_attention.py: the largest grid that is computed as a whole, and the side of a block.
-MAX_DENSE_TOKENS, LOCAL_BLOCK = 256, 8
+_MAX_DENSE_TOKENS, _LOCAL_BLOCK = 256, 8
 
 
 def blocks_flops(transformer: config.TransformerConfig, tokens: int, pairs: int) -> int:
@@ -41,9 +41,9 @@ def attention_pairs(model: config.TokenizerModelConfig) -> int:
     of many tokens in blocks of 8 x 8 queries, each with the keys at most `attention_radius` rows and columns away.
     """
     frame_tokens, radius = model.grid_size**2, model.attention_radius
-    if radius is not None and frame_tokens > MAX_DENSE_TOKENS and model.grid_size > radius + 1:
-        num_blocks = (-(-model.grid_size // LOCAL_BLOCK)) ** 2
-        return num_blocks * LOCAL_BLOCK**2 * (LOCAL_BLOCK + 2 * radius) ** 2
+    if radius is not None and frame_tokens > _MAX_DENSE_TOKENS and model.grid_size > radius + 1:
+        num_blocks = (-(-model.grid_size // _LOCAL_BLOCK)) ** 2
+        return num_blocks * _LOCAL_BLOCK**2 * (_LOCAL_BLOCK + 2 * radius) ** 2
     if model.causal:
         return frame_tokens**2 * model.frames * (model.frames + 1) // 2
     return (model.frames * frame_tokens) ** 2

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from damaged_files import corrupt_bytes
 from small_codecs import save_nested_tokenizer
-from test_damage import corrupt_bytes
 
 from bsq_ray import Codec
 from bsq_ray.codec.container import read_container

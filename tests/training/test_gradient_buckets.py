@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from gradient_memory import GradientMemory
 from process_group import spawn_group
 from torch import nn
 
@@ -92,28 +93,19 @@ def average_once(rank, world_size, communication_dtype):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     buckets = GradientBuckets(model.parameters(), communication_dtype, bucket_elements=64 * 65)
-    peak_bytes = 0
-
-    def observe(*_):
-        nonlocal peak_bytes
-        tensors = [*(bucket.flat for bucket in buckets._buckets), *(value.grad for value in model.parameters())]
-        storages = [value.untyped_storage() for value in tensors if value is not None]
-        peak_bytes = max(peak_bytes, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
-
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(observe)
+    memory = GradientMemory(model, buckets)
     torch.manual_seed(1 + rank)
     inputs = torch.randn(5, 64)
     buckets.start()
     model(inputs).square().sum().backward()
     buckets.finish()
-    observe()
+    memory.observe()
     averaged = gradients(model)
     num_storages = len({value.grad.untyped_storage().data_ptr() for value in model.parameters()})
     alone = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     alone.load_state_dict(model.state_dict())
     alone(inputs).square().sum().backward()
-    return averaged, gradients(alone), peak_bytes, num_storages
+    return averaged, gradients(alone), memory.peak_bytes, num_storages
 
 
 def test_gradient_buckets_replace_their_gradients():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from gradient_memory import GradientMemory
 from process_group import spawn_group
 from torch import nn
 
@@ -171,26 +172,17 @@ def largest_copies(num_workers, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
     buckets = PartitionBuckets(equal_partitions(model.parameters(), num_workers), dtype, bucket_elements=64 * 65)
-    peak_bytes = 0
-
-    def observe(*_):
-        nonlocal peak_bytes
-        tensors = [*(bucket.flat for bucket in buckets._buckets), *(value.grad for value in model.parameters())]
-        storages = [value.untyped_storage() for value in tensors if value is not None]
-        peak_bytes = max(peak_bytes, sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
-
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(observe)
+    memory = GradientMemory(model, buckets)
     buckets.start()
     model(torch.randn(5, 64)).square().sum().backward()
     for _ in buckets.averages():
         pass
     assert all(bucket.flat is None for bucket in buckets._buckets)
-    return sum(4 * value.numel() for value in model.parameters()), peak_bytes
+    return sum(4 * value.numel() for value in model.parameters()), memory.peak_bytes
 
 
 def test_partition_buckets_replace_their_gradients():
-    """While a backward pass runs, gradients and buckets never take more than all buckets and the largest gradient."""
+    """While a backward pass runs, gradients and buckets take at most all buckets and the largest gradient."""
     for by_dtype in spawn_group(2, largest_copies_by_dtype):
         for name, bytes_per_element in (("fp32", 4), ("bf16", 2)):
             gradient_bytes, peak_bytes = by_dtype[name]
