@@ -62,6 +62,7 @@ INTEGRATION = (
     "training/test_checkpoint.py",
     "training/test_control_sync.py",
     "training/test_damaged_samples.py",
+    "training/test_decoder_training.py",
     "training/test_elastic.py",
     "training/test_engine.py",
     "training/test_eval_loop.py",
