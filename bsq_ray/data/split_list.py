@@ -12,7 +12,7 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from bsq_ray import storage
@@ -37,6 +37,7 @@ def read_split_list(url: str, source: str, names: Collection[str], classes: tupl
         ValueError: a line selects no file of the folder, or contradicts the class numbers; the message names the line.
     """
     resolver = _NameResolver(names)
+    class_numbers = {name: number for number, name in enumerate(classes, 1)}
     selected: dict[str, None] = {}
     for line in read_lines(url):
         where = f"{url} line {line.number}"
@@ -51,7 +52,7 @@ def read_split_list(url: str, source: str, names: Collection[str], classes: tupl
                 f"{where}: the list puts this file into the folder {entry.prefix}, but that of line {prefix[1]} into "
                 f"{prefix[0]}, and {source} has neither; pack the folder that contains both"
             )
-        _check_class_number(where, entry, classes)
+        _check_class_number(where, entry, class_numbers)
         selected[entry.name] = None
     if not selected:
         raise ValueError(f"{url} lists no files")
@@ -63,11 +64,11 @@ def _presumed_name(text: str) -> str:
     return match["name"] if match and match["end"].isdecimal() else text
 
 
-def _check_class_number(where: str, entry: _Entry, classes: tuple[str, ...]) -> None:
+def _check_class_number(where: str, entry: _Entry, class_numbers: Mapping[str, int]) -> None:
     if not entry.class_number:
         return
     class_name = entry.name.split("/")[0] if "/" in entry.name else "all"
-    number = classes.index(class_name) + 1
+    number = class_numbers[class_name]
     if entry.class_number == class_name or entry.class_number == str(number):
         return
     if not re.fullmatch(r"[+-]?\d+", entry.class_number):
@@ -77,7 +78,7 @@ def _check_class_number(where: str, entry: _Entry, classes: tuple[str, ...]) -> 
         )
     raise ValueError(
         f"{where}: {printable(entry.name)} has the class number {entry.class_number}, but its class is number "
-        f"{number} of {len(classes)}, counted from 1; copy the list's {_CLASS_INDEX_FILE} next to it"
+        f"{number} of {len(class_numbers)}, counted from 1; copy the list's {_CLASS_INDEX_FILE} next to it"
     )
 
 
