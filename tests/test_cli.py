@@ -225,6 +225,19 @@ def test_cli_data_pack_inspect_and_info(run_cli, photo_folders, tmp_path):
     assert "error: shard-000000.tar does not match the manifest" in out
 
 
+@pytest.mark.parametrize(
+    ("preset", "training"),
+    [
+        ("demo", "configured for 1,000 steps of 16 samples, ddp, precision auto"),
+        ("demo-gan", "configured for 1,000 steps of 16 samples, deepspeed (ZeRO-1), precision auto"),
+    ],
+)
+def test_cli_info_describes_training_of_preset(run_cli, preset, training):
+    status, out, _ = run_cli("info", preset)
+    assert status == 0
+    assert training in out
+
+
 def test_cli_help_imports_no_heavy_packages():
     """The help output imports none of torch, Ray, DeepSpeed and NumPy."""
     started_at = time.monotonic()

@@ -87,6 +87,12 @@ def _format_run(run_config: config.AnyConfig) -> str:
             f"{token_model.num_sub_tokens} sub-tokens per token{classes}",
             f"Transformer {token_model.layers} x {token_model.width}",
         ]
-    engine = f"{training.engine.kind} (ZeRO {training.engine.zero_stage}), {training.engine.precision}"
-    lines.append(f"{training.steps} steps of {training.batch_size} samples, {engine}")
+    engine = training.engine.kind
+    if engine == "deepspeed":
+        engine += f" (ZeRO-{training.engine.zero_stage})"
+    # A run that is limited by time takes fewer steps.
+    lines.append(
+        f"configured for {training.steps:,} steps of {training.batch_size} samples, {engine}, "
+        f"precision {training.engine.precision}"
+    )
     return "\n".join([f"{run_config.name}: {run_config.description}", *lines])
