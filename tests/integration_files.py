@@ -74,6 +74,7 @@ INTEGRATION = (
     "training/test_partition_buckets.py",
     "training/test_published_steps.py",
     "training/test_ray_trainer.py",
+    "training/test_repartition.py",
     "training/test_resume.py",
     "training/test_step_counts.py",
     "training/test_training_on_clips.py",

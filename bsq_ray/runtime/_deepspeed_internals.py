@@ -36,17 +36,6 @@ def capture_checkpoint(engine: Any, folder: str, tag: str, on_save: Callable[[An
         engine.checkpoint_engine = original_engine
 
 
-def set_load_universal(engine: Any, enabled: bool) -> None:
-    """Choose whether the next `engine.load_checkpoint` reads the universal format.
-
-    Why: the number of workers that wrote a checkpoint is known only after the engine has been built.
-    Seen in: DeepSpeed 0.19.8, where the key `checkpoint.load_universal` is read only at initialization.
-    Public replacement: an argument of `load_checkpoint`.
-    Contract test: test_set_load_universal_changes_engine.
-    """
-    engine._config.load_universal_checkpoint = enabled
-
-
 def global_gradient_norm(engine: Any) -> Tensor:
     """Return the norm that ZeRO has just computed, infinite if a gradient is not finite; valid within its `step`.
 

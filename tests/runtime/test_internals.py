@@ -1,6 +1,8 @@
 """Contracts with private APIs of DeepSpeed and PyTorch; a new version that changes one fails here."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from process_group import spawn_group
 
 from bsq_ray.config import load_config
 from bsq_ray.runtime import _deepspeed_internals, _torch_internals
+from bsq_ray.runtime import _zero_checkpoint_internals as zero_checkpoint
 from bsq_ray.training.engines.engine import build_engine
+from bsq_ray.training.engines.repartition import part_size
 
 CPU = torch.device("cpu")
 
@@ -32,12 +36,6 @@ def test_capture_checkpoint_writes_no_state(engine, tmp_path):
     assert sum(path.endswith("model_states.pt") for path in states) == 1
     assert not list(tmp_path.rglob("*.pt"))
     assert engine._ds_engine.checkpoint_engine is original
-
-
-def test_set_load_universal_changes_engine(engine):
-    for enabled in (True, False):
-        _deepspeed_internals.set_load_universal(engine._ds_engine, enabled)
-        assert engine._ds_engine.load_universal_checkpoint() is enabled
 
 
 def test_disable_shared_memory_op_keeps_backend_without_op(engine):
@@ -88,6 +86,72 @@ def test_zero_optimizes_with_averages_of_own_slices():
         averages, expected = np.concatenate([first, second]), (own + own_of_other) / 2
         # Parameters start at multiples of four values.
         np.testing.assert_allclose(averages[averages != 0], expected[expected != 0], rtol=1e-6)
+
+
+def zero_files(rank, world_size):
+    """Return by stage the parameter groups, and this worker's flat tensors before and after replacing them in its file.
+
+    The file contains negated values, and is read again.
+    """
+    results = {}
+    for stage in (1, 2, 3):
+        training_config = load_config("demo-gan", [f"training.engine.zero_stage={stage}"]).training
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 7))
+        engine = build_engine(module, training_config, micro_batch=1, accumulation_steps=1, device=CPU)
+        engine.backward(engine(torch.ones(1, 5)).square().sum())
+        engine.step(1e-3)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {}
+            for name, write in engine.snapshot().items():
+                paths[Path(name).name] = Path(folder, Path(name).name)
+                write(paths[Path(name).name])
+            [path] = [path for name, path in paths.items() if name.endswith("optim_states.pt")]
+            state = zero_checkpoint.load_partition(path)
+            before = zero_checkpoint.flat_tensors(state)
+            negated = [{name: -value for name, value in group.items()} for group in before]
+            zero_checkpoint.replace_flat_tensors(state, negated)
+            torch.save(state, Path(folder, "replaced.pt"))
+            after = zero_checkpoint.flat_tensors(zero_checkpoint.load_partition(Path(folder, "replaced.pt")))
+            world_sizes = []
+            for name in paths:
+                if name.endswith("model_states.pt"):
+                    target = Path(folder, "weights.pt")
+                    zero_checkpoint.write_model_state(paths[name], target, 5)
+                    world_sizes.append(torch.load(target, weights_only=False)["dp_world_size"])
+            as_numpy = [[{k: v.numpy().copy() for k, v in group.items()} for group in part] for part in (before, after)]
+            results[stage] = zero_checkpoint.flat_groups(engine._ds_engine), *as_numpy, world_sizes
+    return results
+
+
+@pytest.fixture(scope="module")
+def zero_files_of_two():
+    return spawn_group(2, zero_files)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_flat_groups_describe_partitions_of_zero(zero_files_of_two, stage):
+    """A flat tensor has the size of the worker's parts of all segments; only padding of the weights is left out."""
+    groups = zero_files_of_two[0][stage][0]
+    assert [sum(group.segments) for group in groups] == [5 * 3 + 3 + 3 * 7 + 7]
+    assert len(groups[0].segments) == (4 if stage == 3 else 1)
+    expected = sum(part_size(segment, groups[0].alignment, 2) for segment in groups[0].segments)
+    for by_stage in zero_files_of_two:
+        [tensors] = by_stage[stage][1]
+        assert tensors.keys() == {"fp32 weights", "exp_avg", "exp_avg_sq"}
+        assert {tensors[name].shape for name in ("exp_avg", "exp_avg_sq")} == {(expected,)}
+        assert expected - groups[0].alignment * 2 * len(groups[0].segments) < len(tensors["fp32 weights"]) <= expected
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_flat_tensors_are_replaced_in_file(zero_files_of_two, stage):
+    """Values that are written to a file are those that are read from it, and so is the number of workers."""
+    for rank, by_stage in enumerate(zero_files_of_two):
+        _, [before], [after], world_sizes = by_stage[stage]
+        for name, values in before.items():
+            assert np.array_equal(after[name], -values), name
+            assert np.any(values != 0), name
+        assert world_sizes == ([5] if stage == 3 or rank == 0 else [])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,6 +1,6 @@
 """Resuming a run from its newest intact checkpoint.
 
-storage ──one worker per node──▶ local folder ──▶ (other world size: convert) ──▶ every worker restores
+storage ──one worker per node──▶ local folder ──▶ (other world size: repartition) ──▶ every worker restores
 
 A node downloads what its own workers load. A file that one node finds damaged makes all nodes skip the checkpoint.
 """
@@ -51,7 +51,7 @@ def resume_run(
         check_resumable(progress, spec.config, source, spec.out_url)
         same_world_size = progress.world == worker.world_size
         if not same_world_size and worker.rank == node.owner_rank:
-            train_state.to_universal(folder)
+            train_state.repartition(folder, node.ranks, progress.world)
         worker.barrier()
         train_state.restore(folder, same_world_size)
         return progress
@@ -70,7 +70,7 @@ def _download_newest(
     """
 
     def is_needed(progress: RunProgress, name: str) -> bool:
-        return train_state.loads_file(name, node.ranks if progress.world == worker.world_size else None)
+        return train_state.loads_file(name, node.ranks, progress.world)
 
     def download() -> tuple[RunProgress | None, dict[str, str]]:
         return load_checkpoint(out_url, node.path, is_needed, damaged)

@@ -44,24 +44,18 @@ class TrainState:
             files["ema.safetensors"] = safetensors_writer(self.ema.state_dict())
         return files
 
-    def loads_file(self, name: str, ranks: Collection[int] | None) -> bool:
-        """Return True if a worker of a node loads this file of a checkpoint.
-
-        Args:
-            ranks: ranks of the node's workers, or None if the checkpoint was written by another number of workers.
-        """
+    def loads_file(self, name: str, ranks: Collection[int], old_world_size: int) -> bool:
+        """Return True if the workers of these ranks load this file of a checkpoint of `old_world_size` workers."""
         if match := _RNG_FILE.fullmatch(name):
-            return ranks is not None and int(match[1]) in ranks
+            return old_world_size == self.worker.world_size and int(match[1]) in ranks
         engine_name, _, engine_file = name.partition("/")
-        if ranks is None or engine_name not in self.engines:
-            return True
-        rank = self.engines[engine_name].rank_of_file(engine_file)
-        return rank is None or rank in ranks
+        engine = self.engines.get(engine_name)
+        return engine is None or engine.loads_file(engine_file, ranks, old_world_size)
 
-    def to_universal(self, folder: Path) -> None:
-        """Convert a checkpoint for another number of workers, in place; one worker of a node calls it."""
+    def repartition(self, folder: Path, ranks: Collection[int], old_world_size: int) -> None:
+        """Convert a checkpoint of another number of workers for those of these ranks; one worker of a node calls it."""
         for name, engine in self.engines.items():
-            engine.to_universal(folder / name)
+            engine.repartition(folder / name, ranks, old_world_size)
 
     def restore(self, folder: Path, same_world_size: bool) -> None:
         """Load a checkpoint from a local folder; collective.
@@ -69,7 +63,7 @@ class TrainState:
         Random generators are restored only for the same number of workers.
 
         Args:
-            same_world_size: the checkpoint was written by as many workers; otherwise `to_universal` has run.
+            same_world_size: the checkpoint was written by as many workers; otherwise `repartition` has run.
         """
         for name, engine in self.engines.items():
             engine.load(folder / name, same_world_size)

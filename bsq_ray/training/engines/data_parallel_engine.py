@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class DataParallelEngine(Engine):
         state |= {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {"state.pt": torch_save_writer(state)}
 
-    def to_universal(self, folder: Path) -> None:
+    def repartition(self, folder: Path, ranks: Collection[int], old_world_size: int) -> None:
         """Do nothing: the state does not depend on the number of workers."""
 
     def load(self, folder: Path, same_world_size: bool) -> None:

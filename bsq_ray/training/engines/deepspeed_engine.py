@@ -6,10 +6,9 @@ import atexit
 import logging
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,20 @@ from torch import Tensor, nn
 
 from bsq_ray import config
 from bsq_ray.runtime import _deepspeed_internals as internals
+from bsq_ray.runtime import _zero_checkpoint_internals as zero_checkpoint
 from bsq_ray.runtime._torch_internals import skip_steps_if_set
 from bsq_ray.training.checkpoints.host_snapshot import FileWriters, safetensors_writer, torch_save_writer
 from bsq_ray.training.engines.backward_buckets import BUCKET_ELEMENTS
 from bsq_ray.training.engines.engine import COMMUNICATION_DTYPES, Engine, gradient_norm
 from bsq_ray.training.engines.partition_buckets import PartitionBuckets
+from bsq_ray.training.engines.repartition import repartition, source_ranks
 
 # Optimizer states of ZeRO, and weights of ZeRO-3.
 _PARTITION_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_")
+# Weights of ZeRO-3, of one worker, and those of the other stages.
+_MODEL_FILE, _SHARED_MODEL_FILE = "zero_pp_rank_{}_mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt"
+# Folders of an engine's files: as written, and for another number of workers.
+_WRITTEN, _REPARTITIONED = "state", "repartitioned"
 # Parameters that are not trained, in a checkpoint.
 _FROZEN_FILE = "frozen.safetensors"
 
@@ -97,6 +102,7 @@ class DeepSpeedEngine(Engine):
         self._grad_norm = torch.zeros((), device=device)
         internals.keep_gradient_norm_on_device()
         optimizer.register_step_pre_hook(self._skip_if_nonfinite)
+        self._cached_source_ranks: dict[tuple[int, ...], set[int]] = {}
         self._frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
         self._ds_engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
         slices: dict[nn.Parameter, list[internals.PartitionSlice]] = {}
@@ -161,32 +167,69 @@ class DeepSpeedEngine(Engine):
             def capture(state: Any, path: str) -> None:
                 files[Path(path).relative_to(scratch).as_posix()] = torch_save_writer(state)
 
-            internals.capture_checkpoint(self._ds_engine, scratch, "state", capture)
+            internals.capture_checkpoint(self._ds_engine, scratch, _WRITTEN, capture)
         if self._frozen:
             with self._gathered(list(self._frozen.values())):
                 if dist.get_rank() == 0:
                     files[_FROZEN_FILE] = safetensors_writer({**self._frozen})
         return files
 
-    def rank_of_file(self, name: str) -> int | None:
+    def loads_file(self, name: str, ranks: Collection[int], old_world_size: int) -> bool:
         match = _PARTITION_FILE.search(name)
-        return int(match[1]) if match else None
+        return match is None or int(match[1]) in self._source_ranks(ranks, old_world_size)
 
-    def to_universal(self, folder: Path) -> None:
-        if self._zero_stage > 0:
-            _convert_to_universal(folder / "state", folder / "universal")
+    def _source_ranks(self, ranks: Collection[int], old_world_size: int) -> set[int]:
+        """Return the ranks whose files of a checkpoint these ranks load."""
+        world_size = dist.get_world_size()
+        if old_world_size == world_size:
+            return set(ranks)
+        key = (*ranks, old_world_size)
+        if key not in self._cached_source_ranks:
+            groups = zero_checkpoint.flat_groups(self._ds_engine)
+            sources = [source_ranks(groups, rank, old_world_size, world_size) for rank in ranks]
+            self._cached_source_ranks[key] = set().union(*sources)
+        return self._cached_source_ranks[key]
+
+    def repartition(self, folder: Path, ranks: Collection[int], old_world_size: int) -> None:
+        if self._zero_stage == 0:
+            return
+        groups = zero_checkpoint.flat_groups(self._ds_engine)
+        world_size = dist.get_world_size()
+        source, target = folder / _WRITTEN, folder / _REPARTITIONED
+        target.mkdir()
+        for rank in ranks:
+            old_ranks = sorted(source_ranks(groups, rank, old_world_size, world_size))
+            states = {old: zero_checkpoint.load_partition(_optimizer_file(source, old)) for old in old_ranks}
+            tensors = {old: zero_checkpoint.flat_tensors(state) for old, state in states.items()}
+            state = states[old_ranks[0]]
+            zero_checkpoint.replace_flat_tensors(
+                state,
+                [
+                    repartition(
+                        group, rank, old_world_size, world_size, {old: tensors[old][index] for old in old_ranks}
+                    )
+                    for index, group in enumerate(groups)
+                ],
+            )
+            old_name = _optimizer_file(source, old_ranks[0]).name
+            torch.save(state, target / _PARTITION_FILE.sub(f"zero_pp_rank_{rank}_mp_rank_", old_name))
+            if self._zero_stage == 3:
+                old_name = _MODEL_FILE.format(old_ranks[0])
+                zero_checkpoint.write_model_state(source / old_name, target / _MODEL_FILE.format(rank), world_size)
+        if self._zero_stage < 3:
+            zero_checkpoint.write_model_state(source / _SHARED_MODEL_FILE, target / _SHARED_MODEL_FILE, world_size)
 
     def load(self, folder: Path, same_world_size: bool) -> None:
-        use_universal = not same_world_size and self._zero_stage > 0
-        internals.set_load_universal(self._ds_engine, use_universal)
-        path, _ = self._ds_engine.load_checkpoint(str(folder), tag="universal" if use_universal else "state")
+        is_repartitioned = not same_world_size and self._zero_stage > 0
+        tag = _REPARTITIONED if is_repartitioned else _WRITTEN
+        path, _ = self._ds_engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise RuntimeError(f"DeepSpeed could not load the checkpoint in {folder}")
-        if use_universal and self._frozen:
+        if is_repartitioned and self._frozen:
             self._load_frozen(folder)
 
     def _load_frozen(self, folder: Path) -> None:
-        """Load the frozen parameters, which the universal format does not contain."""
+        """Load the frozen parameters, which repartitioned files do not contain."""
         tensors = safetensors.torch.load_file(folder / _FROZEN_FILE)
         with self._gathered(list(self._frozen.values()), modify=True), torch.no_grad():
             for name, parameter in self._frozen.items():
@@ -263,15 +306,7 @@ def _select_accelerator(device: torch.device) -> None:
         )
 
 
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """Convert a ZeRO checkpoint to DeepSpeed's universal format, in a subprocess.
-
-    Raises:
-        RuntimeError: the conversion failed; the message ends with its stderr.
-    """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target), "--num_extract_workers", "1"]
-    command += ["--num_merge_workers", "1"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RuntimeError(f"the checkpoint cannot be converted for another number of workers: {process.stderr[-500:]}")
+def _optimizer_file(folder: Path, rank: int) -> Path:
+    """Return a worker's file of optimizer states, whose name has a prefix that depends on the precision."""
+    [path] = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt")
+    return path

@@ -13,7 +13,7 @@ A stage has one engine per module that it optimizes. Two engines in one process 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,25 @@ class Engine(ABC):
     def snapshot(self) -> FileWriters:
         """Copy this worker's part of the state to host memory; collective."""
 
-    def rank_of_file(self, name: str) -> int | None:
-        """Return the only rank that loads this file of `snapshot`, if as many workers load it; None: all of them."""
-        return None
+    def loads_file(self, name: str, ranks: Collection[int], old_world_size: int) -> bool:
+        """Return True if the workers of these ranks load this file of a `snapshot` of `old_world_size` workers."""
+        return True
 
     @abstractmethod
-    def to_universal(self, folder: Path) -> None:
-        """Convert a checkpoint so that another number of workers can load it; one worker of a node calls it."""
+    def repartition(self, folder: Path, ranks: Collection[int], old_world_size: int) -> None:
+        """Convert a checkpoint of another number of workers for those of these ranks; one worker of a node calls it.
+
+        Args:
+            folder: local folder with the files that `loads_file` selects.
+        """
 
     @abstractmethod
     def load(self, folder: Path, same_world_size: bool) -> None:
         """Load the files of `snapshot`; collective.
 
         Args:
-            folder: local folder with the files of all workers.
-            same_world_size: the checkpoint was written by as many workers; otherwise `to_universal` has run.
+            folder: local folder with the files that `loads_file` selects.
+            same_world_size: the checkpoint was written by as many workers; otherwise `repartition` has run.
         """
 
     @contextmanager
