@@ -27,6 +27,7 @@ _LEFTOVER_FOLDERS = (
 )  # fmt: skip
 _LEFTOVER_FILES = (
     "._*", ".ds_store", "thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini",
+    "*:zone.identifier",
     "icon\r", ".localized", ".directory", ".nomedia", ".picasa.ini", "picasa.ini", ".bridgecache*",
     ".gitignore", ".gitattributes", ".gitkeep", ".gitmodules", ".keep", ".dropbox", ".dropbox.attr",
     "*~", "~$*", ".~*", "*.swp", "*.swo", "*.tmp", "*.temp", "*.bak", "*.part", "*.partial", "*.filepart",
@@ -169,6 +170,9 @@ def _leftover_group(name: str) -> str:
         return "._*"
     if name.endswith("~"):
         return "*~"
+    if ":" in name:
+        # A stream of a Windows file, such as the note that it was downloaded.
+        return f"*:{name.rpartition(':')[2]}"
     suffix = posixpath.splitext(name)[1].lower()
     return f"*{suffix}" if f"*{suffix}" in _LEFTOVER_FILES else name
 

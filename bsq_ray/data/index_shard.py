@@ -20,7 +20,7 @@ from bsq_ray.data.sample_labels import (
 )
 from bsq_ray.data.shard_content import ShardContent
 from bsq_ray.data.shard_reader import check_shard
-from bsq_ray.data.tar_members import KeyUntil, Member, iter_members, split_member_name
+from bsq_ray.data.tar_members import KeyUntil, Member, describe_wrong_tar, iter_members, split_member_name
 from bsq_ray.media.decode_error import DecodeError
 from bsq_ray.media.images import IMAGE_SUFFIXES
 from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo, probe
@@ -93,7 +93,7 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
     try:
         members = list(iter_members(content))
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise ValueError(f"{url} is damaged: {error}") from error
+        raise ValueError(f"{url} {describe_wrong_tar(content, name) or f'is damaged: {error}'}") from error
     for member in members:
         parts = split_member_name(member.name, options.key_until)
         if member.reason:

@@ -11,6 +11,7 @@ labels ─all numbers below 65,536─▶ class n is number n
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from bsq_ray.data.folder_listing import printable
 from bsq_ray.data.split_list import class_lookup, read_class_list
-from bsq_ray.data.text_lines import decode_text
+from bsq_ray.data.text_lines import INVISIBLE_CHARACTERS, decode_text
 
 TEXT_LABEL_SUFFIXES = (".cls", ".class", ".label", ".target")
 JSON_SUFFIX = ".json"
@@ -35,7 +36,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]+(?:\.0*)?")
 Label = int | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleLabel:
     """A label, and the member that contains it, for messages."""
 
@@ -55,14 +56,14 @@ def parse_label(data: bytes, member: str) -> SampleLabel:
     """
     expected = "expected a class number from 0 or a class name"
     try:
-        text = decode_text(data).strip(" \t\r\n\v\f\ufeff\0")
+        text = decode_text(data).strip(INVISIBLE_CHARACTERS + "\r\n\0")
     except ValueError as error:
         raise ValueError(f"{member} is not text; {expected}") from error
     if not text:
         raise ValueError(f"{member} is empty; {expected}")
     if "\n" in text or len(text) > _MAX_LABEL_LEN:
         raise ValueError(f"{member} has more than one line or is too long; {expected}")
-    return SampleLabel(_number_or_text(text, member), member)
+    return SampleLabel(label_value(text, member), member)
 
 
 def parse_json_label(data: bytes, member: str, field: str | None) -> tuple[SampleLabel, str] | None:
@@ -116,15 +117,21 @@ def _format_fields(content: dict[str, Any]) -> str:
 def _single_value(value: Any, member: str, field: str) -> Label:
     if isinstance(value, list) and len(value) == 1:
         [value] = value
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)) or value == "":
+    is_label = isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not is_label or value == "":
         raise ValueError(
             f"{member}: the field {field} is {printable(json.dumps(value))[:60]}; expected a class number from 0 or a "
             "class name; choose the field with --label-field"
         )
-    return _number_or_text(str(value).strip(), member)
+    return label_value(str(value).strip(), member)
 
 
-def _number_or_text(text: str, member: str) -> Label:
+def label_value(text: str, member: str) -> Label:
+    """Return the label that a text is: a number, or the text itself.
+
+    Raises:
+        ValueError: the number is negative.
+    """
     if not _INTEGER.fullmatch(text):
         return text
     number = int(text.partition(".")[0])
@@ -166,7 +173,7 @@ def number_classes(labels: Sequence[SampleLabel], class_list: str | None) -> Cla
         raise ValueError(
             f"{numbers[0].member} is the number {numbers[0].value}, but {name.member} is "
             f"'{printable(str(name.value))}'; "
-            "use numbers or names for all samples, or give a list of the classes with --class-list"
+            "use numbers or names for all samples, or map both to classes with `data index --class-list`"
         )
     largest = max((int(label.value) for label in numbers), default=-1)
     if numbers and largest < _MAX_CLASSES:
@@ -174,7 +181,8 @@ def number_classes(labels: Sequence[SampleLabel], class_list: str | None) -> Cla
     values: list[Label] = sorted({label.value for label in labels})
     index_of = {value: index for index, value in enumerate(values)}
     kind = "numbers" if numbers else "names"
-    rule = f"the labels are {kind} from {values[0]} to {values[-1]}; their classes are in ascending order"
+    first, last = printable(str(values[0])), printable(str(values[-1]))
+    rule = f"the labels are {kind} from {first} to {last}; their classes are in ascending order"
     return Classes(tuple(map(str, values)), [index_of[label.value] for label in labels], rule)
 
 

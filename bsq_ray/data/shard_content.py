@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from bsq_ray import storage
 
@@ -36,6 +36,10 @@ class ShardContent:
         self.file.seek(offset)
         return self.file.read(num_bytes)
 
+    def part(self, offset: int, num_bytes: int) -> ShardContent:
+        """Return a part of the content, such as a tar inside of a tar."""
+        return ShardContent(io.BufferedReader(_PartFile(self.file, offset, num_bytes)), num_bytes)
+
     def find_nonzero(self, offset: int) -> int | None:
         """Return the position of the first byte from `offset` on that is not zero; None if there is none."""
         while block := self.read(offset, _BLOCK_BYTES):
@@ -43,6 +47,34 @@ class ShardContent:
                 return offset + len(block) - len(stripped)
             offset += len(block)
         return None
+
+
+class _PartFile(io.RawIOBase):
+    """A range of a seekable file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, num_bytes: int) -> None:
+        self._file, self._start, self._num_bytes, self._position = file, start, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._num_bytes - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def content_of(data: bytes) -> ShardContent:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from bsq_ray.data.folder_listing import leftover_name
 from bsq_ray.data.shard_content import ShardContent
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 KeyUntil = Literal["first-dot", "last-dot"]
 """The end of a member's key: the first dot of its base name, as in the package `webdataset`, or the last one."""
@@ -30,12 +31,19 @@ _MAGIC_BYTES = (
     (b"\xfd7zXZ\x00", "xz", "xz -dc {} > {}.tar"),
     (b"]\x00\x00", "lzma", "xz -dc {} > {}.tar"),
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc {} > {}.tar"),
+    # A skippable frame, with which pzstd starts.
+    (b"\x50\x2a\x4d\x18", "zstd", "zstd -dc {} > {}.tar"),
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc {} > {}.tar"),
+    (b"\x02\x21\x4c\x18", "lz4", "lz4 -dc {} > {}.tar"),
+    (b"LZIP", "lzip", "lzip -dc {} > {}.tar"),
+    (b"\x89LZO", "lzop", "lzop -dc {} > {}.tar"),
+    (b"\xff\x06\x00\x00sNaPpY", "snappy", "snzip -dc {} > {}.tar"),
     (b"PK\x03\x04", "zip", "unzip {}"),
     (b"7z\xbc\xaf\x27\x1c", "7-Zip", "7z x {}"),
     (b"Rar!", "RAR", "unrar x {}"),
 )
 _MAX_LINKS = 40
+_HEAD_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,13 @@ def compressed_format(head: bytes, name: str) -> str | None:
             output += "-unpacked" if f"{output}{TAR_SUFFIX}" == name else ""
             return f"compressed with {format_name}; unpack it: {command.format(name, output)}"
     return None
+
+
+def describe_wrong_tar(content: ShardContent, name: str) -> str:
+    """Return a predicate such as "is a Git LFS pointer; …" for a file that cannot be read as a tar, or ""."""
+    head = content.read(0, _HEAD_BYTES)
+    compression = compressed_format(head, name)
+    return f"is not a plain tar file: it is {compression}" if compression else describe_wrong_binary(head)
 
 
 def split_member_name(name: str, key_until: KeyUntil) -> tuple[str, str] | None:
@@ -109,7 +124,8 @@ def iter_members(content: ShardContent) -> Iterator[Member]:
     Raises:
         tarfile.TarError, EOFError, ValueError: the tar is damaged or truncated.
     """
-    entries = [entry for entry in _read_entries(content) if not entry.isdir()]
+    all_entries, rest = _read_entries(content)
+    entries = [entry for entry in all_entries if not entry.isdir()]
     # As when a tar is unpacked, the last of several entries with one name counts as the target of a link.
     by_name = {normal_name(entry.name): entry for entry in entries}
     for entry in entries:
@@ -128,21 +144,29 @@ def iter_members(content: ShardContent) -> Iterator[Member]:
             raise EOFError(f"it ends inside {name}")
         else:
             yield Member(name, target.offset_data, target.size)
+    if rest is not None:
+        yield Member(f"byte {rest}", reason="parts behind the end of the tar that are no tar")
 
 
-def _read_entries(content: ShardContent) -> list[tarfile.TarInfo]:
-    """Return the headers of a tar, and of tars that were appended to it with `cat`."""
+def _read_entries(content: ShardContent) -> tuple[list[tarfile.TarInfo], int | None]:
+    """Return the headers of a tar, and of tars that were appended to it with `cat`; and where other content follows."""
     entries = list[tarfile.TarInfo]()
-    content.file.seek(0)
+    start = 0
     while True:
+        content.file.seek(start)
         with tarfile.open(fileobj=content.file, mode="r:") as tar:
             entries += tar
             end = tar.offset
         # Zeros end a tar.
         next_tar = content.find_nonzero(end)
         if next_tar is None:
-            return entries
-        content.file.seek(next_tar // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE)
+            return entries, None
+        if next_tar < end + tarfile.BLOCKSIZE and end > start:
+            raise tarfile.ReadError(f"the header at byte {end} is invalid")
+        if end == start:
+            # `tarfile` reports an invalid header only at the start of a file.
+            return entries, next_tar
+        start = next_tar // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
 
 
 def _follow_links(entry: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | str:

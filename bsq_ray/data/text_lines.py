@@ -18,6 +18,8 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+# White space, marks, and the end-of-file character of DOS, which editors and shells leave at the ends of a text.
+INVISIBLE_CHARACTERS = " \t\v\f\ufeff\u00a0\u200b\x1a"
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ def decode_text(data: bytes) -> str:
     for mark, encoding in _BYTE_ORDER_MARKS:
         if data.startswith(mark):
             return _decode(data[len(mark) :], encoding)
-    if b"\0" in data:
+    # The end of a C string, or of a file that a power cut left unwritten.
+    content = data.rstrip(b"\0")
+    if b"\0" in content:
         # Text of Latin letters in UTF-16 has a zero in every second byte.
         return _decode(data, "utf-16-be" if data[:1] == b"\0" else "utf-16-le")
-    return data.decode("utf-8", "surrogateescape")
+    return content.decode("utf-8", "surrogateescape")
 
 
 def _decode(data: bytes, encoding: str) -> str:
@@ -77,5 +81,5 @@ def read_lines(url: str) -> list[TextLine]:
         raise ValueError(str(error) if url in str(error) else f"{url} is not a text file") from error
     # `splitlines` would also cut at characters that names may contain.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    numbered = (TextLine(number, line.strip(" \t\v\f\ufeff\u00a0")) for number, line in enumerate(lines, 1))
+    numbered = (TextLine(number, line.strip(INVISIBLE_CHARACTERS)) for number, line in enumerate(lines, 1))
     return [line for line in numbered if line.text]

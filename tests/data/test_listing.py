@@ -26,7 +26,7 @@ LEFTOVERS = [
     "System Volume Information/a.jpg", "#recycle/a.jpg", "@Recycle/a.jpg", ".@__thumb/a.jpg", "cats/.AppleDouble/a.jpg",
     ".cache/huggingface/a.jpg", ".svn/a.jpg", "cats/~$a.jpg", "cats/a.jpg.aria2", "cats/a.jpg.filepart",
     "THUMBS.DB", "__macosx/a.jpg", "cats/.nfs0001", "cats/Icon\r", "cats/.a.jpg.swp", "__pycache__/a.jpg",
-    "a.download/b.jpg", ".stversions/a.jpg", ".dvc/cache/a.jpg",
+    "a.download/b.jpg", ".stversions/a.jpg", ".dvc/cache/a.jpg", "cats/a.jpg:Zone.Identifier",
 ]  # fmt: skip
 DATA = [
     "a.jpg", "cats/a.jpg", ".a.jpg", "-a.jpg", "gits/a.jpg", "Thumbs/a.jpg", "part/a.jpg", "a~b.jpg", "cats/a.part.jpg",
@@ -210,6 +210,10 @@ LISTS = {
     "absolute": ("/data/UCF-101/Archery/a.avi\n/data/UCF-101/Archery/b c.avi", [0, 1]),
     "backslashes": ("Archery\\a.avi 1\nArchery\\b c.avi 1", [0, 1]),
     "drive": ("D:\\sets\\UCF-101\\Archery\\a.avi 1", [0]),
+    "marks and ends of other systems": (
+        "Archery/a.avi 1\r\n\u200bBowling/x,y.avi 2\r\n\ufeffArchery/b c.avi 1\r\n\x1a" + "\0" * 9,
+        [0, 5, 1],
+    ),
     "quotes": ("\"Archery/b c.avi\" 1\n'Archery/a.avi'", [1, 0]),
     "twice": ("Archery/a.avi\nArchery/a.avi 1\n./Archery/a.avi", [0]),
     "letters composed otherwise": (unicodedata.normalize("NFD", "Bowling/é.avi 2"), [3]),
