@@ -36,15 +36,34 @@ class IgnoredFiles:
         kind: "images" or "videos".
         other_suffixes: number of files of other types, by suffix.
         listing: leftovers of systems and tools, broken links, loops.
+        reasons: number of entries that are ignored for other reasons.
+        examples: an entry for each of these reasons.
     """
 
     kind: str
     other_suffixes: Counter[str] = field(default_factory=Counter)
     listing: FolderListing = field(default_factory=FolderListing)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Count an entry that is ignored for a reason."""
+        self.reasons[reason] += 1
+        self.examples.setdefault(reason, name)
+
+    def add(self, other: IgnoredFiles) -> None:
+        """Add the other suffixes and reasons of another part of the source."""
+        self.other_suffixes.update(other.other_suffixes)
+        self.reasons.update(other.reasons)
+        for reason, name in other.examples.items():
+            self.examples.setdefault(reason, name)
 
     def describe(self) -> list[str]:
         """Return a line for each kind of ignored entry, with counts and examples."""
         lines = [describe_other_files(self.other_suffixes, self.kind)] if self.other_suffixes else []
+        lines += [
+            f"{count} {reason}, such as {printable(self.examples[reason])}" for reason, count in self.reasons.items()
+        ]
         return lines + self.listing.describe()
 
 

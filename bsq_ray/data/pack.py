@@ -17,7 +17,8 @@ from bsq_ray import storage
 from bsq_ray.data.duplicate_report import find_near_duplicates
 from bsq_ray.data.file_list import IgnoredFiles, list_files
 from bsq_ray.data.manifest import MANIFEST_FILE, Manifest, read_manifest, write_manifest
-from bsq_ray.data.pack_containers import find_containers, label_names, list_containers, number_labels
+from bsq_ray.data.pack_containers import find_containers, list_containers
+from bsq_ray.data.pack_labels import label_names, number_labels
 from bsq_ray.data.pack_shard import EncodeFn, ShardPacker
 from bsq_ray.data.pack_source import FileSource, SourceFiles
 from bsq_ray.data.packing import new_packing
@@ -190,11 +191,13 @@ def _list_sources(
     source: str, kind: str, suffixes: tuple[str, ...], options: PackOptions
 ) -> tuple[SourceFiles, IgnoredFiles]:
     """Return the files of a folder, of tars or of Parquet files, and what else a folder contains."""
-    containers = find_containers(source) if kind == "images" else []
+    containers, ignored = find_containers(source) if kind == "images" else ([], IgnoredFiles(kind))
     if containers:
         if options.split_list is not None:
             raise ValueError("a split list names files of a folder; it cannot be used with tars or Parquet files")
-        return list_containers(containers, suffixes, options.label_file), IgnoredFiles(kind)
+        files, ignored_members = list_containers(containers, suffixes, options.label_file)
+        ignored.add(ignored_members)
+        return files, ignored
     listed = list_files(source, kind, suffixes, options.split_list)
     labels_F, classes = listed.labels_F, listed.classes
     if options.label_file is not None:

@@ -3,7 +3,7 @@
     ILSVRC2012_img_train.tar        a tar per class: the name of the inner tar is the class
     ILSVRC2012_img_val.tar          flat; a text file gives the class of each image
     train-00000-of-00294.parquet    column `image` with `bytes`, column `label`; class names in the metadata of the hub
-    shard-000000.tar                WebDataset: `{key}.jpg` with `{key}.cls`
+    shard-000000.tar                WebDataset: `{key}.jpg` with `{key}.cls` or `{key}.json`
 
 Only headers, labels and footers are read.
 """
@@ -12,60 +12,84 @@ from __future__ import annotations
 
 import json
 import posixpath
-import tarfile
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import IO
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
-from bsq_ray.data.file_list import encode_name
+from bsq_ray.data.file_list import IgnoredFiles
+from bsq_ray.data.folder_listing import count_suffixes, leftover_name
+from bsq_ray.data.pack_labels import number_labels, number_texts
 from bsq_ray.data.pack_source import SourceFiles
+from bsq_ray.data.pack_tars import list_tars
+from bsq_ray.data.sample_labels import SampleLabel
+from bsq_ray.data.tar_members import TAR_SUFFIX, is_tar_name
 from bsq_ray.media.images import IMAGE_SUFFIXES
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
-_CONTAINER_SUFFIXES = (".tar", ".parquet")
+_PARQUET_SUFFIX = ".parquet"
+_CONTAINER_SUFFIXES = (TAR_SUFFIX, _PARQUET_SUFFIX)
 _MAX_LIST_THREADS = 16
+_HEAD_BYTES = 2**16
 _LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "target")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 
 
-def find_containers(source: str) -> list[str]:
-    """Return the tars or Parquet files that a source names; none if it is a folder of files.
+def find_containers(source: str) -> tuple[list[str], IgnoredFiles]:
+    """Return the tars or Parquet files that a source names, and what lies next to them; none for a folder of files.
 
     Args:
         source: a tar or Parquet file, a pattern with `*`, or a folder that contains such files but neither images nor
-            subfolders.
+            subfolders. An existing file or folder is no pattern.
 
     Raises:
         ValueError: a pattern matches nothing, or there are tars and Parquet files.
     """
+    ignored = IgnoredFiles("images")
     fs, path = storage.filesystem(source)
     with storage.translate_errors(source, "read"):
-        if "*" in source:
-            paths = sorted(fs.glob(path))
+        if "*" in source and not fs.exists(path):
+            # Only `*` is a pattern; file systems would also expand `[` and `?`.
+            paths = sorted(fs.glob(re.sub(r"[\[?]", r"[\g<0>]", path)))
             if not paths:
                 raise ValueError(f"{source} matches no files")
         elif source.lower().endswith(_CONTAINER_SUFFIXES) and fs.isfile(path):
             paths = [path]
         elif not fs.isdir(path):
-            return []
+            return [], ignored
         else:
-            entries = [
-                each for each in fs.ls(path, detail=True) if not posixpath.basename(each["name"]).startswith(".")
-            ]
-            paths = sorted(each["name"] for each in entries if each["name"].lower().endswith(_CONTAINER_SUFFIXES))
-            if any(each["type"] == "directory" or each["name"].lower().endswith(IMAGE_SUFFIXES) for each in entries):
-                return []
+            paths = _containers_of_folder(fs.ls(path, detail=True), ignored)
     urls = [each if storage.is_local(source) else fs.unstrip_protocol(each) for each in paths]
     found = _container_names(urls, source)
     if len(found) < len(urls):
         other = next(url for url in urls if url not in found)
         raise ValueError(f"{source} matches {other}, which is neither a tar nor a Parquet file")
-    return found
+    return found, ignored
+
+
+def _containers_of_folder(entries: list[dict[str, Any]], ignored: IgnoredFiles) -> list[str]:
+    """Return the tars and Parquet files of a folder, none if it has images or subfolders; count its other entries."""
+    paths = []
+    for entry in sorted(entries, key=lambda entry: str(entry["name"])):
+        name = posixpath.basename(entry["name"].rstrip("/"))
+        is_folder = entry["type"] == "directory"
+        if leftover := leftover_name(f"{name}/" if is_folder else name):
+            ignored.listing.leftovers[leftover] += 1
+        elif is_folder or name.lower().endswith(IMAGE_SUFFIXES):
+            return []
+        elif name.lower().endswith(_CONTAINER_SUFFIXES):
+            paths.append(entry["name"])
+        elif is_tar_name(name):
+            ignored.leave_out("compressed tars, which are not read; unpack them first", name)
+        else:
+            ignored.other_suffixes.update(count_suffixes([name]))
+    return paths
 
 
 def _container_names(names: Sequence[str], source: str) -> list[str]:
@@ -76,141 +100,24 @@ def _container_names(names: Sequence[str], source: str) -> list[str]:
     return [name for found in by_suffix.values() for name in found]
 
 
-def list_containers(urls: list[str], suffixes: tuple[str, ...], label_file: str | None) -> SourceFiles:
-    """List the files in tars or Parquet files.
+def list_containers(
+    urls: list[str], suffixes: tuple[str, ...], label_file: str | None
+) -> tuple[SourceFiles, IgnoredFiles]:
+    """List the files in tars or Parquet files, and count what else the tars contain.
 
     Args:
         urls: all of one format.
         suffixes: lowercase suffixes of the files to list in tars.
-        label_file: see `read_label_file`; None takes the classes from the containers.
+        label_file: see `label_names`; None takes the classes from the containers.
 
     Raises:
         ValueError: a file is damaged, has no images, or only some images have a class.
     """
-    if urls[0].lower().endswith(".parquet"):
-        if label_file is not None:
-            raise ValueError("a label file is for tars and folders; Parquet files have a column of labels")
-        return _list_parquet(urls)
-    return _list_tars(urls, suffixes, label_file)
-
-
-@dataclass
-class _TarContent:
-    """Images and labels in a tar; the label of an image is in the file of the same key, or the name of its folder."""
-
-    names: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    class_files: dict[str, str] = field(default_factory=dict)
-
-
-def _list_tars(urls: list[str], suffixes: tuple[str, ...], label_file: str | None) -> SourceFiles:
-    with ThreadPoolExecutor(min(_MAX_LIST_THREADS, len(urls)), thread_name_prefix="list-tars") as pool:
-        contents = list(pool.map(lambda url: _list_tar(url, suffixes), urls))
-    if not any(content.names for content in contents):
-        raise ValueError(f"{urls[0]} contains no files with {', '.join(suffixes)}")
-    labels = [label for content in contents for label in _labels_of(content)]
+    if not urls[0].lower().endswith(_PARQUET_SUFFIX):
+        return list_tars(urls, suffixes, label_file)
     if label_file is not None:
-        labels = label_names(label_file, [name for content in contents for name in content.names])
-    missing = [label for label in labels if not label]
-    if missing and len(missing) < len(labels):
-        raise ValueError(f"{len(missing)} of {len(labels)} files in {urls[0]} and others have no class")
-    labels_F, classes = number_labels(labels)
-    return SourceFiles(
-        pa.array([encode_name(name) for content in contents for name in content.names], pa.large_binary()),
-        labels_F,
-        np.array([size for content in contents for size in content.sizes], np.int64),
-        classes,
-        tuple(urls),
-        np.repeat(np.arange(len(urls), dtype=np.int32), [len(content.names) for content in contents]),
-        np.array([offset for content in contents for offset in content.offsets], np.int64),
-    )
-
-
-def _list_tar(url: str, suffixes: tuple[str, ...]) -> _TarContent:
-    content = _TarContent()
-    try:
-        with storage.open_url(url) as file:
-            for member, folder, start in _iter_files(file):
-                base_name = posixpath.basename(member.name)
-                key, suffix = posixpath.splitext(member.name)
-                if base_name.startswith("."):
-                    continue
-                if suffix.lower() in suffixes:
-                    content.names.append(member.name)
-                    content.folders.append(folder or posixpath.basename(posixpath.dirname(member.name)))
-                    content.offsets.append(start + member.offset_data)
-                    content.sizes.append(member.size)
-                elif suffix == ".cls":
-                    file.seek(start + member.offset_data)
-                    content.class_files[key] = file.read(member.size).decode("utf-8", "replace").strip()
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{url} is not a readable tar: {error}") from error
-    return content
-
-
-def _iter_files(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
-    """Yield the files of a tar and of the tars in it: header, name of the inner tar, and its position."""
-    with tarfile.open(fileobj=file, mode="r:") as outer:
-        for member in outer:
-            if member.isreg() and member.name.lower().endswith(".tar"):
-                folder = posixpath.splitext(posixpath.basename(member.name))[0]
-                inner_file = outer.extractfile(member)
-                assert inner_file is not None
-                with tarfile.open(fileobj=inner_file, mode="r:") as inner:
-                    yield from ((each, folder, member.offset_data) for each in inner if each.isreg())
-            elif member.isreg():
-                yield member, "", 0
-
-
-def _labels_of(content: _TarContent) -> list[str]:
-    if not content.class_files:
-        return content.folders
-    return [content.class_files.get(posixpath.splitext(name)[0], "") for name in content.names]
-
-
-def number_labels(labels: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the class of each label, int32, and the names of the classes: numbers stay, names are sorted."""
-    names = set(labels)
-    if names == {""}:
-        return np.zeros(len(labels), np.int32), ("all",)
-    if all(name.isdecimal() for name in names):
-        return np.array(labels, np.int32), tuple(str(label) for label in range(max(map(int, names)) + 1))
-    number_of = {name: number for number, name in enumerate(sorted(names))}
-    return np.array([number_of[label] for label in labels], np.int32), tuple(number_of)
-
-
-def label_names(label_file: str, names: Sequence[str]) -> list[str]:
-    """Return the class of each file from a text file.
-
-    The text has a class per line, in the sorted order of the files; or a file name and its class per line, separated by
-    a space or comma, such as `LOC_val_solution.csv` of ImageNet.
-
-    Raises:
-        ValueError: the number of lines differs, a file has no line, or the classes are the numbers of the ILSVRC
-            development kit, which differ from those of sorted synsets.
-    """
-    lines = [line.replace(",", " ").split() for line in storage.read_text(label_file).splitlines() if line.strip()]
-    if lines and lines[0][0] == "ImageId":
-        lines = lines[1:]
-    if not lines:
-        raise ValueError(f"{label_file} is empty")
-    if all(len(words) == 1 for words in lines):
-        if all(words[0].isdecimal() for words in lines):
-            raise ValueError(
-                f"{label_file} has numbers ({lines[0][0]}, …), which do not name the classes of the training set; "
-                "use a list with a synset (such as n01440764) per line"
-            )
-        if len(lines) != len(names):
-            raise ValueError(f"{label_file} has {len(lines)} lines for {len(names)} files")
-        class_of = dict(zip(sorted(names), (words[0] for words in lines), strict=True))
-        return [class_of[name] for name in names]
-    by_stem = {posixpath.splitext(posixpath.basename(words[0]))[0]: words[1] for words in lines if len(words) > 1}
-    stems = [posixpath.splitext(posixpath.basename(name))[0] for name in names]
-    if unknown := [name for name, stem in zip(names, stems, strict=True) if stem not in by_stem]:
-        raise ValueError(f"{label_file} has no class for {len(unknown)} of {len(names)} files, such as {unknown[0]}")
-    return [by_stem[stem] for stem in stems]
+        raise ValueError("a label file is for tars and folders; Parquet files have a column of labels")
+    return _list_parquet(urls), IgnoredFiles("images")
 
 
 @dataclass(frozen=True)
@@ -255,26 +162,41 @@ def _parquet_labels(contents: list[_ParquetContent], urls: list[str]) -> tuple[n
     if len(columns) < len(contents) or any(column.null_count for column in columns):
         raise ValueError(f"some rows of {urls[0]} and others have no label")
     if pa.types.is_string(columns[0].type) or pa.types.is_large_string(columns[0].type):
-        return number_labels([label for column in columns for label in column.to_pylist()])
-    labels_F = np.concatenate([column.to_numpy(zero_copy_only=False) for column in columns]).astype(np.int32)
-    if labels_F.min() < 0:
-        raise ValueError(f"{urls[0]} has the label {labels_F.min()}, as published test sets have; labels start at 0")
-    class_names = contents[0].class_names or tuple(str(label) for label in range(labels_F.max() + 1))
-    if labels_F.max() >= len(class_names):
-        raise ValueError(f"{urls[0]} has the label {labels_F.max()}, but its metadata names {len(class_names)} classes")
-    return labels_F, class_names
+        return number_texts([label for column in columns for label in column.to_pylist()])
+    values_F = np.concatenate([_label_numbers(column, urls[0]) for column in columns])
+    if values_F.min() < 0:
+        raise ValueError(f"{urls[0]} has the label {values_F.min()}, as published test sets have; labels start at 0")
+    class_names = contents[0].class_names
+    if class_names and values_F.max() >= len(class_names):
+        raise ValueError(f"{urls[0]} has the label {values_F.max()}, but its metadata names {len(class_names)} classes")
+    if class_names:
+        return values_F.astype(np.int32), class_names
+    distinct, index_F = np.unique(values_F, return_inverse=True)
+    labels, classes = number_labels([SampleLabel(int(value), urls[0]) for value in distinct])
+    return labels[index_F], classes
+
+
+def _label_numbers(column: pa.Array, url: str) -> np.ndarray:
+    """Return the numbers of a column of labels, int64."""
+    try:
+        return column.cast(pa.int64()).to_numpy()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ValueError(f"{url} has labels of the type {column.type}; they must be whole numbers or texts") from error
 
 
 def _list_parquet_file(url: str) -> _ParquetContent:
+    head = b""
     try:
         with storage.open_url(url) as stream:
+            head = stream.read(_HEAD_BYTES)
             file = pq.ParquetFile(stream)
             schema, metadata = file.schema_arrow, file.metadata
             column = _image_column(schema, url)
             label_column = next((name for name in _LABEL_COLUMNS if name in schema.names), None)
             table = file.read([label_column], use_threads=False) if label_column else None
     except pa.ArrowException as error:
-        raise ValueError(f"{url} is not a readable Parquet file: {error}") from error
+        reason = describe_wrong_binary(head) or f"is not a readable Parquet file: {error}"
+        raise ValueError(f"{url} {reason}") from error
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     hub = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     class_names = tuple((hub.get(label_column) or {}).get("names") or ()) if label_column else ()
