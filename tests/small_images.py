@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
 
@@ -15,6 +16,16 @@ def encode(image, file_format, **options):
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
+
+
+def deviation(image, expected):
+    """Return the largest difference of two images, in levels."""
+    return np.abs(np.asarray(image, int) - np.asarray(expected, int)).max()
+
+
+def gray_values(image):
+    """Gray levels 0 to 255 of the image, float64 (H, W)."""
+    return np.asarray(image.convert("L"), float)
 
 
 def tiff(values, photometric=1):

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,8 +23,15 @@ from bsq_ray import storage
 from bsq_ray.media import png_metadata
 from bsq_ray.media.bit_depth import is_deep, to_eight_bits
 from bsq_ray.media.color_profiles import to_srgb_colors
-from bsq_ray.media.decode_error import DecodeError, TooLargeError, UnknownFormatError, translate_decode_errors
+from bsq_ray.media.decode_error import (
+    DecodeError,
+    TooLargeError,
+    UnknownFormatError,
+    error_text,
+    translate_decode_errors,
+)
 from bsq_ray.media.orientation import UPRIGHT, to_upright
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
@@ -55,7 +63,7 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        raise UnknownFormatError("not an image of a known format") from None
+        raise _open_error(data) from None
     except Image.DecompressionBombError:
         raise TooLargeError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
     if image.format in _ANIMATED_FORMATS and getattr(image, "n_frames", 1) > 1:
@@ -63,6 +71,25 @@ def open_image(data: bytes) -> Image.Image:
     if profile is not None:
         image.info["icc_profile"] = profile
     return image
+
+
+def _open_error(data: bytes) -> DecodeError:
+    """Return the reason why Pillow opens a file in none of the formats."""
+    for name in IMAGE_FORMATS:
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        is_format = False
+        try:
+            is_format = factory is not None and accepts is not None and accepts(data[:16]) is True
+            if is_format and factory is not None:
+                factory(io.BytesIO(data), "")
+        except Exception as error:
+            # What Pillow expects of a header that is too short is no explanation.
+            is_short = isinstance(error.__cause__ or error, (struct.error, IndexError))
+            reason = "a part of its header is missing" if is_short else error_text(error)
+            if is_format:
+                return DecodeError(f"the {name} file is damaged, or of a kind that is not read: {reason}")
+    description = describe_wrong_binary(data)
+    return UnknownFormatError(f"not an image of a known format{description and f': it {description}'}")
 
 
 @translate_decode_errors()

@@ -1,7 +1,8 @@
-"""Metadata of PNG files without the size limits of Pillow, which make images of generators and scanners unreadable.
+"""Metadata of PNG files without the limits of Pillow, which make images of generators, scanners and editors unreadable.
 
-Text is removed before Pillow sees it, except for small chunks that can contain the orientation. Color profiles are
-decompressed here, up to a limit.
+Chunks without pixels are removed before Pillow sees them, because their damage or size would make it reject the image.
+The exceptions are transparency, animation, and those that can contain the orientation. Color profiles are decompressed
+here, up to a limit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+# Ancillary chunks that Pillow reads: transparency, orientation, animation.
+_KEPT_CHUNKS = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+# Bit of the first letter of a type: the chunk can be ignored.
+_ANCILLARY_BIT = 0x20
 # Keywords of texts from which Pillow reads the orientation.
 _ORIENTATION_KEYWORDS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _MAX_TEXT_BYTES = 2**18
@@ -20,7 +25,7 @@ _CHUNK_BYTES = 12
 
 
 def separate_metadata(data: bytes) -> tuple[bytes, bytes | None]:
-    """Return a PNG file without text and color profile, and the color profile.
+    """Return a PNG file without text, color profile and other metadata, and the color profile.
 
     Args:
         data: content of a file that starts with `SIGNATURE`; damage is left for the decoder.
@@ -30,16 +35,25 @@ def separate_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     while position + _CHUNK_BYTES <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + _CHUNK_BYTES + length
-        if kind == b"iCCP" or kind in _TEXT_CHUNKS:
-            content = data[position + 8 : end - 4]
-            if kind == b"iCCP":
-                profile = _decompress_profile(content) or profile
-            if kind == b"iCCP" or not _can_have_orientation(kind, content):
-                kept.append(data[kept_from:position])
-                kept_from = end
+        if kind == b"iCCP":
+            profile = _decompress_profile(data[position + 8 : end - 4]) or profile
+        if kind[0] & _ANCILLARY_BIT and not _is_kept(kind, data[position:end]):
+            kept.append(data[kept_from:position])
+            kept_from = end
         position = end
     kept.append(data[kept_from:])
     return (data if len(kept) == 2 else b"".join(kept)), profile
+
+
+def _is_kept(kind: bytes, chunk: bytes) -> bool:
+    """Return True for a chunk that changes the pixels of display; a damaged orientation does not."""
+    if kind in _TEXT_CHUNKS:
+        return _can_have_orientation(kind, chunk[8:-4]) and _is_intact(chunk)
+    return kind in _KEPT_CHUNKS and (kind != b"eXIf" or _is_intact(chunk))
+
+
+def _is_intact(chunk: bytes) -> bool:
+    return len(chunk) >= _CHUNK_BYTES and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _can_have_orientation(kind: bytes, content: bytes) -> bool:

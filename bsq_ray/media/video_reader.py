@@ -26,6 +26,7 @@ from bsq_ray.media.decode_error import DecodeError, TooLargeError, error_text, t
 from bsq_ray.media.frame_display import display_rgb, display_size
 from bsq_ray.media.limits import MAX_PIXELS
 from bsq_ray.media.packet_scan import PacketScan, scan_packets
+from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +42,8 @@ _INTERVAL_TOLERANCE, _MAX_IRREGULAR_FRACTION = 0.5, 0.05
 _MAX_REORDERED_FRAMES = 32
 # A file with a smaller fraction of the frames it declares is truncated or damaged.
 _MIN_DECODED_FRACTION = 0.9
+# Bytes by which a file that is no video is recognized.
+_HEAD_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -299,11 +302,25 @@ def _open_container(
         # Titles and comments may have any encoding.
         container = av.open(file, format=container_format, options=options or {}, metadata_errors="replace")
     except Exception as error:
-        raise DecodeError(f"not a video of a known format ({ffmpeg_error_text(error)})") from error
+        description = describe_wrong_binary(_read_head(file))
+        reason = f"it {description}" if description else ffmpeg_error_text(error)
+        raise DecodeError(f"not a video of a known format ({reason})") from error
     if not container.streams.video:
         container.close()
         raise DecodeError("the file has no video stream")
     return container, container.streams.video[0]
+
+
+def _read_head(file: IO[bytes] | str) -> bytes:
+    """Return the first bytes of a file, or b"x" if they cannot be read again."""
+    try:
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                return opened.read(_HEAD_BYTES)
+        file.seek(0)
+        return file.read(_HEAD_BYTES)
+    except (OSError, ValueError):
+        return b"x"
 
 
 def decode_frames(container: Any, stream: Any, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:

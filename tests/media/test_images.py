@@ -2,12 +2,11 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
-from small_images import BROKEN_EXIF, encode, png_with_chunk, swapped_profile, tiff
+from PIL import Image, ImageCms
+from small_images import BROKEN_EXIF, deviation, encode, gray_values, swapped_profile, tiff
 
 from bsq_ray.data.transcode import reencode_image
 from bsq_ray.data.transforms import eval_transform
@@ -24,10 +23,6 @@ def photo(photos):
 def small(photos):
     """Photo of 48 x 32 pixels."""
     return photos[0].resize((48, 32))
-
-
-def deviation(image, expected):
-    return np.abs(np.asarray(image, int) - np.asarray(expected, int)).max()
 
 
 # --- orientation
@@ -65,11 +60,6 @@ def test_decode_image_ignores_broken_exif(small, file_format, exif):
 
 def as_mode(mode):
     return lambda image: encode(image.convert(mode), "TIFF")
-
-
-def gray_values(image):
-    """Gray levels 0 to 255 of the image, float64 (H, W)."""
-    return np.asarray(image.convert("L"), float)
 
 
 def deep_png(image):
@@ -290,41 +280,6 @@ def test_reencode_image_mpo_stays_a_jpeg(small):
     assert reencode_image(data, "jpg", 24).suffix == "jpg"
 
 
-# --- metadata of PNG files
-
-
-def text_chunk(kind, keyword, text):
-    compressed = zlib.compress(text)
-    content = {b"tEXt": b"\0" + text, b"zTXt": b"\0\0" + compressed, b"iTXt": b"\0\1\0\0\0" + compressed}[kind]
-    return kind, keyword + content
-
-
-@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt"])
-@pytest.mark.parametrize("after_pixels", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("keyword", [b"workflow", b"XML:com.adobe.xmp"])
-def test_decode_image_png_with_large_text_is_read(small, kind, after_pixels, keyword):
-    """Large texts, as image generators write them, do not make a file unreadable."""
-    chunk = text_chunk(kind, keyword, b"{prompt} " * 350_000)
-    assert deviation(decode_image(png_with_chunk(small, *chunk, after_pixels)), small) == 0
-
-
-def test_decode_image_png_with_large_profile_is_converted(small):
-    """A profile above Pillow's limit of 1 MB is read."""
-    profile = swapped_profile()
-    profile = struct.pack(">I", len(profile) + 2**21) + profile[4:] + bytes(2**21)
-    stored = Image.merge("RGB", [small.getchannel(channel) for channel in "GRB"])
-    data = png_with_chunk(stored, b"iCCP", b"large\0\0" + zlib.compress(profile))
-    assert deviation(decode_image(data), small) <= 3
-
-
-def test_decode_image_png_text_with_orientation_is_applied(small):
-    """XMP in a text chunk contains the orientation."""
-    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="3"/></x:xmpmeta>'
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", xmp.decode())
-    assert deviation(decode_image(encode(small, "PNG", pnginfo=info)), small.rotate(180)) == 0
-
-
 # --- scaled decoding, errors, writing
 
 
@@ -338,13 +293,6 @@ def test_decode_image_scaled_jpeg_stays_close_to_full(photo):
         eval_transform(whole, 64, "bilinear").astype(int) - eval_transform(scaled, 64, "bilinear").astype(int)
     )
     assert difference.mean() < 2
-
-
-@pytest.mark.parametrize("data", [b"", b"this is text", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-def test_decode_image_unknown_data_raises(data):
-    """Data of no format that is read raise an error; PostScript would start a program."""
-    with pytest.raises(UnknownFormatError, match="not an image of a known format"):
-        decode_image(data)
 
 
 ERRORS = [
