@@ -75,6 +75,33 @@ def with_edit_list(mp4, first, num_frames, frame_rate=25):
     return mp4[:edits] + edit + mp4[edits + len(edit) :]
 
 
+def make_avi_with_gaps(photo, numbers):
+    """Return an AVI of 25 frames/s that has the frames with these numbers; the others are empty, as in captures."""
+    pixels = np.asarray(photo.resize((96, 64)))
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as output:
+        stream = output.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in numbers:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.roll(pixels, number, 1)), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def copy_packets(video, container_format, first, end):
+    """Return a file with some of the packets of a video, as programs that cut without encoding leave it."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(file, "w", format=container_format) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.dts is not None and first <= number < end:
+                packet.stream = stream
+                output.mux(packet)
+    return file.getvalue()
+
+
 def make_flat_video(luma, cb, cr, size, matrix, full_range):
     """Return a lossless MP4 of one color, marked with a matrix (H.273) and a range."""
     width, height = size

@@ -191,7 +191,7 @@ def probe(file: IO[bytes]) -> VideoProbe:
         times: list[int] = []
         key_frames: list[int] = []
         size, num_corrupt = (0, 0), 0
-        num_declared = min(stream.frames, scan.num_visible)
+        num_declared = min(stream.frames, scan.num_visible) - scan.num_before_key
         for frame in decode_frames(container, stream):
             if frame.key_frame:
                 key_frames.append(len(times))

@@ -5,7 +5,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from small_videos import make_flat_video, make_street_video, make_video, with_display_matrix, with_edit_list
+from small_videos import (
+    copy_packets,
+    make_avi_with_gaps,
+    make_flat_video,
+    make_street_video,
+    make_video,
+    with_display_matrix,
+    with_edit_list,
+)
 
 from bsq_ray.data.transcode import transcode_if_needed
 from bsq_ray.media.decode_error import DecodeError
@@ -101,6 +109,37 @@ def test_probe_truncated_mp4_raises():
         cut = data[:content] + (8).to_bytes(4, "big") + b"free" + data[content + size :]
         with pytest.raises(DecodeError):
             probe(io.BytesIO(cut))
+
+
+# Numbers of the frames that an AVI has; the others were dropped in recording.
+GAPS = {
+    "none": range(20),
+    "two of three": range(0, 60, 3),
+    "a pause": [*range(10), *range(50, 60)],
+    "the second one": [0, *range(2, 20)],
+    "most of the start": [0, *range(40, 50)],
+}
+
+
+@pytest.mark.parametrize("numbers", GAPS.values(), ids=GAPS)
+def test_probe_avi_with_dropped_frames_is_whole(photos, numbers):
+    """Empty frames are declared, but not missing; the same file cut off is damaged."""
+    data = make_avi_with_gaps(photos[0], numbers)
+    assert probe(io.BytesIO(data)).video.frames == len(numbers)
+    assert len(read_all(data)) == len(numbers)
+    with pytest.raises(DecodeError, match="the video ends after|are corrupt"):
+        probe(io.BytesIO(data[: data.index(b"movi") + (len(data) - data.index(b"movi")) // 2]))
+
+
+@pytest.mark.parametrize("container_format", ["mp4", "mov", "matroska", "mpegts", "flv"])
+@pytest.mark.parametrize("first", [1, 10, 29])
+def test_probe_video_cut_before_a_key_frame_is_whole(container_format, first):
+    """Frames before the first key frame cannot be decoded, and their absence is no damage."""
+    whole = make_street_video(60)
+    num_decodable = 60 - probe(io.BytesIO(whole)).video.key_frames[1]
+    data = copy_packets(whole, container_format, first, 60)
+    assert probe(io.BytesIO(data)).video.frames == num_decodable
+    assert np.array_equal(read_all(data), read_all(whole)[-num_decodable:])
 
 
 # --- orientation
