@@ -191,8 +191,8 @@ def _placeholder_class(name: str) -> type:
 
 @contextmanager
 def _local_copy(url: str) -> Iterator[str]:
-    """Provide a local path of the file, so that its tensors can be memory-mapped."""
-    if storage.is_local(url):
+    """Provide the path of a local regular file, so that its tensors can be memory-mapped."""
+    if storage.is_local(url) and not storage.is_special(url):
         if not storage.exists(url):
             raise ValueError(f"cannot read {url}: it does not exist")
         yield storage.filesystem(url)[1]

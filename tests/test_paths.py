@@ -204,7 +204,7 @@ def read_opened(url, offset):
 OUTPUT_PROGRAM = "import sys; from bsq_ray import storage; storage.write_bytes(sys.argv[1], b'data\\n')"
 
 
-@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+@pytest.mark.parametrize("path", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/proc/thread-self/fd/1", "link"])
 @pytest.mark.parametrize("redirection", ["| cat", "> out; cat out", ">> out; cat out"])
 def test_standard_output_by_name_is_written_in_place(tmp_path, path, redirection):
     """Output continues where the shell's redirection is, whether that is a pipe or a file."""
@@ -213,6 +213,24 @@ def test_standard_output_by_name_is_written_in_place(tmp_path, path, redirection
     environment = os.environ | {"PROGRAM": OUTPUT_PROGRAM}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("before\ndata\n", "")
+
+
+@pytest.mark.parametrize("folder", ["/proc/{}/fd", "/proc/{0}/task/{0}/fd"])
+@pytest.mark.parametrize("kind", ["pipe", "file", "link"])
+def test_open_file_of_a_process_is_written_in_place(tmp_path, folder, kind):
+    """The output of another process, such as /proc/1/fd/1 of a container, is neither replaced nor truncated."""
+    (tmp_path / "file").write_bytes(b"before ")
+    read_fd, write_fd = os.pipe() if kind != "file" else (os.open(tmp_path / "file", os.O_RDWR),) * 2
+    os.write(write_fd, b"before " if kind != "file" else b"")
+    path = f"{folder.format(os.getpid())}/{write_fd}"
+    if kind == "link":
+        (tmp_path / "link").symlink_to(path)
+        path = str(tmp_path / "link")
+    storage.write_bytes(path, b"data")
+    assert os.read(read_fd, 100) == b"before data"
+    assert sorted(os.listdir(tmp_path)) == ["file", *(["link"] if kind == "link" else [])]
+    for fd in {read_fd, write_fd}:
+        os.close(fd)
 
 
 def test_process_substitution_is_read(tmp_path):

@@ -16,7 +16,11 @@ from typing import IO
 # Temporary name of a local file that is being written; short, because a file name has at most 255 bytes.
 PARTIAL_PATTERN = re.compile(r"\.[0-9a-f]{16}\.partial")
 # Paths of the file descriptors of this process.
-_DESCRIPTOR_PATTERN = re.compile(r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/self/fd/(?P<proc_fd>\d+)")
+_DESCRIPTOR_PATTERN = re.compile(
+    r"/dev/(?:fd/(?P<fd>\d+)|std(?P<name>in|out|err))|/proc/(?:thread-)?self/fd/(?P<proc_fd>\d+)"
+)
+# Open files of any process. Their links cannot be resolved to a path: that of a pipe is none.
+_OPEN_FILE_PATTERN = re.compile(r"/proc/(?:self|thread-self|\d+)/(?:task/\d+/)?fd/\d+")
 _STANDARD_DESCRIPTORS = {"in": 0, "out": 1, "err": 2}
 _MAX_SYMLINKS = 40
 # Errors of an atomic replacement after which overwriting in place may work: a read-only folder, a mounted file.
@@ -60,13 +64,13 @@ def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
             write_content(file)
         return
     try:
-        can_replace = stat.S_ISREG(os.stat(target).st_mode)
+        can_replace = stat.S_ISREG(os.stat(target).st_mode) and not _OPEN_FILE_PATTERN.fullmatch(target)
     except (FileNotFoundError, NotADirectoryError):
         can_replace = True
         os.makedirs(posixpath.dirname(target), exist_ok=True)
     if not can_replace:
-        # Raises IsADirectoryError for a folder.
-        with open(target, "wb") as file:
+        # Another process continues behind what is appended to its open file. Raises IsADirectoryError for a folder.
+        with open(target, "ab" if _OPEN_FILE_PATTERN.fullmatch(target) else "wb") as file:
             write_content(file)
         return
     try:
@@ -81,7 +85,8 @@ def write(path: str, write_content: Callable[[IO[bytes]], object]) -> None:
 def _resolve_symlinks(path: str) -> str:
     """Resolve symbolic links; paths of file descriptors of this process are not resolved further."""
     for _ in range(_MAX_SYMLINKS):
-        if _DESCRIPTOR_PATTERN.fullmatch(path) or not os.path.islink(path):
+        is_open_file = _DESCRIPTOR_PATTERN.fullmatch(path) or _OPEN_FILE_PATTERN.fullmatch(path)
+        if is_open_file or not os.path.islink(path):
             return path
         path = os.path.join(os.path.realpath(posixpath.dirname(path)), os.readlink(path))
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
