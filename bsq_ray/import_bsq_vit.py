@@ -89,6 +89,10 @@ def import_bsq_vit(
 _HEAD_BYTES = 2**16
 # Files of torch before 1.6 start with the pickled number 0x1950a86a20f9469cfc6c.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
+_OTHER_PROTOCOL = re.compile(rb"\x80([\x03-\x05])(?:\x95.{8})?\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", re.S)
+_PROTOCOL_HINT = (
+    "load it with `torch.load` where it was made, and save it with the default `pickle_protocol` of torch.save"
+)
 # Magic number, protocol version, system, content, names of the storages.
 _NUM_LEGACY_PICKLES = 5
 # Packages whose objects the training script leaves in its checkpoints.
@@ -127,12 +131,9 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
         head = file.read(_HEAD_BYTES)
     is_zip = zipfile.is_zipfile(path)
     if not is_zip and not head.startswith(_LEGACY_MAGIC):
-        description = describe_wrong_binary(head) or "is not a file written by torch.save, or it is damaged"
-        raise ValueError(f"{source} {description}")
+        raise ValueError(f"{source} {_describe_wrong_checkpoint(head)}")
     try:
-        class_names = (
-            torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else _legacy_globals(path, source)
-        )
+        class_names = _zip_globals(path, source) if is_zip else _legacy_globals(path, source)
         rejected = sorted(name for name in class_names if not _is_expected(name))
         if rejected:
             raise ValueError(f"{source} is rejected: it has objects that would run or import {', '.join(rejected)}")
@@ -149,10 +150,43 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
         AttributeError,
         TypeError,
     ) as error:
-        raise ValueError(f"cannot read the checkpoint {source}: {' '.join(str(error).split())}") from error
+        raise ValueError(_format_torch_error(error, source)) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{source} contains a {type(checkpoint).__name__}, not the dictionary of a checkpoint")
     return checkpoint
+
+
+def _describe_wrong_checkpoint(head: bytes) -> str:
+    """Return a predicate that describes a file that torch cannot load."""
+    if match := _OTHER_PROTOCOL.match(head):
+        return f"is written with pickle protocol {match[1][0]}; {_PROTOCOL_HINT}"
+    if head[8:10] == b'{"':
+        return "is a safetensors file, which has weights only; import the checkpoint that torch.save wrote"
+    return describe_wrong_binary(head) or "is not a file written by torch.save, or it is damaged"
+
+
+def _format_torch_error(error: Exception, source: str) -> str:
+    text = " ".join(str(error).split())
+    if match := re.search(r"GLOBAL ([\w.]+) was not an allowed", text):
+        return f"{source} is rejected: it has objects that would run or import {match[1]}"
+    hint = f"; {_PROTOCOL_HINT}" if "Unsupported operand" in text else ""
+    return f"cannot read the checkpoint {source}: {text}{hint}"
+
+
+def _zip_globals(path: str, source: str) -> list[str]:
+    """Return the names of the Python objects in a file of `torch.save`, except those of torch.
+
+    Raises:
+        ValueError: it is another zip file, or a TorchScript archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
+    if not is_checkpoint:
+        raise ValueError(f"{source} is a zip file, but not one that torch.save wrote; unpack it first")
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(_format_torch_error(error, source)) from error
 
 
 def _legacy_globals(path: str, source: str) -> list[str]:

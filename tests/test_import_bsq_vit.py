@@ -211,43 +211,6 @@ def test_import_damaged_or_foreign_file_raises(save, small_config, tmp_path, dam
         import_bsq_vit(str(path), small_config, str(tmp_path / "model"))
 
 
-def save_legacy(monkeypatch, save, parts):
-    """Save a checkpoint in the format of torch before 1.6."""
-    torch_save = torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: torch_save(*args, _use_new_zipfile_serialization=False))
-    return save(parts)
-
-
-def test_import_legacy_format_equals_current_format(save, small_config, tmp_path, monkeypatch):
-    """A checkpoint of torch before 1.6, with objects of the training script, gives the same model."""
-    current = import_bsq_vit(save(checkpoint_contents()), small_config, str(tmp_path / "current"))
-    legacy_checkpoint = save_legacy(monkeypatch, save, checkpoint_contents())
-    legacy = import_bsq_vit(legacy_checkpoint, small_config, str(tmp_path / "legacy"))
-    assert legacy == current
-
-
-@pytest.mark.parametrize("function", [os.system, os.makedirs, eval])
-def test_import_malicious_legacy_pickle_is_rejected_without_running(
-    save, small_config, tmp_path, monkeypatch, function
-):
-    evidence = tmp_path / "evidence"
-    argument = {os.system: f"touch {evidence}", os.makedirs: str(evidence)}.get(
-        function, f"open({str(evidence)!r}, 'w')"
-    )
-    checkpoint = save_legacy(monkeypatch, save, checkpoint_contents(args=MaliciousObject(function, argument)))
-    with pytest.raises(ValueError, match="is rejected: it has objects that would run or import"):
-        import_bsq_vit(checkpoint, small_config, str(tmp_path / "model"))
-    assert not evidence.exists()
-
-
-@pytest.mark.parametrize("size", [20, 100, 500, 2000])
-def test_import_truncated_legacy_file_raises(save, small_config, tmp_path, monkeypatch, size):
-    path = pathlib.Path(save_legacy(monkeypatch, save, checkpoint_contents()))
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="cannot read the checkpoint .*checkpoint.pt|is not a file"):
-        import_bsq_vit(str(path), small_config, str(tmp_path / "model"))
-
-
 def test_import_checkpoint_without_expected_keys_raises(save, small_config, tmp_path):
     with pytest.raises(ValueError, match="contains a list, not the dictionary of a checkpoint"):
         import_bsq_vit(save([1, 2]), small_config, str(tmp_path / "model"))

@@ -39,6 +39,9 @@ def describe_wrong_file(data: bytes) -> str:
     for start, name in _COMPRESSION_FORMATS.items():
         if content.startswith(start):
             return f"is compressed ({name}); decompress it first"
+    if content.startswith(b"HTTP/"):
+        status = _quote(content.splitlines()[0])
+        return f"is the response of a server with its headers{status}; download the file without them"
     if _HTML_PATTERN.match(content[:_MAX_RESPONSE_BYTES]):
         return "is a web page (HTML): the address is that of a page, or requires a login; download the file itself"
     if _XML_PATTERN.match(content) and len(content) <= _MAX_RESPONSE_BYTES:

@@ -31,6 +31,10 @@ SUBSTITUTES = [
     (b'{"error": "Repository not found"}', "is the response of a server (JSON: Repository not found)"),
     (b'{"message": "Not Found", "status": 404}', "is the response of a server (JSON: Not Found)"),
     (b'{"detail": [{"msg": "x"}]}', "is the response of a server (JSON"),
+    (
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n" + bytes(9),
+        "is the response of a server with its headers: HTTP/1.1 200 OK",
+    ),
     (gzip.compress(b"data"), "is compressed (gzip)"),
     (b"\xfd7zXZ\0\0\4", "is compressed (xz)"),
     (b"\x28\xb5\x2f\xfd\4\0", "is compressed (Zstandard)"),
