@@ -10,9 +10,11 @@ from PIL import Image
 from small_models import save_tokenizer
 
 from bsq_ray.cli import main
+from bsq_ray.data.index import IndexOptions, index_shards
 from bsq_ray.data.manifest import read_manifest, write_manifest
 from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.sample_index import ShardRow
+from bsq_ray.data.tokenize import tokenize
 
 NAMES = ["a::b", "zip::x", "file:x", "~x", "x#y?z%20", "küche 猫", "lr=1e-4", "-p", "caf\udce9", "[1] 'q\""]
 SMALL_TRAINING = [
@@ -126,12 +128,27 @@ def test_damaged_file_of_any_name_is_listed(folder, capsys, name, content):
         assert name.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace").decode() in file.read()
 
 
-def test_workers_with_another_working_folder_write_to_the_same_place(folder, ray_local, monkeypatch):
+@pytest.mark.parametrize("destination", ["packed/x", "./packed/../packed//x/", "küche 猫"])
+def test_workers_with_another_working_folder_write_to_the_same_place(folder, ray_local, monkeypatch, destination):
     """Relative paths are those of the caller, although Ray's workers started elsewhere."""
     monkeypatch.chdir(folder)
-    pack_images("images", "packed/x", PackOptions(num_workers=1))
-    assert {"manifest.parquet", "shard-000000.tar"} <= {*os.listdir("packed/x")}
-    assert read_manifest("packed/x").num_samples == 4
+    pack_images("images", destination, PackOptions(num_workers=1))
+    assert {"manifest.parquet", "shard-000000.tar"} <= {*os.listdir(destination)}
+    assert read_manifest(destination).num_samples == 4
+    os.remove(os.path.join(destination, "manifest.parquet"))
+    assert index_shards(destination, IndexOptions(num_workers=1)).manifest.num_samples == 4
+    tokenize("model", destination, "tokens", num_workers=1)
+    assert "tokens.json" in os.listdir("tokens")
+
+
+@pytest.mark.parametrize("name", ["küche 猫", "caf\udce9 %20#", "a::b"], ids=ascii)
+def test_ray_training_writes_exactly_the_named_folder(folder, ray_local, capsys, name):
+    """A worker of Ray writes a run to a relative folder of any name."""
+    run(capsys, "data", "pack", "--workers", 0, folder / "images", "packed")
+    arguments = ["--config=demo", "--data=packed", f"--out={name}", "--workers=1", *SMALL_TRAINING]
+    run(capsys, "train", "tokenizer", *arguments)
+    assert sorted(os.listdir()) == sorted([name, "packed"])
+    assert "model.safetensors" in os.listdir(os.path.join(name, "model"))
 
 
 @pytest.mark.parametrize("problem", ["missing", "truncated", "elsewhere"])

@@ -82,6 +82,28 @@ def test_split_by_content_deduplicates_and_holds_out_fifth(photo_folders, tmp_pa
     assert set.union(*sides) == {path.read_bytes() for path in files}
 
 
+# Functions that put something at a path that is no file to read.
+UNREADABLE = {
+    "nothing": lambda path: None,
+    "a broken link": lambda path: path.symlink_to("gone.jpg"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a folder": lambda path: path.mkdir(),
+    "a file below a file": lambda path: path.parent.joinpath("x").write_text("x"),
+}
+
+
+@pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
+def test_split_by_content_names_what_is_no_file(photo_folders, tmp_path, capsys, make):
+    """What cannot be read is named and skipped; all other files are used."""
+    path = tmp_path / "caf\udce9.jpg"
+    make(path)
+    path = tmp_path / "x" / "y.jpg" if (tmp_path / "x").exists() else path
+    files = sorted(photo_folders[0].iterdir())[:5]
+    split_by_content([*files, path], tmp_path / "train", tmp_path / "held_out", 5)
+    assert sum(len(list((tmp_path / side).iterdir())) for side in ("train", "held_out")) == 5
+    assert f"ignored {path}: ".encode("utf-8", "backslashreplace").decode() in capsys.readouterr().err
+
+
 def test_split_by_content_keeps_near_duplicates_apart(photos, tmp_path, capsys):
     """A training image is not used if it is a held-out one in another size, and it is named."""
     (tmp_path / "files").mkdir()

@@ -110,5 +110,5 @@ def pack_if_needed(folder: Path, dest: Path, sample_set: SampleSet = PHOTOS, num
 
 
 def log(line: str) -> None:
-    """Print a progress line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a progress line on stderr; bytes of file names that are not UTF-8 are escaped."""
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)

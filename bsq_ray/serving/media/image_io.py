@@ -16,6 +16,9 @@ from bsq_ray.media.images import IMAGE_FORMATS, load_image, open_image
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import VIDEO_FORMAT_NAMES
 
+# PNG, JPEG, WebP and AVI, GIF, MP4 as base64.
+_BASE64_STARTS = (b"iVBORw0KGgo", b"/9j/", b"UklGR", b"R0lGOD", b"AAAA")
+
 # Duration of a frame of a generated video; tokens do not contain the frame rate of the training videos.
 _FRAME_DURATION_MS = 40
 
@@ -34,7 +37,9 @@ def read_uploaded_image(data: bytes, max_pixels: int) -> Image.Image:
         image = open_image(data)
     except UnknownFormatError:
         raise ApiError(
-            415, f"the body is not an image or video; supported: {', '.join(IMAGE_FORMATS)}, {VIDEO_FORMAT_NAMES}"
+            415,
+            f"the body is not an image or video{_encoding_hint(data)}; supported: {', '.join(IMAGE_FORMATS)}, "
+            f"{VIDEO_FORMAT_NAMES}",
         ) from None
     except TooLargeError:
         # Pillow's own limit is far above the usual `max_pixels`.
@@ -71,3 +76,12 @@ def png_from_image(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _encoding_hint(data: bytes) -> str:
+    """Return a remark on a body that the client encoded as text."""
+    if data.startswith(b"data:"):
+        return " but a data URL; send the bytes of the file"
+    if data.startswith(_BASE64_STARTS):
+        return " but base64; send the bytes of the file"
+    return ""
