@@ -42,7 +42,8 @@ _LEFTOVER_FOLDER_PATTERN, _LEFTOVER_FILE_PATTERN = (
 _OTHER_IMAGE_SUFFIXES = {
     ".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".xcf", ".svg", ".eps", ".ai", ".ico",
     ".tga", ".dds", ".exr", ".hdr", ".pfm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef",
-    ".srw", ".raw", ".dcm", ".fits", ".apng", ".pcx", ".sgi",
+    ".srw", ".raw", ".rwl", ".nrw", ".x3f", ".3fr", ".iiq", ".gpr", ".qoi", ".bpg", ".wdp", ".dcm", ".fits", ".apng",
+    ".pcx", ".sgi",
 }  # fmt: skip
 _MAX_LISTED = 6
 

@@ -34,8 +34,8 @@ from bsq_ray.media.orientation import UPRIGHT, to_upright
 from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
-    ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif",
+    ".tiff", ".avif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 # Formats that Pillow decodes without external programs, by Pillow's names. JPEG includes MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")

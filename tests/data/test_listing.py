@@ -93,6 +93,11 @@ FOLDERS = {
         "4 files of other types: .heic (2), .txt (1), no suffix (1); .heic is an image format that is not read, "
         "convert these files to .jpg or .png",
     ),
+    "raw files of cameras": (
+        ["set/a.jpg", "set/b.RWL", "set/c.Nrw", "set/d.gpr"],
+        ["a.jpg"],
+        ".gpr, .nrw, .rwl are image formats that are not read",
+    ),
     "many other types": (
         ["set/a.jpg", "set/b.nef", "set/b.jxl", *(f"set/{n}.x{n}" for n in range(9))],
         ["a.jpg"],

@@ -209,6 +209,17 @@ def test_pack_images_folder_with_star_is_no_pattern(tmp_path):
     assert pack(tmp_path / "a*b", tmp_path)[1] == [0]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "image_format"),
+    [("jfif", "JPEG"), ("JPE", "JPEG"), ("mpo", "MPO"), ("MPO", "JPEG"), ("dib", "BMP"), ("j2k", "JPEG2000")],
+)
+def test_pack_images_knows_all_suffixes_of_a_format(tmp_path, suffix, image_format):
+    """Files of a format that is read are packed, whatever the program that wrote them calls them."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"a.{suffix}").write_bytes(image_bytes(1, image_format))
+    assert pack(tmp_path / "set", tmp_path) == (("all",), [0], "")
+
+
 PARQUET_LABELS = {
     "numbers": (pa.array([0, 2, 1]), NUMBERS),
     "ids": (pa.array([10**9, 7, 10**9]), ("7", "1000000000")),
