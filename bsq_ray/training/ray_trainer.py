@@ -345,10 +345,14 @@ def ray_storage_options(out_url: str) -> dict[str, Any]:
     """Return the keyword arguments that make Ray keep its own files inside the run's folder."""
     url = storage.join(out_url, "ray")
     fs, path = storage.filesystem(url)
-    if storage.is_local(out_url):
+    if storage.is_local(out_url) and path == path.encode("utf-8", "ignore").decode():
         return {"storage_path": path}
+    from fsspec.implementations.dirfs import DirFileSystem
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+    if storage.is_local(out_url):
+        # Arrow accepts only paths in UTF-8, but those of local files can be any bytes.
+        fs, path = DirFileSystem(os.path.dirname(path), fs), os.path.basename(path)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
