@@ -94,7 +94,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("make", UNREADABLE.values(), ids=UNREADABLE)
 def test_split_by_content_names_what_is_no_file(photo_folders, tmp_path, capsys, make):
-    """What cannot be read is named and skipped; all other files are used."""
+    """Unreadable files are named and skipped; all other files are used."""
     path = tmp_path / "caf\udce9.jpg"
     make(path)
     path = tmp_path / "x" / "y.jpg" if (tmp_path / "x").exists() else path

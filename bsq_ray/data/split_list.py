@@ -135,6 +135,9 @@ class _NameResolver:
 def _split_from_end(text: str) -> Iterator[tuple[str, str]]:
     """Yield the whole line, then the line without a class number, a comment, or both at its end."""
     yield text, ""
+    # Spreadsheets separate empty cells, too.
+    if (without_cells := text.rstrip(" \t,;")) != text:
+        yield from _split_from_end(without_cells)
     match = _LINE_END.match(text)
     comment = re.match(r"^(.*?\S)\s+#.*$", text)
     if comment and comment[1] != text:

@@ -219,6 +219,7 @@ LISTS = {
         "Archery/a.avi 1\r\n\u200bBowling/x,y.avi 2\r\n\ufeffArchery/b c.avi 1\r\n\x1a" + "\0" * 9,
         [0, 5, 1],
     ),
+    "empty cells": ("Archery/a.avi,\nArchery/b c.avi;;\nArchery/d 2.avi,1,,\nBowling/x,y.avi,2,", [0, 1, 2, 5]),
     "quotes": ("\"Archery/b c.avi\" 1\n'Archery/a.avi'", [1, 0]),
     "twice": ("Archery/a.avi\nArchery/a.avi 1\n./Archery/a.avi", [0]),
     "letters composed otherwise": (unicodedata.normalize("NFD", "Bowling/é.avi 2"), [3]),
