@@ -141,7 +141,7 @@ def test_workers_with_another_working_folder_write_to_the_same_place(folder, ray
     assert "tokens.json" in os.listdir("tokens")
 
 
-@pytest.mark.parametrize("name", ["küche 猫", "caf\udce9 %20#", "a::b"], ids=ascii)
+@pytest.mark.parametrize("name", ["küche 猫", "caf\udce9 %20#"], ids=ascii)
 def test_ray_training_writes_exactly_the_named_folder(folder, ray_local, capsys, name):
     """A worker of Ray writes a run to a relative folder of any name."""
     run(capsys, "data", "pack", "--workers", 0, folder / "images", "packed")
