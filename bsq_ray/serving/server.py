@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 import secrets
 import socket
 import time
@@ -107,6 +108,10 @@ def _split_name(text: str) -> tuple[str | None, str]:
     """Split NAME=FOLDER; the name is None if the text is a folder, whose path may contain "=" itself."""
     name, separator, url = text.partition("=")
     if not separator or storage.is_url(text) or storage.exists(text):
+        return None, text
+    folder = posixpath.dirname(text)
+    if "=" in folder and storage.exists(folder):
+        # A mistyped path in an existing folder is reported as a whole.
         return None, text
     # An invalid name of an existing folder is reported as such.
     is_named = bool(MODEL_NAME_PATTERN.fullmatch(name)) or storage.exists(url)
