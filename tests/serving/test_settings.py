@@ -115,7 +115,7 @@ def test_model_argument_is_a_path_or_a_named_path(model, tmp_path, monkeypatch, 
     assert url == str((tmp_path / folder).resolve())
 
 
-@pytest.mark.parametrize("argument", ["lr=1e-4/modle", "runs/lr=1e-4/x/modle", "./lr=1e-4/a=b"])
+@pytest.mark.parametrize("argument", ["lr=1e-4/mine", "runs/lr=1e-4/x/mine", "./lr=1e-4/a=b"])
 def test_mistyped_model_path_is_reported_as_a_whole(tmp_path, monkeypatch, argument):
     (tmp_path / argument).parent.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
