@@ -87,7 +87,7 @@ def _format_run(run_config: config.AnyConfig) -> str:
             f"{token_model.num_sub_tokens} sub-tokens per token{classes}",
             f"Transformer {token_model.layers} x {token_model.width}",
         ]
-    engine = training.engine.kind
+    engine: str = training.engine.kind
     if engine == "deepspeed":
         engine += f" (ZeRO-{training.engine.zero_stage})"
     # A run that is limited by time takes fewer steps.

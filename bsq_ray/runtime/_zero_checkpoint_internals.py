@@ -43,10 +43,7 @@ def flat_groups(engine: Any) -> list[FlatGroup]:
     """
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
-        groups = [FlatGroup(tuple(p.ds_numel for p in group), 1) for group in optimizer.fp16_groups]
-        # Groups above a billion elements per worker are divided further, into a number that depends on the workers.
-        assert len(groups) == len(optimizer.optimizer.param_groups)
-        return groups
+        return [FlatGroup(tuple(p.ds_numel for p in group), 1) for group in optimizer.fp16_groups]
     assert not any(any(paddings) for paddings in optimizer.round_robin_bit16_padding)
     alignment = optimizer.nccl_start_alignment_factor
     return [FlatGroup((sum(p.numel() for p in group),), alignment) for group in optimizer.bit16_groups]

@@ -14,7 +14,7 @@ from bsq_ray import Tokenizer
 from bsq_ray.config import load_config
 from bsq_ray.runtime._zero_checkpoint_internals import FlatGroup
 from bsq_ray.training.engines.engine import build_engine
-from bsq_ray.training.engines.repartition import part_size, repartition, source_ranks
+from bsq_ray.training.engines.repartition import part_size, repartition, repartition_groups, source_ranks
 
 
 def partition(group, rank, world_size):
@@ -43,6 +43,16 @@ def test_repartition_equals_direct_partition(group, old_world_size, world_size):
         sources = {old: {"values": partition(group, old, old_world_size)} for old in old_ranks}
         result = repartition(group, rank, old_world_size, world_size, sources)["values"]
         assert result.tolist() == partition(group, rank, world_size).tolist()
+
+
+def test_repartition_groups_of_other_number_raises():
+    """ZeRO-3 divides a group above a billion elements per worker further, so the number depends on the workers."""
+    group = FlatGroup((8,), 1)
+    sources = {rank: [{"values": partition(group, rank, 2)}] * 2 for rank in range(2)}
+    with pytest.raises(
+        ValueError, match="has 2 parameter groups, but a rank of 1 workers has 1; resume with 2 workers"
+    ):
+        repartition_groups([group], 0, 2, 1, sources)
 
 
 @given(st.integers(1, 10**9), st.integers(1, 600), st.integers(1, 600), st.data())

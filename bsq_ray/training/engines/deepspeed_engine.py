@@ -26,7 +26,7 @@ from bsq_ray.training.checkpoints.host_snapshot import FileWriters, safetensors_
 from bsq_ray.training.engines.backward_buckets import BUCKET_ELEMENTS
 from bsq_ray.training.engines.engine import COMMUNICATION_DTYPES, Engine, gradient_norm
 from bsq_ray.training.engines.partition_buckets import PartitionBuckets
-from bsq_ray.training.engines.repartition import repartition, source_ranks
+from bsq_ray.training.engines.repartition import repartition_groups, source_ranks
 
 # Optimizer states of ZeRO, and weights of ZeRO-3.
 _PARTITION_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_")
@@ -176,7 +176,8 @@ class DeepSpeedEngine(Engine):
 
     def loads_file(self, name: str, ranks: Collection[int], old_world_size: int) -> bool:
         match = _PARTITION_FILE.search(name)
-        return match is None or int(match[1]) in self._source_ranks(ranks, old_world_size)
+        # A run of another stage, whose files are not divided alike, is rejected after the download.
+        return self._zero_stage == 0 or match is None or int(match[1]) in self._source_ranks(ranks, old_world_size)
 
     def _source_ranks(self, ranks: Collection[int], old_world_size: int) -> set[int]:
         """Return the ranks whose files of a checkpoint these ranks load."""
@@ -202,15 +203,8 @@ class DeepSpeedEngine(Engine):
             states = {old: zero_checkpoint.load_partition(_optimizer_file(source, old)) for old in old_ranks}
             tensors = {old: zero_checkpoint.flat_tensors(state) for old, state in states.items()}
             state = states[old_ranks[0]]
-            zero_checkpoint.replace_flat_tensors(
-                state,
-                [
-                    repartition(
-                        group, rank, old_world_size, world_size, {old: tensors[old][index] for old in old_ranks}
-                    )
-                    for index, group in enumerate(groups)
-                ],
-            )
+            new_tensors = repartition_groups(groups, rank, old_world_size, world_size, tensors)
+            zero_checkpoint.replace_flat_tensors(state, new_tensors)
             old_name = _optimizer_file(source, old_ranks[0]).name
             torch.save(state, target / _PARTITION_FILE.sub(f"zero_pp_rank_{rank}_mp_rank_", old_name))
             if self._zero_stage == 3:

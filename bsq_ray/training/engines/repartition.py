@@ -58,6 +58,34 @@ def source_ranks(groups: Sequence[FlatGroup], rank: int, old_world_size: int, wo
     return {piece.rank for piece in pieces if piece.rank is not None} or {0}
 
 
+def repartition_groups(
+    groups: Sequence[FlatGroup],
+    rank: int,
+    old_world_size: int,
+    world_size: int,
+    sources: Mapping[int, Sequence[Mapping[str, Tensor]]],
+) -> list[dict[str, Tensor]]:
+    """Return the flat tensors of a rank among `world_size` workers, by group and name.
+
+    Args:
+        sources: flat tensors by group and name, by old rank; those of `source_ranks`.
+
+    Raises:
+        ValueError: the old workers divided the parameters into other groups.
+    """
+    for old_rank, tensors in sources.items():
+        if len(tensors) != len(groups):
+            # ZeRO-3 divides groups above a billion elements per worker further.
+            raise ValueError(
+                f"rank {old_rank} of the checkpoint has {len(tensors)} parameter groups, but a rank of {world_size} "
+                f"workers has {len(groups)}; resume with {old_world_size} workers"
+            )
+    return [
+        repartition(group, rank, old_world_size, world_size, {old: tensors[index] for old, tensors in sources.items()})
+        for index, group in enumerate(groups)
+    ]
+
+
 def repartition(
     group: FlatGroup, rank: int, old_world_size: int, world_size: int, sources: Mapping[int, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
