@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Tests in one process that take about a second at most. Tests that need a GPU skip themselves.
+# Tests that start no processes and take about a second at most. Tests that need a GPU skip themselves.
 FAST := not slow and not ray and not integration and not benchmark
 
 .DEFAULT_GOAL := help
@@ -34,7 +34,7 @@ pretrained: $(READY) ## list the recipes of the models in the package, and train
 	$(BIN)/bsq-ray pretrain photo
 
 test-fast: $(READY) ## unit tests without Ray; under 2 minutes on two cores
-	$(BIN)/python -m pytest -m '$(FAST)'
+	$(BIN)/python -m pytest -m '$(FAST)' --numprocesses 2
 
 test: $(READY)   ## the tests of every change; 30 minutes on two cores
 	$(BIN)/python -m pytest -m 'not slow and not benchmark'

@@ -195,6 +195,7 @@ def test_cli_interrupt_exits_with_status_130(run_cli, monkeypatch):
     assert run_cli("info", "demo")[0] == 130
 
 
+@pytest.mark.integration
 def test_cli_data_pack_and_inspect_listed_videos(run_cli, video_folders, tmp_path):
     """Videos of a list file are packed, filtered by length and inspected."""
     (tmp_path / "list.txt").write_text("bikes.mp4\nbigbuckbunny.mp4\n")

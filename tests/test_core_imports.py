@@ -56,6 +56,7 @@ def run_python(*arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.integration
 def test_core_tokenizer_and_codec_work_without_extras(tmp_path):
     run_python("-c", BLOCK_EXTRAS + USE_CORE, str(tmp_path / "model"))
 
@@ -74,6 +75,7 @@ def test_core_start_imports_no_torch(command):
     run_python("-c", script)
 
 
+@pytest.mark.integration
 def test_serving_ingress_imports_no_torch():
     """The process that responds to `/healthz` starts without torch."""
     run_python("-c", "import sys, bsq_ray.serving.http.ingress; assert 'torch' not in sys.modules")

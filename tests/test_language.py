@@ -8,6 +8,7 @@ def words(text):
     return [hit.word for hit in check_text(text, "page.md")]
 
 
+@pytest.mark.integration
 def test_repository_has_no_dialect():
     hits = [f"{hit.path}:{hit.line}: {hit.word}: {hit.instead}" for hit in check_repository()]
     assert not hits, f"{len(hits)} words to replace, among them\n" + "\n".join(hits[:50])

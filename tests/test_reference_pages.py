@@ -11,6 +11,7 @@ import pytest
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
 
+@pytest.mark.integration
 def test_generated_reference_pages_are_up_to_date():
     """The generated pages match the commands, schemas, presets and routes."""
     command = [sys.executable, str(REFERENCE / "generate.py"), "--check"]

@@ -249,6 +249,7 @@ def test_shipped_codec_without_golden_file_is_missing(shipped, tmp_path, monkeyp
     assert missing_golden_files() == {"photo-prior"}
 
 
+@pytest.mark.integration
 def test_golden_files_of_shipped_codecs_decode_to_pixels():
     digests = {}
     for path in GOLDEN.glob("*.bsq"):

@@ -182,6 +182,7 @@ def test_version_1_file_decodes_to_its_pixels(name):
     assert hashlib.sha256(decode_golden(name, data)).hexdigest() == GOLDEN_FILES[name]["sha256_of_pixels"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sorted(GOLDEN_FILES))
 def test_version_1_damaged_file_raises_or_matches(name):
     """Damage in any byte of a file of version 1 is found, whatever checksum it has to pass."""

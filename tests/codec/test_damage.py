@@ -98,6 +98,7 @@ def targets(tmp_path_factory, photos):
     return result
 
 
+@pytest.mark.integration
 def test_decode_damaged_files_raises_or_matches(targets):
     outcomes, _ = fuzz(targets, 2000)
     assert len(outcomes) > 10, "every check has its turn"

@@ -195,6 +195,7 @@ print((peak() - before) / (2000 * 4000))
 """
 
 
+@pytest.mark.integration
 def test_local_compress_large_image_needs_few_bytes_per_pixel(local_folder):
     """Memory grows by less than 16 bytes per pixel: blocks of a limited size are encoded."""
     words = [sys.executable, "-c", _COMPRESS_LARGE, f"{local_folder}/tokenizer"]

@@ -121,6 +121,7 @@ def save_alexnet(folder, monkeypatch):
     return path, state
 
 
+@pytest.mark.integration
 def test_resolve_verifies_explicit_file(tmp_path, monkeypatch, caplog):
     """A published name with other content is an error, an unknown file a warning, a pointer is recognized."""
     path, _ = save_alexnet(tmp_path, monkeypatch)
@@ -138,6 +139,7 @@ def test_resolve_verifies_explicit_file(tmp_path, monkeypatch, caplog):
         pretrained_weights.resolve("lpips-alex", str(path))
 
 
+@pytest.mark.integration
 def test_resolve_reads_state_dict_from_path_or_folder(tmp_path, monkeypatch):
     """A published state dict is read from an explicit path or from the folder in BSQ_RAY_WEIGHTS."""
     path, state = save_alexnet(tmp_path, monkeypatch)

@@ -203,6 +203,7 @@ def test_tokenizer_initial_biases_zero_weights_small():
     assert tokenizer.encoder.transformer.spatial_position.detach().std() == pytest.approx(0.02, rel=0.2)
 
 
+@pytest.mark.integration
 def test_compiled_blocks_keep_state_dict_keys_and_outputs():
     """Compiling the blocks in place keeps the state dict keys and the outputs."""
     tokenizer = small_tokenizer()

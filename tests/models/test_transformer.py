@@ -116,6 +116,7 @@ def test_gradient_checkpointing_same_gradients_less_memory():
     assert saved_elements[True] < 0.2 * saved_elements[False]
 
 
+@pytest.mark.integration
 def test_compiled_transformer_matches_eager():
     """Compiled blocks give the values and gradients of eager ones."""
     x = torch.randn(2, 12, 32)

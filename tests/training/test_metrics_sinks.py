@@ -89,6 +89,7 @@ log.close()
 """
 
 
+@pytest.mark.integration
 def test_wandb_offline_writes_run(tmp_path, monkeypatch):
     """Scalars reach an offline run of Weights & Biases in the run's folder."""
     pytest.importorskip("wandb", reason="wandb is not installed")
