@@ -31,6 +31,7 @@ SMALL = [
     "training.batch_size=16",
     "training.schedule.warmup_steps=0",
     "training.optimizer.base_learning_rate=0.02",
+    "training.optimizer.kind=adamw",
     "training.optimizer.eps=1e-4",
     "training.engine.kind=ddp",
     "training.engine.precision=fp32",

@@ -205,7 +205,7 @@ def test_zero_bucket_has_the_size_of_the_larger_engine():
 def test_muon_needs_one_moment_per_matrix_element(preset):
     """The planned optimizer state of Muon is what its optimizers hold after a step."""
     run = load_config(preset, ["training.engine.kind=ddp", "training.optimizer.kind=muon"])
-    adamw = load_config(preset, ["training.engine.kind=ddp"])
+    adamw = load_config(preset, ["training.engine.kind=ddp", "training.optimizer.kind=adamw"])
     model = {"demo-gan": Tokenizer, "masked-lm-demo": MaskedLM, "prior-demo": Prior}[preset](run.model)
     optimizers = build_optimizers(model, run.training.optimizer, use_bf16=False)
     for parameter in model.parameters():
