@@ -1,5 +1,6 @@
 """Configuration of training runs: a validated object from a preset or file and `key.path=value` overrides."""
 
+from bsq_ray.config.adversarial_config import AdversarialConfig
 from bsq_ray.config.base import (
     DataOrderConfig,
     EngineConfig,
@@ -20,7 +21,6 @@ from bsq_ray.config.token_models import (
     TokenModelConfig,
 )
 from bsq_ray.config.tokenizer_config import (
-    AdversarialConfig,
     BitNoiseConfig,
     BSQConfig,
     DataConfig,
