@@ -34,7 +34,7 @@ def split_batch(run_config: AnyConfig, world_size: int) -> tuple[int, int]:
 
 
 def stddev_group_size(num_images: int, max_size: int) -> int:
-    """Return the size of the groups of the minibatch standard deviation: the largest divisor up to `max_size`."""
+    """Return the size of the discriminator's groups: the largest divisor of `num_images` up to `max_size`."""
     return max(size for size in range(1, max_size + 1) if num_images % size == 0)
 
 
@@ -100,9 +100,10 @@ def check_discriminator_groups(run_config: AnyConfig, micro_batch: int, frames: 
     batch_size, max_size = run_config.training.batch_size, adversarial.stddev_group_size
     expected, actual = (stddev_group_size(frames * size, max_size) for size in (batch_size, micro_batch))
     if actual != expected:
+        statistics = "batch norm" if adversarial.discriminator == "features" else "minibatch standard deviation"
         raise ValueError(
-            f"micro batches of {micro_batch} samples give the discriminator groups of {actual} for its minibatch "
-            f"standard deviation, and the whole batch of {batch_size} gives groups of {expected}, so training would "
-            f"depend on the number of workers; use fewer workers, a larger training.micro_batch_size, or "
+            f"micro batches of {micro_batch} samples give the discriminator groups of {actual} for its {statistics}, "
+            f"and the whole batch of {batch_size} gives groups of {expected}, so training would depend on the number "
+            f"of workers; use fewer workers, a larger training.micro_batch_size, or "
             f"loss.adversarial.stddev_group_size={actual}"
         )

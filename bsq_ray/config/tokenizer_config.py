@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bsq_ray.config.adversarial_config import AdversarialConfig
+from bsq_ray.config.adversarial_config import FEATURE_IMAGE_SIZES, AdversarialConfig
 from bsq_ray.config.base import DataOrderConfig, StrictModel, TrainingConfig, TransformerConfig
 
 
@@ -345,6 +345,20 @@ class TokenizerConfig(StrictModel):
             raise ValueError(
                 "loss.adversarial.discriminator stylegan2-3d scores whole clips; set model.frames above 1, or choose "
                 "stylegan2 or patchgan, which score clips frame by frame"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_images_fit_features(self) -> TokenizerConfig:
+        adversarial, size = self.loss.adversarial, self.model.image_size
+        if not adversarial.weight or adversarial.discriminator != "features":
+            return self
+        smallest, multiple = FEATURE_IMAGE_SIZES[adversarial.features]
+        if size < smallest or size % multiple:
+            condition = f"a multiple of {multiple}, at least {smallest}," if multiple > 1 else f"at least {smallest}"
+            raise ValueError(
+                f"model.image_size {size} must be {condition} for loss.adversarial.features {adversarial.features}; "
+                "choose another size, another network, or loss.adversarial.discriminator=patchgan"
             )
         return self
 

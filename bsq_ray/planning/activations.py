@@ -10,6 +10,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from bsq_ray import config
+from bsq_ray.planning.feature_costs import (
+    frozen_activation_bytes,
+    head_activation_bytes,
+    head_input_bytes,
+    trunk_activation_bytes,
+)
 from bsq_ray.planning.layer_costs import (
     code_channels,
     discriminator_inputs_per_sample,
@@ -82,33 +88,21 @@ def _transformer_bytes(
 def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: int, half: bool) -> int:
     """Return the bytes that LPIPS of one reconstructed image saves; the original's features are freed before.
 
-    Each convolution saves its output, which its ReLU overwrites. A pooling saves its output and 8-byte indices. At the
-    five layers the difference of the unit features is fp32; so are the features, which is a copy under autocast. The
-    texture loss reads that copy, and saves the fp32 differences of the Gram matrices.
+    See `trunk_activation_bytes`. At the five layers the difference of the unit features is fp32; so are the features,
+    which is a copy under autocast. The texture loss reads that copy, and saves the fp32 differences of the Gram
+    matrices.
     """
     if not loss.perceptual_weight:
         return 0
-    operand_bytes = 2 if half else 4
     total = 0
     for network in loss.perceptual_networks:
-        slices = perceptual_layers(network, image_size)
-        total += operand_bytes * 3 * image_size**2
-        for number, layers in enumerate(slices):
-            total += sum(operand_bytes * layer.out_channels * layer.output_size**2 for layer in layers)
+        total += trunk_activation_bytes(network, image_size, half)
+        for layers in perceptual_layers(network, image_size):
             compared = layers[-1].out_channels * layers[-1].output_size ** 2
             total += 4 * compared * (2 if half else 1)
             if loss.gram_weight:
                 total += 4 * layers[-1].out_channels ** 2
-            next_layer = slices[number + 1][0] if number + 1 < len(slices) else None
-            if next_layer is not None and next_layer.output_size < layers[-1].output_size:
-                pooled = pooled_side(network, layers[-1].output_size)
-                total += (8 + operand_bytes) * next_layer.in_channels * pooled**2
     return total
-
-
-def pooled_side(network: str, side: int) -> int:
-    """Return the side after a max pooling: 2 x 2 in VGG, 3 x 3 with stride 2 in AlexNet."""
-    return side // 2 if network == "vgg" else (side - 3) // 2 + 1
 
 
 def discriminator_activation_bytes(
@@ -116,9 +110,17 @@ def discriminator_activation_bytes(
 ) -> int:
     """Return the bytes that the discriminator saves for one image, or for one clip if its input is clips.
 
-    Activation functions work in place, so a block saves its input, both activated outputs and both filtered maps.
+    Activation functions work in place, so a block saves its input, both activated outputs and both filtered maps. The
+    frozen network of `features` is included; its maps are the inputs of the heads, which DINO copies under autocast.
     """
     operand_bytes = 2 if half else 4
+    if adversarial.weight and adversarial.discriminator == "features":
+        copied_bytes = head_input_bytes(adversarial, image_size, half) if adversarial.features == "dino" and half else 0
+        return (
+            frozen_activation_bytes(adversarial, image_size, half)
+            + head_activation_bytes(adversarial, image_size, half)
+            + copied_bytes
+        )
     layers = discriminator_layers(adversarial, image_size, frames)
     if not layers:
         return 0
@@ -158,10 +160,15 @@ def generator_phase_bytes(run: config.TokenizerConfig) -> float:
 def discriminator_phase_bytes(run: config.TokenizerConfig) -> float:
     """Return the bytes per sample at the start of the discriminator's backward pass: original and reconstruction.
 
-    A step with R1 also saves the graph of the original's gradient.
+    A step with R1 also saves the graph of the original's gradient. Without R1 the original needs no gradient, so that
+    the frozen network of `features` saves nothing but the inputs of the heads.
     """
     model, adversarial, half = run.model, run.loss.adversarial, run.training.engine.precision != "fp32"
     bytes_per_input = discriminator_activation_bytes(adversarial, model.image_size, half, model.frames)
+    if adversarial.weight and adversarial.discriminator == "features" and not adversarial.r1_gamma:
+        of_original = head_activation_bytes(adversarial, model.image_size, half)
+        of_original += head_input_bytes(adversarial, model.image_size, half)
+        return model.frames * (bytes_per_input + of_original)
     return (
         discriminator_inputs_per_sample(adversarial, model.frames)
         * bytes_per_input

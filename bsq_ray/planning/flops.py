@@ -9,11 +9,13 @@ only the second.
 from __future__ import annotations
 
 from bsq_ray import config
+from bsq_ray.planning.feature_costs import frozen_step_flops
 from bsq_ray.planning.layer_costs import (
     Convolution,
     code_channels,
     discriminator_inputs_per_sample,
     discriminator_layers,
+    head_layers,
     perceptual_layers,
 )
 
@@ -80,7 +82,8 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
         generator: forward and backward pass, and with gradient checkpointing the recomputation.
         LPIPS: of the reconstruction with its gradient, and of the original; with the texture loss, of its Gram
             matrices.
-        discriminator: in the generator's phase and in its own, with R1 averaged over the steps.
+        discriminator: in the generator's phase and in its own, with R1 averaged over the steps, and with its frozen
+            network.
     """
     model, loss = run.model, run.loss
     forward = tokenizer_forward_flops(model)
@@ -109,23 +112,27 @@ def tokenizer_step_flops(run: config.TokenizerConfig) -> dict[str, float]:
             last_layers = [layers[-1] for layers in slices]
             perceptual += 4 * model.frames * sum(2 * (la.out_channels * la.output_size) ** 2 for la in last_layers)
     layers = discriminator_layers(loss.adversarial, model.image_size, model.frames)
-    discriminator = discriminator_inputs_per_sample(loss.adversarial, model.frames) * _discriminator_flops(
-        layers, loss.adversarial
-    )
+    first_layers = layers[:1]
+    if layers and loss.adversarial.discriminator == "features":
+        first_layers = [head[0] for head in head_layers(loss.adversarial, model.image_size)]
+    per_input = _discriminator_flops(layers, first_layers, loss.adversarial)
+    per_input += frozen_step_flops(loss.adversarial, model.image_size)
+    discriminator = discriminator_inputs_per_sample(loss.adversarial, model.frames) * per_input
     return {"generator": generator, "LPIPS": perceptual, "discriminator": discriminator}
 
 
-def _discriminator_flops(layers: list[Convolution], adversarial: config.AdversarialConfig) -> float:
+def _discriminator_flops(
+    layers: list[Convolution], first_layers: list[Convolution], adversarial: config.AdversarialConfig
+) -> float:
     """Return the discriminator's operations per input for a forward pass of F operations.
 
     Reconstruction: forward pass, gradient of its pixels for the generator, gradient of the weights (2 F + 2 F).
     Original: forward pass and gradient of the weights (3 F minus the gradients that are not needed). A step with R1
     (Mescheder et al., 2018) differentiates a gradient of the original's logits: F for the gradient, 2 F for the second
-    derivatives, and the gradient of the first layer's input, which is otherwise not needed.
+    derivatives, and the gradient of the first layers' inputs, which is otherwise not needed.
     """
-    if not layers:
-        return 0
     forward = sum(layer.flops for layer in layers)
     fixed_filter_flops = sum(layer.flops for layer in layers if not layer.trainable)
-    penalty = 3 * forward + layers[0].flops if adversarial.r1_gamma else 0
-    return 7 * forward - 2 * fixed_filter_flops - layers[0].flops + penalty / adversarial.r1_every
+    input_gradient_flops = sum(layer.flops for layer in first_layers)
+    penalty = 3 * forward + input_gradient_flops if adversarial.r1_gamma else 0
+    return 7 * forward - 2 * fixed_filter_flops - input_gradient_flops + penalty / adversarial.r1_every

@@ -11,6 +11,10 @@ from typing import Literal
 
 from bsq_ray import config
 
+# DINO ViT-S/8, and the heads on feature maps.
+DINO_WIDTH, DINO_PATCH_SIZE, _DINO_TAPS = 384, 8, 5
+HEAD_KERNEL = 9
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -51,6 +55,14 @@ class Convolution:
         """Operations: 2 · out · in · kernel² · kernel_frames · output_size² · output_frames; in = 1 if depthwise."""
         volume = self.kernel**2 * self.kernel_frames * self.output_size**2 * self.output_frames
         return 2 * self.out_channels * (1 if self.depthwise else self.in_channels) * volume
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Channels C and positions P of a feature map of one image."""
+
+    channels: int
+    positions: int
 
 
 def num_transformer_parameters(transformer: config.TransformerConfig, tokens: int, frames: int) -> int:
@@ -118,10 +130,13 @@ def discriminator_inputs_per_sample(adversarial: config.AdversarialConfig, frame
 def discriminator_layers(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> list[Convolution]:
     """Return the discriminator's layers for one image, or for one clip if its input is clips.
 
-    The list is empty without adversarial loss. Linear layers are convolutions of 1 x 1 images.
+    The list is empty without adversarial loss. Linear layers are convolutions of 1 x 1 images. The frozen network of
+    `features` is not among them, see `feature_costs`.
     """
     if not adversarial.weight:
         return []
+    if adversarial.discriminator == "features":
+        return [layer for head in head_layers(adversarial, image_size) for layer in head]
     if adversarial.discriminator == "patchgan":
         return _patchgan(adversarial, image_size)
     if adversarial.discriminator == "stylegan2-3d":
@@ -147,18 +162,18 @@ def discriminator_layers(adversarial: config.AdversarialConfig, image_size: int,
 
 
 def num_discriminator_parameters(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> int:
-    """Return the parameters of all layers, with two per channel of each group norm of PatchGAN."""
+    """Return the parameters of all layers, with two per channel of each norm of PatchGAN and of feature heads."""
     layers = discriminator_layers(adversarial, image_size, frames)
-    norms = (
-        sum(2 * layer.out_channels for layer in layers if not layer.bias)
-        if adversarial.discriminator == "patchgan"
-        else 0
-    )
+    norms = 0
+    if adversarial.discriminator == "patchgan":
+        norms = sum(2 * layer.out_channels for layer in layers if not layer.bias)
+    elif adversarial.weight and adversarial.discriminator == "features":
+        norms = sum(2 * layer.out_channels for head in head_layers(adversarial, image_size) for layer in head[:-1])
     return sum(layer.num_parameters for layer in layers) + norms
 
 
 def num_kernel_elements(adversarial: config.AdversarialConfig, image_size: int, frames: int = 1) -> int:
-    """Return the elements of the discriminator's convolution kernels, without its linear layers."""
+    """Return the elements of the discriminator's 2-D and 3-D convolution kernels, without its linear layers."""
     layers = discriminator_layers(adversarial, image_size, frames)
     kernels = [layer for layer in layers if layer.output_size > 1]
     return sum(layer.num_parameters - layer.trainable * layer.bias * layer.out_channels for layer in kernels)
@@ -178,6 +193,34 @@ def perceptual_layers(network: Literal["vgg", "alex"], image_size: int) -> list[
         slices.append([Convolution(a, b, 3, image_size >> number) for a, b in pairwise(widths)])
         in_channels = out_channels
     return slices
+
+
+def feature_maps(adversarial: config.AdversarialConfig, image_size: int) -> list[FeatureMap]:
+    """Return the five maps that the heads score."""
+    if adversarial.features == "dino":
+        return [FeatureMap(DINO_WIDTH, (image_size // DINO_PATCH_SIZE) ** 2)] * _DINO_TAPS
+    last_layers = [layers[-1] for layers in perceptual_layers(adversarial.features, image_size)]
+    return [FeatureMap(layer.out_channels, layer.output_size**2) for layer in last_layers]
+
+
+def head_layers(adversarial: config.AdversarialConfig, image_size: int) -> list[list[Convolution]]:
+    """Return the convolutions of each head; their positions are counted as frames of one pixel."""
+    heads = []
+    for feature_map in feature_maps(adversarial, image_size):
+        channels, positions = min(feature_map.channels, adversarial.channel_max), feature_map.positions
+        heads.append(
+            [
+                Convolution(feature_map.channels, channels, 1, 1, output_frames=positions),
+                Convolution(channels, channels, 1, 1, kernel_frames=HEAD_KERNEL, output_frames=positions),
+                Convolution(channels, 1, 1, 1, output_frames=positions),
+            ]
+        )
+    return heads
+
+
+def pooled_side(network: str, side: int) -> int:
+    """Return the side after a max pooling: 2 x 2 in VGG, 3 x 3 with stride 2 in AlexNet."""
+    return side // 2 if network == "vgg" else (side - 3) // 2 + 1
 
 
 def frames_per_resolution(image_size: int, frames: int) -> list[int]:

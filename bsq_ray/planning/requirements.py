@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from bsq_ray import config
 from bsq_ray.planning.activations import discriminator_phase_bytes, generator_phase_bytes
+from bsq_ray.planning.feature_costs import num_frozen_parameters
 from bsq_ray.planning.flops import tokenizer_step_flops
 from bsq_ray.planning.layer_costs import (
     num_decoder_parameters,
@@ -62,13 +63,16 @@ def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     if loss.perceptual_weight:
         networks = [perceptual_layers(network, model.image_size) for network in loss.perceptual_networks]
         perceptual = sum(layer.num_parameters for slices in networks for layers in slices for layer in layers)
-    # bf16 copies of all weights, or fp32 copies of the discriminator's scaled weights (equalized learning rate).
+    frozen_features = num_frozen_parameters(loss.adversarial, model.image_size)
+    # bf16 copies of all weights, or fp32 copies of the discriminator's scaled weights (equalized learning rate, or
+    # spectral norm).
     half = run.training.engine.precision != "fp32"
+    copied = (tokenizer, discriminator, perceptual, frozen_features)
     return SampleRequirements(
         unit="images" if model.frames == 1 else "clips",
         parameters={"generator": generator, "discriminator": discriminator},
-        frozen_parameters=perceptual + tokenizer - generator,
-        weight_copy_bytes=2 * (tokenizer + discriminator + perceptual) if half else 4 * discriminator,
+        frozen_parameters=perceptual + frozen_features + tokenizer - generator,
+        weight_copy_bytes=2 * sum(copied) if half else 4 * discriminator,
         flops=tokenizer_step_flops(run),
         activations=(generator_phase_bytes(run), discriminator_phase_bytes(run)),
         bytes_read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,

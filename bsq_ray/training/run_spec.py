@@ -110,6 +110,8 @@ def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
         if adversarial.weight:
             for key in ("discriminator", "channel_base", "channel_max"):
                 values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
+        if adversarial.weight and adversarial.discriminator == "features":
+            values["loss.adversarial.features"] = adversarial.features
         values["training.only"] = run_config.training.only
     values["training.ema"] = run_config.training.ema_decay > 0
     part_configs = {"training": run_config.training, "data": run_config.data, "engine": run_config.training.engine}

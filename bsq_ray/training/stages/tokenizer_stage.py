@@ -30,12 +30,14 @@ from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, gene
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.discriminators import build_discriminator
+from bsq_ray.models.discriminators.feature_heads import FeatureDiscriminator
 from bsq_ray.models.frame_layout import frames_time_major
 from bsq_ray.models.quantizers import KeptBits
 from bsq_ray.models.quantizers.usage import CodeUsage
 from bsq_ray.models.tokenizer import Tokenizer, TokenizerOutput, Tokens
 from bsq_ray.runtime.collectives import average_over_workers, num_workers
 from bsq_ray.runtime.device import to_device
+from bsq_ray.training.engines.engine import Engine
 from bsq_ray.training.schedule import ramp
 from bsq_ray.training.stages.bit_noise import BitNoise
 from bsq_ray.training.stages.nested_dropout import NestedDropout
@@ -121,10 +123,14 @@ class TokenizerStage(Stage):
     def prepare_step(self, micro_batches: Sequence[Batch], engines: Engines, step: int) -> list[StepContext | None]:
         """Sample nested bits and bit noise, and average the quantizer's statistics over accumulated micro batches.
 
+        The spectral norms of a discriminator are estimated once per step here, not in each forward pass.
+
         The codebook entropy is a function of these means, so its mean over micro batches is not that of the batch.
         The statistics take one more pass of the encoder. A single micro batch needs none: the quantizer averages over
         the workers in the forward pass.
         """
+        if self._is_adversarial_step(step):
+            self._update_spectral_norms(engines["discriminator"])
         kept_bits: list[KeptBits | None] = [None] * len(micro_batches)
         if self.nested_dropout is not None:
             kept_bits = list(
@@ -145,6 +151,11 @@ class TokenizerStage(Stage):
             None if mean is None and kept is None and flipped_BNL is None else GeneratorContext(mean, kept, flipped_BNL)
             for kept, flipped_BNL in zip(kept_bits, flips, strict=True)
         ]
+
+    def _update_spectral_norms(self, engine: Engine) -> None:
+        if isinstance(engine.module, FeatureDiscriminator):
+            with engine.gathered_parameters():
+                engine.module.update_spectral_norms()
 
     def _token_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Return the shape (B, N, L) of the bits of a batch of images or clips."""
