@@ -165,10 +165,8 @@ def num_discriminator_parameters(adversarial: config.AdversarialConfig, image_si
     """Return the parameters of all layers, with two per channel of each norm of PatchGAN and of feature heads."""
     layers = discriminator_layers(adversarial, image_size, frames)
     norms = 0
-    if adversarial.discriminator == "patchgan":
+    if adversarial.discriminator in ("patchgan", "features"):
         norms = sum(2 * layer.out_channels for layer in layers if not layer.bias)
-    elif adversarial.weight and adversarial.discriminator == "features":
-        norms = sum(2 * layer.out_channels for head in head_layers(adversarial, image_size) for layer in head[:-1])
     return sum(layer.num_parameters for layer in layers) + norms
 
 
@@ -208,13 +206,9 @@ def head_layers(adversarial: config.AdversarialConfig, image_size: int) -> list[
     heads = []
     for feature_map in feature_maps(adversarial, image_size):
         channels, positions = min(feature_map.channels, adversarial.channel_max), feature_map.positions
-        heads.append(
-            [
-                Convolution(feature_map.channels, channels, 1, 1, output_frames=positions),
-                Convolution(channels, channels, 1, 1, kernel_frames=HEAD_KERNEL, output_frames=positions),
-                Convolution(channels, 1, 1, 1, output_frames=positions),
-            ]
-        )
+        first = Convolution(feature_map.channels, channels, 1, 1, bias=False, output_frames=positions)
+        second = Convolution(channels, channels, 1, 1, bias=False, kernel_frames=HEAD_KERNEL, output_frames=positions)
+        heads.append([first, second, Convolution(channels, 1, 1, 1, output_frames=positions)])
     return heads
 
 

@@ -38,7 +38,7 @@ def images(count, features="alex", seed=0):
     return torch.rand(count, 3, SIZES[features], SIZES[features], generator=generator) * 2 - 1
 
 
-def directional_derivative(function, x, direction, step=1e-7):
+def directional_derivative(function, x, direction, step=1e-8):
     """Return the central difference of a scalar function in a direction."""
     with torch.no_grad():
         values = [function(x + sign * step * direction) for sign in (1, -1)]
@@ -83,7 +83,7 @@ def test_feature_image_gradient_matches_finite_differences(features, weights_pat
     ("features", "with_r1"), [("alex", False), ("vgg", False), ("dino", False), ("alex", True), ("vgg", True)]
 )
 def test_feature_head_gradients_match_finite_differences(features, weights_path, with_r1):
-    """So do those of the heads' parameters, of the hinge loss and of the R1 penalty through the frozen network."""
+    """So do those of the heads' parameters, of the loss and of the R1 penalty through the frozen network."""
     model = build(features, weights_path).double()
     real, fake = images(4, features).double(), images(4, features, seed=1).double()
     parameters = list(model.parameters())
@@ -96,7 +96,7 @@ def test_feature_head_gradients_match_finite_differences(features, weights_path,
                 # As `r1_penalty`, but in fp64.
                 [gradient] = torch.autograd.grad(model(x)[0].sum(), x, create_graph=True)
                 return gradient.square().sum((1, 2, 3)).mean()
-        return discriminator_loss(*model(x, fake), "hinge")
+        return discriminator_loss(*model(x, fake), "non_saturating")
 
     gradients = torch.autograd.grad(value(), parameters, allow_unused=True)
     gradient = torch.cat(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference_dino import random_dino_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -11,6 +12,7 @@ from bsq_ray.data.data_source import Batch
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.tokenizer import Tokenizer
+from bsq_ray.planning.feature_costs import num_frozen_parameters
 from bsq_ray.planning.flops import tokenizer_forward_flops, tokenizer_step_flops
 from bsq_ray.planning.layer_costs import num_discriminator_parameters, num_tokenizer_parameters, perceptual_layers
 from bsq_ray.training.engines.engine import build_engine
@@ -60,6 +62,12 @@ def test_parameter_counts_of_presets_are_exact(name):
         ["model.frames=16"],
         ["model.quantizer.kind=fsq"],
         ["loss.adversarial.discriminator=patchgan"],
+        ["loss.adversarial.discriminator=features"],
+        [
+            "loss.adversarial.discriminator=features",
+            "loss.adversarial.features=alex",
+            "loss.adversarial.channel_max=96",
+        ],
         ["model.encoder.width=384", "model.encoder.mlp_ratio=2.5", "model.decoder.layers=3"],
     ],
 )
@@ -89,6 +97,20 @@ def test_parameter_counts_match_released_code(name, generator, discriminator):
 def test_perceptual_network_parameter_count_is_exact(network):
     num_planned = sum(layer.num_parameters for layers in perceptual_layers(network, 64) for layer in layers)
     assert num_planned == count_parameters(PerceptualLoss(network).networks[0].trunk)
+
+
+@pytest.mark.parametrize("features", ["alex", "vgg", "dino"])
+def test_frozen_parameter_count_is_exact(features, tmp_path):
+    torch.save(random_dino_weights(), tmp_path / "dino.pth")
+    settings = {"discriminator": "features", "features": features, "features_weights": tmp_path / "dino.pth"}
+    overrides = [f"loss.adversarial.{key}={value}" for key, value in (settings | {"r1_gamma": 0}).items()]
+    adversarial = load_config("demo-gan", overrides).loss.adversarial
+    discriminator = build_discriminator(adversarial, 64)
+    network = discriminator.frozen_network
+    buffers = [network.cls_token, network.pos_embed] if features == "dino" else []
+    num_frozen = count_parameters(network) + sum(value.numel() for value in buffers)
+    assert num_frozen_parameters(adversarial, 64) == num_frozen
+    assert num_discriminator_parameters(adversarial, 64) == count_parameters(discriminator)
 
 
 @pytest.mark.parametrize("frames", [16, 6, 5])
@@ -138,9 +160,31 @@ def test_tokenizer_forward_flops_are_exact(name, overrides):
         ["loss.adversarial.r1_gamma=0", "loss.adversarial.channel_base=4096"],
         ["model.frames=4"],
         ["model.frames=4", "loss.adversarial.discriminator=stylegan2-3d", "loss.adversarial.channel_base=512"],
+        ["loss.adversarial.discriminator=features", "loss.adversarial.features=alex", "loss.perceptual_weight=0"],
+        [
+            "loss.adversarial.discriminator=features",
+            "loss.adversarial.features=vgg",
+            "loss.adversarial.r1_gamma=0",
+            "loss.adversarial.channel_max=512",
+        ],
     ],
 )
 def test_training_step_flops_are_within_two_percent(overrides):
+    assert_step_flops_within_two_percent(overrides)
+
+
+def test_training_step_flops_with_dino_are_within_two_percent(tmp_path):
+    torch.save(random_dino_weights(), tmp_path / "dino.pth")
+    settings = {
+        "discriminator": "features",
+        "features": "dino",
+        "features_weights": tmp_path / "dino.pth",
+        "r1_gamma": 0,
+    }
+    assert_step_flops_within_two_percent([f"loss.adversarial.{key}={value}" for key, value in settings.items()])
+
+
+def assert_step_flops_within_two_percent(overrides):
     run = load_config(
         "demo-gan",
         ["loss.adversarial.start_step=0", "loss.adversarial.r1_every=2", "training.engine.kind=ddp", *overrides],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference_dino import random_dino_weights
 
 from bsq_ray.config import load_config
 from bsq_ray.losses.perceptual import PerceptualLoss
@@ -12,6 +13,7 @@ from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
     decoder_activation_bytes,
     discriminator_activation_bytes,
+    discriminator_phase_bytes,
     perceptual_activation_bytes,
     tokenizer_activation_bytes,
 )
@@ -129,6 +131,35 @@ def test_discriminator_activation_bytes_within_ten_percent(overrides, half):
     assert discriminator_activation_bytes(adversarial, size, half) == pytest.approx(saved_bytes / IMAGES, rel=0.1)
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("features", ["alex", "vgg", "dino"])
+def test_feature_discriminator_bytes_within_ten_percent(features, half, tmp_path):
+    """The formulas are within ten percent of what is saved for a reconstruction, and for an original without R1."""
+    torch.save(random_dino_weights(), tmp_path / "dino.pth")
+    settings = {"discriminator": "features", "features": features, "features_weights": tmp_path / "dino.pth"}
+    overrides = [f"loss.adversarial.{key}={value}" for key, value in (settings | {"r1_gamma": 0}).items()]
+    run = load_config("demo-gan", [*overrides, f"training.engine.precision={'bf16' if half else 'fp32'}"])
+    discriminator = build_discriminator(run.loss.adversarial, 64)
+    frozen = sum(value.numel() for value in discriminator.frozen_network.parameters())
+    heads = sum(value.numel() for value in discriminator.parameters())
+    networks = torch.nn.ModuleList([discriminator, discriminator.frozen_network])
+    original, reconstruction = random_images(64), random_images(64).requires_grad_()
+
+    def forward(images_BCHW):
+        with autocast(half):
+            return discriminator(images_BCHW)
+
+    # Weights divided by their spectral norms, and copies of all weights in half precision.
+    copies = 2 * heads if half else 4 * heads
+    of_original = saved_tensor_bytes(lambda: forward(original), networks, copies)
+    copies += 2 * frozen if half else 0
+    of_reconstruction = saved_tensor_bytes(lambda: forward(reconstruction), networks, copies)
+    assert discriminator_activation_bytes(run.loss.adversarial, 64, half) == pytest.approx(
+        of_reconstruction / IMAGES, rel=0.1
+    )
+    assert discriminator_phase_bytes(run) == pytest.approx((of_original + of_reconstruction) / IMAGES, rel=0.1)
+
+
 @pytest.mark.parametrize("frames", [4, 5])
 def test_clip_discriminator_bytes_within_ten_percent(frames):
     """The formula is within ten percent of the bytes that PyTorch saves for the clip discriminator's backward
@@ -220,7 +251,8 @@ def test_muon_needs_one_moment_per_matrix_element(preset):
 
 
 @pytest.mark.parametrize(
-    ("preset", "kind"), [("demo-gan", "stylegan2"), ("demo-gan", "patchgan"), ("demo-video", "stylegan2-3d")]
+    ("preset", "kind"),
+    [("demo-gan", "stylegan2"), ("demo-gan", "patchgan"), ("demo-gan", "features"), ("demo-video", "stylegan2-3d")],
 )
 def test_muon_on_convolutions_needs_one_moment_per_kernel_element(preset, kind):
     """Kernels of the discriminator have one moment instead of two; its linear layers keep both."""

@@ -44,6 +44,8 @@ IMAGES = [
 ]
 # Dropout draws other random numbers on every worker.
 TOKENS = ["model.width=16", "model.layers=1", "model.heads=2", "model.dropout=0", "model.grid=[1, 4, 4]"]
+# The last feature map of AlexNet has 2 x 2 positions.
+FEATURES = [*IMAGES, "model.image_size=48", "model.patch_size=16"]
 TEXTURE = [*IMAGES, "loss.perceptual_weight=0.1", "loss.perceptual_network=vgg", "loss.gram_weight=10"]
 # By name: preset and overrides.
 CASES = {
@@ -52,6 +54,8 @@ CASES = {
     "imagenet128-lfq18": ("imagenet128-lfq18", IMAGES),
     "imagenet128-vq10": ("imagenet128-vq10", IMAGES),
     "demo-gan": ("demo-gan", IMAGES),
+    "demo-features": ("demo-features", FEATURES),
+    "demo-features with R1": ("demo-features", [*FEATURES, "loss.adversarial.r1_gamma=1"]),
     "demo-nested": ("demo-nested", IMAGES),
     "demo-any-size": ("demo-any-size", [*IMAGES, "model.attention_radius=2"]),
     "bit noise": ("imagenet128-bsq18", [*IMAGES, "training.bit_noise.images=0.6", "training.bit_noise.rate=0.3"]),
@@ -132,6 +136,11 @@ def images_config(*overrides):
         ([], 8, r"micro batches of 2 samples give .* groups of 2 .* 16 gives groups of 4.*stddev_group_size=2"),
         (["training.micro_batch_size=1"], 2, "micro batches of 1 samples give .* groups of 1"),
         (["loss.adversarial.discriminator=stylegan2-3d", "model.frames=4"], 16, "micro batches of 1 samples"),
+        (
+            ["loss.adversarial.discriminator=features", "model.image_size=32", "training.micro_batch_size=1"],
+            2,
+            "micro batches of 1 samples give the discriminator groups of 1 for its batch norm, and the whole batch",
+        ),
         (["loss.adversarial.adaptive_weight=true", "training.micro_batch_size=4"], 2, "adaptive_weight compares .*"),
     ],
 )

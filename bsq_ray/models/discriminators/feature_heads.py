@@ -41,8 +41,8 @@ class SpectralConv(nn.Conv1d):
     passes; `update_norm` does.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias)
         spectral_norm(self)
 
     def forward(self, x_BCP: Tensor) -> Tensor:
@@ -114,9 +114,10 @@ class FeatureHead(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, max_group_size: int) -> None:
         super().__init__()
-        self.conv0 = SpectralConv(in_channels, channels, 1)
+        # Batch norm subtracts what a bias adds.
+        self.conv0 = SpectralConv(in_channels, channels, 1, bias=False)
         self.norm0 = VirtualBatchNorm(channels, max_group_size)
-        self.conv1 = SpectralConv(channels, channels, _KERNEL_SIZE)
+        self.conv1 = SpectralConv(channels, channels, _KERNEL_SIZE, bias=False)
         self.norm1 = VirtualBatchNorm(channels, max_group_size)
         self.out = SpectralConv(channels, 1, 1)
 

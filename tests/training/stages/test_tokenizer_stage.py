@@ -114,7 +114,7 @@ def test_reconstruction_loss_follows_config(batch, kind, loss):
     assert float(total.detach()) == pytest.approx(float(2 * terms["reconstruction"] + rest), rel=1e-6)
 
 
-@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan"])
+@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "features"])
 @pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
 def test_phase_gradients_reach_only_own_module(batch, discriminator, objective):
     """Each phase produces gradients for its own module only."""
@@ -132,9 +132,11 @@ def test_phase_gradients_reach_only_own_module(batch, discriminator, objective):
             assert all(has_grad) if name == phase else not any(has_grad), (phase, name)
 
 
-def test_phase_gradients_equal_two_pass_version(batch):
+@pytest.mark.parametrize("discriminator", ["stylegan2", "features"])
+def test_phase_gradients_equal_two_pass_version(batch, discriminator):
     """The surrogate term gives both modules the gradients of separate forward passes for each phase."""
-    stage, engines = build("loss.reconstruction_weight=0", "loss.quantizer_weight=0", "loss.adversarial.r1_gamma=0")
+    weights = ["loss.reconstruction_weight=0", "loss.quantizer_weight=0", "loss.adversarial.r1_gamma=0"]
+    stage, engines = build(*weights, f"loss.adversarial.discriminator={discriminator}")
     generator, discriminator = stage.modules["generator"], stage.modules["discriminator"]
     run_weight = stage.loss_config.adversarial.weight
     outputs, context = {}, None
@@ -225,7 +227,7 @@ def clips():
     return Batch(to_uint8(values), torch.zeros(8, dtype=torch.int64), [f"street@{n}" for n in range(8)])
 
 
-@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "stylegan2-3d"])
+@pytest.mark.parametrize("discriminator", ["stylegan2", "patchgan", "features", "stylegan2-3d"])
 def test_clip_phase_gradients_reach_only_own_module(clips, discriminator):
     """Clips reach the discriminator as frames or clips, and each phase has gradients for its own module only."""
     stage, engines = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
@@ -269,15 +271,17 @@ def test_clip_r1_penalty_matches_frames_as_images(clips):
     assert float(clip_scalars["logits_real"]) == pytest.approx(float(frame_scalars["logits_real"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("discriminator", ["stylegan2", "features"])
 @pytest.mark.parametrize("share", [slice(0, None, 2), slice(1, None, 2), slice(3, 4)])
-def test_clip_logits_do_not_depend_on_batch_split(clips, share):
+def test_clip_logits_do_not_depend_on_batch_split(clips, share, discriminator):
     """Every second clip, or one clip alone, has the logits that it has in the full batch."""
-    stage, _ = build("model.frames=4")
+    stage, _ = build("model.frames=4", f"loss.adversarial.discriminator={discriminator}")
     discriminator = stage.modules["discriminator"]
     values = to_float(clips.values_B)
     [full_logits] = discriminator(frames_time_major(values))
     [part_logits] = discriminator(frames_time_major(values[share]))
-    torch.testing.assert_close(part_logits.view(4, -1), full_logits.view(4, 8)[:, share], rtol=1e-4, atol=1e-5)
+    by_frame = full_logits.view(4, 8, -1)
+    torch.testing.assert_close(part_logits.view_as(by_frame[:, share]), by_frame[:, share], rtol=1e-4, atol=1e-5)
 
 
 def test_clip_evaluate_shows_first_clip_per_frame_psnr(clips):
