@@ -352,7 +352,7 @@ def test_load_config_zero3_with_gan_or_accumulation_loads():
 def test_load_config_unknown_preset_is_suggested():
     """The error for an unknown preset suggests the most similar one."""
     assert load_error("imagenet128-bsq8") == ("unknown preset 'imagenet128-bsq8'; did you mean imagenet128-bsq18?")
-    assert "presets are demo, demo-any-size, demo-decoder, demo-gan, demo-nested, demo-video, " in load_error("xyz")
+    assert "presets are demo, demo-any-size, demo-decoder, demo-features, demo-gan, demo-nested, " in load_error("xyz")
 
 
 @pytest.mark.parametrize(

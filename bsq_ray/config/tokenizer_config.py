@@ -344,7 +344,7 @@ class TokenizerConfig(StrictModel):
         if self.loss.adversarial.discriminator == "stylegan2-3d" and self.model.frames == 1:
             raise ValueError(
                 "loss.adversarial.discriminator stylegan2-3d scores whole clips; set model.frames above 1, or choose "
-                "stylegan2 or patchgan, which score clips frame by frame"
+                "stylegan2, patchgan or features, which score clips frame by frame"
             )
         return self
 
