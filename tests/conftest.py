@@ -40,6 +40,14 @@ hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _restore_linear():
+    """Restore `F.linear`, which ZeRO-3 replaces for the rest of the process."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
 @pytest.fixture(scope="session")
 def ray_local():
     """The only Ray session of a test run."""

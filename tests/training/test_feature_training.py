@@ -31,14 +31,6 @@ RESUMED = ("ddp", "zero 1", "zero 3")
 HALF = STEPS // 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _restore_linear():
-    """Restore `F.linear`, which ZeRO-3 replaces for the rest of the process."""
-    linear = torch.nn.functional.linear
-    yield
-    torch.nn.functional.linear = linear
-
-
 @pytest.fixture(scope="module")
 def runs(photo_shards, tmp_path_factory):
     """(folder, losses by name) of two workers; some runs were stopped, and resumed by two workers or by one."""
