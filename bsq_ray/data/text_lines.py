@@ -22,7 +22,7 @@ _BYTE_ORDER_MARKS = (
 INVISIBLE_CHARACTERS = " \t\v\f\ufeff\u00a0\u200b\x1a"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextLine:
     """A line of a text file.
 

@@ -14,6 +14,7 @@ import pytest
 from foreign_shards import Link, image_bytes, samples, write_tar
 
 from bsq_ray.data.pack import PackOptions, pack_images
+from bsq_ray.data.pack_labels import label_names
 
 HERE = PackOptions(num_workers=0, storage_timeout_s=0)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 84318612\n"
@@ -274,7 +275,44 @@ LABEL_FILES = {
     "negative": ("0 -1\n1 0\n2 0\n", "line 1 has the class -1", []),
     "no text": (b"\xff\xfe\x00\xd8", "labels.txt is not a text file", []),
     "other files": ("a.jpg cat\n", "has 1 lines for 3 files, and names none of them", []),
+    "as many other files": ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "names none of the files: .* for a.jpg, but", []),
+    "other files without suffixes": ("img_0 n01440760\nimg_1 n01440761\nimg_2 n01440760", "names none of the", []),
+    "longer paths": ("val/a/0.jpg cat\nval/a/1.jpg dog\nval/b/2.jpg cat", ANIMALS, [0, 0, 1]),
+    "two longer paths": (
+        "a/0.jpg cat\nb/0.jpg dog\na/1.jpg cat\na/2.jpg cat",
+        "line 2 gives 0.jpg another class than .* line 1",
+        [],
+    ),
+    "two classes of other files": ("x/y.jpg cat\nx/y.jpg dog\n0 dog\n1 cat\n2 cat", ANIMALS, [0, 0, 1]),
+    "synsets and their words": (
+        "0.jpg n01440764 tench, Tinca tinca\n1.jpg n01443537 goldfish\n2.jpg n01443537 goldfish",
+        ("n01440764", "n01443537"),
+        [0, 1, 1],
+    ),
+    "more columns": ("0.jpg 2\tx\n1.jpg 0\ty\n2.jpg 2\tz", NUMBERS, [0, 2, 2]),
+    "boxes": (
+        '"ImageId","PredictionString"\n0,n01440764 1 2 3 4\n1,n01443537 1 2 3 5\n"2","n01443537 1 2 3 4"',
+        ("n01440764", "n01443537"),
+        [0, 1, 1],
+    ),
 }
+
+
+@pytest.mark.parametrize("name", ["my photo 1", "my, photo; 1"])
+@pytest.mark.parametrize("line", ["{}.jpg,cat", "{}\tcat", '"{}.jpg" cat', "{}.jpg cat", "set/{}.jpg;cat"])
+def test_pack_images_label_file_names_have_spaces(tmp_path, name, line):
+    """Names of files may contain what separates names from classes."""
+    write_tar(tmp_path / "s.tar", [(f"{name}.jpg", image_bytes()), ("my.jpg", image_bytes(1))])
+    (tmp_path / "labels.txt").write_text(f"my.jpg dog\n{line.format(name)}\n")
+    options = PackOptions(num_workers=0, label_file=str(tmp_path / "labels.txt"))
+    assert pack(tmp_path / "s.tar", tmp_path, options)[:2] == (ANIMALS, [0, 1])
+
+
+def test_label_names_shares_labels_of_a_class(tmp_path):
+    """A label file of any length has one object for each class."""
+    (tmp_path / "labels.txt").write_text("".join(f"{number}.jpg {number % 2}\n" for number in range(10)))
+    labels = label_names(str(tmp_path / "labels.txt"), [f"{number}.jpg" for number in range(10)])
+    assert len({id(label) for label in labels}) == 2
 
 
 @pytest.mark.parametrize("case", LABEL_FILES)
