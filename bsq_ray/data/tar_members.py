@@ -13,6 +13,7 @@ from typing import Literal
 
 from bsq_ray.data.folder_listing import leftover_name
 from bsq_ray.data.shard_content import ShardContent
+from bsq_ray.media.decode_error import error_text
 from bsq_ray.runtime.wrong_files import describe_wrong_binary
 
 KeyUntil = Literal["first-dot", "last-dot"]
@@ -54,12 +55,14 @@ class Member:
         name: full name without a leading "./" or "/".
         offset, size: position and size of its data, bytes; of the target for a link.
         reason: the reason why it cannot be a part of a sample; empty for a readable file.
+        part: number of the tar, from 0, in a file of tars that were appended to each other.
     """
 
     name: str
     offset: int = 0
     size: int = 0
     reason: str = ""
+    part: int = 0
 
 
 def is_tar_name(name: str) -> bool:
@@ -125,10 +128,10 @@ def iter_members(content: ShardContent) -> Iterator[Member]:
         tarfile.TarError, EOFError, ValueError: the tar is damaged or truncated.
     """
     all_entries, rest = _read_entries(content)
-    entries = [entry for entry in all_entries if not entry.isdir()]
+    entries = [(part, entry) for part, entry in all_entries if not entry.isdir()]
     # As when a tar is unpacked, the last of several entries with one name counts as the target of a link.
-    by_name = {normal_name(entry.name): entry for entry in entries}
-    for entry in entries:
+    by_name = {normal_name(entry.name): entry for _, entry in entries}
+    for part, entry in entries:
         name = normal_name(entry.name)
         if leftover_name(name) is not None:
             yield Member(name, reason="leftovers of systems and tools")
@@ -143,30 +146,43 @@ def iter_members(content: ShardContent) -> Iterator[Member]:
         elif target.offset_data + target.size > content.num_bytes:
             raise EOFError(f"it ends inside {name}")
         else:
-            yield Member(name, target.offset_data, target.size)
+            yield Member(name, target.offset_data, target.size, part=part)
     if rest is not None:
         yield Member(f"byte {rest}", reason="parts behind the end of the tar that are no tar")
 
 
-def _read_entries(content: ShardContent) -> tuple[list[tarfile.TarInfo], int | None]:
-    """Return the headers of a tar, and of tars that were appended to it with `cat`; and where other content follows."""
-    entries = list[tarfile.TarInfo]()
-    start = 0
+def _read_entries(content: ShardContent) -> tuple[list[tuple[int, tarfile.TarInfo]], int | None]:
+    """Return the headers of a tar, each with the number of its part, and the position of content that is no tar.
+
+    Tars that were appended with `cat` are further parts.
+    """
+    entries = list[tuple[int, tarfile.TarInfo]]()
+    start = part = 0
     while True:
         content.file.seek(start)
-        with tarfile.open(fileobj=content.file, mode="r:") as tar:
-            entries += tar
-            end = tar.offset
+        end = start
+        try:
+            with tarfile.open(fileobj=content.file, mode="r:") as tar:
+                for entry in tar:
+                    # Otherwise `tarfile` would read the same header again, without end.
+                    if entry.size < 0 or tar.offset <= entry.offset:
+                        raise tarfile.ReadError(f"the header at byte {entry.offset} has a negative size")
+                    if tar.offset >= content.num_bytes + tarfile.BLOCKSIZE:
+                        raise EOFError(f"it ends inside {normal_name(entry.name)}")
+                    entries.append((part, entry))
+                end = tar.offset
+        except (ValueError, OverflowError, RecursionError, MemoryError) as error:
+            raise tarfile.ReadError(f"a header is invalid: {error_text(error)}") from error
         # Zeros end a tar.
         next_tar = content.find_nonzero(end)
         if next_tar is None:
             return entries, None
-        if next_tar < end + tarfile.BLOCKSIZE and end > start:
-            raise tarfile.ReadError(f"the header at byte {end} is invalid")
-        if end == start:
+        if next_tar < end + tarfile.BLOCKSIZE:
+            if end > start:
+                raise tarfile.ReadError(f"the header at byte {end} is invalid")
             # `tarfile` reports an invalid header only at the start of a file.
             return entries, next_tar
-        start = next_tar // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        start, part = next_tar // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE, part + 1
 
 
 def _follow_links(entry: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | str:

@@ -3,6 +3,8 @@
 Add a case: a row of `WRONG_FILES` (content, message), or of `ENDS` (what follows the tar, number of unused members).
 """
 
+import tarfile
+
 import imagecodecs
 import pytest
 from foreign_shards import image_bytes, samples, write_tar
@@ -21,6 +23,17 @@ def index_content(tmp_path, content):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "s.tar").write_bytes(content)
     return index_shards(str(tmp_path / "set"))
+
+
+def header(name, size, kind=tarfile.REGTYPE, pax_headers=None):
+    """Return the header of a member of any size, also of a negative one."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.pax_headers = kind, pax_headers or {}
+    content = bytearray(entry.tobuf(tarfile.PAX_FORMAT if pax_headers else tarfile.GNU_FORMAT))
+    content[-388:-376] = (size % 2**96 if size < 0 else size + 2**95).to_bytes(12, "big")
+    content[-364:-356] = b" " * 8
+    content[-364:-356] = b"%06o\0 " % sum(content[-512:])
+    return bytes(content)
 
 
 def with_damaged_header(content):
@@ -43,6 +56,23 @@ WRONG_FILES = {
     "lzip": (lambda _: b"LZIP\1" + bytes(600), "compressed with lzip"),
     "lzop": (lambda _: b"\x89LZO\0\r\n\x1a\n" + bytes(600), "compressed with lzop"),
     "damaged header": (with_damaged_header, "is damaged: the header at byte 2560 is invalid"),
+    "negative size": (
+        lambda data: header("a.jpg", -512) + data,
+        "is damaged: the header at byte 0 has a negative size",
+    ),
+    "negative size behind a member": (
+        lambda data: header("a.jpg", 512) + bytes(512) + header("b.jpg", -512) + data,
+        "is damaged: the header at byte 1024 has a negative size",
+    ),
+    "negative size in an extended header": (
+        lambda data: header("a.jpg", 0, pax_headers={"size": "-100000000"}) + data,
+        "is damaged: the header at byte 0 has a negative size",
+    ),
+    "huge name": (lambda data: header("a.jpg", 2**62, tarfile.GNUTYPE_LONGNAME) + data, "is damaged: a header is inv"),
+    "damaged map of a sparse file": (
+        lambda data: header("a.jpg", 0, pax_headers={"GNU.sparse.map": "a,b"}) + data,
+        "is damaged: a header is invalid: ",
+    ),
     "half a header": (lambda data: data[: data.index(b"n003.jpg") + 50], "is damaged: "),
 }
 
@@ -97,6 +127,14 @@ def test_index_shards_concatenated_tars_are_read_to_the_end(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "s.tar").write_bytes(b"".join(parts))
     assert index_shards(str(tmp_path / "set")).manifest.num_samples == 6
+    assert inspect_shards(str(tmp_path / "set")).errors == []
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_index_shards_tar_behind_empty_tar_is_read(tmp_path, plain, num_parts):
+    """A tar without members ends nothing: `cat empty.tar full.tar` has the members of the second."""
+    empty = write_tar(tmp_path / "empty.tar", []).read_bytes()
+    assert index_content(tmp_path, empty * num_parts + plain).manifest.num_samples == 6
     assert inspect_shards(str(tmp_path / "set")).errors == []
 
 
