@@ -13,6 +13,8 @@ from bsq_ray.data.sample_index import SampleEntry, Shard, index_rows
 from bsq_ray.data.sample_labels import (
     JSON_SUFFIX,
     LABEL_FIELDS,
+    LARGE_LABELS,
+    MAX_LABEL_BYTES,
     TEXT_LABEL_SUFFIXES,
     SampleLabel,
     parse_json_label,
@@ -27,7 +29,7 @@ from bsq_ray.media.video_reader import VIDEO_SUFFIXES, VideoInfo, probe
 
 _SAMPLE_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 # Formats of masks that accompany an image of the same key.
-_MASK_SUFFIXES = (".pgm", ".pbm", ".ppm", ".pnm")
+MASK_SUFFIXES = (".pgm", ".pbm", ".ppm", ".pnm")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def index_shard(name: str, content: ShardContent, url: str, options: IndexOption
             result.leave_out(member, "empty images or videos")
         elif parts[0] in samples:
             earlier, earlier_suffix = samples[parts[0]]
-            if earlier_suffix in _MASK_SUFFIXES and parts[1] not in _MASK_SUFFIXES:
+            if earlier_suffix in MASK_SUFFIXES and parts[1] not in MASK_SUFFIXES:
                 samples[parts[0]], member = (member, parts[1]), earlier
             result.leave_out(member, "images or videos whose key another one in the shard has")
         else:
@@ -152,10 +154,13 @@ def _read_labels(
         by_suffix = label_members.pop(key, {})
         for suffix in sorted(by_suffix, key=order.index):
             member = by_suffix[suffix]
-            data, where = content.read(member.offset, member.size), f"{result.shard.name}: {member.name}"
             if label is not None:
                 result.leave_out(member, f"{suffix} files of samples with another label")
                 continue
+            if member.size > MAX_LABEL_BYTES:
+                result.leave_out(member, LARGE_LABELS)
+                continue
+            data, where = content.read(member.offset, member.size), f"{result.shard.name}: {member.name}"
             if suffix != JSON_SUFFIX:
                 label = parse_label(data, where)
             elif (json_label := parse_json_label(data, where, options.label_field)) is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from bsq_ray.data.text_lines import INVISIBLE_CHARACTERS, decode_text
 
 TEXT_LABEL_SUFFIXES = (".cls", ".class", ".label", ".target")
 JSON_SUFFIX = ".json"
+# Larger files, such as the annotations of a whole data set, are not read.
+MAX_LABEL_BYTES = 2**24
+LARGE_LABELS = "label files of more than 16 MiB, which are not read"
 # Fields of a JSON file that contain a label, in the order of preference.
 LABEL_FIELDS = (
     "label", "class", "cls", "category", "target", "class_id", "label_id", "category_id", "class_index", "class_idx",
@@ -59,6 +63,8 @@ def parse_label(data: bytes, member: str) -> SampleLabel:
         text = decode_text(data).strip(INVISIBLE_CHARACTERS + "\r\n\0")
     except ValueError as error:
         raise ValueError(f"{member} is not text; {expected}") from error
+    if any(unicodedata.category(character) in ("Cc", "Cn") and not character.isspace() for character in text):
+        raise ValueError(f"{member} is not text; {expected}")
     if not text:
         raise ValueError(f"{member} is empty; {expected}")
     if "\n" in text or len(text) > _MAX_LABEL_LEN:

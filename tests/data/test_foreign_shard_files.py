@@ -58,7 +58,7 @@ WRONG_FILES = {
     "damaged header": (with_damaged_header, "is damaged: the header at byte 2560 is invalid"),
     "negative size": (
         lambda data: header("a.jpg", -512) + data,
-        "is damaged: the header at byte 0 has a negative size",
+        "the header at byte 0 has a negative size",
     ),
     "negative size behind a member": (
         lambda data: header("a.jpg", 512) + bytes(512) + header("b.jpg", -512) + data,
@@ -66,7 +66,7 @@ WRONG_FILES = {
     ),
     "negative size in an extended header": (
         lambda data: header("a.jpg", 0, pax_headers={"size": "-100000000"}) + data,
-        "is damaged: the header at byte 0 has a negative size",
+        "the header at byte 0 has a negative size",
     ),
     "huge name": (lambda data: header("a.jpg", 2**62, tarfile.GNUTYPE_LONGNAME) + data, "is damaged: a header is inv"),
     "damaged map of a sparse file": (

@@ -276,6 +276,7 @@ REJECTED = {
     "empty label": (samples(label=lambda n: ""), PLAIN, "s.tar: n000.cls is empty; expected a class number"),
     "label of two lines": (samples(label=lambda n: "1\n2"), PLAIN, "n000.cls has more than one line"),
     "label that is an array": (samples(label=lambda n: b"\0\1\2\xff\0\xd8\0"), PLAIN, "n000.cls is not text"),
+    "label of a binary format": (samples(label=lambda n: b"\0\1\xff\xfe"), PLAIN, "n000.cls is not text"),
     "negative label": (samples(label=lambda n: str(-n)), PLAIN, "n001.cls has the class -1; classes are numbers"),
     "numbers and names": (
         samples(label=lambda n: "cat" if n else "0"),

@@ -89,6 +89,40 @@ TARS = {
         "2 files of other types: .heic (1), no suffix (1); .heic is an image format that is not read",
     ),
     "name that starts with a dot": ([*samples(), (".a.jpg", image_bytes())], NUMBERS, THREE, "starts with a dot"),
+    "labels without images": (
+        [
+            *samples(1, name="a/{}", label=None),
+            *samples(1, name="b/{}", label=None),
+            ("info.json", '{"category": "animals"}'),
+            ("labels.json", '{"label": ["cat", "dog"]}'),
+            ("notes.json", '{"a": 1}\n{"a": 2}'),
+            ("b/x.label", b"\0\1\xff\xfe"),
+        ],
+        ("a", "b"),
+        [0, 1],
+        "4 labels without an image of their key, such as info.json",
+    ),
+    "large JSON": (
+        [*samples(), ("n000.json", b'{"label": "' + bytes(2**24))],
+        NUMBERS,
+        THREE,
+        "1 .json files of samples with another label",
+    ),
+    "large JSON without another label": (
+        [*samples(2, name="a/{}", label=None), ("a/0.json", b'{"label": "' + bytes(2**24))],
+        ("a",),
+        [0, 0],
+        "1 label files of more than 16 MiB, which are not read, such as a/0.json",
+    ),
+    "masks before the images": (
+        [("n000.pgm", image_bytes(9, "PPM")), *samples()],
+        NUMBERS,
+        THREE,
+        "1 images whose key another one in the tar has, such as n000.pgm",
+    ),
+    "masks of the same key": ([*samples(), ("n000.png", image_bytes(9, "PNG"))], NUMBERS, THREE, "such as n000.png"),
+    "labels of the same key": ([*samples(), ("n000.cls", "2")], NUMBERS, THREE, "1 labels whose key occurs earlier"),
+    "two labels": ([*samples(), ("n000.label", "2")], NUMBERS, THREE, "1 .label files of samples with another label"),
     "empty image": (
         [*samples(), ("x.jpg", b""), ("x.cls", "1")],
         NUMBERS,
@@ -115,6 +149,24 @@ def test_pack_images_packs_concatenated_and_nested_tars(tmp_path):
     classes, labels, text = pack(tmp_path / "all.tar", tmp_path)
     assert (classes, labels) == (("x", "y"), [0] * 6 + [1] * 3)
     assert text.startswith("1 parts behind the end of the tar that are no tar")
+
+
+def test_pack_images_equal_keys_of_parts_keep_their_labels(tmp_path):
+    """Appended tars and tars in tars may use the same keys; `data index` counts the second images of a shard."""
+    first, second = (tar_bytes(tmp_path, samples(1, label=lambda _, label=label: label)) for label in "07")
+    write_tar(tmp_path / "nested.tar", [("x.tar", first), ("y.tar", second)])
+    (tmp_path / "appended.tar").write_bytes(first + second)
+    assert pack(tmp_path / "nested.tar", tmp_path / "1")[1:] == ([0, 7], "")
+    assert pack(tmp_path / "appended.tar", tmp_path / "2")[1:] == ([0, 7], "")
+
+
+def test_pack_images_label_file_counts_in_place_of_labels_in_tars(tmp_path):
+    write_tar(tmp_path / "s.tar", [*samples(2), ("n000.png", image_bytes(5, "PNG"))])
+    (tmp_path / "labels.txt").write_text("n000.jpg cat\nn001.jpg dog\nn000.png dog\n")
+    options = PackOptions(num_workers=0, label_file=str(tmp_path / "labels.txt"))
+    classes, labels, text = pack(tmp_path / "s.tar", tmp_path, options)
+    assert (classes, labels) == (("cat", "dog"), [0, 1, 1])
+    assert text == "2 labels in place of which the label file counts, such as n000.cls"
 
 
 def damaged_header(tmp_path):
