@@ -302,7 +302,8 @@ def _open_container(
         # Titles and comments may have any encoding.
         container = av.open(file, format=container_format, options=options or {}, metadata_errors="replace")
     except Exception as error:
-        description = describe_wrong_binary(_read_head(file))
+        head = _read_head(file)
+        description = describe_wrong_binary(head) if head is not None else ""
         reason = f"it {description}" if description else ffmpeg_error_text(error)
         raise DecodeError(f"not a video of a known format ({reason})") from error
     if not container.streams.video:
@@ -311,8 +312,8 @@ def _open_container(
     return container, container.streams.video[0]
 
 
-def _read_head(file: IO[bytes] | str) -> bytes:
-    """Return the first bytes of a file, or b"x" if they cannot be read again."""
+def _read_head(file: IO[bytes] | str) -> bytes | None:
+    """Return the first bytes of a file, or None if they cannot be read again."""
     try:
         if isinstance(file, str):
             with open(file, "rb") as opened:
@@ -320,7 +321,7 @@ def _read_head(file: IO[bytes] | str) -> bytes:
         file.seek(0)
         return file.read(_HEAD_BYTES)
     except (OSError, ValueError):
-        return b"x"
+        return None
 
 
 def decode_frames(container: Any, stream: Any, max_pixels: int = MAX_PIXELS) -> Iterator[Any]:

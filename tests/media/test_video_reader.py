@@ -1,6 +1,7 @@
 """Reading frames of video files: the right ones, from every container, without decoding the others."""
 
 import io
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 from small_videos import make_video
 
 from bsq_ray.media import video_reader
+from bsq_ray.media.decode_error import DecodeError
 from bsq_ray.media.frame_display import display_rgb
-from bsq_ray.media.video_reader import decode_frames, open_video, probe, read_frames
+from bsq_ray.media.video_reader import decode_frames, open_video, probe, read_frames, read_video
 
 _CONTAINERS = Path(find_spec("iscc_samples").submodule_search_locations[0]) / "files" / "video"
 
@@ -32,6 +34,23 @@ def test_read_frames_from_middle_equals_full_decode(suffix):
         read = [np.asarray(image) for image in read_frames(io.BytesIO(data), video, start, 5, 3)]
         assert all((image == frames[start + 3 * n]).all() for n, image in enumerate(read)), start
         assert len(read) == 5
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gone.mp4", "No such file"), ("", "Is a directory")])
+def test_read_video_unreadable_path_gives_the_reason(tmp_path, name, reason):
+    """The reason of the operating system is reported, not the content that could not be read."""
+    with pytest.raises(DecodeError, match=rf"not a video of a known format \({reason}"):
+        read_video(str(tmp_path / name))
+
+
+def test_read_video_pipe_without_video_gives_the_reason():
+    """A file that cannot be read again is not described by its content."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as file, os.fdopen(writer, "wb") as content:
+        content.write(bytes(range(1, 256)) * 8)
+        content.close()
+        with pytest.raises(DecodeError, match=r"not a video of a known format \(Invalid data"):
+            read_video(file)
 
 
 def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
