@@ -81,8 +81,8 @@ def scan_packets(container: Any, stream: Any) -> PacketScan:
     if num_without_time:
         return PacketScan(declared_rate, len(times), num_packets, num_expected, num_before_key)
     if container.format.name == "avi" and times:
-        # AVI declares its duration in frames; those that were dropped in recording are empty.
-        num_expected -= max(0, max(times) + 1 - num_packets)
+        # AVI declares its duration in frames; those that were dropped in recording are empty. Its start may be later.
+        num_expected -= max(0, max(times) - min(times) + 1 - num_packets)
     tick_s = float(stream.time_base or 1)
     times_s = _displayed_times(np.sort(np.array(times, np.int64)) * tick_s)
     rate = _real_rate(times_s, declared_rate, tick_s)

@@ -131,6 +131,17 @@ def test_probe_avi_with_dropped_frames_is_whole(photos, numbers):
         probe(io.BytesIO(data[: data.index(b"movi") + (len(data) - data.index(b"movi")) // 2]))
 
 
+def test_probe_avi_that_starts_late_is_whole_or_truncated(photos):
+    """Frames before the declared start are not dropped ones: the file cut off is damaged."""
+    data = bytearray(make_avi_with_gaps(photos[0], range(50)))
+    start = data.index(b"strh") + 36
+    data[start : start + 4] = (20).to_bytes(4, "little")
+    assert probe(io.BytesIO(data)).video.frames == 50
+    cut = [position for position in range(len(data)) if data[position : position + 4] == b"00dc"][30]
+    with pytest.raises(DecodeError, match="the video ends after"):
+        probe(io.BytesIO(data[:cut]))
+
+
 @pytest.mark.parametrize("container_format", ["mp4", "mov", "matroska", "mpegts", "flv"])
 @pytest.mark.parametrize("first", [1, 10, 29])
 def test_probe_video_cut_before_a_key_frame_is_whole(container_format, first):
