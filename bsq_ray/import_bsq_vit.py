@@ -149,6 +149,7 @@ def read_checkpoint(path: str, source: str) -> dict[str, Any]:
         IndexError,
         AttributeError,
         TypeError,
+        UnicodeDecodeError,
     ) as error:
         raise ValueError(_format_torch_error(error, source)) from error
     if not isinstance(checkpoint, dict):
@@ -179,8 +180,12 @@ def _zip_globals(path: str, source: str) -> list[str]:
     Raises:
         ValueError: it is another zip file, or a TorchScript archive.
     """
-    with zipfile.ZipFile(path) as archive:
-        is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        # torch reads some of these files; it gives the reason for the others.
+        is_checkpoint = True
     if not is_checkpoint:
         raise ValueError(f"{source} is a zip file, but not one that torch.save wrote; unpack it first")
     try:

@@ -120,6 +120,20 @@ def write_arrays(path):
         np.savez(file, a=1)
 
 
+def write_changed_entry(path, offset, value):
+    """Write a checkpoint, and change a byte of the first entry in the central directory of its zip file."""
+    torch.save({"a": torch.zeros(1000)}, path)
+    content = bytearray(pathlib.Path(path).read_bytes())
+    content[content.index(b"PK\1\2") + offset] = value
+    pathlib.Path(path).write_bytes(content)
+
+
+def test_read_checkpoint_of_a_later_zip_version_is_read(tmp_path):
+    """A zip file that Python's library does not read is left to torch."""
+    write_changed_entry(tmp_path / "checkpoint.pt", 6, 99)
+    assert list(read_checkpoint(str(tmp_path / "checkpoint.pt"), "checkpoint.pt")) == ["a"]
+
+
 # Files in place of a checkpoint, and the message.
 WRONG_CHECKPOINTS = {
     "legacy, protocol 3": (
@@ -137,6 +151,8 @@ WRONG_CHECKPOINTS = {
     ),
     "script": (write_script, "checkpoint.pt.*torchscript"),
     "zip": (write_zip, "is a zip file, but not one that torch.save wrote; unpack it first"),
+    "damaged directory": (lambda path: write_changed_entry(path, 0, 0), "cannot read the checkpoint .*checkpoint.pt: "),
+    "damaged name": (lambda path: write_changed_entry(path, 46, 255), "cannot read the checkpoint .*checkpoint.pt: "),
     "arrays": (write_arrays, "is a zip file, but not one"),
     "safetensors": (lambda path: save_file({"a": torch.zeros(9)}, path), "is a safetensors file, which has weights"),
     "with headers": (
