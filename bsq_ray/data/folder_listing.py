@@ -171,8 +171,8 @@ def _leftover_group(name: str) -> str:
         return "._*"
     if name.endswith("~"):
         return "*~"
-    if ":" in name:
-        # A stream of a Windows file, such as the note that it was downloaded.
+    if name.lower().endswith(":zone.identifier"):
+        # The note of Windows that a file was downloaded.
         return f"*:{name.rpartition(':')[2]}"
     suffix = posixpath.splitext(name)[1].lower()
     return f"*{suffix}" if f"*{suffix}" in _LEFTOVER_FILES else name

@@ -86,6 +86,11 @@ FOLDERS = {
         ["c/a.jpg"],
         "leftovers of systems and tools: ",
     ),
+    "leftovers with colons": (
+        ["set/a.jpg", "set/Thumbs.db:encryptable", "set/a.jpg:Zone.Identifier", "set/b.jpg:Zone.Identifier"],
+        ["a.jpg"],
+        "3 leftovers of systems and tools: *:Zone.Identifier (2), Thumbs.db:encryptable (1)",
+    ),
     "broken leftovers": (["set/a.jpg", "set/.#a.jpg~ -> me@host.1:2"], ["a.jpg"], "1 leftovers"),
     "other types": (
         ["set/a.jpg", "set/b.heic", "set/c.HEIC", "set/d.txt", "set/README"],
