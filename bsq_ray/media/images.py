@@ -43,6 +43,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000"
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _JPEG_FORMATS = ("JPEG", "MPO")
 _EXIF_ORIENTATION = 0x0112
+_MAX_BRAND_BYTES = 2**10
 
 
 @translate_decode_errors()
@@ -80,6 +81,7 @@ def _open_error(data: bytes) -> DecodeError:
         is_format = False
         try:
             is_format = factory is not None and accepts is not None and accepts(data[:16]) is True
+            is_format = is_format and _has_signature(data, name)
             if is_format and factory is not None:
                 factory(io.BytesIO(data), "")
         except Exception as error:
@@ -90,6 +92,16 @@ def _open_error(data: bytes) -> DecodeError:
                 return DecodeError(f"the {name} file is damaged, or of a kind that is not read: {reason}")
     description = describe_wrong_binary(data)
     return UnknownFormatError(f"not an image of a known format{description and f': it {description}'}")
+
+
+def _has_signature(data: bytes, format_name: str) -> bool:
+    """Return False for files of other formats with first bytes that Pillow accepts."""
+    if format_name == "AVIF":
+        # HEIC files have the same box with other brands, in multiples of four bytes behind a version.
+        box = data[8 : min(int.from_bytes(data[:4], "big"), _MAX_BRAND_BYTES)]
+        return any(box[start : start + 4] in (b"avif", b"avis") for start in range(0, len(box), 4))
+    # Texts can start with the same letters.
+    return format_name != "PPM" or data[2:3].isspace()
 
 
 @translate_decode_errors()

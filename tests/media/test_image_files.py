@@ -97,6 +97,10 @@ UNKNOWN_FILES = {
     ),
     "web page": (b"<!DOCTYPE html><html>" + b"x" * 900, ": it is a web page"),
     "HEIC": (b"\0\0\0\x1cftypheic" + bytes(40), "$"),
+    "HEIC, general brand": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(40), "$"),
+    "HEIC, several images": (b"\0\0\0\x18ftypmsf1\0\0\0\0mif1heic" + b"avif" * 9, "$"),
+    "text that starts as Pillow's own format": (b"Python is a language", ": it is a text: Python is"),
+    "text that starts as a map of floats": (b"Pfoo", ": it is a text: Pfoo"),
 }
 
 
@@ -113,6 +117,9 @@ UNREADABLE_FILES = {
     "PNG, signature only": (lambda image: encode(image, "PNG")[:8], "PNG file is damaged.*header is missing"),
     "JPEG, three bytes": (lambda image: encode(image, "JPEG")[:3], "JPEG file is damaged"),
     "GIF, six bytes": (lambda image: encode(image, "GIF")[:6], "GIF.*a part of its header is missing"),
+    "AVIF, header only": (lambda image: encode(image, "AVIF")[:60], "AVIF file is damaged"),
+    "AVIF, general brand": (lambda image: b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif" + bytes(40), "AVIF file is damaged"),
+    "PPM, magic number": (lambda image: b"P6\n", "EOF while reading header"),
     "TIFF of 64-bit floats": (lambda image: tiff(gray_values(image)), "TIFF.*not read: unknown pixel mode"),
     "TIFF of 16-bit floats": (lambda image: tiff(gray_values(image).astype(np.float16)), "unknown pixel mode"),
     "JPEG of 12 bits": (lambda image: with_precision(encode(image, "JPEG"), 12), "JPEG.*cannot handle 12-bit"),
