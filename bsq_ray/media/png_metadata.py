@@ -20,6 +20,8 @@ _ANCILLARY_BIT = 0x20
 _ORIENTATION_KEYWORDS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 _MAX_TEXT_BYTES = 2**18
 _MAX_PROFILE_BYTES = 2**25
+# Chunks that are decompressed in search of a valid profile; a file should have one.
+_MAX_PROFILES = 4
 # Length, type and checksum of a chunk.
 _CHUNK_BYTES = 12
 
@@ -30,14 +32,15 @@ def separate_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     Args:
         data: content of a file that starts with `SIGNATURE`; damage is left for the decoder.
     """
-    kept, profile = [SIGNATURE], None
+    kept, profile, num_profiles = [SIGNATURE], None, 0
     position = kept_from = len(SIGNATURE)
     while position + _CHUNK_BYTES <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + _CHUNK_BYTES + length
-        if kind == b"iCCP":
-            profile = _decompress_profile(data[position + 8 : end - 4]) or profile
-        if kind[0] & _ANCILLARY_BIT and not _is_kept(kind, data[position:end]):
+        if kind == b"iCCP" and profile is None and num_profiles < _MAX_PROFILES:
+            profile = _decompress_profile(data[position + 8 : end - 4])
+            num_profiles += 1
+        if kind[0] & _ANCILLARY_BIT and not _is_kept(kind, data, position, end):
             kept.append(data[kept_from:position])
             kept_from = end
         position = end
@@ -45,11 +48,13 @@ def separate_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     return (data if len(kept) == 2 else b"".join(kept)), profile
 
 
-def _is_kept(kind: bytes, chunk: bytes) -> bool:
+def _is_kept(kind: bytes, data: bytes, start: int, end: int) -> bool:
     """Return True for a chunk that changes the pixels of display; a damaged orientation does not."""
     if kind in _TEXT_CHUNKS:
-        return _can_have_orientation(kind, chunk[8:-4]) and _is_intact(chunk)
-    return kind in _KEPT_CHUNKS and (kind != b"eXIf" or _is_intact(chunk))
+        # Other texts, which may be large, are not copied.
+        is_orientation = data.startswith(_ORIENTATION_KEYWORDS, start + 8, end)
+        return is_orientation and _can_have_orientation(kind, data[start + 8 : end - 4]) and _is_intact(data[start:end])
+    return kind in _KEPT_CHUNKS and (kind != b"eXIf" or _is_intact(data[start:end]))
 
 
 def _is_intact(chunk: bytes) -> bool:

@@ -5,6 +5,7 @@ Add a case: a row of `IGNORED_CHUNKS` (type and content of a PNG chunk), `UNKNOW
 """
 
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 from small_images import deviation, encode, gray_values, png_with_chunk, swapped_profile, tiff
 
+from bsq_ray.media import png_metadata
 from bsq_ray.media.decode_error import DecodeError, UnknownFormatError
 from bsq_ray.media.images import decode_image
 
@@ -73,6 +75,25 @@ def test_decode_image_png_with_large_profile_is_converted(small):
     stored = Image.merge("RGB", [small.getchannel(channel) for channel in "GRB"])
     data = png_with_chunk(stored, b"iCCP", b"large\0\0" + zlib.compress(profile))
     assert deviation(decode_image(data), small) <= 3
+
+
+def test_separate_metadata_uses_the_first_valid_profile(small):
+    """Further profiles, which a file should not have, are not decompressed."""
+    data = encode(small, "PNG")
+    for content in (b"second\0\0" + zlib.compress(b"second"), b"first\0\0" + zlib.compress(b"first"), b"damaged\0\0x"):
+        chunk = struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
+        data = data[:33] + chunk + data[33:]
+    assert png_metadata.separate_metadata(data)[1] == b"first"
+
+
+@pytest.mark.parametrize("kind", [b"prVt", b"tEXt"])
+def test_separate_metadata_does_not_copy_large_chunks(small, kind):
+    data = png_with_chunk(small, kind, b"x\0" + bytes(2**24))
+    tracemalloc.start()
+    png_metadata.separate_metadata(data)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 2**20
 
 
 def test_decode_image_png_text_with_orientation_is_applied(small):
