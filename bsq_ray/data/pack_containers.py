@@ -45,8 +45,8 @@ def find_containers(source: str) -> tuple[list[str], IgnoredFiles]:
     """Return the tars or Parquet files that a source names, and what lies next to them; none for a folder of files.
 
     Args:
-        source: a tar or Parquet file, a pattern with `*`, or a folder that contains such files but neither images nor
-            subfolders. An existing file or folder is no pattern.
+        source: a tar or Parquet file, a pattern with `*`, `?` or `[…]`, or a folder that contains such files but
+            neither images nor subfolders. An existing file or folder is no pattern.
 
     Raises:
         ValueError: a pattern matches nothing, or there are tars and Parquet files.
@@ -54,10 +54,10 @@ def find_containers(source: str) -> tuple[list[str], IgnoredFiles]:
     ignored = IgnoredFiles("images")
     fs, path = storage.filesystem(source)
     with storage.translate_errors(source, "read"):
-        if "*" in source and not fs.exists(path):
-            # Only `*` is a pattern; file systems would also expand `[` and `?`.
-            paths = sorted(fs.glob(re.sub(r"[\[?]", r"[\g<0>]", path)))
-            if not paths:
+        if re.search(r"[*?[]", source) and not fs.exists(path):
+            # Folders may have `[` and `?` in their names.
+            paths = sorted(fs.glob(re.sub(r"[\[?]", r"[\g<0>]", path)) or fs.glob(path))
+            if not paths and "*" in source:
                 raise ValueError(f"{source} matches no files")
         elif source.lower().endswith(_CONTAINER_SUFFIXES) and fs.isfile(path):
             paths = [path]

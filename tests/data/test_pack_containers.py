@@ -250,10 +250,20 @@ def test_pack_images_names_what_is_next_to_tars(tmp_path, case):
     [("a*b", "a*b"), ("a*b", "a*b/s.tar"), ("[1] x?", "[1] x?/*.tar"), ("a::b", "a::b/*.tar"), ("~x", "~x")],
 )
 def test_pack_images_existing_source_is_no_pattern(tmp_path, monkeypatch, folder, source):
-    """Only `*` is a pattern, and only where no file or folder has the name."""
+    """A source is a pattern only where no file or folder has the name."""
     write_tar(tmp_path / folder / "s.tar", samples())
     monkeypatch.chdir(tmp_path)
     assert pack(source, tmp_path)[:2] == (NUMBERS, THREE)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_images"), [("s-[01].tar", 2), ("s-[!2]*.tar", 2), ("s-?.tar", 3), ("s-?.t*", 3)]
+)
+def test_pack_images_pattern_of_shells_is_expanded(tmp_path, pattern, num_images):
+    """Brackets and question marks are patterns where no name contains them."""
+    for number in range(3):
+        write_tar(tmp_path / f"s-{number}.tar", samples(1, label=lambda _, number=number: str(number)))
+    assert pack(tmp_path / pattern, tmp_path)[1] == list(range(num_images))
 
 
 def test_pack_images_folder_with_star_is_no_pattern(tmp_path):
