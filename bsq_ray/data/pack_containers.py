@@ -81,6 +81,8 @@ def _containers_of_folder(entries: list[dict[str, Any]], ignored: IgnoredFiles) 
         is_folder = entry["type"] == "directory"
         if leftover := leftover_name(f"{name}/" if is_folder else name):
             ignored.listing.leftovers[leftover] += 1
+        elif name.startswith("."):
+            ignored.leave_out("files with a name that starts with a dot", name)
         elif is_folder or name.lower().endswith(IMAGE_SUFFIXES):
             return []
         elif name.lower().endswith(_CONTAINER_SUFFIXES):

@@ -229,6 +229,10 @@ NEIGHBORS = {
         ["t.tar.gz", "u.tgz"],
         "2 compressed tars, which are not read; unpack them first, such as t.tar",
     ),
+    "files that start with a dot": (
+        [".x.jpg", ".x.parquet", ".x"],
+        "3 files with a name that starts with a dot, such as .x",
+    ),
     "other files": (["README.md", "SHA256SUMS"], "2 files of other types: .md (1), no suffix (1)"),
 }
 
