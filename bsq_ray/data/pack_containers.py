@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bsq_ray import storage
@@ -158,12 +159,15 @@ def _list_parquet(urls: list[str]) -> SourceFiles:
 
 
 def _parquet_labels(contents: list[_ParquetContent], urls: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    columns = [content.labels for content in contents if content.labels is not None]
+    columns = [_plain_labels(content.labels) for content in contents if content.labels is not None]
     if not columns:
         return np.zeros(sum(sum(each.rows) for each in contents), np.int32), ("all",)
     if len(columns) < len(contents) or any(column.null_count for column in columns):
         raise ValueError(f"some rows of {urls[0]} and others have no label")
-    if pa.types.is_string(columns[0].type) or pa.types.is_large_string(columns[0].type):
+    are_texts = {pa.types.is_large_string(column.type) for column in columns}
+    if len(are_texts) > 1:
+        raise ValueError(f"the Parquet files have labels of different types, such as {urls[0]} and others")
+    if are_texts == {True}:
         return number_texts([label for column in columns for label in column.to_pylist()])
     values_F = np.concatenate([_label_numbers(column, urls[0]) for column in columns])
     if values_F.min() < 0:
@@ -178,11 +182,24 @@ def _parquet_labels(contents: list[_ParquetContent], urls: list[str]) -> tuple[n
     return labels[index_F], classes
 
 
+def _plain_labels(column: pa.Array) -> pa.Array:
+    """Return labels without an encoding, and texts as large strings."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_text = pa.types.is_string(column.type) or pa.types.is_string_view(column.type)
+    return column.cast(pa.large_string()) if is_text else column
+
+
 def _label_numbers(column: pa.Array, url: str) -> np.ndarray:
     """Return the numbers of a column of labels, int64."""
     try:
         return column.cast(pa.int64()).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        if pa.types.is_integer(column.type):
+            largest = pc.max(column).as_py()
+            raise ValueError(f"{url} has the label {largest}; labels are at most {2**63 - 1}") from error
+        if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
+            raise ValueError(f"{url} has the label NaN; some rows have no label") from error
         raise ValueError(f"{url} has labels of the type {column.type}; they must be whole numbers or texts") from error
 
 
