@@ -88,10 +88,10 @@ def label_names(label_file: str, names: Sequence[str]) -> list[SampleLabel]:
         )
     if len(lines) != len(names):
         raise ValueError(f"{label_file} has {len(lines)} lines for {len(names)} files, and names none of them")
-    if _has_file_names(listed, len(lines)):
+    if _has_file_names(listed, lines):
         raise ValueError(
-            f"{label_file} names none of the files: its first line is for {printable(listed[0].path)}, "
-            f"but there are files such as {printable(names[0])}"
+            f"{label_file} names none of the files: it starts with {printable(lines[0].text)}, but there are files "
+            f"such as {printable(names[0])}"
         )
     distinct: dict[str, SampleLabel] = {}
     class_of = dict(zip(sorted(names), (_shared(distinct, line.text, label_file, line) for line in lines), strict=True))
@@ -175,12 +175,15 @@ def _last_parts(path: str, num_parts: int) -> str:
     return "/".join(path.rsplit("/", num_parts)[-num_parts:])
 
 
-def _has_file_names(listed: list[_Listed], num_lines: int) -> bool:
+def _has_file_names(listed: list[_Listed], lines: list[TextLine]) -> bool:
     """Return True if the lines name files rather than classes that consist of several words."""
     paths = [each.path for each in listed]
     if any("/" in path or path.lower().endswith(IMAGE_SUFFIXES) for path in paths):
         return True
-    if len(set(paths)) < num_lines:
+    if any(line.text.lower().endswith(IMAGE_SUFFIXES) for line in lines):
+        return True
+    # Each image would have a class of its own otherwise.
+    if len(set(paths)) < len(lines):
         return False
     are_ids = all(isinstance(each.label.value, int) or _SYNSET.fullmatch(each.label.value) for each in listed)
     are_numbered = all(re.search(r"[0-9]", path) and not _SYNSET.fullmatch(path) for path in paths)

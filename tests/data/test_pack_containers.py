@@ -1,8 +1,8 @@
-"""Tars, Parquet files and label files as people have them: every member is packed, or counted and named.
+"""Tars and Parquet files as people have them: every member is packed, or counted and named.
 
 Add a case: a row of `TARS` (members, classes, class of each image, text of the report), of `BAD_TARS` (content,
-message), of `NEIGHBORS` (files next to the tars, text of the report), of `PARQUET_LABELS` (column, classes, or message)
-or of `LABEL_FILES` (content, classes, class of each file, or message).
+message), of `NEIGHBORS` (files next to the tars, text of the report) or of `PARQUET_LABELS` (column, classes, or
+message).
 """
 
 import gzip
@@ -14,7 +14,6 @@ import pytest
 from foreign_shards import Link, image_bytes, samples, write_tar
 
 from bsq_ray.data.pack import PackOptions, pack_images
-from bsq_ray.data.pack_labels import label_names
 
 HERE = PackOptions(num_workers=0, storage_timeout_s=0)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 84318612\n"
@@ -158,15 +157,6 @@ def test_pack_images_equal_keys_of_parts_keep_their_labels(tmp_path):
     (tmp_path / "appended.tar").write_bytes(first + second)
     assert pack(tmp_path / "nested.tar", tmp_path / "1")[1:] == ([0, 7], "")
     assert pack(tmp_path / "appended.tar", tmp_path / "2")[1:] == ([0, 7], "")
-
-
-def test_pack_images_label_file_counts_in_place_of_labels_in_tars(tmp_path):
-    write_tar(tmp_path / "s.tar", [*samples(2), ("n000.png", image_bytes(5, "PNG"))])
-    (tmp_path / "labels.txt").write_text("n000.jpg cat\nn001.jpg dog\nn000.png dog\n")
-    options = PackOptions(num_workers=0, label_file=str(tmp_path / "labels.txt"))
-    classes, labels, text = pack(tmp_path / "s.tar", tmp_path, options)
-    assert (classes, labels) == (("cat", "dog"), [0, 1, 1])
-    assert text == "2 labels in place of which the label file counts, such as n000.cls"
 
 
 def damaged_header(tmp_path):
@@ -318,84 +308,16 @@ def test_pack_images_numbers_labels_of_parquet(tmp_path, case):
         assert pack(tmp_path / "t.parquet", tmp_path)[0] == expected
 
 
+def test_pack_images_parquet_labels_of_two_types_raise(tmp_path):
+    for number, label in enumerate(["cat", 1]):
+        images = pa.array([{"bytes": image_bytes(number)}])
+        pq.write_table(pa.table({"image": images, "label": [label]}), tmp_path / f"{number}.parquet")
+    with pytest.raises(ValueError, match="labels of different types, such as .*0.parquet"):
+        pack(tmp_path / "*.parquet", tmp_path)
+
+
 @pytest.mark.parametrize(("content", "message"), [(LFS_POINTER, "Git LFS pointer"), (b"Not Found", "is a text: Not")])
 def test_pack_images_wrong_parquet_file_is_described(tmp_path, content, message):
     (tmp_path / "t.parquet").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         pack(tmp_path / "t.parquet", tmp_path)
-
-
-ANIMALS = ("cat", "dog")
-LABEL_FILES = {
-    "a class per line": ("cat\ndog\ncat\n", ANIMALS, [0, 0, 1]),
-    "names with spaces": ("traffic light\nbus\nbus\n", ("bus", "traffic light"), [0, 0, 1]),
-    "byte-order mark": ("\ufeffcat\r\ndog\r\ncat\r\n", ANIMALS, [0, 0, 1]),
-    "UTF-16": ("cat\r\ndog\r\ncat".encode("utf-16"), ANIMALS, [0, 0, 1]),
-    "comments": ("# classes\ncat\n\ndog\ncat\n", ANIMALS, [0, 0, 1]),
-    "CSV": ("filename,label\n0.jpg,traffic light\n1.jpg,bus\n2.jpg,bus\n", ("bus", "traffic light"), [0, 0, 1]),
-    "CSV with a mark": ("\ufeff0.jpg,cat\n1.jpg,dog\n2.jpg,cat\n", ANIMALS, [0, 0, 1]),
-    "quotes and semicolons": ('"0.jpg";"cat"\n"1.jpg";"dog"\n"2.jpg";"cat"', ANIMALS, [0, 0, 1]),
-    "tabs and paths": ("./0.jpg\tcat\nset\\1.jpg\tdog\nset/2.jpg\tcat\n", ANIMALS, [0, 0, 1]),
-    "numbers": ("0 1\n1 0\n2 0\n", ("0", "1"), [0, 0, 1]),
-    "ids": ("0 1000000007\n1 5\n2 5\n", ("5", "1000000007"), [0, 0, 1]),
-    "two classes": (
-        "0.jpg cat\n1.jpg dog\n0.jpg dog\n2.jpg cat",
-        "line 3 gives 0.jpg another class than .* line 1",
-        [],
-    ),
-    "negative": ("0 -1\n1 0\n2 0\n", "line 1 has the class -1", []),
-    "no text": (b"\xff\xfe\x00\xd8", "labels.txt is not a text file", []),
-    "other files": ("a.jpg cat\n", "has 1 lines for 3 files, and names none of them", []),
-    "as many other files": ("a.jpg cat\nb.jpg dog\nc.jpg cat\n", "names none of the files: .* for a.jpg, but", []),
-    "other files without suffixes": ("img_0 n01440760\nimg_1 n01440761\nimg_2 n01440760", "names none of the", []),
-    "longer paths": ("val/a/0.jpg cat\nval/a/1.jpg dog\nval/b/2.jpg cat", ANIMALS, [0, 0, 1]),
-    "two longer paths": (
-        "a/0.jpg cat\nb/0.jpg dog\na/1.jpg cat\na/2.jpg cat",
-        "line 2 gives 0.jpg another class than .* line 1",
-        [],
-    ),
-    "two classes of other files": ("x/y.jpg cat\nx/y.jpg dog\n0 dog\n1 cat\n2 cat", ANIMALS, [0, 0, 1]),
-    "synsets and their words": (
-        "0.jpg n01440764 tench, Tinca tinca\n1.jpg n01443537 goldfish\n2.jpg n01443537 goldfish",
-        ("n01440764", "n01443537"),
-        [0, 1, 1],
-    ),
-    "more columns": ("0.jpg 2\tx\n1.jpg 0\ty\n2.jpg 2\tz", NUMBERS, [0, 2, 2]),
-    "boxes": (
-        '"ImageId","PredictionString"\n0,n01440764 1 2 3 4\n1,n01443537 1 2 3 5\n"2","n01443537 1 2 3 4"',
-        ("n01440764", "n01443537"),
-        [0, 1, 1],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ["my photo 1", "my, photo; 1"])
-@pytest.mark.parametrize("line", ["{}.jpg,cat", "{}\tcat", '"{}.jpg" cat', "{}.jpg cat", "set/{}.jpg;cat"])
-def test_pack_images_label_file_names_have_spaces(tmp_path, name, line):
-    """Names of files may contain what separates names from classes."""
-    write_tar(tmp_path / "s.tar", [(f"{name}.jpg", image_bytes()), ("my.jpg", image_bytes(1))])
-    (tmp_path / "labels.txt").write_text(f"my.jpg dog\n{line.format(name)}\n")
-    options = PackOptions(num_workers=0, label_file=str(tmp_path / "labels.txt"))
-    assert pack(tmp_path / "s.tar", tmp_path, options)[:2] == (ANIMALS, [0, 1])
-
-
-def test_label_names_shares_labels_of_a_class(tmp_path):
-    """A label file of any length has one object for each class."""
-    (tmp_path / "labels.txt").write_text("".join(f"{number}.jpg {number % 2}\n" for number in range(10)))
-    labels = label_names(str(tmp_path / "labels.txt"), [f"{number}.jpg" for number in range(10)])
-    assert len({id(label) for label in labels}) == 2
-
-
-@pytest.mark.parametrize("case", LABEL_FILES)
-def test_pack_images_reads_label_files_of_editors(tmp_path, case):
-    content, expected, labels = LABEL_FILES[case]
-    (tmp_path / "labels.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "set").mkdir()
-    for number in range(3):
-        (tmp_path / "set" / f"{number}.jpg").write_bytes(image_bytes(number))
-    options = PackOptions(num_workers=0, label_file=str(tmp_path / "labels.txt"))
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            pack(tmp_path / "set", tmp_path, options)
-    else:
-        assert pack(tmp_path / "set", tmp_path, options)[:2] == (expected, labels)
