@@ -33,7 +33,8 @@ class PacketScan:
         num_visible: number of frames to display, without those that an edit list hides; 0 if unknown.
         num_packets: number of packets in the file.
         num_expected: number of packets that the file declares; 0 if it declares none.
-        num_before_key: number of packets before the first key frame, which cannot be decoded.
+        num_before_key: number of packets before the first key frame; most decoders skip them.
+        first_key_time: time stamp of that key frame; 0 if it has none.
     """
 
     frame_rate: Fraction
@@ -41,6 +42,7 @@ class PacketScan:
     num_packets: int
     num_expected: int
     num_before_key: int = 0
+    first_key_time: int = 0
 
     @property
     def num_frames(self) -> int:
@@ -58,14 +60,15 @@ def scan_packets(container: Any, stream: Any) -> PacketScan:
     if container.format.name in _RAW_CONTAINERS:
         return PacketScan(declared_rate, stream.frames, stream.frames, stream.frames)
     times: list[int] = []
-    num_packets = num_without_time = num_before_key = 0
+    num_packets = num_without_time = num_before_key = first_key_time = 0
     has_key = False
     try:
         for packet in container.demux(stream):
             if packet.dts is None and not packet.size:
                 continue
             num_packets += 1
-            has_key |= packet.is_keyframe
+            if packet.is_keyframe and not has_key:
+                has_key, first_key_time = True, packet.pts or 0
             num_before_key += not has_key
             if packet.size and not packet.is_discard:
                 time = packet.pts if packet.pts is not None else packet.dts
@@ -79,14 +82,14 @@ def scan_packets(container: Any, stream: Any) -> PacketScan:
     # Decoders of some streams start without a key frame.
     num_before_key = num_before_key if has_key else 0
     if num_without_time:
-        return PacketScan(declared_rate, len(times), num_packets, num_expected, num_before_key)
+        return PacketScan(declared_rate, len(times), num_packets, num_expected, num_before_key, first_key_time)
     if container.format.name == "avi" and times:
         # AVI declares its duration in frames; those that were dropped in recording are empty. Its start may be later.
         num_expected -= max(0, max(times) - min(times) + 1 - num_packets)
     tick_s = float(stream.time_base or 1)
     times_s = _displayed_times(np.sort(np.array(times, np.int64)) * tick_s)
     rate = _real_rate(times_s, declared_rate, tick_s)
-    return PacketScan(rate, len(times_s), num_packets, num_expected, num_before_key)
+    return PacketScan(rate, len(times_s), num_packets, num_expected, num_before_key, first_key_time)
 
 
 def _displayed_times(times_s: np.ndarray) -> np.ndarray:

@@ -191,7 +191,7 @@ def probe(file: IO[bytes]) -> VideoProbe:
         times: list[int] = []
         key_frames: list[int] = []
         size, num_corrupt = (0, 0), 0
-        num_declared = min(stream.frames, scan.num_visible) - scan.num_before_key
+        num_declared = min(stream.frames, scan.num_visible)
         for frame in decode_frames(container, stream):
             if frame.key_frame:
                 key_frames.append(len(times))
@@ -205,6 +205,8 @@ def probe(file: IO[bytes]) -> VideoProbe:
         raise DecodeError(f"{num_corrupt} of {len(times)} frames are corrupt")
     if scan.num_packets < _MIN_DECODED_FRACTION * scan.num_expected:
         raise DecodeError(f"the video ends after {scan.num_packets} of {scan.num_expected} frames")
+    # Some decoders start without a key frame.
+    num_declared -= max(0, scan.num_before_key - sum(time < scan.first_key_time for time in times))
     if len(times) < _MIN_DECODED_FRACTION * num_declared:
         raise DecodeError(f"only {len(times)} of {num_declared} frames can be decoded")
     interval_s = _usual_interval(np.diff(times) * time_base) or 1 / float(scan.frame_rate)

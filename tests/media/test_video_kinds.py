@@ -3,6 +3,7 @@
 import io
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from small_videos import (
@@ -151,6 +152,31 @@ def test_probe_video_cut_before_a_key_frame_is_whole(container_format, first):
     data = copy_packets(whole, container_format, first, 60)
     assert probe(io.BytesIO(data)).video.frames == num_decodable
     assert np.array_equal(read_all(data), read_all(whole)[-num_decodable:])
+
+
+def make_late_key_frame(photo, num_empty):
+    """Return an MP4 whose 29 first frames are decoded without a key frame, and whose last frames are empty."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream = output.add_stream("mpeg4", rate=25, options={"g": "30"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        frames = [av.VideoFrame.from_image(photo.resize((96, 64)).rotate(number / 10)) for number in range(60)]
+        packets = [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        for number, packet in enumerate(packets[1:], 1):
+            if number >= 60 - num_empty:
+                empty = av.Packet(b"\0\0\1\xb6\x50\x4f")
+                empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+                packet = empty
+                packet.stream = stream
+            output.mux(packet)
+    return file.getvalue()
+
+
+def test_probe_frames_decoded_before_a_key_frame_count(photos):
+    """Frames that a decoder reads without a key frame do not excuse others that are missing."""
+    assert probe(io.BytesIO(make_late_key_frame(photos[0], 0))).video.frames == 59
+    with pytest.raises(DecodeError, match="only 3[0-9] of 59 frames can be decoded"):
+        probe(io.BytesIO(make_late_key_frame(photos[0], 25)))
 
 
 # --- orientation
