@@ -254,7 +254,7 @@ def test_pack_images_existing_source_is_no_pattern(tmp_path, monkeypatch, folder
     ("pattern", "num_images"), [("s-[01].tar", 2), ("s-[!2]*.tar", 2), ("s-?.tar", 3), ("s-?.t*", 3)]
 )
 def test_pack_images_pattern_of_shells_is_expanded(tmp_path, pattern, num_images):
-    """Brackets and question marks are patterns where no name contains them."""
+    """`?` and brackets are patterns where no name contains them."""
     for number in range(3):
         write_tar(tmp_path / f"s-{number}.tar", samples(1, label=lambda _, number=number: str(number)))
     assert pack(tmp_path / pattern, tmp_path)[1] == list(range(num_images))
