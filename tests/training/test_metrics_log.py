@@ -114,7 +114,7 @@ def uploads(monkeypatch):
 def test_uploaded_bytes_are_linear_in_log_length(tmp_path, uploads, sink_type):
     """A log twice or four times as long uploads twice or four times as many bytes, flushed after every second record.
 
-    A whole file that is written again would upload 4 and 16 times as many. How many bytes a flush finds varies a little.
+    A whole file that is written again would upload 4 and 16 times as many. What a flush finds varies a little.
     """
     totals = []
     for length in (200, 400, 800):
