@@ -36,9 +36,9 @@ TOKEN_SETTINGS = {
 }
 # The GAN starts at half of the steps.
 VIDEO_GAN = "loss.adversarial.start_step=60"
-VIDEO_STEPS = {"adamw": 120, "muon": 100, "muon-no-gan": 120}
+VIDEO_STEPS = {"adamw": 120, "muon": 100}
 VIDEO_MUON = (*MUON, "training.optimizer.muon.base_learning_rate=0.192", "training.optimizer.muon.ns_steps=3")
-VIDEO_SETTINGS = {"adamw": (), "muon": VIDEO_MUON, "muon-no-gan": (*VIDEO_MUON, "loss.adversarial.weight=0")}
+VIDEO_SETTINGS = {"adamw": (), "muon": VIDEO_MUON}
 
 
 @pytest.fixture(autouse=True)

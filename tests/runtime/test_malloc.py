@@ -30,8 +30,8 @@ def page_faults(environment):
 
 @pytest.mark.skipif("glibc" not in (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="requires glibc")
 def test_malloc_env_reuses_pages_of_freed_tensors():
-    """A large tensor reuses the memory pages of the one freed before it."""
-    assert page_faults(malloc_env()) < page_faults({}) / 20
+    """A large tensor reuses the memory pages of the one freed before it; how many are huge depends on the machine."""
+    assert page_faults(malloc_env()) < page_faults({}) / 5
 
 
 def test_malloc_env_keeps_user_tunables(monkeypatch):
