@@ -161,3 +161,27 @@ def fake_omegaconf_object():
         "flags": collections.defaultdict(dict, a={"b": 1}),
     }
     return instance
+
+
+def save_checkpoint(folder, contents):
+    """Save a checkpoint without the packages of the reference code; return its path."""
+    torch.save(contents, folder / "checkpoint.pt")
+    for name in ("omegaconf", "omegaconf.dictconfig"):
+        sys.modules.pop(name, None)
+    return str(folder / "checkpoint.pt")
+
+
+def write_small_config(folder):
+    """Write the configuration of the small model; return its path."""
+    (folder / "small.yaml").write_text(CONFIG)
+    return str(folder / "small.yaml")
+
+
+class MaliciousObject:
+    """An object whose unpickling would run a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call

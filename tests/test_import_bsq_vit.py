@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from reference_checkpoints import (
     CONFIG,
     PATCH,
     SIDE,
+    MaliciousObject,
     ReferenceTokenizer,
     checkpoint_contents,
     discriminator_logits,
     discriminator_tensors,
     prefixed,
+    save_checkpoint,
+    write_small_config,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -27,20 +31,13 @@ from bsq_ray.models.discriminators import build_discriminator
 
 
 @pytest.fixture
-def save(tmp_path, monkeypatch):
-    def save_checkpoint(parts):
-        torch.save(parts, tmp_path / "checkpoint.pt")
-        for name in ("omegaconf", "omegaconf.dictconfig"):
-            sys.modules.pop(name, None)
-        return str(tmp_path / "checkpoint.pt")
-
-    return save_checkpoint
+def save(tmp_path):
+    return partial(save_checkpoint, tmp_path)
 
 
 @pytest.fixture
 def small_config(tmp_path):
-    (tmp_path / "small.yaml").write_text(CONFIG)
-    return str(tmp_path / "small.yaml")
+    return write_small_config(tmp_path)
 
 
 IMAGES = torch.rand(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -158,16 +155,6 @@ def test_import_wrong_size_names_both_shapes(save, small_config, tmp_path):
     (tmp_path / "other.yaml").write_text(CONFIG.replace(f"bits: {BITS}", "bits: 18"))
     with pytest.raises(ValueError, match=r"to_code\.bias is \(12,\) instead of \(18,\)"):
         import_bsq_vit(checkpoint, str(tmp_path / "other.yaml"), str(tmp_path / "model"))
-
-
-class MaliciousObject:
-    """An object whose unpickling would run a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(

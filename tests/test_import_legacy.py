@@ -6,15 +6,15 @@ Add a case: a row of `LEGACY` (change of the content), or of `WRONG_CHECKPOINTS`
 import copy
 import os
 import pathlib
-import sys
 import threading
 import zipfile
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from reference_checkpoints import CONFIG, checkpoint_contents
+from reference_checkpoints import MaliciousObject, checkpoint_contents, save_checkpoint, write_small_config
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,30 +22,13 @@ from bsq_ray.import_bsq_vit import import_bsq_vit, read_checkpoint
 
 
 @pytest.fixture
-def save(tmp_path, monkeypatch):
-    def save_checkpoint(parts):
-        torch.save(parts, tmp_path / "checkpoint.pt")
-        for name in ("omegaconf", "omegaconf.dictconfig"):
-            sys.modules.pop(name, None)
-        return str(tmp_path / "checkpoint.pt")
-
-    return save_checkpoint
+def save(tmp_path):
+    return partial(save_checkpoint, tmp_path)
 
 
 @pytest.fixture
 def small_config(tmp_path):
-    (tmp_path / "small.yaml").write_text(CONFIG)
-    return str(tmp_path / "small.yaml")
-
-
-class MaliciousObject:
-    """An object whose unpickling would run a function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
+    return write_small_config(tmp_path)
 
 
 def save_legacy(monkeypatch, save, parts):

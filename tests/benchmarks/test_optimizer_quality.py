@@ -1,4 +1,4 @@
-"""AdamW against Muon: quality of the demo models after equal times of training, three seeds of each.
+"""AdamW against Muon: quality of the demo models, three seeds of each; models of tokens after equal times.
 
 Numbers of steps are fixed, so that other programs on the machine do not matter: a step with Muon takes longer by the
 factor in docs/results/muon-cost-cpu.json. Single-threaded, so that two of these tests can run at once on two cores.
@@ -9,6 +9,7 @@ import statistics
 
 import pytest
 import torch
+from seed_quality import quality_columns
 
 from bsq_ray.config import load_config
 from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
@@ -120,10 +121,5 @@ def test_video_tokenizer_optimizers(setting, video_folders, tmp_path, record):
         "video-optimizer-quality-cpu",
         setting,
         steps=num_steps,
-        psnr_db=statistics.mean(psnr),
-        psnr_min_db=min(psnr),
-        psnr_max_db=max(psnr),
-        lpips=statistics.mean(lpips),
-        lpips_min=min(lpips),
-        lpips_max=max(lpips),
+        **quality_columns(psnr, lpips),
     )

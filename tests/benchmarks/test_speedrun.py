@@ -7,6 +7,7 @@ import json
 import statistics
 
 import pytest
+from seed_quality import quality_columns
 
 from bsq_ray.config import load_config
 from bsq_ray.data.pack import PackOptions, pack_images
@@ -51,11 +52,6 @@ def test_speedrun(setting, shards, tmp_path, record):
         setting,
         steps=run_config.training.steps,
         minutes=statistics.mean(minutes),
-        psnr_db=statistics.mean(psnr),
-        psnr_min_db=min(psnr),
-        psnr_max_db=max(psnr),
-        lpips=statistics.mean(lpips),
-        lpips_min=min(lpips),
-        lpips_max=max(lpips),
+        **quality_columns(psnr, lpips),
         seeds_at_target=sum(p >= TARGET_PSNR_DB and q <= TARGET_LPIPS for p, q in zip(psnr, lpips, strict=True)),
     )

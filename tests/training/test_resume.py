@@ -38,6 +38,13 @@ def comparable_values(record):
     return {key: value for key, value in record.items() if key not in UNCOMPARED}
 
 
+def assert_same_losses(records, expected_records, tolerance):
+    """The records have the same steps and values, within a relative and absolute tolerance."""
+    for record, expected in zip(records, expected_records, strict=True):
+        for key, value in comparable_values(expected).items():
+            assert record[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+
+
 HALF = STEPS // 2
 
 
@@ -83,9 +90,7 @@ def test_resume_with_other_world_size_matches(stopped_runs, photo_shards, tmp_pa
     out, losses = stopped_runs
     shutil.copytree(f"{out}/{engine}", tmp_path / engine)
     alone = train_runs(0, 1, photo_shards, tmp_path, {engine: ENGINES[engine]})[engine]
-    for record, expected in zip(alone, losses[f"{engine} uninterrupted"][HALF:], strict=True):
-        for key, value in comparable_values(expected).items():
-            assert record[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+    assert_same_losses(alone, losses[f"{engine} uninterrupted"][HALF:], 1e-5)
 
 
 def resume_on_own_nodes(rank, world_size, shards, out, runs):
