@@ -9,11 +9,15 @@ from bsq_ray.codec.rate import PlaneLayout, build_plane_layout
 
 
 def tokenizer_fields(model_config: config.TokenizerModelConfig, tokenizer_id: str | None) -> dict[str, Any]:
-    """Return the fields of a tokenizer: its id, its images and its tokens."""
+    """Return the fields of a tokenizer: its id, its images and its tokens.
+
+    With `any_size` it takes images at their own size, and size and grid are those of its training images.
+    """
     bits, grid_size = model_config.quantizer.bits, model_config.grid_size
     return {
         "tokenizer_id": tokenizer_id,
         "image_size": model_config.image_size,
+        "any_size": model_config.attention_radius is not None,
         "grid": [1, grid_size, grid_size],
         "bits": bits,
         "bits_per_pixel": bits / model_config.patch_size**2,

@@ -1,9 +1,10 @@
 """The tokenizer of a replica: encodes images and videos to tokens, and decodes them.
 
     image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      in batches
+    the same, for models with local attention: at the size of the image        one at a time, in the codec thread
     video file ─▶ VideoEngine: a few frames at a time, between image batches
 
-Image files are decoded in the event loop's thread pool. PyTorch runs only in the replica's model thread.
+Image files are decoded in the event loop's thread pool. PyTorch runs only in the replica's model threads.
 
 Shape suffixes: B batch, N tokens, P values of a patch, C channels, L bits of a token, H and W pixels.
 """
@@ -34,6 +35,7 @@ from bsq_ray.serving.replicas.model_metadata import tokenizer_fields
 from bsq_ray.serving.replicas.model_thread import example_values, set_num_threads
 from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 from bsq_ray.serving.replicas.video_engine import VideoEngine
+from bsq_ray.serving.replicas.whole_images import WholeImageEngine
 
 # Videos that one replica processes concurrently, a few frames of each in turn.
 _MAX_CONCURRENT_VIDEOS = 4
@@ -123,6 +125,9 @@ class TokenizerRole:
         self._encode = self._model_thread.make_batcher(self._engine.encode, runtime.batching)
         self._decode = self._model_thread.make_batcher(self._engine.decode, runtime.batching)
         self.tokenizer = self._engine.tokenizer
+        self._codec_thread, self._whole_images = runtime.codec_thread, None
+        if self.tokenizer.config.attention_radius is not None:
+            self._whole_images = WholeImageEngine(self.tokenizer, runtime.limits.max_pixels)
 
     async def metadata(self) -> dict[str, Any]:
         """Return the fields of this model in `GET /v1/models`."""
@@ -133,11 +138,15 @@ class TokenizerRole:
         if is_video(data):
             tokens: PackedTokens = await self._run_on_video(self._engine.video.encode, data)
             return tokens
+        if self._whole_images is not None:
+            return await self._encode_whole(self._whole_images, data)
         packed: np.ndarray = await self._encode(await asyncio.to_thread(self._engine.prepare, data))
         return PackedTokens([1, self._engine.grid_size, self._engine.grid_size], packed.tobytes())
 
     async def decode(self, tokens: PackedTokens, media_type: str) -> MediaFile:
         """Decode tokens of an image to a PNG, or tokens of a video to a video of this media type."""
+        if self._whole_images is not None and tokens.rate is None:
+            return self._png_file(await self._decode_whole(self._whole_images, tokens))
         packed = self._engine.parse_tokens(tokens.grid, tokens.packed)
         if tokens.rate is None:
             return self._png_file(await self._decode(packed))
@@ -150,14 +159,35 @@ class TokenizerRole:
         if is_video(data):
             video: MediaFile = await self._run_on_video(self._engine.video.reconstruct, data, media_type)
             return video
+        if self._whole_images is not None:
+            return await self._reconstruct_whole(self._whole_images, data)
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
-        # NumPy instead of `metrics.psnr`, because PyTorch must not run outside the model thread.
-        mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
-        return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
+        return self._png_file(reconstructed, _psnr(original, reconstructed))
 
-    def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None) -> MediaFile:
-        return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
+    async def _encode_whole(self, engine: WholeImageEngine, data: bytes) -> PackedTokens:
+        with deadline_after(self._timeout_s) as deadline:
+            pixels_3HW = await asyncio.to_thread(engine.prepare, data)
+            tokens: PackedTokens = await self._codec_thread(engine.encode, pixels_3HW, deadline)
+            return tokens
+
+    async def _decode_whole(self, engine: WholeImageEngine, tokens: PackedTokens) -> np.ndarray:
+        with deadline_after(self._timeout_s) as deadline:
+            pixels_3HW: np.ndarray = await self._codec_thread(engine.decode, tokens, deadline)
+            return pixels_3HW
+
+    async def _reconstruct_whole(self, engine: WholeImageEngine, data: bytes) -> MediaFile:
+        with deadline_after(self._timeout_s) as deadline:
+            original = await asyncio.to_thread(engine.prepare, data)
+            tokens: PackedTokens = await self._codec_thread(engine.encode, original, deadline)
+            padded = await self._codec_thread(engine.decode, tokens, deadline)
+        reconstructed = padded[:, : original.shape[1], : original.shape[2]]
+        num_bits = tokens.grid[1] * tokens.grid[2] * self.tokenizer.quantizer.bits
+        return self._png_file(reconstructed, _psnr(original, reconstructed), num_bits)
+
+    def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None, num_bits: int | None = None) -> MediaFile:
+        num_pixels = pixels_CHW[0].size
+        return MediaFile(png_from_pixels(pixels_CHW), "image/png", num_pixels, psnr=psnr, num_bits=num_bits)
 
     async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a video engine method in a separate thread, which runs a few frames at a time in the model thread."""
@@ -165,3 +195,9 @@ class TokenizerRole:
         with deadline_after(self._timeout_s) as deadline:
             call = partial(function, *arguments, run_in_model_thread=self._model_thread.run_blocking, deadline=deadline)
             return await loop.run_in_executor(self._video_threads, call)
+
+
+def _psnr(original: np.ndarray, reconstructed: np.ndarray) -> float:
+    """Return the PSNR of uint8 pixels in dB; `metrics.psnr` needs PyTorch, which runs in the model threads only."""
+    mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
+    return float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10)))

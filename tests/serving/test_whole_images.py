@@ -1,0 +1,122 @@
+"""Models with local attention serve images at their own size, as the library computes them."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from local_service import encode_image
+from PIL import Image
+
+from bsq_ray import Tokenizer, config
+from bsq_ray.data.transforms import to_float, to_uint8
+from bsq_ray.models.tokenizer import Tokens
+from bsq_ray.serving.service_config import Limits, Settings
+
+BITS, PATCH = 10, 8
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    tokenizer = Tokenizer(
+        config.TokenizerModelConfig(
+            image_size=64,
+            position="rotary",
+            attention_radius=2,
+            position_period=4,
+            encoder=config.TransformerConfig(**sizes),
+            decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+            quantizer=config.BSQConfig(bits=BITS),
+        )
+    )
+    folder = str(tmp_path_factory.mktemp("models") / "any")
+    tokenizer.save_pretrained(folder)
+    limits = Limits(max_pixels=300_000, request_timeout_s=60)
+    return Settings(models={"any": folder}, limits=limits, authentication=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(settings):
+    return Tokenizer.from_pretrained(settings.models["any"])
+
+
+def open_png(response):
+    assert response.status_code == 200, response.text
+    return np.asarray(Image.open(io.BytesIO(response.content)))
+
+
+def bits_of(response):
+    packed = np.frombuffer(base64.b64decode(response["packed"]), np.uint8).reshape(-1, -(-BITS // 8))
+    return np.unpackbits(packed, axis=1, bitorder="little")[:, :BITS].astype(bool)
+
+
+def with_whole_patches(photo):
+    """Pixels (1, 3, H, W) whose right and lower edges are replicated to whole patches."""
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float()
+    padding = 0, -photo.width % PATCH, 0, -photo.height % PATCH
+    return to_float(torch.nn.functional.pad(pixels, padding, mode="replicate").to(torch.uint8))
+
+
+@pytest.mark.parametrize("size", [(160, 120), (64, 64), (101, 37), (8, 200), (3, 5), (1, 1)])
+def test_tokens_and_pixels_are_those_of_the_library(client, tokenizer, photo, size):
+    """The service pads to whole patches, and reconstructions have the size of the image."""
+    image = photo.resize(size)
+    tokens = tokenizer.encode(with_whole_patches(image))
+    response = client.post("/v1/encode", content=encode_image(image)).json()
+    assert response["grid"] == list(tokens.grid) == [1, -(-size[1] // PATCH), -(-size[0] // PATCH)]
+    assert np.array_equal(bits_of(response), tokens.bits_BNL[0].numpy())
+    decoded = open_png(client.post("/v1/decode", json=response))
+    [expected] = to_uint8(tokenizer.decode(tokens))
+    assert np.array_equal(decoded.transpose(2, 0, 1), expected.numpy())
+    reconstructed = client.post("/v1/reconstruct", content=encode_image(image))
+    assert np.array_equal(open_png(reconstructed), decoded[: size[1], : size[0]])
+    num_tokens = len(tokens.bits_BNL[0])
+    assert float(reconstructed.headers["x-bits-per-pixel"]) == pytest.approx(
+        num_tokens * BITS / (size[0] * size[1]), rel=1e-5
+    )
+
+
+def test_large_image_computed_in_blocks_has_the_same_tokens(client, tokenizer, photo):
+    """120 x 150 tokens are more than a block."""
+    image = photo.resize((600, 480)).resize((600, 480))
+    response = client.post("/v1/encode", content=encode_image(image)).json()
+    bits_BNL = tokenizer.encode(with_whole_patches(image)).bits_BNL
+    assert np.mean(bits_of(response) != bits_BNL[0].numpy()) < 1e-3
+
+
+def test_models_list_any_size(client):
+    [model] = client.get("/v1/models").json()["models"]
+    assert model["any_size"] is True
+    assert model["image_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_tokens", "status", "message"),
+    [
+        ([1, 4, 4], 15, 422, "for each token 2 bytes"),
+        ([2, 4, 2], 16, 422, "expects grid"),
+        ([1, 0, 4], 0, 422, "expects grid"),
+        ([1, 100, 100], 10_000, 413, "the image has 640000 pixels, more than 300000"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_named(client, grid, num_tokens, status, message):
+    body = {"grid": grid, "bits": BITS, "packed": base64.b64encode(bytes(2 * num_tokens)).decode()}
+    if grid[0] > 1:
+        # Tokens of several frames are a video, whose frames have the model's square.
+        message = "it expects grid [frames, 8, 8]"
+    response = client.post("/v1/decode", json=body)
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]
+
+
+def test_tokens_of_a_photo_decode_as_the_library_decodes_them(tokenizer, client):
+    """Any grid, also one that no image of the training had."""
+    rng = np.random.default_rng(0)
+    bits = rng.random((1, 3 * 21, BITS)) < 0.5
+    packed = np.packbits(np.pad(bits[0], ((0, 0), (0, 6))), axis=1, bitorder="little")
+    body = {"grid": [1, 3, 21], "bits": BITS, "packed": base64.b64encode(packed.tobytes()).decode()}
+    [expected] = to_uint8(tokenizer.decode(Tokens(torch.from_numpy(bits), (1, 3, 21))))
+    assert np.array_equal(open_png(client.post("/v1/decode", json=body)).transpose(2, 0, 1), expected.numpy())
