@@ -178,7 +178,7 @@ class ClipSource(DataSource):
             entry, video, start = shard.entry(index), shard.video(index), int(rng.integers(starts.start, starts.stop))
             crop = sample_crop(
                 (video.width, video.height),
-                self.size,
+                (self.size, self.size),
                 data_config.resize_range,
                 data_config.max_enlargement,
                 data_config.random_flip,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bsq_ray import config
 from bsq_ray.data.batch_mixture import BatchMixtureSource
 from bsq_ray.data.clip_source import ClipSource
+from bsq_ray.data.crop_sizes import CropSizeSource
 from bsq_ray.data.data_source import DataSource
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.manifest import Manifest, read_manifest
@@ -17,6 +18,8 @@ from bsq_ray.data.token_table import TokenSource, read_table
 def build_source(run: config.AnyConfig, url: str) -> DataSource:
     """Open the training data of a run: packed images or videos, a token table, or a mixture of them.
 
+    With `data.crop_sizes`, each batch of images has crops of one of these sizes.
+
     Args:
         run: configuration of the run; its stage decides the kind of data.
         url: folder of the data set, or YAML file of a mixture; a mixture of images and videos has batches of each kind.
@@ -24,6 +27,15 @@ def build_source(run: config.AnyConfig, url: str) -> DataSource:
     Raises:
         ValueError: the data set is missing, damaged, or of another kind.
     """
+    source = _build_data_source(run, url)
+    if not isinstance(run, config.TokenizerConfig) or not run.data.crop_sizes:
+        return source
+    # The configuration admits crop sizes for images only.
+    assert isinstance(source, ImageSource | MixtureSource)
+    return CropSizeSource(source, run.data.crop_sizes, run.training.batch_size)
+
+
+def _build_data_source(run: config.AnyConfig, url: str) -> DataSource:
     if is_mixture(url):
         return _build_mixture(run, url)
     if not isinstance(run, config.TokenizerConfig):
@@ -39,7 +51,7 @@ def _build_mixture(run: config.AnyConfig, url: str) -> DataSource:
     sources = [
         build_pixel_source(run, read_manifest(dataset.url))
         if isinstance(run, config.TokenizerConfig) and not is_mixture(dataset.url)
-        else build_source(run, dataset.url)
+        else _build_data_source(run, dataset.url)
         for dataset in datasets
     ]
     if empty := [source.url for source in sources if not source.num_samples]:

@@ -1,4 +1,4 @@
-"""Packed images as a data source: random crops for training, center crops for evaluation.
+"""Packed images as a data source: random crops for training, center squares for evaluation.
 
     samples ─fetch─▶ files ─decode, or the next readable one─▶ RGB ─crop─▶ block
 
@@ -7,6 +7,7 @@ Shape suffixes: P samples, H and W pixels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import numpy as np
@@ -23,19 +24,29 @@ from bsq_ray.runtime.random_streams import RandomStream, stream_rng
 
 
 class ImageSource(DataSource):
-    """Square crops of the images of a manifest.
+    """Crops of the images of a manifest: squares, or for training of another size, see `with_crop`.
 
     Args:
         manifest: a data set of images.
         data_config: crop, flip and interpolation.
-        size: side of a crop, pixels.
+        size: side of a square, pixels.
         timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
+
+    Attributes:
+        crop_hw: height and width of a training crop, pixels.
     """
 
     def __init__(self, manifest: Manifest, data_config: config.DataConfig, size: int, timeout_s: float = 0.0) -> None:
         self.manifest, self.data_config, self.size, self.timeout_s = manifest, data_config, size, timeout_s
         self.url, self.hash, self.cache = manifest.url, manifest.hash, open_shard_cache(data_config)
+        self.crop_hw = (size, size)
         self.sample_bytes = 3 * size**2
+
+    def with_crop(self, crop_hw: tuple[int, int]) -> ImageSource:
+        """Return the same images with training crops of another height and width."""
+        source = copy.copy(self)
+        source.crop_hw, source.sample_bytes = crop_hw, 3 * crop_hw[0] * crop_hw[1]
+        return source
 
     @property
     def shard_sizes(self) -> np.ndarray:
@@ -43,7 +54,7 @@ class ImageSource(DataSource):
         return self.manifest.shard_sizes
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Read random crops, uint8 (P, 3, size, size).
+        """Read random crops, uint8 (P, 3, H, W).
 
         A damaged image is replaced by the next readable one of its shard, so that batches stay full for any reader.
         """
@@ -62,7 +73,7 @@ class ImageSource(DataSource):
     def _random_crop(self, image: Image.Image, sample: int, epoch: int, seed: int) -> np.ndarray:
         rng = stream_rng(RandomStream.IMAGE_CROP, seed, epoch, sample)
         data = self.data_config
-        return train_transform(image, self.size, data.resize_range, data.max_enlargement, data.random_flip, rng)
+        return train_transform(image, self.crop_hw, data.resize_range, data.max_enlargement, data.random_flip, rng)
 
     def _fetch(
         self, samples: Iterable[int], block: SampleBlock
@@ -76,7 +87,7 @@ class ImageSource(DataSource):
     ) -> tuple[Image.Image, SampleEntry]:
         """Decode a sample, or the next readable one of its shard."""
         shard, index = location
-        max_short_side = round(self.size * self.data_config.resize_range[1])
+        max_short_side = round(max(self.crop_hw) * self.data_config.resize_range[1])
         for step in range(shard.num_samples):
             candidate = (index + step) % shard.num_samples
             if step:
@@ -97,7 +108,7 @@ class ImageSource(DataSource):
 
         Args:
             samples: numbers of the samples.
-            num_views: number of crops: the center crop, then random crops.
+            num_views: number of crops: the center square, then random crops.
             seed: seed of the random crops.
 
         Returns:

@@ -22,68 +22,73 @@ _RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling
 
 @dataclass(frozen=True)
 class Crop:
-    """A square crop of a resized image; one crop applies to every frame of a clip.
+    """A crop of a resized image; one crop applies to every frame of a clip.
 
     Attributes:
-        size: side of the result, pixels.
+        crop_hw: height and width of the result, pixels.
         resized_hw: height and width to which the image is resized.
-        top, left: upper left corner of the square in the resized image.
+        top, left: upper left corner of the crop in the resized image.
         is_flipped: True to exchange left and right.
     """
 
-    size: int
+    crop_hw: tuple[int, int]
     resized_hw: tuple[int, int]
     top: int
     left: int
     is_flipped: bool
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """Crop an RGB image to uint8 (3, size, size)."""
+        """Crop an RGB image to uint8 (3, H, W)."""
         image_HWC = torch.from_numpy(np.array(image))
         # Gives the pixels of Pillow's resize, in a third of its time.
         image_1CHW = F.interpolate(image_HWC.permute(2, 0, 1)[None], self.resized_hw, mode="bilinear", antialias=True)
-        pixels_CHW = image_1CHW[0, :, self.top : self.top + self.size, self.left : self.left + self.size].numpy()
+        height, width = self.crop_hw
+        pixels_CHW = image_1CHW[0, :, self.top : self.top + height, self.left : self.left + width].numpy()
         return np.ascontiguousarray(pixels_CHW[:, :, ::-1] if self.is_flipped else pixels_CHW)
 
 
 def sample_crop(
     image_size: tuple[int, int],
-    size: int,
+    crop_hw: tuple[int, int],
     resize_range: tuple[float, float],
     max_enlargement: float | None,
     random_flip: bool,
     rng: np.random.Generator,
 ) -> Crop:
-    """Draw the random crop of the paper's training transform: short side resized (bilinear), then a random square.
+    """Draw the random crop of the paper's training transform: the image is resized (bilinear), then cropped.
 
     Args:
         image_size: width and height, pixels.
-        size: side of the result, pixels.
-        resize_range: range of a random factor; the short side is resized to `size` times this factor.
+        crop_hw: height and width of the result, pixels; a square in the paper.
+        resize_range: range of a random factor; the image is resized to this multiple of the smallest size that contains
+            the crop, so the short side of an image to this multiple of a square's side.
         max_enlargement: the range ends where the image would be enlarged more than this, but not below its start;
             None: no limit.
         random_flip: mirror half of the crops.
         rng: the only source of randomness.
     """
     low, high = resize_range
+    crop_wh = crop_hw[::-1]
+    # The image must be enlarged most along this axis to contain the crop.
+    axis = max((0, 1), key=lambda axis: crop_wh[axis] / image_size[axis])
     if max_enlargement is not None:
-        high = max(low, min(high, max_enlargement * min(image_size) / size))
-    factor = size * rng.uniform(low, high) / min(image_size)
-    width, height = (max(size, round(side * factor)) for side in image_size)
-    left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    return Crop(size, (height, width), top, left, random_flip and bool(rng.random() < 0.5))
+        high = max(low, min(high, max_enlargement * image_size[axis] / crop_wh[axis]))
+    factor = crop_wh[axis] * rng.uniform(low, high) / image_size[axis]
+    resized_wh = tuple(max(crop, round(side * factor)) for crop, side in zip(crop_wh, image_size, strict=True))
+    left, top = (int(rng.integers(side - crop + 1)) for crop, side in zip(crop_wh, resized_wh, strict=True))
+    return Crop(crop_hw, (resized_wh[1], resized_wh[0]), top, left, random_flip and bool(rng.random() < 0.5))
 
 
 def train_transform(
     image: Image.Image,
-    size: int,
+    crop_hw: tuple[int, int],
     resize_range: tuple[float, float],
     max_enlargement: float | None,
     random_flip: bool,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Crop one image with `sample_crop`; returns uint8 (3, size, size)."""
-    return sample_crop(image.size, size, resize_range, max_enlargement, random_flip, rng)(image)
+    """Crop one image with `sample_crop`; returns uint8 (3, H, W)."""
+    return sample_crop(image.size, crop_hw, resize_range, max_enlargement, random_flip, rng)(image)
 
 
 def eval_transform(image: Image.Image, size: int, interpolation: Interpolation) -> np.ndarray:

@@ -7,10 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from bsq_ray.config.tokenizer_config import LPIPS_MIN_SIDES as MIN_SIDE
 from bsq_ray.models.lpips_network import LPIPSNetwork, NetworkName
 
-# Smallest height and width of an image: its last feature map then has one pixel.
-MIN_SIDE: dict[NetworkName, int] = {"alex": 31, "vgg": 16}
+__all__ = ["MIN_SIDE", "lpips"]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ class RandomStream(StrEnum):
     SHARD_ORDER = "order of shards: seed, epoch"
     MIXTURE_ORDER = "order of the data sets of a mixture: seed, block"
     BATCH_KIND = "kinds of the batches of images and clips: seed, block"
+    CROP_SIZE = "crop sizes of batches: seed, block"
     BLOCK_ORDER = "order in a block: seed, epoch, lane, block"
     IMAGE_CROP = "crop of an image: seed, epoch, sample"
     CLIP_CROP = "start and crop of a clip: seed, epoch, sample"

@@ -16,7 +16,7 @@ def photo(photos):
 
 def test_train_transform_equals_resize_then_crop(photo):
     """Against the literal transform: resize the short side, cut the square."""
-    crop = train_transform(photo, 64, (1.0, 1.0), None, False, np.random.default_rng(3))
+    crop = train_transform(photo, (64, 64), (1.0, 1.0), None, False, np.random.default_rng(3))
     rng = np.random.default_rng(3)
     rng.uniform()
     factor = 64 / min(photo.size)
@@ -31,13 +31,15 @@ def test_train_transform_equals_resize_then_crop(photo):
 
 def test_train_transform_is_reproducible_and_flips(photo):
     """The training transform depends only on its random generator and flips half of the crops if enabled."""
-    crops = [train_transform(photo, 32, (1.0, 2.0), None, True, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    crops = [
+        train_transform(photo, (32, 32), (1.0, 2.0), None, True, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    ]
     assert np.array_equal(crops[0], crops[1])
     assert not np.array_equal(crops[0], crops[2])
     square = photo.resize((32, 32))
-    plain = train_transform(square, 32, (1.0, 1.0), None, False, np.random.default_rng(0))
+    plain = train_transform(square, (32, 32), (1.0, 1.0), None, False, np.random.default_rng(0))
     flipped_crops = [
-        train_transform(square, 32, (1.0, 1.0), None, True, np.random.default_rng(seed)) for seed in range(20)
+        train_transform(square, (32, 32), (1.0, 1.0), None, True, np.random.default_rng(seed)) for seed in range(20)
     ]
     mirrored = [np.array_equal(crop, plain[:, :, ::-1]) for crop in flipped_crops]
     assert 4 < sum(mirrored) < 16
@@ -48,7 +50,7 @@ def test_max_enlargement_ends_the_range_of_small_images(photo):
     small, tiny = photo.resize((96, 80)), photo.resize((24, 20))
     sizes = [
         [
-            sample_crop(image.size, 32, (1.0, 8.0), limit, False, np.random.default_rng(seed)).resized_hw[0]
+            sample_crop(image.size, (32, 32), (1.0, 8.0), limit, False, np.random.default_rng(seed)).resized_hw[0]
             for seed in range(50)
         ]
         for image, limit in ((small, None), (small, 1.0), (small, 2.0), (tiny, 1.0))

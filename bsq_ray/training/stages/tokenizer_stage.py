@@ -109,7 +109,7 @@ class TokenizerStage(Stage):
                 self.nested_dropout = NestedDropout(quantizer_config.keep, seed, self.across_workers)
         training_config = run_config.training
         self.bit_noise = BitNoise(training_config.bit_noise, training_config.seed)
-        self._tokens_per_frame = run_config.model.grid_size**2
+        self._patch_size = run_config.model.patch_size
         self._recent_bits: list[Tensor] = []
 
     def frozen_parts(self) -> Sequence[nn.Module]:
@@ -160,7 +160,8 @@ class TokenizerStage(Stage):
     def _token_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Return the shape (B, N, L) of the bits of a batch of images or clips."""
         frames = 1 if batch.values_B.ndim == 4 else batch.values_B.shape[2]
-        return len(batch.keys), frames * self._tokens_per_frame, self.num_bits
+        height, width = batch.values_B.shape[-2:]
+        return len(batch.keys), frames * height * width // self._patch_size**2, self.num_bits
 
     def _mean_statistics(self, parts: list[Tensor | None]) -> Tensor | None:
         """Return the mean of the micro batches' statistics over all micro batches and, if so configured, workers."""
