@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from math import lcm
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ _TOKENS_PER_PASS = 8192
 _BLOCK_PIXELS = 2**23
 # Tokens computed at once by local attention, with those around a block.
 _LOCAL_BLOCK_TOKENS = 2**14
+# Smallest rows and columns of tokens of such a block, without those around it.
+_MIN_LOCAL_BLOCK_SIDE = 32
 _GRAY = 128
 
 
@@ -86,13 +89,13 @@ class PixelCodec(ABC):
             check_cancelled: called before each pass; an exception raised by it stops the decoding.
         """
         self._convert_decoder()
-        tile = self.tile_size
+        tile, decodable_RC = self.tile_size, self._decodable_tiles(available_RC)
         all_tiles = Rect(0, 0, *bits_RCNL.shape[:2])
         result_CTHW = torch.empty(3, frames, region.height, region.width, dtype=torch.uint8)
         for block in region.cover(tile).blocks(self._block_tiles(frames)):
             # Tiles of the block and those around it; only the pixels of the block are kept.
             context, inner = block.grow(self.context_tiles).intersect(all_tiles), block.scale(tile).intersect(region)
-            block_CTHW = self._decode_block(bits_RCNL, available_RC, frames, context, check_cancelled)
+            block_CTHW = self._decode_block(bits_RCNL, decodable_RC, frames, context, check_cancelled)
             source, target = inner.relative_to(context.scale(tile)), inner.relative_to(region)
             result_CTHW[:, :, *target.slices()] = block_CTHW[:, :, *source.slices()]
         return result_CTHW
@@ -120,18 +123,20 @@ class PixelCodec(ABC):
     def _decode_block(
         self,
         bits_RCNL: Tensor,
-        available_RC: Tensor,
+        decodable_RC: Tensor,
         frames: int,
         tiles: Rect,
         check_cancelled: Callable[[], None],
     ) -> Tensor:
-        """Decode a rectangle of tiles to uint8 pixels (3, T, H, W)."""
+        """Decode a rectangle of tiles to uint8 pixels (3, T, H, W); tiles that are not decodable are gray."""
         pixels_CTHW = self._decode_grid(as_grid(bits_RCNL[tiles.slices()], frames), check_cancelled)
         pixels_CTHW = pixels_CTHW.add_(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
-        available_HW = self._decodable_tiles(available_RC)[tiles.slices()]
+        decodable_HW = decodable_RC[tiles.slices()]
+        if bool(decodable_HW.all()):
+            return pixels_CTHW
         for dimension in (0, 1):
-            available_HW = available_HW.repeat_interleave(self.tile_size, dimension)
-        return torch.where(available_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
+            decodable_HW = decodable_HW.repeat_interleave(self.tile_size, dimension)
+        return torch.where(decodable_HW, pixels_CTHW, torch.full_like(pixels_CTHW, _GRAY))
 
     def _convert_decoder(self) -> None:
         if self.tokenizer.from_code.weight.dtype != self.decode_dtype:
@@ -189,7 +194,9 @@ class LocalPixelCodec(PixelCodec):
         assert model_config.attention_radius is not None
         # In each layer a token depends on those at most the radius away.
         receptive_radius = model_config.attention_radius * max(model_config.encoder.layers, model_config.decoder.layers)
-        self.context_tiles = -(-receptive_radius // self.grid_size)
+        # Blocks and their contexts start at multiples of the period of the position embeddings, which count from there.
+        self._aligned_tiles = lcm(grid_size, model_config.position_period) // grid_size
+        self.context_tiles = _round_up(-(-receptive_radius // grid_size), self._aligned_tiles)
 
     def rows_of_groups(self, columns: int, group_size: int) -> int:
         """Return enough rows for a block, so that few tiles are computed again as the context of others."""
@@ -216,10 +223,14 @@ class LocalPixelCodec(PixelCodec):
         return bits_RCNL
 
     def _block_tiles(self, frames: int) -> int:
-        side = int((_LOCAL_BLOCK_TOKENS / frames) ** 0.5) // self.grid_size
-        return max(1, side - 2 * self.context_tiles)
+        side = int((_LOCAL_BLOCK_TOKENS / frames) ** 0.5) // self.grid_size - 2 * self.context_tiles
+        # The context of a deep model has more tokens; much smaller blocks would compute it over and over.
+        min_side = _round_up(-(-_MIN_LOCAL_BLOCK_SIDE // self.grid_size), self._aligned_tiles)
+        return max(min_side, side // self._aligned_tiles * self._aligned_tiles)
 
     def _decodable_tiles(self, available_RC: Tensor) -> Tensor:
+        if bool(available_RC.all()):
+            return available_RC
         side = 2 * self.context_tiles + 1
         missing_11RC = (~available_RC)[None, None].float()
         near_missing = F.max_pool2d(missing_11RC, side, stride=1, padding=self.context_tiles)
@@ -231,6 +242,10 @@ class LocalPixelCodec(PixelCodec):
         with deterministic_fp32(self._device):
             tokens = Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid)
             return self.tokenizer.decode(tokens)[0].unsqueeze(1).cpu().double()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def build_pixel_codec(

@@ -12,10 +12,11 @@ from PIL import Image
 from small_codecs import save_prior
 from small_models import save_tokenizer
 
-from bsq_ray import Codec, Prior, Tokenizer
+from bsq_ray import Codec, Prior, Tokenizer, config
 from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rect import Rect
 from bsq_ray.codec.tiles import as_grid, as_tiles, pad_to_tiles
+from bsq_ray.data.transforms import to_uint8
 from bsq_ray.model_export import export_model
 from bsq_ray.models.tokenizer import Tokens
 
@@ -63,6 +64,7 @@ def test_decompress_equals_tokenizer_on_whole_image(local_folder, local_codec, p
 def test_encode_tiles_of_rows_equal_whole_image(local_folder, photo, monkeypatch):
     """Tokens of rows of tiles, in blocks of one tile, are those of the whole image."""
     monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._MIN_LOCAL_BLOCK_SIDE", 1)
     tokens, _ = whole_image(local_folder, photo)
     codec = build_pixel_codec(Tokenizer.from_pretrained(f"{local_folder}/tokenizer").eval(), torch.float64, None, 4)
     pixels_CTHW = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[:, None]
@@ -129,7 +131,44 @@ def test_local_decompress_region_matches_crop(local_codec, data, region):
 def test_local_decompress_in_blocks_is_identical(local_folder, data, local_codec, monkeypatch):
     whole = local_codec.decompress(data).tobytes()
     monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16**2)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._MIN_LOCAL_BLOCK_SIDE", 1)
     assert Codec.from_pretrained(local_folder).decompress(data).tobytes() == whole
+
+
+@pytest.mark.parametrize(("radius", "period", "layers"), [(2, 4, 1), (3, 4, 1), (4, 4, 2), (1, 2, 5)])
+def test_blocks_keep_the_places_of_position_embeddings(tmp_path, photos, monkeypatch, radius, period, layers):
+    """With tiles of one token, and contexts that no period divides, blocks have the tokens and pixels of the image."""
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 24**2)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._MIN_LOCAL_BLOCK_SIDE", 1)
+    sizes = {"width": 32, "layers": layers, "heads": 2}
+    places = {"attention_radius": radius, "position_period": period}
+    model_config = Tokenizer.from_pretrained(save_tokenizer(tmp_path, 0, **(LOCAL | places))).config
+    parts = {"encoder": config.TransformerConfig(**sizes), "decoder": config.DecoderConfig(**sizes, head_hidden_dim=32)}
+    tokenizer = Tokenizer(model_config.model_copy(update=parts)).double().eval()
+    with torch.no_grad():
+        for part in (tokenizer.encoder, tokenizer.decoder):
+            part.transformer.spatial_position.mul_(20)  # as large as after a training
+    codec = build_pixel_codec(tokenizer, torch.float64, None, 1)
+    pixels_CTHW = torch.from_numpy(np.array(photos[0].resize((408, 104)))).permute(2, 0, 1)[:, None]
+    tokens = tokenizer.encode(pixels_CTHW[None, :, 0] / 127.5 - 1)
+    bits_RCNL = codec.encode_tiles(pixels_CTHW, Rect(0, 0, 13, 51), lambda: None)
+    assert torch.equal(bits_RCNL.flatten(0, 2), tokens.bits_BNL[0])
+    available_RC = torch.ones(13, 51, dtype=torch.bool)
+    decoded = codec.decode_region(bits_RCNL, available_RC, 1, Rect(0, 0, 104, 408), lambda: None)
+    assert torch.equal(decoded[:, 0], to_uint8(tokenizer.decode(tokens)[0]))
+
+
+@pytest.mark.parametrize(("radius", "layers"), [(4, 6), (4, 15), (4, 16), (8, 24)])
+def test_blocks_of_deep_models_have_many_tokens(tmp_path, radius, layers):
+    """Not one pass for every token: the tokens around a block are computed with each block."""
+    model_config = Tokenizer.from_pretrained(save_tokenizer(tmp_path, 0, **LOCAL)).config
+    encoder_config = model_config.encoder.model_copy(update={"layers": layers})
+    changes = {"encoder": encoder_config, "attention_radius": radius}
+    with torch.device("meta"):
+        tokenizer = Tokenizer(model_config.model_copy(update=changes))
+    for grid_size in (1, 4, 16):
+        codec = build_pixel_codec(tokenizer, torch.float32, None, grid_size)
+        assert codec._block_tiles(1) * grid_size >= 32
 
 
 def test_local_preview_shows_only_pixels_of_available_tokens(local_codec, photos):

@@ -26,8 +26,8 @@ from bsq_ray.models.layers.attention import attention, masked_attention
 
 # Positions are small numbers of patches, so the longest wavelength is about 630 patches.
 _ROTARY_BASE = 100.0
-# Grids of at most this many tokens are computed in one block.
-_MAX_DENSE_TOKENS = 256
+# Grids of at most this many tokens are computed in one block: 16 x 16, and as many in other proportions.
+_MAX_DENSE_TOKENS = 272
 _BLOCK = 8
 
 
@@ -70,7 +70,7 @@ class RotaryPositions:
         return _build_neighborhood(grid, self.radius, head_dim, device, dtype)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _build_neighborhood(
     grid: tuple[int, int], radius: int | None, head_dim: int, device: torch.device, dtype: torch.dtype
