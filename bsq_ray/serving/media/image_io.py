@@ -33,6 +33,15 @@ def read_uploaded_image(data: bytes, max_pixels: int) -> Image.Image:
     Raises:
         ApiError: 415 not an image, 413 too many pixels, 422 damaged or an animation.
     """
+    image = open_uploaded_image(data, max_pixels)
+    try:
+        return load_image(image)
+    except DecodeError as error:
+        raise ApiError(422, f"the image is damaged: {error}") from None
+
+
+def open_uploaded_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header of an uploaded image file; arguments and errors as of `read_uploaded_image`."""
     try:
         image = open_image(data)
     except UnknownFormatError:
@@ -50,10 +59,7 @@ def read_uploaded_image(data: bytes, max_pixels: int) -> Image.Image:
         raise ApiError(
             413, f"the image has {image.width} x {image.height} pixels, more than {max_pixels}; downscale it first"
         )
-    try:
-        return load_image(image)
-    except DecodeError as error:
-        raise ApiError(422, f"the image is damaged: {error}") from None
+    return image
 
 
 def png_from_pixels(pixels_CHW: np.ndarray) -> bytes:

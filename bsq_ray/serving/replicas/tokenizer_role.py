@@ -1,7 +1,7 @@
 """The tokenizer of a replica: encodes images and videos to tokens, and decodes them.
 
     image file ─prepare─▶ pixels ─encode─▶ tokens ─decode─▶ pixels ─▶ PNG      in batches
-    the same, for models with local attention: at the size of the image        one at a time, in the codec thread
+    the same, for models with local attention: at the size of the image        one at a time
     video file ─▶ VideoEngine: a few frames at a time, between image batches
 
 Image files are decoded in the event loop's thread pool. PyTorch runs only in the replica's model threads.
@@ -39,6 +39,8 @@ from bsq_ray.serving.replicas.whole_images import WholeImageEngine
 
 # Videos that one replica processes concurrently, a few frames of each in turn.
 _MAX_CONCURRENT_VIDEOS = 4
+# Images of any size with at most so many pixels are computed in the thread of the batches, others in that of the codec.
+_MAX_SMALL_PIXELS = 2**18
 
 
 class TokenizerEngine:
@@ -60,9 +62,12 @@ class TokenizerEngine:
         self.grid_size = model_config.grid_size
         architecture = model_config.model_dump_json()
         images_BCHW = example_values(max_batch_size, 3, model_config.image_size, model_config.image_size)
-        self._batched_encode = runtime.make_runner(self._features_and_bits, architecture, images_BCHW)
         bits_BNL = example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0
-        self._batched_decode = runtime.make_runner(self._decode_bits, architecture, bits_BNL)
+        self._batched_encode = self._batched_decode = None
+        # Images of any size have no batches.
+        if model_config.attention_radius is None:
+            self._batched_encode = runtime.make_runner(self._features_and_bits, architecture, images_BCHW)
+            self._batched_decode = runtime.make_runner(self._decode_bits, architecture, bits_BNL)
 
     def prepare(self, data: bytes) -> np.ndarray:
         """Decode, resize and crop an image file as in evaluation; return square uint8 pixels (3, H, W).
@@ -75,12 +80,14 @@ class TokenizerEngine:
 
     def encode(self, images: list[np.ndarray]) -> list[np.ndarray]:
         """Encode pixels (3, H, W) to packed bits (N, ceil(L / 8)), uint8."""
+        assert self._batched_encode is not None
         images_BCHW = to_float(torch.from_numpy(np.stack(images)))
         bits_BNL = self._batched_encode(images_BCHW)[..., -self.tokenizer.quantizer.bits :] > 0
         return list(pack_bits(bits_BNL).cpu().numpy())
 
     def decode(self, packed: list[np.ndarray]) -> list[np.ndarray]:
         """Decode packed bits (N, ceil(L / 8)) to uint8 pixels (3, H, W)."""
+        assert self._batched_decode is not None
         bits_BNL = unpack_bits(torch.from_numpy(np.stack(packed)), self.tokenizer.quantizer.bits)
         images_BCHW = to_uint8(self._batched_decode(bits_BNL))
         return list(images_BCHW.cpu().numpy())
@@ -139,14 +146,18 @@ class TokenizerRole:
             tokens: PackedTokens = await self._run_on_video(self._engine.video.encode, data)
             return tokens
         if self._whole_images is not None:
-            return await self._encode_whole(self._whole_images, data)
+            num_pixels = await asyncio.to_thread(self._whole_images.count_pixels, data)
+            whole: PackedTokens = await self._run_on_whole(self._whole_images.encode, data, num_pixels)
+            return whole
         packed: np.ndarray = await self._encode(await asyncio.to_thread(self._engine.prepare, data))
         return PackedTokens([1, self._engine.grid_size, self._engine.grid_size], packed.tobytes())
 
     async def decode(self, tokens: PackedTokens, media_type: str) -> MediaFile:
         """Decode tokens of an image to a PNG, or tokens of a video to a video of this media type."""
         if self._whole_images is not None and tokens.rate is None:
-            return self._png_file(await self._decode_whole(self._whole_images, tokens))
+            num_pixels = self._whole_images.count_decoded_pixels(tokens)
+            file: MediaFile = await self._run_on_whole(self._whole_images.decode, tokens, num_pixels)
+            return file
         packed = self._engine.parse_tokens(tokens.grid, tokens.packed)
         if tokens.rate is None:
             return self._png_file(await self._decode(packed))
@@ -160,34 +171,23 @@ class TokenizerRole:
             video: MediaFile = await self._run_on_video(self._engine.video.reconstruct, data, media_type)
             return video
         if self._whole_images is not None:
-            return await self._reconstruct_whole(self._whole_images, data)
+            num_pixels = await asyncio.to_thread(self._whole_images.count_pixels, data)
+            file: MediaFile = await self._run_on_whole(self._whole_images.reconstruct, data, num_pixels)
+            return file
         original = await asyncio.to_thread(self._engine.prepare, data)
         reconstructed = await self._decode(await self._encode(original))
-        return self._png_file(reconstructed, _psnr(original, reconstructed))
+        # NumPy instead of `metrics.psnr`, because PyTorch must not run outside the model threads.
+        mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
+        return self._png_file(reconstructed, float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10))))
 
-    async def _encode_whole(self, engine: WholeImageEngine, data: bytes) -> PackedTokens:
+    def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None) -> MediaFile:
+        return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
+
+    async def _run_on_whole(self, function: Callable[..., Any], item: bytes | PackedTokens, num_pixels: int) -> Any:
+        """Call a method of the engine for images of any size; large images do not delay small ones and batches."""
+        thread = self._model_thread if num_pixels <= _MAX_SMALL_PIXELS else self._codec_thread
         with deadline_after(self._timeout_s) as deadline:
-            pixels_3HW = await asyncio.to_thread(engine.prepare, data)
-            tokens: PackedTokens = await self._codec_thread(engine.encode, pixels_3HW, deadline)
-            return tokens
-
-    async def _decode_whole(self, engine: WholeImageEngine, tokens: PackedTokens) -> np.ndarray:
-        with deadline_after(self._timeout_s) as deadline:
-            pixels_3HW: np.ndarray = await self._codec_thread(engine.decode, tokens, deadline)
-            return pixels_3HW
-
-    async def _reconstruct_whole(self, engine: WholeImageEngine, data: bytes) -> MediaFile:
-        with deadline_after(self._timeout_s) as deadline:
-            original = await asyncio.to_thread(engine.prepare, data)
-            tokens: PackedTokens = await self._codec_thread(engine.encode, original, deadline)
-            padded = await self._codec_thread(engine.decode, tokens, deadline)
-        reconstructed = padded[:, : original.shape[1], : original.shape[2]]
-        num_bits = tokens.grid[1] * tokens.grid[2] * self.tokenizer.quantizer.bits
-        return self._png_file(reconstructed, _psnr(original, reconstructed), num_bits)
-
-    def _png_file(self, pixels_CHW: np.ndarray, psnr: float | None = None, num_bits: int | None = None) -> MediaFile:
-        num_pixels = pixels_CHW[0].size
-        return MediaFile(png_from_pixels(pixels_CHW), "image/png", num_pixels, psnr=psnr, num_bits=num_bits)
+            return await thread(function, item, deadline)
 
     async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a video engine method in a separate thread, which runs a few frames at a time in the model thread."""
@@ -195,9 +195,3 @@ class TokenizerRole:
         with deadline_after(self._timeout_s) as deadline:
             call = partial(function, *arguments, run_in_model_thread=self._model_thread.run_blocking, deadline=deadline)
             return await loop.run_in_executor(self._video_threads, call)
-
-
-def _psnr(original: np.ndarray, reconstructed: np.ndarray) -> float:
-    """Return the PSNR of uint8 pixels in dB; `metrics.psnr` needs PyTorch, which runs in the model threads only."""
-    mse = float(np.square(original.astype(np.float32) - reconstructed).mean())
-    return float(10 * np.log10(255**2 / max(mse, 255**2 * 1e-10)))

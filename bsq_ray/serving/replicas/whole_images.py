@@ -1,8 +1,9 @@
-"""Images at their own size, for tokenizers with local attention: one request at a time, between batches of others.
+"""Images at their own size, for tokenizers with local attention: one request at a time.
 
-    image (3, H, W) ─edges replicated to whole patches─▶ tokens of its grid ─▶ pixels of whole patches
+    image (3, H, W) ─edges replicated to whole patches─▶ tokens of its grid ─▶ pixels of whole patches ─▶ PNG
 
-A token depends on its neighborhood only, so large images are computed in blocks of limited memory.
+A token depends on its neighborhood only, so large images are computed in blocks of limited memory. Files are decoded
+and encoded in the model's thread too: requests that wait for it hold their files, not their pixels.
 
 Shape suffixes: N tokens of an image, b bytes of a token, L bits of a token, R and C rows and columns of tokens, H and W
 pixels.
@@ -15,12 +16,14 @@ import torch
 
 from bsq_ray.codec.pixel_codec import build_pixel_codec
 from bsq_ray.codec.rect import Rect
+from bsq_ray.data.transforms import to_float
+from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.serving.deadline import Deadline
 from bsq_ray.serving.errors import ApiError
-from bsq_ray.serving.media.image_io import read_uploaded_image
-from bsq_ray.serving.payloads import PackedTokens
+from bsq_ray.serving.media.image_io import open_uploaded_image, png_from_pixels, read_uploaded_image
+from bsq_ray.serving.payloads import MediaFile, PackedTokens
 
 
 class WholeImageEngine:
@@ -40,42 +43,58 @@ class WholeImageEngine:
         # Tiles of one token: an image is padded to whole patches only.
         self._pixel_codec = build_pixel_codec(tokenizer, torch.float32, None, grid_size=1)
 
-    def prepare(self, data: bytes) -> np.ndarray:
-        """Decode an image file to uint8 pixels (3, H, W).
+    def count_pixels(self, data: bytes) -> int:
+        """Return the number of pixels of an image file, from its header.
 
         Raises:
             ApiError: see `read_uploaded_image`.
         """
-        return np.asarray(read_uploaded_image(data, self._max_pixels)).transpose(2, 0, 1)
+        image = open_uploaded_image(data, self._max_pixels)
+        return image.width * image.height
 
-    def encode(self, pixels_3HW: np.ndarray, deadline: Deadline) -> PackedTokens:
-        """Encode pixels; their right and lower edges are replicated to whole patches.
+    def encode(self, data: bytes, deadline: Deadline) -> PackedTokens:
+        """Encode an image file; its right and lower edges are replicated to whole patches.
+
+        Raises:
+            ApiError: see `read_uploaded_image`; 503 the deadline passed.
+        """
+        deadline.check()
+        bits_RCNL = self._encode(self._read(data), deadline)
+        rows, columns = bits_RCNL.shape[:2]
+        return PackedTokens([1, rows, columns], pack_bits(bits_RCNL.flatten(0, 2)).numpy().tobytes())
+
+    def decode(self, tokens: PackedTokens, deadline: Deadline) -> MediaFile:
+        """Decode tokens that `count_decoded_pixels` accepts to a PNG of whole patches.
 
         Raises:
             ApiError: 503 the deadline passed.
         """
-        _, height, width = pixels_3HW.shape
-        grid = Rect(0, 0, height, width).cover(self._patch_size)
-        pixels_3THW = torch.from_numpy(pixels_3HW.copy())[:, None]
-        bits_RCNL = self._pixel_codec.encode_tiles(pixels_3THW, grid, deadline.check)
-        return PackedTokens([1, grid.height, grid.width], pack_bits(bits_RCNL.flatten(0, 2)).numpy().tobytes())
+        deadline.check()
+        _, rows, columns = tokens.grid
+        packed_Nb = torch.from_numpy(np.frombuffer(tokens.packed, np.uint8).reshape(rows * columns, -1).copy())
+        bits_RCNL = unpack_bits(packed_Nb, self._bits).unflatten(0, (rows, columns))[:, :, None]
+        region = Rect(0, 0, rows * self._patch_size, columns * self._patch_size)
+        return self._png_file(self._decode(bits_RCNL, region, deadline))
 
-    def decode(self, tokens: PackedTokens, deadline: Deadline) -> np.ndarray:
-        """Decode tokens to uint8 pixels (3, H, W) of whole patches.
+    def reconstruct(self, data: bytes, deadline: Deadline) -> MediaFile:
+        """Encode and decode an image file to a PNG of its size.
 
         Raises:
-            ApiError: 422 the tokens do not match this model, 413 the image has too many pixels, 503 the deadline
-                passed.
+            ApiError: see `encode`.
         """
-        bits_RCNL = self._parse(tokens)
-        rows, columns = bits_RCNL.shape[:2]
-        region = Rect(0, 0, rows * self._patch_size, columns * self._patch_size)
-        available_RC = torch.ones(rows, columns, dtype=torch.bool)
-        pixels_3THW = self._pixel_codec.decode_region(bits_RCNL, available_RC, 1, region, deadline.check)
-        return pixels_3THW[:, 0].numpy()
+        deadline.check()
+        original_3HW = self._read(data)
+        bits_RCNL = self._encode(original_3HW, deadline)
+        reconstructed_3HW = self._decode(bits_RCNL, Rect(0, 0, *original_3HW.shape[1:]), deadline)
+        pair = (to_float(pixels)[None] for pixels in (original_3HW, reconstructed_3HW))
+        return self._png_file(reconstructed_3HW, float(psnr(*pair)), bits_RCNL.numel())
 
-    def _parse(self, tokens: PackedTokens) -> torch.Tensor:
-        """Return the bits (R, C, 1, L) of the tokens of a request."""
+    def count_decoded_pixels(self, tokens: PackedTokens) -> int:
+        """Check the tokens of a request, without PyTorch; return the number of pixels that they decode to.
+
+        Raises:
+            ApiError: 422 the tokens do not match this model, 413 the image has too many pixels.
+        """
         frames, rows, columns = tokens.grid
         bytes_per_token = -(-self._bits // 8)
         if frames != 1 or min(rows, columns) < 1 or len(tokens.packed) != rows * columns * bytes_per_token:
@@ -84,8 +103,28 @@ class WholeImageEngine:
                 "the tokens do not match this model; it expects grid [1, rows, columns] and for each token "
                 f"{bytes_per_token} bytes",
             )
-        num_pixels = rows * columns * self._patch_size**2
-        if num_pixels > self._max_pixels:
-            raise ApiError(413, f"the image has {num_pixels} pixels, more than {self._max_pixels}")
-        packed_Nb = torch.from_numpy(np.frombuffer(tokens.packed, np.uint8).reshape(-1, bytes_per_token).copy())
-        return unpack_bits(packed_Nb, self._bits).unflatten(0, (rows, columns))[:, :, None]
+        # The last row and column of patches may extend beyond the image that was encoded.
+        min_height, min_width = ((side - 1) * self._patch_size + 1 for side in (rows, columns))
+        if min_height * min_width > self._max_pixels:
+            raise ApiError(413, f"the image has at least {min_height * min_width} pixels, more than {self._max_pixels}")
+        return rows * columns * self._patch_size**2
+
+    def _read(self, data: bytes) -> torch.Tensor:
+        """Decode an image file to uint8 pixels (3, H, W)."""
+        return torch.from_numpy(np.array(read_uploaded_image(data, self._max_pixels))).permute(2, 0, 1)
+
+    def _encode(self, pixels_3HW: torch.Tensor, deadline: Deadline) -> torch.Tensor:
+        """Return the bits (R, C, 1, L) of the tokens."""
+        grid = Rect(0, 0, *pixels_3HW.shape[1:]).cover(self._patch_size)
+        return self._pixel_codec.encode_tiles(pixels_3HW[:, None], grid, deadline.check)
+
+    def _decode(self, bits_RCNL: torch.Tensor, region: Rect, deadline: Deadline) -> torch.Tensor:
+        """Decode a region to uint8 pixels (3, H, W)."""
+        available_RC = torch.ones(bits_RCNL.shape[:2], dtype=torch.bool)
+        return self._pixel_codec.decode_region(bits_RCNL, available_RC, 1, region, deadline.check)[:, 0]
+
+    def _png_file(
+        self, pixels_3HW: torch.Tensor, psnr_db: float | None = None, num_bits: int | None = None
+    ) -> MediaFile:
+        num_pixels = pixels_3HW[0].numel()
+        return MediaFile(png_from_pixels(pixels_3HW.numpy()), "image/png", num_pixels, psnr=psnr_db, num_bits=num_bits)
