@@ -1,10 +1,12 @@
 """Generator and discriminator losses, R1 penalty, and adaptive weight of the adversarial loss.
 
-Logits may have any shape; positive logits mean real. All losses are scalars.
+Logits may have any shape; positive logits mean real. A discriminator with several heads has logits of each, and every
+head has the same weight, whatever its number of logits. All losses are scalars.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,29 +16,43 @@ from torch import Tensor
 from bsq_ray.runtime.collectives import average_over_workers
 
 Objective = Literal["non_saturating", "hinge"]
+# Logits of a discriminator, or of each of its heads.
+Logits = Tensor | tuple[Tensor, ...]
 
 
-def generator_loss(fake: Tensor, objective: Objective) -> Tensor:
+def mean_over_heads(logits: Logits, function: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Return the mean of a function of the logits: over the logits of each head, then over the heads."""
+    if isinstance(logits, Tensor):
+        return function(logits).mean()
+    return torch.stack([function(head).mean() for head in logits]).mean()
+
+
+def generator_loss(fake: Logits, objective: Objective) -> Tensor:
     """Return the generator loss: mean softplus(-D(x̂)) (Goodfellow et al., 2014), or -mean D(x̂) with hinge."""
-    return F.softplus(-fake).mean() if objective == "non_saturating" else -fake.mean()
+    if objective == "non_saturating":
+        return mean_over_heads(fake, lambda x: F.softplus(-x))
+    return -mean_over_heads(fake)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, objective: Objective) -> Tensor:
+def discriminator_loss(real: Logits, fake: Logits, objective: Objective) -> Tensor:
     """Return the mean of the losses on real and on reconstructed (fake) images."""
     if objective == "non_saturating":
-        return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        return 0.5 * (mean_over_heads(real, lambda x: F.softplus(-x)) + mean_over_heads(fake, F.softplus))
+    return 0.5 * (mean_over_heads(real, lambda x: F.relu(1 - x)) + mean_over_heads(fake, lambda x: F.relu(1 + x)))
 
 
-def r1_penalty(real: Tensor, images_B: Tensor, create_graph: bool = True) -> Tensor:
+def r1_penalty(real: Logits, images_B: Tensor, create_graph: bool = True) -> Tensor:
     """Return the mean of ‖∇D‖² at real images (Mescheder et al., 2018), without the factor gamma / 2.
+
+    D is the sum of an image's logits; with several heads, the mean over the heads of their mean logits.
 
     Args:
         real: logits (B, …) of `images_B`.
         images_B: images (B, C, H, W) or clips (B, C, T, H, W) that require gradients.
         create_graph: give the penalty a gradient; False returns its value only.
     """
-    [gradient_B] = torch.autograd.grad(real.sum(), images_B, retain_graph=True, create_graph=create_graph)
+    total = real.sum() if isinstance(real, Tensor) else mean_over_heads(real) * len(images_B)
+    [gradient_B] = torch.autograd.grad(total, images_B, retain_graph=True, create_graph=create_graph)
     return gradient_B.float().square().flatten(1).sum(1).mean()
 
 

@@ -27,6 +27,24 @@ def test_losses_match_published_formulas():
     assert discriminator_loss(logits, logits, "hinge") == 0.5 * ((0.5 + 2.5) / 2 + (1.5 + 0) / 2)
 
 
+@pytest.mark.parametrize("objective", ["non_saturating", "hinge"])
+def test_heads_have_equal_weights_for_any_number_of_logits(objective):
+    """A head with one logit counts as much as one with a hundred."""
+    many, one = torch.randn(4, 100), torch.randn(4, 1)
+    for loss in (generator_loss, lambda logits, objective: discriminator_loss(logits, logits, objective)):
+        expected = (loss(many, objective) + loss(one, objective)) / 2
+        torch.testing.assert_close(loss((many, one), objective), expected)
+
+
+def test_r1_penalty_of_heads_is_that_of_their_mean():
+    weights = torch.randn(2, 3 * 4 * 4)
+    x = torch.randn(5, 3, 4, 4, requires_grad=True)
+    first, second = (x.flatten(1) @ weight for weight in weights)
+    # The second head has seven equal logits.
+    penalty = r1_penalty((first[:, None], second[:, None].expand(-1, 7)), x)
+    torch.testing.assert_close(penalty, weights.mean(0).square().sum())
+
+
 def test_r1_penalty_linear_is_squared_weight():
     """The R1 penalty of a linear discriminator is the squared norm of its weight."""
     weight = torch.randn(3 * 4 * 4)

@@ -14,7 +14,8 @@ from bsq_ray.models.discriminators import build_discriminator
 from bsq_ray.models.discriminators.feature_heads import SpectralConv, VirtualBatchNorm
 
 SIZES = {"alex": 48, "vgg": 32, "dino": 16}
-NUM_LOGITS = {"alex": 11**2 + 5**2 + 3 * 2**2, "vgg": 32**2 + 16**2 + 8**2 + 4**2 + 2**2, "dino": 5 * 2**2}
+# Positions of each map.
+NUM_LOGITS = {"alex": [11**2, 5**2, 2**2, 2**2, 2**2], "vgg": [32**2, 16**2, 8**2, 4**2, 2**2], "dino": 5 * [2**2]}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,10 @@ def directional_derivative(function, x, direction, step=1e-8):
 def test_feature_logits_are_one_per_position(features, weights_path):
     model = build(features, weights_path)
     real, fake = model(images(4, features), images(2, features, seed=1))
-    assert real.shape == (4, NUM_LOGITS[features])
-    assert fake.shape == (2, NUM_LOGITS[features])
-    assert real.dtype == torch.float32
-    assert 0.1 < real.std() < 3
+    assert [logits.shape for logits in real] == [(4, count) for count in NUM_LOGITS[features]]
+    assert [logits.shape for logits in fake] == [(2, count) for count in NUM_LOGITS[features]]
+    assert {logits.dtype for logits in real} == {torch.float32}
+    assert all(0.1 < logits.std() < 3 for logits in real)
 
 
 @pytest.mark.parametrize("features", SIZES)
@@ -60,18 +61,18 @@ def test_feature_joint_batches_match_separate_batches(features, weights_path):
     """Batches passed in one call get the logits they get in separate calls."""
     model, real, fake = build(features, weights_path), images(4, features), images(8, features, seed=1) / 3
     together = model(real, fake)
-    torch.testing.assert_close(together[0], model(real)[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together[1], model(fake)[0], rtol=1e-4, atol=1e-5)
+    for logits, batch in zip(together, (real, fake), strict=True):
+        torch.testing.assert_close(logits, model(batch)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", SIZES)
 def test_feature_image_gradient_matches_finite_differences(features, weights_path):
     """The gradient passes through the frozen network to the images."""
     model, x = build(features, weights_path).double(), images(2, features).double().requires_grad_()
-    mixing = torch.randn(NUM_LOGITS[features], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    mixing = torch.randn(sum(NUM_LOGITS[features]), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def value(x):
-        return (model(x)[0] @ mixing).sum()
+        return (torch.cat(model(x)[0], 1) @ mixing).sum()
 
     [gradient] = torch.autograd.grad(value(x), x)
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -94,7 +95,8 @@ def test_feature_head_gradients_match_finite_differences(features, weights_path,
         if with_r1:
             with torch.enable_grad():
                 # As `r1_penalty`, but in fp64.
-                [gradient] = torch.autograd.grad(model(x)[0].sum(), x, create_graph=True)
+                total = torch.stack([logits.mean(1) for logits in model(x)[0]]).mean(0).sum()
+                [gradient] = torch.autograd.grad(total, x, create_graph=True)
                 return gradient.square().sum((1, 2, 3)).mean()
         return discriminator_loss(*model(x, fake), "non_saturating")
 
@@ -170,7 +172,10 @@ def test_frozen_network_is_no_part_of_the_module(features, weights_path):
     assert all(value.dtype == torch.float64 for value in moved)
     copied = copy.deepcopy(model)
     assert copied.frozen_network is not model.frozen_network
-    assert torch.equal(copied(images(2, features).double())[0], model(images(2, features).double())[0])
+    for logits, expected in zip(
+        copied(images(2, features).double())[0], model(images(2, features).double())[0], strict=True
+    ):
+        assert torch.equal(logits, expected)
 
 
 def test_frozen_network_is_on_the_cpu_under_meta_device():

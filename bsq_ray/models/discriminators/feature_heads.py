@@ -129,7 +129,7 @@ class FeatureHead(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """One logit for each position of five feature maps of a frozen network.
+    """One head for each of five feature maps of a frozen network, with one logit for each position.
 
     The frozen network is not a submodule: it is not among parameters, buffers and state dict. It follows `to`, stays in
     evaluation mode, and passes gradients to the images.
@@ -170,15 +170,17 @@ class FeatureDiscriminator(nn.Module):
         """The network that computes the feature maps."""
         return self._frozen[0]
 
-    def forward(self, *batches_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Return fp32 logits (B, P of all maps) for each batch of images (B, 3, H, W) in [-1, 1]."""
+    def forward(self, *batches_BCHW: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Return fp32 logits (B, P) of each head, for each batch of images (B, 3, H, W) in [-1, 1]."""
         batch_sizes = [len(batch) for batch in batches_BCHW]
         maps = self.frozen_network.feature_maps(torch.cat(batches_BCHW))
-        logits = [head(map_BCHW.flatten(2), batch_sizes) for head, map_BCHW in zip(self.heads, maps, strict=True)]
-        logits_BP = torch.cat(logits, 1)
-        # At least fp32: a copy of the module in fp64 keeps its precision.
-        logits_BP = logits_BP.to(torch.promote_types(logits_BP.dtype, torch.float32))
-        return tuple(logits_BP.split(batch_sizes))
+        logits = []
+        for head, map_BCHW in zip(self.heads, maps, strict=True):
+            logits_BP = head(map_BCHW.flatten(2), batch_sizes)
+            # At least fp32: a copy of the module in fp64 keeps its precision.
+            logits_BP = logits_BP.to(torch.promote_types(logits_BP.dtype, torch.float32))
+            logits.append(logits_BP.split(batch_sizes))
+        return tuple(zip(*logits, strict=True))
 
     def update_spectral_norms(self) -> None:
         """Take one step of the power iterations that estimate the spectral norms; once per training step.

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from bsq_ray import config
 from bsq_ray.data.data_source import Batch, DataSource
 from bsq_ray.data.transforms import to_float, to_uint8
-from bsq_ray.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, r1_penalty
+from bsq_ray.losses.adversarial import (
+    Logits,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    mean_over_heads,
+    r1_penalty,
+)
 from bsq_ray.losses.perceptual import PerceptualLoss
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.discriminators import build_discriminator
@@ -72,7 +79,7 @@ class DiscriminatorContext(StepContext):
     """
 
     real_images: Tensor
-    fake_logits: Tensor | None
+    fake_logits: Logits | None
 
 
 class TokenizerStage(Stage):
@@ -200,7 +207,7 @@ class TokenizerStage(Stage):
             total = total + loss_config.perceptual_weight * scalars["perceptual"]
             if "gram" in scalars:
                 total = total + loss_config.gram_weight * scalars["gram"]
-        fake_logits: Tensor | None = None
+        fake_logits: Logits | None = None
         if self._is_adversarial_step(step):
             scalars["loss/generator"], fake_logits = self._adversarial_term(self._discriminator_input(fake), engines)
             weight: float | Tensor = adversarial_config.weight
@@ -233,7 +240,7 @@ class TokenizerStage(Stage):
         """Return clips for a clip discriminator, otherwise images or frames."""
         return images if self.loss_config.adversarial.discriminator == "stylegan2-3d" else frames_time_major(images)
 
-    def _adversarial_term(self, fake_images: Tensor, engines: Engines) -> tuple[Tensor, Tensor]:
+    def _adversarial_term(self, fake_images: Tensor, engines: Engines) -> tuple[Tensor, Logits]:
         """Compute the generator's adversarial loss with a gradient for the images only.
 
         The discriminator's phase uses the same images and weights, so it reuses these logits and their graph. That
@@ -265,7 +272,8 @@ class TokenizerStage(Stage):
             real_images = real_images.detach().requires_grad_()
         [real] = engines["discriminator"].module(real_images)
         total = discriminator_loss(real, fake, adversarial_config.objective)
-        scalars = {"loss/discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        scalars = {"loss/discriminator": total}
+        scalars |= {"logits_real": mean_over_heads(real), "logits_fake": mean_over_heads(fake)}
         if apply_r1:
             scalars["r1"] = r1_penalty(real, real_images, adversarial_config.r1_gradient)
             # Multiplied by the number of steps between two penalties.
