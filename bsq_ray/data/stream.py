@@ -34,6 +34,8 @@ Executor = Literal["ray", "local"]
 _CHUNK_SAMPLES, _CHUNK_BYTES = 256, 12 * 2**20
 # Chunks per Ray Data execution, and executions ahead of the consumed one.
 _CHUNKS_PER_EXECUTION, _EXECUTIONS_AHEAD = 4, 3
+# More chunks if they have few samples, because batches of several shapes cannot share a chunk.
+_MAX_CHUNKS_PER_EXECUTION = 64
 
 
 @dataclass
@@ -106,7 +108,11 @@ def training_batches(
     read = _ChunkReader(source, data_config, seed, position, chunk_size, batch_size, rank, world_size)
     num_ahead = max(1, -(-data_config.prefetch_batches * local_batch_size // chunk_size))
     if executor == "ray":
-        blocks = _ray_blocks(read, _num_read_tasks(world_size))
+        # As many samples in an execution as if each chunk had several batches.
+        num_chunks = min(
+            _MAX_CHUNKS_PER_EXECUTION, _CHUNKS_PER_EXECUTION * (local_batch_size * num_batches // chunk_size)
+        )
+        blocks = _ray_blocks(read, _num_read_tasks(world_size), num_chunks)
     else:
         blocks = _local_blocks(read, num_ahead)
     return _to_batches(_prefetch_first(blocks), local_batch_size, skipped)
@@ -269,10 +275,10 @@ def _local_blocks(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[SampleBlock]:
+def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int, num_chunks: int) -> Iterator[SampleBlock]:
     """Yield chunks read by Ray Data tasks, in order, endlessly.
 
-    Ray Data executes a few chunks at a time, ahead of the consumer. A streaming execution that waits for a slow
+    Ray Data executes `num_chunks` chunks at a time, ahead of the consumer. A streaming execution that waits for a slow
     consumer would keep its scheduling loop busy, on a core that trains. Executions overlap, so the cluster does not
     idle between them. The first has a single chunk and the cluster to itself, so training starts soon.
     """
@@ -281,8 +287,8 @@ def _ray_blocks(read: Callable[[int], SampleBlock], num_tasks: int) -> Iterator[
     read_ref = ray.put(read)
     with ThreadPoolExecutor(_EXECUTIONS_AHEAD, thread_name_prefix="read-ahead") as pool:
         blocks = _execute(read_ref, range(1), num_tasks)
-        starts = count(1, _CHUNKS_PER_EXECUTION)
-        executions = (pool.submit(_execute, read_ref, range(n, n + _CHUNKS_PER_EXECUTION), num_tasks) for n in starts)
+        starts = count(1, num_chunks)
+        executions = (pool.submit(_execute, read_ref, range(n, n + num_chunks), num_tasks) for n in starts)
         pending = deque(islice(executions, _EXECUTIONS_AHEAD))
         while True:
             for block in blocks:
