@@ -108,11 +108,13 @@ def _fixed_values(run_config: config.AnyConfig) -> dict[str, object]:
         adversarial = run_config.loss.adversarial
         values["loss.adversarial"] = adversarial.weight > 0
         if adversarial.weight:
-            for key in ("discriminator", "channel_base", "channel_max"):
+            for key in ("discriminator", "channel_base", "channel_max", "stddev_group_size"):
                 values[f"loss.adversarial.{key}"] = getattr(adversarial, key)
         if adversarial.weight and adversarial.discriminator == "features":
             values["loss.adversarial.features"] = adversarial.features
+            values["loss.adversarial.features_weights"] = adversarial.features_weights
         values["training.only"] = run_config.training.only
+        values["data.crop_sizes"] = run_config.data.crop_sizes
     values["training.ema"] = run_config.training.ema_decay > 0
     part_configs = {"training": run_config.training, "data": run_config.data, "engine": run_config.training.engine}
     for name, keys in _FIXED_ON_RESUME.items():

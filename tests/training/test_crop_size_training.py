@@ -34,6 +34,15 @@ def test_run_stopped_at_half_ends_with_the_same_weights(name, photo_shards, tmp_
     assert_identical(load_weights(tmp_path, "whole"), load_weights(tmp_path, "stopped"))
 
 
+def test_resume_with_other_sizes_raises(photo_shards, tmp_path):
+    """Batches after the stop would be others than those of an uninterrupted run."""
+    runs = RUNS["without GAN"], [*RUNS["without GAN"], "data.crop_sizes=[[16, 16], [32, 8]]"]
+    reporter = RecordingReporter(stop_after=2)
+    run_training(small_spec(photo_shards, tmp_path / "run", runs[0]), local_worker(reporter))
+    with pytest.raises(ValueError, match="data.crop_sizes was .* and is .*use the same values"):
+        run_training(small_spec(photo_shards, tmp_path / "run", runs[1]), local_worker(reporter))
+
+
 def test_two_workers_train_as_one(photo_shards, tmp_path):
     losses = train_runs(0, 1, photo_shards, str(tmp_path / "one"), RUNS)
     [pair, _] = spawn_group(2, train_runs, photo_shards, str(tmp_path / "two"), RUNS)
