@@ -10,6 +10,7 @@ from bsq_ray.config.base import (
     TrainingConfig,
     TransformerConfig,
 )
+from bsq_ray.config.data_config import DataConfig, ShardCacheConfig
 from bsq_ray.config.loader import AnyConfig, dump_config, load_config, parse_config, preset_names, require_stage
 from bsq_ray.config.token_models import (
     MaskedLMConfig,
@@ -23,13 +24,11 @@ from bsq_ray.config.token_models import (
 from bsq_ray.config.tokenizer_config import (
     BitNoiseConfig,
     BSQConfig,
-    DataConfig,
     DecoderConfig,
     EntropyConfig,
     FSQConfig,
     LFQConfig,
     QuantizerConfig,
-    ShardCacheConfig,
     TokenizerConfig,
     TokenizerLossConfig,
     TokenizerModelConfig,

@@ -9,15 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bsq_ray.config.adversarial_config import FEATURE_IMAGE_SIZES, AdversarialConfig
-from bsq_ray.config.base import DataOrderConfig, StrictModel, TrainingConfig, TransformerConfig
-
-# A crop may have so many more or fewer tokens than a square of image_size, as a fraction.
-_MAX_TOKEN_DIFFERENCE = 0.05
-# Smallest height and width of an image by network of LPIPS: its last feature map then has one pixel.
-LPIPS_MIN_SIDES: dict[Literal["alex", "vgg"], int] = {"alex": 31, "vgg": 16}
-# Smallest height and width of an image for the discriminator patchgan: it then gives one logit.
-_PATCHGAN_MIN_SIDE = 24
+from bsq_ray.config.adversarial_config import AdversarialConfig
+from bsq_ray.config.base import StrictModel, TrainingConfig, TransformerConfig
+from bsq_ray.config.data_config import DataConfig
+from bsq_ray.config.image_sizes import check_crop_sizes, check_discriminator_sizes
 
 
 class DecoderConfig(TransformerConfig):
@@ -258,61 +253,6 @@ class TokenizerLossConfig(StrictModel):
         return self
 
 
-class ShardCacheConfig(StrictModel):
-    """Copies of remote shards on the local disk, shared by the processes of a node."""
-
-    folder: str | None = Field(
-        None, description="Local folder of the copies; null reads byte ranges of the remote shards, one per sample."
-    )
-    size_gb: float = Field(
-        100.0, gt=0, description="Maximum size of the copies in GB; the least recently used go first."
-    )
-
-
-class DataConfig(DataOrderConfig):
-    """Samples read from the shards, their order, and the transforms to training images and clips."""
-
-    resize_range: tuple[float, float] = Field(
-        (1.0, 1.0),
-        description="[low, high]: short side before the random crop, as a multiple of image_size; for crop_sizes the "
-        "size of the image, as a multiple of the smallest one that contains the crop.",
-    )
-    crop_sizes: tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...] = Field(
-        (),
-        description="[[height, width], ...] of training crops, with about as many tokens as image_size; each batch has "
-        "one of them. Empty: squares of image_size. For position rotary.",
-    )
-    max_enlargement: float | None = Field(
-        None,
-        ge=1,
-        description="Largest factor by which a random crop enlarges an image: resize_range ends there for small "
-        "images, but every image reaches image_size; null: no limit.",
-    )
-    random_flip: bool = Field(False, description="Mirror half of the images.")
-    eval_interpolation: Literal["lanczos", "bilinear"] = Field(
-        "lanczos", description="Filter that resizes evaluation images; it moves PSNR by more than 2 dB."
-    )
-    frame_stride: int = Field(1, ge=1, description="Clips take every n-th frame of a video.")
-    clips_per_video: int = Field(
-        1, ge=1, description="Most clips of a video in an epoch and in an evaluation; short videos give fewer."
-    )
-    cache: ShardCacheConfig = Field(ShardCacheConfig(), description="Copies of remote shards on the local disk.")
-
-    @field_validator("crop_sizes")
-    @classmethod
-    def _check_crop_sizes_differ(cls, value: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        if len(set(value)) < len(value):
-            raise ValueError("a size is listed twice; list every size once")
-        return value
-
-    @model_validator(mode="after")
-    def _check_resize_range(self) -> DataConfig:
-        low, high = self.resize_range
-        if not 1.0 <= low <= high:
-            raise ValueError(f"resize_range {list(self.resize_range)} is not a range [low, high] with 1 <= low <= high")
-        return self
-
-
 class BitNoiseConfig(StrictModel):
     """Random bit flips between quantizer and decoder, so that the decoder tolerates wrong tokens (Qiu et al., 2025)."""
 
@@ -370,63 +310,9 @@ class TokenizerConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _check_crop_sizes_fit_model(self) -> TokenizerConfig:
-        model, adversarial, sizes = self.model, self.loss.adversarial, self.data.crop_sizes
-        if not sizes:
-            return self
-        if not model.any_size:
-            raise ValueError(
-                "data.crop_sizes needs a model for images of any size; set model.position to rotary, or remove them"
-            )
-        if adversarial.weight and adversarial.discriminator != "patchgan":
-            raise ValueError(
-                f"the discriminator {adversarial.discriminator} takes squares of image_size only; set "
-                "loss.adversarial.discriminator=patchgan, or remove data.crop_sizes"
-            )
-        for height, width in sizes:
-            if height % model.patch_size or width % model.patch_size:
-                raise ValueError(
-                    f"data.crop_sizes: {height} x {width} is not a multiple of the patches of {model.patch_size} pixels"
-                )
-            min_side = max(LPIPS_MIN_SIDES[name] for name in self.loss.perceptual_networks)
-            if self.loss.perceptual_weight and min(height, width) < min_side:
-                raise ValueError(
-                    f"data.crop_sizes: {height} x {width} is too small for LPIPS ({self.loss.perceptual_network}); "
-                    f"choose sides of {min_side} pixels or more, or set loss.perceptual_weight to 0"
-                )
-            ratio = height * width / model.image_size**2
-            if abs(ratio - 1) > _MAX_TOKEN_DIFFERENCE:
-                raise ValueError(
-                    f"data.crop_sizes: {height} x {width} has {ratio:.2f} times the tokens of image_size "
-                    f"{model.image_size}; choose sizes with {1 - _MAX_TOKEN_DIFFERENCE:g} to "
-                    f"{1 + _MAX_TOKEN_DIFFERENCE:g} times, because memory and time of a step are planned for them"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_images_fit_patchgan(self) -> TokenizerConfig:
-        adversarial = self.loss.adversarial
-        smallest = min(min(size) for size in self.data.crop_sizes or ((self.model.image_size,),))
-        if adversarial.weight and adversarial.discriminator == "patchgan" and smallest < _PATCHGAN_MIN_SIDE:
-            key = "data.crop_sizes has a side of" if self.data.crop_sizes else "model.image_size is"
-            raise ValueError(
-                f"{key} {smallest} pixels, but loss.adversarial.discriminator patchgan needs {_PATCHGAN_MIN_SIDE} or "
-                "more; choose a larger size, or set loss.adversarial.weight to 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_images_fit_features(self) -> TokenizerConfig:
-        adversarial, size = self.loss.adversarial, self.model.image_size
-        if not adversarial.weight or adversarial.discriminator != "features":
-            return self
-        smallest, multiple = FEATURE_IMAGE_SIZES[adversarial.features]
-        if size < smallest or size % multiple:
-            condition = f"a multiple of {multiple}, at least {smallest}," if multiple > 1 else f"at least {smallest}"
-            raise ValueError(
-                f"model.image_size {size} must be {condition} for loss.adversarial.features {adversarial.features}; "
-                "choose another size, another network, or loss.adversarial.discriminator=patchgan"
-            )
+    def _check_image_sizes(self) -> TokenizerConfig:
+        check_crop_sizes(self.data.crop_sizes, self.model, self.loss)
+        check_discriminator_sizes(self.data.crop_sizes, self.model.image_size, self.loss.adversarial)
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from bsq_ray.config.tokenizer_config import LPIPS_MIN_SIDES as MIN_SIDE
+from bsq_ray.config.image_sizes import LPIPS_MIN_SIDES as MIN_SIDE
 from bsq_ray.models.lpips_network import LPIPSNetwork, NetworkName
 
 __all__ = ["MIN_SIDE", "lpips"]
