@@ -1,12 +1,12 @@
 """Images and clips in one run: each batch is of one kind, shares follow the weights, and runs resume exactly."""
 
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worker_batches import assert_resumes_exactly, assert_same_batches, batches_of
 
 from bsq_ray import config
 from bsq_ray.data.batch_mixture import BatchMixtureOrder
@@ -14,7 +14,6 @@ from bsq_ray.data.factory import build_source
 from bsq_ray.data.manifest import read_manifest
 from bsq_ray.data.mixture import MixtureOrder, share_ends
 from bsq_ray.data.order import Order
-from bsq_ray.data.stream import training_batches
 
 FRAMES, BATCH_SIZE = 4, 8
 RUN = config.TokenizerConfig(
@@ -71,17 +70,10 @@ def mixture_file(photo_shards, video_shards, tmp_path):
     return str(path)
 
 
-def batches_of(source, count, rank=0, world_size=1, position=0):
-    stream = training_batches(
-        source, RUN.data, batch_size=BATCH_SIZE, rank=rank, world_size=world_size, seed=1, position=position
-    )
-    return list(islice(stream, count))
-
-
 def test_batches_of_images_and_clips_count_each_key(mixture_file, photo_shards, video_shards):
     """Images are clips of one frame, and over 64 batches each data set is read in its own order."""
     source = build_source(RUN, mixture_file)
-    batches = batches_of(source, 64)
+    batches = batches_of(source, RUN, 64)
     assert {tuple(batch.values_B.shape) for batch in batches} == {(8, 3, 1, 32, 32), (8, 3, FRAMES, 32, 32)}
     image_keys = {key for shard in read_manifest(photo_shards).shards for key in shard.keys}
     counts = Counter()
@@ -99,24 +91,15 @@ def test_batches_of_images_and_clips_count_each_key(mixture_file, photo_shards, 
 def test_batches_of_images_and_clips_resume_exactly(mixture_file):
     """Batches after a position are those of an uninterrupted run, for other numbers of workers too."""
     source = build_source(RUN, mixture_file)
-    whole = batches_of(source, 12)
+    whole = batches_of(source, RUN, 12)
     assert len({batch.values_B.shape[2] for batch in whole[6:]}) == 2
-    for world_size in (1, 4):
-        resumed = [batches_of(source, 6, rank, world_size, 6 * BATCH_SIZE) for rank in range(world_size)]
-        for expected, *parts in zip(whole[6:], *resumed, strict=True):
-            for rank, part in enumerate(parts):
-                assert part.keys == expected.keys[rank::world_size]
-                assert part.values_B.equal(expected.values_B[rank::world_size])
+    assert_resumes_exactly(source, RUN, whole, 6, 6)
 
 
 @pytest.mark.ray
 def test_batches_of_images_and_clips_are_the_same_with_ray(ray_local, mixture_file):
     source = build_source(RUN, mixture_file)
-    stream = training_batches(source, RUN.data, batch_size=BATCH_SIZE, rank=0, world_size=1, seed=1, executor="ray")
-    for with_ray, local in zip(islice(stream, 8), batches_of(source, 8), strict=True):
-        assert with_ray.keys == local.keys
-        assert with_ray.values_B.equal(local.values_B)
-    stream.close()
+    assert_same_batches(batches_of(source, RUN, 8, executor="ray"), batches_of(source, RUN, 8))
 
 
 def test_evaluations_of_a_mixture_read_the_clips(mixture_file, video_shards):

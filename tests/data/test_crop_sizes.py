@@ -1,13 +1,13 @@
 """Training crops of several sizes: one size for each batch, in equal shares, the same for any number of workers."""
 
 from collections import Counter
-from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from worker_batches import assert_resumes_exactly, assert_same_batches, batches_of
 
 from bsq_ray import config
 from bsq_ray.config import load_config
@@ -15,7 +15,6 @@ from bsq_ray.data.crop_sizes import CropSizeOrder
 from bsq_ray.data.factory import build_source
 from bsq_ray.data.mixture import share_ends
 from bsq_ray.data.order import Order
-from bsq_ray.data.stream import training_batches
 from bsq_ray.data.transforms import sample_crop, train_transform
 
 SIZES = ((64, 64), (48, 88), (88, 48))
@@ -50,42 +49,25 @@ def test_each_batch_has_one_size_and_images_keep_their_order(num_images, num_siz
     assert np.array_equal(samples_P % num_images, expected_images_P)
 
 
-def batches_of(source, count, rank=0, world_size=1, position=0, executor="local"):
-    stream = training_batches(
-        source, RUN.data, batch_size=BATCH_SIZE, rank=rank, world_size=world_size, seed=1, position=position,
-        executor=executor,
-    )  # fmt: skip
-    batches = list(islice(stream, count))
-    stream.close()
-    return batches
-
-
 def test_batches_have_every_size_and_resume_exactly(photo_shards):
     """Batches after a position are those of an uninterrupted run, for other numbers of workers too."""
     source = build_source(RUN, photo_shards)
-    whole = batches_of(source, 24)
+    whole = batches_of(source, RUN, 24)
     counts = Counter(tuple(batch.values_B.shape) for batch in whole)
     assert set(counts) == {(BATCH_SIZE, 3, *crop_hw) for crop_hw in SIZES}
-    for world_size in (1, 4):
-        resumed = [batches_of(source, 6, rank, world_size, 6 * BATCH_SIZE) for rank in range(world_size)]
-        for expected, *parts in zip(whole[6:12], *resumed, strict=True):
-            for rank, part in enumerate(parts):
-                assert part.keys == expected.keys[rank::world_size]
-                assert part.values_B.equal(expected.values_B[rank::world_size])
+    assert_resumes_exactly(source, RUN, whole, 6, 6)
 
 
 @pytest.mark.ray
 def test_batches_are_the_same_with_ray(ray_local, photo_shards):
     source = build_source(RUN, photo_shards)
-    for with_ray, local in zip(batches_of(source, 6, executor="ray"), batches_of(source, 6), strict=True):
-        assert with_ray.keys == local.keys
-        assert with_ray.values_B.equal(local.values_B)
+    assert_same_batches(batches_of(source, RUN, 6, executor="ray"), batches_of(source, RUN, 6))
 
 
 def test_mixtures_have_crop_sizes(photo_shards, held_out_shards, tmp_path):
     path = tmp_path / "mixture.yaml"
     path.write_text(f"datasets:\n  - {{url: {photo_shards}, weight: 1}}\n  - {{url: {held_out_shards}, weight: 1}}\n")
-    batches = batches_of(build_source(RUN, str(path)), 16)
+    batches = batches_of(build_source(RUN, str(path)), RUN, 16)
     assert {tuple(batch.values_B.shape[2:]) for batch in batches} == set(SIZES)
     assert len({key for batch in batches for key in batch.keys}) > 20
 
