@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 
 from bsq_ray.media.color import frame_to_rgb
 from bsq_ray.media.orientation import UPRIGHT, orientation_of_matrix, swaps_sides, to_upright
@@ -52,7 +52,8 @@ def _square_size(frame: Any, stream: Any) -> tuple[int, int]:
 
 def frame_orientation(frame: Any) -> int:
     """Return the orientation, 1 to 8, that is nearest to the display matrix of a decoded frame."""
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    # The property `side_data` ties a frame to itself, so that only a garbage collection frees its pixels and threads.
+    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)  # type: ignore[call-arg]
     if matrix is None:
         return UPRIGHT
     a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).astype(float)

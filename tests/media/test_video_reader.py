@@ -1,13 +1,15 @@
 """Reading frames of video files: the right ones, from every container, without decoding the others."""
 
+import gc
 import io
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
-from small_videos import make_video
+from small_videos import make_street_video, make_video
 
 from bsq_ray.media import video_reader
 from bsq_ray.media.decode_error import DecodeError
@@ -51,6 +53,20 @@ def test_read_video_pipe_without_video_gives_the_reason():
         content.close()
         with pytest.raises(DecodeError, match=r"not a video of a known format \(Invalid data"):
             read_video(file)
+
+
+def test_read_video_frees_each_frame_at_once():
+    """Decoded frames hold memory and threads; with a cycle of references, up to a hundred waited for their collection."""
+    frames = read_video(io.BytesIO(make_street_video(40)), "mov").frames
+    gc.collect()
+    gc.disable()
+    try:
+        for count, _ in enumerate(frames, 1):
+            if count in (10, 40):
+                assert sum(type(value) is av.VideoFrame for value in gc.get_objects()) < 8
+    finally:
+        gc.enable()
+    assert count == 40
 
 
 def test_read_frames_decodes_from_nearest_key_frame(video_folders, monkeypatch):
