@@ -3,7 +3,7 @@
     encode: pixels ─fp32─▶ tokens of each tile          decode: tokens ─fp64─▶ pixels ─▶ 8 bits
 
 Tokenizers with learned positions (`TilePixelCodec`) encode tile by tile, and decode windows that are blended over the
-seams between tiles. Tokenizers with local attention (`LocalPixelCodec`) have no seams: an image is computed as a whole,
+seams between tiles. Tokenizers with local attention (`LocalPixelCodec`) have no seams: frames are computed as a whole,
 and large ones in blocks with all tokens that take part in them. Their tiles only group tokens in the file.
 
 8-bit values are rounded from fp64. Machines differ by 1e-13 of a level in fp64, which practically never crosses a
@@ -183,7 +183,7 @@ class TilePixelCodec(PixelCodec):
 
 
 class LocalPixelCodec(PixelCodec):
-    """Tokenizers of images of any size, in which a token attends to its neighborhood only.
+    """Tokenizers of frames of any size, in which a token attends to its neighborhood only.
 
     The number of tokens limits a pass; `batch_size` has no effect.
     """
@@ -204,18 +204,18 @@ class LocalPixelCodec(PixelCodec):
 
     def encode_tiles(self, pixels_CTHW: Tensor, tiles: Rect, check_cancelled: Callable[[], None]) -> Tensor:
         """Encode blocks of tiles together with the tiles around them."""
-        height, width = pixels_CTHW.shape[2:]
+        frames, height, width = pixels_CTHW.shape[1:]
         all_tiles = Rect(0, 0, height, width).cover(self.tile_size)
         bits_RCNL: Tensor | None = None
-        for block in tiles.blocks(self._block_tiles(1)):
+        for block in tiles.blocks(self._block_tiles(frames)):
             check_cancelled()
             inner, context = block.intersect(tiles), block.grow(self.context_tiles).intersect(all_tiles)
             padded_CTHW = pad_to_tiles(pixels_CTHW[:, :, *context.scale(self.tile_size).slices()], self.tile_size)
             with deterministic_fp32(self._device):
                 bits_NL = self._encode(padded_CTHW[None])[0]
-            grid_trcL = bits_NL.unflatten(0, (1, context.height * self.grid_size, context.width * self.grid_size))
+            grid_trcL = bits_NL.unflatten(0, (frames, context.height * self.grid_size, context.width * self.grid_size))
             if bits_RCNL is None:
-                shape = tiles.height, tiles.width, self.grid_size**2, bits_NL.shape[1]
+                shape = tiles.height, tiles.width, frames * self.grid_size**2, bits_NL.shape[1]
                 bits_RCNL = torch.empty(shape, dtype=torch.bool)
             block_RCNL = as_tiles(grid_trcL, self.grid_size)[inner.relative_to(context).slices()]
             bits_RCNL[inner.relative_to(tiles).slices()] = block_RCNL
@@ -240,8 +240,8 @@ class LocalPixelCodec(PixelCodec):
         check_cancelled()
         grid = bits_trcL.shape[0], bits_trcL.shape[1], bits_trcL.shape[2]
         with deterministic_fp32(self._device):
-            tokens = Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid)
-            return self.tokenizer.decode(tokens)[0].unsqueeze(1).cpu().double()
+            [pixels] = self.tokenizer.decode(Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid))
+            return (pixels if pixels.ndim == 4 else pixels.unsqueeze(1)).cpu().double()
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -256,10 +256,10 @@ def build_pixel_codec(
     Raises:
         ValueError: the tokenizer takes any size, and each token attends to all others.
     """
-    if tokenizer.config.any_size and tokenizer.config.attention_radius is None:
+    if tokenizer.config.any_size and not tokenizer.config.has_local_attention:
         raise ValueError(
             "the codec needs local attention for images of any size, because its cost is linear in their size; train "
             "the tokenizer with model.attention_radius, such as 4"
         )
-    codec_class = TilePixelCodec if tokenizer.config.attention_radius is None else LocalPixelCodec
+    codec_class = LocalPixelCodec if tokenizer.config.has_local_attention else TilePixelCodec
     return codec_class(tokenizer, decode_dtype, batch_size, grid_size)

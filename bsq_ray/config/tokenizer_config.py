@@ -141,8 +141,8 @@ class TokenizerModelConfig(StrictModel):
     causal: bool = Field(True, description="In clips, a token sees only its own frame and earlier ones.")
     position: Literal["learned", "rotary"] = Field(
         "learned",
-        description="Position embeddings; learned: all images have image_size; rotary: trained at image_size, used at "
-        "any size.",
+        description="Positions of tokens; learned: embeddings, and all images and frames have image_size; rotary: "
+        "trained at image_size, used at any size, and attention depends on the distance of frames.",
     )
     attention_radius: int | None = Field(
         None,
@@ -174,9 +174,19 @@ class TokenizerModelConfig(StrictModel):
         return self.position_period if self.position == "rotary" else self.grid_size
 
     @property
+    def temporal_positions(self) -> int:
+        """Learned temporal position embeddings; 0 for images and with rotary positions."""
+        return self.frames if self.frames > 1 and self.position == "learned" else 0
+
+    @property
     def any_size(self) -> bool:
-        """True if images can have any size that is a multiple of the patch size."""
+        """True if images and frames can have any size that is a multiple of the patch size."""
         return self.position == "rotary"
+
+    @property
+    def has_local_attention(self) -> bool:
+        """True if a token depends on its neighborhood only, so that large images can be computed in blocks."""
+        return self.attention_radius is not None
 
     @field_validator("quantizer", mode="before")
     @classmethod
@@ -195,8 +205,6 @@ class TokenizerModelConfig(StrictModel):
             raise ValueError(
                 "attention_radius needs relative positions; set position to rotary, or attention_radius to null"
             )
-        if self.position == "rotary" and self.frames > 1:
-            raise ValueError(f"position rotary is for images, but frames is {self.frames}; use learned for clips")
         if self.position == "rotary" and self.grid_size % self.position_period:
             raise ValueError(
                 f"position_period {self.position_period} does not divide the {self.grid_size} rows of tokens of "

@@ -11,6 +11,7 @@ Shape suffixes: P clips, T frames, H and W pixels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -75,7 +76,7 @@ def _clip_layout(manifest: Manifest, span: int, clips_per_video: int) -> ClipLay
 
 
 class ClipSource(DataSource):
-    """Square crops of clips of the videos of a manifest.
+    """Crops of clips of the videos of a manifest: squares, or for training of another size, see `with_crop`.
 
     Args:
         manifest: a data set of videos.
@@ -85,6 +86,7 @@ class ClipSource(DataSource):
         timeout_s: seconds to retry unavailable storage before a sample counts as damaged.
 
     Attributes:
+        crop_hw: height and width of a training crop, pixels.
         notes: number of videos without a clip, if any.
 
     Raises:
@@ -98,6 +100,7 @@ class ClipSource(DataSource):
         self.timeout_s = timeout_s
         self.url, self.hash, self.cache = manifest.url, manifest.hash, open_shard_cache(data_config)
         self.span = (num_frames - 1) * data_config.frame_stride + 1
+        self.crop_hw = (size, size)
         self.sample_bytes = 3 * num_frames * size**2
         num_short = int(np.count_nonzero(manifest.num_frames < self.span))
         clip_text = (
@@ -111,6 +114,12 @@ class ClipSource(DataSource):
                 f"{num_short} of {manifest.num_samples} videos of {self.url} are shorter than the {clip_text}",
             )
 
+    def with_crop(self, crop_hw: tuple[int, int]) -> ClipSource:
+        """Return the same clips with training crops of another height and width."""
+        source = copy.copy(self)
+        source.crop_hw, source.sample_bytes = crop_hw, 3 * self.num_frames * crop_hw[0] * crop_hw[1]
+        return source
+
     @property
     def _layout(self) -> ClipLayout:
         return _clip_layout(self.manifest, self.span, self.data_config.clips_per_video)
@@ -121,10 +130,9 @@ class ClipSource(DataSource):
         return self._layout.shard_sizes
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Read clips with a random start and a random crop, uint8 (P, 3, T, size, size)."""
-        block = SampleBlock(
-            np.empty((len(samples_P), 3, self.num_frames, self.size, self.size), np.uint8), samples_P * 0, []
-        )
+        """Read clips with a random start and a random crop, uint8 (P, 3, T, H, W)."""
+        values_P = np.empty((len(samples_P), 3, self.num_frames, *self.crop_hw), np.uint8)
+        block = SampleBlock(values_P, samples_P * 0, [])
         files = self._shard_files(samples_P.tolist(), block)
         for row, (sample, epoch) in enumerate(zip(samples_P.tolist(), epochs_P.tolist(), strict=True)):
             rng = stream_rng(RandomStream.CLIP_CROP, seed, epoch, sample)
@@ -143,7 +151,7 @@ class ClipSource(DataSource):
             shard, index, starts = self.locate(sample)
             entry, start = shard.entry(index), (starts.start + starts.stop - 1) // 2
             try:
-                clips.append(self._read_clip(shard, index, start, files, self._center))
+                clips.append(self._read_clip(shard, index, start, files, self._center, shape[2:]))
             except ValueError as error:
                 block.skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
@@ -178,14 +186,14 @@ class ClipSource(DataSource):
             entry, video, start = shard.entry(index), shard.video(index), int(rng.integers(starts.start, starts.stop))
             crop = sample_crop(
                 (video.width, video.height),
-                (self.size, self.size),
+                self.crop_hw,
                 data_config.resize_range,
                 data_config.max_enlargement,
                 data_config.random_flip,
                 rng,
             )
             try:
-                clip = self._read_clip(shard, index, start, files, crop)
+                clip = self._read_clip(shard, index, start, files, crop, self.crop_hw)
             except ValueError as error:
                 skipped.append(f"{shard.name}: {entry.key}: {error}")
                 continue
@@ -194,9 +202,16 @@ class ClipSource(DataSource):
         raise RuntimeError(f"no video of {url} can be read; first: {skipped[0]}")
 
     def _read_clip(
-        self, shard: Shard, index: int, start: int, files: ShardFiles, transform: Callable[[Image.Image], np.ndarray]
+        self,
+        shard: Shard,
+        index: int,
+        start: int,
+        files: ShardFiles,
+        transform: Callable[[Image.Image], np.ndarray],
+        frame_hw: tuple[int, int],
     ) -> np.ndarray:
-        clip_3THW = np.empty((3, self.num_frames, self.size, self.size), np.uint8)
+        """Return the frames of a clip, uint8 (3, T, H, W); `transform` makes frames of `frame_hw`."""
+        clip_3THW = np.empty((3, self.num_frames, *frame_hw), np.uint8)
         with files.open(shard, index) as file:
             images = read_frames(file, shard.video(index), start, self.num_frames, self.data_config.frame_stride)
             for number, image in enumerate(images):

@@ -1,7 +1,7 @@
 """Training crops of several sizes in one run: each global batch has crops of one height and width.
 
     position ─▶ batch ─order of the sizes─▶ size of its crops ─┐
-             └─order of the data set─▶ epoch, image ───────────┴▶ crops (P, 3, H, W)
+             └─order of the data set─▶ epoch, sample ──────────┴▶ crops (P, 3, H, W) or (P, 3, T, H, W)
 
 The size of a batch is a pure function of the seed and the number of the batch, so resumed runs and runs of any number
 of workers train on the same crops. Of every 1,024 batches each size has its share, shuffled.
@@ -16,80 +16,90 @@ from dataclasses import dataclass
 import numpy as np
 
 from bsq_ray import config
+from bsq_ray.data.batch_mixture import BatchMixtureOrder, BatchMixtureSource
+from bsq_ray.data.clip_source import ClipSource
 from bsq_ray.data.data_source import DataSource, SampleBlock
 from bsq_ray.data.image_source import ImageSource
 from bsq_ray.data.mixture import MixtureOrder, MixtureSource, share_ends, split_positions
 from bsq_ray.data.order import Order
 from bsq_ray.runtime.random_streams import RandomStream
 
+PixelSource = ImageSource | ClipSource | MixtureSource | BatchMixtureSource
+
 
 class CropSizeSource(DataSource):
-    """A data set of images, numbered once for each size of crops.
+    """A data set of images or clips, numbered once for each size of crops.
 
     Args:
-        images: the data set, or a mixture of data sets.
+        samples: the data set, or a mixture of data sets.
         crop_sizes: heights and widths, pixels.
         batch_size: samples of a global batch.
     """
 
     max_batches_per_read = 1
 
-    def __init__(
-        self, images: ImageSource | MixtureSource, crop_sizes: tuple[tuple[int, int], ...], batch_size: int
-    ) -> None:
-        self.url, self.hash, self.notes = images.url, images.hash, images.notes
-        self._images, self._batch_size = images, batch_size
-        self._sources = tuple(_with_crop(images, crop_hw) for crop_hw in crop_sizes)
+    def __init__(self, samples: PixelSource, crop_sizes: tuple[tuple[int, int], ...], batch_size: int) -> None:
+        self.url, self.hash, self.notes = samples.url, samples.hash, samples.notes
+        self._samples, self._batch_size = samples, batch_size
+        self._sources = tuple(_with_crop(samples, crop_hw) for crop_hw in crop_sizes)
         self.sample_bytes = max(source.sample_bytes for source in self._sources)
 
     @property
     def shard_sizes(self) -> np.ndarray:
-        """Images of each shard."""
-        return self._images.shard_sizes
+        """Images or clips of each shard."""
+        return self._samples.shard_sizes
 
     @property
     def evaluated(self) -> DataSource:
-        """The images as center squares."""
-        return self._images
+        """The images or clips as center squares."""
+        return self._samples.evaluated
 
     def order(self, seed: int, data_config: config.DataOrderConfig) -> CropSizeOrder:  # type: ignore[override]
         """Return the order in which training reads the data set."""
         unit_ends = share_ends([1] * len(self._sources))
-        return CropSizeOrder(self._images.order(seed, data_config), self.num_samples, unit_ends, seed, self._batch_size)
+        order = self._samples.order(seed, data_config)
+        return CropSizeOrder(order, self.num_samples, unit_ends, seed, self._batch_size)
 
     def read(self, samples_P: np.ndarray, epochs_P: np.ndarray, seed: int) -> SampleBlock:
-        """Read crops of one batch, uint8 (P, 3, H, W)."""
-        size_P, image_P = np.divmod(samples_P, self.num_samples)
+        """Read crops of one batch, uint8 (P, 3, H, W) or (P, 3, T, H, W)."""
+        size_P, sample_P = np.divmod(samples_P, self.num_samples)
         assert (size_P == size_P[0]).all(), "a batch has crops of one size"
-        return self._sources[int(size_P[0])].read(image_P, epochs_P, seed)
+        return self._sources[int(size_P[0])].read(sample_P, epochs_P, seed)
 
     def read_eval(self, samples: range) -> SampleBlock:
         """Read center squares."""
-        return self._images.read_eval(samples)
+        return self._samples.read_eval(samples)
 
 
-def _with_crop(source: DataSource, crop_hw: tuple[int, int]) -> ImageSource | MixtureSource:
-    """Return the same images with training crops of another height and width."""
+def _with_crop(source: DataSource, crop_hw: tuple[int, int]) -> PixelSource:
+    """Return the same images or clips with training crops of another height and width."""
     if isinstance(source, MixtureSource):
-        return MixtureSource(source.url, [_with_crop(each, crop_hw) for each in source.sources], source.weights)
-    assert isinstance(source, ImageSource)
+        return _mixture_with_crop(source, crop_hw)
+    if isinstance(source, BatchMixtureSource):
+        images, clips = (_mixture_with_crop(each, crop_hw) for each in (source.images, source.clips))
+        return BatchMixtureSource(images, clips, source.batch_size)
+    assert isinstance(source, ImageSource | ClipSource)
     return source.with_crop(crop_hw)
+
+
+def _mixture_with_crop(mixture: MixtureSource, crop_hw: tuple[int, int]) -> MixtureSource:
+    return MixtureSource(mixture.url, [_with_crop(each, crop_hw) for each in mixture.sources], mixture.weights)
 
 
 @dataclass(frozen=True)
 class CropSizeOrder:
-    """The endless order of images, numbered once for each size of crops.
+    """The endless order of images or clips, numbered once for each size of crops.
 
     Args:
-        images: order of the images.
-        num_images: number of images.
+        samples: order of the images or clips.
+        num_samples: number of images or clips.
         unit_ends: cumulative shares of the sizes, see `share_ends`.
         seed: seed of the run.
         batch_size: samples of a global batch.
     """
 
-    images: Order | MixtureOrder
-    num_images: int
+    samples: Order | MixtureOrder | BatchMixtureOrder
+    num_samples: int
     unit_ends: tuple[int, ...]
     seed: int
     batch_size: int
@@ -97,5 +107,5 @@ class CropSizeOrder:
     def at(self, positions_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the epoch and the sample at each position, both int64 (P,)."""
         size_P, _ = split_positions(positions_P // self.batch_size, self.unit_ends, RandomStream.CROP_SIZE, self.seed)
-        epochs_P, images_P = self.images.at(positions_P)
-        return epochs_P, size_P * self.num_images + images_P
+        epochs_P, samples_P = self.samples.at(positions_P)
+        return epochs_P, size_P * self.num_samples + samples_P

@@ -18,7 +18,7 @@ from bsq_ray.data.token_table import TokenSource, read_table
 def build_source(run: config.AnyConfig, url: str) -> DataSource:
     """Open the training data of a run: packed images or videos, a token table, or a mixture of them.
 
-    With `data.crop_sizes`, each batch of images has crops of one of these sizes.
+    With `data.crop_sizes`, each batch has crops of one of these sizes.
 
     Args:
         run: configuration of the run; its stage decides the kind of data.
@@ -30,8 +30,7 @@ def build_source(run: config.AnyConfig, url: str) -> DataSource:
     source = _build_data_source(run, url)
     if not isinstance(run, config.TokenizerConfig) or not run.data.crop_sizes:
         return source
-    # The configuration admits crop sizes for images only.
-    assert isinstance(source, ImageSource | MixtureSource)
+    assert isinstance(source, ImageSource | ClipSource | MixtureSource | BatchMixtureSource)
     return CropSizeSource(source, run.data.crop_sizes, run.training.batch_size)
 
 

@@ -6,11 +6,11 @@
           StreamingWindow: KV cache of the earlier frames, in every block
 
 Training clips have T frames. For clips of up to T frames, tokens and pixels equal those of one pass over the clip.
-There is no position embedding beyond T, so longer clips use a sliding window. The last `overlap` frames of a window
+Training knows no positions beyond T, so longer clips use a sliding window. The last `overlap` frames of a window
 become frames 0 … overlap - 1 of the next one; their keys and values are recomputed. With T = 4 and overlap = 2:
 
     frames    0 1 2 3 4 5 6 7
-    window 0  0 1 2 3             numbers: the position embedding of a frame
+    window 0  0 1 2 3             numbers: the position of a frame
     window 1      0 1 2 3         computes frames 4, 5
     window 2          0 1 2 3     computes frames 6, 7
 
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from bsq_ray import config
+from bsq_ray.models.layers.kv_cache import KeyValueCache
 from bsq_ray.models.layers.transformer import VisionTransformer
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class StreamingWindow:
             raise ValueError(f"overlap {overlap} must be 0 or more and less than the model's {frames} frames")
         self.transformer = transformer
         self.overlap = frames // 2 if overlap is None else overlap
-        self.caches = transformer.new_caches()
+        self.caches: list[KeyValueCache] = []
+        self._grid: tuple[int, int] | None = None
         self._num_frames = 0
         self._recent_BND: Tensor | None = None
 
@@ -76,9 +78,16 @@ class StreamingWindow:
             grid: rows and columns of tokens of a frame.
 
         Raises:
-            ValueError: the batch size differs from that of earlier calls.
+            ValueError: the batch size or the grid differs from that of earlier calls.
         """
         tokens_per_frame = grid[0] * grid[1]
+        if self._grid is None:
+            self._grid, self.caches = grid, self.transformer.new_caches(tokens_per_frame)
+        if self._grid != grid:
+            raise ValueError(
+                f"the stream started with frames of {self._grid[1]} x {self._grid[0]} tokens but got {grid[1]} x "
+                f"{grid[0]}; start another stream for frames of another size"
+            )
         if self._recent_BND is not None and len(self._recent_BND) != len(x_BND):
             raise ValueError(f"the stream started with batch size {len(self._recent_BND)} but got {len(x_BND)}")
         parts = []

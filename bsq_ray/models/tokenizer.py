@@ -127,7 +127,7 @@ def _build_transformer(
 def _rotary_positions(model_config: config.TokenizerModelConfig) -> RotaryPositions | None:
     if model_config.position == "learned":
         return None
-    return RotaryPositions(model_config.attention_radius, model_config.position_period)
+    return RotaryPositions(model_config.attention_radius, model_config.position_period, model_config.frames)
 
 
 class Tokenizer(PretrainedModel[config.TokenizerModelConfig]):

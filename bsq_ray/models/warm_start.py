@@ -2,8 +2,9 @@
 
 An image model also initializes a video model.
 
-The only new weights of a video model, its temporal position embeddings, are zero. So a one-frame clip, and in a causal
-model the first frame of any clip, is reconstructed exactly as by the image model.
+The only new weights of a video model, its temporal position embeddings, are zero; with rotary positions there are none,
+and the first frame is rotated as an image. So a one-frame clip, and in a causal model the first frame of any clip, is
+reconstructed exactly as by the image model.
 
 Shape suffixes: S tokens of one frame, h and w its rows and columns, D width.
 """
@@ -25,7 +26,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
     """Return all weights of a new tokenizer, loaded from a model folder.
 
     Spatial position embeddings are interpolated (bicubic) if the image size differs; those that repeat are kept.
-    Temporal ones are zero if the source is an image model.
+    Temporal ones, if there are any, are zero if the source is an image model.
 
     Args:
         url: path, fsspec URL or hub id of an image tokenizer, or of a video tokenizer with the same number of frames.
@@ -51,7 +52,7 @@ def initial_weights(model_config: config.TokenizerModelConfig, url: str) -> dict
         spatial = f"{part}.transformer.spatial_position"
         weights[spatial] = resize_positions(weights[spatial], side)
         temporal = f"{part}.transformer.temporal_position"
-        if model_config.frames > 1 and temporal not in weights:
+        if model_config.temporal_positions and temporal not in weights:
             weights[temporal] = torch.zeros(model_config.frames, weights[spatial].shape[1])
     return weights
 

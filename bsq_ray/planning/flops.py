@@ -20,7 +20,7 @@ from bsq_ray.planning.layer_costs import (
 )
 
 # As in models/layers/local_attention.py: the largest grid that is computed as a whole, and the side of a block.
-_MAX_DENSE_TOKENS, _LOCAL_BLOCK = 256, 8
+_MAX_DENSE_TOKENS, _LOCAL_BLOCK = 272, 8
 
 
 def blocks_flops(transformer: config.TransformerConfig, tokens: int, pairs: int) -> int:
@@ -39,16 +39,14 @@ def blocks_flops(transformer: config.TransformerConfig, tokens: int, pairs: int)
 def attention_pairs(model: config.TokenizerModelConfig) -> int:
     """Return the pairs of a query and a key that a block of the tokenizer computes for one image or clip.
 
-    N² pairs, or with block-causal attention T (T + 1) / 2 times the pairs of a frame. Local attention computes images
-    of many tokens in blocks of 8 x 8 queries, each with the keys at most `attention_radius` rows and columns away.
+    The pairs of two frames times T², or with block-causal attention T (T + 1) / 2. Local attention computes frames of
+    many tokens in blocks of 8 x 8 queries, each with the keys at most `attention_radius` rows and columns away.
     """
-    frame_tokens, radius = model.grid_size**2, model.attention_radius
-    if radius is not None and frame_tokens > _MAX_DENSE_TOKENS and model.grid_size > radius + 1:
+    frame_pairs, radius = model.grid_size**4, model.attention_radius
+    if radius is not None and model.grid_size**2 > _MAX_DENSE_TOKENS and model.grid_size > radius + 1:
         num_blocks = (-(-model.grid_size // _LOCAL_BLOCK)) ** 2
-        return num_blocks * _LOCAL_BLOCK**2 * (_LOCAL_BLOCK + 2 * radius) ** 2
-    if model.causal:
-        return frame_tokens**2 * model.frames * (model.frames + 1) // 2
-    return (model.frames * frame_tokens) ** 2
+        frame_pairs = num_blocks * _LOCAL_BLOCK**2 * (_LOCAL_BLOCK + 2 * radius) ** 2
+    return frame_pairs * (model.frames * (model.frames + 1) // 2 if model.causal else model.frames**2)
 
 
 def _last_matmul_flops(transformer: config.TransformerConfig, tokens: int) -> int:

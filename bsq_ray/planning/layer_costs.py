@@ -65,10 +65,9 @@ class FeatureMap:
     positions: int
 
 
-def num_transformer_parameters(transformer: config.TransformerConfig, tokens: int, frames: int) -> int:
+def num_transformer_parameters(transformer: config.TransformerConfig, positions: int) -> int:
     """Return the parameters of position embeddings, two norms, and the blocks."""
-    positions = (tokens + (frames if frames > 1 else 0)) * transformer.width
-    return positions + 4 * transformer.width + num_block_parameters(transformer)
+    return positions * transformer.width + 4 * transformer.width + num_block_parameters(transformer)
 
 
 def num_block_parameters(transformer: config.TransformerConfig) -> int:
@@ -92,13 +91,13 @@ def code_channels(quantizer: config.QuantizerConfig) -> int:
 
 def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
     """Return the parameters of encoder, code projections, codebook if any, decoder and its two-layer head."""
-    positions = model.position_rows**2
+    positions = _num_positions(model)
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     encoder = model.encoder
     codebook = model.quantizer.codebook_size * channels if isinstance(model.quantizer, config.VQConfig) else 0
     return (
         patch * encoder.width
-        + num_transformer_parameters(encoder, positions, model.frames)
+        + num_transformer_parameters(encoder, positions)
         + (encoder.width + 1) * channels
         + codebook
         + num_decoder_parameters(model)
@@ -107,13 +106,18 @@ def num_tokenizer_parameters(model: config.TokenizerModelConfig) -> int:
 
 def num_decoder_parameters(model: config.TokenizerModelConfig) -> int:
     """Return the parameters that turn codes into patches: code projection, decoder and its two-layer head."""
-    decoder, positions, patch = model.decoder, model.position_rows**2, 3 * model.patch_size**2
+    decoder, positions, patch = model.decoder, _num_positions(model), 3 * model.patch_size**2
     return (
         (code_channels(model.quantizer) + 1) * decoder.width
-        + num_transformer_parameters(decoder, positions, model.frames)
+        + num_transformer_parameters(decoder, positions)
         + (decoder.width + 1) * decoder.head_hidden_dim
         + (decoder.head_hidden_dim + 1) * patch
     )
+
+
+def _num_positions(model: config.TokenizerModelConfig) -> int:
+    """Return the learned position embeddings of a Transformer, spatial and temporal."""
+    return model.position_rows**2 + model.temporal_positions
 
 
 def stylegan_channels(adversarial: config.AdversarialConfig, image_size: int) -> dict[int, int]:

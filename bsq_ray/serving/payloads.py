@@ -40,7 +40,7 @@ class MediaFile:
         num_pixels: number of pixels of the image, or of all frames of the video.
         num_frames: number of frames of a video; None for an image.
         psnr: PSNR with respect to the original in dB, mean over frames; None if there is no original.
-        num_bits: number of bits of the tokens of an image of any size; None for other requests.
+        num_bits: number of bits of all tokens; None if the model's bits per pixel hold.
         decoded_part: the part of a .bsq file that it was decoded from; None for other requests.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_codecs import save_prior
+from small_codecs import PRIOR_CONFIG, save_prior
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, Tokenizer, config
@@ -100,6 +100,36 @@ def test_exported_prior_of_smaller_tiles_keeps_the_places_of_tokens(tmp_path):
             assert torch.equal(small.position[2 * row + column], trained.position[columns * row + column])
     tokens_BNS = torch.randint(2**trained.config.sub_bits, (3, 2, trained.config.num_sub_tokens))
     torch.testing.assert_close(small(tokens_BNS), trained(tokens_BNS), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["causal", "not causal"])
+def clip_folder(request, tmp_path_factory):
+    """A prior over clips of 3 frames of 4 x 4 tokens, with local attention."""
+    folder = tmp_path_factory.mktemp("clips")
+    url = save_tokenizer(folder / "tokenizer", 0, frames=3, causal=request.param, **LOCAL)
+    return save_prior(folder / "prior", url, PRIOR_CONFIG.model_copy(update={"grid": (3, 4, 4)}))
+
+
+def test_clip_equals_tokenizer_on_whole_frames(clip_folder, photos, monkeypatch):
+    """Groups of frames are coded as the tokenizer reconstructs their whole frames, in blocks of one tile too."""
+    frames = [np.asarray(photo.resize((150, 90))) for photo in photos[:5]]
+    codec = Codec.from_pretrained(clip_folder)
+    data = codec.compress_clip(frames, 25).data
+    tokenizer = Tokenizer.from_pretrained(f"{clip_folder}/tokenizer").eval()
+    decoder = Tokenizer.from_pretrained(f"{clip_folder}/tokenizer").eval().double()
+    expected = []
+    for group in (frames[:3], [*frames[3:], frames[4]]):
+        pixels_CTHW = pad_to_tiles(torch.from_numpy(np.stack(group)).permute(3, 0, 1, 2), 32)
+        tokens = tokenizer.encode(pixels_CTHW[None] / 127.5 - 1)
+        decoded_CTHW = decoder.decode(tokens)[0, :, :, :90, :150].double()
+        expected += list(((decoded_CTHW + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy())
+    assert np.array_equal(np.stack(list(codec.decompress_clip(data))), np.stack(expected[:5]))
+    [part] = codec.decompress_clip(data, range(4, 5), (40, 10, 120, 70))
+    assert np.array_equal(part, expected[4][10:70, 40:120])
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._LOCAL_BLOCK_TOKENS", 16)
+    monkeypatch.setattr("bsq_ray.codec.pixel_codec._MIN_LOCAL_BLOCK_SIDE", 1)
+    assert codec.compress_clip(frames, 25).data == data
+    assert np.array_equal(np.stack(list(codec.decompress_clip(data))), np.stack(expected[:5]))
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,28 @@ def test_mixtures_have_crop_sizes(photo_shards, held_out_shards, tmp_path):
     assert len({key for batch in batches for key in batch.keys}) > 20
 
 
+def test_clips_have_crop_sizes(video_shards):
+    """All frames of a clip have one crop; evaluations read squares."""
+    run = load_config("demo-any-size", [*OVERRIDES, "model.frames=3"])
+    source = build_source(run, video_shards)
+    batches = batches_of(source, run, 24)
+    assert {tuple(batch.values_B.shape) for batch in batches} == {(BATCH_SIZE, 3, 3, *crop_hw) for crop_hw in SIZES}
+    assert_resumes_exactly(source, run, batches, 6, 6)
+    assert source.evaluated.read_eval(range(2)).values_P.shape == (2, 3, 3, 64, 64)
+
+
+def test_batches_of_images_and_clips_have_crop_sizes(photo_shards, video_shards, tmp_path):
+    """Batches of each kind have every size."""
+    path = tmp_path / "mixture.yaml"
+    path.write_text(f"datasets:\n  - {{url: {photo_shards}, weight: 1}}\n  - {{url: {video_shards}, weight: 1}}\n")
+    run = load_config("demo-any-size", [*OVERRIDES, "model.frames=3"])
+    source = build_source(run, str(path))
+    batches = batches_of(source, run, 40)
+    shapes = {tuple(batch.values_B.shape[2:]) for batch in batches}
+    assert shapes == {(frames, *crop_hw) for frames in (1, 3) for crop_hw in SIZES}
+    assert source.evaluated.read_eval(range(2)).values_P.shape == (2, 3, 3, 64, 64)
+
+
 def test_evaluations_read_squares(photo_shards):
     source = build_source(RUN, photo_shards)
     assert source.evaluated.read_eval(range(2)).values_P.shape == (2, 3, 64, 64)

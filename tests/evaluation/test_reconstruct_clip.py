@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from real_clips import clip_path, street_clip
+from small_models import save_tokenizer
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import to_uint8
@@ -32,18 +33,32 @@ def model(request, tmp_path_factory):
     return url
 
 
+def write_lossless(path, frames):
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for pixels in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")))
+        output.mux(stream.encode(None))
+    return str(path)
+
+
 @pytest.fixture
 def short_clip(tmp_path):
     """Path of a lossless video of ten frames of the street, and the frames, uint8 (10, 32, 32, 3)."""
     frames = to_uint8(street_clip(10, 32))[0].permute(1, 2, 3, 0).numpy()
-    path = tmp_path / "street.mkv"
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
-        for pixels in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")))
-        output.mux(stream.encode(None))
-    return str(path), frames
+    return write_lossless(tmp_path / "street.mkv", frames), frames
+
+
+@pytest.fixture
+def street(tmp_path):
+    """Function that returns the path of a lossless video of six frames of another width and height, and the frames."""
+
+    def write(width, height):
+        frames = to_uint8(street_clip(6, 80))[0].permute(1, 2, 3, 0)[:, :height, :width].numpy()
+        return write_lossless(tmp_path / "street.mkv", frames), frames
+
+    return write
 
 
 def read_video_frames(path):
@@ -70,6 +85,24 @@ def test_reconstruct_clip_writes_originals_on_the_left(model, short_clip, tmp_pa
     assert f"10 frames of 32 x 32 px in 160 bits each ({160 / 1024:g} bits per pixel), PSNR" in summary
     assert [now for now, _ in progress] == list(range(1, 11))
     assert all(total >= now for now, total in progress)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_reconstruct_clip_with_local_attention_keeps_the_size(frames, street, tmp_path):
+    """Frames are not cropped; each group of frames is that of one pass."""
+    url = save_tokenizer(tmp_path / "model", 0, frames=frames, position="rotary", attention_radius=2, position_period=2)
+    path, originals = street(76, 44)
+    summary = reconstruct_clip(url, path, tmp_path / "out.mp4")
+    side_by_side = read_video_frames(tmp_path / "out.mp4").astype(int)
+    assert side_by_side.shape == (6, 44, 152, 3)
+    assert np.abs(side_by_side[:, :, :76] - originals).mean() < 6
+    clip = torch.from_numpy(originals).permute(3, 0, 1, 2).float()
+    whole_patches = torch.nn.functional.pad(clip, (0, 4, 0, 4), mode="replicate")[None] / 127.5 - 1
+    tokenizer = Tokenizer.from_pretrained(url)
+    expected = torch.cat([tokenizer.reconstruct(part) for part in whole_patches.split(frames, 2)], 2)
+    expected = to_uint8(expected)[0, :, :, :44, :76].permute(1, 2, 3, 0).numpy().astype(int)
+    assert np.abs(side_by_side[:, :, 76:] - expected).mean() < 6
+    assert f"6 frames of 76 x 44 px in 600 bits each ({600 / (76 * 44):g} bits per pixel), PSNR" in summary
 
 
 def test_reconstruct_clip_invalid_file_raises(model, tmp_path):

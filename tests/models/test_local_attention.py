@@ -1,6 +1,6 @@
 """Rotary positions and attention to nearby tokens, against one attention over all pairs with explicit rotations.
 
-Shape suffixes: B images, H heads, N tokens, E width of a head.
+Shape suffixes: B images or clips, H heads, N tokens, E width of a head.
 """
 
 import pytest
@@ -10,16 +10,21 @@ from hypothesis import strategies as st
 
 from bsq_ray.models.layers.attention import attention
 from bsq_ray.models.layers.local_attention import RotaryPositions, local_attention, rotate
+from bsq_ray.models.layers.transformer import attend
 
 HEADS, HEAD_DIM = 2, 8
 CPU = torch.device("cpu")
 
 
-def reference(q_BHNE, k_BHNE, v_BHNE, grid, radius):
+def reference(q_BHNE, k_BHNE, v_BHNE, grid, radius, frames=1, causal=False):
     """Attention over all pairs in fp64; complex numbers rotate."""
-    positions = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).double()
+    axes = torch.cartesian_prod(*(torch.arange(length) for length in (frames, *grid))).double()
+    times, positions = axes[:, 0], axes[:, 1:]
     frequency = 100.0 ** (-torch.arange(HEAD_DIM // 4, dtype=torch.float64) / (HEAD_DIM // 4))
-    turns = torch.polar(torch.ones(len(positions), 2, len(frequency)).double(), positions[..., None] * frequency)
+    assert HEAD_DIM == 8, "two frequencies: the second one of rows and of columns turns with time"
+    time_frequency = torch.tensor([[0, 1], [0, 0.1]], dtype=torch.float64)
+    angles = positions[..., None] * frequency + times[:, None, None] * time_frequency
+    turns = torch.polar(torch.ones_like(angles), angles)
 
     def turn(x):
         pairs = x.unflatten(-1, (2, 2, -1))  # row or column, real or imaginary, frequency
@@ -30,33 +35,71 @@ def reference(q_BHNE, k_BHNE, v_BHNE, grid, radius):
     distance = (positions[:, None] - positions).abs().amax(-1)
     if radius is not None:
         scores = scores.masked_fill(distance > radius, -torch.inf)
+    if causal:
+        scores = scores.masked_fill(times > times[:, None], -torch.inf)
     return (scores.softmax(-1) @ v_BHNE).transpose(1, 2)
 
 
-def random_qkv(grid, batch_size=2, seed=0):
+def random_qkv(grid, batch_size=2, seed=0, frames=1):
     generator = torch.Generator().manual_seed(seed)
-    shape = 3, batch_size, HEADS, grid[0] * grid[1], HEAD_DIM
+    shape = 3, batch_size, HEADS, frames * grid[0] * grid[1], HEAD_DIM
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def geometry(grid, radius, dtype=torch.float64, frames=1):
+    return RotaryPositions(radius, 1, frames).neighborhood(grid, range(frames), HEAD_DIM, CPU, dtype)
+
+
+def rotate_and_attend(q_BHNE, k_BHNE, v_BHNE, neighborhood):
+    return local_attention(rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood), v_BHNE, neighborhood)
 
 
 @given(rows=st.integers(1, 21), columns=st.integers(1, 21), radius=st.one_of(st.none(), st.integers(1, 6)))
 def test_local_attention_any_grid_equals_all_pairs(rows, columns, radius):
     """Blocks, margins and padding change neither values nor gradients, for grids of one block and of many."""
     grid, qkv = (rows, columns), random_qkv((rows, columns))
-    neighborhood = RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
-    result, expected = local_attention(*qkv, neighborhood), reference(*qkv, grid, radius)
+    result, expected = rotate_and_attend(*qkv, geometry(grid, radius)), reference(*qkv, grid, radius)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(result)
     gradients = [torch.autograd.grad((value * weights).sum(), qkv)[0] for value in (result, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@given(
+    rows=st.integers(1, 19),
+    columns=st.integers(1, 19),
+    radius=st.one_of(st.none(), st.integers(1, 6)),
+    frames=st.integers(1, 3),
+)
+def test_attention_in_clips_equals_all_pairs(causal, rows, columns, radius, frames):
+    """Values and gradients, frame by frame in a causal model."""
+    grid, qkv = (rows, columns), random_qkv((rows, columns), frames=frames)
+    neighborhood = geometry(grid, radius, frames=frames)
+    q_BHNE, k_BHNE = rotate(qkv[0], neighborhood), rotate(qkv[1], neighborhood)
+    span = rows * columns if causal else frames * rows * columns
+    result = attend(q_BHNE, k_BHNE, qkv[2], span, neighborhood)
+    expected = reference(*qkv, grid, radius, frames, causal)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(result)
+    gradients = [torch.autograd.grad((value * weights).sum(), qkv)[0] for value in (result, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+def test_first_frame_of_a_clip_is_rotated_as_an_image():
+    """An image model initializes a video model, so positions in the first frame are those of an image, bit for bit."""
+    image, clip = geometry((6, 7), 2), geometry((6, 7), 2, frames=5)
+    assert torch.equal(clip.row_rotation[:, :1], image.row_rotation)
+    assert torch.equal(clip.column_rotation[:, :1], image.column_rotation)
+    later = RotaryPositions(2, 1, 5).neighborhood((6, 7), range(3, 5), HEAD_DIM, CPU, torch.float64)
+    assert torch.equal(later.row_rotation, clip.row_rotation[:, 3:])
+
+
 def test_local_attention_bf16_training_equals_fp32():
     """The eager kernel that trains in bf16 masks the same pairs."""
     grid, qkv = (16, 16), random_qkv((16, 16)).detach()
-    neighborhood = RotaryPositions(3, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float32)
     half = qkv.bfloat16().requires_grad_()
-    result = local_attention(*half, neighborhood)
+    result = rotate_and_attend(*half, geometry(grid, 3, torch.float32))
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.double(), reference(*qkv, grid, 3), rtol=0.05, atol=0.05)
 
@@ -64,7 +107,7 @@ def test_local_attention_bf16_training_equals_fp32():
 def test_rotate_shifted_positions_keep_scores():
     """Scores depend on differences of positions only."""
     q_BHNE, k_BHNE, _ = random_qkv((6, 7)).detach()
-    neighborhood = RotaryPositions(None, 1).neighborhood((6, 7), HEAD_DIM, CPU, torch.float64)
+    neighborhood = geometry((6, 7), None)
     q_BHNE, k_BHNE = (x[:, :, :1].expand(-1, -1, 42, -1) for x in (q_BHNE, k_BHNE))
     scores = rotate(q_BHNE, neighborhood) @ rotate(k_BHNE, neighborhood).transpose(-1, -2)
     scores = scores.unflatten(2, (6, 7)).unflatten(4, (6, 7))
@@ -75,26 +118,24 @@ def test_rotate_shifted_positions_keep_scores():
 def test_neighborhood_without_radius_masks_nothing():
     """Without a radius, and in grids that every neighborhood covers, fused attention needs no mask."""
     for radius, grid in ((None, (30, 20)), (4, (5, 3))):
-        assert RotaryPositions(radius, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64).row_masks is None
+        assert geometry(grid, radius).row_masks is None
     qkv = random_qkv((5, 3)).detach()
-    neighborhood = RotaryPositions(4, 1).neighborhood((5, 3), HEAD_DIM, CPU, torch.float64)
-    q_BHNE, k_BHNE = (rotate(x, neighborhood) for x in qkv[:2])
-    assert torch.equal(local_attention(*qkv, neighborhood), attention(q_BHNE, k_BHNE, qkv[2]).transpose(1, 2))
+    assert torch.equal(local_attention(*qkv, geometry((5, 3), 4)), attention(*qkv).transpose(1, 2))
 
 
 def test_neighborhood_from_inference_mode_can_train():
     """Rotations that an evaluation has computed first can take part in a backward pass."""
     with torch.inference_mode():
-        RotaryPositions(2, 1).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)
+        rotate(random_qkv((9, 11))[0].detach(), geometry((9, 11), 2))
     qkv = random_qkv((9, 11))
-    local_attention(*qkv, RotaryPositions(2, 1).neighborhood((9, 11), HEAD_DIM, CPU, torch.float64)).sum().backward()
+    rotate_and_attend(*qkv, geometry((9, 11), 2)).sum().backward()
     assert qkv.grad is not None
 
 
 @pytest.mark.parametrize("grid", [(17, 16), (64, 96), (1, 5000), (3000, 2000)])
 def test_neighborhood_tables_grow_with_sides_of_grid(grid):
     """Cached tables have a size of rows plus columns, not of the number of tokens."""
-    neighborhood = RotaryPositions(4, 1).neighborhood(grid, HEAD_DIM, CPU, torch.float64)
+    neighborhood = geometry(grid, 4)
     tensors = [value for value in neighborhood if isinstance(value, torch.Tensor)]
     assert len(tensors) == 4
     assert sum(value.numel() for value in tensors) < 64 * (grid[0] + grid[1] + 16)

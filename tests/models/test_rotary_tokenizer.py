@@ -31,6 +31,21 @@ def tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope="module", params=[RADIUS, None], ids=["local", "full attention"])
+def video_tokenizer(request):
+    """A causal tokenizer of clips of four frames, in fp64."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(local_config(frames=4, attention_radius=request.param)).double().eval()
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return tokenizer
+
+
+def random_clips(frames, height, width):
+    return torch.rand(2, 3, frames, height, width, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+
+
 def random_images(height, width):
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
 
@@ -83,6 +98,64 @@ def test_gradient_checkpointing_of_local_attention_changes_nothing():
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 152), (160, 136)])
+def test_clips_of_any_size_stream_as_in_one_pass(video_tokenizer, height, width):
+    """Tokens and pixels of frames that arrive in parts are those of one pass."""
+    clips = random_clips(4, height, width)
+    tokens = video_tokenizer.encode(clips)
+    assert tokens.grid == (4, height // PATCH, width // PATCH)
+    parts = list(video_tokenizer.encode_stream([clips[:, :, :1], clips[:, :, 1:3], clips[:, :, 3]]))
+    assert torch.equal(torch.cat([part.bits_BNL for part in parts], 1), tokens.bits_BNL)
+    decoded = torch.cat(list(video_tokenizer.decode_stream(parts)), 2)
+    torch.testing.assert_close(decoded, video_tokenizer.decode(tokens), rtol=0, atol=1e-6)
+
+
+def test_clips_longer_than_the_window_slide(video_tokenizer):
+    """Each frame is that of one pass over its window."""
+    clips = random_clips(7, 40, 72)
+    streamed = [part.bits_BNL for part in video_tokenizer.encode_stream(clips.split(1, 2), overlap=2)]
+    for start in (0, 2):
+        window = video_tokenizer.encode(clips[:, :, start : start + 4]).bits_BNL.chunk(4, 1)
+        for frame in (2, 3):
+            assert torch.equal(streamed[start + frame], window[frame])
+
+
+def test_frames_depend_on_earlier_frames_and_on_their_order(video_tokenizer):
+    clips = random_clips(4, 40, 72)
+    features = video_tokenizer.features(clips).unflatten(1, (4, -1))
+    swapped = video_tokenizer.features(clips[:, :, [1, 0, 2, 3]]).unflatten(1, (4, -1))
+    assert (swapped - features)[:, 2:].abs().amax((0, 2, 3)).min() > 1e-4
+    later = clips.clone()
+    later[:, :, 3] *= -1
+    assert torch.equal(video_tokenizer.features(later).unflatten(1, (4, -1))[:, :3], features[:, :3])
+
+
+def test_stream_with_frames_of_another_size_raises(video_tokenizer):
+    parts = [random_clips(1, 40, 72), random_clips(1, 72, 40)]
+    with pytest.raises(ValueError, match="started with frames of 9 x 5 tokens but got 5 x 9; start another stream"):
+        list(video_tokenizer.encode_stream(parts))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_clips_of_any_size_reach_every_parameter(causal):
+    tokenizer = Tokenizer(local_config(frames=3, causal=causal, gradient_checkpointing=True))
+    output = tokenizer(random_clips(3, 72, 136).float())
+    (output.images.square().mean() + output.quantized.loss).backward()
+    assert all(parameter.grad is not None for parameter in tokenizer.parameters())
+
+
+def test_image_model_initializes_video_model(tokenizer, tmp_path):
+    """The first frame of a clip is reconstructed as by the image model, and so is an image."""
+    url = str(tmp_path / "model")
+    Tokenizer(tokenizer.config).save_pretrained(url)
+    source, target = Tokenizer.from_pretrained(url).eval(), Tokenizer(local_config(frames=4)).eval()
+    target.load_state_dict(initial_weights(target.config, url))
+    clips = random_clips(4, 48, 80).float()
+    expected = source.reconstruct(clips[:, :, 0])
+    assert torch.equal(target.reconstruct(clips[:, :, 0]), expected)
+    torch.testing.assert_close(target.reconstruct(clips)[:, :, 0], expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(60, 64), (64, 0)])
 def test_tokenizer_side_not_multiple_of_patch_raises(tokenizer, size):
     with pytest.raises(ValueError, match="this model takes sides that are multiples of 8; resize or crop them first"):
@@ -111,7 +184,6 @@ def test_full_attention_with_rotary_positions_takes_any_size():
     ("changes", "message"),
     [
         ({"position": "learned"}, "attention_radius needs relative positions"),
-        ({"frames": 4}, "position rotary is for images, but frames is 4"),
         ({"position_period": 3}, "position_period 3 does not divide the 8 rows of tokens of image_size 64"),
         ({"encoder": SIZES | {"heads": 16}}, "encoder.width 32 has 2 per head; change encoder.heads"),
     ],

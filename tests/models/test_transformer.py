@@ -64,7 +64,7 @@ def test_transformer_with_kv_cache_matches_single_pass(pieces):
     with torch.no_grad():
         transformer.temporal_position.normal_()
         x = torch.randn(2, 12, 32)
-        caches = transformer.new_caches()
+        caches = transformer.new_caches(transformer.tokens_per_frame)
         parts = [transformer(part, caches) for part in x.split([4 * frames for frames in pieces], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), transformer(x), rtol=1e-5, atol=1e-5)
     assert [cache.length for cache in caches] == [12, 12]

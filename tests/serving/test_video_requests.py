@@ -304,7 +304,7 @@ def with_claimed_frames(file, frames):
         ("decompress", lambda _, file: with_claimed_frames(file, 1_000_000), 413, "more than 200000 pixels"),
         ("decompress", lambda _, file: with_flipped_bit(file, len(file) // 2), 422, "checksum"),
         ("decompress", lambda _, file: file[: len(file) // 2], 422, "truncated"),
-        ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "per frame 16 tokens of 2 bytes"),
+        ("decode", {"grid": [3, 4, 4], "bits": 10, "packed": "AAAA"}, 422, "for each token 2 bytes"),
         ("decode", {"grid": [0, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
         ("decode", {"grid": [-1, 4, 4], "bits": 10, "packed": ""}, 422, "expects grid"),
         ("decode", {"grid": [1, 4, 4], "bits": 10, "packed": "", "rate": "1/0"}, 422, "rate"),

@@ -1,4 +1,4 @@
-"""Models with local attention serve images at their own size, as the library computes them."""
+"""Models with local attention serve images and videos at their own size, as the library computes them."""
 
 import base64
 import io
@@ -8,9 +8,11 @@ import pytest
 import torch
 from local_service import encode_image
 from PIL import Image
+from small_videos import make_street_video
 
 from bsq_ray import Tokenizer, config
 from bsq_ray.data.transforms import to_float, to_uint8
+from bsq_ray.media.video_reader import read_video
 from bsq_ray.models.tokenizer import Tokens
 from bsq_ray.serving.service_config import Limits, Settings
 
@@ -19,11 +21,19 @@ BITS, PATCH = 10, 8
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    models = {"any": save_any_size(folder / "any", 1), "clips": save_any_size(folder / "clips", 3)}
+    limits = Limits(max_pixels=300_000, max_video_pixels=1_000_000, request_timeout_s=60)
+    return Settings(models=models, limits=limits, authentication=False)
+
+
+def save_any_size(url, frames):
     torch.manual_seed(0)
     sizes = {"width": 32, "layers": 1, "heads": 2}
     tokenizer = Tokenizer(
         config.TokenizerModelConfig(
             image_size=64,
+            frames=frames,
             position="rotary",
             attention_radius=2,
             position_period=4,
@@ -32,13 +42,11 @@ def settings(tmp_path_factory):
             quantizer=config.BSQConfig(bits=BITS),
         )
     )
-    folder = str(tmp_path_factory.mktemp("models") / "any")
     with torch.no_grad():
         for part in (tokenizer.encoder, tokenizer.decoder):
             part.transformer.spatial_position.mul_(20)  # as large as after a training
-    tokenizer.save_pretrained(folder)
-    limits = Limits(max_pixels=300_000, request_timeout_s=60)
-    return Settings(models={"any": folder}, limits=limits, authentication=False)
+    tokenizer.save_pretrained(str(url))
+    return str(url)
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +110,60 @@ def test_large_images_have_the_tokens_of_the_library(client, tokenizer, photo, s
 
 
 def test_models_list_any_size(client):
-    [model] = client.get("/v1/models").json()["models"]
-    assert model["any_size"] is True
-    assert model["image_size"] == 64
+    models = client.get("/v1/models").json()["models"]
+    assert [(model["any_size"], model["image_size"]) for model in models] == [(True, 64)] * 2
+
+
+@pytest.mark.parametrize("name", ["any", "clips"])
+def test_videos_keep_their_size(client, settings, name):
+    """Tokens and frames are those of one pass over as many frames as the model has."""
+    clip = make_street_video(5, size=(76, 44), container_format="matroska", codec="ffv1")
+    tokenizer = Tokenizer.from_pretrained(settings.models[name])
+    frames = torch.from_numpy(np.stack(list(read_video(io.BytesIO(clip)).frames))).permute(3, 0, 1, 2)
+    whole = torch.nn.functional.pad(frames.float(), (0, 4, 0, 4), mode="replicate").to(torch.uint8)[None]
+    tokens = [tokenizer.encode(to_float(part)) for part in whole.split(tokenizer.config.frames, 2)]
+    response = client.post("/v1/encode", params={"model": name}, content=clip).json()
+    assert response["grid"] == [5, 6, 10]
+    assert np.array_equal(bits_of(response), torch.cat([part.bits_BNL[0] for part in tokens]).numpy())
+    decoded = client.post("/v1/decode", json=response, headers={"Accept": "video/x-matroska"})
+    decoded_THWC = np.stack(list(read_video(io.BytesIO(decoded.content)).frames))
+    expected = [to_uint8(tokenizer.decode(part)).reshape(3, -1, 48, 80) for part in tokens]
+    for frame_HWC, expected_3HW in zip(decoded_THWC, torch.cat(expected, 1).unbind(1), strict=True):
+        assert_same_pixels(frame_HWC, expected_3HW)
+    reconstructed = client.post(
+        "/v1/reconstruct", params={"model": name}, content=clip, headers={"Accept": "video/x-matroska"}
+    )
+    reconstructed_THWC = np.stack(list(read_video(io.BytesIO(reconstructed.content)).frames))
+    assert np.array_equal(reconstructed_THWC, decoded_THWC[:, :44, :76])
+    assert float(reconstructed.headers["x-bits-per-pixel"]) == pytest.approx(60 * BITS / (76 * 44), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_tokens", "status", "message"),
+    [
+        ([2, 4, 4], 31, 422, "it expects grid [frames, rows, columns] and for each token 2 bytes"),
+        ([2, 0, 4], 0, 422, "it expects grid [frames, rows, columns]"),
+        ([2, 70, 70], 9_800, 413, "the frames have 313600 pixels, more than 300000"),
+        ([5, 60, 60], 18_000, 413, "the video has more than 1000000 pixels in all frames"),
+    ],
+)
+def test_tokens_of_videos_that_do_not_fit_are_named(client, grid, num_tokens, status, message):
+    body = {"grid": grid, "bits": BITS, "packed": base64.b64encode(bytes(2 * num_tokens)).decode(), "model": "clips"}
+    response = client.post("/v1/decode", json=body)
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]
 
 
 @pytest.mark.parametrize(
     ("grid", "num_tokens", "status", "message"),
     [
         ([1, 4, 4], 15, 422, "for each token 2 bytes"),
-        ([2, 4, 2], 16, 422, "expects grid"),
         ([1, 0, 4], 0, 422, "expects grid"),
         ([1, 100, 100], 10_000, 413, "the image has at least 628849 pixels, more than 300000"),
     ],
 )
 def test_tokens_that_do_not_fit_are_named(client, grid, num_tokens, status, message):
     body = {"grid": grid, "bits": BITS, "packed": base64.b64encode(bytes(2 * num_tokens)).decode()}
-    if grid[0] > 1:
-        # Tokens of several frames are a video, whose frames have the model's square.
-        message = "it expects grid [frames, 8, 8]"
     response = client.post("/v1/decode", json=body)
     assert response.status_code == status, response.text
     assert message in response.json()["error"]

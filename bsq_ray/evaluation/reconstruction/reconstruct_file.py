@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.codec.codec import Codec
+from bsq_ray.codec.whole_frames import WholeFrameCoder
 from bsq_ray.data.transforms import Interpolation, eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.plots.image_encoding import encode_png
 from bsq_ray.media.images import read_image
@@ -43,7 +44,7 @@ def reconstruct_file(model_url: str, image_url: str, out: Path, weights: Weights
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
     )
     image = read_image(image_url)
-    if run.model.attention_radius is not None:
+    if run.model.has_local_attention:
         original, reconstruction, num_bits = _reconstruct_whole(tokenizer, image)
     else:
         original, reconstruction, num_bits = _reconstruct_crop(tokenizer, image, run.data.eval_interpolation)
@@ -85,8 +86,9 @@ def reconstruct_clip(
 ) -> str:
     """Write a clip of any length and its reconstruction side by side as MP4; return a sentence with bits and PSNR.
 
-    Frames are resized as in the evaluation (short side, center crop). They are processed in a stream, so memory does
-    not grow with the clip: one by one for a causal model, in chunks of the model's length for full attention.
+    Frames are resized as in the evaluation (short side, center crop), unless the model takes any size. Memory does not
+    grow with the clip: frames are processed in a stream, one by one for a causal model; in chunks of the model's length
+    for full attention, and for a model of any size.
 
     Args:
         model_url: model folder of a tokenizer.
@@ -102,41 +104,64 @@ def reconstruct_clip(
     run = config.require_stage(
         model_folder.load_model_folder(model_url, weights).config, config.TokenizerConfig, model_url
     )
-    size, bits = run.model.image_size, run.model.quantizer.bits * run.model.grid_size**2
+    keeps_size, patch_size = run.model.has_local_attention, run.model.patch_size
     with storage.open_url(clip_url) as file, tempfile.TemporaryDirectory() as scratch:
         try:
             video = read_video(file)
         except ValueError as error:
             raise ValueError(f"{clip_url} cannot be read as a clip: {error}") from error
-        pending: deque[np.ndarray] = deque()
+        pending: deque[Tensor] = deque()
         psnrs: list[float] = []
+        height = width = 0
 
         def originals() -> Iterator[Tensor]:
+            nonlocal height, width
             for pixels_HWC in video.frames:
-                frame = eval_transform(Image.fromarray(pixels_HWC), size, run.data.eval_interpolation)
+                if keeps_size:
+                    frame = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+                else:
+                    image = Image.fromarray(pixels_HWC)
+                    frame = torch.from_numpy(eval_transform(image, run.model.image_size, run.data.eval_interpolation))
+                _, height, width = frame.shape
                 pending.append(frame)
-                yield to_float(torch.from_numpy(frame))[None]
+                yield frame
 
         def side_by_side() -> Iterator[np.ndarray]:
-            for reconstruction_BCTHW in _reconstruct_stream(tokenizer, originals()):
-                for frame in to_uint8(reconstruction_BCTHW[0].transpose(0, 1)):
+            reconstruct = _reconstruct_whole_frames if keeps_size else _reconstruct_stream
+            for reconstruction_3THW in reconstruct(tokenizer, originals()):
+                for frame in reconstruction_3THW.transpose(0, 1):
                     original = pending.popleft()
-                    pair = to_float(torch.from_numpy(original))[None], to_float(frame)[None]
-                    psnrs.append(float(psnr(*pair)))
+                    psnrs.append(float(psnr(to_float(original)[None], to_float(frame)[None])))
                     on_progress(len(psnrs), max(video.num_frames, len(psnrs)))
-                    yield np.concatenate([original, frame.numpy()], axis=2).transpose(1, 2, 0)
+                    yield torch.cat([original, frame], 2).permute(1, 2, 0).numpy()
 
         path = str(Path(scratch) / "side_by_side.mp4")
         write_video(path, "mp4", side_by_side(), video.frame_rate, video.color)
         storage.upload(path, str(out))
+    bits = run.model.quantizer.bits * -(-height // patch_size) * -(-width // patch_size)
     return (
-        f"{clip_url}: {len(psnrs)} frames of {size} x {size} px in {bits} bits each ({bits / size**2:g} bits per "
-        f"pixel), PSNR {np.mean(psnrs):.2f} dB; original and reconstruction are side by side in {out}"
+        f"{clip_url}: {len(psnrs)} frames of {width} x {height} px in {bits} bits each ({bits / (width * height):g} "
+        f"bits per pixel), PSNR {np.mean(psnrs):.2f} dB; original and reconstruction are side by side in {out}"
     )
 
 
 def _reconstruct_stream(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield reconstructions (B, 3, t, H, W) of consecutive frames (B, 3, H, W)."""
-    encode, decode, following = clip_encoder(tokenizer), clip_decoder(tokenizer), iter(frames)
-    while chunk := list(islice(following, frames_per_chunk(tokenizer.config))):
-        yield decode(encode(torch.stack(chunk, 2)))
+    """Yield reconstructions (3, t, H, W) of consecutive frames (3, H, W) of the model's size, all uint8."""
+    encode, decode = clip_encoder(tokenizer), clip_decoder(tokenizer)
+    for clip_3THW in _chunks(frames, frames_per_chunk(tokenizer.config)):
+        yield to_uint8(decode(encode(to_float(clip_3THW)[None]))[0])
+
+
+def _reconstruct_whole_frames(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield reconstructions (3, t, H, W) of consecutive frames (3, H, W) of any size, all uint8."""
+    coder = WholeFrameCoder(tokenizer)
+    for clip_3THW in _chunks(frames, tokenizer.config.frames):
+        _, _, height, width = clip_3THW.shape
+        yield coder.decode(coder.encode(clip_3THW), (height, width))
+
+
+def _chunks(frames: Iterable[Tensor], length: int) -> Iterator[Tensor]:
+    """Yield clips (3, t, H, W) of up to `length` consecutive frames (3, H, W)."""
+    following = iter(frames)
+    while chunk := list(islice(following, length)):
+        yield torch.stack(chunk, 1)

@@ -1,15 +1,19 @@
-"""Attention to nearby tokens of an image of any size, with rotary positions.
+"""Attention to nearby tokens of frames of any size, with rotary positions.
 
 A token attends to the tokens at most `radius` rows and columns away. Only differences of positions matter, so the same
 weights apply to every size, and there are no borders inside an image. Large grids are computed in blocks:
 
     queries of a block ─▶ keys of the block and of the `radius` rows and columns around it, farther ones masked
 
-Rotary position embedding (Su et al., 2021, section 3.2) in two dimensions: one half of a head's channels is rotated by
-the row, the other by the column.
+In clips the keys are those of several frames, at the same places.
 
-Shape suffixes: B images, H heads, N = r·c tokens of a grid of r rows and c columns, E width of a head, F = E / 4
-frequencies, W blocks of a row, Q queries and K keys of a block.
+Rotary position embedding (Su et al., 2021, section 3.2) in two dimensions: one half of a head's channels is rotated by
+the row, the other by the column. In clips the slower half of the frequencies of each is rotated by the frame, too; the
+first frame is rotated as an image, so an image model initializes a video model.
+
+Shape suffixes: B images or clips, H heads, T frames, r rows and c columns of the grid of a frame, N = T·r·c tokens of
+queries, M tokens of keys (frames slowest), E width of a head, F = E / 4 frequencies, W blocks of a row, Q queries and K
+keys of a block in one frame.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ _BLOCK = 8
 
 
 class Neighborhood(NamedTuple):
-    """Geometry of a grid, in tables of one axis. This is a tuple because torch.compile traces the tensors in tuples.
+    """Geometry of frames, in tables of one axis. This is a tuple because torch.compile traces the tensors in tuples.
 
     Attributes:
-        grid: rows and columns of tokens.
+        grid: rows and columns of tokens of a frame.
         radius: maximum distance in rows and in columns; None attends to every token.
-        row_rotation, column_rotation: cosines and sines, (2, rows, E / 2) and (2, columns, E / 2).
+        row_rotation, column_rotation: cosines and sines, (2, T, rows, E / 2) and (2, T, columns, E / 2).
         row_masks, column_masks: for each block along an axis, which positions attend to which; (1, rows, rows) and (1,
             columns, columns) if all tokens are one block. None: no pair is masked.
     """
@@ -52,31 +56,49 @@ class Neighborhood(NamedTuple):
 
 @dataclass(frozen=True)
 class RotaryPositions:
-    """Rotary positions in grids of any size.
+    """Rotary positions in frames of any size.
 
     Attributes:
         radius: a token attends to the tokens at most this many rows and columns away; None attends to every token.
         period: learned position embeddings repeat every so many rows and columns. They let the tokens of a neighborhood
             describe different parts of it.
+        frames: maximum number of frames; 1 for images.
     """
 
     radius: int | None
     period: int
+    frames: int = 1
 
     def neighborhood(
-        self, grid: tuple[int, int], head_dim: int, device: torch.device, dtype: torch.dtype
+        self, grid: tuple[int, int], frames: range, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> Neighborhood:
-        """Return the geometry of a grid; `dtype` is that of the rotations."""
-        return _build_neighborhood(grid, self.radius, head_dim, device, dtype)
+        """Return the geometry of consecutive frames; `dtype` is that of the rotations."""
+        whole = _build_neighborhood(grid, self.frames, self.radius, head_dim, device, dtype)
+        selected = slice(frames.start, frames.stop)
+        return whole._replace(
+            row_rotation=whole.row_rotation[:, selected], column_rotation=whole.column_rotation[:, selected]
+        )
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _build_neighborhood(
-    grid: tuple[int, int], radius: int | None, head_dim: int, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int],
+    frames: int,
+    radius: int | None,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Neighborhood:
-    frequency_F = _ROTARY_BASE ** (-torch.arange(head_dim // 4, dtype=torch.float64) / (head_dim // 4))
-    rotations = [_rotation(length, frequency_F).to(device, dtype) for length in grid]
+    num_frequencies = head_dim // 4
+    frequency_F = _frequencies(num_frequencies)
+    # The slower frequencies turn by the frame, too. Rows and columns have every other frequency of time.
+    num_of_time = (num_frequencies + 1) // 2
+    of_rows, of_columns = _frequencies(2 * num_of_time).unflatten(0, (num_of_time, 2)).unbind(1)
+    rotations = [
+        _rotation(frames, F.pad(of_time, (num_frequencies - num_of_time, 0)), length, frequency_F).to(device, dtype)
+        for length, of_time in zip(grid, (of_rows, of_columns), strict=True)
+    ]
     if radius is None or max(grid) <= radius + 1:
         return Neighborhood(grid, radius, rotations[0], rotations[1], None, None)
     is_one_block = grid[0] * grid[1] <= _MAX_DENSE_TOKENS
@@ -84,20 +106,25 @@ def _build_neighborhood(
     return Neighborhood(grid, radius, rotations[0], rotations[1], masks[0], masks[1])
 
 
-def _rotation(length: int, frequency_F: Tensor) -> Tensor:
-    angle_NF = torch.arange(length)[:, None] * frequency_F
-    angle_NE2 = torch.cat([angle_NF, angle_NF], 1)
-    return torch.stack([angle_NE2.cos(), angle_NE2.sin()])
+def _frequencies(count: int) -> Tensor:
+    return _ROTARY_BASE ** (-torch.arange(count, dtype=torch.float64) / count)
+
+
+def _rotation(frames: int, of_time_F: Tensor, length: int, frequency_F: Tensor) -> Tensor:
+    """Return cosines and sines, (2, T, length, E / 2), of the positions along one axis in each frame."""
+    angle_TNF = torch.arange(frames)[:, None, None] * of_time_F + torch.arange(length)[:, None] * frequency_F
+    angle = torch.cat([angle_TNF, angle_TNF], -1)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 def rotate(x_BHNE: Tensor, neighborhood: Neighborhood) -> Tensor:
     """Rotate queries or keys by their positions, one half by the row and one by the column; the type is kept."""
-    by_row, by_column = x_BHNE.unflatten(2, neighborhood.grid).chunk(2, -1)  # B H rows columns E/2
-    cos, sin = neighborhood.row_rotation[:, :, None]
+    by_row, by_column = x_BHNE.unflatten(2, (-1, *neighborhood.grid)).chunk(2, -1)  # B H T rows columns E/2
+    cos, sin = neighborhood.row_rotation[:, :, :, None]
     rotated = [by_row * cos + _quarter_turn(by_row) * sin]
-    cos, sin = neighborhood.column_rotation
+    cos, sin = neighborhood.column_rotation[:, :, None]
     rotated.append(by_column * cos + _quarter_turn(by_column) * sin)
-    return torch.cat(rotated, -1).flatten(2, 3).to(x_BHNE.dtype)
+    return torch.cat(rotated, -1).flatten(2, 4).to(x_BHNE.dtype)
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
@@ -105,27 +132,32 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.cat([-imaginary, real], -1)
 
 
-def local_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, neighborhood: Neighborhood) -> Tensor:
-    """Attend from every token to its neighborhood; return (B, N, H, E)."""
-    q_BHNE, k_BHNE = rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood)
+def local_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, neighborhood: Neighborhood) -> Tensor:
+    """Attend from every token to its neighborhood in all frames of the keys; return (B, N, H, E).
+
+    Args:
+        q_BHNE, k_BHME: rotated queries and keys of whole frames.
+    """
     row_masks, column_masks = neighborhood.row_masks, neighborhood.column_masks
     if row_masks is None or column_masks is None:
-        return attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2)
-    if neighborhood.grid[0] * neighborhood.grid[1] <= _MAX_DENSE_TOKENS:
-        mask_NN = _pair_masks(row_masks[0], column_masks)[0]
-        return masked_attention(q_BHNE, k_BHNE, v_BHNE, mask_NN).transpose(1, 2)
+        return attention(q_BHNE, k_BHME, v_BHME).transpose(1, 2)
+    grid, batch_size = neighborhood.grid, len(q_BHNE)
+    num_frames, num_key_frames = (x.shape[2] // (grid[0] * grid[1]) for x in (q_BHNE, k_BHME))
+    if grid[0] * grid[1] <= _MAX_DENSE_TOKENS:
+        mask_NM = _pair_masks(row_masks[0], column_masks)[0].repeat(num_frames, num_key_frames)
+        return masked_attention(q_BHNE, k_BHME, v_BHME, mask_NM).transpose(1, 2)
     assert neighborhood.radius is not None
-    grid, radius, batch_size = neighborhood.grid, neighborhood.radius, len(q_BHNE)
-    queries, keys, values = _blocks(q_BHNE, grid, 0), _blocks(k_BHNE, grid, radius), _blocks(v_BHNE, grid, radius)
+    radius = neighborhood.radius
+    queries, keys, values = _blocks(q_BHNE, grid, 0), _blocks(k_BHME, grid, radius), _blocks(v_BHME, grid, radius)
     rows = []
     # One row of blocks at a time, because the margins of blocks overlap and are copied.
     for row, row_mask in enumerate(row_masks):
-        q, k, v = (blocks[:, row].flatten(3, 4).flatten(0, 1) for blocks in (queries, keys, values))
-        mask_WQK = _pair_masks(row_mask, column_masks)
-        y = masked_attention(q, k, v, mask_WQK.repeat(batch_size, 1, 1)[:, None])
-        y = y.unflatten(2, (_BLOCK, _BLOCK)).unflatten(0, (batch_size, -1))  # B block_columns H row column E
-        rows.append(y.permute(0, 3, 1, 4, 2, 5).flatten(2, 3))
-    return torch.cat(rows, 1)[:, : grid[0], : grid[1]].flatten(1, 2)
+        q, k, v = (blocks[:, row].flatten(3, 5).flatten(0, 1) for blocks in (queries, keys, values))
+        masks = _pair_masks(row_mask, column_masks).repeat(batch_size, num_frames, num_key_frames)
+        y = masked_attention(q, k, v, masks[:, None])
+        y = y.unflatten(2, (-1, _BLOCK, _BLOCK)).unflatten(0, (batch_size, -1))  # B block_columns H T row column E
+        rows.append(y.permute(0, 3, 4, 1, 5, 2, 6).flatten(3, 4))
+    return torch.cat(rows, 2)[:, :, : grid[0], : grid[1]].flatten(1, 3)
 
 
 def _pair_masks(row_mask: Tensor, column_masks: Tensor) -> Tensor:
@@ -135,12 +167,15 @@ def _pair_masks(row_mask: Tensor, column_masks: Tensor) -> Tensor:
 
 
 def _blocks(x_BHNE: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
-    """Return blocks with margins as a view, (B, block rows, block columns, H, side, side, E); zero outside the grid."""
+    """Return blocks with margins as a view, zero outside the grid.
+
+    The dimensions are B, block rows, block columns, H, T, side, side, E.
+    """
     rows, columns = grid
-    x = x_BHNE.unflatten(2, grid)
+    x = x_BHNE.unflatten(2, (-1, *grid))
     x = F.pad(x, (0, 0, margin, margin + -columns % _BLOCK, margin, margin + -rows % _BLOCK))
     side = _BLOCK + 2 * margin
-    return x.unfold(2, side, _BLOCK).unfold(3, side, _BLOCK).permute(0, 2, 3, 1, 5, 6, 4)
+    return x.unfold(3, side, _BLOCK).unfold(4, side, _BLOCK).permute(0, 3, 4, 1, 2, 6, 7, 5)
 
 
 def _dense_mask(length: int, radius: int) -> Tensor:

@@ -7,7 +7,7 @@ no attention mask, and masked pairs are not computed:
     queries of frame 1 ─▶ keys of frames 0, 1
     queries of frame 2 ─▶ keys of frames 0, 1, 2
 
-With rotary positions an image has any number of rows and columns (see `local_attention`).
+With rotary positions a frame has any number of rows and columns (see `local_attention`).
 
 Shape suffixes: B clips, T frames, S tokens of one frame, N = T·S tokens of a clip (time slowest, rows before columns),
 M tokens of the clip and of the cached frames before it, D width, H attention heads, E width of one head.
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from bsq_ray import config
 from bsq_ray.models.layers.attention import attention, split_heads
 from bsq_ray.models.layers.kv_cache import KeyValueCache
-from bsq_ray.models.layers.local_attention import Neighborhood, RotaryPositions, local_attention
+from bsq_ray.models.layers.local_attention import Neighborhood, RotaryPositions, local_attention, rotate
 from bsq_ray.models.layers.mlp import build_mlp, init_weights
 
 
@@ -46,29 +46,35 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D); each span of tokens attends to itself, to earlier spans and to the cache.
 
-        With a neighborhood, each token of an image attends to the tokens near it instead.
+        With a neighborhood, a token attends to those of these tokens that are near it. Cached keys are rotated.
         """
         q_BHNE, k_BHNE, v_BHNE = split_heads(self.qkv(x_BND), self.heads)
         if neighborhood is not None:
-            return cast(Tensor, self.out(local_attention(q_BHNE, k_BHNE, v_BHNE, neighborhood).flatten(2)))
+            q_BHNE, k_BHNE = rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood)
         if cache is not None:
             k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
-        return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span).flatten(2)))
+        return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span, neighborhood).flatten(2)))
 
 
-def attend(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int) -> Tensor:
+def attend(
+    q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int, neighborhood: Neighborhood | None = None
+) -> Tensor:
     """Attend from each span of queries to its own span of keys and to all earlier keys; return (B, N, H, E).
 
     Args:
         k_BHME, v_BHME: the last N belong to the tokens of the queries.
         span: tokens of a frame; N for bidirectional attention.
+        neighborhood: the keys of each span that a token attends to; None: all.
     """
     parts = []
     spans = q_BHNE.split(span, 2)
     for q_BHSE, k, v in zip(
         spans, _causal_prefixes(k_BHME, len(spans), span), _causal_prefixes(v_BHME, len(spans), span), strict=True
     ):
-        parts.append(attention(q_BHSE, k, v).transpose(1, 2))
+        if neighborhood is None:
+            parts.append(attention(q_BHSE, k, v).transpose(1, 2))
+        else:
+            parts.append(local_attention(q_BHSE, k, v, neighborhood))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -110,6 +116,7 @@ class VisionTransformer(nn.Module):
 
     The position embedding of a token is the sum of a learned spatial and, for clips, a learned temporal embedding. The
     temporal embedding starts at zero, so a video model inflated from an image model starts by treating frames equally.
+    With rotary positions there is no temporal embedding; attention depends on the distance of frames.
 
     Args:
         transformer_config: width, layers, heads and MLP ratio.
@@ -117,7 +124,7 @@ class VisionTransformer(nn.Module):
         frames: maximum number of frames; 1 for images.
         causal: whether a token attends only to its own and earlier frames.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        rotary: rotary instead of learned positions; images only.
+        rotary: rotary instead of learned positions.
     """
 
     def __init__(
@@ -138,7 +145,8 @@ class VisionTransformer(nn.Module):
         self.head_dim = transformer_config.width // transformer_config.heads
         num_positions = rotary.period**2 if rotary else tokens_per_frame
         self.spatial_position = nn.Parameter(torch.empty(num_positions, transformer_config.width))
-        self.temporal_position = nn.Parameter(torch.empty(frames, transformer_config.width)) if frames > 1 else None
+        has_temporal = frames > 1 and rotary is None
+        self.temporal_position = nn.Parameter(torch.empty(frames, transformer_config.width)) if has_temporal else None
         self.input_norm = nn.LayerNorm(transformer_config.width)
         self.blocks = nn.ModuleList(
             TransformerBlock(transformer_config.width, transformer_config.heads, transformer_config.mlp_ratio)
@@ -154,16 +162,20 @@ class VisionTransformer(nn.Module):
 
         Args:
             caches: one per block, from `new_caches`. x continues the cached frames and is appended to the caches.
-            grid: rows and columns of an image; required with rotary positions, which allow any.
+            grid: rows and columns of a frame, by default those of training; required with rotary positions.
         """
+        tokens_per_frame = grid[0] * grid[1] if grid else self.tokens_per_frame
+        first_frame = caches[0].length // tokens_per_frame if caches else 0
+        frames = range(first_frame, first_frame + x_BND.shape[1] // tokens_per_frame)
         neighborhood = None
-        if self.rotary is not None:
-            assert grid is not None
-            neighborhood = self.rotary.neighborhood(grid, self.head_dim, x_BND.device, self.input_norm.weight.dtype)
-            x_BND = x_BND + self._periodic_positions(grid, self.rotary.period)
+        if self.rotary is None:
+            x_BND = x_BND + self._learned_positions(frames)
         else:
-            x_BND = x_BND + self._learned_positions(x_BND.shape[1] // self.tokens_per_frame, caches)
-        span = self.tokens_per_frame if self.causal else x_BND.shape[1]
+            assert grid is not None
+            dtype = self.input_norm.weight.dtype
+            neighborhood = self.rotary.neighborhood(grid, frames, self.head_dim, x_BND.device, dtype)
+            x_BND = x_BND + self._periodic_positions(grid, self.rotary.period).repeat(len(frames), 1)
+        span = tokens_per_frame if self.causal else x_BND.shape[1]
         x_BND = self.input_norm(x_BND)
         for index, block in enumerate(self.blocks):
             cache = caches[index] if caches else None
@@ -176,12 +188,11 @@ class VisionTransformer(nn.Module):
                 x_BND = block(x_BND, span, cache, neighborhood)
         return cast(Tensor, self.output_norm(x_BND))
 
-    def _learned_positions(self, frames: int, caches: list[KeyValueCache] | None) -> Tensor:
-        """Return the position embeddings (N, D) of frames that continue the cached ones."""
-        position_TSD = self.spatial_position.expand(frames, -1, -1)
+    def _learned_positions(self, frames: range) -> Tensor:
+        """Return the position embeddings (N, D) of consecutive frames."""
+        position_TSD = self.spatial_position.expand(len(frames), -1, -1)
         if self.temporal_position is not None:
-            first = caches[0].length // self.tokens_per_frame if caches else 0
-            position_TSD = position_TSD + self.temporal_position[first : first + frames, None]
+            position_TSD = position_TSD + self.temporal_position[frames.start : frames.stop, None]
         return position_TSD.flatten(0, 1)
 
     def _periodic_positions(self, grid: tuple[int, int], period: int) -> Tensor:
@@ -189,9 +200,9 @@ class VisionTransformer(nn.Module):
         rows, columns = (torch.arange(length, device=self.spatial_position.device) % period for length in grid)
         return self.spatial_position[(rows[:, None] * period + columns).flatten()]
 
-    def new_caches(self) -> list[KeyValueCache]:
+    def new_caches(self, tokens_per_frame: int) -> list[KeyValueCache]:
         """Create empty caches for a clip of up to `frames` frames that arrives in parts; use without gradients."""
-        return [KeyValueCache(self.frames * self.tokens_per_frame) for _ in self.blocks]
+        return [KeyValueCache(self.frames * tokens_per_frame) for _ in self.blocks]
 
     def _init_weights(self) -> None:
         nn.init.normal_(self.spatial_position, std=0.02)

@@ -88,7 +88,7 @@ class InferenceEndpoints:
     async def encode(self, request: Request, model: ModelParameter = None) -> Response:
         """Images and frames are resized and cropped to the model's square.
 
-        A model with `any_size` encodes an image at its own size; edges are replicated to whole patches.
+        A model with `any_size` encodes a file at its own size; edges are replicated to whole patches.
         An image model encodes a video frame by frame.
         """
         async with self._admitted_file(request) as data:
@@ -101,7 +101,7 @@ class InferenceEndpoints:
     async def decode(self, request: Request) -> Response:
         """The body is a response of encode.
 
-        A model with `any_size` decodes images of any grid.
+        A model with `any_size` decodes tokens of any grid.
         A video is MP4 (H.264), or with `Accept: video/x-matroska` MKV (FFV1, lossless).
         """
         async with self._admitted_body(request) as data:
@@ -117,7 +117,7 @@ class InferenceEndpoints:
     async def reconstruct(self, request: Request, model: ModelParameter = None) -> Response:
         """Encode and decode in one request, at the size of the model's square.
 
-        A model with `any_size` reconstructs an image at its own size.
+        A model with `any_size` reconstructs a file at its own size.
         Videos as in decode. Headers: X-Bits-Per-Pixel, X-PSNR (mean over frames), X-Frames of a video.
         """
         media_type = _video_media_type(request, MP4)

@@ -17,7 +17,7 @@ def tokenizer_fields(model_config: config.TokenizerModelConfig, tokenizer_id: st
     return {
         "tokenizer_id": tokenizer_id,
         "image_size": model_config.image_size,
-        "any_size": model_config.attention_radius is not None,
+        "any_size": model_config.has_local_attention,
         "grid": [1, grid_size, grid_size],
         "bits": bits,
         "bits_per_pixel": bits / model_config.patch_size**2,

@@ -27,7 +27,6 @@ from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import deadline_after
-from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.image_io import png_from_pixels, read_uploaded_image
 from bsq_ray.serving.media.video_io import is_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
@@ -65,7 +64,7 @@ class TokenizerEngine:
         bits_BNL = example_values(max_batch_size, self.grid_size**2, self.tokenizer.quantizer.bits) > 0
         self._batched_encode = self._batched_decode = None
         # Images of any size have no batches.
-        if model_config.attention_radius is None:
+        if not model_config.has_local_attention:
             self._batched_encode = runtime.make_runner(self._features_and_bits, architecture, images_BCHW)
             self._batched_decode = runtime.make_runner(self._decode_bits, architecture, bits_BNL)
 
@@ -92,22 +91,6 @@ class TokenizerEngine:
         images_BCHW = to_uint8(self._batched_decode(bits_BNL))
         return list(images_BCHW.cpu().numpy())
 
-    def parse_tokens(self, grid: list[int], packed: bytes) -> np.ndarray:
-        """Convert the tokens of a request to packed bits (frames * N, ceil(L / 8)), uint8.
-
-        Raises:
-            ApiError: 422, the tokens do not match this model.
-        """
-        num_tokens, bytes_per_token = self.grid_size**2, -(-self.tokenizer.quantizer.bits // 8)
-        is_valid_grid = grid[0] >= 1 and grid[1:] == [self.grid_size, self.grid_size]
-        if not is_valid_grid or len(packed) != grid[0] * num_tokens * bytes_per_token:
-            raise ApiError(
-                422,
-                f"the tokens do not match this model; it expects grid [frames, {self.grid_size}, {self.grid_size}] and "
-                f"per frame {num_tokens} tokens of {bytes_per_token} bytes",
-            )
-        return np.frombuffer(packed, np.uint8).reshape(-1, bytes_per_token)
-
     @torch.no_grad()
     def _features_and_bits(self, images_BCHW: Tensor) -> Tensor:
         """Return features and bits, (B, N, C + L); calibration needs the features, because bits hide differences."""
@@ -133,7 +116,7 @@ class TokenizerRole:
         self._decode = self._model_thread.make_batcher(self._engine.decode, runtime.batching)
         self.tokenizer = self._engine.tokenizer
         self._codec_thread, self._whole_images = runtime.codec_thread, None
-        if self.tokenizer.config.attention_radius is not None:
+        if self.tokenizer.config.has_local_attention:
             self._whole_images = WholeImageEngine(self.tokenizer, runtime.limits.max_pixels)
 
     async def metadata(self) -> dict[str, Any]:
@@ -158,11 +141,13 @@ class TokenizerRole:
             num_pixels = self._whole_images.count_decoded_pixels(tokens)
             file: MediaFile = await self._run_on_whole(self._whole_images.decode, tokens, num_pixels)
             return file
-        packed = self._engine.parse_tokens(tokens.grid, tokens.packed)
+        self._engine.video.check_tokens(tokens)
         if tokens.rate is None:
-            return self._png_file(await self._decode(packed))
+            bytes_per_token = -(-self.tokenizer.quantizer.bits // 8)
+            packed_Nb = np.frombuffer(tokens.packed, np.uint8).reshape(-1, bytes_per_token)
+            return self._png_file(await self._decode(packed_Nb))
         rate = Fraction(tokens.rate)
-        video: MediaFile = await self._run_on_video(self._engine.video.decode, packed, rate, media_type)
+        video: MediaFile = await self._run_on_video(self._engine.video.decode, tokens, rate, media_type)
         return video
 
     async def reconstruct(self, data: bytes, media_type: str) -> MediaFile:
@@ -190,8 +175,12 @@ class TokenizerRole:
             return await thread(function, item, deadline)
 
     async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a video engine method in a separate thread, which runs a few frames at a time in the model thread."""
+        """Call a video engine method in a separate thread, which runs a few frames at a time in a model thread.
+
+        Whole frames may be large, so they are computed in the thread of the codec.
+        """
         loop = asyncio.get_running_loop()
+        model_thread = self._codec_thread if self._whole_images else self._model_thread
         with deadline_after(self._timeout_s) as deadline:
-            call = partial(function, *arguments, run_in_model_thread=self._model_thread.run_blocking, deadline=deadline)
+            call = partial(function, *arguments, run_in_model_thread=model_thread.run_blocking, deadline=deadline)
             return await loop.run_in_executor(self._video_threads, call)

@@ -4,9 +4,10 @@
     decoding subprocess             model thread               thread of the request
 
 Memory does not grow with the length of the video, except for the response. Tokens and pixels equal those of
-`bsq-ray reconstruct`.
+`bsq-ray reconstruct`: squares of the model's size in a stream, or with local attention whole frames, as many at a time
+as the model has.
 
-Shape suffixes: T frames of a chunk, N tokens, b bytes of a packed token, H and W pixels.
+Shape suffixes: T frames of a chunk, t frames, r rows and c columns of tokens, L bits of a token, H and W pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bsq_ray.codec.whole_frames import WholeFrameCoder
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.media.color import ColorDescription
 from bsq_ray.metrics.psnr import psnr
@@ -29,6 +31,7 @@ from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
 from bsq_ray.models.streaming import clip_decoder, clip_encoder, frames_per_chunk
 from bsq_ray.models.tokenizer import Tokenizer, Tokens
 from bsq_ray.serving.deadline import Deadline
+from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
 from bsq_ray.serving.service_config import Limits
@@ -50,8 +53,11 @@ class VideoEngine:
     def __init__(self, tokenizer: Tokenizer, resize_filter: Any, *, limits: Limits, device: str) -> None:
         model_config = tokenizer.config
         self._tokenizer, self._resize_filter, self._limits, self._device = tokenizer, resize_filter, limits, device
-        self._image_size, self._grid_size = model_config.image_size, model_config.grid_size
-        self._chunk_frames = frames_per_chunk(model_config)
+        self._image_size, self._patch_size = model_config.image_size, model_config.patch_size
+        self._whole_frames = WholeFrameCoder(tokenizer) if model_config.has_local_attention else None
+        self._chunk_frames = model_config.frames if self._whole_frames else frames_per_chunk(model_config)
+        # Frames are resized to this many pixels, unless they keep their size.
+        self._min_pixels = 1 if self._whole_frames else self._image_size**2
 
     def encode(self, data: bytes, *, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
         """Return the tokens of a video file.
@@ -59,45 +65,68 @@ class VideoEngine:
         Raises:
             ApiError: see `read_uploaded_video`; 503 the deadline passed.
         """
-        video, encoder = read_uploaded_video(data, self._limits, self._image_size**2), clip_encoder(self._tokenizer)
-        packed = [
-            run_in_model_thread(self._encode, encoder, chunk)
-            for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline)
-        ]
-        num_frames = sum(len(part) for part in packed) // self._grid_size**2
+        video, encode = read_uploaded_video(data, self._limits, self._min_pixels), self._start_encoder(deadline)
+        grids, packed = [], []
+        for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline):
+            bits_trcL: Tensor = run_in_model_thread(encode, chunk)
+            grids.append(list(bits_trcL.shape[:3]))
+            packed.append(pack_bits(bits_trcL.flatten(0, 2)).numpy().tobytes())
         return PackedTokens(
-            [num_frames, self._grid_size, self._grid_size],
-            b"".join(part.tobytes() for part in packed),
-            str(video.frame_rate),
+            [sum(frames for frames, _, _ in grids), *grids[0][1:]], b"".join(packed), str(video.frame_rate)
         )
 
     def decode(
         self,
-        packed: np.ndarray,
+        tokens: PackedTokens,
         rate: Fraction,
         media_type: str,
         *,
         run_in_model_thread: RunInModelThread,
         deadline: Deadline,
     ) -> MediaFile:
-        """Return the video of packed tokens (T * N, b).
+        """Return the video of the tokens of a request that `check_tokens` accepts.
 
         Args:
             rate: frames per second.
 
         Raises:
-            ApiError: 413 the video would be too long, 503 the deadline passed.
+            ApiError: 503 the deadline passed.
         """
-        frames_TNb = packed.reshape(-1, self._grid_size**2, packed.shape[1])
-        check_total_pixels(len(frames_TNb), self._image_size**2, self._limits)
-        decoder = clip_decoder(self._tokenizer)
+        num_frames, rows, columns = tokens.grid
+        size_hw = rows * self._patch_size, columns * self._patch_size
+        packed_trcb = np.frombuffer(tokens.packed, np.uint8).reshape(num_frames, rows, columns, -1)
+        decode = self._start_decoder(deadline)
 
         def frames() -> Iterator[np.ndarray]:
-            for chunk in self._iter_chunks(frames_TNb, deadline):
-                yield from run_in_model_thread(self._decode, decoder, np.concatenate(chunk))
+            for chunk in self._iter_chunks(packed_trcb, deadline):
+                packed = torch.from_numpy(np.stack(chunk).reshape(-1, packed_trcb.shape[3]))
+                bits_NL = unpack_bits(packed, self._tokenizer.quantizer.bits)
+                yield from run_in_model_thread(decode, bits_NL.unflatten(0, (-1, rows, columns)), size_hw)
 
         file, num_frames = encode_video_file(frames(), media_type, rate=rate, color=_DEFAULT_COLOR)
-        return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames)
+        return MediaFile(file, media_type, num_frames * size_hw[0] * size_hw[1], num_frames)
+
+    def check_tokens(self, tokens: PackedTokens) -> None:
+        """Check the tokens of a video, without PyTorch.
+
+        Raises:
+            ApiError: 422 the tokens do not match this model, 413 the video has too many pixels.
+        """
+        num_frames, rows, columns = tokens.grid
+        side, bytes_per_token = self._image_size // self._patch_size, -(-self._tokenizer.quantizer.bits // 8)
+        is_valid_size = min(rows, columns) >= 1 if self._whole_frames else rows == columns == side
+        is_valid_length = len(tokens.packed) == num_frames * rows * columns * bytes_per_token
+        if num_frames < 1 or not is_valid_size or not is_valid_length:
+            sides = "rows, columns" if self._whole_frames else f"{side}, {side}"
+            raise ApiError(
+                422,
+                f"the tokens do not match this model; it expects grid [frames, {sides}] and for each token "
+                f"{bytes_per_token} bytes",
+            )
+        frame_pixels = rows * columns * self._patch_size**2
+        if self._whole_frames and frame_pixels > self._limits.max_pixels:
+            raise ApiError(413, f"the frames have {frame_pixels} pixels, more than {self._limits.max_pixels}")
+        check_total_pixels(num_frames, frame_pixels, self._limits)
 
     def reconstruct(
         self, data: bytes, media_type: str, *, run_in_model_thread: RunInModelThread, deadline: Deadline
@@ -107,27 +136,36 @@ class VideoEngine:
         Raises:
             ApiError: as `encode`.
         """
-        video = read_uploaded_video(data, self._limits, self._image_size**2)
-        encoder, decoder = clip_encoder(self._tokenizer), clip_decoder(self._tokenizer)
+        video = read_uploaded_video(data, self._limits, self._min_pixels)
+        encode, decode = self._start_encoder(deadline), self._start_decoder(deadline)
         originals: deque[np.ndarray] = deque()
         psnr_values: list[float] = []
+        num_pixels = num_bits = 0
 
         def encode_and_decode(chunk: list[np.ndarray]) -> list[np.ndarray]:
-            return self._decode(decoder, self._encode(encoder, chunk))
+            nonlocal num_bits
+            _, height, width = chunk[0].shape
+            bits_trcL = encode(chunk)
+            num_bits += bits_trcL.numel()
+            return decode(bits_trcL, (height, width))
 
         def frames() -> Iterator[np.ndarray]:
+            nonlocal num_pixels
             for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline):
                 originals.extend(chunk)
                 for frame in run_in_model_thread(encode_and_decode, chunk):
                     decoded_CHW = frame.transpose(2, 0, 1)
+                    num_pixels += decoded_CHW[0].size
                     psnr_values.append(float(psnr(_to_tensor(originals.popleft()), _to_tensor(decoded_CHW))))
                     yield frame
 
         file, num_frames = encode_video_file(frames(), media_type, rate=video.frame_rate, color=video.color)
-        return MediaFile(file, media_type, num_frames * self._image_size**2, num_frames, float(np.mean(psnr_values)))
+        return MediaFile(file, media_type, num_pixels, num_frames, float(np.mean(psnr_values)), num_bits)
 
     def _prepare(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """Resize and crop a frame to the model's square, (3, H, W)."""
+        """Return a frame (3, H, W), resized and cropped to the model's square unless it keeps its size."""
+        if self._whole_frames:
+            return pixels_HWC.transpose(2, 0, 1)
         return eval_transform(Image.fromarray(pixels_HWC), self._image_size, self._resize_filter)
 
     def _iter_chunks(self, frames: Iterable[np.ndarray], deadline: Deadline) -> Iterator[list[np.ndarray]]:
@@ -136,18 +174,33 @@ class VideoEngine:
             deadline.check()
             yield chunk
 
-    def _encode(self, encoder: Callable[[Tensor], Tokens], chunk: list[np.ndarray]) -> np.ndarray:
-        """Convert frames, each (3, H, W), to packed tokens (T * N, b)."""
-        clip_13THW = to_float(torch.from_numpy(np.stack(chunk, 1))[None]).to(self._device)
-        packed: np.ndarray = pack_bits(encoder(clip_13THW).bits_BNL)[0].cpu().numpy()
-        return packed
+    def _start_encoder(self, deadline: Deadline) -> Callable[[list[np.ndarray]], Tensor]:
+        """Return a stateful function from frames, each (3, H, W), to bits (t, r, c, L) on the CPU."""
+        whole_frames = self._whole_frames
+        if whole_frames:
+            return lambda chunk: whole_frames.encode(torch.from_numpy(np.stack(chunk, 1)), deadline.check)
+        encoder = clip_encoder(self._tokenizer)
 
-    def _decode(self, decoder: Callable[[Tokens], Tensor], packed: np.ndarray) -> list[np.ndarray]:
-        """Convert packed tokens (T * N, b) to frames, each (H, W, 3)."""
-        bits_1NL = unpack_bits(torch.from_numpy(packed)[None], self._tokenizer.quantizer.bits).to(self._device)
-        grid = (len(packed) // self._grid_size**2, self._grid_size, self._grid_size)
-        pixels_3THW = to_uint8(decoder(Tokens(bits_1NL, grid))[0])
-        return list(pixels_3THW.permute(1, 2, 3, 0).contiguous().cpu().numpy())
+        def encode(chunk: list[np.ndarray]) -> Tensor:
+            tokens = encoder(to_float(torch.from_numpy(np.stack(chunk, 1))[None]).to(self._device))
+            return tokens.bits_BNL[0].cpu().unflatten(0, tokens.grid)
+
+        return encode
+
+    def _start_decoder(self, deadline: Deadline) -> Callable[[Tensor, tuple[int, int]], list[np.ndarray]]:
+        """Return a stateful function from bits (t, r, c, L) and height and width to frames, each (H, W, 3)."""
+        whole_frames = self._whole_frames
+        decoder = clip_decoder(self._tokenizer)
+
+        def decode(bits_trcL: Tensor, size_hw: tuple[int, int]) -> list[np.ndarray]:
+            if whole_frames:
+                pixels_3THW = whole_frames.decode(bits_trcL, size_hw, deadline.check)
+            else:
+                grid = bits_trcL.shape[0], bits_trcL.shape[1], bits_trcL.shape[2]
+                [pixels_3THW] = to_uint8(decoder(Tokens(bits_trcL.flatten(0, 2)[None].to(self._device), grid)))
+            return list(pixels_3THW.permute(1, 2, 3, 0).contiguous().cpu().numpy())
+
+        return decode
 
 
 def _to_tensor(pixels_CHW: np.ndarray) -> Tensor:

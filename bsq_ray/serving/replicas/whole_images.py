@@ -5,8 +5,8 @@
 A token depends on its neighborhood only, so large images are computed in blocks of limited memory. Files are decoded
 and encoded in the model's thread too: requests that wait for it hold their files, not their pixels.
 
-Shape suffixes: N tokens of an image, b bytes of a token, L bits of a token, R and C rows and columns of tokens, H and W
-pixels.
+Shape suffixes: N tokens of an image, b bytes of a token, L bits of a token, t frames, r rows and c columns of tokens, H
+and W pixels.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bsq_ray.codec.pixel_codec import build_pixel_codec
-from bsq_ray.codec.rect import Rect
+from bsq_ray.codec.whole_frames import WholeFrameCoder
 from bsq_ray.data.transforms import to_float
 from bsq_ray.metrics.psnr import psnr
 from bsq_ray.models.quantizers.bits import pack_bits, unpack_bits
@@ -40,8 +39,7 @@ class WholeImageEngine:
             tokenizer.config.patch_size,
             max_pixels,
         )
-        # Tiles of one token: an image is padded to whole patches only.
-        self._pixel_codec = build_pixel_codec(tokenizer, torch.float32, None, grid_size=1)
+        self._coder = WholeFrameCoder(tokenizer)
 
     def count_pixels(self, data: bytes) -> int:
         """Return the number of pixels of an image file, from its header.
@@ -59,9 +57,8 @@ class WholeImageEngine:
             ApiError: see `read_uploaded_image`; 503 the deadline passed.
         """
         deadline.check()
-        bits_RCNL = self._encode(self._read(data), deadline)
-        rows, columns = bits_RCNL.shape[:2]
-        return PackedTokens([1, rows, columns], pack_bits(bits_RCNL.flatten(0, 2)).numpy().tobytes())
+        bits_trcL = self._coder.encode(self._read(data)[:, None], deadline.check)
+        return PackedTokens(list(bits_trcL.shape[:3]), pack_bits(bits_trcL.flatten(0, 2)).numpy().tobytes())
 
     def decode(self, tokens: PackedTokens, deadline: Deadline) -> MediaFile:
         """Decode tokens that `count_decoded_pixels` accepts to a PNG of whole patches.
@@ -72,9 +69,9 @@ class WholeImageEngine:
         deadline.check()
         _, rows, columns = tokens.grid
         packed_Nb = torch.from_numpy(np.frombuffer(tokens.packed, np.uint8).reshape(rows * columns, -1).copy())
-        bits_RCNL = unpack_bits(packed_Nb, self._bits).unflatten(0, (rows, columns))[:, :, None]
-        region = Rect(0, 0, rows * self._patch_size, columns * self._patch_size)
-        return self._png_file(self._decode(bits_RCNL, region, deadline))
+        bits_trcL = unpack_bits(packed_Nb, self._bits).unflatten(0, (1, rows, columns))
+        size_hw = rows * self._patch_size, columns * self._patch_size
+        return self._png_file(self._coder.decode(bits_trcL, size_hw, deadline.check)[:, 0])
 
     def reconstruct(self, data: bytes, deadline: Deadline) -> MediaFile:
         """Encode and decode an image file to a PNG of its size.
@@ -84,10 +81,11 @@ class WholeImageEngine:
         """
         deadline.check()
         original_3HW = self._read(data)
-        bits_RCNL = self._encode(original_3HW, deadline)
-        reconstructed_3HW = self._decode(bits_RCNL, Rect(0, 0, *original_3HW.shape[1:]), deadline)
+        _, height, width = original_3HW.shape
+        bits_trcL = self._coder.encode(original_3HW[:, None], deadline.check)
+        reconstructed_3HW = self._coder.decode(bits_trcL, (height, width), deadline.check)[:, 0]
         pair = (to_float(pixels)[None] for pixels in (original_3HW, reconstructed_3HW))
-        return self._png_file(reconstructed_3HW, float(psnr(*pair)), bits_RCNL.numel())
+        return self._png_file(reconstructed_3HW, float(psnr(*pair)), bits_trcL.numel())
 
     def count_decoded_pixels(self, tokens: PackedTokens) -> int:
         """Check the tokens of a request, without PyTorch; return the number of pixels that they decode to.
@@ -112,16 +110,6 @@ class WholeImageEngine:
     def _read(self, data: bytes) -> torch.Tensor:
         """Decode an image file to uint8 pixels (3, H, W)."""
         return torch.from_numpy(np.array(read_uploaded_image(data, self._max_pixels))).permute(2, 0, 1)
-
-    def _encode(self, pixels_3HW: torch.Tensor, deadline: Deadline) -> torch.Tensor:
-        """Return the bits (R, C, 1, L) of the tokens."""
-        grid = Rect(0, 0, *pixels_3HW.shape[1:]).cover(self._patch_size)
-        return self._pixel_codec.encode_tiles(pixels_3HW[:, None], grid, deadline.check)
-
-    def _decode(self, bits_RCNL: torch.Tensor, region: Rect, deadline: Deadline) -> torch.Tensor:
-        """Decode a region to uint8 pixels (3, H, W)."""
-        available_RC = torch.ones(bits_RCNL.shape[:2], dtype=torch.bool)
-        return self._pixel_codec.decode_region(bits_RCNL, available_RC, 1, region, deadline.check)[:, 0]
 
     def _png_file(
         self, pixels_3HW: torch.Tensor, psnr_db: float | None = None, num_bits: int | None = None
