@@ -16,7 +16,7 @@ from second_decoder import (
     read_side_info,
     token_format,
 )
-from small_codecs import save_clip_codec, save_nested_codec, save_nested_tokenizer, save_prior
+from small_codecs import PRIOR_CONFIG, save_clip_codec, save_nested_codec, save_nested_tokenizer, save_prior
 from small_models import save_tokenizer
 
 from bsq_ray import Codec, Prior, Tokenizer
@@ -71,6 +71,22 @@ def test_reference_decoder_reads_tiles_of_a_prior(tmp_path, photos):
     pixels = tokenizer.decode(Tokens(torch.from_numpy(grid.copy()), (1, 2 * rows, 2 * columns)))[0]
     expected = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)[:40, :70].numpy()
     assert (np.asarray(codec.decompress(data)) == expected).all()
+
+
+def test_reference_decoder_reads_clips_of_any_size(tmp_path, photos):
+    """The frames of a group are decoded together, as a whole."""
+    url = save_tokenizer(tmp_path / "tokenizer", 0, 2, position="rotary", attention_radius=3, position_period=2)
+    folder = save_prior(tmp_path / "prior", url, PRIOR_CONFIG.model_copy(update={"grid": (2, 4, 4)}))
+    codec, prior = Codec.from_pretrained(folder), Prior.from_pretrained(folder)
+    data = codec.compress_clip([np.asarray(photo.resize((70, 40))) for photo in photos[:2]], 25).data
+    header_fields, tokens = read_file(data, token_format(codec), prior)
+    assert header_fields == (70, 40, 2, 2, 32, 8)
+    rows, columns, _, size = tokens.shape[1:]
+    grid = tokens[0].reshape(rows, columns, 2, 4, 4, size).transpose(2, 0, 3, 1, 4, 5).reshape(1, -1, size)
+    tokenizer = Tokenizer.from_pretrained(url).double()
+    [pixels] = tokenizer.decode(Tokens(torch.from_numpy(grid.copy()), (2, 4 * rows, 4 * columns)))
+    expected = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)[:, :40, :70].numpy()
+    assert (np.stack(list(codec.decompress_clip(data))) == expected).all()
 
 
 @pytest.mark.parametrize("num_bits", [4, 7, 9])

@@ -56,7 +56,7 @@ def test_read_video_pipe_without_video_gives_the_reason():
 
 
 def test_read_video_frees_each_frame_at_once():
-    """Decoded frames hold memory and threads; with a cycle of references, up to a hundred waited for their collection."""
+    """They hold memory and threads; in a cycle of references they would wait for a garbage collection."""
     frames = read_video(io.BytesIO(make_street_video(40)), "mov").frames
     gc.collect()
     gc.disable()

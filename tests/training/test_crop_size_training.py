@@ -21,15 +21,18 @@ RUNS = {
                  "model.image_size=48"],
     "bit noise": [*SIZES, "loss.adversarial.weight=0", "training.bit_noise.images=0.5"],
 }  # fmt: skip
+CLIPS = ["model.frames=3", "model.attention_radius=1", "training.batch_size=8"]
+CLIP_RUNS = {f"clips, {name}": [*overrides, *CLIPS] for name, overrides in RUNS.items()}
 TOLERANCE = 2e-4
 
 
-@pytest.mark.parametrize("name", list(RUNS))
-def test_run_stopped_at_half_ends_with_the_same_weights(name, photo_shards, tmp_path):
+@pytest.mark.parametrize("name", [*RUNS, *CLIP_RUNS])
+def test_run_stopped_at_half_ends_with_the_same_weights(name, photo_shards, video_shards, tmp_path):
     whole, stopped, resumed = RecordingReporter(), RecordingReporter(stop_after=2), RecordingReporter()
-    run_training(small_spec(photo_shards, tmp_path / "whole", RUNS[name]), local_worker(whole))
-    run_training(small_spec(photo_shards, tmp_path / "stopped", RUNS[name]), local_worker(stopped))
-    run_training(small_spec(photo_shards, tmp_path / "stopped", RUNS[name]), local_worker(resumed))
+    shards, overrides = (video_shards, CLIP_RUNS[name]) if name in CLIP_RUNS else (photo_shards, RUNS[name])
+    run_training(small_spec(shards, tmp_path / "whole", overrides), local_worker(whole))
+    run_training(small_spec(shards, tmp_path / "stopped", overrides), local_worker(stopped))
+    run_training(small_spec(shards, tmp_path / "stopped", overrides), local_worker(resumed))
     assert [record["step"] for record in resumed.training_records] == [3, 4]
     assert_identical(load_weights(tmp_path, "whole"), load_weights(tmp_path, "stopped"))
 
@@ -47,6 +50,13 @@ def test_two_workers_train_as_one(photo_shards, tmp_path):
     losses = train_runs(0, 1, photo_shards, str(tmp_path / "one"), RUNS)
     [pair, _] = spawn_group(2, train_runs, photo_shards, str(tmp_path / "two"), RUNS)
     for name in RUNS:
+        assert_same_losses(pair[name], losses[name], TOLERANCE)
+
+
+def test_two_workers_train_on_clips_as_one(video_shards, tmp_path):
+    losses = train_runs(0, 1, video_shards, str(tmp_path / "one"), CLIP_RUNS)
+    [pair, _] = spawn_group(2, train_runs, video_shards, str(tmp_path / "two"), CLIP_RUNS)
+    for name in CLIP_RUNS:
         assert_same_losses(pair[name], losses[name], TOLERANCE)
 
 
