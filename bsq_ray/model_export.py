@@ -134,7 +134,7 @@ def _reduce_prior(folder: model_folder.ModelFolder, url: str, side: int) -> mode
         model_folder.load_model_folder_config(tokenizer_url), config.TokenizerConfig, tokenizer_url
     )
     if frames > 1 or not tokenizer.model.any_size:
-        raise ValueError(f"the tiles of {url} have one size, because its tokenizer is not for images of any size")
+        raise ValueError(f"{url} keeps its tiles: --prior-side is for priors of images with a tokenizer for any size")
     if not 1 <= side <= min(rows, columns):
         raise ValueError(f"{url} predicts {rows} x {columns} tokens together; choose at most {min(rows, columns)}")
     if side % tokenizer.model.position_period:

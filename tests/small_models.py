@@ -21,6 +21,30 @@ def save_tokenizer(url, seed, frames=1, **model_changes):
     return str(url)
 
 
+def save_any_size(url, frames=1, causal=True):
+    """A tokenizer for any size: patches of 8 px, 10 bits; all weights are large enough to have an effect."""
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "heads": 2}
+    tokenizer = Tokenizer(
+        config.TokenizerModelConfig(
+            image_size=64,
+            frames=frames,
+            causal=causal,
+            position="rotary",
+            attention_radius=2,
+            position_period=4,
+            encoder=config.TransformerConfig(**sizes),
+            decoder=config.DecoderConfig(**sizes, head_hidden_dim=32),
+            quantizer=config.BSQConfig(bits=10),
+        )
+    )
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokenizer.save_pretrained(str(url))
+    return str(url)
+
+
 def retrain_decoder(url, out):
     """A tokenizer with the tokens of the model folder `url` and another decoder, as a model folder."""
     folder = model_folder.load_model_folder(url)

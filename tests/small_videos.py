@@ -115,3 +115,23 @@ def make_flat_video(luma, cb, cr, size, matrix, full_range):
         output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return file.getvalue()
+
+
+def video_of_two_sizes():
+    """Return an MKV file of two frames of 64 x 48 pixels and two of 96 x 80."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        packets = []
+        for width, height in ((64, 48), (96, 80)):
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuvj420p"
+            encoder.time_base = Fraction(1, 25)
+            for _ in range(2):
+                frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 99, np.uint8), "rgb24")
+                packets += encoder.encode(frame.reformat(format="yuvj420p"))
+        for number, packet in enumerate(packets):
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            output.mux(packet)
+    return file.getvalue()

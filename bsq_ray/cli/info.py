@@ -71,9 +71,9 @@ def _format_run(run_config: config.AnyConfig) -> str:
     training = run_config.training
     if isinstance(run_config, config.TokenizerConfig):
         model = run_config.model
-        num_tokens = model.grid_size**2
+        num_tokens, kind = model.grid_size**2, "images" if model.frames == 1 else "frames"
         lines = [
-            f"{'images of any size, trained at ' if model.any_size else ''}{model.image_size} px"
+            f"{f'{kind} of any size, trained at ' if model.any_size else ''}{model.image_size} px"
             f"{'' if model.any_size else ' images'}, {num_tokens} tokens of {model.quantizer.bits} bits "
             f"({model.quantizer.kind}), {model.quantizer.bits / model.patch_size**2:g} bits per pixel",
             f"encoder {model.encoder.layers} x {model.encoder.width}, "

@@ -3,15 +3,18 @@
     frames (3, T, H, W) ─replicate edges─▶ whole patches ─encode─▶ tokens of their grid
     tokens ─decode─▶ whole patches ─crop─▶ frames
 
-A token depends on its neighborhood only, so large frames are computed in blocks of limited memory.
+A token depends on its neighborhood only, so large frames are computed in blocks. The memory of a block does not grow
+with the size of the frames, but with their number, and with layers and width of the model: a block has at least 32 x 32
+tokens of every frame, and those around it that take part in them.
 
 Shape suffixes: T frames, H and W pixels, t frames, r rows and c columns of tokens, L bits of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,3 +59,21 @@ class WholeFrameCoder:
         return self._pixel_codec.decode_region(
             bits_trcL.permute(1, 2, 0, 3), available_rc, len(bits_trcL), region, check_cancelled
         )
+
+
+def check_frame_sizes(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the frames (H, W, 3) of a video that keeps its size.
+
+    Raises:
+        ValueError: a frame has another size than the first one.
+    """
+    first_hw: tuple[int, ...] | None = None
+    for number, frame in enumerate(frames):
+        height, width = frame.shape[:2]
+        first_hw = first_hw or (height, width)
+        if (height, width) != first_hw:
+            raise ValueError(
+                f"frame {number} of the video has {width} x {height} pixels and frame 0 {first_hw[1]} x {first_hw[0]}, "
+                "but this model keeps the size of a video; convert it to one size first"
+            )
+        yield frame

@@ -16,11 +16,13 @@ from bsq_ray.planning.feature_costs import (
     head_input_bytes,
     trunk_activation_bytes,
 )
+from bsq_ray.planning.flops import attention_pairs
 from bsq_ray.planning.layer_costs import (
     code_channels,
     discriminator_inputs_per_sample,
     discriminator_layers,
     frames_per_resolution,
+    local_attention_blocks,
     perceptual_layers,
     stylegan_channels,
 )
@@ -45,7 +47,7 @@ def block_activation_bytes(transformer: config.TransformerConfig, half: bool, pe
     )
 
 
-def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> int:
+def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> float:
     """Return the bytes that encoder, quantizer and decoder save for one image or clip.
 
     With gradient checkpointing each block saves its fp32 input, and one block at a time saves everything.
@@ -55,7 +57,7 @@ def tokenizer_activation_bytes(model: config.TokenizerModelConfig, half: bool) -
     return _tokens(model) * (per_token + _transformer_bytes(model, (model.encoder, model.decoder), half))
 
 
-def decoder_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> int:
+def decoder_activation_bytes(model: config.TokenizerModelConfig, half: bool) -> float:
     """Return the bytes that a tokenizer saves for one image or clip if its decoder alone is trained."""
     patch, channels = 3 * model.patch_size**2, code_channels(model.quantizer)
     per_token = (2 if half else 4) * (channels + model.decoder.head_hidden_dim) + 12 * patch
@@ -68,21 +70,39 @@ def _tokens(model: config.TokenizerModelConfig) -> int:
 
 def _transformer_bytes(
     model: config.TokenizerModelConfig, transformers: Sequence[config.TransformerConfig], half: bool
-) -> int:
+) -> float:
     """Return the bytes that transformers save per token."""
     operand_bytes = 2 if half else 4
-    per_frame = model.causal and model.frames > 1
-    per_token = 0
+
+    def block_bytes(sizes: config.TransformerConfig) -> float:
+        saved = block_activation_bytes(sizes, half, model.causal and model.frames > 1)
+        return saved + operand_bytes * sizes.width * _copies_per_token(model)
+
+    per_token = 0.0
     for sizes in transformers:
         # The two outer norms, and the projection that follows.
         per_token += 8 * sizes.width + 16 + operand_bytes * sizes.width
         if not model.gradient_checkpointing:
-            per_token += sizes.layers * block_activation_bytes(sizes, half, per_frame)
+            per_token += sizes.layers * block_bytes(sizes)
         else:
             per_token += sizes.layers * 4 * sizes.width
     if model.gradient_checkpointing:
-        per_token += max(block_activation_bytes(sizes, half, per_frame) for sizes in transformers)
+        per_token += max(block_bytes(sizes) for sizes in transformers)
     return per_token
+
+
+def _copies_per_token(model: config.TokenizerModelConfig) -> float:
+    """Return how many more vectors of queries, keys and values local attention saves than one of each per token."""
+    blocks = local_attention_blocks(model)
+    return (blocks.queries + 2 * blocks.keys) / model.grid_size**2 - 3 if blocks else 0.0
+
+
+def attention_mask_bytes(model: config.TokenizerModelConfig, only_decoder: bool, half: bool) -> float:
+    """Return the bytes of masks that local attention saves in all blocks, for all samples together."""
+    if model.attention_radius is None or model.grid_size <= model.attention_radius + 1:
+        return 0.0
+    layers = model.decoder.layers + (0 if only_decoder else model.encoder.layers)
+    return (2 if half else 4) * attention_pairs(model) * (1 if model.gradient_checkpointing else layers)
 
 
 def perceptual_activation_bytes(loss: config.TokenizerLossConfig, image_size: int, half: bool) -> int:

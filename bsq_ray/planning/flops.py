@@ -16,11 +16,9 @@ from bsq_ray.planning.layer_costs import (
     discriminator_inputs_per_sample,
     discriminator_layers,
     head_layers,
+    local_attention_blocks,
     perceptual_layers,
 )
-
-# As in models/layers/local_attention.py: the largest grid that is computed as a whole, and the side of a block.
-_MAX_DENSE_TOKENS, _LOCAL_BLOCK = 272, 8
 
 
 def blocks_flops(transformer: config.TransformerConfig, tokens: int, pairs: int) -> int:
@@ -42,10 +40,8 @@ def attention_pairs(model: config.TokenizerModelConfig) -> int:
     The pairs of two frames times T², or with block-causal attention T (T + 1) / 2. Local attention computes frames of
     many tokens in blocks of 8 x 8 queries, each with the keys at most `attention_radius` rows and columns away.
     """
-    frame_pairs, radius = model.grid_size**4, model.attention_radius
-    if radius is not None and model.grid_size**2 > _MAX_DENSE_TOKENS and model.grid_size > radius + 1:
-        num_blocks = (-(-model.grid_size // _LOCAL_BLOCK)) ** 2
-        frame_pairs = num_blocks * _LOCAL_BLOCK**2 * (_LOCAL_BLOCK + 2 * radius) ** 2
+    blocks = local_attention_blocks(model)
+    frame_pairs = blocks.queries * blocks.keys_per_query if blocks else model.grid_size**4
     return frame_pairs * (model.frames * (model.frames + 1) // 2 if model.causal else model.frames**2)
 
 

@@ -65,6 +65,35 @@ class FeatureMap:
     positions: int
 
 
+# As in models/layers/local_attention.py: the largest grid that is computed as a whole, and the side of a block.
+_MAX_DENSE_TOKENS, _LOCAL_BLOCK = 272, 8
+
+
+@dataclass(frozen=True)
+class LocalBlocks:
+    """Blocks of local attention in one frame.
+
+    Attributes:
+        queries: queries of all blocks, with padding.
+        keys: keys of all blocks, each with its margins.
+        keys_per_query: keys of a block.
+    """
+
+    queries: int
+    keys: int
+    keys_per_query: int
+
+
+def local_attention_blocks(model: config.TokenizerModelConfig) -> LocalBlocks | None:
+    """Return the blocks in which local attention computes large frames; None if it computes frames as a whole."""
+    radius = model.attention_radius
+    if radius is None or model.grid_size**2 <= _MAX_DENSE_TOKENS or model.grid_size <= radius + 1:
+        return None
+    num_blocks = (-(-model.grid_size // _LOCAL_BLOCK)) ** 2
+    keys_per_query = (_LOCAL_BLOCK + 2 * radius) ** 2
+    return LocalBlocks(num_blocks * _LOCAL_BLOCK**2, num_blocks * keys_per_query, keys_per_query)
+
+
 def num_transformer_parameters(transformer: config.TransformerConfig, positions: int) -> int:
     """Return the parameters of position embeddings, two norms, and the blocks."""
     return positions * transformer.width + 4 * transformer.width + num_block_parameters(transformer)

@@ -55,7 +55,7 @@ def training_memory(run: config.AnyConfig, workers: int, micro_batch: int) -> Me
     state = _state_bytes(sum(sample.parameters.values()), engine, workers, accumulates)
     # Muon has one moment per element of its matrices; it is not combined with ZeRO.
     state["optimizer"] -= 4.0 * num_muon_elements(run)
-    weights = state["weights"] + 4 * sample.frozen_parameters + sample.weight_copy_bytes
+    weights = state["weights"] + 4 * sample.frozen_parameters + sample.copied_bytes
     # Only one engine at a time has buckets.
     buckets = _bucket_bytes(max(sample.parameters.values()), engine, workers)
     ema = 4.0 * next(iter(sample.parameters.values())) if run.training.ema_decay else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bsq_ray import config
-from bsq_ray.planning.activations import discriminator_phase_bytes, generator_phase_bytes
+from bsq_ray.planning.activations import attention_mask_bytes, discriminator_phase_bytes, generator_phase_bytes
 from bsq_ray.planning.feature_costs import num_frozen_parameters
 from bsq_ray.planning.flops import tokenizer_step_flops
 from bsq_ray.planning.layer_costs import (
@@ -34,7 +34,7 @@ class SampleRequirements:
         unit: name of a sample, plural.
         parameters: trained parameters by module; the first module is averaged and exported.
         frozen_parameters: parameters of networks that are not trained.
-        weight_copy_bytes: bytes of copies of the fp32 weights for matrix products.
+        copied_bytes: bytes of copies of the fp32 weights for matrix products, and of masks of attention.
         flops: operations of a step by part, with all phases.
         activations: bytes saved at the start of each phase's backward pass.
         bytes_read: bytes read from storage.
@@ -43,7 +43,7 @@ class SampleRequirements:
     unit: str
     parameters: dict[str, int]
     frozen_parameters: int
-    weight_copy_bytes: float
+    copied_bytes: float
     flops: dict[str, float]
     activations: tuple[float, ...]
     bytes_read: float
@@ -68,11 +68,12 @@ def _tokenizer_requirements(run: config.TokenizerConfig) -> SampleRequirements:
     # spectral norm).
     half = run.training.engine.precision != "fp32"
     copied = (tokenizer, discriminator, perceptual, frozen_features)
+    mask_bytes = attention_mask_bytes(model, run.training.only == "decoder", half)
     return SampleRequirements(
         unit="images" if model.frames == 1 else "clips",
         parameters={"generator": generator, "discriminator": discriminator},
         frozen_parameters=perceptual + frozen_features + tokenizer - generator,
-        weight_copy_bytes=2 * sum(copied) if half else 4 * discriminator,
+        copied_bytes=(2 * sum(copied) if half else 4 * discriminator) + mask_bytes,
         flops=tokenizer_step_flops(run),
         activations=(generator_phase_bytes(run), discriminator_phase_bytes(run)),
         bytes_read=_JPEG_BYTES if model.frames == 1 else _VIDEO_BYTES,
@@ -86,7 +87,7 @@ def _token_model_requirements(run: config.MaskedLMConfig | config.PriorConfig) -
         unit="rows",
         parameters={"model": parameters},
         frozen_parameters=0,
-        weight_copy_bytes=2 * parameters if half else 0,
+        copied_bytes=2 * parameters if half else 0,
         flops={"model": token_model_step_flops(run.model)},
         activations=(token_model_activation_bytes(run.model, half),),
         bytes_read=run.model.num_tokens * run.model.bits / 8,

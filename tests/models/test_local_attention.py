@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from bsq_ray.models.layers.attention import attention
 from bsq_ray.models.layers.local_attention import RotaryPositions, local_attention, rotate
-from bsq_ray.models.layers.transformer import attend
 
 HEADS, HEAD_DIM = 2, 8
 CPU = torch.device("cpu")
@@ -51,7 +50,8 @@ def geometry(grid, radius, dtype=torch.float64, frames=1):
 
 
 def rotate_and_attend(q_BHNE, k_BHNE, v_BHNE, neighborhood):
-    return local_attention(rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood), v_BHNE, neighborhood)
+    q_BHNE, k_BHNE = rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood)
+    return local_attention(q_BHNE, k_BHNE, v_BHNE, q_BHNE.shape[2], neighborhood)
 
 
 @given(rows=st.integers(1, 21), columns=st.integers(1, 21), radius=st.one_of(st.none(), st.integers(1, 6)))
@@ -78,7 +78,7 @@ def test_attention_in_clips_equals_all_pairs(causal, rows, columns, radius, fram
     neighborhood = geometry(grid, radius, frames=frames)
     q_BHNE, k_BHNE = rotate(qkv[0], neighborhood), rotate(qkv[1], neighborhood)
     span = rows * columns if causal else frames * rows * columns
-    result = attend(q_BHNE, k_BHNE, qkv[2], span, neighborhood)
+    result = local_attention(q_BHNE, k_BHNE, qkv[2], span, neighborhood)
     expected = reference(*qkv, grid, radius, frames, causal)
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(result)
@@ -120,7 +120,7 @@ def test_neighborhood_without_radius_masks_nothing():
     for radius, grid in ((None, (30, 20)), (4, (5, 3))):
         assert geometry(grid, radius).row_masks is None
     qkv = random_qkv((5, 3)).detach()
-    assert torch.equal(local_attention(*qkv, geometry((5, 3), 4)), attention(*qkv).transpose(1, 2))
+    assert torch.equal(local_attention(*qkv, 15, geometry((5, 3), 4)), attention(*qkv).transpose(1, 2))
 
 
 def test_neighborhood_from_inference_mode_can_train():

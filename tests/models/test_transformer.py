@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bsq_ray import config
-from bsq_ray.models.layers.transformer import VisionTransformer, attend
+from bsq_ray.models.layers.attention import span_attention
+from bsq_ray.models.layers.transformer import VisionTransformer
 
 
 def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
@@ -15,7 +16,7 @@ def small_transformer(frames=1, causal=True, gradient_checkpointing=False):
 
 
 def dense_attention(q, k, v, span):
-    """Compute the same as `attend`, with an explicit mask."""
+    """Compute the same as `span_attention`, with an explicit mask."""
     earlier = k.shape[2] - q.shape[2]
     frame_M = torch.arange(k.shape[2]) // span
     mask_NM = frame_M[earlier:, None] >= frame_M[None, :]
@@ -24,14 +25,14 @@ def dense_attention(q, k, v, span):
 
 @pytest.mark.parametrize("earlier", [0, 8])
 @pytest.mark.parametrize("span", [4, 12])
-def test_attend_matches_block_causal_mask(span, earlier):
+def test_span_attention_matches_block_causal_mask(span, earlier):
     """Frame-by-frame attention matches attention with a block-causal mask, in values and gradients."""
     earlier = earlier if span == 4 else 0
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, length, 8, requires_grad=True) for length in (12, earlier + 12, earlier + 12)]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
     weight = torch.randn(2, 12, 3, 8)
-    y, expected = attend(*ours, span), dense_attention(*theirs, span)
+    y, expected = span_attention(*ours, (span, span)), dense_attention(*theirs, span)
     torch.testing.assert_close(y, expected)
     for result in (y, expected):
         (result * weight).sum().backward()
@@ -39,7 +40,7 @@ def test_attend_matches_block_causal_mask(span, earlier):
         torch.testing.assert_close(left.grad, right.grad)
 
 
-def test_attend_computes_only_allowed_pairs_without_mask(monkeypatch):
+def test_span_attention_computes_only_allowed_pairs_without_mask(monkeypatch):
     pairs = []
     original = F.scaled_dot_product_attention
 

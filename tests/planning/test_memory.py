@@ -11,6 +11,7 @@ from bsq_ray.models.masked_lm import MaskedLM
 from bsq_ray.models.prior import Prior
 from bsq_ray.models.tokenizer import Tokenizer
 from bsq_ray.planning.activations import (
+    attention_mask_bytes,
     decoder_activation_bytes,
     discriminator_activation_bytes,
     discriminator_phase_bytes,
@@ -76,6 +77,36 @@ def test_tokenizer_activation_bytes_within_five_percent(overrides, half, fused_a
     copies = 2 * sum(value.numel() for value in tokenizer.parameters()) if half else 0
     saved_bytes = saved_tensor_bytes(forward, tokenizer, copies)
     assert tokenizer_activation_bytes(model, half) == pytest.approx(saved_bytes / IMAGES, rel=0.05)
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.frames=3"],
+        ["model.frames=3", "model.causal=false"],
+        ["model.image_size=160"],
+        ["model.image_size=160", "model.frames=3"],
+        ["model.image_size=192", "model.frames=3", "model.causal=false", "model.attention_radius=2"],
+    ],
+)
+def test_local_attention_bytes_within_six_percent(overrides, half, fused_attention):
+    """Blocks of large frames save copies of keys and values; masks are saved once for all samples."""
+    sizes = "{width: 128, layers: 2, heads: 4}"
+    small = [f"model.encoder={sizes}", f"model.decoder={sizes}"]
+    model = load_config("demo-any-size", [*small, *overrides]).model
+    tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
+
+    def forward():
+        with autocast(half):
+            output = tokenizer(images_BCHW)
+            return (output.images - images_BCHW).abs().mean() + output.quantized.loss, output.images.clamp(-1, 1)
+
+    copies = 2 * sum(value.numel() for value in tokenizer.parameters()) if half else 0
+    saved_bytes = saved_tensor_bytes(forward, tokenizer, copies)
+    planned_bytes = IMAGES * tokenizer_activation_bytes(model, half) + attention_mask_bytes(model, False, half)
+    assert planned_bytes == pytest.approx(saved_bytes, rel=0.06)
 
 
 @pytest.mark.parametrize("half", [True, False])

@@ -337,7 +337,7 @@ def test_video_work_stops_when_cancelled_or_late(replicas, clip, end):
     """The work stops after the first chunk when the client disconnects or the deadline passes."""
     engine, calls = replicas["clips"]["tokenizer"]._engine.video, []
 
-    def run_in_model_thread(function, *arguments):
+    def run_in_model_thread(num_pixels, function, *arguments):
         calls.append(1)
         if end == "cancelled":
             deadline.cancelled.set()

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bsq_ray import config, model_folder, storage
-from bsq_ray.codec.codec import Codec
-from bsq_ray.codec.whole_frames import WholeFrameCoder
+from bsq_ray.codec.whole_frames import WholeFrameCoder, check_frame_sizes
 from bsq_ray.data.transforms import Interpolation, eval_transform, to_float, to_uint8
 from bsq_ray.evaluation.plots.image_encoding import encode_png
 from bsq_ray.media.images import read_image
@@ -31,8 +30,8 @@ from bsq_ray.runtime.progress_callback import ProgressCallback, no_progress
 def reconstruct_file(model_url: str, image_url: str, out: Path, weights: WeightsKind = "ema") -> str:
     """Write original and reconstruction side by side as PNG; return a sentence with bits and PSNR.
 
-    The image is resized to the model's size as in the evaluation (short side, center crop), unless the model takes any
-    size.
+    The image is resized to the model's size as in the evaluation (short side, center crop), unless the model has local
+    attention.
 
     Raises:
         ValueError: the model or the image cannot be read, or `out` is not a .png file.
@@ -70,11 +69,10 @@ def _reconstruct_crop(
 
 def _reconstruct_whole(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor, int]:
     """Return an image, its reconstruction in blocks of limited memory, uint8 (3, H, W), and the number of bits."""
-    codec = Codec(tokenizer, decode_dtype=torch.float32)
-    compressed = codec.compress(image)
-    pair = (np.array(each).transpose(2, 0, 1) for each in (image, codec.decompress(compressed.data)))
-    original, reconstruction = map(torch.from_numpy, pair)
-    return original, reconstruction, compressed.raw_bits
+    coder, original = WholeFrameCoder(tokenizer), torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    bits_trcL = coder.encode(original[:, None])
+    reconstruction = coder.decode(bits_trcL, (image.height, image.width))[:, 0]
+    return original, reconstruction, bits_trcL.numel()
 
 
 def reconstruct_clip(
@@ -86,9 +84,9 @@ def reconstruct_clip(
 ) -> str:
     """Write a clip of any length and its reconstruction side by side as MP4; return a sentence with bits and PSNR.
 
-    Frames are resized as in the evaluation (short side, center crop), unless the model takes any size. Memory does not
-    grow with the clip: frames are processed in a stream, one by one for a causal model; in chunks of the model's length
-    for full attention, and for a model of any size.
+    Frames are resized as in the evaluation (short side, center crop), unless the model has local attention. Memory does
+    not grow with the clip: frames are processed in a stream, one by one for a causal model; in chunks of the model's
+    length if frames see later ones, or keep their size.
 
     Args:
         model_url: model folder of a tokenizer.
@@ -116,7 +114,7 @@ def reconstruct_clip(
 
         def originals() -> Iterator[Tensor]:
             nonlocal height, width
-            for pixels_HWC in video.frames:
+            for pixels_HWC in check_frame_sizes(video.frames) if keeps_size else video.frames:
                 if keeps_size:
                     frame = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
                 else:

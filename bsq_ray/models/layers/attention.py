@@ -32,6 +32,39 @@ def causal_attention(q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
     return _softmax_weighted_sum(scores_BHNN.masked_fill(future_mask_NN, -torch.inf), v_BHNE)
 
 
+def span_attention(
+    q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, spans: tuple[int, int], mask_NM: Tensor | None = None
+) -> Tensor:
+    """Attend from each span of queries to its own span of keys and to all earlier keys; return (B, N, H, E).
+
+    Args:
+        k_BHME, v_BHME: the last spans belong to the spans of the queries.
+        spans: queries and keys of a span.
+        mask_NM: the pairs of one span (…, N, M) that attend, the same for any two spans; None: all.
+    """
+    parts = []
+    queries = q_BHNE.split(spans[0], 2)
+    keys, values = (_prefixes(x_BHME, len(queries), spans[1]) for x_BHME in (k_BHME, v_BHME))
+    for q, k, v in zip(queries, keys, values, strict=True):
+        if mask_NM is None:
+            parts.append(attention(q, k, v).transpose(1, 2))
+        else:
+            mask = mask_NM.repeat(*(1,) * (mask_NM.ndim - 1), k.shape[2] // spans[1])
+            parts.append(masked_attention(q, k, v, mask).transpose(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _prefixes(x_BHME: Tensor, num_spans: int, span: int) -> list[Tensor]:
+    """Return the prefixes of x that end with each of the last `num_spans` spans, shortest first.
+
+    Each prefix is a slice of the next longer one. As a slice of x, its gradient would be padded to the length of x.
+    """
+    prefixes = [x_BHME]
+    while len(prefixes) < num_spans:
+        prefixes.append(prefixes[-1][:, :, :-span])
+    return prefixes[::-1]
+
+
 def masked_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, mask_NM: Tensor) -> Tensor:
     """Attend from every query to the keys for which the mask (…, N, M) is True."""
     if not _should_use_eager(q_BHNE, k_BHME):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bsq_ray.models.layers.attention import attention, masked_attention
+from bsq_ray.models.layers.attention import span_attention
 
 # Positions are small numbers of patches, so the longest wavelength is about 630 patches.
 _ROTARY_BASE = 100.0
@@ -52,6 +52,11 @@ class Neighborhood(NamedTuple):
     column_rotation: Tensor
     row_masks: Tensor | None
     column_masks: Tensor | None
+
+    @property
+    def is_dense(self) -> bool:
+        """True if the tokens of a frame are one block."""
+        return self.grid[0] * self.grid[1] <= _MAX_DENSE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ def _build_neighborhood(
     ]
     if radius is None or max(grid) <= radius + 1:
         return Neighborhood(grid, radius, rotations[0], rotations[1], None, None)
-    is_one_block = grid[0] * grid[1] <= _MAX_DENSE_TOKENS
-    masks = [(_dense_mask if is_one_block else _axis_masks)(length, radius).to(device) for length in grid]
-    return Neighborhood(grid, radius, rotations[0], rotations[1], masks[0], masks[1])
+    unmasked = Neighborhood(grid, radius, rotations[0], rotations[1], None, None)
+    masks = [(_dense_mask if unmasked.is_dense else _axis_masks)(length, radius).to(device) for length in grid]
+    return unmasked._replace(row_masks=masks[0], column_masks=masks[1])
 
 
 def _frequencies(count: int) -> Tensor:
@@ -132,31 +137,37 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.cat([-imaginary, real], -1)
 
 
-def local_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, neighborhood: Neighborhood) -> Tensor:
-    """Attend from every token to its neighborhood in all frames of the keys; return (B, N, H, E).
+def local_attention(q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int, neighborhood: Neighborhood) -> Tensor:
+    """Attend from every token to its neighborhood in the frames that it can see; return (B, N, H, E).
 
     Args:
         q_BHNE, k_BHME: rotated queries and keys of whole frames.
+        span: tokens of a frame, which sees itself and earlier ones; N if every frame sees all.
     """
     row_masks, column_masks = neighborhood.row_masks, neighborhood.column_masks
+    if row_masks is None or column_masks is None or neighborhood.is_dense:
+        # A view would keep the memory of the whole projection for the backward pass.
+        v_BHME = v_BHME.contiguous()
     if row_masks is None or column_masks is None:
-        return attention(q_BHNE, k_BHME, v_BHME).transpose(1, 2)
+        return span_attention(q_BHNE, k_BHME, v_BHME, (span, span))
     grid, batch_size = neighborhood.grid, len(q_BHNE)
-    num_frames, num_key_frames = (x.shape[2] // (grid[0] * grid[1]) for x in (q_BHNE, k_BHME))
-    if grid[0] * grid[1] <= _MAX_DENSE_TOKENS:
-        mask_NM = _pair_masks(row_masks[0], column_masks)[0].repeat(num_frames, num_key_frames)
-        return masked_attention(q_BHNE, k_BHME, v_BHME, mask_NM).transpose(1, 2)
+    span_frames = span // (grid[0] * grid[1])
+    if neighborhood.is_dense:
+        mask_NM = _pair_masks(row_masks[0], column_masks)[0].repeat(span_frames, span_frames)
+        return span_attention(q_BHNE, k_BHME, v_BHME, (span, span), mask_NM)
     assert neighborhood.radius is not None
     radius = neighborhood.radius
     queries, keys, values = _blocks(q_BHNE, grid, 0), _blocks(k_BHME, grid, radius), _blocks(v_BHME, grid, radius)
+    spans = span_frames * _BLOCK**2, span_frames * (_BLOCK + 2 * radius) ** 2
     rows = []
-    # One row of blocks at a time, because the margins of blocks overlap and are copied.
+    # One row of blocks at a time, because the margins of blocks overlap and are copied, once for all frames.
     for row, row_mask in enumerate(row_masks):
-        q, k, v = (blocks[:, row].flatten(3, 5).flatten(0, 1) for blocks in (queries, keys, values))
-        masks = _pair_masks(row_mask, column_masks).repeat(batch_size, num_frames, num_key_frames)
-        y = masked_attention(q, k, v, masks[:, None])
-        y = y.unflatten(2, (-1, _BLOCK, _BLOCK)).unflatten(0, (batch_size, -1))  # B block_columns H T row column E
-        rows.append(y.permute(0, 3, 4, 1, 5, 2, 6).flatten(3, 4))
+        # Images are additional heads, so that the masks of a block hold for all of them.
+        q, k, v = (blocks[row].flatten(3, 5).flatten(1, 2) for blocks in (queries, keys, values))
+        mask_WQK = _pair_masks(row_mask, column_masks).repeat(1, span_frames, span_frames)
+        y = span_attention(q, k, v, spans, mask_WQK[:, None])
+        y = y.unflatten(2, (batch_size, -1)).unflatten(1, (-1, _BLOCK, _BLOCK))  # W T row column B H E
+        rows.append(y.permute(4, 1, 2, 0, 3, 5, 6).flatten(3, 4))
     return torch.cat(rows, 2)[:, :, : grid[0], : grid[1]].flatten(1, 3)
 
 
@@ -169,13 +180,13 @@ def _pair_masks(row_mask: Tensor, column_masks: Tensor) -> Tensor:
 def _blocks(x_BHNE: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
     """Return blocks with margins as a view, zero outside the grid.
 
-    The dimensions are B, block rows, block columns, H, T, side, side, E.
+    The dimensions are block rows, block columns, B, H, T, side, side, E.
     """
     rows, columns = grid
     x = x_BHNE.unflatten(2, (-1, *grid))
     x = F.pad(x, (0, 0, margin, margin + -columns % _BLOCK, margin, margin + -rows % _BLOCK))
     side = _BLOCK + 2 * margin
-    return x.unfold(3, side, _BLOCK).unfold(4, side, _BLOCK).permute(0, 3, 4, 1, 2, 6, 7, 5)
+    return x.unfold(3, side, _BLOCK).unfold(4, side, _BLOCK).permute(3, 4, 0, 1, 2, 6, 7, 5)
 
 
 def _dense_mask(length: int, radius: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bsq_ray import config
-from bsq_ray.models.layers.attention import attention, split_heads
+from bsq_ray.models.layers.attention import span_attention, split_heads
 from bsq_ray.models.layers.kv_cache import KeyValueCache
 from bsq_ray.models.layers.local_attention import Neighborhood, RotaryPositions, local_attention, rotate
 from bsq_ray.models.layers.mlp import build_mlp, init_weights
@@ -53,40 +53,11 @@ class SelfAttention(nn.Module):
             q_BHNE, k_BHNE = rotate(q_BHNE, neighborhood), rotate(k_BHNE, neighborhood)
         if cache is not None:
             k_BHNE, v_BHNE = cache.extend(k_BHNE, v_BHNE)
-        return cast(Tensor, self.out(attend(q_BHNE, k_BHNE, v_BHNE, span, neighborhood).flatten(2)))
-
-
-def attend(
-    q_BHNE: Tensor, k_BHME: Tensor, v_BHME: Tensor, span: int, neighborhood: Neighborhood | None = None
-) -> Tensor:
-    """Attend from each span of queries to its own span of keys and to all earlier keys; return (B, N, H, E).
-
-    Args:
-        k_BHME, v_BHME: the last N belong to the tokens of the queries.
-        span: tokens of a frame; N for bidirectional attention.
-        neighborhood: the keys of each span that a token attends to; None: all.
-    """
-    parts = []
-    spans = q_BHNE.split(span, 2)
-    for q_BHSE, k, v in zip(
-        spans, _causal_prefixes(k_BHME, len(spans), span), _causal_prefixes(v_BHME, len(spans), span), strict=True
-    ):
         if neighborhood is None:
-            parts.append(attention(q_BHSE, k, v).transpose(1, 2))
+            y_BNHE = span_attention(q_BHNE, k_BHNE, v_BHNE, (span, span))
         else:
-            parts.append(local_attention(q_BHSE, k, v, neighborhood))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _causal_prefixes(x_BHME: Tensor, num_spans: int, span: int) -> list[Tensor]:
-    """Return the prefixes of x that end with each of the last `num_spans` spans, shortest first.
-
-    Each prefix is a slice of the next longer one. As a slice of x, its gradient would be padded to the length of x.
-    """
-    prefixes = [x_BHME]
-    while len(prefixes) < num_spans:
-        prefixes.append(prefixes[-1][:, :, :-span])
-    return prefixes[::-1]
+            y_BNHE = local_attention(q_BHNE, k_BHNE, v_BHNE, span, neighborhood)
+        return cast(Tensor, self.out(y_BNHE.flatten(2)))
 
 
 class TransformerBlock(nn.Module):

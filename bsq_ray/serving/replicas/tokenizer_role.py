@@ -31,14 +31,15 @@ from bsq_ray.serving.media.image_io import png_from_pixels, read_uploaded_image
 from bsq_ray.serving.media.video_io import is_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
 from bsq_ray.serving.replicas.model_metadata import tokenizer_fields
-from bsq_ray.serving.replicas.model_thread import example_values, set_num_threads
+from bsq_ray.serving.replicas.model_thread import ModelThread, example_values, set_num_threads
 from bsq_ray.serving.replicas.replica_runtime import ReplicaRuntime
 from bsq_ray.serving.replicas.video_engine import VideoEngine
 from bsq_ray.serving.replicas.whole_images import WholeImageEngine
 
 # Videos that one replica processes concurrently, a few frames of each in turn.
 _MAX_CONCURRENT_VIDEOS = 4
-# Images of any size with at most so many pixels are computed in the thread of the batches, others in that of the codec.
+# Images and frames of any size are computed in the thread of the batches up to so many pixels at a time, others in that
+# of the codec.
 _MAX_SMALL_PIXELS = 2**18
 
 
@@ -169,18 +170,22 @@ class TokenizerRole:
         return MediaFile(png_from_pixels(pixels_CHW), "image/png", pixels_CHW[0].size, psnr=psnr)
 
     async def _run_on_whole(self, function: Callable[..., Any], item: bytes | PackedTokens, num_pixels: int) -> Any:
-        """Call a method of the engine for images of any size; large images do not delay small ones and batches."""
-        thread = self._model_thread if num_pixels <= _MAX_SMALL_PIXELS else self._codec_thread
+        """Call a method of the engine for images of any size."""
         with deadline_after(self._timeout_s) as deadline:
-            return await thread(function, item, deadline)
+            return await self._thread_for(num_pixels)(function, item, deadline)
+
+    def _run_chunk(self, num_pixels: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Compute a few frames of a video."""
+        return self._thread_for(num_pixels).run_blocking(function, *arguments)
+
+    def _thread_for(self, num_pixels: int) -> ModelThread:
+        """Return the thread for images of any size: large ones do not delay small ones and batches."""
+        is_large = self._whole_images is not None and num_pixels > _MAX_SMALL_PIXELS
+        return self._codec_thread if is_large else self._model_thread
 
     async def _run_on_video(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a video engine method in a separate thread, which runs a few frames at a time in a model thread.
-
-        Whole frames may be large, so they are computed in the thread of the codec.
-        """
+        """Call a video engine method in a separate thread, which runs a few frames at a time in a model thread."""
         loop = asyncio.get_running_loop()
-        model_thread = self._codec_thread if self._whole_images else self._model_thread
         with deadline_after(self._timeout_s) as deadline:
-            call = partial(function, *arguments, run_in_model_thread=model_thread.run_blocking, deadline=deadline)
+            call = partial(function, *arguments, run_in_model_thread=self._run_chunk, deadline=deadline)
             return await loop.run_in_executor(self._video_threads, call)

@@ -5,7 +5,7 @@
 
 Memory does not grow with the length of the video, except for the response. Tokens and pixels equal those of
 `bsq-ray reconstruct`: squares of the model's size in a stream, or with local attention whole frames, as many at a time
-as the model has.
+as the model has. The frames of a large chunk are computed in the thread of the codec.
 
 Shape suffixes: T frames of a chunk, t frames, r rows and c columns of tokens, L bits of a token, H and W pixels.
 """
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bsq_ray.codec.whole_frames import WholeFrameCoder
+from bsq_ray.codec.whole_frames import WholeFrameCoder, check_frame_sizes
 from bsq_ray.data.transforms import eval_transform, to_float, to_uint8
 from bsq_ray.media.color import ColorDescription
 from bsq_ray.metrics.psnr import psnr
@@ -36,7 +36,7 @@ from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
 from bsq_ray.serving.service_config import Limits
 
-# Calls a function in the model thread and returns its result.
+# Calls a function in a model thread and returns its result; the first argument is the number of pixels to compute.
 RunInModelThread = Callable[..., Any]
 # BT.709, as in most videos: tokens do not contain the color space of their source.
 _DEFAULT_COLOR = ColorDescription(1, 1, 1, 0)
@@ -56,8 +56,8 @@ class VideoEngine:
         self._image_size, self._patch_size = model_config.image_size, model_config.patch_size
         self._whole_frames = WholeFrameCoder(tokenizer) if model_config.has_local_attention else None
         self._chunk_frames = model_config.frames if self._whole_frames else frames_per_chunk(model_config)
-        # Frames are resized to this many pixels, unless they keep their size.
-        self._min_pixels = 1 if self._whole_frames else self._image_size**2
+        # Frames are resized to the model's square, unless they keep their size; then they have at least one patch.
+        self._min_pixels = (self._patch_size if self._whole_frames else self._image_size) ** 2
 
     def encode(self, data: bytes, *, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
         """Return the tokens of a video file.
@@ -67,8 +67,8 @@ class VideoEngine:
         """
         video, encode = read_uploaded_video(data, self._limits, self._min_pixels), self._start_encoder(deadline)
         grids, packed = [], []
-        for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline):
-            bits_trcL: Tensor = run_in_model_thread(encode, chunk)
+        for chunk in self._iter_chunks(self._prepare(video.frames), deadline):
+            bits_trcL: Tensor = run_in_model_thread(_num_pixels(chunk), encode, chunk)
             grids.append(list(bits_trcL.shape[:3]))
             packed.append(pack_bits(bits_trcL.flatten(0, 2)).numpy().tobytes())
         return PackedTokens(
@@ -94,17 +94,18 @@ class VideoEngine:
         """
         num_frames, rows, columns = tokens.grid
         size_hw = rows * self._patch_size, columns * self._patch_size
+        frame_pixels = size_hw[0] * size_hw[1]
         packed_trcb = np.frombuffer(tokens.packed, np.uint8).reshape(num_frames, rows, columns, -1)
         decode = self._start_decoder(deadline)
 
         def frames() -> Iterator[np.ndarray]:
             for chunk in self._iter_chunks(packed_trcb, deadline):
                 packed = torch.from_numpy(np.stack(chunk).reshape(-1, packed_trcb.shape[3]))
-                bits_NL = unpack_bits(packed, self._tokenizer.quantizer.bits)
-                yield from run_in_model_thread(decode, bits_NL.unflatten(0, (-1, rows, columns)), size_hw)
+                bits_trcL = unpack_bits(packed, self._tokenizer.quantizer.bits).unflatten(0, (-1, rows, columns))
+                yield from run_in_model_thread(len(chunk) * frame_pixels, decode, bits_trcL, size_hw)
 
         file, num_frames = encode_video_file(frames(), media_type, rate=rate, color=_DEFAULT_COLOR)
-        return MediaFile(file, media_type, num_frames * size_hw[0] * size_hw[1], num_frames)
+        return MediaFile(file, media_type, num_frames * frame_pixels, num_frames)
 
     def check_tokens(self, tokens: PackedTokens) -> None:
         """Check the tokens of a video, without PyTorch.
@@ -123,9 +124,16 @@ class VideoEngine:
                 f"the tokens do not match this model; it expects grid [frames, {sides}] and for each token "
                 f"{bytes_per_token} bytes",
             )
-        frame_pixels = rows * columns * self._patch_size**2
-        if self._whole_frames and frame_pixels > self._limits.max_pixels:
-            raise ApiError(413, f"the frames have {frame_pixels} pixels, more than {self._limits.max_pixels}")
+        frame_pixels = self._min_pixels
+        if self._whole_frames:
+            # The last row and column of patches may extend beyond the frames that were encoded.
+            min_height, min_width = ((length - 1) * self._patch_size + 1 for length in (rows, columns))
+            frame_pixels = max(frame_pixels, min_height * min_width)
+            if min_height * min_width > self._limits.max_pixels:
+                raise ApiError(
+                    413,
+                    f"the frames have at least {min_height * min_width} pixels, more than {self._limits.max_pixels}",
+                )
         check_total_pixels(num_frames, frame_pixels, self._limits)
 
     def reconstruct(
@@ -151,9 +159,9 @@ class VideoEngine:
 
         def frames() -> Iterator[np.ndarray]:
             nonlocal num_pixels
-            for chunk in self._iter_chunks(map(self._prepare, video.frames), deadline):
+            for chunk in self._iter_chunks(self._prepare(video.frames), deadline):
                 originals.extend(chunk)
-                for frame in run_in_model_thread(encode_and_decode, chunk):
+                for frame in run_in_model_thread(_num_pixels(chunk), encode_and_decode, chunk):
                     decoded_CHW = frame.transpose(2, 0, 1)
                     num_pixels += decoded_CHW[0].size
                     psnr_values.append(float(psnr(_to_tensor(originals.popleft()), _to_tensor(decoded_CHW))))
@@ -162,11 +170,17 @@ class VideoEngine:
         file, num_frames = encode_video_file(frames(), media_type, rate=video.frame_rate, color=video.color)
         return MediaFile(file, media_type, num_pixels, num_frames, float(np.mean(psnr_values)), num_bits)
 
-    def _prepare(self, pixels_HWC: np.ndarray) -> np.ndarray:
-        """Return a frame (3, H, W), resized and cropped to the model's square unless it keeps its size."""
-        if self._whole_frames:
-            return pixels_HWC.transpose(2, 0, 1)
-        return eval_transform(Image.fromarray(pixels_HWC), self._image_size, self._resize_filter)
+    def _prepare(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield frames (3, H, W), resized and cropped to the model's square unless they keep their size."""
+        if not self._whole_frames:
+            for pixels_HWC in frames:
+                yield eval_transform(Image.fromarray(pixels_HWC), self._image_size, self._resize_filter)
+            return
+        try:
+            for pixels_HWC in check_frame_sizes(frames):
+                yield pixels_HWC.transpose(2, 0, 1)
+        except ValueError as error:
+            raise ApiError(422, str(error)) from None
 
     def _iter_chunks(self, frames: Iterable[np.ndarray], deadline: Deadline) -> Iterator[list[np.ndarray]]:
         remaining = iter(frames)
@@ -201,6 +215,10 @@ class VideoEngine:
             return list(pixels_3THW.permute(1, 2, 3, 0).contiguous().cpu().numpy())
 
         return decode
+
+
+def _num_pixels(chunk: list[np.ndarray]) -> int:
+    return len(chunk) * chunk[0][0].size
 
 
 def _to_tensor(pixels_CHW: np.ndarray) -> Tensor:
