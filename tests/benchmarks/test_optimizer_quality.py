@@ -9,18 +9,16 @@ import statistics
 
 import pytest
 import torch
-from seed_quality import quality_columns
+from seed_quality import SEEDS, clip_quality
 
 from bsq_ray.config import load_config
-from bsq_ray.data.pack import PackOptions, pack_images, pack_videos
+from bsq_ray.data.pack import PackOptions, pack_images
 from bsq_ray.data.tokenize import tokenize
-from bsq_ray.demos.prepare_data import CLIPS, PHOTOS
-from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
+from bsq_ray.demos.prepare_data import PHOTOS
 from bsq_ray.samples.labeled_photos import collect_labeled_photos
 from bsq_ray.training.launch import train
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(7200)]
-SEEDS = (0, 1, 2)
 TOKENIZER_STEPS, NUM_CROPS, CROP_SCALE = 400, 12, 1.25
 # Muon needs whole matrices, AdamW is compared with the same engine.
 COMMON = ("training.engine.kind=ddp", "training.eval_every=1000000", "training.sample_every=1000000")
@@ -98,28 +96,7 @@ def test_token_model_optimizers(preset, setting, token_tables, tmp_path, record)
 @pytest.mark.parametrize("setting", list(VIDEO_SETTINGS))
 def test_video_tokenizer_optimizers(setting, video_folders, tmp_path, record):
     """Held-out PSNR and LPIPS of `demo-video`."""
-    urls = [str(tmp_path / "shards" / split) for split in ("train", "held_out")]
-    for folder, url in zip(video_folders, urls, strict=True):
-        pack_videos(str(folder), url, PackOptions(max_side=CLIPS.max_side, num_workers=0))
     num_steps = VIDEO_STEPS[setting]
-    psnr, lpips = [], []
-    for seed in SEEDS:
-        out = tmp_path / str(seed)
-        overrides = [
-            *COMMON,
-            *VIDEO_SETTINGS[setting],
-            VIDEO_GAN,
-            f"training.steps={num_steps}",
-            f"training.seed={seed}",
-        ]
-        run_config = load_config("demo-video", overrides)
-        train(run_config, urls[0], str(out), 0, held_out_url=urls[1])
-        results = evaluate_reconstruction(f"{out}/model", urls[1], str(out / "evaluation"), workers=0)
-        psnr.append(results["rows"]["model"]["psnr"])
-        lpips.append(results["rows"]["model"]["lpips"])
-    record(
-        "video-optimizer-quality-cpu",
-        setting,
-        steps=num_steps,
-        **quality_columns(psnr, lpips),
-    )
+    overrides = [*COMMON, *VIDEO_SETTINGS[setting], VIDEO_GAN, f"training.steps={num_steps}"]
+    columns = clip_quality("demo-video", overrides, video_folders, tmp_path)
+    record("video-optimizer-quality-cpu", setting, steps=num_steps, **columns)

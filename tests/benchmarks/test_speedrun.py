@@ -22,6 +22,7 @@ TARGET_PSNR_DB, TARGET_LPIPS = 20.3, 0.238
 SETTINGS = {
     "baseline": ("demo-gan", ["training.steps=1455"], (0,)),
     "demo-460": ("demo", ["training.steps=460", "training.optimizer.muon.base_learning_rate=6.4e-2"], (0, 1, 2)),
+    "demo-520": ("demo", ["training.steps=520", "training.optimizer.muon.base_learning_rate=6.4e-2"], (0, 1, 2)),
 }
 
 
