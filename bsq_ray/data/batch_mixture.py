@@ -45,11 +45,6 @@ class BatchMixtureSource(DataSource):
         return np.concatenate([self.images.shard_sizes, self.clips.shard_sizes])
 
     @property
-    def mixes_images_and_clips(self) -> bool:
-        """True."""
-        return True
-
-    @property
     def evaluated(self) -> DataSource:
         """The video data sets: the model is one of clips."""
         return self.clips

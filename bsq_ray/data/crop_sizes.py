@@ -50,11 +50,6 @@ class CropSizeSource(DataSource):
         return self._samples.shard_sizes
 
     @property
-    def mixes_images_and_clips(self) -> bool:
-        """True if some batches have images and others clips."""
-        return self._samples.mixes_images_and_clips
-
-    @property
     def evaluated(self) -> DataSource:
         """The images or clips as center squares."""
         return self._samples.evaluated

@@ -76,11 +76,6 @@ class DataSource(ABC):
         return int(self.shard_sizes.sum())
 
     @property
-    def mixes_images_and_clips(self) -> bool:
-        """True if some batches have images and others clips."""
-        return False
-
-    @property
     def evaluated(self) -> DataSource:
         """Return the part of the data set that evaluations read."""
         return self

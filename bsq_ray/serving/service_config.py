@@ -102,8 +102,8 @@ class Limits(StrictModel):
         max_body_mb: size of one body.
         max_total_body_mb: size of all bodies in one ingress replica.
         max_pixels: pixels of an image or a frame, checked before it is decoded.
-        max_video_pixels: pixels of all frames of a video. A frame counts as at least the model's square; if the model
-            takes any size, as at least one patch.
+        max_video_pixels: pixels of all frames of a video. A frame counts as at least the model's square; with local
+            attention, as its whole patches.
         max_ongoing_requests: requests in progress in one ingress replica, after their bodies have arrived.
         upload_timeout_s: time for the body to arrive.
         request_timeout_s: time for the response.

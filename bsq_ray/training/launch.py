@@ -15,6 +15,7 @@ from typing import Any
 
 from bsq_ray import config, model_folder, storage
 from bsq_ray.config.batch_split import check_discriminator_groups, split_batch, valid_world_sizes
+from bsq_ray.data.batch_mixture import BatchMixtureSource
 from bsq_ray.data.factory import build_source, resolve_tokenizer
 from bsq_ray.data.mixture import is_mixture, store_mixture
 from bsq_ray.model_ids import KeptTokens, compute_tokens_id
@@ -167,7 +168,8 @@ def _validate(spec: RunSpec, world_sizes: Sequence[int], resume: bool) -> RunSpe
     for data_source in (source, build_source(spec.config, spec.held_out_url) if spec.held_out_url else source):
         if not data_source.num_samples:
             raise ValueError(f"{data_source.url} contains no samples")
-    if source.mixes_images_and_clips:
+    # With crop sizes there are no groups to check.
+    if isinstance(source, BatchMixtureSource):
         # The numbers of workers are valid for clips, of which the discriminator scores several frames each.
         for world_size in world_sizes:
             check_discriminator_groups(spec.config, split_batch(spec.config, max(1, world_size))[0], frames=1)

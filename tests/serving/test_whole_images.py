@@ -88,6 +88,21 @@ def test_large_images_have_the_tokens_of_the_library(client, tokenizer, photo, s
     assert_same_pixels(decoded, expected)
 
 
+def test_images_of_few_rows_are_limited_by_their_patches(client, photo):
+    """200,000 x 1 pixels are 1,600,000 in patches, which encoding and decoding would compute."""
+    for path in ("encode", "reconstruct"):
+        response = client.post(f"/v1/{path}", content=encode_image(photo.resize((200_000, 1))))
+        assert response.status_code == 413, response.text
+        assert "more than twice the limit of 300000" in response.json()["error"]
+
+
+def test_large_images_and_chunks_are_computed_in_the_thread_of_the_codec(replicas):
+    for name in ("any", "clips"):
+        role = replicas[name]["tokenizer"]
+        assert role._thread_for(2**18) is role._model_thread
+        assert role._thread_for(2**18 + 1) is role._codec_thread is not role._model_thread
+
+
 def test_models_list_any_size(client):
     models = client.get("/v1/models").json()["models"]
     assert [(model["any_size"], model["image_size"]) for model in models] == [(True, 64)] * 2
@@ -144,8 +159,9 @@ def test_videos_whose_frames_change_size_are_named(client, name, path):
     [
         ([2, 4, 4], 31, 422, "it expects grid [frames, rows, columns] and for each token 2 bytes"),
         ([2, 0, 4], 0, 422, "it expects grid [frames, rows, columns]"),
-        ([2, 70, 70], 9_800, 413, "the frames have at least 305809 pixels, more than 300000"),
+        ([2, 70, 70], 9_800, 413, "the image has at least 305809 pixels, more than 300000"),
         ([5, 60, 60], 18_000, 413, "the video has more than 1000000 pixels in all frames"),
+        ([2, 1, 20_000], 40_000, 413, "have 1280000 pixels, more than twice the limit of 300000"),
     ],
 )
 def test_tokens_of_videos_that_do_not_fit_are_named(client, grid, num_tokens, status, message):
@@ -161,6 +177,7 @@ def test_tokens_of_videos_that_do_not_fit_are_named(client, grid, num_tokens, st
         ([1, 4, 4], 15, 422, "for each token 2 bytes"),
         ([1, 0, 4], 0, 422, "expects grid"),
         ([1, 100, 100], 10_000, 413, "the image has at least 628849 pixels, more than 300000"),
+        ([1, 1, 20_000], 20_000, 413, "have 1280000 pixels, more than twice the limit of 300000"),
     ],
 )
 def test_tokens_that_do_not_fit_are_named(client, grid, num_tokens, status, message):

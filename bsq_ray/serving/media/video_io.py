@@ -7,7 +7,8 @@ FFmpeg never probes formats, and none of these demuxers follows URLs in a file. 
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterable
+import operator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -40,12 +41,14 @@ def is_video(data: bytes) -> bool:
     return _detect_container(data) is not None
 
 
-def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int = 1) -> VideoStream:
+def read_uploaded_video(
+    data: bytes, limits: Limits, count_pixels: Callable[[int, int], int] = operator.mul
+) -> VideoStream:
     """Open an uploaded video; its frames are decoded lazily, during iteration.
 
     Args:
         data: content of a file for which `is_video` is True.
-        min_pixels_per_frame: smaller frames count as this many pixels.
+        count_pixels: pixels to compute for a frame, of its height and width.
 
     Raises:
         ApiError: 413 too many pixels, 422 damaged; also while frames are iterated.
@@ -58,7 +61,7 @@ def read_uploaded_video(data: bytes, limits: Limits, min_pixels_per_frame: int =
         raise _too_large_error(error) from None
     except ValueError as error:
         raise ApiError(422, f"the video cannot be read: {error}") from None
-    return replace(video, frames=_limit_frames(video, limits, min_pixels_per_frame))
+    return replace(video, frames=_limit_frames(video, limits, count_pixels))
 
 
 def check_total_pixels(num_frames: int, pixels_per_frame: int, limits: Limits) -> None:
@@ -109,13 +112,16 @@ def _detect_container(data: bytes) -> str | None:
     return None
 
 
-def _limit_frames(video: VideoStream, limits: Limits, min_pixels_per_frame: int) -> Generator[np.ndarray, None, None]:
+def _limit_frames(
+    video: VideoStream, limits: Limits, count_pixels: Callable[[int, int], int]
+) -> Generator[np.ndarray, None, None]:
     frames, num_frames = video.frames, 0
     try:
-        check_total_pixels(video.num_frames, max(video.size[0] * video.size[1], min_pixels_per_frame), limits)
+        width, height = video.size
+        check_total_pixels(video.num_frames, count_pixels(height, width), limits)
         for frame in frames:
             num_frames += 1
-            check_total_pixels(num_frames, max(frame.shape[0] * frame.shape[1], min_pixels_per_frame), limits)
+            check_total_pixels(num_frames, count_pixels(*frame.shape[:2]), limits)
             yield frame
     except TooLargeError as error:
         raise _too_large_error(error) from None

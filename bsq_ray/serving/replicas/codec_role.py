@@ -33,6 +33,10 @@ class CodecEngine:
         self._codec_without_prior = Codec(self.codec.tokenizer)
         self._limits, self._tile_size = limits, self.codec.tokenizer.config.image_size
 
+    def _count_pixels(self, height: int, width: int) -> int:
+        """Return the pixels that a frame counts as: at least those of a tile."""
+        return max(height * width, self._tile_size**2)
+
     def compress(self, data: bytes, bits: int | None, deadline: Deadline) -> MediaFile:
         """Compress an image or video file to a .bsq file.
 
@@ -47,7 +51,7 @@ class CodecEngine:
         rate = self._rate(bits)
         try:
             if is_video(data):
-                video = read_uploaded_video(data, self._limits, self._tile_size**2)
+                video = read_uploaded_video(data, self._limits, self._count_pixels)
                 encoded = self.codec.compress_clip(
                     video.frames, video.frame_rate, video.color, on_progress=deadline.check, rate=rate
                 )
@@ -78,7 +82,7 @@ class CodecEngine:
                 num_pixels = image.width * image.height
                 return MediaFile(png_from_image(image), "image/png", num_pixels, decoded_part=part)
             pixels_per_frame = header.width * header.height
-            check_total_pixels(header.num_frames, max(pixels_per_frame, self._tile_size**2), self._limits)
+            check_total_pixels(header.num_frames, self._count_pixels(header.height, header.width), self._limits)
             data, part = self._first_planes(data, num_planes)
             frames = self.codec.decompress_clip(data, max_pixels=max_pixels, on_progress=deadline.check)
             file, num_frames = encode_video_file(

@@ -34,6 +34,7 @@ from bsq_ray.serving.deadline import Deadline
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
+from bsq_ray.serving.replicas.whole_images import check_whole_patches
 from bsq_ray.serving.service_config import Limits
 
 # Calls a function in a model thread and returns its result; the first argument is the number of pixels to compute.
@@ -56,8 +57,6 @@ class VideoEngine:
         self._image_size, self._patch_size = model_config.image_size, model_config.patch_size
         self._whole_frames = WholeFrameCoder(tokenizer) if model_config.has_local_attention else None
         self._chunk_frames = model_config.frames if self._whole_frames else frames_per_chunk(model_config)
-        # Frames are resized to the model's square, unless they keep their size; then they have at least one patch.
-        self._min_pixels = (self._patch_size if self._whole_frames else self._image_size) ** 2
 
     def encode(self, data: bytes, *, run_in_model_thread: RunInModelThread, deadline: Deadline) -> PackedTokens:
         """Return the tokens of a video file.
@@ -65,7 +64,7 @@ class VideoEngine:
         Raises:
             ApiError: see `read_uploaded_video`; 503 the deadline passed.
         """
-        video, encode = read_uploaded_video(data, self._limits, self._min_pixels), self._start_encoder(deadline)
+        video, encode = read_uploaded_video(data, self._limits, self._count_pixels), self._start_encoder(deadline)
         grids, packed = [], []
         for chunk in self._iter_chunks(self._prepare(video.frames), deadline):
             bits_trcL: Tensor = run_in_model_thread(_num_pixels(chunk), encode, chunk)
@@ -124,16 +123,9 @@ class VideoEngine:
                 f"the tokens do not match this model; it expects grid [frames, {sides}] and for each token "
                 f"{bytes_per_token} bytes",
             )
-        frame_pixels = self._min_pixels
         if self._whole_frames:
-            # The last row and column of patches may extend beyond the frames that were encoded.
-            min_height, min_width = ((length - 1) * self._patch_size + 1 for length in (rows, columns))
-            frame_pixels = max(frame_pixels, min_height * min_width)
-            if min_height * min_width > self._limits.max_pixels:
-                raise ApiError(
-                    413,
-                    f"the frames have at least {min_height * min_width} pixels, more than {self._limits.max_pixels}",
-                )
+            check_whole_patches(rows, columns, self._patch_size, self._limits.max_pixels)
+        frame_pixels = rows * columns * self._patch_size**2
         check_total_pixels(num_frames, frame_pixels, self._limits)
 
     def reconstruct(
@@ -144,7 +136,7 @@ class VideoEngine:
         Raises:
             ApiError: as `encode`.
         """
-        video = read_uploaded_video(data, self._limits, self._min_pixels)
+        video = read_uploaded_video(data, self._limits, self._count_pixels)
         encode, decode = self._start_encoder(deadline), self._start_decoder(deadline)
         originals: deque[np.ndarray] = deque()
         psnr_values: list[float] = []
@@ -169,6 +161,14 @@ class VideoEngine:
 
         file, num_frames = encode_video_file(frames(), media_type, rate=video.frame_rate, color=video.color)
         return MediaFile(file, media_type, num_pixels, num_frames, float(np.mean(psnr_values)), num_bits)
+
+    def _count_pixels(self, height: int, width: int) -> int:
+        """Return the pixels to compute for a frame: those of its whole patches, or at least the model's square."""
+        if not self._whole_frames:
+            return max(height * width, self._image_size**2)
+        rows, columns = (-(-side // self._patch_size) for side in (height, width))
+        check_whole_patches(rows, columns, self._patch_size, self._limits.max_pixels)
+        return rows * columns * self._patch_size**2
 
     def _prepare(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yield frames (3, H, W), resized and cropped to the model's square unless they keep their size."""

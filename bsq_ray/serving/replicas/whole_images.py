@@ -42,13 +42,15 @@ class WholeImageEngine:
         self._coder = WholeFrameCoder(tokenizer)
 
     def count_pixels(self, data: bytes) -> int:
-        """Return the number of pixels of an image file, from its header.
+        """Return the number of pixels of an image file in whole patches, from its header.
 
         Raises:
-            ApiError: see `read_uploaded_image`.
+            ApiError: see `read_uploaded_image`; 413 its patches have too many pixels.
         """
         image = open_uploaded_image(data, self._max_pixels)
-        return image.width * image.height
+        rows, columns = (-(-side // self._patch_size) for side in (image.height, image.width))
+        check_whole_patches(rows, columns, self._patch_size, self._max_pixels)
+        return rows * columns * self._patch_size**2
 
     def encode(self, data: bytes, deadline: Deadline) -> PackedTokens:
         """Encode an image file; its right and lower edges are replicated to whole patches.
@@ -101,10 +103,7 @@ class WholeImageEngine:
                 "the tokens do not match this model; it expects grid [1, rows, columns] and for each token "
                 f"{bytes_per_token} bytes",
             )
-        # The last row and column of patches may extend beyond the image that was encoded.
-        min_height, min_width = ((side - 1) * self._patch_size + 1 for side in (rows, columns))
-        if min_height * min_width > self._max_pixels:
-            raise ApiError(413, f"the image has at least {min_height * min_width} pixels, more than {self._max_pixels}")
+        check_whole_patches(rows, columns, self._patch_size, self._max_pixels)
         return rows * columns * self._patch_size**2
 
     def _read(self, data: bytes) -> torch.Tensor:
@@ -116,3 +115,21 @@ class WholeImageEngine:
     ) -> MediaFile:
         num_pixels = pixels_3HW[0].numel()
         return MediaFile(png_from_pixels(pixels_3HW.numpy()), "image/png", num_pixels, psnr=psnr_db, num_bits=num_bits)
+
+
+def check_whole_patches(rows: int, columns: int, patch_size: int, max_pixels: int) -> None:
+    """Reject images and frames that are too large; the last row and column of patches may extend beyond the original.
+
+    Patches have many times the pixels of an original of a few rows or columns, so they have a limit, too.
+
+    Raises:
+        ApiError: 413, the original had more than `max_pixels`, or its patches have more than twice as many.
+    """
+    min_height, min_width = ((length - 1) * patch_size + 1 for length in (rows, columns))
+    if min_height * min_width > max_pixels:
+        raise ApiError(413, f"the image has at least {min_height * min_width} pixels, more than {max_pixels}")
+    padded_pixels = rows * columns * patch_size**2
+    if padded_pixels > 2 * max_pixels:
+        raise ApiError(
+            413, f"the patches of the image have {padded_pixels} pixels, more than twice the limit of {max_pixels}"
+        )
