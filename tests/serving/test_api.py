@@ -170,7 +170,7 @@ def with_claimed_width(file, width):
         ("decode", b'{"grid": [1, 8, 8], "bits": 10}', 422, "packed"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 9, "packed": ""}', 422, "bits"),
         ("decode", b'{"grid": [1, 8, 8], "bits": 10, "packed": "%%"}', 422, "base64"),
-        ("decode", b'{"grid": [1, 8, 8], "bits": 10, "packed": "AAAA"}', 422, "64 tokens of 2 bytes"),
+        ("decode", b'{"grid": [1, 8, 8], "bits": 10, "packed": "AAAA"}', 422, "for each token 2 bytes"),
         ("decode", b'{"grid": [8, 8], "bits": 10, "packed": "AAAA"}', 422, "grid"),
         ("generate", b'{"class": 7}', 422, "classes 0 to 3"),
         ("generate", b'{"class": 99999999999999999999999}', 422, "class"),
