@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from gpu_timing import DRY_RUN
 from result_files import write_results
+
+from bsq_ray.data.pack import PackOptions, pack_images
+from bsq_ray.demos.prepare_data import PHOTOS
+from bsq_ray.samples.labeled_photos import collect_labeled_photos
 
 # Measurements take minutes on a quiet machine, and their baselines longer.
 _TIMEOUT_S = 3600
@@ -16,6 +21,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
+
+
+@pytest.fixture(scope="module")
+def single_thread():
+    """One thread of PyTorch, so that two benchmarks can run at once on two cores."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(previous)
+
+
+@pytest.fixture(scope="session")
+def labeled_shards(tmp_path_factory):
+    """URLs of the labeled photos of the generation demo, packed: training and held-out."""
+    out = tmp_path_factory.mktemp("labeled")
+    urls = []
+    for folder in collect_labeled_photos(out / "photos", out / "packages"):
+        urls.append(str(out / "shards" / folder.name))
+        pack_images(str(folder), urls[-1], PackOptions(max_side=PHOTOS.max_side, num_workers=0))
+    return urls
 
 
 @pytest.fixture

@@ -8,18 +8,13 @@ import json
 import statistics
 
 import pytest
-import torch
-from seed_quality import quality_columns
+from seed_quality import SEEDS, quality_columns
 
 from bsq_ray.config import load_config
-from bsq_ray.data.pack import PackOptions, pack_images
-from bsq_ray.demos.prepare_data import PHOTOS
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
-from bsq_ray.samples.labeled_photos import collect_labeled_photos
 from bsq_ray.training.launch import train
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(14400)]
-SEEDS = (0, 1, 2)
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("single_thread"), pytest.mark.timeout(14400)]
 STEPS = 300
 # Steps, preset and changes. Discriminators start at half of the steps, as in `demo-features`.
 GRAM = "loss.gram_weight=30"
@@ -33,29 +28,10 @@ SETTINGS = {
 COMMON = ("training.eval_every=1000000", "training.sample_every=1000000", "training.checkpoint_every=1000000")
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """URLs of the packed labeled photos: training and held-out."""
-    out = tmp_path_factory.mktemp("photos")
-    urls = []
-    for folder in collect_labeled_photos(out / "photos", out / "packages"):
-        urls.append(str(out / "shards" / folder.name))
-        pack_images(str(folder), urls[-1], PackOptions(max_side=PHOTOS.max_side, num_workers=0))
-    return urls
-
-
 @pytest.mark.parametrize("setting", list(SETTINGS))
-def test_loss_quality(setting, shards, tmp_path, record):
+def test_loss_quality(setting, labeled_shards, tmp_path, record):
     """Held-out quality; LPIPS (vgg) and KID are not part of any loss."""
-    train_url, held_out_url = shards
+    train_url, held_out_url = labeled_shards
     num_steps, preset, overrides = SETTINGS[setting]
     rows = []
     for seed in SEEDS:
@@ -72,12 +48,12 @@ def test_loss_quality(setting, shards, tmp_path, record):
 
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
-def test_loss_step_time(setting, shards, tmp_path, record):
+def test_loss_step_time(setting, labeled_shards, tmp_path, record):
     """Time of a step with all terms; needs an idle core."""
     _, preset, overrides = SETTINGS[setting]
     changes = ["training.steps=30", "training.log_every=10", "loss.adversarial.start_step=0"]
     run_config = load_config(preset, [*COMMON, *overrides, *changes])
-    train(run_config, shards[0], str(tmp_path / "run"), 0)
+    train(run_config, labeled_shards[0], str(tmp_path / "run"), 0)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Without the first steps, and without evaluations.
     speeds = [each["images_per_second"] for each in records if each.get("step", 0) > 10 and "images_per_second" in each]

@@ -7,25 +7,20 @@ so that another benchmark can run at the same time.
 import statistics
 
 import pytest
-import torch
-from seed_quality import quality_columns
+from seed_quality import SEEDS, quality_columns
 
 from bsq_ray.config import load_config
-from bsq_ray.data.pack import PackOptions, pack_images
-from bsq_ray.demos.prepare_data import PHOTOS
 from bsq_ray.evaluation.compression.rate_distortion import bd_rates
 from bsq_ray.evaluation.reconstruction.evaluate_reconstruction import evaluate_reconstruction
-from bsq_ray.samples.labeled_photos import collect_labeled_photos
 from bsq_ray.training.launch import train
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(14400)]
-SEEDS = (0, 1, 2)
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("single_thread"), pytest.mark.timeout(14400)]
 STEPS = 400
 RATES = (6, 9, 12, 18)
 PATCH_PIXELS = 64
 # Steps of the tokenizers with nested bits.
 NESTED_STEPS = {"nested": STEPS, "nested-long": STEPS * len(RATES)}
-# 1.0 M parameters instead of 6.9 M, so that fifteen trainings take minutes.
+# 1.0 M parameters instead of 6.9 M, so that eighteen trainings take minutes.
 SMALL = (
     "model.encoder={width: 128, layers: 2, heads: 2}",
     "model.decoder={width: 128, layers: 2, heads: 2, head_hidden_dim: 512}",
@@ -33,25 +28,6 @@ SMALL = (
     "training.sample_every=1000000",
     "training.checkpoint_every=1000000",
 )
-
-
-@pytest.fixture(autouse=True)
-def single_thread():
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """URLs of the packed labeled photos: training and held-out."""
-    out = tmp_path_factory.mktemp("photos")
-    urls = []
-    for folder in collect_labeled_photos(out / "photos", out / "packages"):
-        urls.append(str(out / "shards" / folder.name))
-        pack_images(str(folder), urls[-1], PackOptions(max_side=PHOTOS.max_side, num_workers=0))
-    return urls
 
 
 def train_and_measure(preset, overrides, steps, seed, shards, out, **rows):
@@ -72,19 +48,19 @@ def to_curve(metrics_by_bits):
     ]
 
 
-def test_nested_rates(shards, tmp_path, record):
+def test_nested_rates(labeled_shards, tmp_path, record):
     """Means over the seeds at every rate, and the BD-rates of nested bits against a tokenizer for each rate."""
     results = {"nested": [], "nested-long": [], "separate": [], "cut": []}
     for seed in SEEDS:
         out = tmp_path / str(seed)
         for name, steps in NESTED_STEPS.items():
-            measured = train_and_measure("demo-nested", (), steps, seed, shards, out / name, bits=RATES[:-1])
+            measured = train_and_measure("demo-nested", (), steps, seed, labeled_shards, out / name, bits=RATES[:-1])
             results[name].append(measured)
         separate = {}
         for k in RATES:
             cut_bits = {"cut_bits": RATES[:-1]} if k == RATES[-1] else {}
             overrides = [f"model.quantizer.bits={k}"]
-            measured = train_and_measure("demo", overrides, STEPS, seed, shards, out / f"bits-{k}", **cut_bits)
+            measured = train_and_measure("demo", overrides, STEPS, seed, labeled_shards, out / f"bits-{k}", **cut_bits)
             separate[k] = measured[k]
         results["separate"].append(separate)
         results["cut"].append(measured)

@@ -8,7 +8,6 @@ import json
 import statistics
 
 import pytest
-import torch
 from seed_quality import SEEDS, clip_quality
 
 from bsq_ray.config import load_config
@@ -18,7 +17,7 @@ from bsq_ray.demos.prepare_data import PHOTOS
 from bsq_ray.samples.labeled_photos import collect_labeled_photos
 from bsq_ray.training.launch import train
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("single_thread"), pytest.mark.timeout(7200)]
 TOKENIZER_STEPS, NUM_CROPS, CROP_SCALE = 400, 12, 1.25
 # Muon needs whole matrices, AdamW is compared with the same engine.
 COMMON = ("training.engine.kind=ddp", "training.eval_every=1000000", "training.sample_every=1000000")
@@ -40,18 +39,9 @@ VIDEO_MUON = (*MUON, "training.optimizer.muon.base_learning_rate=0.192", "traini
 VIDEO_SETTINGS = {"adamw": (), "muon": VIDEO_MUON}
 
 
-@pytest.fixture(autouse=True)
-def single_thread():
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(previous)
-
-
 @pytest.fixture(scope="module")
-def token_tables(tmp_path_factory):
+def token_tables(single_thread, tmp_path_factory):
     """URLs of the tokens of labeled photos, by split, and the number of their classes."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("tokens")
     folders = dict(zip(("train", "held_out"), collect_labeled_photos(out / "photos", out / "packages"), strict=True))
     shards, tables = {}, {}

@@ -4,10 +4,9 @@ Single-threaded, so that another benchmark can run at the same time.
 """
 
 import pytest
-import torch
 from seed_quality import clip_quality
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("single_thread"), pytest.mark.timeout(7200)]
 STEPS = 120
 # The GAN starts at half of the steps.
 OVERRIDES = (
@@ -22,8 +21,5 @@ SETTINGS = {"learned": "demo-video", "rotary": "demo-video-any-size"}
 
 @pytest.mark.parametrize("setting", list(SETTINGS))
 def test_video_positions(setting, video_folders, tmp_path, record):
-    previous = torch.get_num_threads()
-    torch.set_num_threads(1)
     columns = clip_quality(SETTINGS[setting], OVERRIDES, video_folders, tmp_path)
-    torch.set_num_threads(previous)
     record("video-positions-cpu", setting, steps=STEPS, **columns)

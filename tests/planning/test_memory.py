@@ -57,6 +57,19 @@ def autocast(half):
     return torch.autocast("cpu", torch.bfloat16, enabled=half)
 
 
+def tokenizer_saved_bytes(model, half):
+    """Return the bytes that PyTorch saves for the backward pass of a tokenizer on a batch."""
+    tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
+
+    def forward():
+        with autocast(half):
+            output = tokenizer(images_BCHW)
+            return (output.images - images_BCHW).abs().mean() + output.quantized.loss, output.images.clamp(-1, 1)
+
+    copies = 2 * sum(value.numel() for value in tokenizer.parameters()) if half else 0
+    return saved_tensor_bytes(forward, tokenizer, copies)
+
+
 @pytest.mark.parametrize("half", [True, False])
 @cases(
     ["model.quantizer.bits=36", "model.encoder.mlp_ratio=2"],
@@ -67,15 +80,7 @@ def autocast(half):
 def test_tokenizer_activation_bytes_within_five_percent(overrides, half, fused_attention):
     """The formula is within five percent of the bytes that PyTorch saves for the tokenizer's backward pass."""
     model = load_config("demo-gan", overrides).model
-    tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
-
-    def forward():
-        with autocast(half):
-            output = tokenizer(images_BCHW)
-            return (output.images - images_BCHW).abs().mean() + output.quantized.loss, output.images.clamp(-1, 1)
-
-    copies = 2 * sum(value.numel() for value in tokenizer.parameters()) if half else 0
-    saved_bytes = saved_tensor_bytes(forward, tokenizer, copies)
+    saved_bytes = tokenizer_saved_bytes(model, half)
     assert tokenizer_activation_bytes(model, half) == pytest.approx(saved_bytes / IMAGES, rel=0.05)
 
 
@@ -96,15 +101,7 @@ def test_local_attention_bytes_within_six_percent(overrides, half, fused_attenti
     sizes = "{width: 128, layers: 2, heads: 4}"
     small = [f"model.encoder={sizes}", f"model.decoder={sizes}"]
     model = load_config("demo-any-size", [*small, *overrides]).model
-    tokenizer, images_BCHW = Tokenizer(model), random_images(model.image_size, model.frames)
-
-    def forward():
-        with autocast(half):
-            output = tokenizer(images_BCHW)
-            return (output.images - images_BCHW).abs().mean() + output.quantized.loss, output.images.clamp(-1, 1)
-
-    copies = 2 * sum(value.numel() for value in tokenizer.parameters()) if half else 0
-    saved_bytes = saved_tensor_bytes(forward, tokenizer, copies)
+    saved_bytes = tokenizer_saved_bytes(model, half)
     planned_bytes = IMAGES * tokenizer_activation_bytes(model, half) + attention_mask_bytes(model, False, half)
     assert planned_bytes == pytest.approx(saved_bytes, rel=0.06)
 
