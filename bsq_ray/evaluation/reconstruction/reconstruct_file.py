@@ -114,12 +114,7 @@ def reconstruct_clip(
 
         def originals() -> Iterator[Tensor]:
             nonlocal height, width
-            for pixels_HWC in check_frame_sizes(video.frames) if keeps_size else video.frames:
-                if keeps_size:
-                    frame = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-                else:
-                    image = Image.fromarray(pixels_HWC)
-                    frame = torch.from_numpy(eval_transform(image, run.model.image_size, run.data.eval_interpolation))
+            for frame in _whole_frames(video.frames) if keeps_size else _center_squares(video.frames, run):
                 _, height, width = frame.shape
                 pending.append(frame)
                 yield frame
@@ -141,6 +136,19 @@ def reconstruct_clip(
         f"{clip_url}: {len(psnrs)} frames of {width} x {height} px in {bits} bits each ({bits / (width * height):g} "
         f"bits per pixel), PSNR {np.mean(psnrs):.2f} dB; original and reconstruction are side by side in {out}"
     )
+
+
+def _whole_frames(frames: Iterable[np.ndarray]) -> Iterator[Tensor]:
+    """Yield frames (H, W, 3) as (3, H, W)."""
+    for pixels_HWC in check_frame_sizes(frames):
+        yield torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _center_squares(frames: Iterable[np.ndarray], run: config.TokenizerConfig) -> Iterator[Tensor]:
+    """Yield frames (H, W, 3) as squares (3, H, W) of the model's size."""
+    for pixels_HWC in frames:
+        square = eval_transform(Image.fromarray(pixels_HWC), run.model.image_size, run.data.eval_interpolation)
+        yield torch.from_numpy(square)
 
 
 def _reconstruct_stream(tokenizer: Tokenizer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
