@@ -34,7 +34,7 @@ from bsq_ray.serving.deadline import Deadline
 from bsq_ray.serving.errors import ApiError
 from bsq_ray.serving.media.video_io import check_total_pixels, encode_video_file, read_uploaded_video
 from bsq_ray.serving.payloads import MediaFile, PackedTokens
-from bsq_ray.serving.replicas.whole_images import check_whole_patches
+from bsq_ray.serving.replicas.whole_images import count_patch_pixels
 from bsq_ray.serving.service_config import Limits
 
 # Calls a function in a model thread and returns its result; the first argument is the number of pixels to compute.
@@ -123,9 +123,9 @@ class VideoEngine:
                 f"the tokens do not match this model; it expects grid [frames, {sides}] and for each token "
                 f"{bytes_per_token} bytes",
             )
+        frame_pixels = self._image_size**2
         if self._whole_frames:
-            check_whole_patches(rows, columns, self._patch_size, self._limits.max_pixels)
-        frame_pixels = rows * columns * self._patch_size**2
+            frame_pixels = count_patch_pixels(rows, columns, self._patch_size, self._limits.max_pixels)
         check_total_pixels(num_frames, frame_pixels, self._limits)
 
     def reconstruct(
@@ -167,8 +167,7 @@ class VideoEngine:
         if not self._whole_frames:
             return max(height * width, self._image_size**2)
         rows, columns = (-(-side // self._patch_size) for side in (height, width))
-        check_whole_patches(rows, columns, self._patch_size, self._limits.max_pixels)
-        return rows * columns * self._patch_size**2
+        return count_patch_pixels(rows, columns, self._patch_size, self._limits.max_pixels)
 
     def _prepare(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yield frames (3, H, W), resized and cropped to the model's square unless they keep their size."""

@@ -49,8 +49,7 @@ class WholeImageEngine:
         """
         image = open_uploaded_image(data, self._max_pixels)
         rows, columns = (-(-side // self._patch_size) for side in (image.height, image.width))
-        check_whole_patches(rows, columns, self._patch_size, self._max_pixels)
-        return rows * columns * self._patch_size**2
+        return count_patch_pixels(rows, columns, self._patch_size, self._max_pixels)
 
     def encode(self, data: bytes, deadline: Deadline) -> PackedTokens:
         """Encode an image file; its right and lower edges are replicated to whole patches.
@@ -103,8 +102,7 @@ class WholeImageEngine:
                 "the tokens do not match this model; it expects grid [1, rows, columns] and for each token "
                 f"{bytes_per_token} bytes",
             )
-        check_whole_patches(rows, columns, self._patch_size, self._max_pixels)
-        return rows * columns * self._patch_size**2
+        return count_patch_pixels(rows, columns, self._patch_size, self._max_pixels)
 
     def _read(self, data: bytes) -> torch.Tensor:
         """Decode an image file to uint8 pixels (3, H, W)."""
@@ -117,10 +115,11 @@ class WholeImageEngine:
         return MediaFile(png_from_pixels(pixels_3HW.numpy()), "image/png", num_pixels, psnr=psnr_db, num_bits=num_bits)
 
 
-def check_whole_patches(rows: int, columns: int, patch_size: int, max_pixels: int) -> None:
-    """Reject images and frames that are too large; the last row and column of patches may extend beyond the original.
+def count_patch_pixels(rows: int, columns: int, patch_size: int, max_pixels: int) -> int:
+    """Return the pixels of the patches of an image or frame.
 
-    Patches have many times the pixels of an original of a few rows or columns, so they have a limit, too.
+    The last row and column may extend beyond the original. Patches have many times the pixels of an original of a few
+    rows or columns, so they have a limit, too.
 
     Raises:
         ApiError: 413, the original had more than `max_pixels`, or its patches have more than twice as many.
@@ -128,8 +127,9 @@ def check_whole_patches(rows: int, columns: int, patch_size: int, max_pixels: in
     min_height, min_width = ((length - 1) * patch_size + 1 for length in (rows, columns))
     if min_height * min_width > max_pixels:
         raise ApiError(413, f"the image has at least {min_height * min_width} pixels, more than {max_pixels}")
-    padded_pixels = rows * columns * patch_size**2
-    if padded_pixels > 2 * max_pixels:
+    num_pixels = rows * columns * patch_size**2
+    if num_pixels > 2 * max_pixels:
         raise ApiError(
-            413, f"the patches of the image have {padded_pixels} pixels, more than twice the limit of {max_pixels}"
+            413, f"the patches of the image have {num_pixels} pixels, more than twice the limit of {max_pixels}"
         )
+    return num_pixels
