@@ -7,7 +7,6 @@ FFmpeg never probes formats, and none of these demuxers follows URLs in a file. 
 from __future__ import annotations
 
 import io
-import operator
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from fractions import Fraction
@@ -41,9 +40,7 @@ def is_video(data: bytes) -> bool:
     return _detect_container(data) is not None
 
 
-def read_uploaded_video(
-    data: bytes, limits: Limits, count_pixels: Callable[[int, int], int] = operator.mul
-) -> VideoStream:
+def read_uploaded_video(data: bytes, limits: Limits, count_pixels: Callable[[int, int], int]) -> VideoStream:
     """Open an uploaded video; its frames are decoded lazily, during iteration.
 
     Args:
